@@ -1,0 +1,263 @@
+"""The composition root: settings become objects, objects become a running proxy, and a signal ends it in order.
+
+The only file that knows everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from aiohttp.web import BaseRequest, ServerRunner, SockSite, UnixSite
+
+from . import __version__
+from .config import Loaded, Settings
+from .core.errors import Refusal
+from .core.receipt import Receipt
+from .edge import logs
+from .edge.downstream import Downstream
+from .edge.gatekeeper import Gatekeeper
+from .edge.metrics import Metrics, log_receipt
+from .edge.ops import Ops
+from .edge.passage import Passage
+from .edge.server import ListeningServer
+from .edge.upstream import Upstreams
+from .edge.wire import Dates, refused
+from .journey import Journey
+from .seams import REAL, Seams, spawn
+from .world import World, compile_world
+
+log = logging.getLogger("proxy")
+
+SWEEP: float = 60.0
+"""Seconds between two looks for entries whose time is over (contract 7: gone within 10 minutes of their end)."""
+
+
+class App:
+    """Everything one proxy is made of. `handle` is the main listener's handler."""
+
+    def __init__(self, settings: Settings, seams: Seams = REAL) -> None:
+        self.world: World = compile_world(settings, seams)
+        self.metrics = Metrics()
+        self.gatekeeper = Gatekeeper(settings)
+        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle)
+        self.ops = Ops(self.world, self.metrics, self.gatekeeper)
+        self.downstream = Downstream(
+            self.world,
+            Journey(self.world, self.way_up, self._observe),
+            Passage(self.world, self.way_up, self._keep),
+            self.ops,
+            self.metrics,
+            self.gatekeeper,
+        )
+        self._dates = Dates(seams.wall)
+
+    def _observe(self, receipt: Receipt) -> None:
+        self.metrics.observe(receipt)
+        log_receipt(receipt)
+
+    def _keep(self, receipt: Receipt) -> None:
+        self.world.receipts.put(receipt)
+        self._observe(receipt)
+
+    async def handle(self, request: BaseRequest) -> Any:
+        return await self.downstream.handle(request)
+
+    async def handle_ops(self, request: BaseRequest) -> Any:
+        try:
+            path = request.raw_path.partition("?")[0]
+            return await self.ops.handle_probe(request, path, self.downstream.in_flight)
+        except Refusal as refusal:
+            return refused(request, refusal, self.world.seams.new_id(), self._dates.line())
+
+    async def sweep(self) -> None:
+        """Takes entries out of memory whose time is over; a little at a time."""
+        while self.world.store is not None:
+            await self.world.seams.sleep(SWEEP)
+            while self.world.store.sweep(self.world.seams.wall()):
+                await asyncio.sleep(0)
+
+    async def drain(self, now: asyncio.Event) -> None:
+        """Lets what is being served finish, within `drain_timeout`; then tells streams and drops the rest."""
+        self.downstream.closing = True
+        limit = self.world.settings.server.drain_timeout
+        loop = asyncio.get_running_loop()
+        end = loop.time() + limit
+        while self.downstream.in_flight and loop.time() < end and not now.is_set():
+            await asyncio.sleep(0.02)
+        if self.downstream.in_flight:
+            log.warning("%d requests did not finish within %gs", self.downstream.in_flight, limit)
+        for task, flow in list(self.downstream.flows.items()):
+            flow.interrupted = "draining"
+            task.cancel()
+        for _ in range(50):
+            if not self.downstream.flows:
+                break
+            await asyncio.sleep(0.01)
+
+
+async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
+    """Runs the proxy until SIGTERM or SIGINT; the exit status. extra_lines: told the base URL, more start-up text."""
+    settings = loaded.settings
+    app = App(settings)
+    logs.configure(settings.log.level, settings.log.format, app.world.masker)
+    runner = ServerRunner(ListeningServer(app.handle), handle_signals=False)
+    ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False)
+    await runner.setup()
+    await ops_runner.setup()
+    try:
+        try:
+            address = await _listen(settings, runner)
+            ops_address = await _listen_ops(settings, ops_runner)
+        except OSError as error:
+            print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
+            return 1
+        app.ops.address = address
+        lines = start_up_text(loaded, app.world, address, ops_address)
+        if extra_lines is not None:
+            lines += extra_lines(address)
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        sweeper = spawn(app.sweep(), "sweep")
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
+        await _until_stopped(app, runner)
+        sweeper.cancel()
+        return 0
+    finally:
+        await _close(app, runner, ops_runner, settings)
+
+
+async def _until_stopped(app: App, runner: ServerRunner) -> None:
+    """Waits for a signal, then drains. A second signal: now."""
+    loop = asyncio.get_running_loop()
+    stop, now = asyncio.Event(), asyncio.Event()
+
+    def told() -> None:
+        (now if stop.is_set() else stop).set()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, told)
+    with suppress(AttributeError):
+        loop.add_signal_handler(signal.SIGHUP, log.warning, "reloading settings is not yet available; nothing changed")
+    await stop.wait()
+    settings = app.world.settings.server
+    log.info("stopping: %d requests in flight", app.downstream.in_flight)
+    app.ops.draining = True
+    if settings.drain_delay:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(now.wait(), settings.drain_delay)
+    for site in list(runner.sites):
+        await site.stop()
+    assert runner.server is not None
+    runner.server.pre_shutdown()  # idle connections close now, busy ones after their request
+    await app.drain(now)
+
+
+async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, settings: Settings) -> None:
+    for one in (runner, ops_runner):
+        one.shutdown_timeout = 0.1  # type: ignore[attr-defined]
+        one._shutdown_timeout = 0.1
+        await one.cleanup()
+    await app.way_up.close()
+    if settings.server.socket is not None:
+        with suppress(OSError):
+            os.unlink(settings.server.socket)
+
+
+async def _listen(settings: Settings, runner: ServerRunner) -> str:
+    """Opens the main listener; the base address it answers at. Raises OSError."""
+    server = settings.server
+    if server.socket is not None:
+        path = os.path.expanduser(server.socket)
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+                os.unlink(path)  # left behind by a process that is gone
+        mask = os.umask(0o177)
+        try:
+            await UnixSite(runner, path).start()
+        finally:
+            os.umask(mask)
+        return f"unix:{path}"
+    listener = _bind(server.host, server.port)
+    await SockSite(runner, listener, backlog=1024).start()
+    return _url(server.host, listener.getsockname()[1])
+
+
+async def _listen_ops(settings: Settings, runner: ServerRunner) -> str | None:
+    if settings.server.ops is None:
+        return None
+    host, port = settings.server.ops
+    listener = _bind(host, port)
+    await SockSite(runner, listener).start()
+    return _url(host, listener.getsockname()[1])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None) -> list[str]:
+    """What a person wants to know at start (contract 1)."""
+    settings = loaded.settings
+    count = sum(len(upstream.keys) for upstream in settings.upstreams)
+    keys = str(count) if count else "none (pass-through)"
+    lines = [
+        f"openai-proxy {__version__}",
+        f"listening on {address}",
+        *([f"probes and metrics on {ops_address}"] if ops_address else []),
+        f"config file: {loaded.file or 'none'}",
+        *(
+            f"upstream {upstream.name}: {upstream.kind} {upstream.base_url}"
+            + (f" (priority {upstream.priority})" if upstream.priority else "")
+            for upstream in settings.upstreams
+        ),
+        f"keys: {keys}",
+        _cache_line(settings),
+    ]
+    if not address.startswith("unix:"):
+        lines.append(f"clients: OPENAI_BASE_URL={address}/v1")
+    return lines + [f"warning: {warning}" for warning in loaded.warnings]
+
+
+def _cache_line(settings: Settings) -> str:
+    if settings.cache.backend == "off":
+        return "cache: off"
+    size = settings.cache.memory_size // (1024 * 1024)
+    return (
+        f"cache: memory ({size} MiB); answers do not survive a restart "
+        "(--cache sqlite will keep them; not yet available)"
+    )

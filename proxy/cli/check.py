@@ -1,0 +1,98 @@
+"""`openai-proxy check`: are the settings right, what is in force, and (`--online`) do the keys work?"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Final
+
+from ..config.render import lines
+from .common import load_from_args
+
+if TYPE_CHECKING:
+    import aiohttp
+
+    from ..config import Key, Settings, Upstream
+
+_PATIENCE: Final = 10.0
+_MEANINGS: Final = {
+    200: "ok",
+    401: "the key is not accepted",
+    403: "the key may not do this",
+    404: "nothing is there: is the base URL right?",
+    429: "the key works, but has reached a limit",
+}
+_WORKING: Final = frozenset({200, 429})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--online", action="store_true", help="ask each key GET /models, which is free")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 when a key failed online. Raises SystemExit(2) for settings that cannot be used."""
+    loaded = load_from_args(args)
+    print(f"# settings file: {loaded.file or 'none'}")
+    for line in lines(loaded):
+        print(line)
+    count = sum(len(upstream.keys) for upstream in loaded.settings.upstreams)
+    print(f"# keys: {count or 'none (pass-through)'}")
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not args.online:
+        return 0
+    return 0 if asyncio.run(_online(loaded.settings)) else 1
+
+
+async def _online(settings: Settings) -> bool:
+    """Prints one line a key; whether all of them work."""
+    import aiohttp  # only here: a check without --online starts without it
+
+    pairs = [(upstream, key) for upstream in settings.upstreams for key in upstream.keys]
+    if not pairs:
+        print("no keys to ask")
+        return True
+    timeout = aiohttp.ClientTimeout(total=_PATIENCE)
+    async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
+        answers = await asyncio.gather(*(_ask(session, upstream, key) for upstream, key in pairs))
+    width = max(len(key.label) for _, key in pairs)
+    for (upstream, key), (_, text) in zip(pairs, answers, strict=True):
+        print(f"{key.label:<{width}}  {upstream.name}  {text}")
+    return all(works for works, _ in answers)
+
+
+async def _ask(session: aiohttp.ClientSession, upstream: Upstream, key: Key) -> tuple[bool, str]:
+    """Whether a key works at its upstream, and what to say of it. Nothing the upstream sends is repeated."""
+    import aiohttp
+
+    try:
+        url, headers = models_url(upstream), credentials(upstream, key)
+        async with session.get(url, headers=headers, allow_redirects=False) as answer:
+            status = answer.status
+    except TimeoutError:
+        return False, f"no answer within {_PATIENCE:g} s"
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return False, f"not reached: {type(error).__name__}"
+    redirect = "a redirect, which is not followed" if 300 <= status < 400 else "unexpected"
+    return status in _WORKING, f"{status} {_MEANINGS.get(status, redirect)}"
+
+
+def models_url(upstream: Upstream) -> str:
+    """Where an upstream lists its models."""
+    if upstream.kind != "azure":
+        return f"{upstream.base_url}/models"
+    if upstream.api_version is None:
+        return f"{upstream.base_url}/openai/v1/models"
+    return f"{upstream.base_url}/openai/models?api-version={upstream.api_version}"
+
+
+def credentials(upstream: Upstream, key: Key) -> dict[str, str]:
+    if upstream.kind == "azure":
+        return {"api-key": key.secret.reveal()}
+    headers = {"Authorization": f"Bearer {key.secret.reveal()}"}
+    if key.organization:
+        headers["OpenAI-Organization"] = key.organization
+    if key.project:
+        headers["OpenAI-Project"] = key.project
+    return headers

@@ -1,0 +1,66 @@
+"""What every command does with settings: the flags, and loading with all errors on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from ..config import FLAGS, Loaded, SettingsError, Upstream, load
+
+USAGE_ERROR: Final = 2
+
+_HELP: Final[Mapping[str, tuple[str, str]]] = {
+    "server.host": ("ADDRESS", "address to listen on (default: 127.0.0.1)"),
+    "server.port": ("PORT", "port to listen on, 0 for any free one (default: 8484)"),
+    "server.workers": ("N", "processes sharing the port (default: 1)"),
+    "cache.backend": ("memory|sqlite|redis|off", "where answers are kept (default: memory)"),
+    "cache.mode": ("normal|replay|refresh", "how the cache is used (default: normal)"),
+    "cache.cassette": ("FILE", "a file of recorded answers"),
+    "upstream": ("URL", "base URL of the upstream (default: https://api.openai.com/v1)"),
+    "log.level": ("LEVEL", "debug, info, warning or error (default: info)"),
+    "log.format": ("text|json", "form of log lines (default: text)"),
+}
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config` and the flags of `serve`. Their values are checked with all other settings, not here."""
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="settings file (default: ./config.yaml, if ours)"
+    )
+    for path, flag in FLAGS.items():
+        metavar, text = _HELP[path]
+        parser.add_argument(flag, dest=path, metavar=metavar, help=text)
+
+
+def load_from_args(
+    args: argparse.Namespace,
+    environ: Mapping[str, str] | None = None,
+    *,
+    cwd: Path | None = None,
+    upstream: str | None = None,
+) -> Loaded:
+    """The settings in force; with `upstream` that one stands for all configured upstreams and their keys.
+
+    Raises SystemExit(2) when they cannot be used, after one line on stderr for each reason.
+    """
+    flags = {path: getattr(args, path, None) for path in FLAGS}
+    try:
+        loaded = load(
+            getattr(args, "config", None),
+            flags,
+            os.environ if environ is None else environ,
+            Path.cwd() if cwd is None else cwd,
+            use_upstreams=upstream is None,
+        )
+    except SettingsError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    if upstream is None:
+        return loaded
+    return replace(loaded, settings=replace(loaded.settings, upstreams=(Upstream(base_url=upstream),)))

@@ -1,0 +1,74 @@
+"""`openai-proxy demo`: the proxy before a simulated OpenAI, in one process: no key, no network, no cost."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..config import Key, Loaded, Secret, Settings, Upstream
+from .common import add_config_arguments, load_from_args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until stopped; the exit status. Raises SystemExit(2) for settings that cannot be used."""
+    # Upstreams and keys of the user's are not even read; `simulated` puts the address of the real one in.
+    return asyncio.run(_demo(load_from_args(args, upstream="")))
+
+
+async def _demo(loaded: Loaded) -> int:
+    from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
+    from ..simulator import SPECIAL_PROMPTS, running_simulator
+
+    async with running_simulator() as base_url:
+        guarded = bool(loaded.settings.server.client_keys)
+        return await serve(
+            replace(loaded, settings=simulated(loaded.settings, base_url)),
+            extra_lines=lambda address: introduction(address, guarded, SPECIAL_PROMPTS),
+        )
+
+
+def simulated(settings: Settings, base_url: str) -> Settings:
+    """The same settings with one upstream, the simulated one, and one key that opens nothing."""
+    key = Key(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
+    return replace(settings, upstreams=(Upstream(name="simulated", base_url=base_url, keys=(key,)),))
+
+
+def introduction(address: str, guarded: bool, prompts: Mapping[str, str]) -> list[str]:
+    """What to try, ready to paste. `guarded`: the proxy wants one of its client keys."""
+    key = "A-CLIENT-KEY" if guarded else "unused"
+    credential = [f"    -H 'Authorization: Bearer {key}' \\"] if guarded else []
+    width = max(map(len, prompts))
+    return [
+        "",
+        "demo: the upstream is a simulation in this process; the costs shown are what OpenAI would charge.",
+        "",
+        "This asks the same twice: the first answer is a miss, the second a hit that costs 0.",
+        "",
+        f"  curl -sS -i -w '\\n\\n' {address}/v1/chat/completions {address}/v1/chat/completions \\",
+        *credential,
+        "    -H 'Content-Type: application/json' \\",
+        """    -d '{"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello from curl"}]}'""",
+        "",
+        "The same in Python (pip install openai):",
+        "",
+        "  from openai import OpenAI",
+        "",
+        f'  client = OpenAI(base_url="{address}/v1", api_key="{key}")',
+        "  for _ in range(2):",
+        "      raw = client.chat.completions.with_raw_response.create(",
+        """          model="gpt-4o", messages=[{"role": "user", "content": "Hello from Python"}]""",
+        "      )",
+        '      print(raw.headers["X-Proxy-Cache"], raw.headers["X-Proxy-Cost-USD"], "USD")',
+        "      print(raw.parse().choices[0].message.content)",
+        "",
+        "Prompts that begin with these words do something else:",
+        "",
+        *(f"  {start.ljust(width)}  {what}" for start, what in prompts.items()),
+        "",
+    ]

@@ -1,0 +1,19 @@
+"""`openai-proxy serve`: runs the proxy."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from .common import add_config_arguments, load_from_args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    loaded = load_from_args(args)
+    from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
+
+    return asyncio.run(serve(loaded))

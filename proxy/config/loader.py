@@ -1,0 +1,223 @@
+"""Settings from flags, environment, file and defaults, in this order of precedence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from . import environment
+from .later import NOT_YET
+from .problems import COMMAND_LINE, Invalid, Problem, SettingsError, Where
+from .reading import Reading
+from .schema import KNOWN, SCHEMA
+from .settings import Settings
+from .tree import Listing, Node, Scalar, Table, parse
+from .urls import parse_url
+from .validate import check, check_upstreams
+
+AUTOMATIC: Final = "config.yaml"
+FLAGS: Final[Mapping[str, str]] = {
+    "server.host": "--host",
+    "server.port": "--port",
+    "server.workers": "--workers",
+    "cache.backend": "--cache",
+    "cache.mode": "--mode",
+    "cache.cassette": "--cassette",
+    "upstream": "--upstream",
+    "log.level": "--log-level",
+    "log.format": "--log-format",
+}
+
+_LARGEST_FILE: Final = 256 * 1024
+_SECTIONS: Final = re.compile(rf"^(?:{'|'.join(SCHEMA.readers)})\s*:", re.MULTILINE)
+_SUBSTITUTED: Final = re.compile(r"\$\{[^}]*\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings that may be used. `sources`: dotted path -> where the value comes from."""
+
+    settings: Settings
+    file: Path | None = None
+    warnings: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+def load(
+    config: Path | None,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    cwd: Path,
+    *,
+    use_upstreams: bool = True,
+) -> Loaded:
+    """The settings in force. Raises SettingsError with every problem there is.
+
+    `config` None: `config.yaml` in `cwd`, if it is there and ours. `flags`: the paths of `FLAGS` -> values,
+    None for a flag not given. `use_upstreams` False: no upstream and no upstream key is read from anywhere.
+    """
+    file = config if config is not None else Path(AUTOMATIC)
+    reading = Reading(
+        environ=environ,
+        folder=(cwd / file).parent,
+        cwd=cwd,
+        file=str(file),
+        later=NOT_YET,
+        defaults=environment.defaults(environ),
+        known=KNOWN,
+    )
+    from_file, used = _file_layer(cwd / file, config is None, reading)
+    from_environment = environment.settings_layer(environ, reading)
+    upstream_flag, from_flags = _flag_layer(flags)
+    layers = [from_file, from_environment, from_flags]
+    listing: Node | None = None
+    if use_upstreams:
+        written = _highest(layers, "upstreams")
+        listing = _upstreams(written, upstream_flag, environ, reading)
+        layers = [_without_upstreams(layer) for layer in layers] + [
+            Table((("upstreams", listing),), listing.where)
+        ]
+    else:
+        layers = [_without_upstreams(layer) for layer in layers]
+    settings = SCHEMA.read_layers(layers, "", reading)
+    check(settings, reading)
+    if use_upstreams:
+        check_upstreams(settings, reading)
+    if listing is not None and config is None:
+        _check_automatic(settings, listing, reading)
+    environment.warn_unread(environ, reading)
+    if reading.problems:
+        raise SettingsError(_in_order(reading.problems, reading.file))
+    sources = {path: where.label for path, where in reading.places.items()}
+    return Loaded(settings, file if used else None, tuple(reading.warnings), sources)
+
+
+def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:
+    """The tree of the settings file, and whether there is one that counts."""
+    where = Where(reading.file)
+    nothing = Scalar("", where)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_FILE + 1)
+        if len(raw) > _LARGEST_FILE:
+            raise Invalid(f"expected at most {_LARGEST_FILE // 1024} KiB of settings, found more")
+        text = raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        if not automatic:
+            reading.problems.append(where.problem("", "expected a settings file, found none"))
+        return nothing, False
+    except OSError as error:
+        reading.problems.append(where.problem("", f"expected a readable file, found: {error.strerror}"))
+        return nothing, False
+    except UnicodeDecodeError:
+        reading.problems.append(where.problem("", "expected UTF-8, found other bytes"))
+        return nothing, False
+    except Invalid as error:
+        reading.problems.append(where.problem("", str(error)))
+        return nothing, False
+    if automatic and not _SECTIONS.search(text):
+        reading.warn(f"{AUTOMATIC} in this directory has no section of ours and is not read")
+        return nothing, False
+    return parse(text, where, reading.problems) or nothing, True
+
+
+def _flag_layer(flags: Mapping[str, object]) -> tuple[Scalar | None, Table]:
+    """`--upstream`, which is no setting of its own, and all the others as a tree."""
+    sections: dict[str, Table] = {}
+    upstream: Scalar | None = None
+    for path, value in flags.items():
+        if value is None:
+            continue
+        where = Where(COMMAND_LINE, via=FLAGS[path])
+        node = Scalar(str(value), where, literal=True)
+        section, _, name = path.partition(".")
+        if not name:
+            upstream = node
+            continue
+        sections[section] = sections.get(section, Table((), where)).replaced(name, node)
+    return upstream, Table(tuple(sections.items()), Where(COMMAND_LINE))
+
+
+def _highest(layers: list[Node], name: str) -> Node | None:
+    """The strongest layer's `upstreams` that says anything."""
+    for layer in reversed(layers):
+        node = layer.get(name) if isinstance(layer, Table) else None
+        empty = (isinstance(node, Listing) and not node.items) or (isinstance(node, Scalar) and node.null)
+        if node is not None and not empty:
+            return node
+    return None
+
+
+def _without_upstreams(layer: Node) -> Node:
+    return layer.without("upstreams") if isinstance(layer, Table) else layer
+
+
+def _upstreams(
+    written: Node | None, flag: Scalar | None, environ: Mapping[str, str], reading: Reading
+) -> Node:
+    """The upstreams' tree: the file's, else the environment's; `--upstream` moves the only one."""
+    if flag is None:
+        return environment.upstreams(environ, reading) if written is None else written
+    if written is None:
+        return Listing((environment.upstream_at(flag.text, flag.where, environ),), flag.where)
+    if not isinstance(written, Listing) or not isinstance(written.items[0], Table):
+        return written
+    if len(written.items) > 1:
+        message = f"expected a single upstream for it to move, found {len(written.items)} in the settings"
+        reading.fail(flag.where, "upstreams", message)
+        return written
+    return Listing((written.items[0].replaced("base_url", flag),), written.where)
+
+
+def _check_automatic(settings: Settings, listing: Node, reading: Reading) -> None:
+    """A `config.yaml` that merely lies in the directory must not send this user's keys wherever it likes."""
+    items = listing.items if isinstance(listing, Listing) else ()
+    if len(items) != len(settings.upstreams):
+        return  # some could not be read, which is reported
+    for i, (item, upstream) in enumerate(zip(items, settings.upstreams, strict=True)):
+        path = f"upstreams.{i}"
+        place = reading.place(f"{path}.base_url")
+        if item.where.file != AUTOMATIC or place.file == COMMAND_LINE or not isinstance(item, Table):
+            continue
+        host = parse_url(upstream.base_url).host if upstream.base_url else ""
+        if host in ("", "api.openai.com") or host.endswith(".openai.azure.com"):
+            continue
+        if _takes_secrets(item, reading):
+            message = (
+                f"a file that sends keys from elsewhere to {host} must be named with --config {AUTOMATIC}"
+            )
+            reading.fail(place, f"{path}.base_url", message)
+
+
+def _takes_secrets(upstream: Table, reading: Reading) -> bool:
+    """Whether an upstream as written takes anything from the environment, or a key from a file elsewhere."""
+    base_url = upstream.get("base_url")
+    if isinstance(base_url, Scalar) and "${" in base_url.text and not _SUBSTITUTED.fullmatch(base_url.text):
+        return True
+    return any(
+        _takes_from_outside(node, name, reading) for name, node in upstream.entries if name != "base_url"
+    )
+
+
+def _takes_from_outside(node: Node, name: str, reading: Reading) -> bool:
+    if isinstance(node, Table):
+        return any(_takes_from_outside(child, inner, reading) for inner, child in node.entries)
+    if isinstance(node, Listing):
+        return any(_takes_from_outside(child, name, reading) for child in node.items)
+    if name == "key_file":
+        file = reading.resolve(node.where, node.text).resolve()
+        return not file.is_relative_to(reading.folder.resolve())
+    return "${" in node.text
+
+
+def _in_order(problems: list[Problem], file: str) -> tuple[Problem, ...]:
+    """The file's by line, then the environment's, then the command line's."""
+    return tuple(
+        sorted(
+            problems,
+            key=lambda problem: (problem.file != file, problem.file == COMMAND_LINE, problem.line or 0),
+        )
+    )

@@ -1,0 +1,105 @@
+"""Rules about several settings at once, and warnings about what is allowed but risky."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .problems import Invalid
+from .reading import Reading
+from .settings import Settings, Upstream
+from .urls import Url, parse_url
+from .values import is_loopback
+
+
+def check(settings: Settings, reading: Reading) -> None:
+    """Adds to the reading's problems and warnings. Says nothing about values that could not be read."""
+    _check_exposure(settings, reading)
+    _check_ops(settings, reading)
+    if settings.cache.shared and len(settings.server.client_keys) > 1:
+        reading.warn("cache.shared: clients with different keys read each other's answers")
+
+
+def check_upstreams(settings: Settings, reading: Reading) -> None:
+    """The same for what concerns the upstreams."""
+    for path, upstream, url in _addresses(settings):
+        if reading.sound(f"{path}.base_url", f"{path}.insecure"):
+            _check_own_address(settings, path, url, reading)
+            _check_plain_http(path, upstream, url, reading)
+    _warn_credentials(settings, reading)
+
+
+def _addresses(settings: Settings) -> Iterator[tuple[str, Upstream, Url]]:
+    for i, upstream in enumerate(settings.upstreams):
+        try:
+            yield f"upstreams.{i}", upstream, parse_url(upstream.base_url)
+        except Invalid:
+            continue  # an Azure upstream without base_url, which is reported
+
+
+def _check_exposure(settings: Settings, reading: Reading) -> None:
+    server = settings.server
+    if server.socket is not None or is_loopback(server.host) or server.client_keys:
+        return
+    if not reading.sound("server.host", "server.client_keys", "server.allow_anonymous", "server.socket"):
+        return
+    if server.allow_anonymous:
+        reading.warn(
+            f"server.host {server.host} without client_keys: everybody who reaches it may use it and its keys"
+        )
+        return
+    reading.fail_at(
+        "server.host",
+        "expected a loopback address, or client_keys (also PROXY_CLIENT_KEYS=name:key), or "
+        f"allow_anonymous: true; found {server.host} without them",
+    )
+
+
+def _check_ops(settings: Settings, reading: Reading) -> None:
+    server = settings.server
+    if server.ops is None or server.socket is not None or not reading.sound("server.ops", "server.port"):
+        return
+    host, port = server.ops
+    if port and port == server.port and _same_machine(host, server.host):
+        reading.fail_at("server.ops", f"expected a port of its own, found server.port ({port})")
+
+
+def _check_own_address(settings: Settings, path: str, url: Url, reading: Reading) -> None:
+    server = settings.server
+    if (
+        server.socket is not None
+        or url.port != server.port
+        or not reading.sound("server.host", "server.port")
+    ):
+        return
+    if _same_machine(url.host, server.host):
+        reading.fail_at(
+            f"{path}.base_url", f"expected an upstream, found the proxy's own address ({url.origin})"
+        )
+
+
+def _same_machine(one: str, other: str) -> bool:
+    return one == other or all(is_loopback(host) or host in ("0.0.0.0", "::") for host in (one, other))
+
+
+def _check_plain_http(path: str, upstream: Upstream, url: Url, reading: Reading) -> None:
+    if url.scheme != "http" or is_loopback(url.host):
+        return
+    if upstream.keys and not upstream.insecure:
+        message = f"expected https, or insecure: true; found plain http with a key to {url.origin}"
+        reading.fail_at(f"{path}.base_url", message)
+    else:
+        reading.warn(
+            f"upstream {upstream.name} is called over plain http ({url.origin}): others may read along"
+        )
+
+
+def _warn_credentials(settings: Settings, reading: Reading) -> None:
+    if settings.passthrough:
+        if settings.server.client_keys:
+            reading.warn(
+                "client_keys, but no upstream has a key: the client's key itself goes to the upstream"
+            )
+        return
+    for _, upstream, url in _addresses(settings):
+        if not upstream.keys and not is_loopback(url.host):
+            reading.warn(f"upstream {upstream.name} has no key: {url.origin} is called without a credential")

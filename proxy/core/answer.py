@@ -1,0 +1,65 @@
+"""The headers the proxy adds (contract 6), as ready bytes: `X-Proxy-*`, `Cache-Status` (RFC 9211), `Server-Timing`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from .pricing import Cost, usd
+from .usage import Usage
+
+CACHE_NAME: Final = "openai-proxy"
+ZERO_COST: Final = "0.000000"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds: waiting for a key; the upstream calls; everything."""
+
+    queue: float = 0.0
+    upstream: float = 0.0
+    total: float = 0.0
+
+    def header(self) -> str:
+        own = max(0.0, self.total - self.queue - self.upstream)
+        return f"queue;dur={self.queue:.1f}, upstream;dur={self.upstream:.1f}, proxy;dur={own:.1f}"
+
+
+def usage_lines(usage: Usage | None) -> str:
+    if usage is None:
+        return ""
+    return (
+        f"X-Proxy-Prompt-Tokens: {usage.prompt_tokens}\r\nX-Proxy-Cached-Tokens: {usage.cached_tokens}\r\n"
+        f"X-Proxy-Completion-Tokens: {usage.completion_tokens}\r\nX-Proxy-Total-Tokens: {usage.total_tokens}\r\n"
+    )
+
+
+def cost_lines(cost: Cost | None, usage: Usage | None) -> str:
+    """Cost and tokens of an answer that was bought just now. No cost line at all where the cost is unknown."""
+    if cost is None:
+        return "X-Proxy-Cost-Status: unknown\r\n" + usage_lines(usage)
+    return f"X-Proxy-Cost-USD: {usd(cost.usd)}\r\nX-Proxy-Cost-Status: {cost.status}\r\n" + usage_lines(usage)
+
+
+def forward_status(forward: str, detail: str, stored: bool) -> str:
+    """`Cache-Status` of an answer that came from upstream."""
+    text = f"{CACHE_NAME}; fwd={forward}"
+    if stored:
+        text += "; stored"
+    return f"{text}; detail={token(detail)}" if detail else text
+
+
+def token(text: str) -> str:
+    """A structured-field token where `text` is one, else a string (RFC 8941 section 3.3)."""
+    if text and text[0].isalpha() and all(c.isalnum() or c in "-_.:/" for c in text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def cost_comment(cost: Cost | None, usage: Usage | None) -> bytes:
+    """The SSE comment that carries a stream's cost: one line, one newline, so that no SDK takes it for an event."""
+    parts = [f"x-proxy-cost-usd={usd(cost.usd)}" if cost is not None else "x-proxy-cost-status=unknown"]
+    if usage is not None:
+        parts.append(f"x-proxy-prompt-tokens={usage.prompt_tokens}")
+        parts.append(f"x-proxy-completion-tokens={usage.completion_tokens}")
+    return f": {' '.join(parts)}\n".encode()

@@ -1,0 +1,413 @@
+"""What may be cached: which requests (asked before), and which answers (told afterwards). Contract 7, Cache.
+
+A request is not cached because of:
+
+| field                                   | where | why                                                 |
+|-----------------------------------------|-------|-----------------------------------------------------|
+| `store: true`                           | chat  | the call also creates an object; on responses that  |
+|                                         |       | is the default, and the answer holds everything     |
+| `background: true`                      | all   | the answer is only a promise of one                 |
+| `conversation`                          | all   | the answer depends on, and changes, stored state    |
+| `web_search_options`, even empty        | all   | the web changes                                     |
+| `tools` whose type is in HOSTED_TOOLS   | all   | the provider runs them: files, containers, the web  |
+| `audio`, or "audio" among `modalities`  | all   | large, and refers to audio stored for an hour only  |
+
+Everything else is cached, `previous_response_id` and file ids included: what they name never changes.
+
+An answer is stored only when it is whole. Fields that the checks below do not name may be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final, TypeGuard
+
+import orjson
+
+from .sse import data_of, is_usage_chunk, name_of
+
+HOSTED_TOOLS: Final = ("web_search", "file_search", "code_interpreter", "computer", "mcp", "image_generation")
+"""How the types of the tools begin that the provider itself runs (`web_search_preview_2025_03_11`, …)."""
+
+WHOLE: Final = frozenset({"stop", "tool_calls", "function_call"})
+"""A choice with one of these finish reasons is all there; so is `length` where the request set a limit."""
+
+_TOKEN_LIMITS: Final = ("max_tokens", "max_completion_tokens")
+_WITH_CHOICES: Final = frozenset({"chat", "completions"})
+
+
+def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
+    """Why the answer to this request is not cached, as a short reason for a header; None: it may be."""
+    if endpoint == "chat" and document.get("store"):
+        return "uncacheable: store=true"
+    if document.get("background"):
+        return "uncacheable: background=true"
+    for field in ("conversation", "web_search_options"):
+        if document.get(field) is not None:
+            return f"uncacheable: {field}"
+    modalities = document.get("modalities")
+    if document.get("audio") is not None or (isinstance(modalities, list) and "audio" in modalities):
+        return "uncacheable: audio"
+    tools = document.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        for hosted in HOSTED_TOOLS:
+            if isinstance(kind, str) and kind.startswith(hosted):
+                return f"uncacheable: tool {hosted}"
+    return None
+
+
+def is_deterministic(endpoint: str, document: Mapping[str, Any]) -> bool:
+    """Whether equal requests get equal answers: temperature 0 or a seed; embeddings and moderations always.
+
+    An absent temperature is 1, not 0.
+    """
+    if endpoint in ("embeddings", "moderations"):
+        return True
+    temperature = document.get("temperature")
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0:
+        return True
+    return document.get("seed") is not None
+
+
+def plain_complete(endpoint: str, request: Mapping[str, Any], answer: object) -> str | None:
+    """Why a 200 answer is not stored, in a few words; None: it is whole. Both arguments are parsed JSON."""
+    if not isinstance(answer, dict):
+        return "not an object"
+    if answer.get("error") is not None:
+        return "error"
+    match endpoint:
+        case "chat" | "completions":
+            return _plain_choices(endpoint, request, answer.get("choices"))
+        case "embeddings":
+            return _embeddings(request.get("input"), answer.get("data"))
+        case "responses":
+            return _response(answer)
+        case "moderations":
+            return _moderations(request.get("input"), answer.get("results"))
+    return "unknown endpoint"
+
+
+_TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
+"""The events after which a Responses stream has nothing more to say."""
+
+
+class StreamAudit:
+    """Watches the events of a streamed 200 answer and says at its end whether it was whole.
+
+    Every event is parsed: orjson takes 0.8 µs for a usual chunk, which is less than the byte tests that could
+    prove it harmless. What is learnt on the way, for accounting, whether the stream is whole or not:
+
+    usage: the last usage object, wherever the provider puts it (a chunk of its own, beside choices, inside a
+    choice, Groq's `x_groq`, a response); model: the answer's; service_tier; error: an error event was seen;
+    usage_span: where in the stream the usage chunk lies (from, to), None where there is none.
+    """
+
+    __slots__ = (
+        "_completed",
+        "_done",
+        "_ended",
+        "_endpoint",
+        "_fault",
+        "_filled",
+        "_offset",
+        "_reasons",
+        "_request",
+        "error",
+        "model",
+        "service_tier",
+        "usage",
+        "usage_span",
+    )
+
+    def __init__(self, endpoint: str, request: Mapping[str, Any]) -> None:
+        self._endpoint = endpoint
+        self._request = request
+        self._offset = 0
+        self._fault: str | None = None
+        self._done = False
+        self._ended = False
+        self._completed: Mapping[str, Any] | None = None
+        self._reasons: dict[int, object] = {}
+        self._filled: set[int] = set()
+        self.usage: Mapping[str, Any] | None = None
+        self.usage_span: tuple[int, int] | None = None
+        self.model: str | None = None
+        self.service_tier: str | None = None
+        self.error = False
+
+    def event(self, event: bytes) -> None:
+        """One complete event as the Splitter gives it; all of them, in order. Never raises."""
+        start = self._offset
+        self._offset += len(event)
+        data = data_of(event)
+        if data is None:
+            return
+        if self._done:
+            self._fail("data after [DONE]")
+        if data.strip() == b"[DONE]":
+            self._done = True
+            return
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            self._fail("event not JSON")
+            return
+        if type(chunk) is not dict:
+            self._fail("event not an object")
+            return
+        # `data: ` and the line ends are 8 bytes: only an event with more has room for a name.
+        if chunk.get("error") is not None or (len(event) - len(data) > 8 and name_of(event) == b"error"):
+            self._fail_with_error()
+        if self._endpoint == "responses":
+            self._response_event(chunk)
+        else:
+            self._chunk(chunk, start)
+
+    def verdict(self, rest: bytes = b"") -> str | None:
+        """Why the stream is not stored, in a few words; None: it is whole. `rest`: what followed the last
+        event.
+        """
+        if self._fault is not None:
+            return self._fault
+        if rest.strip(b"\r\n"):
+            return "cut"
+        if self._endpoint in _WITH_CHOICES:
+            if not self._done:
+                return "no [DONE]"
+            return _judge(self._endpoint, self._request, self._reasons, self._filled)
+        if self._endpoint == "responses":
+            if self._completed is None:
+                return "no response.completed"
+            return plain_complete("responses", self._request, self._completed)
+        return "not a streamed endpoint"
+
+    @property
+    def done(self) -> bool:
+        """`[DONE]` was seen."""
+        return self._done
+
+    def truncated(self, rest: bytes = b"") -> bool:
+        """Whether the stream stopped before its end although the connection ended well: to be told to the client.
+
+        Less than what `verdict` asks: a stream that is odd but finished is passed on as it is.
+        """
+        if self.error or self._done:
+            return False
+        if rest.strip(b"\r\n"):
+            return True
+        if self._endpoint == "responses":
+            return not self._ended
+        return not self._reasons or not all(self._reasons.values())
+
+    def _fail(self, reason: str) -> None:
+        self._fault = self._fault or reason
+
+    def _fail_with_error(self) -> None:
+        self.error = True
+        self._fail("error event")
+
+    def _learn(self, source: Mapping[str, Any]) -> None:
+        usage, model, tier = source.get("usage"), source.get("model"), source.get("service_tier")
+        if type(usage) is dict:
+            self.usage = usage
+        if self.model is None and type(model) is str and model:
+            self.model = model  # Azure's first chunk has an empty one
+        if type(tier) is str:
+            self.service_tier = tier
+
+    def _chunk(self, chunk: dict[str, Any], start: int) -> None:
+        """A chat or completions chunk. Most say nothing new, and a known choice that goes on costs least."""
+        self._learn(chunk)
+        groq = chunk.get("x_groq")
+        if type(groq) is dict and type(groq.get("usage")) is dict:
+            self.usage = groq["usage"]
+        choices = chunk.get("choices")
+        if choices is None:
+            return
+        if type(choices) is not list:
+            self._fail("malformed choices")
+            return
+        if not choices and is_usage_chunk(chunk):
+            self._found_usage_chunk(start)
+        for position, choice in enumerate(choices):
+            index = choice.get("index", position) if type(choice) is dict else None
+            if not _is_index(index):
+                self._fail("malformed choices")
+                continue
+            # Some providers write "" for null, and Azure sends filter results after the finish.
+            self._reasons[index] = choice.get("finish_reason") or self._reasons.get(index)
+            if index not in self._filled and _has_content(self._endpoint, choice, "delta"):
+                self._filled.add(index)
+            if type(choice.get("usage")) is dict:
+                self.usage = choice["usage"]
+
+    def _found_usage_chunk(self, start: int) -> None:
+        if self.usage_span is None:
+            self.usage_span = (start, self._offset)
+        elif self.usage_span[1] == start:
+            self.usage_span = (self.usage_span[0], self._offset)
+        else:
+            self._fail("several usage chunks")
+
+    def _response_event(self, event: dict[str, Any]) -> None:
+        if self._completed is not None:
+            self._fail("data after response.completed")
+        kind, response = event.get("type"), event.get("response")
+        if type(response) is dict:
+            self._learn(response)
+            if kind == "response.completed":
+                self._completed = response
+        if kind in _TERMINAL:
+            self._ended = True
+        if kind in ("error", "response.failed"):
+            self._fail_with_error()
+
+
+def _plain_choices(endpoint: str, request: Mapping[str, Any], choices: object) -> str | None:
+    if not isinstance(choices, list):
+        return "no choices"
+    reasons: dict[int, object] = {}
+    filled: set[int] = set()
+    for position, choice in enumerate(choices):
+        index = choice.get("index", position) if isinstance(choice, dict) else None
+        if not _is_index(index) or index in reasons:
+            return "malformed choices"
+        reasons[index] = choice.get("finish_reason")
+        if _has_content(endpoint, choice, "message"):
+            filled.add(index)
+    return _judge(endpoint, request, reasons, filled)
+
+
+def _judge(
+    endpoint: str, request: Mapping[str, Any], reasons: Mapping[int, object], filled: Collection[int]
+) -> str | None:
+    """`reasons`: choice index -> finish_reason, None while it has none; `filled`: the indexes with any
+    content.
+    """
+    if not reasons:
+        return "no choices"
+    expected = _choices_asked_for(endpoint, request) or len(reasons)
+    if len(reasons) != expected or max(reasons) != expected - 1:
+        return "choices missing"
+    limited = any(request.get(limit) is not None for limit in _TOKEN_LIMITS)
+    for index, reason in reasons.items():
+        if reason is None:
+            return "no finish_reason"
+        if not isinstance(reason, str):
+            return "malformed choices"
+        if reason not in WHOLE and not (reason == "length" and limited):
+            return f"finish_reason {_word(reason)}"
+        if index not in filled:
+            return "empty"
+    return None
+
+
+def _choices_asked_for(endpoint: str, request: Mapping[str, Any]) -> int | None:
+    """How many choices there must be, where the request says so; completions have n for each of several
+    prompts.
+    """
+    n = request.get("n")
+    if n is not None and (type(n) is not int or n < 1):
+        return None
+    prompts = _items(request.get("prompt")) if endpoint == "completions" else 1
+    if n is None and prompts in (None, 1):
+        return None
+    return (prompts or 1) * (n or 1)
+
+
+def _has_content(endpoint: str, choice: Mapping[str, Any], part: str) -> bool:
+    """An answer without text, tool call or refusal is not kept: repeating the request would repeat the
+    failure.
+    """
+    if endpoint == "completions":
+        return bool(choice.get("text"))
+    message = choice.get(part)
+    if type(message) is not dict:
+        return False
+    return bool(
+        message.get("content")
+        or message.get("tool_calls")
+        or message.get("refusal")
+        or message.get("function_call")
+    )
+
+
+def _embeddings(texts: object, data: object) -> str | None:
+    if not isinstance(data, list) or not data:
+        return "no embeddings"
+    indexes: set[int] = set()
+    for item in data:
+        if not isinstance(item, dict):
+            return "malformed embeddings"
+        index, vector = item.get("index"), item.get("embedding")
+        if not _is_index(index) or index in indexes or not isinstance(vector, list | str) or not vector:
+            return "malformed embeddings"
+        indexes.add(index)
+    expected = _items(texts) or len(indexes)
+    if len(indexes) != expected or max(indexes) != expected - 1:
+        return "embeddings missing"
+    return None
+
+
+def _response(response: Mapping[str, Any]) -> str | None:
+    status = response.get("status")
+    if status != "completed":
+        return f"status {_word(status)}"
+    if response.get("incomplete_details") is not None:
+        return "incomplete"
+    output = response.get("output")
+    if not isinstance(output, list):
+        return "no output"
+    for item in output:
+        if not isinstance(item, dict):
+            return "malformed output"
+        if item.get("status") not in (None, "completed"):
+            return "incomplete"
+    return None if any(_is_answer(item) for item in output) else "empty"
+
+
+def _is_answer(item: Mapping[str, Any]) -> bool:
+    """Whether an output item answers: a text or refusal, or any kind of call; reasoning alone does not."""
+    if item.get("type") == "reasoning":
+        return False
+    if item.get("type") != "message":
+        return True
+    parts = item.get("content")
+    return isinstance(parts, list) and any(
+        isinstance(part, dict) and bool(part.get("text") or part.get("refusal")) for part in parts
+    )
+
+
+def _moderations(texts: object, results: object) -> str | None:
+    if not isinstance(results, list) or not results:
+        return "no results"
+    if not all(isinstance(result, dict) and result for result in results):
+        return "malformed results"
+    if isinstance(texts, list) and any(isinstance(text, dict) for text in texts):
+        return None  # text and images are judged together: one result for all of them
+    if len(results) != (_items(texts) or len(results)):
+        return "results missing"
+    return None
+
+
+def _items(texts: object) -> int | None:
+    """How many items an `input` or `prompt` is: one text, one list of tokens, or a list of either. None:
+    unclear.
+    """
+    if isinstance(texts, str):
+        return 1
+    if not isinstance(texts, list) or not texts:
+        return None
+    return 1 if isinstance(texts[0], int) else len(texts)
+
+
+def _is_index(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _word(value: object) -> str:
+    """An upstream's word as it may stand in a header or a log line."""
+    if isinstance(value, str) and len(value) <= 32 and value.isascii() and value.isidentifier():
+        return value
+    return "unknown"

@@ -1,0 +1,67 @@
+"""The values that travel through the journey: who calls, what for, and what goes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .headers import Raw
+from .options import Options
+from .routes import Route
+
+CacheStatus = Literal["hit", "miss", "bypass"]
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who calls. name: the client key's, '' when anonymous; scope: what separates this client's cache from others';
+    auth: (`bearer` or `api-key`, token) of a pass-through client's own credential, to go upstream."""
+
+    name: str = ""
+    scope: str = ""
+    auth: tuple[str, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Client(name={self.name!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to one of the five endpoints, read and understood. arrived, deadline: monotonic seconds;
+    patience: seconds it may wait for a key."""
+
+    id: str
+    route: Route
+    headers: Sequence[Raw]
+    body: bytes
+    document: Mapping[str, Any]
+    model: str
+    body_model: str | None
+    stream: bool
+    wants_usage: bool
+    options: Options
+    client: Client
+    arrived: float
+    deadline: float
+    patience: float
+
+    @property
+    def endpoint(self) -> str:
+        return self.route.endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
+    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2)."""
+
+    key: str
+    reason: str
+    read: bool
+    write: bool
+    forward: str = "uri-miss"
+
+    @property
+    def status(self) -> CacheStatus:
+        return "miss" if self.key else "bypass"

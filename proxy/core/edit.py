@@ -1,0 +1,115 @@
+"""Changing one top-level field of a JSON body in place, every other byte as the client sent it (contract 6).
+
+The places are found by token, on the bytes: a body is not decoded, its numbers are not converted, and nothing
+recurses, so neither size, depth nor escapes change what an edit costs or does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+_QUOTED: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_STRING: Final = re.compile(_QUOTED, re.DOTALL)
+_NAME: Final = re.compile(rb"\s*+(" + _QUOTED + rb")\s*+:\s*+", re.DOTALL)
+_BRACKET_OR_STRING: Final = re.compile(rb"[\[\]{}]|" + _QUOTED, re.DOTALL)
+_SCALAR: Final = re.compile(rb"[^\s,\]}]++")
+_FIRST: Final = re.compile(rb"\s*+\{(\s*+\})?")
+_NEXT: Final = re.compile(rb"\s*+(?:(,)|\})")
+_OPENING: Final = frozenset(b"[{")
+_QUOTE: Final = 0x22
+
+_INCLUDE_USAGE: Final = b'{"include_usage":true}'
+
+
+def set_field(raw: bytes, name: str, value: bytes) -> bytes:
+    """`raw` with the top-level member `name` set to `value` (JSON text): replaced, or a new last member.
+
+    Of several members of that name the last is replaced, the one that parsers go by. `raw` must be a JSON
+    object: ValueError where it evidently is not, without a promise to find every fault.
+    """
+    spans = [(start, end) for member, start, end in _members(raw) if _is_name(member, name)]
+    if spans:
+        start, end = spans[-1]
+        return raw[:start] + value + raw[end:]
+    return _insert(raw, name, value)
+
+
+def want_usage(raw: bytes, document: Mapping[str, Any]) -> bytes | None:
+    """`raw` with `stream_options.include_usage` true where the client left that open; None: nothing to do.
+
+    `document` is `raw` parsed. Left open means that `stream` is true and `stream_options` is absent, null, or
+    an object without `include_usage`: an explicit true, false or null is the client's decision. None also
+    where `stream_options` is nonsense or there twice: that is the upstream's to judge.
+    """
+    if document.get("stream") is not True:
+        return None
+    options = document.get("stream_options")
+    if options is None and "stream_options" not in document:
+        return _insert(raw, "stream_options", _INCLUDE_USAGE)
+    if options is not None and (not isinstance(options, Mapping) or "include_usage" in options):
+        return None
+    spans = [(start, end) for member, start, end in _members(raw) if _is_name(member, "stream_options")]
+    if len(spans) != 1:
+        return None
+    start, end = spans[0]
+    changed = _INCLUDE_USAGE if options is None else _insert(raw[start:end], "include_usage", b"true")
+    return raw[:start] + changed + raw[end:]
+
+
+def _insert(raw: bytes, name: str, value: bytes) -> bytes:
+    """The object with a new last member, directly after its last one."""
+    brace = raw.rfind(b"}")
+    body = raw[:brace].rstrip(b" \t\n\r")
+    if brace < 0 or not body:
+        raise ValueError("not a JSON object")
+    comma = b"" if body.endswith(b"{") else b","
+    return b"".join([body, comma, json.dumps(name).encode(), b":", value, raw[len(body) :]])
+
+
+def _is_name(member: bytes, name: str) -> bool:
+    """Whether a member's name, in quotes and perhaps with escapes, is `name`."""
+    if b"\\" in member:
+        return bool(json.loads(member, strict=False) == name)
+    return member[1:-1] == name.encode()
+
+
+def _members(raw: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The top-level members: the name as written, and where its value starts and ends."""
+    first = _FIRST.match(raw)
+    if first is None:
+        raise ValueError("not a JSON object")
+    if first.group(1):
+        return
+    at = first.end()
+    while True:
+        name = _NAME.match(raw, at)
+        if name is None:
+            raise ValueError("not a JSON object")
+        end = _end_of_value(raw, name.end())
+        yield name.group(1), name.end(), end
+        following = _NEXT.match(raw, end)
+        if following is None:
+            raise ValueError("not a JSON object")
+        if not following.group(1):
+            return
+        at = following.end()
+
+
+def _end_of_value(raw: bytes, start: int) -> int:
+    first = raw[start] if start < len(raw) else 0
+    if first not in _OPENING:
+        value = (_STRING if first == _QUOTE else _SCALAR).match(raw, start)
+        if value is None:
+            raise ValueError("not a JSON object")
+        return value.end()
+    depth = 0
+    for token in _BRACKET_OR_STRING.finditer(raw, start):
+        byte = raw[token.start()]
+        if byte != _QUOTE:
+            depth += 1 if byte in _OPENING else -1
+            if depth == 0:
+                return token.end()
+    raise ValueError("not a JSON object")

@@ -1,0 +1,166 @@
+"""The cache key: which requests are the same request (contract 7, Cache).
+
+Two requests share a key only where nothing that can change the answer differs. What is not named here is in.
+
+| part of the request                              | key | why                                               |
+|--------------------------------------------------|-----|---------------------------------------------------|
+| endpoint, query string, `OpenAI-Beta`            | in  | choose another operation or behaviour             |
+| namespace (client's and asked for), sample       | in  | separate caches, as operator or client wants      |
+| model after mapping                              | in  | an alias may be pointed at another model          |
+| upstreams (base URL, api-version, deployment)    | in  | other upstreams answer otherwise; `cache_as` joins|
+| every body field, known or unknown, at any depth | in  | a list of known ones is out of date some day      |
+| absent / null / 0 / false / "" of a field        | in  | five different requests                           |
+| how a number is written (1, 1.0, 1e0, -0)        | in  | providers may tell them apart                     |
+| order of array items                             | in  | messages, tools and inputs are ordered            |
+| order of object members, white space, escapes    | out | the same JSON document                            |
+| `stream`, `stream_options`                       | out | the form of the answer: an entry names its own    |
+| `cache.ignore_fields` at top level, by default   | out | the provider's bookkeeping, no part of the prompt.|
+| `user`, `metadata`, `safety_identifier`,         |     | In on `responses`, whose answers echo them        |
+| `prompt_cache_key`, `prompt_cache_retention`     |     |                                                   |
+| all other headers                                | out | differ between identical calls of one SDK         |
+
+Bodies without one certain meaning have no key (`NotCacheable`): they are passed through. Which bodies are not
+cached because of what they ask for is cacheability's decision, not this one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+FORMAT_VERSION: Final = "1"
+"""Part of every key: when keys are made otherwise or entries mean something else, old ones are not read."""
+
+DEEPEST: Final = 64
+"""Containers within containers, the body itself counted, that still have a key."""
+
+_FORM_FIELDS: Final = frozenset({"stream", "stream_options"})
+
+
+class NotCacheable(Exception):
+    """The body has no certain canonical form, though it can be read. `reason`: a word or two for a header."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class KeyParts:
+    """Everything a key is made of. `upstreams`: the identity of those that may serve it; `body`: from
+    `canonical`.
+    """
+
+    endpoint: str
+    namespace: str
+    model: str
+    upstreams: str
+    beta: str
+    sample: str
+    query: str
+    body: bytes
+
+
+def dropped_fields(endpoint: str, ignored: Iterable[str]) -> frozenset[str]:
+    """The top-level fields that are left out of the key of `endpoint` when `cache.ignore_fields` is
+    `ignored`.
+    """
+    return _FORM_FIELDS if endpoint == "responses" else _FORM_FIELDS.union(ignored)
+
+
+def canonical(raw: bytes, drop: frozenset[str]) -> bytes:
+    """The one spelling of all JSON texts that mean the object `raw`, less its top-level members named in
+    `drop`.
+
+    Members are sorted, strings are plain UTF-8, numbers stay as written and are never converted (so that a
+    number of a million digits costs nothing). Linear in the size of `raw`.
+
+    Raises ValueError where `raw` is not JSON in UTF-8 (a byte order mark is not), and NotCacheable for: `not
+    an object`, `duplicate keys` at any depth, `NaN` and infinities, `depth` beyond DEEPEST, `unicode` (half a
+    surrogate pair, which UTF-8 cannot hold). Nothing else.
+    """
+    text = raw.decode()
+    try:
+        try:
+            document = _DECODER.decode(text)
+        except NotCacheable:
+            _SYNTAX.decode(text)
+            raise
+    except RecursionError:
+        raise NotCacheable("depth") from None
+    if type(document) is not dict:
+        raise NotCacheable("not an object")
+    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deeper(document, DEEPEST):
+        raise NotCacheable("depth")
+    for name in drop:
+        document.pop(name, None)
+    try:
+        return orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        raise NotCacheable("unicode") from None
+
+
+def cache_key(parts: KeyParts) -> str:
+    """The key as 64 hex digits. Every part is preceded by its length, so that no two lists of parts run
+    together.
+    """
+    digest = hashlib.sha256()
+    for part in (
+        FORMAT_VERSION,
+        parts.endpoint,
+        parts.namespace,
+        parts.model,
+        parts.upstreams,
+        parts.beta,
+        parts.sample,
+        parts.query,
+    ):
+        # surrogatepass: a header may hold any byte, which arrives here as half a surrogate pair.
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(b"%d:%b" % (len(data), data))
+    digest.update(b"%d:" % len(parts.body))
+    digest.update(parts.body)
+    return digest.hexdigest()
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(members)
+    if len(document) != len(members):
+        raise NotCacheable("duplicate keys")
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise NotCacheable("NaN")
+
+
+# A Fragment is written as it is: the number keeps its spelling. Python's decoder, not orjson's, because
+# orjson has no hooks; its scanner is in C with hooks, too.
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_int=orjson.Fragment,
+    parse_float=orjson.Fragment,
+    parse_constant=_no_constant,
+)
+
+# A hook's NotCacheable ends the reading early. What follows may not be JSON, and that counts for more.
+_SYNTAX: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+
+
+def _is_deeper(document: object, limit: int) -> bool:
+    level = [document]
+    for _ in range(limit):
+        level = [
+            child
+            for container in level
+            for child in (container.values() if type(container) is dict else container)  # type: ignore[attr-defined]
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return False
+    return True

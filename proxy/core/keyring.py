@@ -1,0 +1,308 @@
+"""The pool of keys: which one serves a request, and what each answer teaches about it (contract 7, Keys).
+
+State is per (key, model); what is true of the whole key (401, `insufficient_quota`) stands under every model. All methods are
+synchronous: one event loop needs no lock, and a key is chosen and its limits reserved in one step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any, Final, Literal
+
+from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
+from .outcome import Class
+
+REST: Final = 600.0
+"""Seconds after which a rejected or exhausted key is tried again."""
+
+ANY_MODEL: Final = "*"
+_MAX_STATES: Final = 10_000
+_MAX_ALLOWANCES: Final = 10_000
+
+
+class Status(Enum):
+    READY = "ready"
+    COOLING = "cooling"
+    EXHAUSTED = "exhausted"
+    REJECTED = "rejected"
+    MISSING = "missing"  # this key cannot see the model; others may
+
+
+@dataclass(frozen=True, slots=True)
+class KeyState:
+    """since, until: monotonic seconds."""
+
+    status: Status
+    since: float
+    until: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKey:
+    """A key as the ring sees it: no secret. upstream: index of its upstream; models: globs that upstream serves."""
+
+    label: str
+    upstream: int
+    models: tuple[str, ...]
+    priority: int = 0
+    quota: str = ""
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    weight: float = 1.0
+
+    def serves(self, model: str) -> bool:
+        return any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A key with its share of the limits reserved; `reservation` is None where no limit applies."""
+
+    key: PoolKey
+    reservation: Reservation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """No key now. The gate waits `wait.seconds`; why decides the error when patience ends before."""
+
+    wait: Wait
+    why: Literal["throttled", "keys_cooling"]
+
+
+@dataclass(frozen=True, slots=True)
+class NoKey:
+    """No key will do, however long one waits."""
+
+    why: Literal["no_usable_key", "request_exceeds_limit"]
+    detail: str
+
+
+Strategy = Callable[[Sequence[PoolKey], "KeyRing", str, float], list[PoolKey]]
+"""The order in which ready keys are tried: (keys, ring, model, now) -> keys."""
+
+
+class KeyRing:
+    """The pool. `strategy` orders ready keys; `limits` are `throttle.limits`; `use` the share of each limit to use."""
+
+    def __init__(
+        self, keys: Sequence[PoolKey], strategy: Strategy, limits: Mapping[str, Limits], use: float = 1.0
+    ) -> None:
+        self.keys = tuple(keys)
+        self._strategy = strategy
+        self._limits = limits
+        self.limited = bool(limits) or any(key.limits for key in keys)
+        self._use = use
+        self._states: OrderedDict[tuple[str, str], KeyState] = OrderedDict()
+        self._allowances: OrderedDict[tuple[str, str], Allowance] = OrderedDict()
+        self._serving: dict[str, tuple[tuple[PoolKey, ...], ...]] = {}
+        self.last_used: dict[str, float] = {}
+        self._uses = 0
+        self.turns: dict[str, int] = {}
+
+    # -- which keys -------------------------------------------------------------------------------------------------
+
+    def serving(self, model: str) -> tuple[tuple[PoolKey, ...], ...]:
+        """The keys whose upstream serves `model`, in groups of rising priority number."""
+        groups = self._serving.get(model)
+        if groups is None:
+            chosen = [key for key in self.keys if key.serves(model)]
+            numbers = sorted({key.priority for key in chosen})
+            groups = tuple(tuple(key for key in chosen if key.priority == number) for number in numbers)
+            if len(self._serving) >= 4096:
+                self._serving.clear()
+            self._serving[model] = groups
+        return groups
+
+    def state(self, label: str, model: str, now: float) -> KeyState | None:
+        """The state that keeps a key from use for `model` at `now`, None when it is ready."""
+        found = None
+        for name in (ANY_MODEL, model):
+            state = self._states.get((label, name))
+            if state is None:
+                continue
+            if state.until <= now:
+                del self._states[(label, name)]
+            elif found is None or state.until > found.until:
+                found = state
+        return found
+
+    def lease(
+        self, model: str, tokens: int, excluded: frozenset[str], now: float, quota: str | None = None
+    ) -> Lease | Held | NoKey:
+        """A ready key with `tokens` reserved, or how long to wait, or that waiting is no use.
+
+        excluded: labels this request has already failed with; quota: overrides the keys' own (pass-through: one a credential).
+        """
+        groups = self.serving(model)
+        everyone = [key for group in groups for key in group]
+        if not everyone:
+            return NoKey("no_usable_key", "no configured upstream serves this model")
+        cooling: list[float] = []
+        throttled: list[float] = []
+        too_large: str | None = None
+        resting: list[str] = []
+        missing: list[PoolKey] = []
+        for group in groups:
+            ready = []
+            for key in group:
+                if key.label in excluded:
+                    continue
+                state = self.state(key.label, model, now)
+                if state is None or (state.status is not Status.COOLING and len(everyone) == 1):
+                    ready.append(key)
+                elif state.status is Status.COOLING:
+                    cooling.append(state.until - now)
+                elif state.status is Status.MISSING:
+                    missing.append(key)
+                else:
+                    resting.append(f"{key.label} {state.status.value}")
+            got = self._reserve_first(ready, model, tokens, now, quota, throttled)
+            if isinstance(got, Lease):
+                return got
+            too_large = got or too_large
+        if missing and not cooling and not throttled and too_large is None:
+            got = self._reserve_first(missing, model, tokens, now, quota, throttled)
+            if isinstance(got, Lease):
+                return got
+            too_large = got
+        if throttled or cooling:
+            if cooling and (not throttled or min(cooling) < min(throttled)):
+                return Held(Wait(min(cooling)), "keys_cooling")
+            return Held(Wait(min(throttled)), "throttled")
+        if too_large is not None:
+            return NoKey("request_exceeds_limit", too_large)
+        return NoKey("no_usable_key", "no usable key: " + (", ".join(resting) or "every key was refused"))
+
+    def _reserve_first(
+        self, ready: Sequence[PoolKey], model: str, tokens: int, now: float, quota: str | None, waits: list[float]
+    ) -> Lease | str | None:
+        """A lease on the first key with room; else adds each key's wait, and returns why a request can never fit."""
+        too_large = None
+        if len(ready) > 1:
+            ready = self._strategy(ready, self, model, now)
+        for key in ready:
+            reservation: Reservation | None = None
+            if self.limited:
+                allowance = self.allowance(key, model, now, quota)
+                if allowance is not None:
+                    answer = allowance.reserve(tokens, now)
+                    if isinstance(answer, Wait):
+                        waits.append(answer.seconds)
+                        continue
+                    if isinstance(answer, Never):
+                        too_large = answer.reason
+                        continue
+                    reservation = answer
+            self._uses += 1
+            self.last_used[key.label] = self._uses
+            return Lease(key, reservation)
+        return too_large
+
+    def allowance(self, key: PoolKey, model: str, now: float, quota: str | None = None) -> Allowance | None:
+        """The windows of (quota, model); None where no limit applies."""
+        limits = limits_for({**self._limits, **key.limits}, model) if key.limits else limits_for(self._limits, model)
+        if limits == Limits():
+            return None
+        where = (quota or key.quota or key.label, model)
+        found = self._allowances.get(where)
+        if found is None:
+            if len(self._allowances) >= _MAX_ALLOWANCES:
+                self._forget(now)
+            found = self._allowances[where] = Allowance(limits, self._use)
+        return found
+
+    def _forget(self, now: float) -> None:
+        for where in [where for where, allowance in self._allowances.items() if allowance.idle(now)]:
+            del self._allowances[where]
+
+    def headroom(self, key: PoolKey, model: str, now: float) -> float:
+        """Share of the tightest limit still free, 0..1; 1 without limits."""
+        if not self.limited:
+            return 1.0
+        allowance = self.allowance(key, model, now)
+        return 1.0 if allowance is None else allowance.headroom(now)
+
+    # -- what an answer teaches ------------------------------------------------------------------------------------
+
+    def learn(self, key: PoolKey, model: str, outcome: Class, now: float, wait: float, reason: str) -> None:
+        """Takes note of an outcome. wait: seconds a rate-limited key cools."""
+        match outcome:
+            case Class.RATE_LIMITED:
+                self._mark(key.label, model, Status.COOLING, now, now + wait, reason)
+            case Class.QUOTA:
+                self._mark(key.label, ANY_MODEL, Status.EXHAUSTED, now, now + REST, reason)
+            case Class.UNAUTHORIZED:
+                self._mark(key.label, ANY_MODEL, Status.REJECTED, now, now + REST, reason)
+            case Class.FORBIDDEN:
+                self._mark(key.label, model, Status.REJECTED, now, now + REST, reason)
+            case Class.MODEL_MISSING:
+                self._mark(key.label, model, Status.MISSING, now, now + REST, reason)
+            case Class.OK | Class.FINAL:
+                if self._states:
+                    self._recover(key.label, model)
+            case _:
+                pass
+
+    def _recover(self, label: str, model: str) -> None:
+        """An answer proves the key works; a deadline the upstream set for cooling still stands."""
+        for name in (ANY_MODEL, model):
+            state = self._states.get((label, name))
+            if state is not None and state.status is not Status.COOLING:
+                del self._states[(label, name)]
+
+    def _mark(self, label: str, model: str, status: Status, now: float, until: float, reason: str) -> None:
+        old = self._states.get((label, model))
+        if old is not None and old.until > until and old.status is status:
+            self._states[(label, model)] = replace(old, reason=reason)  # extended, never shortened
+            return
+        since = old.since if old is not None and old.status is status and old.until > now else now
+        self._states[(label, model)] = KeyState(status, since, until, reason)
+        self._states.move_to_end((label, model))
+        while len(self._states) > _MAX_STATES:
+            self._states.popitem(last=False)
+
+    # -- what operators see ----------------------------------------------------------------------------------------
+
+    def report(self, now: float) -> list[dict[str, Any]]:
+        """For `GET /_proxy/keys`: labels, states with their times relative to now (s), use of each limit. No secrets."""
+        rows = []
+        for key in self.keys:
+            states = [
+                {
+                    "model": model,
+                    "state": state.status.value,
+                    "since_s": round(now - state.since, 3),
+                    "until_s": round(state.until - now, 3),
+                    "reason": state.reason,
+                }
+                for (label, model), state in self._states.items()
+                if label == key.label and state.until > now
+            ]
+            quota = key.quota or key.label
+            usage = {model: a.usage(now) for (name, model), a in self._allowances.items() if name == quota}
+            whole = next((s["state"] for s in states if s["model"] == ANY_MODEL), "ready")
+            rows.append(
+                {
+                    "key": key.label,
+                    "quota": quota,
+                    "priority": key.priority,
+                    "state": whole,
+                    "states": states,
+                    "limits": usage,
+                }
+            )
+        return rows
+
+    def counts(self, now: float) -> dict[str, int]:
+        """Keys by state over all models (the worst one counts), for metrics."""
+        worst = {key.label: Status.READY for key in self.keys}
+        order = list(Status)
+        for (label, _), state in self._states.items():
+            if state.until > now and label in worst and order.index(state.status) > order.index(worst[label]):
+                worst[label] = state.status
+        return {status.value: sum(1 for value in worst.values() if value is status) for status in Status}

@@ -1,0 +1,181 @@
+"""What came of one upstream call, sorted into the classes the retry policy knows (contract 7, Retry and Keys)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Any, Final, Literal
+
+import orjson
+
+from .durations import parse_composite
+
+MAX_WAIT: Final = 3600.0
+"""No upstream header makes a key or a request wait longer than this at once (seconds)."""
+
+
+class Class(Enum):
+    """What may follow an outcome."""
+
+    OK = "ok"
+    FINAL = "final"  # an answer for the client, whatever its status
+    RETRY = "retry"  # 408, 409, 5xx, an error as first stream event: again, after a pause
+    RATE_LIMITED = "rate_limited"  # this key cools; another key at once
+    QUOTA = "quota"  # insufficient_quota: this key is exhausted
+    UNAUTHORIZED = "unauthorized"  # 401
+    FORBIDDEN = "forbidden"  # 403: (key, model)
+    MODEL_MISSING = "model_missing"  # 404 model_not_found, DeploymentNotFound: (key, model)
+    UNREACHED = "unreached"  # the request never went up
+    STALE = "stale"  # a reused connection closed without an answer: once more, on a fresh one
+    AMBIGUOUS = "ambiguous"  # sent, and the connection died without one byte of answer
+    TIMEOUT = "timeout"
+    INVALID = "invalid"  # cut or broken answer: never sent again
+
+
+KEY_TROUBLE: Final = frozenset({Class.QUOTA, Class.UNAUTHORIZED, Class.FORBIDDEN, Class.MODEL_MISSING})
+"""Outcomes that are the key's, not the request's: another key may do better, the same one will not."""
+
+FailureKind = Literal["unreached", "stale", "ambiguous", "timeout", "invalid"]
+
+
+class TransportFailure(Exception):
+    """No usable answer came. `kind` says how far the request got; `detail` is for people and names no secret."""
+
+    def __init__(self, kind: FailureKind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind: FailureKind = kind
+        self.detail = detail
+
+    @property
+    def outcome(self) -> Class:
+        return Class(self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """The parts of an OpenAI-shaped error that decide: `code` and `type` as strings, '' where absent."""
+
+    code: str = ""
+    type: str = ""
+
+
+def error_info(body: bytes) -> ErrorInfo:
+    """`error.code` and `error.type` of a body; empty for anything else. Never raises."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return ErrorInfo()
+    error = document.get("error") if isinstance(document, dict) else None
+    if not isinstance(error, dict):
+        return ErrorInfo()
+
+    def text(value: object) -> str:
+        return value[:128] if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+
+    return ErrorInfo(text(error.get("code")), text(error.get("type")))
+
+
+def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
+    """The class of an answered call. `should_retry` is the upstream's `x-should-retry`, obeyed where the key is not at fault."""
+    if status < 400:
+        return Class.OK
+    names = (error.code, error.type)
+    if status == 429:
+        if "insufficient_quota" in names or "billing_hard_limit_reached" in names:
+            return Class.QUOTA
+        return Class.FINAL if should_retry == "false" else Class.RATE_LIMITED
+    if status == 401:
+        return Class.UNAUTHORIZED
+    if status == 403:
+        return Class.FORBIDDEN
+    if status == 404 and ("model_not_found" in names or "DeploymentNotFound" in names):
+        return Class.MODEL_MISSING
+    if should_retry == "true":
+        return Class.RETRY
+    if should_retry != "false" and (status in (408, 409) or status >= 500):
+        return Class.RETRY
+    return Class.FINAL
+
+
+def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
+    """(status to act on, error) where the payload of a stream's first event is an error; None where it is not."""
+    if b'"error"' not in data:
+        return None
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(document, dict):
+        return None
+    error: Any = document.get("error")
+    if document.get("type") == "error" and error is None:  # the Responses API's own error event
+        error = document
+    if not error:
+        return None
+    info = error_info(orjson.dumps({"error": error}))
+    status = 500
+    if "insufficient_quota" in (info.code, info.type) or info.code in ("429", "rate_limit_exceeded"):
+        status = 429
+    elif info.code.isdigit() and 400 <= int(info.code) < 600:
+        status = int(info.code)
+    elif info.type == "invalid_request_error":
+        status = 400
+    return status, info
+
+
+def retry_after(headers: Mapping[str, str], wall: float) -> float | None:
+    """Seconds the upstream asks us to wait, clamped to 0..`MAX_WAIT`; None where it says nothing we understand.
+
+    `retry-after-ms` first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or `6m0s`;
+    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0. `wall`: Unix time, for dates.
+    """
+    millis = _number(headers.get("retry-after-ms"))
+    if millis is not None:
+        return _clamp(millis / 1000)
+    value = headers.get("retry-after")
+    if value is not None:
+        seconds = _number(value)
+        if seconds is None:
+            seconds = parse_composite(value)
+        if seconds is None:
+            seconds = _date(value, wall)
+        if seconds is not None:
+            return _clamp(seconds)
+    waits = []
+    for dimension in ("requests", "tokens"):
+        if _number(headers.get(f"x-ratelimit-remaining-{dimension}")) == 0:
+            reset = headers.get(f"x-ratelimit-reset-{dimension}", "")
+            seconds = parse_composite(reset)
+            if seconds is None:
+                seconds = _number(reset)
+            if seconds is not None:
+                waits.append(seconds)
+    return _clamp(max(waits)) if waits else None
+
+
+def _number(text: str | None) -> float | None:
+    if text is None or len(text) > 32:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
+def _date(text: str, wall: float) -> float | None:
+    try:
+        moment = parsedate_to_datetime(text)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, moment.timestamp() - wall)
+
+
+def _clamp(seconds: float) -> float:
+    return min(max(seconds, 0.0), MAX_WAIT)

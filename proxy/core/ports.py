@@ -1,0 +1,53 @@
+"""What the journey needs of the world outside: the way up, as Protocols. The edges implement them; tests script them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .headers import Raw
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Trip:
+    """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got."""
+
+    fresh: bool = False
+    reused: bool = False
+    connected: bool = False
+
+
+class UpstreamReply(Protocol):
+    """Status and headers of an answer are in hand; its body is still to be read."""
+
+    status: int
+    reason: str
+    raw_headers: Sequence[Raw]
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes off the socket. Raises TransportFailure (`invalid`: cut short; `timeout`: silent)."""
+
+    def close(self) -> None:
+        """Ends it: the connection is kept only where the body was read to its end."""
+
+
+class WayUp(Protocol):
+    """Sends requests to upstreams."""
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes | AsyncIterator[bytes] | None,
+        *,
+        first_byte: float,
+        trip: Trip,
+    ) -> UpstreamReply:
+        """The answer's head, within `first_byte` seconds. Raises TransportFailure."""

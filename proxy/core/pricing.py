@@ -1,0 +1,219 @@
+"""What an answer costs: exact decimals from a vendored price list, or nothing. Never a float, never a guess.
+
+The list is `proxy/prices.json`, package data written by `.ci/update_prices.py` from the genai-prices library;
+reading it once is the only IO in the core. Tokens it has no rate for (`Usage.unpriced_tokens`: audio) make a
+cost unknown. Not seen yet: service tiers (flex, priority, batch) and tools charged per call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Context, Decimal
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+from typing import Any, Literal
+
+from proxy.core.usage import Usage
+
+Kind = Literal["openai", "azure"]
+Status = Literal["exact", "estimated"]
+
+_EXACT = Context(prec=60)  # tokens have at most 13 digits, rates at most 10 + 18: nothing is ever rounded
+_ZERO = Decimal(0)
+_PER_MILLION = Decimal("0.000001")
+_LONGEST_NAME = 256  # no model name is longer, and the memo's keys stay small
+_MEMO_SIZE = 1024
+_LARGEST_RATE = Decimal(10**9)
+_MOST_PLACES = 18
+_RATE_NAMES = ("input", "cached_input", "cache_write", "output")
+_NO_OVERRIDES: Mapping[str, Mapping[str, Decimal]] = MappingProxyType({})
+
+# How OpenAI and Azure name snapshots: gpt-4o-2024-08-06, gpt-4-0613.
+_MONTH_DAY = "(?:0[1-9]|1[0-2]){}(?:0[1-9]|[12][0-9]|3[01])"
+_TRAILING_DATE = re.compile(rf"-(?:20[0-9]{{2}}-{_MONTH_DAY.format('-')}|{_MONTH_DAY.format('')})\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """`estimated`: the price of the undated model was used for a dated one that is not in the table."""
+
+    usd: Decimal
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """USD a token. `output` None: embeddings. `tiers`: (more prompt tokens than, rates), largest first."""
+
+    input: Decimal
+    cached_input: Decimal
+    cache_write: Decimal
+    output: Decimal | None
+    tiers: tuple[tuple[int, _Rates], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """One provider's models: explicit names, and globs for names that cannot be listed (fine-tunes)."""
+
+    names: Mapping[str, _Rates]
+    patterns: tuple[tuple[str, _Rates], ...]
+
+    def find(self, name: str) -> _Rates | None:
+        return self.names.get(name) or _by_glob(self.patterns, name)
+
+
+class PriceTable:
+    """Built-in prices under `overrides`: model glob -> {input, cached_input, output} in USD per 1M tokens.
+
+    An override replaces the built-in entry whole; where it gives no `cached_input`, cached tokens cost
+    `input`; where it gives no `output`, an answer with completion tokens has no known cost. Raises ValueError
+    naming the glob for an unknown rate, a missing `input`, or an amount that is not a finite decimal from 0
+    to 10**9 with at most 18 places.
+    """
+
+    __slots__ = ("_globs", "_memo", "_names", "_sections", "as_of")
+
+    as_of: str
+    """The date of the built-in list, YYYY-MM-DD."""
+
+    def __init__(self, overrides: Mapping[str, Mapping[str, Decimal]] = _NO_OVERRIDES) -> None:
+        self.as_of, self._sections = _built_in()
+        self._names = {glob: _override(glob, rates) for glob, rates in overrides.items()}
+        self._globs = _longest_first(
+            {glob: rates for glob, rates in self._names.items() if set(glob) & set("*?[")}
+        )
+        self._memo: dict[tuple[str, ...], tuple[_Rates, Status] | None] = {}
+
+    def cost(self, kind: Kind, models: Sequence[str | None], usage: Usage) -> Cost | None:
+        """The cost of `usage` in USD, or None where it is not known; never raises, whatever the names are.
+
+        `models` are the answer's model and the one asked for, in this order. An override of any of them wins,
+        so that the price set for a deployment holds although its answers name a snapshot; then the first that
+        is in the list decides: by its name, else without its trailing date. `kind` azure looks in Azure's
+        list first.
+        """
+        found = self._resolve(kind, models)
+        if found is None or usage.unpriced_tokens:
+            return None
+        rates, status = found
+        for above, tier in rates.tiers:
+            if usage.prompt_tokens > above:  # all tokens change price, not only those above
+                rates = tier
+                break
+        plain = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
+        if plain < 0:
+            return None
+        amount = _EXACT.multiply(rates.input, plain)
+        if usage.cached_tokens:
+            amount = _EXACT.fma(rates.cached_input, usage.cached_tokens, amount)
+        if usage.cache_write_tokens:
+            amount = _EXACT.fma(rates.cache_write, usage.cache_write_tokens, amount)
+        if usage.completion_tokens:
+            if rates.output is None:
+                return None
+            amount = _EXACT.fma(rates.output, usage.completion_tokens, amount)
+        return Cost(amount, status)
+
+    def _resolve(self, kind: Kind, models: Sequence[object]) -> tuple[_Rates, Status] | None:
+        names = [name for name in models if isinstance(name, str) and len(name) <= _LONGEST_NAME]
+        key = (kind, *names)
+        try:
+            return self._memo[key]
+        except KeyError:
+            pass
+        found = self._search(kind, names)
+        if len(self._memo) >= _MEMO_SIZE:
+            self._memo.clear()  # only invented names fill it; the real ones are back after one search each
+        self._memo[key] = found
+        return found
+
+    def _search(self, kind: Kind, names: Sequence[str]) -> tuple[_Rates, Status] | None:
+        for name in names:
+            if rates := self._overridden(name):
+                return rates, "exact"
+        for name in names:
+            if rates := self._listed(kind, name):
+                return rates, "exact"
+            undated = _TRAILING_DATE.sub("", name)
+            if undated != name and (rates := self._overridden(undated) or self._listed(kind, undated)):
+                return rates, "estimated"
+        return None
+
+    def _overridden(self, name: str) -> _Rates | None:
+        return self._names.get(name) or _by_glob(self._globs, name)
+
+    def _listed(self, kind: Kind, name: str) -> _Rates | None:
+        if kind == "azure" and (rates := self._sections["azure"].find(name)):
+            return rates
+        return self._sections["openai"].find(name)
+
+
+def usd(amount: Decimal) -> str:
+    """`amount`, exact, without exponent, with at least six places: "0.002250". ValueError if not finite."""
+    if not amount.is_finite():
+        raise ValueError(f"not an amount: {amount}")
+    whole, _, places = format(amount if amount else _ZERO, "f").partition(".")
+    return f"{whole}.{places.rstrip('0'):0<6}"
+
+
+def _by_glob(globs: Sequence[tuple[str, _Rates]], name: str) -> _Rates | None:
+    return next((rates for glob, rates in globs if fnmatchcase(name, glob)), None)
+
+
+def _longest_first(globs: Mapping[str, _Rates]) -> tuple[tuple[str, _Rates], ...]:
+    return tuple(sorted(globs.items(), key=lambda item: -len(item[0])))
+
+
+def _override(glob: str, rates: Mapping[str, object]) -> _Rates:
+    for name, rate in rates.items():
+        if name not in _RATE_NAMES:
+            raise ValueError(f"{glob}: {name!r} is not one of {', '.join(_RATE_NAMES)}")
+        if not isinstance(rate, Decimal) or not rate.is_finite() or not 0 <= rate <= _LARGEST_RATE:
+            raise ValueError(f"{glob}: {name} is not an amount of USD per million tokens")
+        if rate != round(rate, _MOST_PLACES):
+            raise ValueError(f"{glob}: {name} has more than {_MOST_PLACES} places")
+    if "input" not in rates:
+        raise ValueError(f"{glob}: input is missing")
+    return _rates(rates)
+
+
+def _rates(per_million: Mapping[str, Any], tiers: tuple[tuple[int, _Rates], ...] = ()) -> _Rates:
+    """Where a model has no rate of its own for cached or cache-write tokens, they are ordinary input."""
+    amounts = {
+        name: _EXACT.multiply(Decimal(per_million[name]), _PER_MILLION)
+        for name in _RATE_NAMES
+        if name in per_million
+    }
+    plain = amounts["input"]
+    return _Rates(
+        plain,
+        amounts.get("cached_input", plain),
+        amounts.get("cache_write", plain),
+        amounts.get("output"),
+        tiers,
+    )
+
+
+@cache
+def _built_in() -> tuple[str, Mapping[str, _Section]]:
+    document = json.loads(resources.files("proxy").joinpath("prices.json").read_bytes())
+    return document["as_of"], {kind: _section(document[kind]) for kind in ("openai", "azure")}
+
+
+def _section(models: Mapping[str, Mapping[str, Any]]) -> _Section:
+    names: dict[str, _Rates] = {}
+    patterns: dict[str, _Rates] = {}
+    for model, entry in models.items():
+        tiers = sorted(
+            ((tier["above"], _rates(tier)) for tier in entry.get("tiers", ())), key=lambda tier: -tier[0]
+        )
+        rates = _rates(entry, tuple(tiers))
+        names |= dict.fromkeys((model, *entry.get("names", ())), rates)
+        patterns |= dict.fromkeys(entry.get("patterns", ()), rates)
+    return _Section(names, _longest_first(patterns))

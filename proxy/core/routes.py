@@ -1,0 +1,108 @@
+"""Which room a raw request target belongs to (contract 4). Decided on the raw path: nothing is ever normalised."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+from urllib.parse import unquote
+
+from .errors import Refusal
+from .options import NONE, Options, from_segment
+
+Shape = Literal["openai", "azure", "azure-v1"]
+Kind = Literal["endpoint", "passthrough", "own"]
+
+ENDPOINTS: Final = {
+    "/chat/completions": "chat",
+    "/embeddings": "embeddings",
+    "/completions": "completions",
+    "/responses": "responses",
+    "/moderations": "moderations",
+}
+"""Path below `/v1` -> the endpoint's name in settings, keys and metrics."""
+
+SEGMENTS: Final = frozenset(
+    "assistants audio batches chat chatkit completions containers conversations embeddings evals files fine_tuning "
+    "images models moderations organization realtime responses skills threads uploads vector_stores videos".split()
+)
+"""First path segments of OpenAI's API: what is accepted without `/v1`."""
+
+STATELESS: Final = frozenset({"audio", "images", "models"})
+"""Passed-through segments that name no stored object, so that any key may serve them."""
+
+_FORBIDDEN: Final = re.compile(r"%2e|%2f|%5c|//|\\|/\.\.?(?=/|\Z)|[\x00-\x20\x7f]", re.IGNORECASE)
+_DEPLOYMENT: Final = re.compile(r"/openai/deployments/([^/]{1,256})(/.*)\Z", re.DOTALL)
+_OWN: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes.
+
+    path: below `/v1` (`/chat/completions`), or whole for `own`; query: raw, without `?`;
+    deployment: the Azure deployment in the path; options: those inside the base URL.
+    """
+
+    kind: Kind
+    path: str
+    query: str
+    endpoint: str = ""
+    shape: Shape = "openai"
+    deployment: str | None = None
+    options: Options = NONE
+
+    @property
+    def segment(self) -> str:
+        return self.path.split("/", 2)[1]
+
+    @property
+    def stateful(self) -> bool:
+        return self.kind == "passthrough" and self.segment not in STATELESS
+
+
+def unknown_route(path: str) -> Refusal:
+    return Refusal("unknown_route", f"no such route: {printable(path)}; the API is below /v1")
+
+
+def printable(text: str, limit: int = 120) -> str:
+    """`text` fit for a message or a log line: ASCII, no control characters, bounded."""
+    shown = text[:limit].encode("ascii", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def parse_target(target: str) -> Route:
+    """The route of a raw request target. Raises Refusal(unknown_route, invalid_option)."""
+    path, _, query = target.partition("?")
+    if not path.startswith("/") or _FORBIDDEN.search(path):
+        raise unknown_route(path)
+    if path in _OWN or path.startswith("/_proxy/"):
+        return Route("own", path, query)
+    options = NONE
+    if path.startswith("/_/"):
+        segment, slash, rest = path[3:].partition("/")
+        if not slash:
+            raise unknown_route(path)
+        options, path = from_segment(segment), "/" + rest
+    shape: Shape = "openai"
+    deployment = None
+    if path.startswith("/openai/"):
+        match = _DEPLOYMENT.match(path)
+        if match is not None:
+            shape, deployment, below = "azure", unquote(match[1]), match[2]
+        elif path.startswith("/openai/v1/"):
+            shape, below = "azure-v1", path[len("/openai/v1") :]
+        else:
+            shape, below = "azure", path[len("/openai") :]
+            if below.split("/", 2)[1] not in SEGMENTS:
+                raise unknown_route(path)
+    elif path.startswith("/v1/"):
+        below = path[3:]
+    elif path.split("/", 2)[1] in SEGMENTS:
+        below = path
+    else:
+        raise unknown_route(path)
+    if below == "/":
+        raise unknown_route(path)
+    endpoint = ENDPOINTS.get(below, "")
+    return Route("endpoint" if endpoint else "passthrough", below, query, endpoint, shape, deployment, options)

@@ -1,0 +1,364 @@
+"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into envelopes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, Final
+
+from aiohttp.web import BaseRequest
+
+from ..core.answer import ZERO_COST, cost_comment, usage_lines
+from ..core.call import Call, Client
+from ..core.entry import Entry
+from ..core.errors import Refusal
+from ..core.options import from_headers
+from ..core.pricing import Cost
+from ..core.routes import Route, parse_target, printable
+from ..core.lenient import parse_leniently
+from ..journey import LARGE, Bought, Hit, Journey
+from ..providers import model_named
+from ..relay import StreamBroken, with_comment
+from ..world import World
+from .gatekeeper import Gatekeeper
+from .metrics import Metrics
+from .ops import Ops
+from .passage import Passage
+from .wire import Dates, Stream, Streamed, Whole, raw_lines, read_body, refused, status_line
+
+log = logging.getLogger("proxy")
+
+Answer = Whole | Streamed
+
+_POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
+_KEEP: Final = 2048
+
+
+class Downstream:
+    """The handler of the main listener."""
+
+    def __init__(
+        self, world: World, journey: Journey, passage: Passage, ops: Ops, metrics: Metrics, gatekeeper: Gatekeeper
+    ) -> None:
+        self._world = world
+        self._journey = journey
+        self._passage = passage
+        self._ops = ops
+        self._metrics = metrics
+        self._gatekeeper = gatekeeper
+        self._dates = Dates(world.seams.wall)
+        self._routes: dict[str, Route] = {}
+        self._heads: dict[tuple[str, str], tuple[Entry, bytes]] = {}
+        self._show_key = len(world.settings.server.client_keys) < 2
+        self._max_body = world.settings.server.max_body
+        self.in_flight = 0
+        self.closing = False
+        self.flows: dict[asyncio.Task[Any], Any] = {}
+
+    # -- every request ------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: BaseRequest) -> Answer:
+        """One request. Never raises but for a client that is gone."""
+        self.in_flight += 1
+        origin = None
+        try:
+            target = request.raw_path
+            route = self._routes.get(target)
+            if route is None:
+                route = self._parse(request, target)
+            if route.kind == "own":
+                return await self._ops.handle(request, route, self.in_flight)
+            self._gatekeeper.check_host(request)
+            headers = request.headers
+            if "Origin" in headers or "Sec-Fetch-Site" in headers:
+                origin = self._gatekeeper.check_origin(request)
+                if origin is not None and request.method == "OPTIONS":
+                    return self._preflight(request, origin)
+            answer = await self._serve(request, route, target, origin)
+        except Refusal as refusal:
+            answer = self._refused(request, refusal, origin)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("a request failed inside the proxy")
+            failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
+            answer = self._refused(request, failed, origin)
+        finally:
+            self.in_flight -= 1
+        return answer
+
+    def _parse(self, request: BaseRequest, target: str) -> Route:
+        if request.method in ("TRACE", "CONNECT"):
+            raise _not_allowed(request.method, "GET, POST")
+        route = parse_target(target)
+        if len(target) <= 256:
+            if len(self._routes) >= _KEEP:
+                self._routes.clear()
+            self._routes[target] = route
+        return route
+
+    async def _serve(self, request: BaseRequest, route: Route, target: str, origin: str | None) -> Answer:
+        method = request.method
+        client = self._gatekeeper.client(request)
+        if self.closing:
+            raise Refusal("draining", "the proxy is shutting down", retry_after=1.0)
+        if route.kind == "endpoint" and method == "POST":
+            headers = request.headers
+            content_type = headers.get("Content-Type", "")
+            if not content_type.startswith("application/json") or "Content-Encoding" in headers:
+                _check_media_type(content_type, headers.get("Content-Encoding"))
+            body = await read_body(request, self._max_body)
+            raw = request._message.raw_headers
+            plain = not _asks_something(raw)
+            if plain:
+                hit = self._journey.peek(target, client.scope, body)
+                if hit is not None:
+                    return self._hit(request, hit, client, origin, b"")
+            return await self._endpoint(request, route, target, client, body, plain, origin)
+        if method not in _METHODS or (route.endpoint in _POST_ONLY):
+            raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(_METHODS)))
+        if route.endpoint == "chat" and method not in ("GET", "HEAD"):
+            raise _not_allowed(method, "GET, POST")
+        options = from_headers(route.options, _text(request._message.raw_headers))
+        self._check_room()
+        return await self._passage.carry(request, route, client, options, self._expose(origin))
+
+    # -- the five endpoints -------------------------------------------------------------------------------------------
+
+    async def _endpoint(
+        self,
+        request: BaseRequest,
+        route: Route,
+        target: str,
+        client: Client,
+        body: bytes,
+        plain: bool,
+        origin: str | None,
+    ) -> Answer:
+        journey = self._journey
+        call = await self._call(request, route, client, body)
+        plan = await journey.plan(call)
+        hit, plan = journey.look(call, plan)
+        if plain:
+            journey.remember(target, client.scope, body, plan, call)
+        if hit is not None:
+            comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
+            zero = cost_comment(Cost(_ZERO, "exact"), hit.entry.usage) if comment else b""
+            return self._hit(request, hit, client, origin, zero)
+        self._check_room()
+        bought = await journey.buy(call, plan)
+        head = (
+            status_line(bought.status, bought.reason)
+            + raw_lines(bought.headers)
+            + bought.lines.encode("latin-1", "replace")
+            + self._expose(origin)
+        )
+        if bought.body is not None:
+            return Whole(request, head, bought.body, status=bought.status)
+        return await self._pump(request, head, bought)
+
+    async def _pump(self, request: BaseRequest, head: bytes, bought: Bought) -> Streamed:
+        """Lets a stream flow to the client."""
+        flow = bought.flow
+        assert flow is not None
+        names = {name.lower() for name, _ in bought.headers}
+        if flow.audit is not None:
+            if b"cache-control" not in names:
+                head += b"Cache-Control: no-cache\r\n"
+            if b"x-accel-buffering" not in names:
+                head += b"X-Accel-Buffering: no\r\n"
+        task = asyncio.current_task()
+        assert task is not None
+        self.flows[task] = flow
+        stream = Stream(request, head, bought.status)
+        try:
+            await flow.pump(stream.write)
+            return await stream.finish()
+        except StreamBroken:
+            return stream.abort()
+        finally:
+            flow.abandon()
+            del self.flows[task]
+
+    async def _call(self, request: BaseRequest, route: Route, client: Client, body: bytes) -> Call:
+        """The request, read and understood. Raises Refusal(invalid_json, invalid_option)."""
+        world = self._world
+        raw = request._message.raw_headers
+        options = from_headers(route.options, _text(raw)) if _asks_something(raw) else route.options
+        try:
+            if len(body) > LARGE:
+                document = await asyncio.to_thread(parse_leniently, body)
+            else:
+                document = parse_leniently(body)
+        except ValueError:
+            raise Refusal("invalid_json", "the request body is not valid JSON") from None
+        if not isinstance(document, dict):
+            raise Refusal("invalid_json", "the request body must be a JSON object")
+        named = document.get("model")
+        body_model = named if isinstance(named, str) else None
+        options_asked = document.get("stream_options")
+        now = world.seams.monotonic()
+        total = world.settings.timeouts.total if options.timeout is None else options.timeout
+        own = _client_timeout(request)
+        if own is not None:
+            total = min(total, own - min(1.0, own / 10))
+        patience = options.max_wait if options.max_wait is not None else world.settings.throttle.max_wait
+        if patience is None:
+            patience = max(0.0, (own if own is not None else total) - 5.0)
+        return Call(
+            id=world.seams.new_id(),
+            route=route,
+            headers=raw,
+            body=body,
+            document=document,
+            model=model_named(world.sites, route, body_model),
+            body_model=body_model,
+            stream=document.get("stream") is True,
+            wants_usage=isinstance(options_asked, dict) and options_asked.get("include_usage") is True,
+            options=options,
+            client=client,
+            arrived=now,
+            deadline=now + total,
+            patience=patience,
+        )
+
+    def _check_room(self) -> None:
+        """Refuses early and cheaply when too much is going on; those who wait in the queue are counted there."""
+        limit = self._world.settings.server.max_in_flight
+        if self.in_flight - self._world.gate.depth > limit:
+            message = f"{limit} requests are being served already (server.max_in_flight)"
+            raise Refusal("overloaded", message, retry_after=1.0)
+
+    # -- hits ---------------------------------------------------------------------------------------------------------
+
+    def _hit(self, request: BaseRequest, hit: Hit, client: Client, origin: str | None, comment: bytes) -> Whole:
+        entry = hit.entry
+        cached = self._heads.get((entry.key, entry.form))
+        if cached is not None and cached[0] is entry:
+            head = cached[1]
+        else:
+            head = self._render(entry)
+            if len(self._heads) >= _KEEP:
+                self._heads.clear()
+            self._heads[entry.key, entry.form] = entry, head
+        wall = self._world.seams.wall()
+        sampled = "; detail=sampled" if entry.sampled else ""
+        lines = (
+            f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
+            f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur=0.1\r\n"
+        )
+        body = with_comment(hit.body, comment) if comment else hit.body
+        self._world.receipts.put_hit(hit.id, client.name, entry, wall)
+        self._metrics.hit(entry)
+        head = head + self._dates.line() + lines.encode()
+        if origin is not None:
+            head += self._expose(origin)
+        return Whole(request, head, body, status=entry.status)
+
+    def _render(self, entry: Entry) -> bytes:
+        """The part of a hit's head that is the same every time."""
+        lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
+        if self._show_key:
+            lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
+        lines += f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: exact\r\n"
+        if entry.cost is not None:
+            lines += f"X-Proxy-Cost-Saved-USD: {entry.cost}\r\n"
+        lines += usage_lines(entry.usage)
+        return status_line(entry.status) + raw_lines(entry.headers) + lines.encode()
+
+    # -- refusals and browsers ----------------------------------------------------------------------------------------
+
+    def _refused(self, request: BaseRequest, refusal: Refusal, origin: str | None) -> Whole:
+        request_id = self._world.seams.new_id()
+        self._metrics.refusal(refusal.code)
+        log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
+        if origin is not None:
+            pairs = [line.split(": ", 1) for line in self._expose(origin).decode().splitlines()]
+            refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
+        unread = not request.content.is_eof()
+        return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
+
+    def _expose(self, origin: str | None) -> bytes:
+        """CORS headers for an origin that may call (Fetch standard, section 3.2); nothing for anybody else."""
+        if origin is None:
+            return b""
+        return (
+            f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
+            f"Access-Control-Expose-Headers: {', '.join(_EXPOSED)}\r\n"
+        ).encode("latin-1", "replace")
+
+    def _preflight(self, request: BaseRequest, origin: str) -> Whole:
+        wanted = request.headers.get("Access-Control-Request-Headers", "")
+        allowed = ", ".join(part.strip() for part in wanted.split(",") if part.strip().replace("-", "").isalnum())
+        lines = f"Access-Control-Allow-Methods: {', '.join(sorted(_METHODS))}\r\nAccess-Control-Max-Age: 600\r\n" + (
+            f"Access-Control-Allow-Headers: {allowed}\r\n" if allowed else ""
+        )
+        head = status_line(204) + self._dates.line() + self._expose(origin) + lines.encode("latin-1", "replace")
+        return Whole(request, head, b"", status=204)
+
+
+_EXPOSED: Final = (
+    "X-Proxy-Request-Id",
+    "X-Proxy-Cache",
+    "X-Proxy-Cache-Reason",
+    "X-Proxy-Cache-Key",
+    "X-Proxy-Upstream",
+    "X-Proxy-Key",
+    "X-Proxy-Attempts",
+    "X-Proxy-Cost-USD",
+    "X-Proxy-Cost-Saved-USD",
+    "X-Proxy-Cost-Status",
+    "X-Proxy-Prompt-Tokens",
+    "X-Proxy-Cached-Tokens",
+    "X-Proxy-Completion-Tokens",
+    "X-Proxy-Total-Tokens",
+    "X-Proxy-Error",
+    "Cache-Status",
+    "Age",
+    "X-Request-Id",
+    "Retry-After",
+)
+_ZERO: Final = Decimal(0)
+
+
+def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether any header may change what we do: then the fast lane is closed."""
+    for name, _ in raw:
+        lower = name.lower()
+        if lower.startswith(b"x-proxy-") or lower in (b"cache-control", b"openai-beta"):
+            return True
+    return False
+
+
+def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in raw]
+
+
+def _check_media_type(content_type: str, encoding: str | None) -> None:
+    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests out."""
+    essence = content_type.partition(";")[0].strip().lower()
+    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
+        raise Refusal("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
+    if encoding is not None and encoding.strip().lower() != "identity":
+        raise Refusal("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
+
+
+def _client_timeout(request: BaseRequest) -> float | None:
+    """Seconds after which the SDK gives up, as it says itself."""
+    found = []
+    for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
+        try:
+            seconds = float(request.headers.get(name, ""))
+        except ValueError:
+            continue
+        if 0 < seconds < 1e6:
+            found.append(seconds)
+    return min(found) if found else None
+
+
+def _not_allowed(method: str, allow: str) -> Refusal:
+    message = f"method {printable(method, 20)} is not allowed here"
+    return Refusal("method_not_allowed", message, headers=(("Allow", allow),))

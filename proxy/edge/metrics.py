@@ -1,0 +1,158 @@
+"""A first set of Prometheus metrics. Label values are few: model names are bounded, the rest are our own words."""
+
+from __future__ import annotations
+
+import logging
+from decimal import Decimal
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..core.entry import Entry
+from ..core.receipt import Receipt
+from ..world import World
+
+MAX_MODELS: Final = 100
+_SECONDS: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counts what receipts tell. `sample` reads gauges from a world when a scrape comes."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ["endpoint", "model", "cache", "status"]
+        self._requests = Counter(
+            "openai_proxy_requests", "Requests finished, by status class.", labels, registry=self.registry
+        )
+        self._seconds = Histogram(
+            "openai_proxy_request_duration_seconds",
+            "From a request's arrival to the end of its answer; hits are not in it.",
+            ["endpoint", "cache"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._queue = Histogram(
+            "openai_proxy_queue_wait_seconds",
+            "Time waited for a key or a limit.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._tokens = Counter(
+            "openai_proxy_tokens", "Tokens bought, by kind.", ["model", "kind"], registry=self.registry
+        )
+        self._cost = Counter("openai_proxy_cost_usd", "What answers cost.", ["model"], registry=self.registry)
+        self._saved = Counter(
+            "openai_proxy_cost_saved_usd", "What hits would have cost.", ["model"], registry=self.registry
+        )
+        self._unknown = Counter(
+            "openai_proxy_cost_unknown", "Answers whose cost is not known.", ["model"], registry=self.registry
+        )
+        self._attempts = Counter(
+            "openai_proxy_upstream_attempts", "Calls made to upstreams.", ["upstream"], registry=self.registry
+        )
+        self._errors = Counter(
+            "openai_proxy_errors", "Requests that ended in an error, by code.", ["code"], registry=self.registry
+        )
+        self._in_flight = Gauge("openai_proxy_in_flight", "Requests being served.", registry=self.registry)
+        self._waiting = Gauge("openai_proxy_queue_depth", "Requests waiting for a key.", registry=self.registry)
+        self._keys = Gauge("openai_proxy_keys", "Pool keys by state.", ["state"], registry=self.registry)
+        self._entries = Gauge("openai_proxy_cache_entries", "Entries in memory.", registry=self.registry)
+        self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
+        self._models: set[str] = set()
+        self._hits: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+
+    def model(self, name: str) -> str:
+        """`name` as a label value: bounded in number, length and characters."""
+        if name in self._models:
+            return name
+        if not name or len(name) > 64 or not name.isprintable() or len(self._models) >= MAX_MODELS:
+            return "other"
+        self._models.add(name)
+        return name
+
+    def hit(self, entry: Entry) -> None:
+        """One hit; cheap, for it is on the hot path."""
+        counters = self._hits.get((entry.endpoint, entry.model))
+        if counters is None:
+            model = self.model(entry.model)
+            counters = self._requests.labels(entry.endpoint, model, "hit", "2xx"), self._saved.labels(model)
+            if len(self._hits) < 10 * MAX_MODELS:
+                self._hits[entry.endpoint, entry.model] = counters
+        counters[0].inc()
+        if entry.cost is not None:
+            counters[1].inc(float(entry.cost))
+
+    def observe(self, receipt: Receipt) -> None:
+        """One request that was not a hit."""
+        model = self.model(receipt.model)
+        status = f"{receipt.status // 100}xx"
+        self._requests.labels(receipt.endpoint, model, receipt.cache, status).inc()
+        self._seconds.labels(receipt.endpoint, receipt.cache).observe(receipt.total_ms / 1000)
+        if receipt.queue_ms > 1:
+            self._queue.observe(receipt.queue_ms / 1000)
+        if receipt.attempts:
+            self._attempts.labels(receipt.upstream).inc(receipt.attempts)
+        if receipt.error:
+            self._errors.labels(receipt.error).inc()
+        usage = receipt.usage
+        if usage is not None:
+            self._tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+            self._tokens.labels(model, "cached").inc(usage.cached_tokens)
+            self._tokens.labels(model, "completion").inc(usage.completion_tokens)
+        if receipt.cost_usd is not None:
+            self._cost.labels(model).inc(float(Decimal(receipt.cost_usd)))
+        elif receipt.status < 300:
+            self._unknown.labels(model).inc()
+
+    def refusal(self, code: str) -> None:
+        """A request turned away before it became a call."""
+        self._errors.labels(code).inc()
+
+    def render(self, world: World, in_flight: int) -> bytes:
+        """The text for one scrape (Prometheus exposition format 0.0.4)."""
+        self._in_flight.set(in_flight)
+        self._waiting.set(world.gate.depth)
+        for state, count in world.ring.counts(world.seams.monotonic()).items():
+            self._keys.labels(state).set(count)
+        if world.store is not None:
+            stats = world.store.stats()
+            self._entries.set(stats["entries"])
+            self._bytes.set(stats["bytes"])
+        return generate_latest(self.registry)
+
+
+_log = logging.getLogger("proxy.request")
+
+
+def log_receipt(receipt: Receipt) -> None:
+    """The one line a request that was not a hit gets in the log. No prompt, no answer, no key."""
+    level = logging.WARNING if receipt.status >= 500 else logging.INFO
+    if _log.isEnabledFor(level):
+        _log.log(
+            level,
+            "%s %s -> %d",
+            receipt.endpoint,
+            receipt.model[:80] or "-",
+            receipt.status,
+            extra={"fields": fields(receipt)},
+        )
+
+
+def fields(receipt: Receipt) -> dict[str, object]:
+    """What a log line tells of a receipt: only what is known."""
+    told: dict[str, object] = {
+        "id": receipt.id,
+        "client": receipt.client,
+        "cache": receipt.cache,
+        "reason": receipt.reason,
+        "upstream": receipt.upstream,
+        "key": receipt.key,
+        "attempts": receipt.attempts,
+        "queue_ms": round(receipt.queue_ms, 1),
+        "total_ms": round(receipt.total_ms, 1),
+        "tokens": receipt.usage.total_tokens if receipt.usage else None,
+        "cost_usd": receipt.cost_usd,
+        "error": receipt.error,
+    }
+    return {name: value for name, value in told.items() if value not in (None, "")}

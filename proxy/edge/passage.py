@@ -1,0 +1,314 @@
+"""Every other `/v1/…` route: carried through in both directions, never understood, never cached.
+
+A request is sent once. Another key or a retry is possible only while no byte of it has gone up, or for GET and HEAD.
+Routes that name stored objects always use one fixed key, for another could not see the objects (contract 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from aiohttp.web import BaseRequest
+
+from ..core.answer import Timing, forward_status
+from ..core.attempts import Attempts, ChangeKey, Deliver, Pause
+from ..core.call import Client
+from ..core.errors import Refusal
+from ..core.headers import downstream_headers, upstream_headers
+from ..core.inflate import Inflater
+from ..core.keyring import PoolKey
+from ..core.options import Options
+from ..core.outcome import Class, TransportFailure, classify, error_info, retry_after
+from ..core.ports import Trip, UpstreamReply, WayUp
+from ..core.receipt import Receipt
+from ..core.routes import Route
+from ..exchange import MAX_ERROR_BODY
+from ..world import World
+from .wire import Stream, Streamed, Whole, continued, raw_lines, status_line, too_large
+
+_REASON = "uncacheable: route"
+
+
+class Passage:
+    """Carries requests through. `observe` takes each one's receipt."""
+
+    def __init__(self, world: World, way_up: WayUp, observe: Callable[[Receipt], None]) -> None:
+        self._world = world
+        self._way_up = way_up
+        self._observe = observe
+
+    async def carry(
+        self, request: BaseRequest, route: Route, client: Client, options: Options, extra: bytes
+    ) -> Whole | Streamed:
+        """One request, to its end. extra: further header lines. Raises Refusal."""
+        world = self._world
+        if options.only_if_cached:
+            raise Refusal("not_cached", "this route is never cached, and only-if-cached asks for no other")
+        limit = world.settings.server.max_body
+        length = request.content_length
+        if length is not None and length > limit:
+            raise too_large(limit)
+        trace = _Trace(world, request, route, client)
+        try:
+            reply, failed = await self._send(request, route, client, options, trace)
+        except Refusal as refusal:
+            self._finish(trace, refusal.status, refusal.code)
+            raise
+        except asyncio.CancelledError:
+            self._finish(trace, 499, "client_gone")
+            raise
+        if failed is not None:
+            return self._error(request, trace, reply, failed, extra)
+        return await self._stream(request, trace, reply, extra)
+
+    # -- up -----------------------------------------------------------------------------------------------------------
+
+    async def _send(
+        self, request: BaseRequest, route: Route, client: Client, options: Options, trace: _Trace
+    ) -> tuple[UpstreamReply, bytes | None]:
+        """The answer to give, and its body where it is an error."""
+        world, seams = self._world, self._world.seams
+        policy = world.policy
+        if options.max_retries is not None:
+            policy = replace(policy, max_retries=options.max_retries)
+        attempts = Attempts(policy, seams.random)
+        repeatable = request.method in ("GET", "HEAD") and not request.body_exists
+        deadline = seams.monotonic() + (options.timeout or world.settings.timeouts.total)
+        excluded: set[str] = set()
+        last: tuple[UpstreamReply, bytes] | None = None
+        upload = _Upload(request, world.settings.server.max_body)
+        while True:
+            key = self._choose(route, excluded)
+            if key is None:
+                if last is None:
+                    raise Refusal("no_usable_key", "no key can serve this route")
+                trace.code = "" if world.passthrough else "no_usable_key"
+                return last
+            upstream = world.upstreams[key.upstream]
+            trace.upstream, trace.key = upstream.site.name, key.label
+            trace.attempts += 1
+            now = seams.monotonic()
+            reply: UpstreamReply | None = None
+            body: bytes | None = None
+            failure: TransportFailure | None = None
+            asked: float | None = None
+            try:
+                reply = await self._way_up.send(
+                    request.method,
+                    upstream.dialect.url(upstream.site, route, ""),
+                    self._headers(request, client, key, upload),
+                    upload.body(),
+                    first_byte=max(0.001, min(world.settings.timeouts.first_byte, deadline - now)),
+                    trip=Trip(fresh=not repeatable),
+                )
+                outcome = Class.OK
+                if reply.status >= 400:
+                    body = await _error_body(reply)
+                    info = error_info(body)
+                    outcome = classify(reply.status, info, reply.headers.get("x-should-retry"))
+                    asked = retry_after(reply.headers, seams.wall())
+                    reason = f"{reply.status} {info.code or info.type}".strip()
+                    if outcome in (Class.UNAUTHORIZED, Class.QUOTA) and not world.passthrough:
+                        world.ring.learn(key, "", outcome, seams.monotonic(), 0.0, reason)
+            except TransportFailure as error:
+                if upload.too_large:
+                    raise too_large(world.settings.server.max_body) from None
+                failure, outcome = error, error.outcome
+            except BaseException:
+                if reply is not None:
+                    reply.close()
+                raise
+            if outcome is Class.OK:
+                assert reply is not None
+                return reply, None
+            if not repeatable and outcome is not Class.UNREACHED:
+                outcome = Class.FINAL
+            step = attempts.after(
+                outcome,
+                asked_wait=asked,
+                left=deadline - seams.monotonic(),
+                other_key=self._choose(route, excluded | {key.label}) is not None,
+                granted=lambda upstream=upstream: upstream.budget.take(seams.monotonic()),  # type: ignore[misc]
+            )
+            match step:
+                case Deliver(spent):
+                    trace.spent = spent
+                    if reply is None or body is None:
+                        assert failure is not None
+                        raise _refusal(failure, spent)
+                    return reply, body
+                case ChangeKey():
+                    excluded.add(key.label)
+                    if reply is not None and body is not None:
+                        last = reply, body
+                case Pause(seconds):
+                    await seams.sleep(seconds)
+                case _:  # a GET on a connection that had gone stale: the next one is new
+                    pass
+
+    def _choose(self, route: Route, excluded: set[str] | frozenset[str]) -> PoolKey | None:
+        """The fixed key of stateful routes; else the key least recently used of those that are ready."""
+        world = self._world
+        keys = world.ring.keys
+        if route.shape != "openai":
+            keys = tuple(k for k in keys if world.upstreams[k.upstream].site.kind == "azure") or keys
+        if route.stateful:
+            return keys[0] if keys[0].label not in excluded else None
+        left = [key for key in keys if key.label not in excluded]
+        now = world.seams.monotonic()
+        ready = [key for key in left if world.ring.state(key.label, "", now) is None] or left
+        return min(ready, key=lambda key: world.ring.last_used.get(key.label, 0), default=None)
+
+    def _headers(self, request: BaseRequest, client: Client, key: PoolKey, upload: _Upload) -> list[tuple[str, str]]:
+        world = self._world
+        headers = upstream_headers(request._message.raw_headers, pooled=not world.passthrough)
+        dialect = world.upstreams[key.upstream].dialect
+        if not world.passthrough:
+            headers.extend(world.credentials[key.label])
+        elif client.auth is not None:
+            headers.extend(dialect.client_auth(*client.auth))
+        if upload.length is not None:
+            headers.append(("Content-Length", str(upload.length)))
+        return headers
+
+    # -- down ---------------------------------------------------------------------------------------------------------
+
+    def _head(self, trace: _Trace, reply: UpstreamReply, *, decoded: bool) -> bytes:
+        world = self._world
+        pooled = not world.passthrough
+        headers = downstream_headers(reply.raw_headers, pooled=pooled, decoded=decoded)
+        headers = [(name, world.masker.mask(value)) for name, value in headers]
+        final = trace.spent or bool(trace.code)
+        if final:
+            headers = [(name, value) for name, value in headers if name.lower() != b"x-should-retry"]
+        timing = Timing(0.0, trace.elapsed(), trace.elapsed())
+        lines = (
+            f"X-Proxy-Request-Id: {trace.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
+            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\nX-Proxy-Upstream: {trace.upstream}\r\n"
+            f"X-Proxy-Key: {trace.key}\r\nX-Proxy-Attempts: {trace.attempts}\r\nX-Proxy-Cost-Status: unknown\r\n"
+            f"Server-Timing: {timing.header()}\r\n"
+        )
+        if trace.code:
+            lines += f"X-Proxy-Error: {trace.code}\r\n"
+        if final:
+            lines += "X-Should-Retry: false\r\n"
+        return status_line(reply.status, reply.reason) + raw_lines(headers) + lines.encode("latin-1", "replace")
+
+    def _error(self, request: BaseRequest, trace: _Trace, reply: UpstreamReply, body: bytes, extra: bytes) -> Whole:
+        decoded = Inflater.knows(reply.headers.get("Content-Encoding", "").strip().lower())
+        reply.close()
+        self._finish(trace, reply.status, trace.code or f"upstream_{reply.status}")
+        head = self._head(trace, reply, decoded=decoded) + extra
+        return Whole(request, head, self._world.masker.mask(body), status=reply.status)
+
+    async def _stream(self, request: BaseRequest, trace: _Trace, reply: UpstreamReply, extra: bytes) -> Streamed:
+        length = reply.headers.get("Content-Length")
+        known = int(length) if length is not None and length.isascii() and length.isdigit() else None
+        head = self._head(trace, reply, decoded=False) + extra
+        stream = Stream(request, head, reply.status, known)
+        status, error = reply.status, ""
+        try:
+            if request.method != "HEAD":
+                async for chunk in reply.chunks():
+                    await stream.write(chunk)
+            return await stream.finish()
+        except TransportFailure as failure:
+            error = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
+            if not stream.started:
+                raise Refusal(error, failure.detail) from None
+            return stream.abort()
+        except BaseException:
+            status, error = 499, "client_gone"
+            raise
+        finally:
+            reply.close()
+            self._finish(trace, status, error)
+
+    def _finish(self, trace: _Trace, status: int, error: str) -> None:
+        self._observe(trace.receipt(status, error))
+
+
+class _Trace:
+    """What one passage has cost and where it went, for headers and receipt."""
+
+    def __init__(self, world: World, request: BaseRequest, route: Route, client: Client) -> None:
+        self._seams = world.seams
+        self.id = world.seams.new_id()
+        self._began = world.seams.monotonic()
+        self._endpoint = route.segment
+        self._client = client.name
+        self.upstream = self.key = self.code = ""
+        self.attempts = 0
+        self.spent = False
+
+    def elapsed(self) -> float:
+        return (self._seams.monotonic() - self._began) * 1000
+
+    def receipt(self, status: int, error: str) -> Receipt:
+        return Receipt(
+            id=self.id,
+            client=self._client,
+            endpoint=self._endpoint,
+            model="",
+            status=status,
+            cache="bypass",
+            finished_at=self._seams.wall(),
+            reason=_REASON,
+            upstream=self.upstream,
+            key=self.key,
+            attempts=self.attempts,
+            error=error,
+            upstream_ms=self.elapsed(),
+            total_ms=self.elapsed(),
+        )
+
+
+class _Upload:
+    """The request body on its way up, counted and timed. length: as the client announced it."""
+
+    def __init__(self, request: BaseRequest, limit: int) -> None:
+        self._request = request
+        self._limit = limit
+        self._exists = request.body_exists
+        self.length = request.content_length if self._exists else None
+        self.too_large = False
+
+    def body(self) -> AsyncIterator[bytes] | None:
+        return self._pieces() if self._exists else None
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        await continued(self._request)
+        content = self._request.content
+        loop = asyncio.get_running_loop()
+        began, size = loop.time(), 0
+        while True:
+            async with asyncio.timeout_at(began + 30 + size / 65536):
+                piece = await content.readany()
+            if not piece:
+                return
+            size += len(piece)
+            if size > self._limit:
+                self.too_large = True
+                raise ValueError("too large")
+            yield piece
+
+
+async def _error_body(reply: UpstreamReply) -> bytes:
+    encoding = reply.headers.get("Content-Encoding", "").strip().lower()
+    inflater = Inflater(encoding) if Inflater.knows(encoding) else None
+    parts, size = [], 0
+    async for chunk in reply.chunks():
+        part = inflater.feed(chunk) if inflater is not None else chunk
+        parts.append(part)
+        size += len(part)
+        if size > MAX_ERROR_BODY:
+            raise TransportFailure("invalid", "the upstream's error answer is too large")
+    return b"".join(parts)
+
+
+def _refusal(failure: TransportFailure, spent: bool) -> Refusal:
+    codes = {"timeout": "upstream_timeout", "invalid": "upstream_invalid_response"}
+    code = codes.get(failure.kind, "upstream_unreachable")
+    return Refusal(code, failure.detail, should_retry=False if spent else None)

@@ -1,0 +1,171 @@
+"""The waiting room before the limits: FIFO in each lane (one a model), bounded in time and length.
+
+Only the head of a lane asks for admission, so a large request is not overtaken for ever by small ones, and
+what comes back wakes one waiter a lane, not all of them. There are no tasks here: each waiter sleeps on a
+future of its own, resolved by a timer, by `notify`, or by the departure of the one before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from proxy.core.limits import Wait
+
+# Said where nobody knows when room will come: the request at work may end at any moment.
+UNKNOWN = 1.0
+
+T = TypeVar("T")
+
+
+class QueueFull(Exception):
+    """As many wait already as may."""
+
+
+class TimedOut(Exception):
+    """Room would come too late. `retry_after`: seconds until it is expected."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"no room in time; expected in {retry_after:.3f} s")
+        self.retry_after = retry_after
+
+
+class Timer(Protocol):
+    """What a `CallLater` answers."""
+
+    def cancel(self) -> None: ...
+
+
+class CallLater(Protocol):
+    """Has the loop call `callback` after `delay` seconds: `loop.call_later`, or a test's turned clock."""
+
+    def __call__(self, delay: float, callback: Callable[[], None], /) -> Timer: ...
+
+
+class _Waiter:
+    """One sleeper. A wake-up while it is awake is not kept: it is about to ask, or has just asked."""
+
+    __slots__ = ("_sleep",)
+
+    def __init__(self) -> None:
+        self._sleep: asyncio.Future[None] | None = None
+
+    async def sleep(self, seconds: float, call_later: CallLater | None) -> None:
+        """Until `wake`, at most `seconds`."""
+        loop = asyncio.get_running_loop()
+        self._sleep = loop.create_future()
+        timer = None if seconds == math.inf else (call_later or loop.call_later)(seconds, self.wake)
+        try:
+            await self._sleep
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def wake(self) -> None:
+        if self._sleep is not None and not self._sleep.done():
+            self._sleep.set_result(None)
+
+
+class _Lane:
+    """Who waits, in order, and when (monotonic s; math.inf: unknown) the head was told to ask again."""
+
+    __slots__ = ("due", "waiters")
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        # Ordered: constant time both to find the head and to leave from the middle.
+        self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
+
+    def head(self) -> _Waiter:
+        return next(iter(self.waiters))
+
+    def expected(self, now: float) -> float:
+        return UNKNOWN if self.due == math.inf else max(self.due - now, UNKNOWN)
+
+
+class Gate:
+    """`clock`: monotonic seconds. `call_later`: the running loop's own unless a test turns time."""
+
+    def __init__(self, max_queue: int, clock: Callable[[], float], call_later: CallLater | None = None) -> None:
+        self._max_queue = max_queue
+        self._clock = clock
+        self._call_later = call_later
+        self._lanes: dict[str, _Lane] = {}
+        self.depth = 0
+
+    async def admit(self, lane: str, attempt: Callable[[float], T | Wait], patience: float) -> T:
+        """What `attempt(now)` answers once it is no `Wait`, asking in order of arrival and when `Wait` says.
+
+        Does not suspend when nobody waits in this lane and there is room. `patience`: seconds, math.inf for
+        ever. An answer once obtained is returned without another await, so that no cancellation can lose
+        it. `attempt` must not `notify` of what it gives back itself: lanes would wake each other without
+        end. Raises TimedOut as soon as it is known that patience will not do; QueueFull where `max_queue`
+        wait already.
+        """
+        now = self._clock()
+        line = self._lanes.get(lane)
+        nap = patience
+        due = math.inf
+        if line is None:
+            answer = attempt(now)
+            if not isinstance(answer, Wait):
+                return answer
+            nap = _nap(answer, patience)
+            due = now + answer.seconds
+        elif patience <= 0:
+            raise TimedOut(line.expected(now))
+        if self.depth >= self._max_queue:
+            raise QueueFull
+        if line is None:
+            line = self._lanes[lane] = _Lane(due)
+        deadline = now + patience
+        waiter = _Waiter()
+        line.waiters[waiter] = None
+        self.depth += 1
+        try:
+            while True:
+                await waiter.sleep(nap, self._call_later)
+                now = self._clock()
+                if line.head() is waiter:
+                    answer = attempt(now)
+                    if not isinstance(answer, Wait):
+                        return answer
+                    line.due = now + answer.seconds
+                    nap = _nap(answer, deadline - now)
+                elif now >= deadline:
+                    raise TimedOut(line.expected(now))
+                else:  # the timer ran a hair fast
+                    nap = deadline - now
+        finally:
+            was_head = line.head() is waiter
+            del line.waiters[waiter]
+            self.depth -= 1
+            if not line.waiters:
+                del self._lanes[lane]
+            elif was_head:
+                line.head().wake()
+
+    def notify(self, lane: str | None = None) -> None:
+        """Something came back (None: perhaps to every lane): the head asks again, one wake-up a lane."""
+        if lane is None:
+            for line in self._lanes.values():
+                line.head().wake()
+        elif lane in self._lanes:
+            self._lanes[lane].head().wake()
+
+    def depths(self) -> dict[str, int]:
+        """How many wait in each lane; a lane without waiters does not exist."""
+        return {lane: len(line.waiters) for lane, line in self._lanes.items()}
+
+
+def _nap(answer: Wait, left: float) -> float:
+    """How long the head may sleep with `left` s of patience. Raises TimedOut where sleep cannot help."""
+    if answer.seconds == math.inf:
+        if left <= 0:
+            raise TimedOut(UNKNOWN)
+    elif left <= 0 or answer.seconds > left:
+        raise TimedOut(answer.seconds)
+    return min(answer.seconds, left)

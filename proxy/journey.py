@@ -1,0 +1,454 @@
+"""The story of a request to one of the five endpoints, top to bottom.
+
+`peek` is the short way: an answer from memory, found by the digest of the raw bytes, without parsing anything.
+`serve` is the whole way: plan what the cache may do, look, else buy the answer (`exchange`), and either read it whole or
+let it flow (`relay`); then settle the limits, price it, keep it, and write the receipt. No aiohttp, no redis, no sqlite here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .core.answer import Timing, cost_comment, cost_lines, forward_status
+from .core.cacheability import StreamAudit, is_deterministic, plain_complete, request_bypass
+from .core.call import CachePlan, Call
+from .core.entry import Entry
+from .core.errors import Refusal
+from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from .core.headers import Raw, downstream_headers, storable_headers
+from .core.lenient import parse_leniently
+from .core.outcome import TransportFailure
+from .core.ports import WayUp
+from .core.pricing import Cost, usd
+from .core.receipt import Receipt
+from .core.usage import NO_TOKENS, Usage, usage_of
+from .exchange import Answered, Exchange, Progress
+from .relay import Ending, Flow
+from .world import World
+
+log = logging.getLogger("proxy.request")
+
+LARGE: Final = 1024 * 1024
+"""Bodies above this are parsed in a thread, so that the loop stays free (bytes)."""
+
+SPILL: Final = 64 * 1024 * 1024
+"""A plain answer above this is no longer held to be understood: it flows through (bytes)."""
+
+_MEMO_SIZE: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status."""
+
+    entry: Entry
+    body: bytes
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """An answer from upstream. lines: our headers, as text; body: whole, or None where `flow` streams it."""
+
+    status: int
+    reason: str
+    headers: Sequence[Raw]
+    lines: str
+    body: bytes | None
+    flow: Flow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the raw bytes of an earlier request turned out to ask for."""
+
+    key: str
+    form: str
+    wants_usage: bool
+
+
+class Journey:
+    """Serves calls in one world."""
+
+    def __init__(self, world: World, way_up: WayUp, observe: Callable[[Receipt], None]) -> None:
+        self.world = world
+        self._observe = observe
+        self.exchange = Exchange(world, way_up)
+        self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
+
+    # -- the short way ------------------------------------------------------------------------------------------------
+
+    def peek(self, target: str, scope: str, body: bytes) -> Hit | None:
+        """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
+        store = self.world.store
+        if store is None:
+            return None
+        known = self._memo.get((target, scope, hashlib.sha256(body).digest()))
+        if known is None:
+            return None
+        return self._find(store.get(known.key, known.form), known.wants_usage, None)
+
+    def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None) -> Hit | None:
+        if entry is None:
+            return None
+        wall = self.world.seams.wall()
+        if not entry.fresh(wall) or (max_age is not None and entry.age(wall) > max_age):
+            return None
+        body = entry.body_for(wants_usage)
+        if body is None:
+            return None
+        return Hit(entry, body, self.world.seams.new_id())
+
+    def remember(self, target: str, scope: str, body: bytes, plan: CachePlan, call: Call) -> None:
+        """Lets `peek` answer when the same bytes come again."""
+        if plan.key and plan.read and plan.write:
+            self._memo[(target, scope, hashlib.sha256(body).digest())] = Remembered(
+                plan.key, "sse" if call.stream else "json", call.wants_usage
+            )
+            if len(self._memo) > _MEMO_SIZE:
+                self._memo.popitem(last=False)
+
+    # -- the whole way ------------------------------------------------------------------------------------------------
+
+    async def plan(self, call: Call) -> CachePlan:
+        """What the cache may do for this call, and under which key."""
+        world, options = self.world, call.options
+        if world.store is None:
+            why = "off" if world.settings.cache.backend == "off" else "when=never"
+            return CachePlan("", why, False, False, "bypass")
+        if options.no_store:
+            return CachePlan("", "no-store", False, False, "bypass")
+        why_not = request_bypass(call.endpoint, call.document)
+        if why_not is None and world.settings.cache.when == "deterministic":
+            why_not = None if is_deterministic(call.endpoint, call.document) else "uncacheable: sampled"
+        if why_not is not None:
+            return CachePlan("", why_not, False, False, "bypass")
+        drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
+        try:
+            if len(call.body) > LARGE:
+                key = await asyncio.to_thread(self._key, call, drop)
+            else:
+                key = self._key(call, drop)
+        except NotCacheable as error:
+            return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
+        if options.no_cache:
+            return CachePlan(key, "no-cache", False, True, "request")
+        return CachePlan(key, "new", True, True)
+
+    def _key(self, call: Call, drop: frozenset[str]) -> str:
+        beta = [value for name, value in call.headers if name.lower() == b"openai-beta"]
+        route = call.route
+        return cache_key(
+            KeyParts(
+                endpoint=call.endpoint,
+                namespace=f"{call.client.scope}\n{call.options.namespace}",
+                model=f"{call.model}\n{route.deployment or ''}",
+                upstreams=self.world.identity(call.model),
+                beta=b", ".join(beta).decode("latin-1"),
+                sample=call.options.sample,
+                query=route.query,
+                body=canonical(call.body, drop),
+            )
+        )
+
+    def look(self, call: Call, plan: CachePlan) -> tuple[Hit | None, CachePlan]:
+        """The stored answer, or the plan with the reason why there is none. Raises Refusal(not_cached)."""
+        store, options = self.world.store, call.options
+        if store is not None and plan.read:
+            entry = store.get(plan.key, "sse" if call.stream else "json")
+            hit = self._find(entry, call.wants_usage, options.max_age)
+            if hit is not None:
+                return hit, plan
+            if entry is not None:
+                wall = self.world.seams.wall()
+                if not entry.fresh(wall):
+                    plan = CachePlan(plan.key, "expired", True, True, "stale")
+                elif options.max_age is not None and entry.age(wall) > options.max_age:
+                    plan = CachePlan(plan.key, "max-age", True, True, "request")
+        if options.only_if_cached:
+            raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
+        return None, plan
+
+    async def buy(self, call: Call, plan: CachePlan) -> Bought:
+        """The answer from upstream. Raises Refusal."""
+        progress = Progress()
+        try:
+            answered = await self.exchange.run(call, progress)
+            if answered.body is not None:
+                return self._error_answer(call, plan, answered, progress)
+            if answered.is_stream or answered.opaque:
+                return self._stream_answer(call, plan, answered, progress)
+            return await self._plain_answer(call, plan, answered, progress)
+        except Refusal as refusal:
+            self._record(call, plan, progress, refusal.status, error=refusal.code)
+            raise
+        except asyncio.CancelledError:
+            self._record(call, plan, progress, 499, error="client_gone")
+            raise
+
+    def _error_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
+        """The upstream's own error, with its status and body; keys masked."""
+        assert answered.body is not None
+        code = "no_usable_key" if progress.no_usable_key else ""
+        self._record(call, plan, progress, answered.status, error=code or f"upstream_{answered.status}")
+        lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
+        if code:
+            lines += f"X-Proxy-Error: {code}\r\n"
+        if progress.spent or code:
+            lines += "X-Should-Retry: false\r\n"
+        headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent or code else b"")
+        masked = self.world.masker.mask(answered.body)
+        return Bought(answered.status, answered.reply.reason, headers, lines, masked)
+
+    async def _plain_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
+        """A good answer, read whole. Settles the lease."""
+        began = self.world.seams.monotonic()
+        settled = False
+        try:
+            body = await self._read_whole(call, answered)
+            if body is None:
+                settled = True
+                return self._stream_answer(call, plan, answered, progress)
+            document = await self._understand(answered, body)
+            progress.upstream_ms += (self.world.seams.monotonic() - began) * 1000
+            usage, cost = self._price(call, answered, document)
+            self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            settled = True
+        except TransportFailure as failure:
+            code = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
+            raise Refusal(code, failure.detail) from None
+        finally:
+            if not settled:
+                self.exchange.settle(call, answered.lease, None)
+                answered.reply.close()
+        answered.reply.close()
+        headers = self._headers(answered)
+        leaked = self.world.masker.found_in(body)
+        if leaked:
+            body = self.world.masker.mask(body)
+        stored, why_not = False, None
+        if plan.write and not leaked:
+            if answered.status == 200 and isinstance(document, Mapping):
+                why_not = plain_complete(call.endpoint, call.document, document)
+                if why_not is None:
+                    stored = self._store(call, plan, answered, headers, body, None, usage, cost, document.get("model"))
+            else:
+                why_not = "not a JSON answer"
+        lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
+        answer_model = document.get("model") if isinstance(document, Mapping) else None
+        self._record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
+        return Bought(answered.status, answered.reply.reason, headers, lines, body)
+
+    async def _read_whole(self, call: Call, answered: Answered) -> bytes | None:
+        """The body, or None where it grows beyond `SPILL`: then `answered.first` holds what was read."""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(max(0.0, call.deadline - self.world.seams.monotonic())):
+                async for chunk in answered.more:
+                    parts.append(chunk)
+                    size += len(chunk)
+                    if size > SPILL:
+                        answered.first = parts
+                        return None
+        except TimeoutError:
+            raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _understand(self, answered: Answered, body: bytes) -> Any:
+        """The parsed body of a JSON answer, None of any other. Raises TransportFailure(invalid) where JSON is promised and broken."""
+        content_type = answered.reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            return None
+        if answered.status == 204:
+            return None
+        try:
+            if len(body) > LARGE:
+                return await asyncio.to_thread(parse_leniently, body)
+            return parse_leniently(body)
+        except ValueError:
+            raise TransportFailure("invalid", "the upstream's JSON answer is cut short or broken") from None
+
+    def _stream_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
+        """A good answer that flows. Its end settles, prices, stores and records."""
+        world = self.world
+        sse = answered.is_stream and not answered.opaque
+        audit = StreamAudit(call.endpoint, call.document) if sse else None
+        headers = self._headers(answered)
+        began = answered.sent_at
+
+        def ended(ending: Ending) -> None:
+            progress.upstream_ms = (world.seams.monotonic() - began) * 1000
+            usage = cost = None
+            model = audit.model if audit is not None else None
+            if audit is not None:
+                usage = usage_of(call.endpoint, {"usage": audit.usage})
+                if usage is not None and standard_tier(audit.service_tier):
+                    cost = answered.upstream.prices.cost(answered.upstream.site.kind, (model, call.model), usage)
+            self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            if ending.why is None and ending.body is not None and plan.write and not ending.failure and not ending.gone:
+                self._store(
+                    call, plan, answered, headers, ending.body, audit.usage_span if audit else None, usage, cost, model
+                )
+            error = ending.failure or ("client_gone" if ending.gone else "")
+            status = 499 if ending.gone else answered.status
+            self._record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
+
+        def comment(seen: StreamAudit) -> bytes:
+            usage = usage_of(call.endpoint, {"usage": seen.usage})
+            kind = answered.upstream.site.kind
+            cost = answered.upstream.prices.cost(kind, (seen.model, call.model), usage) if usage else None
+            return cost_comment(cost, usage)
+
+        wants_comment = call.stream and (call.options.stream_cost or world.settings.cost.stream_comment)
+        flow = Flow(
+            call=call,
+            answered=answered,
+            audit=audit,
+            keep=world.settings.cache.max_entry if plan.write and call.stream and answered.status == 200 else 0,
+            comment=comment if wants_comment and sse else None,
+            ended=ended,
+        )
+        lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
+        return Bought(answered.status, answered.reply.reason, headers, lines, None, flow)
+
+    # -- what every answer needs --------------------------------------------------------------------------------------
+
+    def _headers(self, answered: Answered, replaced: bytes = b"") -> list[Raw]:
+        """The upstream's headers for the client, pool keys masked; without the one we say ourselves."""
+        pooled = not self.world.passthrough
+        headers = downstream_headers(answered.reply.raw_headers, pooled=pooled, decoded=answered.decoded)
+        masker = self.world.masker
+        if masker.found_in(b"\n".join([value for _, value in headers])):
+            headers = [(name, masker.mask(value)) for name, value in headers]
+        if replaced:
+            headers = [(name, value) for name, value in headers if name.lower() != replaced]
+        return headers
+
+    def _price(self, call: Call, answered: Answered, document: Any) -> tuple[Usage | None, Cost | None]:
+        usage = usage_of(call.endpoint, document)
+        if isinstance(document, Mapping) and not standard_tier(document.get("service_tier")):
+            return usage, None
+        if usage is None and call.endpoint == "moderations" and answered.status == 200:
+            usage = NO_TOKENS
+        if usage is None:
+            return None, None
+        answer_model = document.get("model") if isinstance(document, Mapping) else None
+        return usage, answered.upstream.prices.cost(answered.upstream.site.kind, (answer_model, call.model), usage)
+
+    def _store(
+        self,
+        call: Call,
+        plan: CachePlan,
+        answered: Answered,
+        headers: Sequence[Raw],
+        body: bytes,
+        usage_span: tuple[int, int] | None,
+        usage: Usage | None,
+        cost: Cost | None,
+        answer_model: object,
+    ) -> bool:
+        world = self.world
+        assert world.store is not None
+        ttl = call.options.ttl if call.options.ttl is not None else world.ttl(call.endpoint)
+        if ttl <= 0:
+            return False
+        return world.store.put(
+            Entry(
+                key=plan.key,
+                form="sse" if call.stream else "json",
+                status=answered.status,
+                headers=storable_headers(headers),
+                body=body,
+                usage_span=usage_span,
+                stored_at=world.seams.wall(),
+                ttl=ttl,
+                endpoint=call.endpoint,
+                model=call.model,
+                answer_model=answer_model if isinstance(answer_model, str) else None,
+                usage=usage,
+                cost=usd(cost.usd) if cost is not None else None,
+                namespace=call.options.namespace,
+                tags=call.options.tags,
+                sampled=not is_deterministic(call.endpoint, call.document),
+                usage_asked=call.wants_usage or answered.injected,
+            )
+        )
+
+    def _lines(
+        self,
+        call: Call,
+        plan: CachePlan,
+        progress: Progress,
+        money: str,
+        stored: bool,
+        why_not: str | None = None,
+    ) -> str:
+        """Our headers on an answer from upstream."""
+        world = self.world
+        total = (world.seams.monotonic() - call.arrived) * 1000
+        timing = Timing(progress.queue_ms, progress.upstream_ms, total)
+        detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
+        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
+        return (
+            f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\nX-Proxy-Cache-Reason: {plan.reason}\r\n"
+            f"Cache-Status: {forward_status(plan.forward, detail, stored)}\r\n{key}"
+            f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n"
+            f"X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
+        )
+
+    def _record(
+        self,
+        call: Call,
+        plan: CachePlan,
+        progress: Progress,
+        status: int,
+        *,
+        usage: Usage | None = None,
+        cost: Cost | None = None,
+        answer_model: object = None,
+        error: str = "",
+    ) -> None:
+        seams = self.world.seams
+        self.finished(
+            Receipt(
+                id=call.id,
+                client=call.client.name,
+                endpoint=call.endpoint,
+                model=call.model,
+                status=status,
+                cache=plan.status,
+                finished_at=seams.wall(),
+                reason=plan.reason,
+                answer_model=answer_model if isinstance(answer_model, str) else None,
+                stream=call.stream,
+                upstream=progress.upstream,
+                key=progress.key,
+                attempts=progress.attempts,
+                cost_usd=usd(cost.usd) if cost is not None else None,
+                saved_usd="0.000000" if cost is not None else None,
+                cost_status=cost.status if cost is not None else "unknown",
+                usage=usage,
+                error=error,
+                queue_ms=progress.queue_ms,
+                upstream_ms=progress.upstream_ms,
+                total_ms=(seams.monotonic() - call.arrived) * 1000,
+                tags=call.options.tags,
+            )
+        )
+
+    def finished(self, receipt: Receipt) -> None:
+        """A request is over: its receipt is kept, counted and logged."""
+        self.world.receipts.put(receipt)
+        self._observe(receipt)
+
+
+def standard_tier(service_tier: object) -> bool:
+    """Whether the table's prices hold: flex, priority and other tiers cost something else (unknown until it has their rates)."""
+    return service_tier in (None, "auto", "default", "standard")

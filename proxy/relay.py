@@ -1,0 +1,163 @@
+"""A streamed answer on its way down: every read goes on at once, a copy is audited, and only a whole one is kept.
+
+What the client gets differs from what came in two cases only: a usage chunk that nobody but the proxy asked for is taken
+out, and a cost comment is put in where asked for (contract 6 and 7, Streams).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from .core.cacheability import StreamAudit
+from .core.call import Call
+from .core.errors import error_event
+from .core.outcome import TransportFailure
+from .core.ports import Write
+from .core.sse import Splitter, UsageFilter, data_of, is_usage_event
+from .exchange import Answered
+
+
+class StreamBroken(Exception):
+    """The stream cannot end well: the client's connection is to be aborted, so that nobody takes it for complete."""
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a stream ended. whole: storable, else `why` not; failure: the error code where it broke; gone: the client left."""
+
+    audit: StreamAudit | None
+    body: bytes | None = None
+    why: str | None = None
+    failure: str = ""
+    detail: str = ""
+    gone: bool = False
+
+
+@dataclass(slots=True)
+class Flow:
+    """One stream. comment: gives the cost comment once the usage is known; keep: bytes kept at most for the cache;
+    ended: called exactly once, with what is to be settled, priced, stored and recorded."""
+
+    call: Call
+    answered: Answered
+    audit: StreamAudit | None
+    keep: int
+    comment: Callable[[StreamAudit], bytes] | None
+    ended: Callable[[Ending], None]
+    interrupted: str = ""
+    _done: bool = False
+    _kept: list[bytes] | None = None
+    _size: int = 0
+    _splitter: Splitter = field(default_factory=Splitter)
+
+    def abandon(self) -> None:
+        """The client left before the first byte."""
+        self._end(Ending(self.audit, gone=True))
+
+    async def pump(self, write: Write) -> None:
+        """Passes the whole stream to `write`. Raises StreamBroken after a failure has been told, or could not be."""
+        filter_ = UsageFilter() if self.answered.injected and self.audit is not None else None
+        self._kept = [] if self.audit is not None and self.keep else None
+        at_boundary = True
+        try:
+            async for chunk in self._chunks():
+                events = self._examine(chunk) if self.audit is not None else []
+                if self.comment is not None and self.audit is not None:
+                    out = self._commented(events, filter_ is not None)
+                    at_boundary = True
+                elif filter_ is not None:
+                    out = filter_.feed(chunk)
+                    at_boundary = filter_.at_boundary
+                else:
+                    out = chunk
+                    at_boundary = not self._splitter.rest
+                if out:
+                    await write(out)
+            if self.audit is not None:
+                last = self._splitter.finish()
+                self._audit(last)
+                if self.audit.truncated(self._splitter.rest):
+                    raise TransportFailure("invalid", "the upstream ended its stream before its end")
+                if self.comment is not None:
+                    out = self._commented(last, filter_ is not None) + self._splitter.rest
+                    if not self.audit.done:
+                        out += self.comment(self.audit)
+                else:
+                    out = filter_.finish() if filter_ is not None else b""
+                if out:
+                    await write(out)
+        except TransportFailure as failure:
+            code = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
+            await self._break(write, code, failure.detail, at_boundary)
+        except asyncio.CancelledError:
+            if not self.interrupted:
+                self._end(Ending(self.audit, gone=True))
+                raise
+            await self._break(write, self.interrupted, "the proxy is shutting down", at_boundary)
+        except BaseException:
+            self._end(Ending(self.audit, gone=True))
+            raise
+        else:
+            why = self.audit.verdict(self._splitter.rest) if self.audit is not None else "uncacheable: opaque"
+            body = b"".join(self._kept) if self._kept is not None else None
+            self._end(Ending(self.audit, body, why))
+
+    async def _break(self, write: Write, code: str, detail: str, at_boundary: bool) -> None:
+        """Tells the client of a failure after the first byte: an error event where one can stand, then no clean end."""
+        told = self.audit is not None and self.audit.error
+        self._end(Ending(self.audit, failure=code, detail=detail))
+        if at_boundary and self.audit is not None and not told:
+            await write(error_event(code, detail))
+        raise StreamBroken(detail)
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        for chunk in self.answered.first:
+            yield chunk
+        self.answered.first = []
+        async for chunk in self.answered.more:
+            yield chunk
+
+    def _examine(self, chunk: bytes) -> list[bytes]:
+        """Keeps and audits a copy; the events that are complete now."""
+        if self._kept is not None:
+            self._size += len(chunk)
+            if self._size > self.keep:
+                self._kept = None
+            else:
+                self._kept.append(chunk)
+        events = self._splitter.feed(chunk)
+        self._audit(events)
+        return events
+
+    def _audit(self, events: list[bytes]) -> None:
+        assert self.audit is not None
+        for event in events:
+            self.audit.event(event)
+
+    def _commented(self, events: list[bytes], strip: bool) -> bytes:
+        """Whole events only, the cost comment before `[DONE]`."""
+        assert self.comment is not None and self.audit is not None
+        out = []
+        for event in events:
+            if strip and is_usage_event(event):
+                continue
+            if data_of(event) == b"[DONE]":
+                out.append(self.comment(self.audit))
+            out.append(event)
+        return b"".join(out)
+
+    def _end(self, ending: Ending) -> None:
+        if not self._done:
+            self._done = True
+            self.answered.reply.close()
+            self.ended(ending)
+
+
+def with_comment(body: bytes, comment: bytes) -> bytes:
+    """A stored stream with the cost comment before its `[DONE]`, or at its end."""
+    at = body.rfind(b"data: [DONE]")
+    if at < 0:
+        at = body.rfind(b"data:[DONE]")
+    return body + comment if at < 0 else body[:at] + comment + body[at:]

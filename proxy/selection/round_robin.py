@@ -1,0 +1,16 @@
+"""Each key in turn, per model, in the order of the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..core.keyring import KeyRing, PoolKey
+
+
+def round_robin(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float) -> list[PoolKey]:
+    turn = ring.turns.get(model, 0)
+    if len(ring.turns) >= 4096:
+        ring.turns.clear()
+    ring.turns[model] = turn + 1
+    start = turn % len(keys)
+    return [*keys[start:], *keys[:start]]

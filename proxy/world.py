@@ -1,0 +1,115 @@
+"""Settings compiled into machinery, once: what the rooms of one running proxy share. A reload swaps the whole world."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from .config import Settings
+from .core.attempts import Policy, RetryBudget
+from .core.headers import Masker
+from .core.keyring import KeyRing, PoolKey
+from .core.pricing import PriceTable
+from .core.receipt import Receipts
+from .gate import Gate
+from .providers import DIALECTS, Dialect, Site
+from .seams import Seams
+from .selection import STRATEGIES
+from .stores.memory import MemoryStore
+
+CLIENTS_KEY: Final = "client"
+"""The label of the one key a pass-through proxy has: each client's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One upstream, ready to use."""
+
+    site: Site
+    dialect: Dialect
+    prices: PriceTable
+    budget: RetryBudget
+    cache_as: str | None
+
+    def identity(self, model: str) -> str:
+        return self.cache_as or self.dialect.identity(self.site, model)
+
+
+@dataclass(slots=True)
+class World:
+    """The compiled settings. credentials: headers by key label; passthrough: the client's own credential goes up."""
+
+    settings: Settings
+    seams: Seams
+    upstreams: tuple[Upstream, ...]
+    ring: KeyRing
+    credentials: Mapping[str, tuple[tuple[str, str], ...]]
+    policy: Policy
+    gate: Gate
+    store: MemoryStore | None
+    masker: Masker
+    passthrough: bool
+    receipts: Receipts = field(default_factory=Receipts)
+    _identities: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(upstream.site for upstream in self.upstreams)
+
+    def identity(self, model: str) -> str:
+        """What stands in the cache key for all upstreams that serve `model`."""
+        found = self._identities.get(model)
+        if found is None:
+            serving = {key.upstream for group in self.ring.serving(model) for key in group}
+            found = "\n".join(sorted({self.upstreams[index].identity(model) for index in serving}))
+            if len(self._identities) >= 4096:
+                self._identities.clear()
+            self._identities[model] = found
+        return found
+
+    def ttl(self, endpoint: str) -> float:
+        """Seconds an answer of this endpoint lives in the cache."""
+        seconds: float = getattr(self.settings.cache.ttl, endpoint)
+        return seconds
+
+
+def compile_world(settings: Settings, seams: Seams) -> World:
+    """The machinery for `settings`. Reads no file and opens nothing."""
+    upstreams, keys, credentials, secrets = [], [], {}, []
+    for index, spec in enumerate(settings.upstreams):
+        site = Site(spec.name, spec.kind, spec.base_url, spec.api_version, spec.deployments)
+        dialect = DIALECTS[spec.kind]
+        prices = PriceTable({**settings.cost.prices, **spec.prices})
+        budget = RetryBudget(settings.retry.budget)
+        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as))
+        for key in spec.keys:
+            secret = key.secret.reveal()
+            secrets.append(secret)
+            credentials[key.label] = dialect.auth(secret, key.organization, key.project)
+            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, key.limits, key.weight))
+        if not spec.keys:
+            label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
+            credentials[label] = ()
+            keys.append(PoolKey(label, index, spec.models, spec.priority))
+    retry = settings.retry
+    return World(
+        settings=settings,
+        seams=seams,
+        upstreams=tuple(upstreams),
+        ring=KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use),
+        credentials=credentials,
+        policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
+        gate=Gate(settings.throttle.max_queue, seams.monotonic),
+        store=MemoryStore(settings.cache.memory_size, settings.cache.max_entry)
+        if settings.cache.backend != "off" and settings.cache.when != "never"
+        else None,
+        masker=Masker(secrets),
+        passthrough=settings.passthrough,
+    )
+
+
+def scope_of_credential(scheme: str, token: str, *parts: str) -> str:
+    """What separates pass-through clients: a digest of the credential and of what else decides for whom upstream answers."""
+    return "credential " + hashlib.sha256("\0".join((scheme, token, *parts)).encode()).hexdigest()

@@ -1,0 +1,81 @@
+"""Fixtures for tests on real sockets: the scripted upstream, the real process, a raw client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.canned import behave
+from tests.client import Client
+from tests.launch import Config, Launch, ProxyProcess, settings, write_config
+from tests.upstream import ScriptedUpstream
+
+
+@pytest.fixture(scope="session")
+def upstream_server() -> Iterator[ScriptedUpstream]:
+    server = ScriptedUpstream(behave)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def upstream(upstream_server: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
+    """The scripted upstream with an empty ledger. Fails the test when something arrived that must not."""
+    upstream_server.reset()
+    yield upstream_server
+    complaints = list(upstream_server.complaints)
+    upstream_server.reset()
+    assert not complaints, complaints
+
+
+def _launcher(directory: Callable[[], Path]) -> Iterator[Launch]:
+    running: list[ProxyProcess] = []
+
+    def start(
+        config: str | Config | None = None, env: Mapping[str, str] | None = None, args: Sequence[str] = ()
+    ) -> ProxyProcess:
+        home = directory()
+        argv = ["serve", "--port", "0", *args]
+        if config is not None:
+            argv += ["--config", str(write_config(home, config))]
+        process = ProxyProcess(argv, home, env or {})
+        running.append(process)
+        process.start()
+        return process
+
+    yield start
+    problems = [problem for process in running for problem in process.finish()]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.fixture
+def launch(tmp_path: Path, upstream: ScriptedUpstream) -> Iterator[Launch]:
+    """Starts real proxies; stops them afterwards and fails the test when a log shows a traceback or a key."""
+    yield from _launcher(lambda: tmp_path)
+
+
+@pytest.fixture(scope="session")
+def _shared_proxy(
+    upstream_server: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
+    launcher = _launcher(lambda: tmp_path_factory.mktemp("shared"))
+    start = next(launcher)
+    yield start(settings(upstream_server.port))
+    for _ in launcher:
+        pass
+
+
+@pytest.fixture
+def proxy(_shared_proxy: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
+    """One proxy with the fast defaults, shared by many tests: leave no key cooling, use your own prompts."""
+    assert _shared_proxy.alive(), _shared_proxy.stderr_so_far()
+    return _shared_proxy
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    async with Client() as session:
+        yield session

@@ -1,0 +1,209 @@
+"""The README is held to the code: settings, variables, flags, headers, errors, metrics, commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proxy.config import FLAGS, Settings, load
+from proxy.config.later import NOT_YET
+from proxy.config.schema import leaves
+from proxy.core.errors import CODES
+from proxy.core.options import NONE, Options, from_headers, from_segment
+from proxy.edge.metrics import Metrics
+from tests.launch import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str, *words: str) -> str:
+    """The fenced block in this language that holds all these words."""
+    found = [
+        b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if all(w in b for w in words)
+    ]
+    assert len(found) == 1, f"{len(found)} {language} blocks with {words}"
+    return str(found[0])
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+SETTINGS = block("yaml", "server:", "log:")
+
+
+def paths(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted paths of all leaves; a table that is a setting of its own is a leaf."""
+    known = {path for path, _ in leaves()}
+    result = set()
+    for name, value in tree.items():
+        path = prefix + name
+        result |= paths(value, f"{path}.") if isinstance(value, dict) and path not in known else {path}
+    return result
+
+
+def test_the_settings_block_has_every_setting() -> None:
+    mine = paths(yaml.safe_load(SETTINGS))
+    theirs = {path for path, _ in leaves()} - {"upstreams"}
+    sections = {path for path in mine if any(other.startswith(f"{path}.") for other in theirs)}
+    missing = {p for p in theirs - mine if not any(p.startswith(f"{s}.") for s in sections)}
+    assert missing == set()
+    assert mine - sections - theirs == set()
+
+
+def test_the_settings_block_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(SETTINGS)
+    loaded = load(file, {}, {}, tmp_path)
+    assert loaded.settings == load(None, {}, {}, tmp_path / "nowhere").settings
+    assert loaded.warnings == ()
+
+
+def test_the_example_upstreams_are_valid(tmp_path: Path) -> None:
+    example = "\n".join(
+        line[2:].replace("/run/secrets", str(tmp_path))
+        for line in SETTINGS.splitlines()
+        if line.startswith("# ")
+    )
+    assert example.startswith("upstreams:")
+    (tmp_path / "batch").write_text("sk-batch")
+    (tmp_path / "batch").chmod(0o600)
+    file = tmp_path / "settings.yaml"
+    file.write_text(example)
+    environ = {"OPENAI_API_KEY": "sk-1,sk-2", "AZURE_OPENAI_API_KEY": "azure-1"}
+    settings = load(file, {}, environ, tmp_path).settings
+    assert [(u.kind, len(u.keys)) for u in settings.upstreams] == [("openai", 3), ("azure", 1)]
+
+
+@pytest.mark.parametrize("path", sorted(p for p in NOT_YET if "*" not in p))
+def test_what_is_not_built_is_marked_as_planned(path: str) -> None:
+    top, _, name = path.rpartition(".")
+    lines = SETTINGS.splitlines()
+    name = name if any(re.match(rf" +{name}:", line) for line in lines) else top.rpartition(".")[2]
+    line = next(line for line in lines if re.match(rf"\s*{name}:", line))
+    assert "planned" in line
+
+
+def test_commands_and_flags_are_those_of_the_program(tmp_path: Path) -> None:
+    def usage(*args: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "proxy", *args, "--help"],
+            cwd=tmp_path,
+            env=environment(tmp_path, {"COLUMNS": "200"}),
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    text = section("Commands")
+    for command in ("serve", "demo", "check", "health"):
+        assert f"`openai-proxy {command}`" in text
+        assert command in usage()
+        shown = set(re.findall(r"(?<![\w-])--[a-z-]+", usage(command))) - {"--help"}
+        assert {"--config", *FLAGS.values()} <= shown
+        assert {flag for flag in shown if f"`{flag}" not in text and f" {flag} " not in text} == set()
+
+
+def test_every_variable_is_there() -> None:
+    text = section("Environment")
+    source = (ROOT / "proxy/config/environment.py").read_text(encoding="utf-8")
+    planned = {"REDIS_URL", "REDIS_HOST", "REDIS_PORT", "REDIS_PASSWORD"}
+    read = set(re.findall(r'"((?:OPENAI|AZURE|PROXY|REDIS)_[A-Z_]*[A-Z])"', source)) - planned
+    assert {name for name in read if f"`{name}`" not in text} == set()
+
+
+def test_every_error_has_its_status() -> None:
+    rows = set(re.findall(r"^\| (\d+) \| `(\w+)` \|", section("Errors"), re.MULTILINE))
+    assert rows == {(str(kind.status), code) for code, kind in CODES.items()}
+
+
+def test_every_metric_is_there() -> None:
+    names = set(re.findall(r"`(openai_proxy_\w+)`", section("Metrics")))
+    mine = {m.name + ("_total" if m.type == "counter" else "") for m in Metrics().registry.collect()}
+    assert names == mine
+
+
+VALUES = {
+    "ttl": "1h",
+    "namespace": "ci",
+    "sample": "1",
+    "tag": "team:search",
+    "max-wait": "5s",
+    "timeout": "1m",
+    "retries": "2",
+    "stream-cost": "comment",
+}
+
+
+def test_options_mean_the_same_in_a_header_and_in_the_base_url() -> None:
+    rows = re.findall(
+        r"^\| `([\w-]+)(?:: (\S+))?` \| `(.+?)` \|", section("What a request may ask"), re.MULTILINE
+    )
+    seen = set()
+    for header, given, option in rows:
+        name, _, shown = option.partition("=")
+        value = "60" if given == "max-age=N" else VALUES.get(name, given)
+        if header == "Cache-Control":
+            by_header = from_headers(NONE, [(header, given.replace("N", "60"))])
+            by_url = from_segment(option.replace("N", "60"))
+        else:
+            by_header = from_headers(NONE, [(header, value)])
+            by_url = from_segment(f"{name}={shown or value}")
+        assert by_header == by_url != NONE, (header, option)
+        seen |= {f for f in Options.__dataclass_fields__ if getattr(by_url, f) != getattr(NONE, f)}
+    assert seen == set(Options.__dataclass_fields__)
+
+
+def test_every_header_that_the_code_adds_is_there() -> None:
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "proxy").rglob("*.py")]
+    used = {h.lower() for s in sources for h in re.findall(r"X-Proxy-[A-Za-z-]*[a-z]", s, re.IGNORECASE)}
+    documented = {h.lower() for h in re.findall(r"X-Proxy-[A-Za-z-]*[A-Za-z]", README)}
+    not_yet = {"x-proxy-run", "x-proxy-max-cost"}  # refused by name, so that nobody relies on them
+    in_comments = {"x-proxy-cost-usd", "x-proxy-prompt-tokens", "x-proxy-completion-tokens"}
+    assert used - not_yet - documented == set()
+    assert documented - used - in_comments == set()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    command = block("sh", "pytest").strip().rpartition(".venv/bin/python ")[2]
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert command == "-m pytest --cov"
+    assert f'"$venv/bin/python" {command}\n' in script
+
+
+def test_the_examples_for_containers_are_sound(tmp_path: Path) -> None:
+    compose = yaml.safe_load(block("yaml", "services:"))["services"]
+    given = {
+        name: re.sub(r"\$\{\w+:\?\}", "a-long-secret-text", str(value))
+        for name, value in compose["openai-proxy"]["environment"].items()
+    }
+    server = load(None, {}, given | {"PROXY__SERVER__HOST": "0.0.0.0"}, tmp_path).settings.server
+    assert server.allowed_hosts == ("openai-proxy",)
+    assert len(server.client_keys) == 1
+    pod = yaml.safe_load(block("yaml", "kind: Pod"))["spec"]["initContainers"][0]
+    given = {item["name"]: item.get("value", "sk-something") for item in pod["env"]}
+    server = load(None, {}, given, tmp_path).settings.server
+    assert (server.host, server.ops) == ("127.0.0.1", ("0.0.0.0", 8485))
+    assert pod["livenessProbe"]["httpGet"]["port"] == 8485
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    def anchor(title: str) -> str:
+        return re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+
+    anchors = {anchor(title) for title in re.findall(r"^#+ (.*)", README, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+    assert all((ROOT / target).exists() for target in re.findall(r"\]\(([A-Z]+(?:\.md)?)\)", README))
+
+
+def test_default_settings_are_the_defaults_of_the_code(tmp_path: Path) -> None:
+    assert load(None, {}, {}, tmp_path).settings == Settings()
