@@ -110,10 +110,11 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
     settings = loaded.settings
     app = App(settings)
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
-    runner = ServerRunner(ListeningServer(app.handle), handle_signals=False)
-    ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False)
+    runner = ServerRunner(ListeningServer(app.handle), handle_signals=False, shutdown_timeout=0.1)
+    ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False, shutdown_timeout=0.1)
     await runner.setup()
     await ops_runner.setup()
+    stop, now = _on_signals()
     try:
         try:
             address = await _listen(settings, runner)
@@ -130,15 +131,15 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
-        await _until_stopped(app, runner)
+        await _until_stopped(app, runner, stop, now)
         sweeper.cancel()
         return 0
     finally:
         await _close(app, runner, ops_runner, settings)
 
 
-async def _until_stopped(app: App, runner: ServerRunner) -> None:
-    """Waits for a signal, then drains. A second signal: now."""
+def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """(stop, now): set by the first and the second SIGTERM or SIGINT. SIGHUP does no harm."""
     loop = asyncio.get_running_loop()
     stop, now = asyncio.Event(), asyncio.Event()
 
@@ -147,8 +148,12 @@ async def _until_stopped(app: App, runner: ServerRunner) -> None:
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, told)
-    with suppress(AttributeError):
-        loop.add_signal_handler(signal.SIGHUP, log.warning, "reloading settings is not yet available; nothing changed")
+    loop.add_signal_handler(signal.SIGHUP, log.warning, "reloading settings is not yet available; nothing changed")
+    return stop, now
+
+
+async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, now: asyncio.Event) -> None:
+    """Waits for a signal, then drains. A second signal: now."""
     await stop.wait()
     settings = app.world.settings.server
     log.info("stopping: %d requests in flight", app.downstream.in_flight)
@@ -165,8 +170,6 @@ async def _until_stopped(app: App, runner: ServerRunner) -> None:
 
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, settings: Settings) -> None:
     for one in (runner, ops_runner):
-        one.shutdown_timeout = 0.1  # type: ignore[attr-defined]
-        one._shutdown_timeout = 0.1
         await one.cleanup()
     await app.way_up.close()
     if settings.server.socket is not None:

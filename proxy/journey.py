@@ -187,6 +187,7 @@ class Journey:
             return await self._plain_answer(call, plan, answered, progress)
         except Refusal as refusal:
             self._record(call, plan, progress, refusal.status, error=refusal.code)
+            refusal.lines = self._lines(call, plan, progress, "", stored=False)
             raise
         except asyncio.CancelledError:
             self._record(call, plan, progress, 499, error="client_gone")
@@ -396,11 +397,11 @@ class Journey:
         timing = Timing(progress.queue_ms, progress.upstream_ms, total)
         detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
         key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
+        went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
         return (
             f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\nX-Proxy-Cache-Reason: {plan.reason}\r\n"
             f"Cache-Status: {forward_status(plan.forward, detail, stored)}\r\n{key}"
-            f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n"
-            f"X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
+            f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
         )
 
     def _record(

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from typing import Final
+
 from .core.cacheability import StreamAudit
 from .core.call import Call
 from .core.errors import error_event
@@ -17,6 +19,10 @@ from .core.outcome import TransportFailure
 from .core.ports import Write
 from .core.sse import Splitter, UsageFilter, data_of, is_usage_event
 from .exchange import Answered
+
+
+MAX_EVENT: Final = 16 * 1024 * 1024
+"""An event longer than this (bytes) is passed on without being looked at: memory is bounded, whatever comes."""
 
 
 class StreamBroken(Exception):
@@ -50,6 +56,7 @@ class Flow:
     _done: bool = False
     _kept: list[bytes] | None = None
     _size: int = 0
+    _blind: bool = False
     _splitter: Splitter = field(default_factory=Splitter)
 
     def abandon(self) -> None:
@@ -67,42 +74,53 @@ class Flow:
                 if self.comment is not None and self.audit is not None:
                     out = self._commented(events, filter_ is not None)
                     at_boundary = True
+                    if self._blind:
+                        out, self.comment = out + self._splitter.rest, None
                 elif filter_ is not None:
                     out = filter_.feed(chunk)
                     at_boundary = filter_.at_boundary
                 else:
                     out = chunk
-                    at_boundary = not self._splitter.rest
+                    at_boundary = self._splitter.at_boundary
                 if out:
                     await write(out)
-            if self.audit is not None:
+            if self.audit is not None and not self._blind:
                 last = self._splitter.finish()
                 self._audit(last)
-                if self.audit.truncated(self._splitter.rest):
+                rest = self._splitter.rest
+                if (data_of(rest + b"\n\n") or b"").strip() == b"[DONE]":
+                    self.audit.event(rest)  # SDKs take it without its blank line, too
+                if self.audit.truncated(rest):
                     raise TransportFailure("invalid", "the upstream ended its stream before its end")
                 if self.comment is not None:
-                    out = self._commented(last, filter_ is not None) + self._splitter.rest
-                    if not self.audit.done:
-                        out += self.comment(self.audit)
+                    out = self._commented(last, filter_ is not None)
+                    out += self.comment(self.audit) + rest if rest or not self.audit.done else b""
                 else:
                     out = filter_.finish() if filter_ is not None else b""
                 if out:
                     await write(out)
         except TransportFailure as failure:
             code = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
-            await self._break(write, code, failure.detail, at_boundary)
+            # Where the cut falls inside an event, nothing of ours may stand there.
+            await self._break(write, code, failure.detail, at_boundary and self._splitter.at_boundary)
         except asyncio.CancelledError:
             if not self.interrupted:
                 self._end(Ending(self.audit, gone=True))
                 raise
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()
             await self._break(write, self.interrupted, "the proxy is shutting down", at_boundary)
         except BaseException:
             self._end(Ending(self.audit, gone=True))
             raise
         else:
-            why = self.audit.verdict(self._splitter.rest) if self.audit is not None else "uncacheable: opaque"
-            body = b"".join(self._kept) if self._kept is not None else None
-            self._end(Ending(self.audit, body, why))
+            self._end(Ending(self.audit, b"".join(self._kept) if self._kept is not None else None, self._verdict()))
+
+    def _verdict(self) -> str | None:
+        if self.audit is None:
+            return "uncacheable: opaque"
+        return "event too large" if self._blind else self.audit.verdict(self._splitter.rest)
 
     async def _break(self, write: Write, code: str, detail: str, at_boundary: bool) -> None:
         """Tells the client of a failure after the first byte: an error event where one can stand, then no clean end."""
@@ -127,8 +145,12 @@ class Flow:
                 self._kept = None
             else:
                 self._kept.append(chunk)
+        if self._blind:
+            return []
         events = self._splitter.feed(chunk)
         self._audit(events)
+        if self._splitter.held > MAX_EVENT:
+            self._blind, self._kept = True, None
         return events
 
     def _audit(self, events: list[bytes]) -> None:

@@ -163,13 +163,9 @@ def event(data: Json | str) -> bytes:
 DONE = event("[DONE]")
 
 
-def chunk(
-    delta: Json | None, finish: str | None = None, model: str = "gpt-4o-2024-08-06", **extra: Any
-) -> Json:
+def chunk(delta: Json | None, finish: str | None = None, model: str = "gpt-4o-2024-08-06", **extra: Any) -> Json:
     """One chat.completion.chunk; `delta=None` leaves `choices` empty."""
-    choices = (
-        [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-    )
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
     return {
         "id": "chatcmpl-stream",
         "object": "chat.completion.chunk",
@@ -225,9 +221,7 @@ def include_usage(request: Json) -> bool:
 # Errors, as OpenAI words them.
 
 
-def error(
-    status: int, message: str, code: str | None, kind: str = "invalid_request_error", **headers: str
-) -> Step:
+def error(status: int, message: str, code: str | None, kind: str = "invalid_request_error", **headers: str) -> Step:
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     return reply(status, error_body(message, code, kind), fields)
 
@@ -246,16 +240,12 @@ def forbidden() -> Step:
 
 
 def model_not_found(model: str = "gpt-4o") -> Step:
-    return error(
-        404, f"The model `{model}` does not exist or you do not have access to it.", "model_not_found"
-    )
+    return error(404, f"The model `{model}` does not exist or you do not have access to it.", "model_not_found")
 
 
 def rate_limited(retry_after: str | None = None, **headers: str) -> Step:
     more = headers | ({"retry_after": retry_after} if retry_after is not None else {})
-    return error(
-        429, "Rate limit reached for gpt-4o on requests per min.", "rate_limit_exceeded", "requests", **more
-    )
+    return error(429, "Rate limit reached for gpt-4o on requests per min.", "rate_limit_exceeded", "requests", **more)
 
 
 def insufficient_quota() -> Step:
@@ -274,9 +264,7 @@ def behave(request: Request) -> Answer:
     """A well-behaved API: answers echo the last message, so that a wrong answer is seen."""
     route = request.path.rpartition("/v1/")[2] or request.path
     if request.method == "GET" and route == "models":
-        return reply(
-            200, {"object": "list", "data": [{"id": "gpt-4o", "object": "model", "owned_by": "system"}]}
-        )
+        return reply(200, {"object": "list", "data": [{"id": "gpt-4o", "object": "model", "owned_by": "system"}]})
     if request.method != "POST" or "json" not in (request.header("content-type") or ""):
         return reply(200, {"method": request.method, "target": request.target, "size": len(request.body)})
     body = request.json()
@@ -315,9 +303,7 @@ def response_object(text: str, status: str = "completed") -> Json:
         "error": None,
         "incomplete_details": None,
         "model": "gpt-4o-2024-08-06",
-        "output": [
-            {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [part]}
-        ],
+        "output": [{"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [part]}],
         "parallel_tool_calls": True,
         "store": True,
         "usage": {

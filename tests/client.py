@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import time
@@ -115,13 +116,13 @@ class Client:
         fields = dict(headers or {})
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
+        if isinstance(body, bytes) and len(body) > 2**20:
+            body = io.BytesIO(body)  # aiohttp warns about large bytes
         if body is not None and not any(name.lower() == "content-type" for name in fields):
             fields["Content-Type"] = "application/json"
         verb = method or ("GET" if body is None else "POST")
         url = URL(proxy.address + path, encoded=True)
-        async with self.session.request(
-            verb, url, data=body, headers=fields, allow_redirects=False
-        ) as answer:
+        async with self.session.request(verb, url, data=body, headers=fields, allow_redirects=False) as answer:
             yield answer
 
     async def send(

@@ -70,9 +70,7 @@ def environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
 
 def write_config(directory: Path, config: str | Config, name: str = "settings.yaml") -> Path:
     path = directory / name
-    path.write_text(
-        config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
-    )
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     path.chmod(0o600)
     return path
 
@@ -177,9 +175,10 @@ class ProxyProcess:
             self.process.wait()
             problems.append("did not stop on a second SIGTERM")
         log = self.stderr_so_far()
-        problems += [f"the log has {sign!r}" for sign in BROKEN if sign in log]
-        problems += [f"the log has a key: {found}" for found in sorted(set(CANARY.findall(log)))]
-        return [f"{problem}\n{log[-6000:]}" for problem in problems]
+        for sign in [*(sign for sign in BROKEN if sign in log), *sorted(set(CANARY.findall(log)))]:
+            at = log.index(sign)
+            problems.append(f"the log has {sign!r}:\n{log[max(0, at - 1000) : at + 4000]}")
+        return problems
 
 
 class Launch(Protocol):

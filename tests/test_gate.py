@@ -92,9 +92,7 @@ def gate_and_clock(max_queue: int = 1000) -> tuple[Gate, Turned]:
     return Gate(max_queue, clock, clock.call_later), clock
 
 
-def enter(
-    gate: Gate, room: Room, who: object, patience: float = 60.0, lane: str = "m"
-) -> asyncio.Task[object]:
+def enter(gate: Gate, room: Room, who: object, patience: float = 60.0, lane: str = "m") -> asyncio.Task[object]:
     return asyncio.create_task(gate.admit(lane, room.ask(who), patience))
 
 
@@ -485,9 +483,7 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
         patience = rng.choice([0.0, 1.0, 5.0, 30.0, 90.0, math.inf])
         lane = rng.choice(list(lanes))
         tasks.append(
-            asyncio.create_task(
-                story(number, lane, rng.randint(1, 150), patience, rng.choice([0.0, 0.3, 4.0]))
-            )
+            asyncio.create_task(story(number, lane, rng.randint(1, 150), patience, rng.choice([0.0, 0.3, 4.0])))
         )
         if rng.random() < 0.4:
             await clock.turn(rng.choice([0.0, 0.05, 0.6]))
@@ -500,9 +496,7 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
             break
         await clock.turn(10)
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes), (
-        outcomes
-    )
+    assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes), outcomes
     assert gate.depth == 0
     assert gate.depths() == {}
     assert clock.pending == 0

@@ -67,9 +67,7 @@ async def events_of(http: aiohttp.ClientSession, path: str, body: dict[str, Any]
     *events, end = text.split("\n\n")
     assert end == ""
     return [
-        data if data == "[DONE]" else json.loads(data)
-        for event in events
-        for data in [event.partition("data: ")[2]]
+        data if data == "[DONE]" else json.loads(data) for event in events for data in [event.partition("data: ")[2]]
     ]
 
 
@@ -141,9 +139,7 @@ async def test_tools_are_called_when_asked_and_not_again_after_their_answer(sdk:
         *asked,
         {
             "role": "assistant",
-            "tool_calls": [
-                {"id": calls[0].id, "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-            ],
+            "tool_calls": [{"id": calls[0].id, "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
         },
         {"role": "tool", "tool_call_id": calls[0].id, "content": "sunny"},
     ]
@@ -166,9 +162,7 @@ async def test_tool_choice_decides(sdk: openai.AsyncOpenAI) -> None:
 
 
 async def test_streamed_tool_call(sdk: openai.AsyncOpenAI) -> None:
-    async with sdk.chat.completions.stream(
-        model="gpt-4o", messages=say("use tool"), tools=[WEATHER]
-    ) as stream:
+    async with sdk.chat.completions.stream(model="gpt-4o", messages=say("use tool"), tools=[WEATHER]) as stream:
         final = await stream.get_final_completion()
     calls = final.choices[0].message.tool_calls
     assert calls is not None
@@ -336,9 +330,7 @@ async def test_completions_plain_and_streamed(http: aiohttp.ClientSession) -> No
     body = {"model": "gpt-3.5-turbo-instruct", "prompt": ["a", "b"], "max_tokens": 500}
     async with http.post("v1/completions", json=body) as answer:
         plain = await answer.json()
-    *chunks, usage, done = await events_of(
-        http, "v1/completions", body | {"stream_options": {"include_usage": True}}
-    )
+    *chunks, usage, done = await events_of(http, "v1/completions", body | {"stream_options": {"include_usage": True}})
     assert done == "[DONE]"
     assert usage["usage"] == plain["usage"]
     assert plain["id"].startswith("cmpl-")

@@ -49,9 +49,7 @@ async def test_chunked_uploads_are_joined_and_connections_reused(
     assert [(r.connection, r.nth) for r in upstream.requests][1][1] == 2
 
 
-async def test_streams_come_as_separate_reads(
-    upstream: ScriptedUpstream, target: Server, client: Client
-) -> None:
+async def test_streams_come_as_separate_reads(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     gate = upstream.gate()
     events = canned.chat_events(include_usage=True)
     upstream.always(*canned.stream(events[:1], end=False), hold(gate), *canned.stream(events[1:])[1:])
@@ -77,9 +75,7 @@ async def test_close_before_headers(upstream: ScriptedUpstream, target: Server, 
         await client.send(target, ask())
 
 
-async def test_reset_on_accept_and_refusal(
-    upstream: ScriptedUpstream, target: Server, client: Client
-) -> None:
+async def test_reset_on_accept_and_refusal(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     upstream.reset_on_accept = 1
     with pytest.raises(aiohttp.ClientError):
         await client.send(target, ask())
@@ -102,9 +98,7 @@ async def test_it_sees_the_client_leave(upstream: ScriptedUpstream, target: Serv
     assert upstream.last.peer_closed_at - left < 1
 
 
-async def test_our_own_close_is_not_the_peers(
-    upstream: ScriptedUpstream, target: Server, client: Client
-) -> None:
+async def test_our_own_close_is_not_the_peers(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     upstream.always(sleep(0.01), reset())
     with pytest.raises(aiohttp.ClientError):
         await client.send(target, ask())
@@ -132,9 +126,7 @@ async def test_answer_before_the_body(upstream: ScriptedUpstream, target: Server
     assert upstream.last.complete_at is None
 
 
-async def test_idle_connections_can_be_closed(
-    upstream: ScriptedUpstream, target: Server, client: Client
-) -> None:
+async def test_idle_connections_can_be_closed(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     await client.send(target, ask())
     upstream.close_connections()
     await upstream.until(lambda: not upstream.open_connections)
@@ -152,9 +144,7 @@ async def test_complaints() -> None:
     assert len(lines) == 4
 
 
-async def test_a_broken_script_is_reported(
-    upstream: ScriptedUpstream, target: Server, client: Client
-) -> None:
+async def test_a_broken_script_is_reported(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     upstream.script = lambda request: request.json()["absent"]
     with pytest.raises(aiohttp.ClientError):
         await client.send(target, ask())
@@ -163,9 +153,7 @@ async def test_a_broken_script_is_reported(
 
 
 async def test_default_behaviour(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
-    answer = await client.send(
-        target, {"model": "text-embedding-3-small", "input": ["a", "bb"]}, path="/v1/embeddings"
-    )
+    answer = await client.send(target, {"model": "text-embedding-3-small", "input": ["a", "bb"]}, path="/v1/embeddings")
     assert [item["index"] for item in answer.json()["data"]] == [0, 1]
     answer = await client.send(target, ask("nonce", stream=True, stream_options={"include_usage": True}))
     assert answer.body.endswith(canned.DONE)

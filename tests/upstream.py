@@ -1,9 +1,9 @@
 """A scripted upstream: a real TCP server that speaks HTTP/1.1 byte by byte, with no HTTP library.
 
-It lives in a thread of its own, so that it answers whatever loop (or none) a test runs in. A script
-`(Request) -> Step | Sequence[Step]` chooses the answers, or a queue per path; a step is an async function over
-the open `Connection`. What arrives is kept in a ledger; what must never arrive at an upstream (contract, section
-6) is a complaint, and the `upstream` fixture fails the test that caused one.
+It lives in a thread of its own, so that it answers whatever loop (or none) a test runs in. Answers are chosen by a
+script, `(Request) -> Step | Sequence[Step]`, or a queue per path; a step is an async function over the open
+`Connection`. What arrives is kept in a ledger; what must never arrive at an upstream (contract, section 6) is a
+complaint, and the `upstream` fixture fails the test that caused one.
 """
 
 from __future__ import annotations
@@ -357,9 +357,7 @@ class ScriptedUpstream:
         version: str,
         headers: list[tuple[str, str]],
     ) -> Request:
-        request = Request(
-            len(self.requests) + 1, connection, nth, method, target, version, headers, time.monotonic()
-        )
+        request = Request(len(self.requests) + 1, connection, nth, method, target, version, headers, time.monotonic())
         self.requests.append(request)
         self.complaints += [f"{method} {target}: {line}" for line in complaints_about(request)]
         return request

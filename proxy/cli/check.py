@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from ..config.render import lines
-from .common import load_from_args
+from .common import add_config_arguments, load_from_args
 
 if TYPE_CHECKING:
     import aiohttp
@@ -27,6 +27,7 @@ _WORKING: Final = frozenset({200, 429})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
     parser.add_argument("--online", action="store_true", help="ask each key GET /models, which is free")
 
 

@@ -29,9 +29,7 @@ _HELP: Final[Mapping[str, tuple[str, str]]] = {
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config` and the flags of `serve`. Their values are checked with all other settings, not here."""
-    parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="settings file (default: ./config.yaml, if ours)"
-    )
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings file (default: ./config.yaml, if ours)")
     for path, flag in FLAGS.items():
         metavar, text = _HELP[path]
         parser.add_argument(flag, dest=path, metavar=metavar, help=text)

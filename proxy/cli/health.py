@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _seconds(text: str) -> float:

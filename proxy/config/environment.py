@@ -34,14 +34,11 @@ def _table(where: Where, **entries: Node | None) -> Table:
     return Table(tuple((name, node) for name, node in entries.items() if node is not None), where)
 
 
-def settings_layer(environ: Mapping[str, str], reading: Reading) -> Table:
-    """`PROXY__SECTION__KEY` and `PROXY_CLIENT_KEYS` as one tree."""
-    where = Where(ENVIRONMENT)
-    root = Table((), where)
+def settings_layers(environ: Mapping[str, str], reading: Reading) -> list[Node]:
+    """`PROXY_CLIENT_KEYS` and every `PROXY__SECTION__KEY` as trees, the more precise name the stronger."""
     client_keys = _client_keys(environ, reading.problems)
-    if client_keys is not None:
-        root = _placed(root, ["server", "client_keys"], client_keys)
-    for name in sorted(environ):
+    layers = [] if client_keys is None else [_nested(["server", "client_keys"], client_keys)]
+    for name in sorted(environ, key=lambda name: (name.count("__"), name)):
         if not name.startswith(PREFIX) or not environ[name].strip():
             continue
         place = _where(name)
@@ -52,8 +49,14 @@ def settings_layer(environ: Mapping[str, str], reading: Reading) -> Table:
             continue
         node = _value(environ[name].strip(), reader, place, ".".join(path), reading.problems)
         if node is not None:
-            root = _placed(root, path, node)
-    return root
+            layers.append(_nested(path, node))
+    return layers
+
+
+def _nested(path: list[str], node: Node) -> Node:
+    for name in reversed(path):
+        node = Table(((name, node),), node.where)
+    return node
 
 
 def _setting(name: str, reading: Reading) -> tuple[list[str], Reader[Any]]:
@@ -78,18 +81,6 @@ def _value(text: str, reader: Reader[Any], where: Where, path: str, problems: li
     return parse(text, where, problems, path)
 
 
-def _placed(table: Table, path: list[str], node: Node) -> Table:
-    name, *rest = path
-    if rest:
-        inner = table.get(name)
-        node = _placed(inner if isinstance(inner, Table) else Table((), node.where), rest, node)
-    elif isinstance(node, Table) and isinstance(old := table.get(name), Table):
-        # PROXY__CACHE='{…}' beside PROXY__CACHE__TTL__CHAT: the more precise name counts.
-        for key, value in old.entries:
-            node = node.replaced(key, value)
-    return table.replaced(name, node)
-
-
 def _client_keys(environ: Mapping[str, str], problems: list[Problem]) -> Listing | None:
     """`name:key,…` as a list of client keys."""
     where = _where(CLIENT_KEYS)
@@ -100,13 +91,9 @@ def _client_keys(environ: Mapping[str, str], problems: list[Problem]) -> Listing
     for i, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
         name, colon, key = (part.strip() for part in entry.partition(":"))
         if not colon or not name or not key:
-            problems.append(
-                where.problem("server.client_keys", f"expected name:key as entry {i}, found no such pair")
-            )
+            problems.append(where.problem("server.client_keys", f"expected name:key as entry {i}, found no such pair"))
             continue
-        items.append(
-            _table(where, name=Scalar(name, where, literal=True), key=Scalar(key, where, literal=True))
-        )
+        items.append(_table(where, name=Scalar(name, where, literal=True), key=Scalar(key, where, literal=True)))
     return Listing(tuple(items), where)
 
 
@@ -167,9 +154,7 @@ def _azure(environ: Mapping[str, str], needs_endpoint: bool = True) -> Table | N
     )
 
 
-def _keys(
-    key: Scalar | None, organization: Scalar | None = None, project: Scalar | None = None
-) -> Listing | None:
+def _keys(key: Scalar | None, organization: Scalar | None = None, project: Scalar | None = None) -> Listing | None:
     if key is None:
         return None
     table = _table(key.where, key=key, organization=organization, project=project)

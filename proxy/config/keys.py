@@ -37,17 +37,17 @@ LIMITS: Section[Limits] = Section(
 LIMITS_BY_GLOB: ByGlob[Limits] = ByGlob(GLOB, LIMITS)
 
 
-class KeyLimits:
+class KeyLimits(ByGlob[Limits]):
     """The limits of one key: plain ones hold for every model, else they are given by model."""
+
+    def __init__(self) -> None:
+        super().__init__(GLOB, LIMITS)
 
     def read(self, node: Node, path: str, reading: Reading) -> dict[str, Limits]:
         if isinstance(node, Table) and not any(isinstance(child, Table) for _, child in node.entries):
             limits = LIMITS.read(node, path, reading)
             return {} if limits == Limits() else {"*": limits}
-        return LIMITS_BY_GLOB.read(node, path, reading)
-
-    def show(self, value: Any) -> object:
-        return LIMITS_BY_GLOB.show(value)
+        return super().read(node, path, reading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,19 +244,14 @@ class ClientKeys:
             if written.key is not None or written.key_file is not None:
                 raise Invalid("expected one of key, key_file and key_sha256, found several")
             return ClientKey(name, written.key_sha256, written.namespace)
-        key = usable(
-            f"the key of {name}", given_key(written.key, written.key_file, node.where, reading).strip()
-        )
+        key = usable(f"the key of {name}", given_key(written.key, written.key_file, node.where, reading).strip())
         if len(key) < SHORT_CLIENT_KEY:
-            reading.warn(
-                f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess"
-            )
+            reading.warn(f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess")
         return ClientKey(name, hashlib.sha256(key.encode()).digest(), written.namespace)
 
     def show(self, value: Any) -> object:
         return [
-            {"name": client.name, "key": "***"}
-            | ({"namespace": client.namespace} if client.namespace else {})
+            {"name": client.name, "key": "***"} | ({"namespace": client.namespace} if client.namespace else {})
             for client in value
         ]
 

@@ -70,16 +70,14 @@ def load(
         known=KNOWN,
     )
     from_file, used = _file_layer(cwd / file, config is None, reading)
-    from_environment = environment.settings_layer(environ, reading)
+    from_environment = environment.settings_layers(environ, reading)
     upstream_flag, from_flags = _flag_layer(flags)
-    layers = [from_file, from_environment, from_flags]
+    layers = [from_file, *from_environment, from_flags]
     listing: Node | None = None
     if use_upstreams:
         written = _highest(layers, "upstreams")
         listing = _upstreams(written, upstream_flag, environ, reading)
-        layers = [_without_upstreams(layer) for layer in layers] + [
-            Table((("upstreams", listing),), listing.where)
-        ]
+        layers = [_without_upstreams(layer) for layer in layers] + [Table((("upstreams", listing),), listing.where)]
     else:
         layers = [_without_upstreams(layer) for layer in layers]
     settings = SCHEMA.read_layers(layers, "", reading)
@@ -155,9 +153,7 @@ def _without_upstreams(layer: Node) -> Node:
     return layer.without("upstreams") if isinstance(layer, Table) else layer
 
 
-def _upstreams(
-    written: Node | None, flag: Scalar | None, environ: Mapping[str, str], reading: Reading
-) -> Node:
+def _upstreams(written: Node | None, flag: Scalar | None, environ: Mapping[str, str], reading: Reading) -> Node:
     """The upstreams' tree: the file's, else the environment's; `--upstream` moves the only one."""
     if flag is None:
         return environment.upstreams(environ, reading) if written is None else written
@@ -186,9 +182,7 @@ def _check_automatic(settings: Settings, listing: Node, reading: Reading) -> Non
         if host in ("", "api.openai.com") or host.endswith(".openai.azure.com"):
             continue
         if _takes_secrets(item, reading):
-            message = (
-                f"a file that sends keys from elsewhere to {host} must be named with --config {AUTOMATIC}"
-            )
+            message = f"a file that sends keys from elsewhere to {host} must be named with --config {AUTOMATIC}"
             reading.fail(place, f"{path}.base_url", message)
 
 
@@ -197,9 +191,7 @@ def _takes_secrets(upstream: Table, reading: Reading) -> bool:
     base_url = upstream.get("base_url")
     if isinstance(base_url, Scalar) and "${" in base_url.text and not _SUBSTITUTED.fullmatch(base_url.text):
         return True
-    return any(
-        _takes_from_outside(node, name, reading) for name, node in upstream.entries if name != "base_url"
-    )
+    return any(_takes_from_outside(node, name, reading) for name, node in upstream.entries if name != "base_url")
 
 
 def _takes_from_outside(node: Node, name: str, reading: Reading) -> bool:
@@ -217,7 +209,7 @@ def _in_order(problems: list[Problem], file: str) -> tuple[Problem, ...]:
     """The file's by line, then the environment's, then the command line's."""
     return tuple(
         sorted(
-            problems,
+            dict.fromkeys(problems),
             key=lambda problem: (problem.file != file, problem.file == COMMAND_LINE, problem.line or 0),
         )
     )

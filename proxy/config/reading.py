@@ -53,9 +53,7 @@ class Reading:
 
     def fail(self, where: Where, path: str, message: str) -> None:
         self.broken.add(path)
-        problem = where.problem(path, message)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        self.problems.append(where.problem(path, message))
 
     def fail_at(self, path: str, message: str) -> None:
         """A mistake of a value already read: at its own place, else at that of what it stands in."""
@@ -273,7 +271,7 @@ def items_of(node: Node, expected: str) -> tuple[Node, ...]:
         return node.items
     if isinstance(node, Scalar) and node.null:
         return ()
-    raise Invalid(f"expected {expected}; found {kind_of(node)}")
+    raise Invalid(f"expected {expected}, found {kind_of(node)}")
 
 
 def entries_of(node: Node, expected: str) -> tuple[tuple[str, Node], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from .loader import Loaded
 from .reading import Section
@@ -31,17 +31,17 @@ def _section(shown: Mapping[str, object], path: str, sources: Mapping[str, str])
     indent = "  " * path.count(".")
     for name, value in shown.items():
         inner = f"{path}{name}"
-        if inner in sources and not (inner == "upstreams" or _blocks(value)):
-            yield _line(f"{indent}{name}: {_flow(value)}", sources[inner])
-            continue
-        yield f"{indent}{name}:"
-        if isinstance(value, list):
+        if _blocks(value):
+            yield f"{indent}{name}:"
             yield from _items(value, inner, sources)
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and inner not in sources:  # a section: its settings have the sources
+            yield f"{indent}{name}:"
             yield from _section(value, f"{inner}.", sources)
+        else:
+            yield _line(f"{indent}{name}: {_flow(value)}", sources[inner])
 
 
-def _blocks(value: object) -> bool:
+def _blocks(value: object) -> TypeGuard[list[dict[str, object]]]:
     """Whether a value is a list of tables, which is written item by item."""
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
@@ -55,7 +55,7 @@ def _items(items: list[dict[str, object]], path: str, sources: Mapping[str, str]
             # A key may be one of several in a single text, so its parts have the place of the whole.
             place = f"{path}.{i}" if path.endswith("keys") else inner
             source = sources.get(place) or sources.get(f"{path}.{i}", "default")
-            if _blocks(value) and isinstance(value, list):
+            if _blocks(value):
                 yield f"{indent}{lead}{name}:"
                 yield from _items(value, inner, sources)
             else:

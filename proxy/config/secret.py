@@ -91,7 +91,5 @@ def read_key_file(path: Path) -> tuple[str, str | None]:
     if not key:
         raise Invalid(f"expected a key, found nothing in {path}")
     loose = stat.S_IMODE(status.st_mode) & 0o077
-    warning = (
-        f"{path} may be read by other users (mode {stat.S_IMODE(status.st_mode):04o}); 0600 would be right"
-    )
+    warning = f"{path} may be read by other users (mode {stat.S_IMODE(status.st_mode):04o}); 0600 would be right"
     return key, warning if loose else None

@@ -16,7 +16,7 @@ import yaml
 from .problems import Problem, Where, shown_name
 
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
-_MOST_VALUES: Final = 20_000
+_MOST_VALUES: Final = 10_000
 _DEEPEST: Final = 20
 _YAML_TAG: Final = "tag:yaml.org,2002:"
 _QUOTED: Final = re.compile(r"'[\w!-]{2,}'")
@@ -96,7 +96,10 @@ def _at(where: Where, line: int | None) -> Where:
 
 def _reason(error: yaml.MarkedYAMLError) -> str:
     # PyYAML quotes what it stumbled over, and that may be a secret: `admin_key: *hunter2`.
-    reason = _QUOTED.sub("'…'", error.problem or "no reason given")
+    problem = error.problem or "no reason given"
+    if problem.startswith("but ") and error.context:
+        problem = f"{error.context}, {problem}"
+    reason = _QUOTED.sub("'…'", problem)
     alias = error.context == "while scanning an alias" or reason.startswith("found undefined alias")
     if alias or "cannot start any token" in reason:
         reason += " (a value that begins with * & % @ or ` needs quotes)"
@@ -137,9 +140,7 @@ class _Builder:
             inner = f"{path}.{shown_name(name)}".lstrip(".")
             if name in entries:
                 first = entries[name].where.line
-                message = "expected each name once, found it again" + (
-                    f" (first in line {first})" if first else ""
-                )
+                message = "expected each name once, found it again" + (f" (first in line {first})" if first else "")
                 self._problems.append(place.problem(inner, message))
             child = self.node(value, inner, depth + 1)
             # A block value begins below its name; a person looks for the name.

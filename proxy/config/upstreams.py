@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from ..core.pricing import Kind
 from .keys import Draft, Keys, usable
 from .problems import Invalid
 from .reading import ByGlob, Many, One, Reading, Section, items_of
@@ -127,7 +128,7 @@ def _finished(written: _Written, path: str, others: Sequence[Upstream], reading:
     azure = written.kind == "azure" or (
         written.kind is None and written.base_url is not None and written.base_url.azure
     )
-    kind = "azure" if azure else "openai"
+    kind: Kind = "azure" if azure else "openai"
     same_kind = sum(other.kind == kind for other in others)
     name = written.name or (f"{kind}-{same_kind + 1}" if same_kind else kind)
     if any(other.name == name for other in others):
@@ -145,9 +146,7 @@ def _finished(written: _Written, path: str, others: Sequence[Upstream], reading:
     if not azure and reading.sound(f"{path}.base_url"):
         for setting in ("api_version", "deployments"):
             if getattr(written, setting):
-                reading.fail_at(
-                    f"{path}.{setting}", "expected kind: azure beside this setting, found kind: openai"
-                )
+                reading.fail_at(f"{path}.{setting}", "expected kind: azure beside this setting, found kind: openai")
     return Upstream(
         name=name,
         kind=kind,
@@ -184,30 +183,27 @@ def _azure(written: _Written, path: str, reading: Reading) -> tuple[str, str | N
 
 
 def _labelled(name: str, drafts: Sequence[Draft], path: str, reading: Reading) -> tuple[Key, ...]:
-    keys: list[Key] = []
+    keys: dict[Secret, Key] = {}
     for i, draft in enumerate(drafts):
         label = draft.written.name or f"{name}-{i + 1}"
         reading.places[f"{path}.keys.{i}"] = draft.where
         try:
             secret = Secret(usable(f"the key {label}", draft.secret))
-            twin = next((key for key in keys if key.secret == secret), None)
-            if twin is not None:
-                raise Invalid(f"expected different keys, found that {label} is the same as {twin.label}")
+            if secret in keys:
+                raise Invalid(f"expected different keys, found that {label} is the same as {keys[secret].label}")
         except Invalid as error:
             reading.fail(draft.where, draft.path, str(error))
             continue
-        keys.append(
-            Key(
-                label=label,
-                secret=secret,
-                organization=draft.written.organization,
-                project=draft.written.project,
-                weight=draft.written.weight,
-                quota=draft.written.quota or label,
-                limits=draft.written.limits,
-            )
+        keys[secret] = Key(
+            label=label,
+            secret=secret,
+            organization=draft.written.organization,
+            project=draft.written.project,
+            weight=draft.written.weight,
+            quota=draft.written.quota or label,
+            limits=draft.written.limits,
         )
-    return tuple(keys)
+    return tuple(keys.values())
 
 
 def _check_pool(upstreams: Sequence[Upstream], path: str, reading: Reading) -> None:

@@ -16,7 +16,7 @@ _AZURE_HOSTS: Final = (".openai.azure.com", ".cognitiveservices.azure.com", ".se
 _AZURE_PATH: Final = re.compile(
     r"(?P<prefix>.*?)/openai(?:/(?P<v1>v1)(?:/.*)?|/deployments(?:/(?P<deployment>[^/]+)(?:/.*)?)?)?\Z"
 )
-_ENDPOINT: Final = re.compile(r".*/(chat/completions|completions|embeddings|responses|moderations|models)\Z")
+_ENDPOINT: Final = re.compile(r".*?/(chat/completions|completions|embeddings|responses|moderations)\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,7 @@ def _refuse_extras(parts: SplitResult, text: str) -> None:
     if "@" in parts.netloc:
         raise Invalid("expected a base URL without user and password, found one (keys go under keys:)")
     if "?" in text:
-        raise Invalid(
-            "expected a base URL without a query, found one (Azure's api-version goes into api_version:)"
-        )
+        raise Invalid("expected a base URL without a query, found one (Azure's api-version goes into api_version:)")
     if "#" in text:
         raise Invalid("expected a base URL without a fragment, found one")
 

@@ -43,9 +43,7 @@ def _check_exposure(settings: Settings, reading: Reading) -> None:
     if not reading.sound("server.host", "server.client_keys", "server.allow_anonymous", "server.socket"):
         return
     if server.allow_anonymous:
-        reading.warn(
-            f"server.host {server.host} without client_keys: everybody who reaches it may use it and its keys"
-        )
+        reading.warn(f"server.host {server.host} without client_keys: everybody who reaches it may use it and its keys")
         return
     reading.fail_at(
         "server.host",
@@ -65,16 +63,10 @@ def _check_ops(settings: Settings, reading: Reading) -> None:
 
 def _check_own_address(settings: Settings, path: str, url: Url, reading: Reading) -> None:
     server = settings.server
-    if (
-        server.socket is not None
-        or url.port != server.port
-        or not reading.sound("server.host", "server.port")
-    ):
+    if server.socket is not None or url.port != server.port or not reading.sound("server.host", "server.port"):
         return
     if _same_machine(url.host, server.host):
-        reading.fail_at(
-            f"{path}.base_url", f"expected an upstream, found the proxy's own address ({url.origin})"
-        )
+        reading.fail_at(f"{path}.base_url", f"expected an upstream, found the proxy's own address ({url.origin})")
 
 
 def _same_machine(one: str, other: str) -> bool:
@@ -88,17 +80,13 @@ def _check_plain_http(path: str, upstream: Upstream, url: Url, reading: Reading)
         message = f"expected https, or insecure: true; found plain http with a key to {url.origin}"
         reading.fail_at(f"{path}.base_url", message)
     else:
-        reading.warn(
-            f"upstream {upstream.name} is called over plain http ({url.origin}): others may read along"
-        )
+        reading.warn(f"upstream {upstream.name} is called over plain http ({url.origin}): others may read along")
 
 
 def _warn_credentials(settings: Settings, reading: Reading) -> None:
     if settings.passthrough:
         if settings.server.client_keys:
-            reading.warn(
-                "client_keys, but no upstream has a key: the client's key itself goes to the upstream"
-            )
+            reading.warn("client_keys, but no upstream has a key: the client's key itself goes to the upstream")
         return
     for _, upstream, url in _addresses(settings):
         if not upstream.keys and not is_loopback(url.host):

@@ -121,9 +121,7 @@ def show_duration(seconds: float) -> str:
 
 def duration(low: float = 0.0) -> Leaf[float]:
     bound = f", of at least {show_duration(low)}" if low else ""
-    return Leaf(
-        f"a duration such as 250ms, 30s, 5m, 24h or 7d{bound}", partial(_duration, low), show_duration
-    )
+    return Leaf(f"a duration such as 250ms, 30s, 5m, 24h or 7d{bound}", partial(_duration, low), show_duration)
 
 
 def duration_or_auto() -> Leaf[float | None]:
@@ -136,7 +134,7 @@ def duration_or_auto() -> Leaf[float | None]:
     return Leaf("a duration such as 30s or 5m, or auto", convert, show)
 
 
-_SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?(KiB|MiB|GiB|B)?\Z", re.ASCII | re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,16}(?:\.\d{1,6})?) ?(KiB|MiB|GiB|B)?\Z", re.ASCII | re.IGNORECASE)
 _SIZES: Final = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
 _LARGEST_SIZE: Final = 2**50
 
@@ -159,9 +157,7 @@ def show_size(size: int) -> str:
 
 def size(low: int = 0) -> Leaf[int]:
     bound = f", of at least {low}" if low else ""
-    return Leaf(
-        f"a size such as 64KiB, 256MiB or 4GiB, or plain bytes{bound}", partial(_size, low), show_size
-    )
+    return Leaf(f"a size such as 64KiB, 256MiB or 4GiB, or plain bytes{bound}", partial(_size, low), show_size)
 
 
 # Words.
@@ -205,9 +201,7 @@ NAME: Final = pattern(
 )
 VISIBLE: Final = pattern("1 to 128 visible ASCII characters", r"[!-~]{1,128}")
 HEADER_ID: Final = pattern("an id of at most 128 letters, digits and . _ -", r"[A-Za-z0-9._-]{1,128}")
-GLOB: Final = pattern(
-    "a model's name or a glob such as gpt-4o*, in visible ASCII characters", r"[!-~]{1,256}"
-)
+GLOB: Final = pattern("a model's name or a glob such as gpt-4o*, in visible ASCII characters", r"[!-~]{1,256}")
 DEPLOYMENT: Final = pattern(
     "a deployment's name of at most 128 letters, digits and . _ -", r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 )
@@ -290,9 +284,7 @@ def _show_host_and_port(value: tuple[str, int]) -> str:
     return f"{show_host(value[0])}:{value[1]}"
 
 
-_ORIGIN: Final = re.compile(
-    r"[a-z][a-z0-9+.-]{0,31}://(\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(:\d{1,5})?/?\Z", re.ASCII
-)
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]{0,31}://(\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(:\d{1,5})?/?\Z", re.ASCII)
 
 
 def _origin(text: str) -> str:

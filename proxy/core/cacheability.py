@@ -27,13 +27,14 @@ import orjson
 from .sse import data_of, is_usage_chunk, name_of
 
 HOSTED_TOOLS: Final = ("web_search", "file_search", "code_interpreter", "computer", "mcp", "image_generation")
-"""How the types of the tools begin that the provider itself runs (`web_search_preview_2025_03_11`, …)."""
+"""How the types of tools begin that the provider itself runs (`web_search_preview_2025_03_11`, …)."""
 
 WHOLE: Final = frozenset({"stop", "tool_calls", "function_call"})
 """A choice with one of these finish reasons is all there; so is `length` where the request set a limit."""
 
 _TOKEN_LIMITS: Final = ("max_tokens", "max_completion_tokens")
-_WITH_CHOICES: Final = frozenset({"chat", "completions"})
+_TERMINAL: Final = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
+"""The events after which a Responses stream has nothing more to say."""
 
 
 def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
@@ -86,10 +87,6 @@ def plain_complete(endpoint: str, request: Mapping[str, Any], answer: object) ->
         case "moderations":
             return _moderations(request.get("input"), answer.get("results"))
     return "unknown endpoint"
-
-
-_TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
-"""The events after which a Responses stream has nothing more to say."""
 
 
 class StreamAudit:
@@ -165,14 +162,12 @@ class StreamAudit:
             self._chunk(chunk, start)
 
     def verdict(self, rest: bytes = b"") -> str | None:
-        """Why the stream is not stored, in a few words; None: it is whole. `rest`: what followed the last
-        event.
-        """
+        """Why the stream is not stored, in a few words; None: it is whole. `rest`: what the last event left."""
         if self._fault is not None:
             return self._fault
         if rest.strip(b"\r\n"):
             return "cut"
-        if self._endpoint in _WITH_CHOICES:
+        if self._endpoint in ("chat", "completions"):
             if not self._done:
                 return "no [DONE]"
             return _judge(self._endpoint, self._request, self._reasons, self._filled)
@@ -198,7 +193,8 @@ class StreamAudit:
             return True
         if self._endpoint == "responses":
             return not self._ended
-        return not self._reasons or not all(self._reasons.values())
+        expected = _choices_asked_for(self._endpoint, self._request) or 1
+        return len(self._reasons) < expected or not all(self._reasons.values())
 
     def _fail(self, reason: str) -> None:
         self._fault = self._fault or reason
@@ -282,9 +278,7 @@ def _plain_choices(endpoint: str, request: Mapping[str, Any], choices: object) -
 def _judge(
     endpoint: str, request: Mapping[str, Any], reasons: Mapping[int, object], filled: Collection[int]
 ) -> str | None:
-    """`reasons`: choice index -> finish_reason, None while it has none; `filled`: the indexes with any
-    content.
-    """
+    """`reasons`: choice index -> finish_reason, None while it has none; `filled`: those with content."""
     if not reasons:
         return "no choices"
     expected = _choices_asked_for(endpoint, request) or len(reasons)
@@ -304,9 +298,7 @@ def _judge(
 
 
 def _choices_asked_for(endpoint: str, request: Mapping[str, Any]) -> int | None:
-    """How many choices there must be, where the request says so; completions have n for each of several
-    prompts.
-    """
+    """How many choices there must be, where the request says so: for completions, n for each prompt."""
     n = request.get("n")
     if n is not None and (type(n) is not int or n < 1):
         return None
@@ -317,19 +309,14 @@ def _choices_asked_for(endpoint: str, request: Mapping[str, Any]) -> int | None:
 
 
 def _has_content(endpoint: str, choice: Mapping[str, Any], part: str) -> bool:
-    """An answer without text, tool call or refusal is not kept: repeating the request would repeat the
-    failure.
-    """
+    """An answer without text, tool call or refusal is not kept: a retry would only get the same again."""
     if endpoint == "completions":
         return bool(choice.get("text"))
     message = choice.get(part)
     if type(message) is not dict:
         return False
     return bool(
-        message.get("content")
-        or message.get("tool_calls")
-        or message.get("refusal")
-        or message.get("function_call")
+        message.get("content") or message.get("tool_calls") or message.get("refusal") or message.get("function_call")
     )
 
 
@@ -392,9 +379,7 @@ def _moderations(texts: object, results: object) -> str | None:
 
 
 def _items(texts: object) -> int | None:
-    """How many items an `input` or `prompt` is: one text, one list of tokens, or a list of either. None:
-    unclear.
-    """
+    """How many items an `input` or `prompt` is: one text, a list of tokens, or a list of either; None: unclear."""
     if isinstance(texts, str):
         return 1
     if not isinstance(texts, list) or not texts:

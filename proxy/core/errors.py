@@ -79,6 +79,8 @@ class Refusal(Exception):
         self.status = kind.status
         self.should_retry = kind.should_retry if should_retry is None else should_retry
         self.headers = headers
+        self.lines = ""
+        """Header lines of the call it ended, request id included; '' where no call was made of the request."""
 
     def body(self) -> bytes:
         return envelope(self.message, CODES[self.code].type, self.param, self.code)

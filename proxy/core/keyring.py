@@ -288,7 +288,7 @@ class KeyRing:
             whole = next((s["state"] for s in states if s["model"] == ANY_MODEL), "ready")
             rows.append(
                 {
-                    "key": key.label,
+                    "name": key.label,
                     "quota": quota,
                     "priority": key.priority,
                     "state": whole,

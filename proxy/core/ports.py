@@ -13,11 +13,13 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @dataclass(slots=True)
 class Trip:
-    """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got."""
+    """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got;
+    answered: at least one byte of an answer came."""
 
     fresh: bool = False
     reused: bool = False
     connected: bool = False
+    answered: bool = False
 
 
 class UpstreamReply(Protocol):

@@ -85,6 +85,16 @@ class Splitter:
         return [event]
 
     @property
+    def at_boundary(self) -> bool:
+        """Whether an event of ours may follow what was fed so far. `rest` copies; this does not."""
+        return len(self._buffer) <= _LONGEST_TERMINATOR and not self._buffer.strip(b"\r\n")
+
+    @property
+    def held(self) -> int:
+        """Bytes of the event that is not complete yet."""
+        return len(self._buffer)
+
+    @property
     def rest(self) -> bytes:
         """What came after the last complete event."""
         return bytes(self._buffer)

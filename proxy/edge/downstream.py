@@ -80,8 +80,9 @@ class Downstream:
             answer = await self._serve(request, route, target, origin)
         except Refusal as refusal:
             answer = self._refused(request, refusal, origin)
-        except (ConnectionError, asyncio.CancelledError):
-            raise
+        except ConnectionError as error:
+            log.debug("%s %s: %s", request.method, printable(request.raw_path), error)
+            return Streamed(False, 499)
         except Exception:
             log.exception("a request failed inside the proxy")
             failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
@@ -273,8 +274,9 @@ class Downstream:
 
     def _refused(self, request: BaseRequest, refusal: Refusal, origin: str | None) -> Whole:
         request_id = self._world.seams.new_id()
-        self._metrics.refusal(refusal.code)
-        log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
+        if not refusal.lines:  # else its receipt was counted and logged
+            self._metrics.refusal(refusal.code)
+            log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
         if origin is not None:
             pairs = [line.split(": ", 1) for line in self._expose(origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))

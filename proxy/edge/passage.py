@@ -55,6 +55,7 @@ class Passage:
             reply, failed = await self._send(request, route, client, options, trace)
         except Refusal as refusal:
             self._finish(trace, refusal.status, refusal.code)
+            refusal.lines = trace.lines()
             raise
         except asyncio.CancelledError:
             self._finish(trace, 499, "client_gone")
@@ -183,13 +184,7 @@ class Passage:
         final = trace.spent or bool(trace.code)
         if final:
             headers = [(name, value) for name, value in headers if name.lower() != b"x-should-retry"]
-        timing = Timing(0.0, trace.elapsed(), trace.elapsed())
-        lines = (
-            f"X-Proxy-Request-Id: {trace.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
-            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\nX-Proxy-Upstream: {trace.upstream}\r\n"
-            f"X-Proxy-Key: {trace.key}\r\nX-Proxy-Attempts: {trace.attempts}\r\nX-Proxy-Cost-Status: unknown\r\n"
-            f"Server-Timing: {timing.header()}\r\n"
-        )
+        lines = trace.lines() + "X-Proxy-Cost-Status: unknown\r\n"
         if trace.code:
             lines += f"X-Proxy-Error: {trace.code}\r\n"
         if final:
@@ -245,6 +240,16 @@ class _Trace:
 
     def elapsed(self) -> float:
         return (self._seams.monotonic() - self._began) * 1000
+
+    def lines(self) -> str:
+        """Our header lines on the answer."""
+        timing = Timing(0.0, self.elapsed(), self.elapsed())
+        went = f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n" if self.upstream else ""
+        return (
+            f"X-Proxy-Request-Id: {self.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
+            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\n{went}"
+            f"X-Proxy-Attempts: {self.attempts}\r\nServer-Timing: {timing.header()}\r\n"
+        )
 
     def receipt(self, status: int, error: str) -> Receipt:
         return Receipt(

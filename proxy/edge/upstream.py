@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -31,8 +32,24 @@ _LARGE: Final = 256 * 1024
 _trip: ContextVar[Trip] = ContextVar("trip")
 
 
+class _Protocol(ResponseHandler):
+    """Notes the first byte of an answer: from then on a request is never sent again."""
+
+    trip: Trip | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self.trip is not None:
+            self.trip.answered = True
+            self.trip = None
+        super().data_received(data)
+
+
 class _Connector(TCPConnector):
     """Tells each call whether its connection was used before, and gives a new one to those that ask."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=0, keepalive_timeout=60, ttl_dns_cache=300)
+        self._factory = partial(_Protocol, loop=self._loop)
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
         trip = _trip.get()
@@ -44,7 +61,10 @@ class _Connector(TCPConnector):
 
     async def connect(self, req: ClientRequest, traces: list[Trace], timeout: ClientTimeout) -> Connection:
         connection = await super().connect(req, traces, timeout)
-        _trip.get().connected = True
+        trip = _trip.get()
+        trip.connected = True
+        if isinstance(connection.protocol, _Protocol):
+            connection.protocol.trip = trip
         return connection
 
 
@@ -92,7 +112,7 @@ class Upstreams:
         self._connect = connect
         self._idle = idle
         self._session = aiohttp.ClientSession(
-            connector=_Connector(limit=0, keepalive_timeout=60, ttl_dns_cache=300),
+            connector=_Connector(),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
@@ -167,6 +187,8 @@ def _failure(error: Exception, trip: Trip) -> TransportFailure:
         return TransportFailure("invalid", "the upstream's answer is not HTTP")
     if not trip.connected:
         return TransportFailure("unreached", f"the upstream cannot be reached ({_name(error)})")
+    if trip.answered:
+        return TransportFailure("invalid", "the upstream cut its answer short")
     if trip.reused:
         return TransportFailure("stale", "the upstream closed a connection that had been idle")
     return TransportFailure("ambiguous", "the upstream closed the connection without an answer")

@@ -167,7 +167,8 @@ def connection_line(request: BaseRequest, keep_alive: bool) -> bytes:
 
 def refused(request: BaseRequest, refusal: Refusal, request_id: str, date: bytes, *, close: bool = False) -> Whole:
     """An answer made by the proxy itself, in OpenAI's shape."""
-    lines = f"Content-Type: application/json\r\nX-Proxy-Request-Id: {request_id}\r\nX-Proxy-Error: {refusal.code}\r\n"
+    lines = f"Content-Type: application/json\r\nX-Proxy-Error: {refusal.code}\r\n"
+    lines += refusal.lines or f"X-Proxy-Request-Id: {request_id}\r\n"
     if refusal.should_retry is not None:
         lines += f"X-Should-Retry: {'true' if refusal.should_retry else 'false'}\r\n"
     extra = list(refusal.headers)

@@ -359,9 +359,7 @@ def moderation(body: Mapping[str, Any], model: str) -> Json:
     results = []
     for text in texts:
         flagged = "harm" in text.lower()
-        categories = {
-            name: flagged and name == "violence" for name in ("harassment", "hate", "self-harm", "violence")
-        }
+        categories = {name: flagged and name == "violence" for name in ("harassment", "hate", "self-harm", "violence")}
         scores = {name: 0.9 if hit else 0.0001 for name, hit in categories.items()}
         applied = {name: ["text"] for name in categories}
         results.append(

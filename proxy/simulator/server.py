@@ -110,9 +110,7 @@ class _Simulator:
         used = answers.chat_usage(body, replies)
         if body.get("stream") is True:
             head = answers.head("chat.completion.chunk", "chatcmpl-", model)
-            return await _stream(
-                request, _data(_chat_chunks(head, replies, used, _wants_usage(body))), prompt
-            )
+            return await _stream(request, _data(_chat_chunks(head, replies, used, _wants_usage(body))), prompt)
         choices = [
             {
                 "index": i,
@@ -133,9 +131,7 @@ class _Simulator:
         used = answers.usage(sum(answers.count_tokens(p) for p in prompts), replies)
         head = answers.head("text_completion", "cmpl-", model)
         if body.get("stream") is True:
-            return await _stream(
-                request, _data(_text_chunks(head, replies, used, _wants_usage(body))), prompts[0]
-            )
+            return await _stream(request, _data(_text_chunks(head, replies, used, _wants_usage(body))), prompts[0])
         choices = [_text_choice(i, r.text, r.finish_reason) for i, r in enumerate(replies)]
         return web.json_response(head | {"choices": choices, "usage": used}, dumps=_dumps)
 
@@ -282,9 +278,7 @@ async def running_simulator(port: int = 0) -> AsyncIterator[str]:
 
     Port 0 takes a free one. Raises OSError where the port is taken.
     """
-    runner = web.AppRunner(
-        _Simulator().application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
-    )
+    runner = web.AppRunner(_Simulator().application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -40,7 +40,7 @@ class MemoryStore:
         return entry
 
     def put(self, entry: Entry) -> bool:
-        """Stores the entry, in place of an older one of its name, evicting others for room. False: too large."""
+        """Stores the entry in place of an older one, evicting others for room. False: it is too large."""
         size = entry.size
         if size > self._max_bytes or len(entry.body) > self._max_entry:
             return False

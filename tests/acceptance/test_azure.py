@@ -54,9 +54,7 @@ async def test_a_stream_from_azure(launch: Launch, upstream: ScriptedUpstream, c
         assert answer.body == b"".join(events[:-2] + events[-1:])
 
 
-async def test_embeddings_and_models_on_azure(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_embeddings_and_models_on_azure(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(azure(upstream.port, deployments={"text-embedding-*": "embed"}))
     await client.send(proxy, {"model": "text-embedding-3-small", "input": "a"}, path="/v1/embeddings")
     assert upstream.last.target == "/openai/deployments/embed/embeddings?api-version=2024-10-21"
@@ -73,9 +71,7 @@ async def test_a_model_without_a_mapping_is_its_own_deployment(
     assert upstream.last.path == "/openai/deployments/gpt-4o/chat/completions"
 
 
-async def test_an_unquoted_api_version_is_text(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_an_unquoted_api_version_is_text(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(
         f"""
 upstreams:
@@ -92,10 +88,10 @@ upstreams:
     assert answer.headers["X-Proxy-Key"] == "az-1"
 
 
-async def test_without_api_version_the_v1_surface_is_used(
+async def test_a_base_url_of_the_v1_surface_is_taken_as_such(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    proxy = launch(azure(upstream.port, api_version=None))
+    proxy = launch(azure(upstream.port, api_version=None, base_url=f"http://127.0.0.1:{upstream.port}/openai/v1/"))
     answer = await client.send(proxy, b'{"model": "gpt-4o",  "messages": [{"role":"user","content":"v1"}]}')
     assert answer.status == 200
     assert upstream.last.path == "/openai/v1/chat/completions"
@@ -120,9 +116,7 @@ async def test_azure_from_the_environment(launch: Launch, upstream: ScriptedUpst
 # Azure-shaped clients.
 
 
-async def test_an_azure_client_on_an_azure_upstream(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_an_azure_client_on_an_azure_upstream(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     """The deployment in the path decides; the client's api-version wins."""
     proxy = launch(azure(upstream.port))
     body = b'{"messages":[{"role":"user","content":"az"}], "model":"gpt-4o"}'
@@ -162,9 +156,7 @@ async def test_without_a_model_in_the_body_the_deployment_is_the_model(
 
 
 @pytest.mark.parametrize("kind", ["openai", "azure"])
-async def test_the_v1_surface_of_azure(
-    launch: Launch, upstream: ScriptedUpstream, client: Client, kind: str
-) -> None:
+async def test_the_v1_surface_of_azure(launch: Launch, upstream: ScriptedUpstream, client: Client, kind: str) -> None:
     if kind == "openai":
         proxy = launch(settings(upstream.port))
     else:
@@ -176,9 +168,7 @@ async def test_the_v1_surface_of_azure(
         assert upstream.last.path == wanted
 
 
-async def test_options_come_before_azure_paths(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_options_come_before_azure_paths(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(azure(upstream.port))
     path = "/_/namespace=ci;ttl=1h/openai/deployments/custom/chat/completions?api-version=2024-06-01"
     answer = await client.send(proxy, ask(), {"api-key": "mine"}, path)
@@ -201,9 +191,7 @@ async def test_a_missing_deployment_is_tried_elsewhere(
     assert upstream.last.header("api-key") is None
 
 
-async def test_two_upstreams_do_not_share_answers(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_two_upstreams_do_not_share_answers(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     """The identity of the upstreams that serve the model is in the key."""
     question = ask()
     proxies = [launch(azure(upstream.port)), launch(settings(upstream.port))]

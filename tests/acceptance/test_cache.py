@@ -78,9 +78,7 @@ async def test_key_order_white_space_and_escapes_do_not_matter(
     assert caches == ["miss", "hit", "hit"]
 
 
-async def test_every_other_difference_matters(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_every_other_difference_matters(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     base = ask()
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     variants: list[dict[str, Any]] = [
@@ -120,9 +118,7 @@ async def test_query_and_beta_header_are_in_the_key(proxy: ProxyProcess, client:
     assert (await client.send(proxy, question)).cache == "hit"
 
 
-async def test_other_headers_and_ignored_fields_are_not_in_the_key(
-    proxy: ProxyProcess, client: Client
-) -> None:
+async def test_other_headers_and_ignored_fields_are_not_in_the_key(proxy: ProxyProcess, client: Client) -> None:
     question = ask()
     await client.send(proxy, question | {"user": "u1", "metadata": {"a": "1"}}, {"User-Agent": "one"})
     fields = {
@@ -146,9 +142,7 @@ async def test_on_responses_the_ignored_fields_stay_in_the_key(proxy: ProxyProce
 # What a request may ask.
 
 
-async def test_no_cache_refreshes_the_entry(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_no_cache_refreshes_the_entry(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     question = ask()
     await client.send(proxy, question)
     upstream.script = lambda _: canned.chat("fresher")
@@ -217,9 +211,7 @@ async def test_namespaces_and_samples_are_separate(proxy: ProxyProcess, client: 
     assert [(await client.send(proxy, question, h)).cache for h in asked] == ["hit"] * 3
 
 
-async def test_options_in_the_base_url(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_options_in_the_base_url(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     question, path = ask(), "/_/namespace=ci;ttl=1h;tag=team:search/v1/chat/completions"
     assert (await client.send(proxy, question, path=path)).cache == "miss"
     assert upstream.last.target == "/v1/chat/completions"
@@ -312,15 +304,11 @@ async def test_pass_through_credentials_have_separate_caches(
     assert (await client.send(proxy, question, {"api-key": secret("carla")})).cache == "miss"
 
 
-async def test_client_keys_have_separate_caches(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_client_keys_have_separate_caches(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     people = [("a", None), ("b", None), ("c", "joint"), ("d", "joint")]
     keys = [{"name": n, "key": secret(n), **({"namespace": s} if s else {})} for n, s in people]
     proxy, question = launch(settings(upstream.port, server={"client_keys": keys})), ask()
-    answers = [
-        await client.send(proxy, question, {"Authorization": f"Bearer {secret(name)}"}) for name, _ in people
-    ]
+    answers = [await client.send(proxy, question, {"Authorization": f"Bearer {secret(name)}"}) for name, _ in people]
     assert [answer.cache for answer in answers] == ["miss", "miss", "miss", "hit"]
     assert all("X-Proxy-Cache-Key" not in answer.headers for answer in answers)
     # A request's namespace lies within its client's.
@@ -363,9 +351,7 @@ async def test_when_deterministic(launch: Launch, upstream: ScriptedUpstream, cl
         assert (await client.send(proxy, question)).cache == second, fields
 
 
-async def test_max_entry_and_ttl_per_endpoint(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_max_entry_and_ttl_per_endpoint(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     cache = {"max_entry": "2KiB", "ttl": {"chat": "5m", "embeddings": "1h"}}
     proxy = launch(settings(upstream.port, cache=cache))
     small, asked = ask(), {"model": "text-embedding-3-small", "input": "ttl"}
@@ -396,8 +382,7 @@ async def test_embeddings_in_both_encodings(proxy: ProxyProcess, client: Client)
     bodies = {}
     for encoding in ("base64", "float"):
         answers = [
-            await client.send(proxy, asked | {"encoding_format": encoding}, path="/v1/embeddings")
-            for _ in (1, 2)
+            await client.send(proxy, asked | {"encoding_format": encoding}, path="/v1/embeddings") for _ in (1, 2)
         ]
         assert [a.cache for a in answers] == ["miss", "hit"]
         assert answers[0].body == answers[1].body

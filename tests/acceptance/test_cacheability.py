@@ -73,9 +73,7 @@ INCOMPLETE = {
     "length without a limit": canned.completion(finish_reason="length"),
     "content filter": canned.completion(finish_reason="content_filter"),
     "no choices": canned.completion(choices=[]),
-    "one of two unfinished": canned.completion(
-        choices=[CHOICE, CHOICE | {"index": 1, "finish_reason": None}]
-    ),
+    "one of two unfinished": canned.completion(choices=[CHOICE, CHOICE | {"index": 1, "finish_reason": None}]),
 }
 
 

@@ -43,9 +43,7 @@ async def test_the_cost_is_exact(
     assert answer.headers["X-Proxy-Total-Tokens"] == str(prompt + output)
 
 
-async def test_cached_input_has_its_own_price(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_cached_input_has_its_own_price(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     upstream.always(canned.chat(tokens=(2000, 100), cached=1000))
     answer = await client.send(proxy, ask())
     # 1000 at 2.50, 1000 cached at 1.25, 100 at 10.00 per million
@@ -62,9 +60,7 @@ async def test_the_answers_model_is_priced_before_the_model_asked_for(
     assert (await client.send(proxy, ask())).headers["X-Proxy-Cost-USD"] == "0.002250"
 
 
-async def test_an_unknown_model_has_no_cost(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_an_unknown_model_has_no_cost(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     upstream.always(canned.chat(model="nobody-knows-1"))
     question = ask(model="nobody-knows-1")
     for cache in ("miss", "hit"):
@@ -75,9 +71,7 @@ async def test_an_unknown_model_has_no_cost(
             assert answer.headers["X-Proxy-Cost-Status"] == "unknown"
         assert "X-Proxy-Cost-Saved-USD" not in answer.headers
         assert answer.headers["X-Proxy-Prompt-Tokens"] == "100"
-    stream = await client.send(
-        proxy, ask(model="nobody-knows-1", stream=True), {"X-Proxy-Stream-Cost": "comment"}
-    )
+    stream = await client.send(proxy, ask(model="nobody-knows-1", stream=True), {"X-Proxy-Stream-Cost": "comment"})
     assert b"cost-usd=0" not in stream.body
 
 

@@ -22,9 +22,7 @@ def assert_ours(answer: Reply, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b'{"model": "gpt-4o",}', b"\xff\xfe{}", b"hello", b'{"a": 1} x'])
-async def test_invalid_json(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
-) -> None:
+async def test_invalid_json(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes) -> None:
     assert_ours(await client.send(proxy, body), 400, "invalid_json")
     assert upstream.count == 0
 
@@ -39,9 +37,7 @@ async def test_json_that_is_no_object_is_no_crash(proxy: ProxyProcess, client: C
     "body",
     [b'{"model": 7, "messages": 3}', b'{"messages": []}', b'{"model": null}', b'{"stream": "yes"}', b"{}"],
 )
-async def test_wrong_types_are_the_upstreams_business(
-    proxy: ProxyProcess, client: Client, body: bytes
-) -> None:
+async def test_wrong_types_are_the_upstreams_business(proxy: ProxyProcess, client: Client, body: bytes) -> None:
     answer = await client.send(proxy, body, path="/v1/moderations")
     assert answer.status < 500
 
@@ -67,9 +63,7 @@ async def test_a_malformed_option_header_is_named(
     assert upstream.count == 0
 
 
-@pytest.mark.parametrize(
-    "option", ["ttl=soon", "sample=x", "retries=99", "max-wait=x", "nobody=knows", "cache=maybe"]
-)
+@pytest.mark.parametrize("option", ["ttl=soon", "sample=x", "retries=99", "max-wait=x", "nobody=knows", "cache=maybe"])
 async def test_a_malformed_option_in_the_base_url_is_named(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, option: str
 ) -> None:
@@ -84,12 +78,8 @@ async def test_well_formed_waits_are_taken(proxy: ProxyProcess, client: Client, 
     assert (await client.send(proxy, ask(), {"X-Proxy-Max-Wait": value})).status == 200
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/nope", "/v2/models", "/V1/models", "/_proxy/nope", "/admin/models", "/_/v1"]
-)
-async def test_unknown_routes(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, path: str
-) -> None:
+@pytest.mark.parametrize("path", ["/", "/nope", "/v2/models", "/V1/models", "/_proxy/nope", "/admin/models", "/_/v1"])
+async def test_unknown_routes(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, path: str) -> None:
     answer = await client.get(proxy, path)
     if path == "/_/v1":  # options without a path behind them: a bad option, or no route
         assert answer.status in (400, 404)
@@ -98,9 +88,7 @@ async def test_unknown_routes(
     assert upstream.count == 0
 
 
-async def test_a_wrong_method_on_our_own_pages(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_wrong_method_on_our_own_pages(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     for path in ("/healthz", "/metrics", "/_proxy/status"):
         answer = await client.send(proxy, None, {}, path, "DELETE")
         assert_ours(answer, 405, "method_not_allowed")
@@ -145,9 +133,7 @@ async def test_a_request_that_is_not_http_gets_400(proxy: ProxyProcess, upstream
     assert upstream.count == 0
 
 
-async def test_a_model_that_no_upstream_serves(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_model_that_no_upstream_serves(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     """Which of its codes the proxy uses here, the contract leaves open."""
     config = settings(upstream.port)
     config["upstreams"][0]["models"] = ["gpt-*"]
@@ -157,9 +143,7 @@ async def test_a_model_that_no_upstream_serves(
     assert upstream.count == 0
 
 
-async def test_no_other_request_is_disturbed(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_no_other_request_is_disturbed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     """Bad input on a kept-alive connection, then good input on the same one."""
     for bad in (b"{", b""):
         await client.send(proxy, bad)

@@ -44,12 +44,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-async def test_a_bad_key_is_invisible(
-    launch: Launch, upstream: ScriptedUpstream, client: Client, bad: Step
-) -> None:
-    proxy = launch(
-        settings(upstream.port, NAMES, retry={"max_retries": 0, "base_delay": "5s", "max_delay": "9s"})
-    )
+async def test_a_bad_key_is_invisible(launch: Launch, upstream: ScriptedUpstream, client: Client, bad: Step) -> None:
+    proxy = launch(settings(upstream.port, NAMES, retry={"max_retries": 0, "base_delay": "5s", "max_delay": "9s"}))
     upstream.script = by_key(k1=bad, k2=bad)
     answers = [await client.send(proxy, ask()) for _ in range(4)]
     assert [a.status for a in answers] == [200] * 4
@@ -85,9 +81,7 @@ async def listed(client: Client, proxy: Address) -> list[dict[str, object]]:
     return rows
 
 
-async def test_a_429_cools_for_retry_after(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_429_cools_for_retry_after(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES[:2], selection="round_robin"))
     upstream.queue("/v1/chat/completions", canned.rate_limited("1"))
     await client.send(proxy, ask())
@@ -119,9 +113,7 @@ async def test_cooling_is_per_model(launch: Launch, upstream: ScriptedUpstream, 
     assert "k1" in used
 
 
-async def test_a_500_is_not_the_keys_fault(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_500_is_not_the_keys_fault(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES[:2], selection="round_robin"))
     upstream.queue("/v1/chat/completions", canned.server_error())
     for _ in range(5):
@@ -183,9 +175,7 @@ async def test_when_all_are_cooling_for_a_moment_it_waits(
     assert 0.65 < answer.seconds < 3
 
 
-async def test_exhausted_keys_alone_pass_the_429_on(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_exhausted_keys_alone_pass_the_429_on(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES[:1]))
     upstream.always(canned.insufficient_quota())
     answer = await client.send(proxy, ask())
@@ -247,9 +237,7 @@ async def test_headroom_takes_the_key_with_most_room(
     assert asked.count("k1") >= 1
 
 
-async def test_the_pool_from_the_environment(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_the_pool_from_the_environment(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     env = {
         "OPENAI_API_KEY": f" {secret('k1')} , {secret('k2')} ",
         "OPENAI_API_BASE": f"http://127.0.0.1:{upstream.port}/v1/",
@@ -265,18 +253,14 @@ async def test_the_pool_from_the_environment(
     assert upstream.last.header("openai-project") == "proj_env"
 
 
-async def test_stateful_routes_use_one_fixed_key(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_stateful_routes_use_one_fixed_key(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES, selection="round_robin"))
     for path in ("/v1/files", "/v1/batches", "/v1/files/f-1", "/v1/vector_stores"):
         await client.get(proxy, path)
     assert set(keys_asked(upstream)) == {"k1"}
 
 
-async def test_models_rotates_away_from_a_bad_key(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_models_rotates_away_from_a_bad_key(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     """GET may be sent again with another key."""
     proxy = launch(settings(upstream.port, NAMES[:2]))
     upstream.script = by_key(k1=canned.unauthorized())
@@ -313,6 +297,4 @@ async def test_models_decide_the_upstream(launch: Launch, upstream: ScriptedUpst
     answer = await client.send(proxy, ask(model="llama-3"))
     assert answer.headers["X-Proxy-Upstream"] == "local"
     assert upstream.last.target == "/local/v1/chat/completions"
-    assert (
-        upstream.last.key is None
-    )  # where any upstream has keys, one without is called without a credential
+    assert upstream.last.key is None  # where any upstream has keys, one without is called without a credential

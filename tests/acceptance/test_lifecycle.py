@@ -51,9 +51,7 @@ def test_start_says_that_https_proxy_is_not_read(launch: Launch, upstream: Scrip
     assert "HTTPS_PROXY" in log
 
 
-async def test_openai_base_url_is_never_read(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_openai_base_url_is_never_read(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port), {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
     assert (await client.send(proxy, ask())).status == 200
 
@@ -166,9 +164,7 @@ def test_the_health_command(launch: Launch, upstream: ScriptedUpstream, tmp_path
     assert run_command(tmp_path, ["health", "--port", str(free_port())]).returncode == 1
 
 
-async def test_probes_take_any_host_and_never_call_upstream(
-    proxy: ProxyProcess, upstream: ScriptedUpstream
-) -> None:
+async def test_probes_take_any_host_and_never_call_upstream(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     for path in ("/healthz", "/readyz"):
         for host in ("evil.example", "10.0.0.7:8484", "localhost"):
             assert status_of(await raw(proxy, raw_request("GET", path, host=host))) == 200
@@ -233,9 +229,7 @@ def test_an_idle_proxy_stops_at_once_with_0(launch: Launch, upstream: ScriptedUp
         assert time.monotonic() - start < 3
 
 
-async def test_sigterm_in_mid_stream_lets_it_finish(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port, server={"drain_timeout": "20s"})), upstream.gate()
     events = canned.chat_events(include_usage=True)
     upstream.always(*canned.stream(events[:2], end=False), hold(gate), *canned.stream(events[2:])[1:])
@@ -260,9 +254,7 @@ async def test_sigterm_in_mid_stream_lets_it_finish(
     assert await asyncio.to_thread(proxy.wait, 5) == 0
 
 
-async def test_sigterm_lets_a_plain_answer_finish(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_sigterm_lets_a_plain_answer_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port, server={"drain_timeout": "20s"})), upstream.gate()
     upstream.always(hold(gate), canned.chat())
     asking = asyncio.create_task(client.send(proxy, ask()))
@@ -308,9 +300,7 @@ async def test_a_second_sigterm_means_now(launch: Launch, upstream: ScriptedUpst
     assert isinstance(outcome, BaseException) or outcome.status >= 500
 
 
-async def test_while_draining_readyz_says_503(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_while_draining_readyz_says_503(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, server={"drain_delay": "3s"}))
     assert (await client.get(proxy, "/readyz")).status == 200
     proxy.terminate()

@@ -14,9 +14,7 @@ from tests.ledger import Request
 from tests.upstream import Answer, ScriptedUpstream, hold, stall
 
 
-async def test_300_slow_requests_are_all_in_flight(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_300_slow_requests_are_all_in_flight(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port)), upstream.gate()
 
     def script(request: Request) -> Answer:
@@ -25,9 +23,7 @@ async def test_300_slow_requests_are_all_in_flight(
 
     upstream.script = script
     prompts = [f"slow {number}" for number in range(300)]
-    asking = [
-        asyncio.create_task(client.send(proxy, ask(p, stream=n % 3 == 0))) for n, p in enumerate(prompts)
-    ]
+    asking = [asyncio.create_task(client.send(proxy, ask(p, stream=n % 3 == 0))) for n, p in enumerate(prompts)]
     await upstream.until(lambda: upstream.count == 300, 20)
     gate.open()
     answers = await asyncio.gather(*asking)

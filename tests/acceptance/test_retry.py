@@ -17,9 +17,7 @@ from tests.upstream import Answer, ScriptedUpstream, Step, cut, reset, send, sle
 CHAT = "/v1/chat/completions"
 
 
-async def test_passing_failures_are_retried(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_passing_failures_are_retried(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
     statuses = [408, 409, 500, 502, 503, 504, 529]
     for status in statuses:
@@ -29,9 +27,7 @@ async def test_passing_failures_are_retried(
     assert upstream.count == 2 * len(statuses)
 
 
-async def test_a_retry_sends_the_same_bytes(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_retry_sends_the_same_bytes(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
     upstream.queue(CHAT, canned.server_error(), canned.server_error())
     body = b'{ "model":"gpt-4o", "messages":[{"role":"user","content":"ag\\u00e4in"}] }'
@@ -107,9 +103,7 @@ async def test_retry_after_as_a_date(launch: Launch, upstream: ScriptedUpstream,
     def script(request: Request) -> Answer:
         if request.number > 1:
             return canned.behave(request)
-        return canned.error(
-            503, "later", None, "server_error", retry_after=formatdate(time.time() + 2, usegmt=True)
-        )
+        return canned.error(503, "later", None, "server_error", retry_after=formatdate(time.time() + 2, usegmt=True))
 
     upstream.script = script
     assert (await client.send(proxy, ask())).status == 200
@@ -173,9 +167,7 @@ async def test_the_deadline_spans_attempts_and_pauses(
     assert answer.seconds < 1.6
 
 
-async def test_first_byte_and_total_timeouts(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_first_byte_and_total_timeouts(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     for timeouts in ({"first_byte": "400ms"}, {"total": "400ms"}):
         proxy = launch(settings(upstream.port, timeouts=timeouts, retry={"max_retries": 0}))
         upstream.always(stall())
@@ -195,9 +187,7 @@ async def test_total_bounds_a_plain_body(launch: Launch, upstream: ScriptedUpstr
 # Connections that fail.
 
 
-async def test_a_refused_connection_is_a_502(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_refused_connection_is_a_502(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
     with upstream.refusing():
         answer = await client.send(proxy, ask())
@@ -206,9 +196,7 @@ async def test_a_refused_connection_is_a_502(
     assert upstream.count == 0
 
 
-async def test_a_refusal_that_passes_is_not_seen(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_refusal_that_passes_is_not_seen(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, retry={"base_delay": "300ms"}))
     with upstream.refusing():
         asking = asyncio.create_task(client.send(proxy, ask()))
@@ -216,9 +204,7 @@ async def test_a_refusal_that_passes_is_not_seen(
     assert (await asking).status == 200
 
 
-async def test_a_reset_before_the_request_is_read(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_reset_before_the_request_is_read(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
     upstream.reset_on_accept = 1
     assert (await client.send(proxy, ask())).status == 200
@@ -234,9 +220,7 @@ async def test_a_connection_that_dies_unanswered_is_retried_where_allowed(
     assert (answer.status, upstream.count) == (200, 2)
 
 
-async def test_ambiguous_off_sends_it_once(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_ambiguous_off_sends_it_once(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, retry={"ambiguous": False}))
     upstream.always(cut())
     answer = await client.send(proxy, ask())
@@ -286,8 +270,13 @@ async def test_an_answer_that_breaks_off_is_502_and_sent_once(
 ) -> None:
     upstream.always(part, sleep(0.05), end)
     answer = await client.send(proxy, ask())
-    assert (answer.status, answer.error) == (502, "upstream_invalid_response")
-    assert upstream.count == 1
+    assert upstream.count == 1  # a byte of answer came: no retry
+    assert answer.status == 502
+    if part in (PARTS["half a status line"], PARTS["half the headers"]):
+        # "Cut or broken body" it is not yet; which of the two codes names it, the contract leaves open.
+        assert answer.error in ("upstream_invalid_response", "upstream_unreachable")
+    else:
+        assert answer.error == "upstream_invalid_response"
 
 
 @pytest.mark.parametrize("cut_at", [-8, 30])
@@ -325,9 +314,7 @@ async def test_an_upload_to_a_refused_connection_is_a_502(
 # Together they do not make a storm.
 
 
-async def test_the_budget_holds_over_requests(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_the_budget_holds_over_requests(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
     upstream.always(canned.server_error(503))
     for _ in range(3):

@@ -37,9 +37,7 @@ def test_plain(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
 def test_with_raw_response_shows_the_cost(proxy: ProxyProcess) -> None:
     with connect(proxy) as client:
         for cost, cache in (("0.002250", "miss"), ("0.000000", "hit")):
-            raw = client.chat.completions.with_raw_response.create(
-                model="gpt-4o", messages=messages("sdk raw")
-            )
+            raw = client.chat.completions.with_raw_response.create(model="gpt-4o", messages=messages("sdk raw"))
             assert raw.headers["x-proxy-cost-usd"] == cost
             assert raw.headers["x-proxy-cache"] == cache
             assert raw.parse().choices[0].message.content == "echo: sdk raw"
@@ -72,9 +70,7 @@ def test_the_stream_helper(proxy: ProxyProcess) -> None:
 def test_the_cost_comment_disturbs_no_sdk(proxy: ProxyProcess) -> None:
     headers = {"X-Proxy-Stream-Cost": "comment"}
     with connect(proxy, default_headers=headers) as client:
-        chunks = list(
-            client.chat.completions.create(model="gpt-4o", messages=messages("sdk comment"), stream=True)
-        )
+        chunks = list(client.chat.completions.create(model="gpt-4o", messages=messages("sdk comment"), stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "echo: sdk comment"
 
 
@@ -88,9 +84,7 @@ def test_tools(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     upstream.always(canned.chat(choices=[choice]))
     with connect(proxy) as client:
         for _ in range(2):
-            answer = client.chat.completions.create(
-                model="gpt-4o", messages=messages("sdk tools"), tools=TOOLS
-            )
+            answer = client.chat.completions.create(model="gpt-4o", messages=messages("sdk tools"), tools=TOOLS)
             assert answer.choices[0].message.tool_calls[0].function.arguments == '{"city":"Köln"}'
     assert upstream.count == 1
 
@@ -123,9 +117,7 @@ def test_parse_is_cached(proxy: ProxyProcess, upstream: ScriptedUpstream) -> Non
     upstream.always(canned.chat('{"name": "Köln", "people": 1}'))
     with connect(proxy) as client:
         for _ in range(2):
-            answer = client.chat.completions.parse(
-                model="gpt-4o", messages=messages("sdk parse"), response_format=City
-            )
+            answer = client.chat.completions.parse(model="gpt-4o", messages=messages("sdk parse"), response_format=City)
             assert answer.choices[0].message.parsed == City(name="Köln", people=1)
     assert upstream.count == 1
 
@@ -134,9 +126,7 @@ def test_embeddings(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     with connect(proxy) as client:
         for options in ({}, {"encoding_format": "float"}):
             for _ in range(2):
-                answer = client.embeddings.create(
-                    model="text-embedding-3-small", input=["sdk", "embed"], **options
-                )
+                answer = client.embeddings.create(model="text-embedding-3-small", input=["sdk", "embed"], **options)
                 assert [item.embedding for item in answer.data] == [[3.0, 0.5, -0.25], [5.0, 0.5, -0.25]]
                 assert [item.index for item in answer.data] == [0, 1]
     assert upstream.count == 2
@@ -160,15 +150,10 @@ def test_files_upload(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
 async def test_async(proxy: ProxyProcess) -> None:
     async with openai.AsyncOpenAI(base_url=proxy.base_url, api_key="sk-unused") as client:
         answers = await asyncio.gather(
-            *(
-                client.chat.completions.create(model="gpt-4o", messages=messages(f"sdk {n}"))
-                for n in range(20)
-            )
+            *(client.chat.completions.create(model="gpt-4o", messages=messages(f"sdk {n}")) for n in range(20))
         )
         assert [a.choices[0].message.content for a in answers] == [f"echo: sdk {n}" for n in range(20)]
-        stream = await client.chat.completions.create(
-            model="gpt-4o", messages=messages("sdk async"), stream=True
-        )
+        stream = await client.chat.completions.create(model="gpt-4o", messages=messages("sdk async"), stream=True)
         said = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
         assert said == "echo: sdk async"
 
@@ -183,9 +168,7 @@ def test_azure_client(launch: Launch, upstream: ScriptedUpstream, kind: str) -> 
     with openai.AzureOpenAI(azure_endpoint=proxy.address, api_key="mine", api_version="2024-06-01") as client:
         answer = client.chat.completions.create(model="gpt-4o", messages=messages("sdk azure"))
         assert answer.choices[0].message.content == "echo: sdk azure"
-        chunks = list(
-            client.chat.completions.create(model="gpt-4o", messages=messages("sdk azure"), stream=True)
-        )
+        chunks = list(client.chat.completions.create(model="gpt-4o", messages=messages("sdk azure"), stream=True))
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == "echo: sdk azure"
     if kind == "azure":
         assert upstream.last.target == "/openai/deployments/gpt-4o/chat/completions?api-version=2024-06-01"

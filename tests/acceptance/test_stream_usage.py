@@ -50,7 +50,7 @@ async def test_a_stream_that_asked_for_usage_is_untouched(
 async def test_an_explicit_answer_about_usage_is_obeyed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, options: object
 ) -> None:
-    """Only `false` is named by the contract; for null, what matters is that the client sees no usage chunk."""
+    """Only `false` is named by the contract; for null, the client must see no usage chunk."""
     body = json.dumps(ask(stream=True, stream_options=options)).encode()
     answer = await client.send(proxy, body)
     if options == {"include_usage": False}:
@@ -66,9 +66,7 @@ async def test_other_stream_options_do_not_stop_the_injection(
     assert sent == {"include_obfuscation": False, "include_usage": True}
 
 
-async def test_injection_can_be_switched_off(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_injection_can_be_switched_off(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, cost={"stream_usage": "off"}))
     body = json.dumps(ask(stream=True)).encode()
     assert (await client.send(proxy, body)).status == 200
@@ -87,9 +85,7 @@ async def test_usage_on_a_chunk_with_choices_is_left_alone(
     assert receipt["cost_usd"] == "0.002250"
 
 
-async def test_azure_shaped_chunks_pass(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_azure_shaped_chunks_pass(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     filters = canned.chunk(None, prompt_filter_results=[{"prompt_index": 0}]) | {"id": "", "model": ""}
     events = [canned.event(filters), *canned.chat_events(include_usage=True)]
     upstream.always(*canned.stream(events))

@@ -66,12 +66,10 @@ async def test_tokens_are_reserved_before_and_settled_after(
     """tpm 2000; every answer uses 300, whatever was reserved."""
     proxy = launch(limited(upstream.port, tpm=2000))
     for _ in range(3):  # 1,500 reserved each: fits only because each is settled to 300
-        assert (await client.send(proxy, ask(max_tokens=1400))).status == 200, upstream
-    answer = await client.send(proxy, ask(max_tokens=1400))  # 900 used
+        assert (await client.send(proxy, ask(max_tokens=1300))).status == 200, upstream
+    answer = await client.send(proxy, ask(max_tokens=1300))  # 900 used
     assert_honest_429(answer, "throttled", 50, 62)
-    assert (
-        await client.send(proxy, ask(max_tokens=900))
-    ).status == 200  # and nothing was lost by the refusal
+    assert (await client.send(proxy, ask(max_tokens=900))).status == 200  # and nothing was lost by the refusal
 
 
 async def test_concurrent_reservations_count_each_other(
@@ -79,10 +77,7 @@ async def test_concurrent_reservations_count_each_other(
 ) -> None:
     proxy, gate = launch(limited(upstream.port, tpm=5000)), upstream.gate()
     upstream.always(hold(gate), canned.chat())
-    asking = [
-        asyncio.create_task(client.send(proxy, ask(max_completion_tokens=900, max_tokens=1)))
-        for _ in range(20)
-    ]
+    asking = [asyncio.create_task(client.send(proxy, ask(max_completion_tokens=900, max_tokens=1))) for _ in range(20)]
     await upstream.until(lambda: sum(task.done() for task in asking) >= 15)
     assert upstream.count == 5
     gate.open()
@@ -245,9 +240,7 @@ async def test_keys_have_limits_of_their_own_unless_they_share_a_quota(
         assert [a.status for a in answers].count(200) == total
 
 
-async def test_the_deadline_bounds_the_queue(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_the_deadline_bounds_the_queue(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(limited(upstream.port, "60s", concurrency=1)), upstream.gate()
     upstream.always(hold(gate), canned.chat())
     first = asyncio.create_task(client.send(proxy, ask()))
@@ -272,9 +265,7 @@ async def test_max_in_flight(launch: Launch, upstream: ScriptedUpstream, client:
     assert [a.status for a in await asyncio.gather(*asking)] == [200, 200]
 
 
-async def test_the_keys_page_shows_what_is_used(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_the_keys_page_shows_what_is_used(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(limited(upstream.port, rpm=10))
     await client.send(proxy, ask())
     page = await client.get(proxy, "/_proxy/keys")

@@ -20,9 +20,7 @@ ODD_BODIES = {
     "raw unicode": ('{"model":"gpt-4o",' + SAY % "häß 🌍 \u2028 x" + "}").encode(),
     "escapes": ('{"model":"gpt-4o",' + SAY % "\\u00e9\\ud83c\\udf0d\\/" + "}").encode(),
     "duplicate keys": ('{"model":"gpt-4o","n":1,"n":1,' + SAY % "b" + "}").encode(),
-    "numbers": (
-        '{"model":"gpt-4o","p":0.10,"seed":123456789012345678901,"t":1.0e0,' + SAY % "c" + "}"
-    ).encode(),
+    "numbers": ('{"model":"gpt-4o","p":0.10,"seed":123456789012345678901,"t":1.0e0,' + SAY % "c" + "}").encode(),
     "unknown fields": ('{"model":"gpt-4o","x_new":{"a":[null,{}]},' + SAY % "d" + "}").encode(),
 }
 
@@ -154,9 +152,7 @@ async def test_a_content_filter_400_keeps_its_details(
     assert (await client.send(proxy, ask())).body == body
 
 
-async def test_a_non_json_error_is_passed(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_non_json_error_is_passed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     upstream.always(canned.reply(422, b"<html>no</html>", content_type="text/html"))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.body) == (422, b"<html>no</html>")
@@ -164,9 +160,7 @@ async def test_a_non_json_error_is_passed(
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
-async def test_the_path_may_lack_v1(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, path: str
-) -> None:
+async def test_the_path_may_lack_v1(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, path: str) -> None:
     answer = await client.send(proxy, ask(), path=path)
     assert answer.status == 200
     assert upstream.last.target == "/v1/chat/completions"
@@ -207,15 +201,11 @@ async def test_delete_put_patch_and_head_are_passed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     for method in ("DELETE", "PATCH", "PUT"):
-        await client.send(
-            proxy, b'{"a":1}' if method != "DELETE" else None, path="/v1/files/f-1", method=method
-        )
+        await client.send(proxy, b'{"a":1}' if method != "DELETE" else None, path="/v1/files/f-1", method=method)
         assert (upstream.last.method, upstream.last.target) == (method, "/v1/files/f-1")
 
 
-async def test_multipart_uploads_stream_up(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_multipart_uploads_stream_up(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     first, second = b"--b\r\nContent-Disposition: form-data; name=x\r\n\r\n" + b"1" * 50_000, b"\r\n--b--\r\n"
     may_go_on = asyncio.Event()
 
@@ -234,9 +224,7 @@ async def test_multipart_uploads_stream_up(
     assert upstream.last.header("content-type") == kind
 
 
-async def test_uploads_with_a_length_keep_it(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_uploads_with_a_length_keep_it(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     await client.send(proxy, b"x" * 100_000, {"Content-Type": "application/octet-stream"}, "/v1/uploads")
     assert upstream.last.header("content-length") == "100000"
     assert len(upstream.last.body) == 100_000
@@ -257,17 +245,13 @@ async def test_downloads_stream_down(proxy: ProxyProcess, upstream: ScriptedUpst
     assert answer.headers["X-Proxy-Cache"] == "bypass"
 
 
-async def test_other_paths_are_never_cached(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_other_paths_are_never_cached(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     answers = [await client.get(proxy, "/v1/files") for _ in range(2)]
     assert upstream.count == 2
     assert {a.cache for a in answers} == {"bypass"}
 
 
-async def test_a_redirect_is_not_followed(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_a_redirect_is_not_followed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     upstream.always(canned.reply(307, b"", {"Location": f"http://127.0.0.1:{upstream.port}/v1/elsewhere"}))
     elsewhere = await client.get(proxy, "/v1/files/f-1/content")
     assert elsewhere.status == 307
@@ -302,9 +286,7 @@ async def test_a_compressed_answer_is_readable_and_says_what_it_is(
             assert json.loads(content) == body
 
 
-async def test_the_other_four_endpoints_work(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_the_other_four_endpoints_work(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     bodies = {
         "/v1/embeddings": {"model": "text-embedding-3-small", "input": "transparency"},
         "/v1/completions": {"model": "gpt-3.5-turbo-instruct", "prompt": "transparency", "max_tokens": 9},

@@ -25,9 +25,7 @@ from tests.launch import ProxyProcess, environment
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     """A demo where settings and environment name upstreams and keys, none of which may be used."""
     home = tmp_path_factory.mktemp("demo")
-    (home / "config.yaml").write_text(
-        "upstreams:\n  - base_url: https://api.openai.com/v1\n    keys: [sk-mine]\n"
-    )
+    (home / "config.yaml").write_text("upstreams:\n  - base_url: https://api.openai.com/v1\n    keys: [sk-mine]\n")
     process = ProxyProcess(["demo", "--port", "0"], home, {"OPENAI_API_KEY": "sk-of-the-environment"})
     process.start()
     _wait_for(process, list(SPECIAL_PROMPTS)[-1])
@@ -92,9 +90,7 @@ def test_the_python_snippet_shows_a_miss_and_then_a_free_hit(demo: ProxyProcess,
 
 
 @pytest.mark.parametrize("prompt", ["provoke 429", "provoke 500"])
-async def test_provoked_failures_are_not_seen_by_the_client(
-    demo: ProxyProcess, client: Client, prompt: str
-) -> None:
+async def test_provoked_failures_are_not_seen_by_the_client(demo: ProxyProcess, client: Client, prompt: str) -> None:
     answer = await client.send(demo, ask(f"{prompt}, please"))
     assert answer.status == 200
     assert answer.headers["X-Proxy-Attempts"] == "2"

@@ -113,8 +113,9 @@ class TestSetField:
             b'{"a":1 2}',
             b"{1:2}",
             b"}",
-        ]
-        + [b'{"a":"', b'{"a":1,}'],
+            b'{"a":"',
+            b'{"a":1,}',
+        ],
     )
     def test_not_an_object(self, raw: bytes) -> None:
         with pytest.raises(ValueError):
@@ -168,10 +169,15 @@ class TestWantUsage:
             b'{"stream":true,"stream_options":true}',
             b'{"stream":true,"stream_options":{"include_usage":false},"stream_options":{}}',
             b'{"stream":true,"stream_options":{},"stream_options":null}',
+            b'{"stream":true,"stream_options":null,"stream_options":{}}',
         ],
     )
     def test_where_there_is_nothing_to_do(self, raw: bytes) -> None:
         assert wanted(raw) is None
+
+    def test_not_an_object(self) -> None:
+        with pytest.raises(ValueError):
+            want_usage(b"[1]", {"stream": True})
 
     @given(objects, st.none() | st.dictionaries(text, values, max_size=3), st.randoms(use_true_random=False))
     def test_only_that_changes(

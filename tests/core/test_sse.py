@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 
 from proxy.core.sse import Splitter, UsageFilter, data_of, is_usage_chunk, is_usage_event, name_of
 
-USAGE = (
-    b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}\n\n'
-)
-DELTA = (
-    b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":null}],"usage":null}\n\n'
-)
+USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}\n\n'
+DELTA = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":null}],"usage":null}\n\n'
 AZURE_FIRST = b'data: {"choices":[],"id":"","model":"","prompt_filter_results":[{"prompt_index":0}]}\n\n'
-USAGE_WITH_CHOICE = (
-    b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"total_tokens":1}}\n\n'
-)
+USAGE_WITH_CHOICE = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"total_tokens":1}}\n\n'
 SAYS_USAGE = b'data: {"choices":[{"index":0,"delta":{"content":"\\"choices\\":[], \\"usage\\":{"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 ERROR = b'data: {"error":{"message":"no"},"choices":[],"usage":{"total_tokens":1}}\n\n'
@@ -74,6 +68,24 @@ class TestSplitter:
         assert splitter.finish() == [b"data: 2\r\r"]
         assert splitter.rest == b""
         assert splitter.finish() == []
+
+    @pytest.mark.parametrize(
+        ("stream", "boundary"),
+        [
+            (b"", True),
+            (b"data: 1\n\n", True),
+            (b"data: 1\n\n\n", True),
+            (b"data: 1\r\n\r\n\r", True),
+            (b"data: 1\r\r", False),
+            (b"data: 1\n\n:", False),
+            (b"data: 1\n", False),
+            (b"data: 1\n\ndata: 2", False),
+        ],
+    )
+    def test_at_boundary(self, stream: bytes, boundary: bool) -> None:
+        splitter = Splitter()
+        splitter.feed(stream)
+        assert splitter.at_boundary is boundary
 
     def test_finish_completes_nothing_else(self) -> None:
         for stream in (b"", b"data: 1", b"data: 1\n", b"data: 1\r", b"data: 1\n\n"):

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+
+from proxy.config.later import NOT_YET
+from proxy.config.schema import leaves
+from tests.config.kit import Load, problems
+
+REFUSED = {
+    "server.workers": "server: {workers: 2}",
+    "server.admin_key.key_command": "server: {admin_key: {key_command: [a]}}",
+    "server.client_keys.*.key_command": "server: {client_keys: [{name: a, key_command: [a, b]}]}",
+    "server.client_keys.*.models": "server: {client_keys: [{name: a, key: abc, models: [gpt-*]}]}",
+    "server.client_keys.*.limits.rpm": "server: {client_keys: [{name: a, key: abc, limits: {rpm: 1}}]}",
+    "server.client_keys.*.limits.tpm": "server: {client_keys: [{name: a, key: abc, limits: {tpm: 1}}]}",
+    "server.client_keys.*.limits.concurrency": "server: {client_keys: [{name: a, key: abc, limits: {concurrency: 1}}]}",
+    "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
+    "upstreams.*.entra_id": "upstreams: [{kind: azure, base_url: 'https://n.openai.azure.com', entra_id: true}]",
+    "upstreams.*.proxy": "upstreams: [{proxy: 'http://u:hunter2@p:1'}]",
+    "upstreams.*.ca_file": "upstreams: [{ca_file: /ca.pem}]",
+    "upstreams.*.keys.*.key_command": "upstreams: [{keys: [{key_command: [a]}]}]",
+    "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
+    "selection": "selection: sticky",
+    "cache.backend": "cache: {backend: redis}",
+    "cache.path": "cache: {path: /x.db}",
+    "cache.max_size": "cache: {max_size: 1GiB}",
+    "cache.mode": "cache: {mode: replay}",
+    "cache.cassette": "cache: {cassette: c.jsonl}",
+    "cache.store_requests": "cache: {store_requests: true}",
+    "cache.stale_while_revalidate": "cache: {stale_while_revalidate: 1s}",
+    "cache.stale_if_error": "cache: {stale_if_error: 1s}",
+    "cache.on_disconnect": "cache: {on_disconnect: finish}",
+    "throttle.backend": "throttle: {backend: redis}",
+    "throttle.tier": "throttle: {tier: 3}",
+    "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
+    "breaker.failures": "breaker: {failures: 6}",
+    "breaker.window": "breaker: {window: 31s}",
+    "breaker.open_for": "breaker: {open_for: 16s}",
+    "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
+    "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
+    "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
+    "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
+    "ledger.path": "ledger: {path: /x.db}",
+    "redis.url": "redis: {url: 'redis://:hunter2@h'}",
+    "redis.prefix": "redis: {prefix: p}",
+}
+
+
+@pytest.mark.parametrize("path", NOT_YET)
+def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
+    (problem,) = problems(load, REFUSED[path])
+    assert problem.startswith(f"settings.yaml:1: {path.replace('*', '0')}: ")
+    assert " is not yet available" in problem
+    assert "hunter2" not in problem
+
+
+def test_what_can_be_used_instead_is_said(load: Load) -> None:
+    assert problems(load, "cache: {backend: sqlite}") == [
+        "settings.yaml:1: cache.backend: 'sqlite' is not yet available (usable now: memory, off)"
+    ]
+    assert problems(load, None, cache__mode="replay", server__workers=4) == [
+        "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
+        "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",
+    ]
+    assert "(PROXY__REDIS__PREFIX)" in problems(load, None, {"PROXY__REDIS__PREFIX": "x"})[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cache: {coalesce: false, embeddings_per_item: false, backend: off}",
+        "throttle: {adaptive: false}",
+        "ledger: {enabled: false}",
+        "selection: headroom",
+        "selection: round_robin",
+        "upstreams: [{keys: [{key: abc, weight: 1}], proxy: , entra_id: false}]",
+        "server: {client_keys: [{name: a, key: abc, models: [], limits: {}}]}",
+        "cost: {budget: {}}",
+    ],
+)
+def test_what_only_switches_off_is_kept(load: Load, text: str) -> None:
+    assert problems(load, text) == []
+
+
+def test_a_redis_url_of_the_environment_alone_is_no_mistake(load: Load) -> None:
+    environ = {"REDIS_URL": "redis://a"}
+    assert problems(load, "redis: {url: '${REDIS_URL:-}'}", environ) == []
+    assert problems(load, None, environ) == []
+    assert len(problems(load, "redis: {url: 'redis://b'}", environ)) == 1
+
+
+def test_every_line_of_the_table_is_a_setting() -> None:
+    inner = ("server.admin_key.", "server.client_keys.*.", "upstreams.*.")
+    assert {path for path in NOT_YET if not path.startswith(inner)} <= {path for path, _ in leaves()}

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.config.kit import Load, problems
+
+CLIENT = "client_keys: [{name: a, key: a-long-enough-client-key}]"
+KEYED = "upstreams: [{keys: [abc]}]"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "proxy.local", "[::]"])
+def test_other_addresses_than_loopback(load: Load, host: str) -> None:
+    (problem,) = problems(load, f"server:\n  host: '{host}'\n{KEYED}")
+    assert problem.startswith("settings.yaml:2: server.host: expected a loopback address, or client_keys")
+    assert load(f"server: {{host: '{host}', {CLIENT}}}\n{KEYED}").warnings == ()
+    (warning,) = load(f"server: {{host: '{host}', allow_anonymous: true}}\n{KEYED}").warnings
+    assert "without client_keys" in warning
+    assert load(f"server: {{host: '{host}', socket: /tmp/s}}").warnings == ()
+    assert problems(load, None, server__host=host)[0].startswith("command line: server.host (--host): ")
+    assert problems(load, None, {"PROXY__SERVER__HOST": host})[0].startswith("environment: server.host (PROXY__")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_nothing(load: Load, host: str) -> None:
+    assert load(None, server__host=host).warnings == ()
+
+
+def test_a_broken_value_is_reported_once(load: Load) -> None:
+    assert len(problems(load, "server: {host: 0.0.0.0, client_keys: [{name: a}]}")) == 1
+    assert len(problems(load, "server: {host: 0.0.0.0, allow_anonymous: maybe}")) == 1
+    assert len(problems(load, "server: {ops: '127.0.0.1:8484', port: x}")) == 1
+    assert len(problems(load, "server: {port: x}\nupstreams: [{base_url: 'http://127.0.0.1:8484'}]")) == 1
+
+
+@pytest.mark.parametrize(
+    ("server", "url", "own"),
+    [
+        ("{}", "http://127.0.0.1:8484/v1", True),
+        ("{}", "http://localhost:8484", True),
+        ("{}", "http://[::1]:8484/v1", True),
+        ("{host: 0.0.0.0, allow_anonymous: true}", "http://127.0.0.1:8484/v1", True),
+        ("{host: proxy.local, allow_anonymous: true}", "https://proxy.local:8484/v1", True),
+        ("{port: 80}", "http://127.0.0.1/v1", True),
+        ("{port: 9000}", "http://127.0.0.1:8484/v1", False),
+        ("{socket: /tmp/s}", "http://127.0.0.1:8484/v1", False),
+        ("{}", "https://other.example:8484/v1", False),
+        ("{port: 0}", "http://127.0.0.1:8484/v1", False),
+    ],
+)
+def test_the_proxys_own_address_is_no_upstream(load: Load, server: str, url: str, own: bool) -> None:
+    found = problems(load, f"server: {server}\nupstreams:\n- base_url: {url}")
+    assert bool(found) is own
+    assert all(
+        line.startswith("settings.yaml:3: upstreams.0.base_url: expected an upstream, found the proxy's")
+        for line in found
+    )
+
+
+def test_plain_http_with_a_key(load: Load) -> None:
+    text = "upstreams:\n- {base_url: 'http://other.example/v1', keys: [abc]%s}"
+    (problem,) = problems(load, text % "")
+    assert problem == (
+        "settings.yaml:2: upstreams.0.base_url: expected https, or insecure: true; found plain http with a key to "
+        "http://other.example"
+    )
+    for more in (", insecure: true", ""):
+        keyless = (text % more).replace("abc", "") if not more else text % more
+        (warning,) = load(keyless).warnings
+        assert "plain http" in warning
+    assert load("upstreams:\n- {base_url: 'http://127.0.0.1:9/v1', keys: [abc]}").warnings == ()
+
+
+def test_the_listener_for_probes_has_its_own_port(load: Load) -> None:
+    assert (
+        "server.ops: expected a port of its own, found server.port (8484)"
+        in problems(load, "server: {ops: '0.0.0.0:8484'}")[0]
+    )
+    assert load("server: {ops: '0.0.0.0:9090'}").settings.server.ops == ("0.0.0.0", 9090)
+    assert load("server: {ops: '127.0.0.1:0', port: 0}").settings.server.ops == ("127.0.0.1", 0)
+    assert load("server: {ops: '10.0.0.1:8484'}").settings.server.ops == ("10.0.0.1", 8484)
+
+
+def test_risky_settings_are_warnings(load: Load) -> None:
+    (warning,) = load(f"server: {{{CLIENT}}}").warnings
+    assert "the client's key itself goes to the upstream" in warning
+    two = "client_keys: [{name: a, key: a-long-enough-client-key}, {name: b, key: another-long-enough-key}]"
+    (warning,) = load(f"server: {{{two}}}\ncache: {{shared: true}}\n{KEYED}").warnings
+    assert warning.startswith("cache.shared")
+    text = "upstreams:\n- {name: a, keys: [abc]}\n- {name: b, base_url: 'https://other.example/v1'}\n"
+    text += "- {name: c, base_url: 'http://127.0.0.1:9/v1'}"
+    assert load(text).warnings == ("upstream b has no key: https://other.example is called without a credential",)
