@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from aiohttp.web import BaseRequest, ServerRunner, SockSite, UnixSite
+from aiohttp.web import BaseRequest, Server, ServerRunner, SockSite, UnixSite
 
 from . import __version__
 from .config import Loaded, Settings
@@ -83,26 +83,33 @@ class App:
         """Takes entries out of memory whose time is over; a little at a time."""
         while self.world.store is not None:
             await self.world.seams.sleep(SWEEP)
-            while self.world.store.sweep(self.world.seams.wall()):
+            while self.world.store.sweep(self.world.seams.wall()):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
 
-    async def drain(self, now: asyncio.Event) -> None:
+    def _is_busy(self, server: Server) -> bool:
+        """Whether a request is being served, or an answer is not wholly handed to the system yet."""
+        if self.downstream.in_flight:
+            return True
+        transports = (connection.transport for connection in server.connections)
+        return any(transport is not None and transport.get_write_buffer_size() for transport in transports)
+
+    async def drain(self, server: Server, now: asyncio.Event) -> None:
         """Lets what is being served finish, within `drain_timeout`; then tells streams and drops the rest."""
         self.downstream.closing = True
         limit = self.world.settings.server.drain_timeout
         loop = asyncio.get_running_loop()
         end = loop.time() + limit
-        while self.downstream.in_flight and loop.time() < end and not now.is_set():
+        # A look now and then: an event would have to be set on the hot path.
+        while self._is_busy(server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         if self.downstream.in_flight:
             log.warning("%d requests did not finish within %gs", self.downstream.in_flight, limit)
         for task, flow in list(self.downstream.flows.items()):
             flow.interrupted = "draining"
             task.cancel()
-        for _ in range(50):
-            if not self.downstream.flows:
-                break
-            await asyncio.sleep(0.01)
+        tasks = list(self.downstream.flows)
+        if tasks:
+            await asyncio.wait(tasks, timeout=0.5)
 
 
 async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
@@ -165,27 +172,22 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
         await site.stop()
     assert runner.server is not None
     runner.server.pre_shutdown()  # idle connections close now, busy ones after their request
-    await app.drain(now)
+    await app.drain(runner.server, now)
 
 
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, settings: Settings) -> None:
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.way_up.close()
-    if settings.server.socket is not None:
-        with suppress(OSError):
-            os.unlink(settings.server.socket)
+    _remove_socket(settings.server.socket)
 
 
 async def _listen(settings: Settings, runner: ServerRunner) -> str:
     """Opens the main listener; the base address it answers at. Raises OSError."""
     server = settings.server
     if server.socket is not None:
-        path = os.path.expanduser(server.socket)
-        with suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
-                os.unlink(path)  # left behind by a process that is gone
-        mask = os.umask(0o177)
+        path = _free_socket(server.socket)
+        mask = os.umask(0o177)  # mode 0600 from the first moment on
         try:
             await UnixSite(runner, path).start()
         finally:
@@ -218,6 +220,21 @@ def _bind(host: str, port: int) -> socket.socket:
         raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
     listener.setblocking(False)
     return listener
+
+
+def _free_socket(path: str) -> str:
+    """`path` made free where a process that is gone left its socket behind."""
+    path = os.path.expanduser(path)
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+            os.unlink(path)
+    return path
+
+
+def _remove_socket(path: str | None) -> None:
+    if path is not None:
+        with suppress(OSError):
+            os.unlink(os.path.expanduser(path))
 
 
 def _answers(path: str) -> bool:

@@ -45,7 +45,8 @@ FIRST_EVENT_HELD: Final = 64 * 1024
 @dataclass(slots=True)
 class Answered:
     """An upstream's answer in hand. body: bytes of what was read whole (errors), else None; first: what was read of a
-    stream so far, decoded; more: the rest of the body, decoded; injected: its usage chunk was only our wish."""
+    stream so far, decoded; leaked: it repeats a pool key; more: the rest of the body, decoded; injected: its usage
+    chunk was only our wish."""
 
     status: int
     reply: UpstreamReply
@@ -60,6 +61,7 @@ class Answered:
     body: bytes | None = None
     first: list[bytes] = field(default_factory=list)
     sent_at: float = 0.0
+    leaked: bool = False
 
 
 @dataclass(slots=True)
@@ -179,7 +181,8 @@ class Exchange:
     async def _lease(
         self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, *, last: bool
     ) -> Lease | None:
-        """A key with its limits reserved, after waiting for it if need be. None: no key is left and, unless this was the
+        """A key with its limits reserved, after waiting for it if need be. None: no key is left and, unless this was
+        the
         `last` word (then: Refusal), the answer of one that refused can be delivered."""
         ring, seams = self._world.ring, self._world.seams
         quota = self._quota(call)
@@ -233,7 +236,9 @@ class Exchange:
                 self.settle(call, lease, tokens, went_up=trip.connected)
 
     def settle(self, call: Call, lease: Lease, tokens: int | None, went_up: bool = True) -> None:
-        """Ends a lease: with the tokens used, None where that is unknown; or as if it had never been (contract 7, Client gone)."""
+        """Ends a lease: with the tokens used, None where that is unknown; or as if it had never been (contract 7,
+        Client gone).
+        """
         if lease.reservation is not None:
             if went_up:
                 lease.reservation.settle(tokens)

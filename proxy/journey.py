@@ -1,8 +1,10 @@
 """The story of a request to one of the five endpoints, top to bottom.
 
 `peek` is the short way: an answer from memory, found by the digest of the raw bytes, without parsing anything.
-`serve` is the whole way: plan what the cache may do, look, else buy the answer (`exchange`), and either read it whole or
-let it flow (`relay`); then settle the limits, price it, keep it, and write the receipt. No aiohttp, no redis, no sqlite here.
+`serve` is the whole way: plan what the cache may do, look, else buy the answer (`exchange`), and either read it whole
+or
+let it flow (`relay`); then settle the limits, price it, keep it, and write the receipt. No aiohttp, no redis, no sqlite
+here.
 """
 
 from __future__ import annotations
@@ -230,11 +232,11 @@ class Journey:
                 answered.reply.close()
         answered.reply.close()
         headers = self._headers(answered)
-        leaked = self.world.masker.found_in(body)
-        if leaked:
+        if self.world.masker.found_in(body):
+            answered.leaked = True
             body = self.world.masker.mask(body)
         stored, why_not = False, None
-        if plan.write and not leaked:
+        if plan.write and not answered.leaked and not call.stream:
             if answered.status == 200 and isinstance(document, Mapping):
                 why_not = plain_complete(call.endpoint, call.document, document)
                 if why_not is None:
@@ -263,7 +265,9 @@ class Journey:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _understand(self, answered: Answered, body: bytes) -> Any:
-        """The parsed body of a JSON answer, None of any other. Raises TransportFailure(invalid) where JSON is promised and broken."""
+        """The parsed body of a JSON answer, None of any other. Raises TransportFailure(invalid) where JSON is promised
+        and broken.
+        """
         content_type = answered.reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             return None
@@ -308,15 +312,18 @@ class Journey:
             return cost_comment(cost, usage)
 
         wants_comment = call.stream and (call.options.stream_cost or world.settings.cost.stream_comment)
+        storable = plan.write and call.stream and answered.status == 200 and not answered.leaked
         flow = Flow(
             call=call,
             answered=answered,
             audit=audit,
-            keep=world.settings.cache.max_entry if plan.write and call.stream and answered.status == 200 else 0,
+            keep=world.settings.cache.max_entry if storable else 0,
             comment=comment if wants_comment and sse else None,
             ended=ended,
         )
         lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
+        if progress.no_usable_key:
+            lines += "X-Proxy-Error: no_usable_key\r\n"
         return Bought(answered.status, answered.reply.reason, headers, lines, None, flow)
 
     # -- what every answer needs --------------------------------------------------------------------------------------
@@ -327,6 +334,7 @@ class Journey:
         headers = downstream_headers(answered.reply.raw_headers, pooled=pooled, decoded=answered.decoded)
         masker = self.world.masker
         if masker.found_in(b"\n".join([value for _, value in headers])):
+            answered.leaked = True
             headers = [(name, masker.mask(value)) for name, value in headers]
         if replaced:
             headers = [(name, value) for name, value in headers if name.lower() != replaced]
@@ -394,7 +402,7 @@ class Journey:
         """Our headers on an answer from upstream."""
         world = self.world
         total = (world.seams.monotonic() - call.arrived) * 1000
-        timing = Timing(progress.queue_ms, progress.upstream_ms, total)
+        timing = Timing(progress.queue_ms + progress.paused_ms, progress.upstream_ms, total)
         detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
         key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
         went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
@@ -437,7 +445,7 @@ class Journey:
                 cost_status=cost.status if cost is not None else "unknown",
                 usage=usage,
                 error=error,
-                queue_ms=progress.queue_ms,
+                queue_ms=progress.queue_ms + progress.paused_ms,
                 upstream_ms=progress.upstream_ms,
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
@@ -451,5 +459,7 @@ class Journey:
 
 
 def standard_tier(service_tier: object) -> bool:
-    """Whether the table's prices hold: flex, priority and other tiers cost something else (unknown until it has their rates)."""
+    """Whether the table's prices hold: flex, priority and other tiers cost something else (unknown until it has their
+    rates).
+    """
     return service_tier in (None, "auto", "default", "standard")

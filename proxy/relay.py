@@ -1,6 +1,7 @@
 """A streamed answer on its way down: every read goes on at once, a copy is audited, and only a whole one is kept.
 
-What the client gets differs from what came in two cases only: a usage chunk that nobody but the proxy asked for is taken
+What the client gets differs from what came in two cases only: a usage chunk that nobody but the proxy asked for is
+taken
 out, and a cost comment is put in where asked for (contract 6 and 7, Streams).
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-
 from typing import Final
 
 from .core.cacheability import StreamAudit
@@ -19,7 +19,6 @@ from .core.outcome import TransportFailure
 from .core.ports import Write
 from .core.sse import Splitter, UsageFilter, data_of, is_usage_event
 from .exchange import Answered
-
 
 MAX_EVENT: Final = 16 * 1024 * 1024
 """An event longer than this (bytes) is passed on without being looked at: memory is bounded, whatever comes."""
@@ -31,7 +30,9 @@ class StreamBroken(Exception):
 
 @dataclass(slots=True)
 class Ending:
-    """How a stream ended. whole: storable, else `why` not; failure: the error code where it broke; gone: the client left."""
+    """How a stream ended. whole: storable, else `why` not; failure: the error code where it broke; gone: the client
+    left.
+    """
 
     audit: StreamAudit | None
     body: bytes | None = None
@@ -160,7 +161,8 @@ class Flow:
 
     def _commented(self, events: list[bytes], strip: bool) -> bytes:
         """Whole events only, the cost comment before `[DONE]`."""
-        assert self.comment is not None and self.audit is not None
+        assert self.comment is not None
+        assert self.audit is not None
         out = []
         for event in events:
             if strip and is_usage_event(event):

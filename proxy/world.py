@@ -111,5 +111,7 @@ def compile_world(settings: Settings, seams: Seams) -> World:
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:
-    """What separates pass-through clients: a digest of the credential and of what else decides for whom upstream answers."""
+    """What separates pass-through clients: a digest of the credential and of what else decides for whom upstream
+    answers.
+    """
     return "credential " + hashlib.sha256("\0".join((scheme, token, *parts)).encode()).hexdigest()

@@ -69,10 +69,12 @@ def _shared_proxy(
 
 
 @pytest.fixture
-def proxy(_shared_proxy: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
+def proxy(_shared_proxy: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[ProxyProcess]:
     """One proxy with the fast defaults, shared by many tests: leave no key cooling, use your own prompts."""
     assert _shared_proxy.alive(), _shared_proxy.stderr_so_far()
-    return _shared_proxy
+    yield _shared_proxy
+    problems = _shared_proxy.problems()
+    assert not problems, "\n".join(problems)
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ class ProxyProcess:
             )
         self.address = ""
         self.port = 0
+        self._judged = 0
 
     def start(self, expect: re.Pattern[str] = LISTENING, seconds: float = 30.0) -> None:
         """Waits for the start-up line. Raises AssertionError when the process ends or stays silent."""
@@ -159,9 +160,18 @@ class ProxyProcess:
         found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
         return int(found.group(1)) * 1024 if found else None
 
+    def problems(self) -> list[str]:
+        """What the log shows to be wrong since this was last asked: a crash, or a key."""
+        log = self.stderr_so_far()[self._judged :]
+        self._judged += len(log)
+        found = []
+        for sign in [*(sign for sign in BROKEN if sign in log), *sorted(set(CANARY.findall(log)))]:
+            at = log.index(sign)
+            found.append(f"the log has {sign!r}:\n{log[max(0, at - 1000) : at + 4000]}")
+        return found
+
     def finish(self) -> list[str]:
         """Stops the process, however it takes it, and says what was wrong with it."""
-        problems = []
         for patience in (3, 3):
             if not self.alive():
                 break
@@ -170,15 +180,10 @@ class ProxyProcess:
                 self.wait(patience)
             except subprocess.TimeoutExpired:
                 continue
-        if self.alive():
-            self.process.kill()
-            self.process.wait()
-            problems.append("did not stop on a second SIGTERM")
-        log = self.stderr_so_far()
-        for sign in [*(sign for sign in BROKEN if sign in log), *sorted(set(CANARY.findall(log)))]:
-            at = log.index(sign)
-            problems.append(f"the log has {sign!r}:\n{log[max(0, at - 1000) : at + 4000]}")
-        return problems
+        stuck = ["did not stop on a second SIGTERM"] if self.alive() else []
+        self.process.kill()
+        self.process.wait()
+        return stuck + self.problems()
 
 
 class Launch(Protocol):

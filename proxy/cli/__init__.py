@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -35,5 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(sub)
     args = parser.parse_args(arguments)
     assert module is not None
-    status: int = module.run(args)
+    try:
+        status: int = module.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `openai-proxy check | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status

@@ -36,7 +36,7 @@ def _table(where: Where, **entries: Node | None) -> Table:
 
 def settings_layers(environ: Mapping[str, str], reading: Reading) -> list[Node]:
     """`PROXY_CLIENT_KEYS` and every `PROXY__SECTION__KEY` as trees, the more precise name the stronger."""
-    client_keys = _client_keys(environ, reading.problems)
+    client_keys = _client_keys(environ, reading)
     layers = [] if client_keys is None else [_nested(["server", "client_keys"], client_keys)]
     for name in sorted(environ, key=lambda name: (name.count("__"), name)):
         if not name.startswith(PREFIX) or not environ[name].strip():
@@ -81,17 +81,18 @@ def _value(text: str, reader: Reader[Any], where: Where, path: str, problems: li
     return parse(text, where, problems, path)
 
 
-def _client_keys(environ: Mapping[str, str], problems: list[Problem]) -> Listing | None:
+def _client_keys(environ: Mapping[str, str], reading: Reading) -> Listing | None:
     """`name:key,…` as a list of client keys."""
     where = _where(CLIENT_KEYS)
     text = environ.get(CLIENT_KEYS, "").strip()
     if not text:
         return None
     items: list[Node] = []
-    for i, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
+    entries = [part.strip() for part in text.split(",") if part.strip()]
+    for i, entry in enumerate(entries or [""], 1):
         name, colon, key = (part.strip() for part in entry.partition(":"))
         if not colon or not name or not key:
-            problems.append(where.problem("server.client_keys", f"expected name:key as entry {i}, found no such pair"))
+            reading.fail(where, "server.client_keys", f"expected name:key as entry {i}, found no such pair")
             continue
         items.append(_table(where, name=Scalar(name, where, literal=True), key=Scalar(key, where, literal=True)))
     return Listing(tuple(items), where)

@@ -86,7 +86,7 @@ def _check_plain_http(path: str, upstream: Upstream, url: Url, reading: Reading)
 def _warn_credentials(settings: Settings, reading: Reading) -> None:
     if settings.passthrough:
         if settings.server.client_keys:
-            reading.warn("client_keys, but no upstream has a key: the client's key itself goes to the upstream")
+            reading.warn("client_keys, but no upstream has a key: upstreams are called without a credential")
         return
     for _, upstream, url in _addresses(settings):
         if not upstream.keys and not is_loopback(url.host):

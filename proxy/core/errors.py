@@ -28,6 +28,7 @@ _RATE = "rate_limit_error"
 _SERVER = "server_error"
 
 CODES: Final[dict[str, ErrorKind]] = {
+    "bad_request": ErrorKind(400, _INVALID, False),
     "invalid_json": ErrorKind(400, _INVALID, False),
     "invalid_option": ErrorKind(400, _INVALID, False),
     "invalid_client_key": ErrorKind(401, "authentication_error", False),

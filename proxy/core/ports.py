@@ -1,4 +1,6 @@
-"""What the journey needs of the world outside: the way up, as Protocols. The edges implement them; tests script them."""
+"""What the journey needs of the world outside: the way up, as Protocols. The edges implement them; tests script
+them.
+"""
 
 from __future__ import annotations
 

@@ -23,8 +23,7 @@ ENDPOINTS: Final = {
 """Path below `/v1` -> the endpoint's name in settings, keys and metrics."""
 
 SEGMENTS: Final = frozenset(
-    "assistants audio batches chat chatkit completions containers conversations embeddings evals files fine_tuning "
-    "images models moderations organization realtime responses skills threads uploads vector_stores videos".split()
+    ["assistants", "audio", "batches", "chat", "chatkit", "completions", "containers", "conversations", "embeddings", "evals", "files", "fine_tuning", "images", "models", "moderations", "organization", "realtime", "responses", "skills", "threads", "uploads", "vector_stores", "videos"]
 )
 """First path segments of OpenAI's API: what is accepted without `/v1`."""
 

@@ -1,10 +1,13 @@
-"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into envelopes."""
+"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into
+envelopes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
 
@@ -14,15 +17,15 @@ from ..core.answer import ZERO_COST, cost_comment, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
 from ..core.errors import Refusal
-from ..core.options import from_headers
+from ..core.lenient import parse_leniently
+from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
-from ..core.lenient import parse_leniently
 from ..journey import LARGE, Bought, Hit, Journey
 from ..providers import model_named
 from ..relay import StreamBroken, with_comment
 from ..world import World
-from .gatekeeper import Gatekeeper
+from .gatekeeper import ANONYMOUS, Gatekeeper
 from .metrics import Metrics
 from .ops import Ops
 from .passage import Passage
@@ -35,6 +38,18 @@ Answer = Whole | Streamed
 _POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _KEEP: Final = 2048
+
+
+@dataclass(slots=True)
+class _Visit:
+    """One request on its way through the house. origin: the browser origin that may call; began: monotonic seconds."""
+
+    request: BaseRequest
+    target: str
+    route: Route
+    began: float
+    origin: str | None = None
+    client: Client = ANONYMOUS
 
 
 class Downstream:
@@ -53,6 +68,7 @@ class Downstream:
         self._routes: dict[str, Route] = {}
         self._heads: dict[tuple[str, str], tuple[Entry, bytes]] = {}
         self._show_key = len(world.settings.server.client_keys) < 2
+        self._fast = not world.settings.cost.stream_comment
         self._max_body = world.settings.server.max_body
         self.in_flight = 0
         self.closing = False
@@ -63,6 +79,7 @@ class Downstream:
     async def handle(self, request: BaseRequest) -> Answer:
         """One request. Never raises but for a client that is gone."""
         self.in_flight += 1
+        began = self._world.seams.monotonic()
         origin = None
         try:
             target = request.raw_path
@@ -77,7 +94,7 @@ class Downstream:
                 origin = self._gatekeeper.check_origin(request)
                 if origin is not None and request.method == "OPTIONS":
                     return self._preflight(request, origin)
-            answer = await self._serve(request, route, target, origin)
+            answer = await self._serve(_Visit(request, target, route, began, origin))
         except Refusal as refusal:
             answer = self._refused(request, refusal, origin)
         except ConnectionError as error:
@@ -101,9 +118,10 @@ class Downstream:
             self._routes[target] = route
         return route
 
-    async def _serve(self, request: BaseRequest, route: Route, target: str, origin: str | None) -> Answer:
+    async def _serve(self, visit: _Visit) -> Answer:
+        request, route = visit.request, visit.route
         method = request.method
-        client = self._gatekeeper.client(request)
+        visit.client = self._gatekeeper.client(request)
         if self.closing:
             raise Refusal("draining", "the proxy is shutting down", retry_after=1.0)
         if route.kind == "endpoint" and method == "POST":
@@ -113,49 +131,40 @@ class Downstream:
                 _check_media_type(content_type, headers.get("Content-Encoding"))
             body = await read_body(request, self._max_body)
             raw = request._message.raw_headers
-            plain = not _asks_something(raw)
+            plain = self._fast and _leaves_hits_alone(route.options) and not _asks_something(raw)
             if plain:
-                hit = self._journey.peek(target, client.scope, body)
+                hit = self._journey.peek(visit.target, visit.client.scope, body)
                 if hit is not None:
-                    return self._hit(request, hit, client, origin, b"")
-            return await self._endpoint(request, route, target, client, body, plain, origin)
+                    return self._hit(visit, hit, b"")
+            return await self._endpoint(visit, body, plain)
         if method not in _METHODS or (route.endpoint in _POST_ONLY):
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(_METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
             raise _not_allowed(method, "GET, POST")
         options = from_headers(route.options, _text(request._message.raw_headers))
         self._check_room()
-        return await self._passage.carry(request, route, client, options, self._expose(origin))
+        return await self._passage.carry(request, route, visit.client, options, self._expose(visit.origin))
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
-    async def _endpoint(
-        self,
-        request: BaseRequest,
-        route: Route,
-        target: str,
-        client: Client,
-        body: bytes,
-        plain: bool,
-        origin: str | None,
-    ) -> Answer:
-        journey = self._journey
-        call = await self._call(request, route, client, body)
+    async def _endpoint(self, visit: _Visit, body: bytes, plain: bool) -> Answer:
+        request, journey = visit.request, self._journey
+        call = await self._call(visit, body)
         plan = await journey.plan(call)
         hit, plan = journey.look(call, plan)
         if plain:
-            journey.remember(target, client.scope, body, plan, call)
+            journey.remember(visit.target, visit.client.scope, body, plan, call)
         if hit is not None:
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), hit.entry.usage) if comment else b""
-            return self._hit(request, hit, client, origin, zero)
+            return self._hit(visit, hit, zero)
         self._check_room()
         bought = await journey.buy(call, plan)
         head = (
             status_line(bought.status, bought.reason)
             + raw_lines(bought.headers)
             + bought.lines.encode("latin-1", "replace")
-            + self._expose(origin)
+            + self._expose(visit.origin)
         )
         if bought.body is not None:
             return Whole(request, head, bought.body, status=bought.status)
@@ -184,9 +193,9 @@ class Downstream:
             flow.abandon()
             del self.flows[task]
 
-    async def _call(self, request: BaseRequest, route: Route, client: Client, body: bytes) -> Call:
+    async def _call(self, visit: _Visit, body: bytes) -> Call:
         """The request, read and understood. Raises Refusal(invalid_json, invalid_option)."""
-        world = self._world
+        world, request, route = self._world, visit.request, visit.route
         raw = request._message.raw_headers
         options = from_headers(route.options, _text(raw)) if _asks_something(raw) else route.options
         try:
@@ -220,7 +229,7 @@ class Downstream:
             stream=document.get("stream") is True,
             wants_usage=isinstance(options_asked, dict) and options_asked.get("include_usage") is True,
             options=options,
-            client=client,
+            client=visit.client,
             arrived=now,
             deadline=now + total,
             patience=patience,
@@ -235,7 +244,7 @@ class Downstream:
 
     # -- hits ---------------------------------------------------------------------------------------------------------
 
-    def _hit(self, request: BaseRequest, hit: Hit, client: Client, origin: str | None, comment: bytes) -> Whole:
+    def _hit(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
         entry = hit.entry
         cached = self._heads.get((entry.key, entry.form))
         if cached is not None and cached[0] is entry:
@@ -246,18 +255,19 @@ class Downstream:
                 self._heads.clear()
             self._heads[entry.key, entry.form] = entry, head
         wall = self._world.seams.wall()
+        spent = (self._world.seams.monotonic() - visit.began) * 1000
         sampled = "; detail=sampled" if entry.sampled else ""
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
-            f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur=0.1\r\n"
+            f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._world.receipts.put_hit(hit.id, client.name, entry, wall)
+        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall)
         self._metrics.hit(entry)
         head = head + self._dates.line() + lines.encode()
-        if origin is not None:
-            head += self._expose(origin)
-        return Whole(request, head, body, status=entry.status)
+        if visit.origin is not None:
+            head += self._expose(visit.origin)
+        return Whole(visit.request, head, body, status=entry.status)
 
     def _render(self, entry: Entry) -> bytes:
         """The part of a hit's head that is the same every time."""
@@ -335,12 +345,19 @@ def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
     return False
 
 
+def _leaves_hits_alone(options: Options) -> bool:
+    """Whether a hit is the same with these options of the base URL as without; the others choose which entry it is."""
+    return options.max_age is None and not options.stream_cost
+
+
 def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in raw]
 
 
 def _check_media_type(content_type: str, encoding: str | None) -> None:
-    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests out."""
+    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests
+    out.
+    """
     essence = content_type.partition(";")[0].strip().lower()
     if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
         raise Refusal("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")

@@ -12,7 +12,7 @@ import orjson
 from ..core.headers import Masker
 
 _SECRET: Final = re.compile(r"sk-[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+")
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _Formatter(logging.Formatter):
@@ -25,6 +25,11 @@ class _Formatter(logging.Formatter):
         text = self._masker.mask(text.encode("utf-8", "replace")).decode()
         return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _SECRET.sub("***", text))
 
+    def exception(self, record: logging.LogRecord) -> str:
+        """The traceback, the only text of several lines."""
+        text = self.formatException(record.exc_info) if record.exc_info else ""
+        return "".join("\n" + self.clean(line) for line in text.splitlines())
+
 
 class Text(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -32,9 +37,8 @@ class Text(_Formatter):
         fields: dict[str, Any] = getattr(record, "fields", {})
         if fields:
             text += "  " + " ".join(f"{name}={value}" for name, value in fields.items())
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        return self.clean(f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {text}")
+        text = self.clean(f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {text}")
+        return text + self.exception(record)
 
 
 class Json(_Formatter):

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..core.entry import Entry
 from ..core.receipt import Receipt
+from ..core.routes import printable
 from ..world import World
 
 MAX_MODELS: Final = 100
@@ -133,7 +134,7 @@ def log_receipt(receipt: Receipt) -> None:
             level,
             "%s %s -> %d",
             receipt.endpoint,
-            receipt.model[:80] or "-",
+            printable(receipt.model, 80) or "-",
             receipt.status,
             extra={"fields": fields(receipt)},
         )

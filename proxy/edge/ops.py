@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
 from aiohttp.web import BaseRequest
 
 from .. import __version__
-from ..config import Secret
+from ..config.render import plain
 from ..core.errors import Refusal
 from ..core.routes import Route, unknown_route
 from ..world import World
@@ -110,18 +108,3 @@ class Ops:
         head = status_line(status) + self._dates.line()
         head += f"Content-Type: {content_type}\r\nCache-Control: no-store\r\n".encode()
         return Whole(request, head, body, status=status)
-
-
-def plain(value: object) -> Any:
-    """Settings as JSON values: secrets masked, digests left out."""
-    if isinstance(value, Secret):
-        return "***"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "digest"}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from aiohttp.web import BaseRequest, Server
 from aiohttp.web_protocol import RequestHandler
+
+from ..core.errors import Refusal
+from ..seams import REAL
+from .wire import refused
+
+log = logging.getLogger("proxy")
 
 HEADER_TIMEOUT: Final = 10.0
 """Seconds for a request's header to be complete (contract 7, Slow and hostile peers)."""
@@ -43,6 +50,22 @@ class _Connection(RequestHandler):
             self._header_timer.cancel()
             self._header_timer = None
         super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> Any:
+        """What aiohttp's parser refuses, in OpenAI's shape; its message may quote the offending bytes, so it stays
+        here.
+        """
+        code, text = "bad_request", "this is not an acceptable HTTP/1.1 request"
+        if status != 400:
+            code, text = "internal_error", "the proxy failed on this request"
+        log.info("refused a request: %s (%s)", code, type(exc).__name__)
+        return refused(request, Refusal(code, text), REAL.new_id(), b"", close=True)
 
     def _too_slow(self) -> None:
         self._header_timer = None

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import aiohttp
 from aiohttp import ClientTimeout, TCPConnector
@@ -49,7 +49,7 @@ class _Connector(TCPConnector):
 
     def __init__(self) -> None:
         super().__init__(limit=0, keepalive_timeout=60, ttl_dns_cache=300)
-        self._factory = partial(_Protocol, loop=self._loop)
+        self._factory = cast("partial[ResponseHandler]", partial(_Protocol, loop=self._loop))
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
         trip = _trip.get()

@@ -1,6 +1,7 @@
 """Answers as they go on the wire: ready bytes, one write (PERFORMANCE: a third cheaper than `web.Response`).
 
-aiohttp asks of a response only `prepare`, `write_eof` and `keep_alive`; a test with the pinned aiohttp holds it to that.
+aiohttp asks of a response only `prepare`, `write_eof` and `keep_alive`; a test with the pinned aiohttp holds it to
+that.
 """
 
 from __future__ import annotations

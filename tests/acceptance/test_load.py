@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+import random
+import time
 
 import pytest
 
@@ -79,7 +80,6 @@ async def test_200_abandoned_requests_leave_no_descriptor(launch: Launch, upstre
         await asyncio.gather(*tasks, return_exceptions=True)
     await upstream.until(lambda: all(r.peer_gone for r in upstream.requests[came:]), 5)
     await upstream.until(lambda: (proxy.fds() or 0) <= before + 3, 5, "descriptors went back")
-    gc.collect()
 
 
 async def test_a_slow_body_does_not_hold_others(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
@@ -93,3 +93,25 @@ async def test_a_slow_body_does_not_hold_others(proxy: ProxyProcess, upstream: S
     writer.close()
     assert upstream.count == 1
     del reader
+
+
+async def test_nobody_gets_the_answer_of_another(proxy: ProxyProcess, client: Client) -> None:
+    """Misses, hits, streams and leavers all at once; every answer echoes its own question."""
+    chance = random.Random(7)
+    salt = str(time.monotonic_ns())
+
+    async def one(number: int) -> str:
+        nonce = f"{number % 150}/{salt}"
+        task = asyncio.create_task(client.send(proxy, ask(nonce, stream=number % 2 == 0)))
+        if chance.random() < 0.3:
+            await asyncio.sleep(chance.random() * 0.05)
+            task.cancel()
+        try:
+            answer = await task
+        except asyncio.CancelledError:
+            return "left"
+        return "right" if nonce.encode() in answer.body else "wrong"  # the streams cut it after "echo"
+
+    outcomes = await asyncio.gather(*(one(number) for number in range(800)))
+    assert outcomes.count("wrong") == 0
+    assert outcomes.count("right") > 400

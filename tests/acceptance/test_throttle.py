@@ -78,8 +78,7 @@ async def test_concurrent_reservations_count_each_other(
     proxy, gate = launch(limited(upstream.port, tpm=5000)), upstream.gate()
     upstream.always(hold(gate), canned.chat())
     asking = [asyncio.create_task(client.send(proxy, ask(max_completion_tokens=900, max_tokens=1))) for _ in range(20)]
-    await upstream.until(lambda: sum(task.done() for task in asking) >= 15)
-    assert upstream.count == 5
+    await upstream.until(lambda: sum(task.done() for task in asking) == 15 and upstream.count == 5)
     gate.open()
     answers = await asyncio.gather(*asking)
     assert sorted(a.status for a in answers) == [200] * 5 + [429] * 15

@@ -105,7 +105,7 @@ def test_a_key_file_stands_where_a_key_may(load: Load, tmp_path: Path) -> None:
         ),
         ("\n  - hunter2\n  - {name: openai-1, key: hunter3}", "found openai-1 again"),
         (
-            "\n  - {key: a1, quota: q, limits: {rpm: 1}}\n  - {key: b2, quota: q}\n  - {key: c3, quota: q, limits: {rpm: 2}}",
+            "\n  - {key: a, quota: q, limits: {rpm: 1}}\n  - {key: b}\n  - {key: c, quota: q, limits: {tpm: 2}}",
             "upstreams.0.keys.2.limits: expected the limits of openai-1, which has the same quota, found others",
         ),
     ],

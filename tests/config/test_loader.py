@@ -169,7 +169,8 @@ def test_variables(load: Load) -> None:
 
 
 def test_anything_nullable_takes_nothing(load: Load) -> None:
-    text = "server: {socket: , ops: null, admin_key: ~}\nthrottle: {tier: , max_wait: auto}\nredis: {url: }"
+    text = "server: {socket: , ops: null, admin_key: ~, allowed_hosts: }\n"
+    text += "throttle: {tier: , max_wait: auto}\nredis: {url: }"
     settings = load(text).settings
     assert settings == replace(Settings(), throttle=replace(Settings().throttle, max_wait=None))
 

@@ -1,0 +1,227 @@
+"""The bytes of the benchmark, and the two lightest ends that speak them: a closed-loop client and an upstream.
+
+Raw asyncio protocols over prebuilt bytes, without an HTTP library, so that what they cost does not hide what is
+measured. Both ends know messages with a `Content-Length` only; anything else is an error, never a wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, cast
+
+# What the openai Python SDK (2.x) sends and what OpenAI answers with: the number of headers is part of the cost.
+_ASKED: Final = (
+    "Accept: application/json",
+    "Accept-Encoding: gzip, deflate",
+    "Connection: keep-alive",
+    "Content-Type: application/json",
+    "User-Agent: OpenAI/Python 2.8.0",
+    "Authorization: Bearer sk-bench",
+    "X-Stainless-Lang: python",
+    "X-Stainless-Package-Version: 2.8.0",
+    "X-Stainless-OS: Linux",
+    "X-Stainless-Arch: x64",
+    "X-Stainless-Runtime: CPython",
+    "X-Stainless-Runtime-Version: 3.11.7",
+    "X-Stainless-Async: async:asyncio",
+    "X-Stainless-Retry-Count: 0",
+    "X-Stainless-Read-Timeout: 600",
+)
+_ANSWERED: Final = (
+    "Date: Fri, 20 Nov 2026 18:58:00 GMT",
+    "Content-Type: application/json",
+    "Connection: keep-alive",
+    "Access-Control-Expose-Headers: X-Request-ID",
+    "OpenAI-Organization: org-bench",
+    "OpenAI-Processing-MS: 412",
+    "OpenAI-Project: proj_bench0000000000000000",
+    "OpenAI-Version: 2020-10-01",
+    "X-Envoy-Upstream-Service-Time: 430",
+    "X-RateLimit-Limit-Requests: 10000",
+    "X-RateLimit-Limit-Tokens: 30000000",
+    "X-RateLimit-Remaining-Requests: 9999",
+    "X-RateLimit-Remaining-Tokens: 29999990",
+    "X-RateLimit-Reset-Requests: 6ms",
+    "X-RateLimit-Reset-Tokens: 0s",
+    "X-Request-ID: req_00000000000000000000000000000000",
+    "CF-Cache-Status: DYNAMIC",
+    "Set-Cookie: __cf_bm=0000000000000000; path=/; HttpOnly; Secure; SameSite=None",
+    "Strict-Transport-Security: max-age=31536000; includeSubDomains; preload",
+    "X-Content-Type-Options: nosniff",
+    "Server: cloudflare",
+    "CF-RAY: 0000000000000000-FRA",
+    'Alt-Svc: h3=":443"; ma=86400',
+)
+PATH: Final = "/v1/chat/completions"
+NUMBER: Final = b"000000000000"
+"""Stands in the prompt; a distinct request has another number of as many digits."""
+
+
+def _filled(start: bytes, end: bytes) -> bytes:
+    """1,024 bytes with letters between."""
+    return start + b"x" * (1024 - len(start) - len(end)) + end
+
+
+REQUEST_BODY: Final = _filled(
+    b'{"model":"gpt-4o-mini","temperature":0,"messages":[{"role":"system","content":"You are brief."},'
+    b'{"role":"user","content":"Number ' + NUMBER + b" ",
+    b'"}]}',
+)
+ANSWER_BODY: Final = _filled(
+    b'{"id":"chatcmpl-0000000000000000000000000000","object":"chat.completion","created":1790000000,'
+    b'"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,"message":{"role":"assistant","content":"',
+    b'","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":234,"completion_tokens":567,'
+    b'"total_tokens":801,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},"completion_tokens_details":'
+    b'{"reasoning_tokens":0,"audio_tokens":0}},"service_tier":"default","system_fingerprint":"fp_0000000000"}',
+)
+
+
+def _message(first: str, headers: tuple[str, ...], body: bytes) -> bytes:
+    return "\r\n".join((first, *headers, f"Content-Length: {len(body)}", "", "")).encode() + body
+
+
+ANSWER: Final = _message("HTTP/1.1 200 OK", _ANSWERED, ANSWER_BODY)
+
+
+def request(port: int) -> bytes:
+    """The request; another number in place of `NUMBER` makes it another request."""
+    return _message(f"POST {PATH} HTTP/1.1", (f"Host: 127.0.0.1:{port}", *_ASKED), REQUEST_BODY)
+
+
+def end_of_message(data: bytes) -> int:
+    """Where the HTTP message at the start of `data` ends, 0 while its head is incomplete. Raises ValueError."""
+    head = data.find(b"\r\n\r\n") + 4
+    if head < 4:
+        return 0
+    at = data.find(b"Content-Length: ", 0, head)
+    if at < 0:
+        at = data.lower().find(b"content-length: ", 0, head)
+        if at < 0:
+            raise ValueError("a message without Content-Length")
+    return head + int(data[at + 16 : data.index(b"\r\n", at)])
+
+
+class Upstream(asyncio.Protocol):
+    """Answers every request with `ANSWER` at once."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._held:
+            data = self._held + data
+        end = end_of_message(data)
+        self._held = data[end:] if end and len(data) >= end else data
+        if self._held is not data:
+            self._transport.write(ANSWER)
+
+
+class Client(asyncio.Protocol):
+    """Sends a request, waits for the whole answer, sends the next, while `load.going`."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._held = b""
+        self.idle = True
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def send(self) -> None:
+        self.idle = False
+        self._transport.write(self._load.next_request())
+
+    def data_received(self, data: bytes) -> None:
+        if self._held:
+            data = self._held + data
+        try:
+            end = end_of_message(data)
+        except ValueError as error:
+            self._load.fail(error)
+            return
+        if not end or len(data) < end:
+            self._held = data
+            return
+        self._held = data[end:]
+        if not data.startswith(b"HTTP/1.1 200 ") or self._held:
+            self._load.fail(ValueError(f"an unexpected answer: {data[:200]!r}"))
+            return
+        self._load.answered += 1
+        self._load.last = data
+        if self._load.going:
+            self.send()
+        else:
+            self.idle = True
+            self._load.tell_idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._load.closing:
+            self._load.fail(exc or ConnectionError("the server closed a connection"))
+
+
+class Load:
+    """`connections` closed loops against one server. distinct: every request differs from all others."""
+
+    def __init__(self, port: int, *, distinct: bool, connections: int) -> None:
+        self._port = port
+        whole = request(port)
+        self._before, _, self._after = whole.partition(NUMBER)
+        self.next_request: Callable[[], bytes] = self._numbered if distinct else lambda: whole
+        self._sent = 0
+        self._connections = connections
+        self._clients: list[Client] = []
+        self._idle: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+        self.answered = 0
+        self.last = b""
+        self.going = False
+        self.closing = False
+
+    def _numbered(self) -> bytes:
+        self._sent += 1
+        return b"%b%012d%b" % (self._before, self._sent, self._after)
+
+    async def open(self) -> None:
+        """Raises OSError."""
+        loop = asyncio.get_running_loop()
+        for _ in range(self._connections):
+            _, client = await loop.create_connection(lambda: Client(self), "127.0.0.1", self._port)
+            self._clients.append(client)
+
+    async def run(self, seconds: float, measure: Callable[[], float]) -> tuple[int, float, float]:
+        """Loads the server for `seconds`: (answers, seconds taken, what `measure` rose by). Raises what went wrong."""
+        loop = asyncio.get_running_loop()
+        self._idle = loop.create_future()
+        if self._error is not None:
+            raise self._error
+        answered, measured, began = self.answered, measure(), loop.time()
+        self.going = True
+        for client in self._clients:
+            client.send()
+        await asyncio.wait((self._idle,), timeout=seconds)
+        took, answers, rose = loop.time() - began, self.answered - answered, measure() - measured
+        self.going = False
+        async with asyncio.timeout(30):
+            await self._idle
+        return answers, took, rose
+
+    def tell_idle(self) -> None:
+        """Ends a run once the last answer is in."""
+        if self._idle is not None and not self._idle.done() and all(client.idle for client in self._clients):
+            self._idle.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the run, or the next one, with an error."""
+        self._error = error
+        self.going = False
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_exception(error)
+
+    def close(self) -> None:
+        self.closing = True
+        for client in self._clients:
+            client._transport.abort()
