@@ -1,0 +1,242 @@
+"""The scripted way up: an upstream without sockets whose every move is written down beforehand.
+
+Steps of a body: bytes are read off; a number lets that many seconds pass; a TransportFailure breaks it; HANG is silence
+until somebody gives up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import orjson
+from multidict import CIMultiDict
+
+from proxy.core.headers import Raw
+from proxy.core.outcome import FailureKind, TransportFailure
+from proxy.core.ports import Trip
+
+HANG: Final = "hang"
+Step = bytes | float | TransportFailure | Literal["hang"]
+Headers = tuple[tuple[str, str], ...]
+
+JSON: Final = ("Content-Type", "application/json")
+SSE: Final = ("Content-Type", "text/event-stream; charset=utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Says:
+    """An answer. connect, wait: seconds until the connection stands, and from there to the answer's head."""
+
+    status: int = 200
+    headers: Headers = (JSON,)
+    body: tuple[Step, ...] = ()
+    connect: float = 0.0
+    wait: float = 0.0
+    reason: str = "As You Like It"
+
+
+@dataclass(frozen=True, slots=True)
+class Fails:
+    """No answer. wait: seconds until it is known; `hang`: never known."""
+
+    kind: FailureKind | Literal["hang", "hang connecting"]
+    wait: float = 0.0
+
+
+Move = Says | Fails
+
+
+@dataclass(slots=True)
+class Sent:
+    """One call as it went up."""
+
+    method: str
+    url: str
+    headers: CIMultiDict[str]
+    body: bytes | None
+    first_byte: float
+    trip: Trip
+    at: float
+    reply: ScriptedReply | None = None
+
+    @property
+    def key(self) -> str:
+        """The pool key's label: secrets are `sk-LABEL`."""
+        return self.headers.get("Authorization", "").removeprefix("Bearer ").removeprefix("sk-")
+
+    def json(self) -> Any:
+        assert self.body is not None
+        return orjson.loads(self.body)
+
+
+@dataclass(slots=True)
+class ScriptedReply:
+    """UpstreamReply. closed: how often; finished: the body was read to its end."""
+
+    status: int
+    reason: str
+    raw_headers: Sequence[Raw]
+    headers: Mapping[str, str]
+    steps: tuple[Step, ...]
+    closed: int = 0
+    finished: bool = False
+    read: list[bytes] = field(default_factory=list)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for step in self.steps:
+            assert not self.closed, "read after close"
+            if isinstance(step, bytes):
+                self.read.append(step)
+                yield step
+            elif isinstance(step, TransportFailure):
+                self.finished = True
+                raise step
+            elif step == HANG:
+                await asyncio.Event().wait()
+            else:
+                await asyncio.sleep(float(step))
+        self.finished = True
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def given_back(self) -> bool:
+        """Nobody holds a connection for it any more."""
+        return self.finished or self.closed > 0
+
+
+class ScriptedWayUp:
+    """WayUp. Moves are taken from the queue, then from `otherwise`; with neither, a call is a mistake of the proxy."""
+
+    def __init__(self, *moves: Move, otherwise: Callable[[Sent], Move] | None = None) -> None:
+        self.queue = list(moves)
+        self.otherwise = otherwise
+        self.sent: list[Sent] = []
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes | AsyncIterator[bytes] | None,
+        *,
+        first_byte: float,
+        trip: Trip,
+    ) -> ScriptedReply:
+        if body is not None and not isinstance(body, bytes):
+            body = b"".join([piece async for piece in body])
+        now = asyncio.get_running_loop().time()
+        sent = Sent(method, url, CIMultiDict(headers), body, first_byte, trip, now)
+        self.sent.append(sent)
+        assert first_byte > 0
+        move = self.queue.pop(0) if self.queue else self._otherwise(sent)
+        try:
+            async with asyncio.timeout(first_byte):
+                return await self._play(move, sent, trip)
+        except TimeoutError:
+            kind: FailureKind = "timeout" if trip.connected else "unreached"
+            raise TransportFailure(kind, "scripted: too slow") from None
+
+    def _otherwise(self, sent: Sent) -> Move:
+        assert self.otherwise is not None, f"an unexpected call: {sent}"
+        return self.otherwise(sent)
+
+    async def _play(self, move: Move, sent: Sent, trip: Trip) -> ScriptedReply:
+        if isinstance(move, Fails):
+            await asyncio.sleep(move.wait)
+            if move.kind == "hang connecting":
+                await asyncio.Event().wait()
+            if move.kind == "unreached":
+                raise TransportFailure("unreached", "scripted: refused")
+            trip.connected = True
+            trip.reused = move.kind == "stale"
+            if move.kind == "hang":
+                await asyncio.Event().wait()
+            assert move.kind not in ("hang", "hang connecting")
+            raise TransportFailure(move.kind, f"scripted: {move.kind}")
+        await asyncio.sleep(move.connect)
+        trip.connected = True
+        await asyncio.sleep(move.wait)
+        trip.answered = True
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in move.headers]
+        headers: CIMultiDict[str] = CIMultiDict(move.headers)
+        sent.reply = ScriptedReply(move.status, move.reason, raw, headers, move.body)
+        return sent.reply
+
+    @property
+    def keys(self) -> list[str]:
+        """Whose key each call went up with."""
+        return [sent.key for sent in self.sent]
+
+    @property
+    def replies(self) -> list[ScriptedReply]:
+        return [sent.reply for sent in self.sent if sent.reply is not None]
+
+
+# What upstreams say.
+
+
+def dump(value: object) -> bytes:
+    """JSON in a spelling nobody would make by accident."""
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2)
+
+
+def usage(prompt: int = 100, completion: int = 200) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion(text: str = "Hello!", **fields: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    model = "gpt-4o-2024-08-06"
+    return {"id": "chatcmpl-1", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage()} | {
+        **fields
+    }
+
+
+def says(document: object = None, status: int = 200, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Says:
+    """A JSON answer, in two pieces; by default a chat completion."""
+    body = dump(completion() if document is None else document)
+    return Says(status, (JSON, ("x-request-id", "req_1"), *headers), (body[:10], body[10:]), **more)
+
+
+def error(
+    status: int, code: str | None = None, headers: Iterable[tuple[str, str]] = (), message: str = "No.", **more: Any
+) -> Says:
+    """An error answer, as OpenAI words it."""
+    document = {"error": {"message": message, "type": "api_error", "param": None, "code": code}}
+    return says(document, status, headers, **more)
+
+
+def rate_limited(after: str | None = None, **more: Any) -> Says:
+    return error(429, "rate_limit_exceeded", [("Retry-After", after)] if after is not None else [], **more)
+
+
+def event(data: object) -> bytes:
+    return b"data: " + (data.encode() if isinstance(data, str) else orjson.dumps(data)) + b"\n\n"
+
+
+def chunk(content: str | None = None, finish: str | None = None, **fields: Any) -> dict[str, Any]:
+    delta = {} if content is None else {"content": content}
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return {"id": "c1", "object": "chat.completion.chunk", "model": "gpt-4o-2024-08-06", "choices": choices} | fields
+
+
+DONE: Final = event("[DONE]")
+USAGE: Final = event(chunk(choices=[], usage=usage()))
+
+
+def events(*texts: str, usage: bool = False, **fields: Any) -> list[bytes]:
+    """A whole chat stream; `fields` stand in every chunk."""
+    told = [event(chunk(text, **fields)) for text in texts or ("Hel", "lo ", "wörld 🌍")]
+    told.append(event(chunk(None, "stop", **fields)))
+    return [*told, *([USAGE] if usage else []), DONE]
+
+
+def streams(steps: Sequence[Step] | None = None, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Says:
+    """An event stream; by default a whole one with usage."""
+    body = tuple(events(usage=True)) if steps is None else tuple(steps)
+    return Says(200, (SSE, ("x-request-id", "req_1"), *headers), body, **more)
