@@ -7,61 +7,34 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 import orjson
 
+from .answered import Answered, seen, understand
 from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
 from .core.call import Call
 from .core.edit import set_field, want_usage
 from .core.errors import Refusal
 from .core.estimate import estimate_tokens
 from .core.headers import upstream_headers
-from .core.inflate import Inflater
-from .core.keyring import Held, Lease, NoKey
+from .core.keyring import Held, Lease, NoKey, Status
 from .core.limits import Wait
 from .core.outcome import (
     Class,
     ErrorInfo,
     TransportFailure,
-    classify,
     error_info,
     retry_after,
-    stream_error,
 )
-from .core.ports import Trip, UpstreamReply, WayUp
-from .core.sse import Splitter, data_of
+from .core.ports import Trip, WayUp
 from .gate import QueueFull, TimedOut
 from .world import Upstream, World
 
-MAX_ERROR_BODY: Final = 8 * 1024 * 1024
-FIRST_EVENT_HELD: Final = 64 * 1024
-"""A stream's first bytes are held back at most so far for its first event to be complete."""
-
-
-@dataclass(slots=True)
-class Answered:
-    """An upstream's answer in hand. body: bytes of what was read whole (errors), else None; first: what was read of a
-    stream so far, decoded; leaked: it repeats a pool key; more: the rest of the body, decoded; injected: its usage
-    chunk was only our wish."""
-
-    status: int
-    reply: UpstreamReply
-    upstream: Upstream
-    lease: Lease
-    injected: bool
-    is_stream: bool
-    opaque: bool
-    decoded: bool
-    more: AsyncIterator[bytes]
-    outcome: Class = Class.OK
-    body: bytes | None = None
-    first: list[bytes] = field(default_factory=list)
-    sent_at: float = 0.0
-    leaked: bool = False
+_ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
+"""Answers are asked for as they are: they are read, and a stream's compression would hold its events back."""
 
 
 @dataclass(slots=True)
@@ -95,6 +68,7 @@ class Exchange:
         attempts = Attempts(policy, seams.random)
         tokens = self._estimate(call)
         excluded: set[str] = set()
+        limited: set[str] = set()
         refused: Answered | None = None
         fresh = False
         try:
@@ -127,11 +101,14 @@ class Exchange:
                 if not self._world.passthrough and not reason.endswith("mismatched_organization"):
                     cooling = asked if asked is not None else policy.delay(attempts.retries, seams.random)
                     ring.learn(lease.key, call.model, outcome, now, cooling, reason)
+                other_key = self._other_key(call, lease, excluded, now)
+                if outcome is Class.RATE_LIMITED and not other_key:
+                    asked = self._soonest(call, now, asked)
                 step = attempts.after(
                     outcome,
                     asked_wait=asked,
                     left=call.deadline - now,
-                    other_key=self._other_key(call, lease, excluded, now),
+                    other_key=other_key,
                     granted=partial(upstream.budget.take, now),
                 )
                 if isinstance(step, Deliver):
@@ -142,6 +119,8 @@ class Exchange:
                     return answered
                 if isinstance(step, ChangeKey):
                     excluded.add(lease.key.label)
+                    if outcome is Class.RATE_LIMITED:
+                        limited.add(lease.key.label)
                     refused, answered = answered, refused
                 if answered is not None:
                     answered.reply.close()
@@ -150,6 +129,7 @@ class Exchange:
                 elif isinstance(step, Pause):
                     await seams.sleep(step.seconds)
                     progress.paused_ms += step.seconds * 1000
+                    excluded -= limited  # one of them may be ready first: its state decides
         finally:
             if refused is not None:
                 refused.reply.close()
@@ -174,6 +154,15 @@ class Exchange:
             for key in group
         )
 
+    def _soonest(self, call: Call, now: float, asked: float | None) -> float | None:
+        """Seconds until the first of the cooling keys is ready again; what the last one `asked` where none has a
+        state.
+        """
+        ring = self._world.ring
+        states = [ring.state(key.label, call.model, now) for group in ring.serving(call.model) for key in group]
+        waits = [state.until - now for state in states if state is not None and state.status is Status.COOLING]
+        return min(waits, default=asked)
+
     def _lane(self, call: Call) -> str:
         quota = self._quota(call)
         return f"{call.model} {quota}" if quota else call.model
@@ -181,11 +170,12 @@ class Exchange:
     async def _lease(
         self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, *, last: bool
     ) -> Lease | None:
-        """A key with its limits reserved, after waiting for it if need be. None: no key is left and, unless this was
-        the
-        `last` word (then: Refusal), the answer of one that refused can be delivered."""
+        """A key with its limits reserved, after waiting for it if need be.
+
+        None: no key is left, but the answer of one that refused can be delivered; Refusal where that was the `last`.
+        """
         ring, seams = self._world.ring, self._world.seams
-        quota = self._quota(call)
+        quota, lane = self._quota(call), self._lane(call)
         why = "throttled"
 
         def ask(now: float) -> Lease | NoKey | Wait:
@@ -199,7 +189,7 @@ class Exchange:
         began = seams.monotonic()
         patience = min(call.patience - progress.queue_ms / 1000, call.deadline - began)
         try:
-            got: Lease | NoKey = await self._world.gate.admit(self._lane(call), ask, patience)
+            got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
         except TimedOut as error:
             raise _waited_too_long(why, error.retry_after) from None
         except QueueFull:
@@ -218,12 +208,14 @@ class Exchange:
     async def _attempt(self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, progress: Progress) -> Answered:
         """Sends once. The lease is settled here unless a good answer is returned with it. Raises TransportFailure."""
         seams = self._world.seams
-        progress.attempts += 1
-        progress.upstream, progress.key = upstream.site.name, lease.key.label
         began = seams.monotonic()
         kept = False
         tokens: int | None = None
         try:
+            if call.deadline <= began:
+                raise TransportFailure("timeout", "the time for this request is over")
+            progress.attempts += 1
+            progress.upstream, progress.key = upstream.site.name, lease.key.label
             answered = await self._send(call, lease, upstream, trip, began)
             if answered.outcome is Class.OK:
                 kept = True
@@ -250,24 +242,23 @@ class Exchange:
         world = self._world
         site, dialect = upstream.site, upstream.dialect
         body, injected = self._body(call, upstream)
-        headers = upstream_headers(call.headers, pooled=not world.passthrough)
-        headers = [(name, value) for name, value in headers if name.lower() != "accept-encoding"]
+        headers = upstream_headers(call.headers, pooled=not world.passthrough, dropped=_ACCEPT_ENCODING)
         headers.append(("Accept-Encoding", "identity"))
         headers.extend(self.credential(lease, upstream, call.client.auth))
-        left = call.deadline - world.seams.monotonic()
-        if left <= 0:
-            raise TransportFailure("timeout", "the time for this request is over")
         reply = await self._way_up.send(
             "POST",
             dialect.url(site, call.route, call.model),
             headers,
             body,
-            first_byte=min(world.settings.timeouts.first_byte, left),
+            first_byte=min(world.settings.timeouts.first_byte, call.deadline - began),
             trip=trip,
         )
         try:
-            async with asyncio.timeout(max(0.0, call.deadline - world.seams.monotonic())):
-                return await self._understand(call, lease, upstream, reply, injected, began)
+            answered = seen(reply, upstream, lease, injected, began)
+            if answered.status >= 400 or answered.is_event_stream:
+                async with asyncio.timeout(max(0.0, call.deadline - world.seams.monotonic())):
+                    await understand(answered)
+            return answered
         except TimeoutError:
             reply.close()
             raise TransportFailure("timeout", "the upstream did not answer in time") from None
@@ -299,46 +290,9 @@ class Exchange:
         return body, False
 
     def _remember_dislike(self, upstream: Upstream, model: str) -> None:
-        if len(self._no_stream_options) < 1000:
-            self._no_stream_options.add((upstream.site.name, model))
-
-    async def _understand(
-        self,
-        call: Call,
-        lease: Lease,
-        upstream: Upstream,
-        reply: UpstreamReply,
-        injected: bool,
-        began: float,
-    ) -> Answered:
-        """Reads as much as is needed to know what the answer is. Raises TransportFailure."""
-        encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
-        decoded = Inflater.knows(encoding)
-        answered = Answered(
-            status=reply.status,
-            reply=reply,
-            upstream=upstream,
-            lease=lease,
-            injected=injected,
-            is_stream=reply.headers.get("Content-Type", "").lower().startswith("text/event-stream"),
-            opaque=not decoded and encoding not in ("", "identity"),
-            decoded=decoded,
-            more=_decoded(reply.chunks(), encoding) if decoded else reply.chunks(),
-            sent_at=began,
-        )
-        if 300 <= reply.status < 400:
-            raise TransportFailure("invalid", f"the upstream answered with a redirect ({reply.status})")
-        if reply.status >= 400:
-            answered.body = await _read(answered.more, MAX_ERROR_BODY)
-            should_retry = reply.headers.get("x-should-retry")
-            answered.outcome = classify(reply.status, error_info(answered.body), should_retry)
-        elif answered.is_stream and not answered.opaque:
-            error = await _first_event(answered)
-            if error is not None:
-                answered.outcome = classify(*error, reply.headers.get("x-should-retry"))
-                if answered.outcome is Class.FINAL:
-                    answered.outcome = Class.OK
-        return answered
+        if len(self._no_stream_options) >= 1000:
+            self._no_stream_options.clear()  # not: stop learning, for then a request would go round in circles
+        self._no_stream_options.add((upstream.site.name, model))
 
     def _reading(
         self, answered: Answered | None, failure: TransportFailure | None, wall: float
@@ -359,43 +313,6 @@ def _waited_too_long(why: str, seconds: float) -> Refusal:
 
 def _dislikes_stream_options(answered: Answered) -> bool:
     return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body
-
-
-async def _decoded(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
-    inflater = Inflater(encoding)
-    async for chunk in chunks:
-        out = inflater.feed(chunk)
-        if out:
-            yield out
-    inflater.finish()
-
-
-async def _read(chunks: AsyncIterator[bytes], limit: int) -> bytes:
-    parts, size = [], 0
-    async for chunk in chunks:
-        parts.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            raise TransportFailure("invalid", "the upstream's error answer is too large")
-    return b"".join(parts)
-
-
-async def _first_event(answered: Answered) -> tuple[int, ErrorInfo] | None:
-    """Reads up to the first event that carries data, into `answered.first`; the error it is, if it is one."""
-    splitter = Splitter()
-    held = 0
-    async for chunk in answered.more:
-        answered.first.append(chunk)
-        held += len(chunk)
-        for event in splitter.feed(chunk):
-            data = data_of(event)
-            if data is not None:
-                return stream_error(data)
-        if held > FIRST_EVENT_HELD:
-            return None
-    if not held:
-        raise TransportFailure("invalid", "the upstream ended its stream before the first event")
-    return None
 
 
 def _refusal(failure: TransportFailure, spent: bool) -> Refusal:

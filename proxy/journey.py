@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
+from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
 from .core.cacheability import StreamAudit, is_deterministic, plain_complete, request_bypass
 from .core.call import CachePlan, Call
@@ -30,7 +33,7 @@ from .core.ports import WayUp
 from .core.pricing import Cost, usd
 from .core.receipt import Receipt
 from .core.usage import NO_TOKENS, Usage, usage_of
-from .exchange import Answered, Exchange, Progress
+from .exchange import Exchange, Progress
 from .relay import Ending, Flow
 from .world import World
 
@@ -66,9 +69,8 @@ class Bought:
     flow: Flow | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Remembered:
-    """What the raw bytes of an earlier request turned out to ask for."""
+class Remembered(msgspec.Struct, frozen=True, gc=False):
+    """What the raw bytes of an earlier request turned out to ask for. (gc=False: many are kept, none in a cycle.)"""
 
     key: str
     form: str
@@ -144,7 +146,7 @@ class Journey:
         return CachePlan(key, "new", True, True)
 
     def _key(self, call: Call, drop: frozenset[str]) -> str:
-        beta = [value for name, value in call.headers if name.lower() == b"openai-beta"]
+        beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
         return cache_key(
             KeyParts(
@@ -250,6 +252,8 @@ class Journey:
 
     async def _read_whole(self, call: Call, answered: Answered) -> bytes | None:
         """The body, or None where it grows beyond `SPILL`: then `answered.first` holds what was read."""
+        if not answered.decoded and (whole := answered.reply.ready()) is not None:
+            return whole
         parts: list[bytes] = []
         size = 0
         try:
@@ -288,16 +292,19 @@ class Journey:
         headers = self._headers(answered)
         began = answered.sent_at
 
+        def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:
+            usage = usage_of(call.endpoint, {"usage": seen.usage})
+            if usage is None or not standard_tier(seen.service_tier):
+                return usage, None
+            kind = answered.upstream.site.kind
+            return usage, answered.upstream.prices.cost(kind, (seen.model, call.model), usage)
+
         def ended(ending: Ending) -> None:
             progress.upstream_ms = (world.seams.monotonic() - began) * 1000
-            usage = cost = None
+            usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
-            if audit is not None:
-                usage = usage_of(call.endpoint, {"usage": audit.usage})
-                if usage is not None and standard_tier(audit.service_tier):
-                    cost = answered.upstream.prices.cost(answered.upstream.site.kind, (model, call.model), usage)
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
-            if ending.why is None and ending.body is not None and plan.write and not ending.failure and not ending.gone:
+            if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):
                 self._store(
                     call, plan, answered, headers, ending.body, audit.usage_span if audit else None, usage, cost, model
                 )
@@ -306,9 +313,7 @@ class Journey:
             self._record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
 
         def comment(seen: StreamAudit) -> bytes:
-            usage = usage_of(call.endpoint, {"usage": seen.usage})
-            kind = answered.upstream.site.kind
-            cost = answered.upstream.prices.cost(kind, (seen.model, call.model), usage) if usage else None
+            usage, cost = price(seen)
             return cost_comment(cost, usage)
 
         wants_comment = call.stream and (call.options.stream_cost or world.settings.cost.stream_comment)
@@ -344,7 +349,12 @@ class Journey:
         usage = usage_of(call.endpoint, document)
         if isinstance(document, Mapping) and not standard_tier(document.get("service_tier")):
             return usage, None
-        if usage is None and call.endpoint == "moderations" and answered.status == 200:
+        if (
+            usage is None
+            and call.endpoint == "moderations"
+            and isinstance(document, Mapping)
+            and answered.status == 200
+        ):
             usage = NO_TOKENS
         if usage is None:
             return None, None

@@ -12,16 +12,21 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from .answered import Answered
 from .core.cacheability import StreamAudit
 from .core.call import Call
 from .core.errors import error_event
 from .core.outcome import TransportFailure
 from .core.ports import Write
 from .core.sse import Splitter, UsageFilter, data_of, is_usage_event
-from .exchange import Answered
+from .seams import spawn
 
 MAX_EVENT: Final = 16 * 1024 * 1024
 """An event longer than this (bytes) is passed on without being looked at: memory is bounded, whatever comes."""
+
+
+READ_ON: Final = 1.0
+"""Seconds for which the end of an upstream's body is waited for when the client hung up at the end of its stream."""
 
 
 class StreamBroken(Exception):
@@ -55,17 +60,21 @@ class Flow:
     ended: Callable[[Ending], None]
     interrupted: str = ""
     _done: bool = False
+    _pumped: bool = False
     _kept: list[bytes] | None = None
     _size: int = 0
     _blind: bool = False
+    _cost_told: bool = False
     _splitter: Splitter = field(default_factory=Splitter)
 
     def abandon(self) -> None:
-        """The client left before the first byte."""
-        self._end(Ending(self.audit, gone=True))
+        """The client left before the first byte. After `pump` it does nothing."""
+        if not self._pumped:
+            self._end(Ending(self.audit, gone=True))
 
     async def pump(self, write: Write) -> None:
         """Passes the whole stream to `write`. Raises StreamBroken after a failure has been told, or could not be."""
+        self._pumped = True
         filter_ = UsageFilter() if self.answered.injected and self.audit is not None else None
         self._kept = [] if self.audit is not None and self.keep else None
         at_boundary = True
@@ -83,28 +92,34 @@ class Flow:
                 else:
                     out = chunk
                     at_boundary = self._splitter.at_boundary
+                if self._is_over():
+                    # Most SDKs hang up at `[DONE]`, and their next request may follow at once: it is a hit already.
+                    self._report(self._ending())
                 if out:
                     await write(out)
             if self.audit is not None and not self._blind:
                 last = self._splitter.finish()
                 self._audit(last)
                 rest = self._splitter.rest
-                if (data_of(rest + b"\n\n") or b"").strip() == b"[DONE]":
+                if not self._done and (data_of(rest + b"\n\n") or b"").strip() == b"[DONE]":
                     self.audit.event(rest)  # SDKs take it without its blank line, too
-                if self.audit.truncated(rest):
+                if not self._done and self.audit.truncated(rest):
                     raise TransportFailure("invalid", "the upstream ended its stream before its end")
                 if self.comment is not None:
-                    out = self._commented(last, filter_ is not None)
-                    out += self.comment(self.audit) + rest if rest or not self.audit.done else b""
-                else:
-                    out = filter_.finish() if filter_ is not None else b""
-                if out:
-                    await write(out)
+                    await self._write_last(write, last, rest, filter_ is not None)
+            if filter_ is not None and (out := filter_.finish()):
+                await write(out)
         except TransportFailure as failure:
+            if self._done:  # it broke off after its end: nothing is missing
+                self._end(Ending(self.audit))
+                return
             code = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
             # Where the cut falls inside an event, nothing of ours may stand there.
             await self._break(write, code, failure.detail, at_boundary and self._splitter.at_boundary)
         except asyncio.CancelledError:
+            if self._done:
+                self._read_on()
+                raise
             if not self.interrupted:
                 self._end(Ending(self.audit, gone=True))
                 raise
@@ -113,10 +128,35 @@ class Flow:
                 task.uncancel()
             await self._break(write, self.interrupted, "the proxy is shutting down", at_boundary)
         except BaseException:
-            self._end(Ending(self.audit, gone=True))
+            if self._done:
+                self._read_on()
+            else:
+                self._end(Ending(self.audit, gone=True))
             raise
         else:
-            self._end(Ending(self.audit, b"".join(self._kept) if self._kept is not None else None, self._verdict()))
+            self._end(self._ending())
+
+    def _is_over(self) -> bool:
+        return self.audit is not None and self.audit.over and self._splitter.at_boundary and not self._blind
+
+    def _ending(self) -> Ending:
+        """The good ending."""
+        return Ending(self.audit, b"".join(self._kept) if self._kept is not None else None, self._verdict())
+
+    def _read_on(self) -> None:
+        """The client hung up at the end: what little is left is read, so that the connection upstream can be kept."""
+
+        async def rest() -> None:
+            try:
+                async with asyncio.timeout(READ_ON):
+                    async for _ in self.answered.reply.chunks():
+                        pass
+            except (TimeoutError, TransportFailure):
+                pass
+            finally:
+                self.answered.reply.close()
+
+        spawn(rest(), "read on")
 
     def _verdict(self) -> str | None:
         if self.audit is None:
@@ -127,7 +167,7 @@ class Flow:
         """Tells the client of a failure after the first byte: an error event where one can stand, then no clean end."""
         told = self.audit is not None and self.audit.error
         self._end(Ending(self.audit, failure=code, detail=detail))
-        if at_boundary and self.audit is not None and not told:
+        if at_boundary and self.audit is not None and not self._blind and not told:
             await write(error_event(code, detail))
         raise StreamBroken(detail)
 
@@ -167,21 +207,36 @@ class Flow:
         for event in events:
             if strip and is_usage_event(event):
                 continue
-            if data_of(event) == b"[DONE]":
+            if not self._cost_told and (data_of(event) or b"").strip() == b"[DONE]":
+                self._cost_told = True
                 out.append(self.comment(self.audit))
             out.append(event)
         return b"".join(out)
 
+    async def _write_last(self, write: Write, events: list[bytes], rest: bytes, strip: bool) -> None:
+        """The end of a stream with a cost comment, which goes before a `[DONE]` without its blank line, too."""
+        assert self.comment is not None
+        assert self.audit is not None
+        out = self._commented(events, strip)
+        cost = b"" if self._cost_told else self.comment(self.audit)
+        out += cost + rest if rest.strip(b"\r\n") else rest + cost
+        if out:
+            await write(out)
+
     def _end(self, ending: Ending) -> None:
+        self.answered.reply.close()
+        self._report(ending)
+
+    def _report(self, ending: Ending) -> None:
         if not self._done:
             self._done = True
-            self.answered.reply.close()
             self.ended(ending)
 
 
 def with_comment(body: bytes, comment: bytes) -> bytes:
     """A stored stream with the cost comment before its `[DONE]`, or at its end."""
-    at = body.rfind(b"data: [DONE]")
-    if at < 0:
-        at = body.rfind(b"data:[DONE]")
-    return body + comment if at < 0 else body[:at] + comment + body[at:]
+    for end in (b"data: [DONE]", b"data:[DONE]"):
+        at = body.rfind(end)
+        if at == 0 or (at > 0 and body[at - 1] in b"\r\n"):  # elsewhere it is part of what the model said
+            return body[:at] + comment + body[at:]
+    return body + comment

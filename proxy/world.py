@@ -52,11 +52,8 @@ class World:
     masker: Masker
     passthrough: bool
     receipts: Receipts = field(default_factory=Receipts)
+    sites: tuple[Site, ...] = ()
     _identities: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return tuple(upstream.site for upstream in self.upstreams)
 
     def identity(self, model: str) -> str:
         """What stands in the cache key for all upstreams that serve `model`."""
@@ -107,6 +104,7 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         else None,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
+        sites=tuple(upstream.site for upstream in upstreams),
     )
 
 

@@ -50,10 +50,11 @@ def forward_status(forward: str, detail: str, stored: bool) -> str:
 
 
 def token(text: str) -> str:
-    """A structured-field token where `text` is one, else a string (RFC 8941 section 3.3)."""
-    if text and text[0].isalpha() and all(c.isalnum() or c in "-_.:/" for c in text):
+    """A structured-field token where `text` is one, else a string (RFC 8941 section 3.3), which is printable ASCII."""
+    if text.isascii() and text[:1].isalpha() and all(c.isalnum() or c in "-_.:/" for c in text):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    shown = "".join(c if " " <= c <= "~" else "?" for c in text)
+    return '"' + shown.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def cost_comment(cost: Cost | None, usage: Usage | None) -> bytes:

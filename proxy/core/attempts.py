@@ -79,7 +79,8 @@ class Attempts:
         """The next step.
 
         asked_wait: seconds the upstream asked for, None if it did not; left: seconds to the deadline;
-        other_key: another key could be used now; granted: takes one retry out of the upstream's budget, False when it is empty.
+        other_key: another key could be used now; granted: takes one retry out of the upstream's budget, False where it
+        is empty.
         """
         if outcome in (Class.OK, Class.FINAL, Class.INVALID, Class.TIMEOUT):
             return Deliver()
@@ -106,7 +107,7 @@ class Attempts:
 
 
 class RetryBudget:
-    """Retries of one upstream as a share of its requests over the last 10 s, beyond a floor of 10 (contract 3, `retry.budget`).
+    """Retries of one upstream as a share of its requests over the last 10 s, beyond a floor of 10 (`retry.budget`).
 
     After Google SRE, chapter 21: what bounds the load added to an upstream that fails altogether.
     """
@@ -121,7 +122,7 @@ class RetryBudget:
         self._total = 0
 
     def request(self, now: float) -> None:
-        """Counts a request (not a retry) sent up at `now` (monotonic seconds); in tenths of a second, so memory is bounded."""
+        """Counts a request (not a retry) sent up at `now` (monotonic s); in tenths of a second, to bound memory."""
         self._expire(now)
         if self._requests and now - self._requests[-1][0] < 0.1:
             stamp, count = self._requests[-1]

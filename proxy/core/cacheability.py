@@ -182,6 +182,11 @@ class StreamAudit:
         """`[DONE]` was seen."""
         return self._done
 
+    @property
+    def over(self) -> bool:
+        """The stream has said all it has to say: `[DONE]`, or the terminal event of a Responses stream."""
+        return self._ended if self._endpoint == "responses" else self._done
+
     def truncated(self, rest: bytes = b"") -> bool:
         """Whether the stream stopped before its end although the connection ended well: to be told to the client.
 

@@ -6,9 +6,9 @@ import re
 from typing import Final
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_ONE: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?\Z")
+_ONE: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?\Z", re.ASCII)
 _PARTS: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_SUM: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+\Z")
+_SUM: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+\Z", re.ASCII)
 
 
 def parse_duration(text: str) -> float:
@@ -20,7 +20,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_composite(text: str) -> float | None:
-    """Seconds of a sum such as `6m0s` or `1h30m` (the form of OpenAI's `x-ratelimit-reset-*`); None if it is not one."""
+    """Seconds of a sum such as `6m0s` or `1h30m`, the form of OpenAI's `x-ratelimit-reset-*`; None if it is not one."""
     text = text.strip()
     if len(text) > 64 or not _SUM.match(text):
         return None

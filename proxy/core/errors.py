@@ -15,7 +15,7 @@ import orjson
 class ErrorKind:
     """What a code of ours means on the wire.
 
-    `should_retry` is what `X-Should-Retry` says: False keeps an SDK from repeating what cannot succeed, None says nothing.
+    `should_retry` is what `X-Should-Retry` says: False keeps an SDK from repeating what cannot succeed, None is silent.
     """
 
     status: int
@@ -98,6 +98,6 @@ def error_event(code: str, message: str) -> bytes:
 
 
 def retry_after_headers(seconds: float) -> tuple[tuple[str, str], ...]:
-    """`Retry-After` (whole seconds, RFC 9110 section 10.2.3) and `retry-after-ms`, rounded up so that neither is early."""
+    """`Retry-After` (whole seconds, RFC 9110 section 10.2.3) and `retry-after-ms`: rounded up, so neither is early."""
     millis = max(1, int(-(-seconds * 1000 // 1)))
     return ("Retry-After", str(max(1, -(-millis // 1000)))), ("retry-after-ms", str(millis))

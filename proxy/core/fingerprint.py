@@ -109,8 +109,7 @@ def cache_key(parts: KeyParts) -> str:
     """The key as 64 hex digits. Every part is preceded by its length, so that no two lists of parts run
     together.
     """
-    digest = hashlib.sha256()
-    for part in (
+    texts = (
         FORMAT_VERSION,
         parts.endpoint,
         parts.namespace,
@@ -119,11 +118,10 @@ def cache_key(parts: KeyParts) -> str:
         parts.beta,
         parts.sample,
         parts.query,
-    ):
-        # surrogatepass: a header may hold any byte, which arrives here as half a surrogate pair.
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(b"%d:%b" % (len(data), data))
-    digest.update(b"%d:" % len(parts.body))
+    )
+    # surrogatepass: a header may hold any byte, which arrives here as half a surrogate pair.
+    head = "".join([f"{len(text)}:{text}" for text in texts]).encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(b"%b%d:" % (head, len(parts.body)))
     digest.update(parts.body)
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 Raw = tuple[bytes, bytes]
@@ -42,6 +43,7 @@ _NEVER_UP: Final = HOP_BY_HOP | {
 _NEVER_UP_PREFIXES: Final = (b"x-forwarded-", b"sec-", b"x-proxy-", b"proxy-")
 _OF_THE_KEY: Final = frozenset({b"openai-organization", b"openai-project"})
 
+_ENCODING: Final = frozenset({b"content-encoding"})
 _NEVER_DOWN: Final = HOP_BY_HOP | {
     b"set-cookie",
     b"set-cookie2",
@@ -75,63 +77,99 @@ _NOT_STORED: Final = frozenset(
 _NOT_STORED_PREFIXES: Final = (b"x-ratelimit-", b"x-envoy-")
 
 
+_NOTHING: Final[frozenset[bytes]] = frozenset()
+
+
+@lru_cache(1024)
+def _named_by(value: bytes) -> frozenset[bytes]:
+    """The header names in a `Connection` value, but for the two that only say how the connection goes on."""
+    return frozenset(token.strip().lower() for token in value.split(b",")) - {b"", b"close", b"keep-alive"}
+
+
 def _named_by_connection(raw: Sequence[Raw]) -> frozenset[bytes]:
-    return frozenset(
-        token.strip().lower()
-        for name, value in raw
-        if name.lower() == b"connection"
-        for token in value.split(b",")
-        if token.strip()
-    )
+    named = _NOTHING
+    for name, value in raw:
+        if len(name) == 10 and name.lower() == b"connection":
+            named |= _named_by(value)
+    return named
 
 
-def upstream_headers(raw: Sequence[Raw], *, pooled: bool) -> list[tuple[str, str]]:
-    """The client's headers that go up. pooled: organisation and project belong to the pool's key, so the client's stay."""
-    named = _named_by_connection(raw)
+@lru_cache(4096)
+def _goes_up(name: bytes) -> tuple[str, bytes] | None:
+    """(name as text, in lower case) of a client's header that goes up, None of one that does not."""
+    lower = name.lower()
+    if lower in _NEVER_UP or lower.startswith(_NEVER_UP_PREFIXES):
+        return None
+    return name.decode("latin-1"), lower
+
+
+@lru_cache(4096)
+def _goes_down(name: bytes) -> bytes | None:
+    """The name, in lower case, of an upstream's header that goes down, None of one that does not."""
+    lower = name.lower()
+    return None if lower in _NEVER_DOWN or lower.startswith(_NEVER_DOWN_PREFIXES) else lower
+
+
+@lru_cache(4096)
+def _is_stored(name: bytes) -> bool:
+    lower = name.lower()
+    return lower not in _NOT_STORED and not lower.startswith(_NOT_STORED_PREFIXES)
+
+
+@lru_cache(4096)
+def asks_something(name: bytes) -> bool:
+    """Whether a client's header of this name may change what the proxy does."""
+    lower = name.lower()
+    return lower.startswith(b"x-proxy-") or lower in (b"cache-control", b"openai-beta")
+
+
+def upstream_headers(
+    raw: Sequence[Raw], *, pooled: bool, dropped: frozenset[bytes] = _NOTHING
+) -> list[tuple[str, str]]:
+    """The client's headers that go up, less those `dropped` (lower case).
+
+    pooled: organisation and project are the pool key's, so the client's stay here.
+    """
+    dropped = dropped | _named_by_connection(raw)
+    if pooled:
+        dropped |= _OF_THE_KEY
     out = []
     for name, value in raw:
-        lower = name.lower()
-        if lower in _NEVER_UP or lower.startswith(_NEVER_UP_PREFIXES) or lower in named:
-            continue
-        if pooled and lower in _OF_THE_KEY:
-            continue
-        out.append((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")))
+        passes = _goes_up(name)
+        if passes is not None and passes[1] not in dropped:
+            out.append((passes[0], value.decode("utf-8", "surrogateescape")))
     return out
 
 
 def downstream_headers(raw: Sequence[Raw], *, pooled: bool, decoded: bool) -> list[Raw]:
-    """The upstream's headers that go down. decoded: the body was decompressed, so its `Content-Encoding` no longer holds."""
+    """The upstream's headers that go down. decoded: the body was decompressed, `Content-Encoding` no longer holds."""
     named = _named_by_connection(raw)
-    return [
-        (name, value)
-        for name, value in raw
-        if not (
-            (lower := name.lower()) in _NEVER_DOWN
-            or lower.startswith(_NEVER_DOWN_PREFIXES)
-            or lower in named
-            or (pooled and lower in _OF_THE_KEY)
-            or (decoded and lower == b"content-encoding")
-        )
-    ]
+    dropped = named | (_OF_THE_KEY if pooled else _NOTHING) | (_ENCODING if decoded else _NOTHING)
+    return [pair for pair in raw if (lower := _goes_down(pair[0])) is not None and lower not in dropped]
 
 
 def storable_headers(headers: Iterable[Raw]) -> tuple[Raw, ...]:
     """What of `downstream_headers` is true of the answer rather than of one request: kept with a stored entry."""
-    return tuple(
-        (name, value)
-        for name, value in headers
-        if (lower := name.lower()) not in _NOT_STORED and not lower.startswith(_NOT_STORED_PREFIXES)
-    )
+    return tuple([pair for pair in headers if _is_stored(pair[0])])
 
 
 class Masker:
     """Takes full pool keys out of what an upstream says (contract 7, Secrets)."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        self._secrets = tuple(secret.encode() for secret in secrets if len(secret) >= 4)
+        # The longest first: masking a key that begins like another would leave the other's tail.
+        self._secrets = tuple(s.encode() for s in sorted(secrets, key=len, reverse=True) if len(s) >= 4)
+        self._texts = tuple(secret.decode() for secret in self._secrets)
 
     def found_in(self, data: bytes) -> bool:
         return any(secret in data for secret in self._secrets)
+
+    def mask_text(self, text: str) -> str:
+        """The same for text: what the log says."""
+        for secret in self._texts:
+            if secret in text:
+                text = text.replace(secret, "***")
+        return text
 
     def mask(self, data: bytes) -> bytes:
         for secret in self._secrets:

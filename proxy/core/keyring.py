@@ -1,7 +1,7 @@
 """The pool of keys: which one serves a request, and what each answer teaches about it (contract 7, Keys).
 
-State is per (key, model); what is true of the whole key (401, `insufficient_quota`) stands under every model. All methods are
-synchronous: one event loop needs no lock, and a key is chosen and its limits reserved in one step.
+State is per (key, model); what is true of the whole key (401, `insufficient_quota`) stands under every model. All
+methods are synchronous: one event loop needs no lock, and a key is chosen and its limits reserved in one step.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ Strategy = Callable[[Sequence[PoolKey], "KeyRing", str, float], list[PoolKey]]
 """The order in which ready keys are tried: (keys, ring, model, now) -> keys."""
 
 
+_States = OrderedDict[tuple[str, str], KeyState]
+
+
 class KeyRing:
     """The pool. `strategy` orders ready keys; `limits` are `throttle.limits`; `use` the share of each limit to use."""
 
@@ -97,7 +100,8 @@ class KeyRing:
         self._limits = limits
         self.limited = bool(limits) or any(key.limits for key in keys)
         self._use = use
-        self._states: OrderedDict[tuple[str, str], KeyState] = OrderedDict()
+        self._cooling: _States = OrderedDict()
+        self._resting: _States = OrderedDict()  # apart: neither deadline is lost to the other
         self._allowances: OrderedDict[tuple[str, str], Allowance] = OrderedDict()
         self._serving: dict[str, tuple[tuple[PoolKey, ...], ...]] = {}
         self.last_used: dict[str, float] = {}
@@ -119,24 +123,34 @@ class KeyRing:
         return groups
 
     def state(self, label: str, model: str, now: float) -> KeyState | None:
-        """The state that keeps a key from use for `model` at `now`, None when it is ready."""
-        found = None
-        for name in (ANY_MODEL, model):
-            state = self._states.get((label, name))
-            if state is None:
-                continue
-            if state.until <= now:
-                del self._states[(label, name)]
-            elif found is None or state.until > found.until:
-                found = state
-        return found
+        """The state that keeps a key from use for `model` at `now`, None when it is ready; of two the longer one."""
+        resting, cooling = self._both(label, model, now)
+        if resting is None or cooling is None:
+            return resting or cooling
+        return max(resting, cooling, key=lambda state: state.until)
+
+    def _both(self, label: str, model: str, now: float) -> tuple[KeyState | None, KeyState | None]:
+        """What keeps a key from use: (exhausted, rejected or missing; cooling)."""
+        resting = self._current(self._resting, (label, ANY_MODEL), now)
+        if resting is None:
+            resting = self._current(self._resting, (label, model), now)
+        return resting, self._current(self._cooling, (label, model), now)
+
+    @staticmethod
+    def _current(states: _States, where: tuple[str, str], now: float) -> KeyState | None:
+        state = states.get(where)
+        if state is not None and state.until <= now:
+            del states[where]
+            return None
+        return state
 
     def lease(
         self, model: str, tokens: int, excluded: frozenset[str], now: float, quota: str | None = None
     ) -> Lease | Held | NoKey:
         """A ready key with `tokens` reserved, or how long to wait, or that waiting is no use.
 
-        excluded: labels this request has already failed with; quota: overrides the keys' own (pass-through: one a credential).
+        excluded: labels this request has already failed with; quota: overrides the keys' own (pass-through: one a
+        credential).
         """
         groups = self.serving(model)
         everyone = [key for group in groups for key in group]
@@ -152,15 +166,17 @@ class KeyRing:
             for key in group:
                 if key.label in excluded:
                     continue
-                state = self.state(key.label, model, now)
-                if state is None or (state.status is not Status.COOLING and len(everyone) == 1):
-                    ready.append(key)
-                elif state.status is Status.COOLING:
-                    cooling.append(state.until - now)
-                elif state.status is Status.MISSING:
+                rests, cools = self._both(key.label, model, now)
+                if len(everyone) == 1:
+                    rests = None  # without another key the upstream's own answer helps more than ours
+                if rests is not None and rests.status is not Status.MISSING:
+                    resting.append(f"{key.label} {rests.status.value}")
+                elif cools is not None:
+                    cooling.append(cools.until - now)
+                elif rests is not None:
                     missing.append(key)
                 else:
-                    resting.append(f"{key.label} {state.status.value}")
+                    ready.append(key)
             got = self._reserve_first(ready, model, tokens, now, quota, throttled)
             if isinstance(got, Lease):
                 return got
@@ -243,33 +259,28 @@ class KeyRing:
             case Class.MODEL_MISSING:
                 self._mark(key.label, model, Status.MISSING, now, now + REST, reason)
             case Class.OK | Class.FINAL:
-                if self._states:
-                    self._recover(key.label, model)
+                if self._resting:  # an answer proves the key works; a deadline set for cooling still stands
+                    self._resting.pop((key.label, ANY_MODEL), None)
+                    self._resting.pop((key.label, model), None)
             case _:
                 pass
 
-    def _recover(self, label: str, model: str) -> None:
-        """An answer proves the key works; a deadline the upstream set for cooling still stands."""
-        for name in (ANY_MODEL, model):
-            state = self._states.get((label, name))
-            if state is not None and state.status is not Status.COOLING:
-                del self._states[(label, name)]
-
     def _mark(self, label: str, model: str, status: Status, now: float, until: float, reason: str) -> None:
-        old = self._states.get((label, model))
-        if old is not None and old.until > until and old.status is status:
-            self._states[(label, model)] = replace(old, reason=reason)  # extended, never shortened
+        states = self._cooling if status is Status.COOLING else self._resting
+        old = states.get((label, model))
+        if old is not None and old.until > until:
+            states[(label, model)] = replace(old, reason=reason)  # extended, never shortened
             return
         since = old.since if old is not None and old.status is status and old.until > now else now
-        self._states[(label, model)] = KeyState(status, since, until, reason)
-        self._states.move_to_end((label, model))
-        while len(self._states) > _MAX_STATES:
-            self._states.popitem(last=False)
+        states[(label, model)] = KeyState(status, since, until, reason)
+        states.move_to_end((label, model))
+        while len(states) > _MAX_STATES:
+            states.popitem(last=False)
 
     # -- what operators see ----------------------------------------------------------------------------------------
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """For `GET /_proxy/keys`: labels, states with their times relative to now (s), use of each limit. No secrets."""
+        """For `GET /_proxy/keys`: labels, states with times relative to now (s), use of each limit. No secrets."""
         rows = []
         for key in self.keys:
             states = [
@@ -280,7 +291,7 @@ class KeyRing:
                     "until_s": round(state.until - now, 3),
                     "reason": state.reason,
                 }
-                for (label, model), state in self._states.items()
+                for (label, model), state in (*self._resting.items(), *self._cooling.items())
                 if label == key.label and state.until > now
             ]
             quota = key.quota or key.label
@@ -302,7 +313,7 @@ class KeyRing:
         """Keys by state over all models (the worst one counts), for metrics."""
         worst = {key.label: Status.READY for key in self.keys}
         order = list(Status)
-        for (label, _), state in self._states.items():
+        for (label, _), state in (*self._resting.items(), *self._cooling.items()):
             if state.until > now and label in worst and order.index(state.status) > order.index(worst[label]):
                 worst[label] = state.status
         return {status.value: sum(1 for value in worst.values() if value is status) for status in Status}

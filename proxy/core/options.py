@@ -34,13 +34,16 @@ NONE: Final = Options()
 
 _NAMESPACE: Final = re.compile(r"[!-~]{1,128}\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}:[ -~]{1,128}\Z")
-_INTEGER: Final = re.compile(r"-?\d{1,18}\Z")
+_INTEGER: Final = re.compile(r"-?\d{1,18}\Z", re.ASCII)
+_RETRIES: Final = frozenset(str(number) for number in range(11))
+_FOREVER: Final = 2**31
+"""What a number of seconds too large to be meant stands for (RFC 9111 section 1.2.2)."""
 
 
 def _natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 12:
+    if not text.isascii() or not text.isdigit():
         raise ValueError("a whole number of seconds")
-    return int(text)
+    return int(text) if len(text) < 10 else _FOREVER
 
 
 def _namespace(text: str) -> str:
@@ -62,7 +65,7 @@ def _tag(text: str) -> str:
 
 
 def _retries(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text[:4]) > 10:
+    if text not in _RETRIES:
         raise ValueError("a whole number from 0 to 10")
     return int(text)
 
@@ -158,7 +161,7 @@ def from_segment(segment: str) -> Options:
             continue
         raw_name, equals, raw_value = part.partition("=")
         name, value = unquote(raw_name), unquote(raw_value)
-        shown = name[:64]
+        shown = name[:64].encode("ascii", "backslashreplace").decode()
         if not equals:
             raise Refusal("invalid_option", f"{shown!r} in the base URL: expected name=value", param=shown)
         if name == "cache":

@@ -14,8 +14,8 @@ import orjson
 
 from .durations import parse_composite
 
-MAX_WAIT: Final = 3600.0
-"""No upstream header makes a key or a request wait longer than this at once (seconds)."""
+MAX_WAIT: Final = 86_400.0
+"""No upstream header makes a key or a request wait longer at once (s): a day, the window of the longest limits."""
 
 
 class Class(Enum):
@@ -69,18 +69,24 @@ def error_info(body: bytes) -> ErrorInfo:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return ErrorInfo()
-    error = document.get("error") if isinstance(document, dict) else None
+    return _info(document.get("error") if isinstance(document, dict) else None)
+
+
+def _info(error: object) -> ErrorInfo:
     if not isinstance(error, dict):
         return ErrorInfo()
+    return ErrorInfo(_word(error.get("code")), _word(error.get("type")))
 
-    def text(value: object) -> str:
-        return value[:128] if isinstance(value, str) else str(value) if isinstance(value, int) else ""
 
-    return ErrorInfo(text(error.get("code")), text(error.get("type")))
+def _word(value: object) -> str:
+    return value[:128] if isinstance(value, str) else str(value) if isinstance(value, int) else ""
 
 
 def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
-    """The class of an answered call. `should_retry` is the upstream's `x-should-retry`, obeyed where the key is not at fault."""
+    """The class of an answered call.
+
+    should_retry: the upstream's `x-should-retry`, obeyed where the key is not at fault.
+    """
     if status < 400:
         return Class.OK
     names = (error.code, error.type)
@@ -116,11 +122,11 @@ def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
         error = document
     if not error:
         return None
-    info = error_info(orjson.dumps({"error": error}))
+    info = _info(error)
     status = 500
     if "insufficient_quota" in (info.code, info.type) or info.code in ("429", "rate_limit_exceeded"):
         status = 429
-    elif info.code.isdigit() and 400 <= int(info.code) < 600:
+    elif info.code.isascii() and info.code.isdigit() and 400 <= int(info.code) < 600:
         status = int(info.code)
     elif info.type == "invalid_request_error":
         status = 400
@@ -131,7 +137,8 @@ def retry_after(headers: Mapping[str, str], wall: float) -> float | None:
     """Seconds the upstream asks us to wait, clamped to 0..`MAX_WAIT`; None where it says nothing we understand.
 
     `retry-after-ms` first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or `6m0s`;
-    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0. `wall`: Unix time, for dates.
+    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0 (a reset of 0 or -1 says nothing: Azure sends it).
+    wall: Unix time, for dates.
     """
     millis = _number(headers.get("retry-after-ms"))
     if millis is not None:
@@ -152,13 +159,13 @@ def retry_after(headers: Mapping[str, str], wall: float) -> float | None:
             seconds = parse_composite(reset)
             if seconds is None:
                 seconds = _number(reset)
-            if seconds is not None:
+            if seconds:
                 waits.append(seconds)
     return _clamp(max(waits)) if waits else None
 
 
 def _number(text: str | None) -> float | None:
-    if text is None or len(text) > 32:
+    if text is None or len(text) > 32 or not text.isascii() or "_" in text:
         return None
     try:
         number = float(text)

@@ -34,6 +34,9 @@ class UpstreamReply(Protocol):
     @property
     def headers(self) -> Mapping[str, str]: ...
 
+    def ready(self) -> bytes | None:
+        """The whole body as it came, where all of it is here already: then nobody need wait for it."""
+
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes off the socket. Raises TransportFailure (`invalid`: cut short; `timeout`: silent)."""
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from types import MappingProxyType
 from typing import Any, Literal
@@ -85,9 +85,7 @@ class PriceTable:
     def __init__(self, overrides: Mapping[str, Mapping[str, Decimal]] = _NO_OVERRIDES) -> None:
         self.as_of, self._sections = _built_in()
         self._names = {glob: _override(glob, rates) for glob, rates in overrides.items()}
-        self._globs = _longest_first(
-            {glob: rates for glob, rates in self._names.items() if set(glob) & set("*?[")}
-        )
+        self._globs = _longest_first({glob: rates for glob, rates in self._names.items() if set(glob) & set("*?[")})
         self._memo: dict[tuple[str, ...], tuple[_Rates, Status] | None] = {}
 
     def cost(self, kind: Kind, models: Sequence[str | None], usage: Usage) -> Cost | None:
@@ -154,6 +152,7 @@ class PriceTable:
         return self._sections["openai"].find(name)
 
 
+@lru_cache(1024)
 def usd(amount: Decimal) -> str:
     """`amount`, exact, without exponent, with at least six places: "0.002250". ValueError if not finite."""
     if not amount.is_finite():
@@ -186,9 +185,7 @@ def _override(glob: str, rates: Mapping[str, object]) -> _Rates:
 def _rates(per_million: Mapping[str, Any], tiers: tuple[tuple[int, _Rates], ...] = ()) -> _Rates:
     """Where a model has no rate of its own for cached or cache-write tokens, they are ordinary input."""
     amounts = {
-        name: _EXACT.multiply(Decimal(per_million[name]), _PER_MILLION)
-        for name in _RATE_NAMES
-        if name in per_million
+        name: _EXACT.multiply(Decimal(per_million[name]), _PER_MILLION) for name in _RATE_NAMES if name in per_million
     }
     plain = amounts["input"]
     return _Rates(
@@ -210,9 +207,7 @@ def _section(models: Mapping[str, Mapping[str, Any]]) -> _Section:
     names: dict[str, _Rates] = {}
     patterns: dict[str, _Rates] = {}
     for model, entry in models.items():
-        tiers = sorted(
-            ((tier["above"], _rates(tier)) for tier in entry.get("tiers", ())), key=lambda tier: -tier[0]
-        )
+        tiers = sorted(((tier["above"], _rates(tier)) for tier in entry.get("tiers", ())), key=lambda tier: -tier[0])
         rates = _rates(entry, tuple(tiers))
         names |= dict.fromkeys((model, *entry.get("names", ())), rates)
         patterns |= dict.fromkeys(entry.get("patterns", ()), rates)

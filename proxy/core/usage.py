@@ -6,14 +6,13 @@ Field names: OpenAI's `CompletionUsage` (chat, completions), `CreateEmbeddingRes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 MOST_TOKENS = 10**12
 """More than this in one answer is nonsense: the largest context windows hold about 10**6 tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one answer; the prompt includes cached and cache-write ones, the completion reasoning."""
 
     prompt_tokens: int

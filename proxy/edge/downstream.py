@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from operator import itemgetter
 from typing import Any, Final
 
 from aiohttp.web import BaseRequest
@@ -17,6 +18,7 @@ from ..core.answer import ZERO_COST, cost_comment, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
 from ..core.errors import Refusal
+from ..core.headers import asks_something
 from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
@@ -149,7 +151,7 @@ class Downstream:
 
     async def _endpoint(self, visit: _Visit, body: bytes, plain: bool) -> Answer:
         request, journey = visit.request, self._journey
-        call = await self._call(visit, body)
+        call = await self._call(visit, body, plain)
         plan = await journey.plan(call)
         hit, plan = journey.look(call, plan)
         if plain:
@@ -193,11 +195,11 @@ class Downstream:
             flow.abandon()
             del self.flows[task]
 
-    async def _call(self, visit: _Visit, body: bytes) -> Call:
+    async def _call(self, visit: _Visit, body: bytes, plain: bool) -> Call:
         """The request, read and understood. Raises Refusal(invalid_json, invalid_option)."""
         world, request, route = self._world, visit.request, visit.route
         raw = request._message.raw_headers
-        options = from_headers(route.options, _text(raw)) if _asks_something(raw) else route.options
+        options = route.options if plain else from_headers(route.options, _text(raw))
         try:
             if len(body) > LARGE:
                 document = await asyncio.to_thread(parse_leniently, body)
@@ -338,11 +340,7 @@ _ZERO: Final = Decimal(0)
 
 def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether any header may change what we do: then the fast lane is closed."""
-    for name, _ in raw:
-        lower = name.lower()
-        if lower.startswith(b"x-proxy-") or lower in (b"cache-control", b"openai-beta"):
-            return True
-    return False
+    return True in map(asks_something, map(itemgetter(0), raw))
 
 
 def _leaves_hits_alone(options: Options) -> bool:
@@ -369,8 +367,11 @@ def _client_timeout(request: BaseRequest) -> float | None:
     """Seconds after which the SDK gives up, as it says itself."""
     found = []
     for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
+        text = request.headers.get(name)
+        if text is None:
+            continue
         try:
-            seconds = float(request.headers.get(name, ""))
+            seconds = float(text)
         except ValueError:
             continue
         if 0 < seconds < 1e6:

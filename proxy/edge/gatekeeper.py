@@ -99,7 +99,11 @@ class Gatekeeper:
         headers = request.headers
         organization, project = headers.get("OpenAI-Organization", ""), headers.get("OpenAI-Project", "")
         scheme, token = credential or ("none", "")
-        return Client("", scope_of_credential(scheme, token, organization, project), credential)
+        try:
+            scope = scope_of_credential(scheme, token, organization, project)
+        except UnicodeEncodeError:  # nor could it go up as it came
+            raise Refusal("invalid_client_key", "the credential holds bytes that are not UTF-8") from None
+        return Client("", scope, credential)
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +146,7 @@ def _credential(request: BaseRequest) -> tuple[str, str] | None:
         if scheme.lower() == "bearer" and token:
             return "bearer", token
     keys = headers.getall("api-key", ())
-    if len(keys) == 1 and keys[0]:
+    if len(keys) == 1 and keys[0].strip():
         return "api-key", keys[0].strip()
     return None
 
@@ -166,7 +170,7 @@ def is_loopback(request: BaseRequest) -> bool:
     transport = request.transport
     peer = transport.get_extra_info("peername") if transport is not None else None
     if not isinstance(peer, tuple):
-        return transport is not None
+        return isinstance(peer, str | bytes)  # of a unix socket; None: gone before it could be asked
     try:
         address = ipaddress.ip_address(peer[0].partition("%")[0])
     except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from decimal import Decimal
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +15,20 @@ from ..world import World
 
 MAX_MODELS: Final = 100
 _SECONDS: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counters:
+    """The metrics that requests of one kind move, found once: looking a label up costs more than counting."""
+
+    requests: Counter
+    seconds: Histogram
+    attempts: Counter
+    prompt: Counter
+    cached: Counter
+    completion: Counter
+    cost: Counter
+    unknown: Counter
 
 
 class Metrics:
@@ -62,6 +76,7 @@ class Metrics:
         self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
         self._models: set[str] = set()
         self._hits: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+        self._kinds: dict[tuple[str, str, str, int, str], _Counters] = {}
 
     def model(self, name: str) -> str:
         """`name` as a label value: bounded in number, length and characters."""
@@ -86,25 +101,43 @@ class Metrics:
 
     def observe(self, receipt: Receipt) -> None:
         """One request that was not a hit."""
-        model = self.model(receipt.model)
-        status = f"{receipt.status // 100}xx"
-        self._requests.labels(receipt.endpoint, model, receipt.cache, status).inc()
-        self._seconds.labels(receipt.endpoint, receipt.cache).observe(receipt.total_ms / 1000)
+        kind = (receipt.endpoint, receipt.model, receipt.cache, receipt.status // 100, receipt.upstream)
+        counters = self._kinds.get(kind)
+        if counters is None:
+            counters = self._counters(*kind)
+            if len(self._kinds) < 10 * MAX_MODELS:
+                self._kinds[kind] = counters
+        counters.requests.inc()
+        counters.seconds.observe(receipt.total_ms / 1000)
         if receipt.queue_ms > 1:
             self._queue.observe(receipt.queue_ms / 1000)
         if receipt.attempts:
-            self._attempts.labels(receipt.upstream).inc(receipt.attempts)
+            counters.attempts.inc(receipt.attempts)
         if receipt.error:
             self._errors.labels(receipt.error).inc()
         usage = receipt.usage
         if usage is not None:
-            self._tokens.labels(model, "prompt").inc(usage.prompt_tokens)
-            self._tokens.labels(model, "cached").inc(usage.cached_tokens)
-            self._tokens.labels(model, "completion").inc(usage.completion_tokens)
+            counters.prompt.inc(usage.prompt_tokens)
+            if usage.cached_tokens:
+                counters.cached.inc(usage.cached_tokens)
+            counters.completion.inc(usage.completion_tokens)
         if receipt.cost_usd is not None:
-            self._cost.labels(model).inc(float(Decimal(receipt.cost_usd)))
+            counters.cost.inc(float(receipt.cost_usd))
         elif receipt.status < 300:
-            self._unknown.labels(model).inc()
+            counters.unknown.inc()
+
+    def _counters(self, endpoint: str, model: str, cache: str, status: int, upstream: str) -> _Counters:
+        name = self.model(model)
+        return _Counters(
+            requests=self._requests.labels(endpoint, name, cache, f"{status}xx"),
+            seconds=self._seconds.labels(endpoint, cache),
+            attempts=self._attempts.labels(upstream),
+            prompt=self._tokens.labels(name, "prompt"),
+            cached=self._tokens.labels(name, "cached"),
+            completion=self._tokens.labels(name, "completion"),
+            cost=self._cost.labels(name),
+            unknown=self._unknown.labels(name),
+        )
 
     def refusal(self, code: str) -> None:
         """A request turned away before it became a call."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from aiohttp.web import BaseRequest
 
+from ..answered import decoded_chunks, read_error
 from ..core.answer import Timing, forward_status
 from ..core.attempts import Attempts, ChangeKey, Deliver, Pause
 from ..core.call import Client
@@ -24,7 +25,6 @@ from ..core.outcome import Class, TransportFailure, classify, error_info, retry_
 from ..core.ports import Trip, UpstreamReply, WayUp
 from ..core.receipt import Receipt
 from ..core.routes import Route
-from ..exchange import MAX_ERROR_BODY
 from ..world import World
 from .wire import Stream, Streamed, Whole, continued, raw_lines, status_line, too_large
 
@@ -302,15 +302,7 @@ class _Upload:
 
 async def _error_body(reply: UpstreamReply) -> bytes:
     encoding = reply.headers.get("Content-Encoding", "").strip().lower()
-    inflater = Inflater(encoding) if Inflater.knows(encoding) else None
-    parts, size = [], 0
-    async for chunk in reply.chunks():
-        part = inflater.feed(chunk) if inflater is not None else chunk
-        parts.append(part)
-        size += len(part)
-        if size > MAX_ERROR_BODY:
-            raise TransportFailure("invalid", "the upstream's error answer is too large")
-    return b"".join(parts)
+    return await read_error(decoded_chunks(reply.chunks(), encoding) if Inflater.knows(encoding) else reply.chunks())
 
 
 def _refusal(failure: TransportFailure, spent: bool) -> Refusal:

@@ -23,6 +23,17 @@ KEEPALIVE: Final = 3630.0
 """Seconds an idle connection is kept; longer than SDK pools keep theirs, so that they close first."""
 
 
+READ: Final = 64 * 1024
+"""Bytes asked of the system at once."""
+
+
+def read_in_small_pieces(transport: asyncio.BaseTransport) -> None:
+    """asyncio asks for 256 KiB at each read: malloc gets a block of that size from the system and gives it back, page
+    faults and all, which took a quarter of the system time of a request. Smaller blocks come from its own pool."""
+    if hasattr(transport, "max_size"):
+        transport.max_size = READ
+
+
 class _Connection(RequestHandler):
     """Closes a connection whose request header is not complete in time."""
 
@@ -34,6 +45,7 @@ class _Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        read_in_small_pieces(transport)
         self._header_timer = self._loop.call_later(HEADER_TIMEOUT, self._too_slow)
 
     def data_received(self, data: bytes) -> None:

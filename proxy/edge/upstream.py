@@ -20,6 +20,7 @@ from yarl import URL
 from ..core.headers import Raw
 from ..core.outcome import TransportFailure
 from ..core.ports import Trip
+from .server import read_in_small_pieces
 
 if TYPE_CHECKING:
     from aiohttp.client import ClientRequest
@@ -36,6 +37,10 @@ class _Protocol(ResponseHandler):
     """Notes the first byte of an answer: from then on a request is never sent again."""
 
     trip: Trip | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        read_in_small_pieces(transport)
 
     def data_received(self, data: bytes) -> None:
         if self.trip is not None:
@@ -83,6 +88,13 @@ class UpstreamAnswer:
     def headers(self) -> Mapping[str, str]:
         """Case-insensitive."""
         return self._response.headers
+
+    def ready(self) -> bytes | None:
+        """The whole body, undecoded, where all of it came together with the head."""
+        content = self._response.content
+        if not content.is_eof() or content.exception() is not None:
+            return None
+        return content.read_nowait(-1)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes off the socket, undecoded. Raises TransportFailure (invalid: cut; timeout: idle)."""

@@ -18,6 +18,9 @@ from aiohttp.web import BaseRequest
 from ..core.errors import Refusal, retry_after_headers
 from ..core.headers import Raw
 
+BODY_TIMEOUT: Final = 30.0
+"""Seconds a request body has, and one more for each 64 KiB received (contract 7, Slow and hostile peers)."""
+
 _SMALL: Final = 64 * 1024
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 
@@ -181,10 +184,7 @@ def refused(request: BaseRequest, refusal: Refusal, request_id: str, date: bytes
 
 
 async def read_body(request: BaseRequest, max_body: int) -> bytes:
-    """The whole request body. Raises Refusal(request_too_large); ConnectionResetError where it comes too slowly.
-
-    A body has 30 s and 1 s more for each 64 KiB received (contract 7, Slow and hostile peers).
-    """
+    """The whole request body. Raises Refusal(request_too_large); ConnectionResetError where it comes too slowly."""
     content = request.content
     if content.is_eof():
         body = content.read_nowait(-1)
@@ -201,7 +201,7 @@ async def read_body(request: BaseRequest, max_body: int) -> bytes:
     began = loop.time()
     try:
         while True:
-            async with asyncio.timeout_at(began + 30 + size / 65536):
+            async with asyncio.timeout_at(began + BODY_TIMEOUT + size / 65536):
                 part = await content.readany()
             if not part:
                 return b"".join(parts)

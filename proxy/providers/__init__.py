@@ -44,6 +44,8 @@ class Dialect(Protocol):
         """What of this upstream can change an answer: part of the cache key."""
 
 
+_GLOB: Final = frozenset("*?[")
+
 DIALECTS: Final[dict[str, Dialect]] = {"openai": openai, "azure": azure}
 
 
@@ -55,6 +57,6 @@ def model_named(sites: Sequence[Site], route: Route, body_model: str | None) -> 
         return ""
     for site in sites:
         for model, deployment in site.deployments.items():
-            if deployment == route.deployment and "*" not in model:
+            if deployment == route.deployment and not _GLOB & set(model):
                 return model
     return route.deployment

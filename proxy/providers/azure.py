@@ -1,6 +1,7 @@
 """Azure OpenAI: deployments in the path, `api-version` in the query, `api-key` as credential.
 
-Paths after Microsoft's *Azure OpenAI REST API reference*; without an `api_version` the newer `/openai/v1` surface is used.
+Paths after Microsoft's *Azure OpenAI REST API reference*; without an `api_version` the newer `/openai/v1` surface is
+used.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _BY_DEPLOYMENT: Final = frozenset({"chat", "completions", "embeddings", "audio",
 
 
 def deployment_of(site: Site, model: str) -> str:
-    """The deployment that stands for `model`: the map's exact name, else its longest matching glob, else the model's own name."""
+    """The deployment that stands for `model`: the map's exact name, else its longest matching glob, else the model's
+    own name.
+    """
     exact = site.deployments.get(model)
     if exact is not None:
         return exact
@@ -38,7 +41,7 @@ def url(site: Site, route: Route, model: str) -> str:
     if route.deployment is not None:
         return f"{root}/deployments/{quote(route.deployment, safe='')}{route.path}?{query}"
     if route.segment in _BY_DEPLOYMENT and model and route.shape == "openai":
-        return f"{root}/deployments/{quote(deployment_of(site, model), safe='')}{route.path}?{query}"
+        return f"{root}/deployments/{quote(deployment_of(site, model), safe='', errors='replace')}{route.path}?{query}"
     return f"{root}{route.path}?{query}"
 
 

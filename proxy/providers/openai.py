@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def url(site: Site, route: Route, model: str) -> str:
     query = route.query
-    if route.shape == "azure" and query:  # an Azure client's api-version means nothing here
+    if route.shape != "openai" and query:  # an Azure client's api-version means nothing here
         query = "&".join(part for part in query.split("&") if not part.startswith("api-version="))
     return site.base_url + route.path + (f"?{query}" if query else "")
 

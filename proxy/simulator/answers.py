@@ -81,8 +81,10 @@ class Reply:
 
     @property
     def pieces(self) -> list[str]:
-        """The text in the portions in which it is streamed."""
-        return _WORDS.findall(self.text)
+        """The text in the portions in which it is streamed: words, or a few signs of a call's arguments."""
+        if self.tool is None:
+            return _WORDS.findall(self.text)
+        return [self.text[start : start + 12] for start in range(0, len(self.text), 12)]
 
     @property
     def tokens(self) -> int:
@@ -283,8 +285,8 @@ def chat_deltas(answer: Reply) -> Iterator[Json]:
     call = tool_call(answer)
     call["function"] = {"name": answer.tool, "arguments": ""}
     yield {"role": "assistant", "content": None, "tool_calls": [{"index": 0, **call}]}
-    for start in range(0, len(answer.text), 12):
-        yield {"tool_calls": [{"index": 0, "function": {"arguments": answer.text[start : start + 12]}}]}
+    for piece in answer.pieces:
+        yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
 
 
 def head(kind: str, prefix: str, model: str) -> Json:

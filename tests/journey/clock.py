@@ -10,9 +10,12 @@ import asyncio
 import functools
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, ParamSpec
+from concurrent.futures import Executor
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack
 
 P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 START = 1_000_000.0
 """The loop's time at its beginning (monotonic s): not 0, so that a clock mistaken for a duration is seen."""
@@ -87,7 +90,9 @@ class TurnedLoop(asyncio.SelectorEventLoop):
         """Calls `callback` in the `step`-th turn from now, between whatever happens in it and before."""
         self._turned.at[self.steps + step] = callback
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Ts]], R], *args: *Ts
+    ) -> asyncio.Future[R]:
         """As ever; the clock stands while a thread works."""
         self._turned.threads += 1
         future = super().run_in_executor(executor, func, *args)

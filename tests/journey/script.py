@@ -1,7 +1,7 @@
 """The scripted way up: an upstream without sockets whose every move is written down beforehand.
 
 Steps of a body: bytes are read off; a number lets that many seconds pass; a TransportFailure breaks it; HANG is silence
-until somebody gives up.
+until somebody gives up: the way up itself after `IDLE` seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
 import orjson
 from multidict import CIMultiDict
@@ -19,6 +19,7 @@ from proxy.core.outcome import FailureKind, TransportFailure
 from proxy.core.ports import Trip
 
 HANG: Final = "hang"
+IDLE: Final = 300.0
 Step = bytes | float | TransportFailure | Literal["hang"]
 Headers = tuple[tuple[str, str], ...]
 
@@ -28,7 +29,9 @@ SSE: Final = ("Content-Type", "text/event-stream; charset=utf-8")
 
 @dataclass(frozen=True, slots=True)
 class Says:
-    """An answer. connect, wait: seconds until the connection stands, and from there to the answer's head."""
+    """An answer. connect, wait: seconds until the connection stands, and from there to the answer's head; at_once: the
+    body comes with the head.
+    """
 
     status: int = 200
     headers: Headers = (JSON,)
@@ -36,6 +39,7 @@ class Says:
     connect: float = 0.0
     wait: float = 0.0
     reason: str = "As You Like It"
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class Sent:
     @property
     def key(self) -> str:
         """The pool key's label: secrets are `sk-LABEL`."""
-        return self.headers.get("Authorization", "").removeprefix("Bearer ").removeprefix("sk-")
+        credential = self.headers.get("Authorization") or self.headers.get("api-key", "")
+        return credential.removeprefix("Bearer ").removeprefix("sk-")
 
     def json(self) -> Any:
         assert self.body is not None
@@ -81,11 +86,20 @@ class ScriptedReply:
     raw_headers: Sequence[Raw]
     headers: Mapping[str, str]
     steps: tuple[Step, ...]
+    at_once: bool
     closed: int = 0
     finished: bool = False
     read: list[bytes] = field(default_factory=list)
 
+    def ready(self) -> bytes | None:
+        pieces = [step for step in self.steps if isinstance(step, bytes)]
+        if not self.at_once or len(pieces) < len(self.steps):
+            return None
+        self.finished = True
+        return b"".join(pieces)
+
     async def chunks(self) -> AsyncIterator[bytes]:
+        assert not self.finished, "read twice"
         for step in self.steps:
             assert not self.closed, "read after close"
             if isinstance(step, bytes):
@@ -95,7 +109,8 @@ class ScriptedReply:
                 self.finished = True
                 raise step
             elif step == HANG:
-                await asyncio.Event().wait()
+                await asyncio.sleep(IDLE)
+                raise TransportFailure("timeout", "scripted: silent")
             else:
                 await asyncio.sleep(float(step))
         self.finished = True
@@ -149,14 +164,11 @@ class ScriptedWayUp:
         if isinstance(move, Fails):
             await asyncio.sleep(move.wait)
             if move.kind == "hang connecting":
-                await asyncio.Event().wait()
-            if move.kind == "unreached":
-                raise TransportFailure("unreached", "scripted: refused")
-            trip.connected = True
+                return await _for_ever()
+            trip.connected = move.kind != "unreached"
             trip.reused = move.kind == "stale"
             if move.kind == "hang":
-                await asyncio.Event().wait()
-            assert move.kind not in ("hang", "hang connecting")
+                return await _for_ever()
             raise TransportFailure(move.kind, f"scripted: {move.kind}")
         await asyncio.sleep(move.connect)
         trip.connected = True
@@ -164,7 +176,7 @@ class ScriptedWayUp:
         trip.answered = True
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in move.headers]
         headers: CIMultiDict[str] = CIMultiDict(move.headers)
-        sent.reply = ScriptedReply(move.status, move.reason, raw, headers, move.body)
+        sent.reply = ScriptedReply(move.status, move.reason, raw, headers, move.body, move.at_once)
         return sent.reply
 
     @property
@@ -175,6 +187,11 @@ class ScriptedWayUp:
     @property
     def replies(self) -> list[ScriptedReply]:
         return [sent.reply for sent in self.sent if sent.reply is not None]
+
+
+async def _for_ever() -> NoReturn:
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
 # What upstreams say.

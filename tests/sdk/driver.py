@@ -1,6 +1,6 @@
 """One Python SDK at the end of a pipe: reads calls, a line of JSON each, and writes what their caller saw.
 
-It runs under whatever `openai` PYTHONPATH names, 1.1 included, and imports nothing else that is not in the standard
+It runs under whatever `openai` PYTHONPATH names, 1.3 included, and imports nothing else that is not in the standard
 library; hence `Any`. `driver.mjs` is the same for Node. The fields of a call are those of `tests.sdk.kit.Job`.
 """
 

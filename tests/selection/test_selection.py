@@ -1,0 +1,122 @@
+"""Key strategies: fair when all is well, and where there is more room when it is not (contract 7, Keys)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.core.keyring import KeyRing, Lease, PoolKey
+from proxy.core.limits import MARGIN, Limits
+from proxy.core.outcome import Class
+from proxy.selection import STRATEGIES
+from proxy.selection.headroom import headroom
+from proxy.selection.round_robin import round_robin
+
+M = "gpt-4o"
+NOBODY: frozenset[str] = frozenset()
+
+
+def ring(strategy: str, count: int = 3, limits: dict[str, Limits] | None = None, own: int = 0) -> KeyRing:
+    """own: the rpm of the first key instead of the common ones."""
+    mine = {"*": Limits(rpm=own)} if own else {}
+    keys = [PoolKey(f"k{n}", 0, ("*",), limits=mine if n == 0 else {}) for n in range(count)]
+    return KeyRing(keys, STRATEGIES[strategy], limits or {})
+
+
+def serve(pool: KeyRing, times: int, now: float = 0.0, model: str = M) -> list[str]:
+    labels = []
+    for _ in range(times):
+        lease = pool.lease(model, 1, NOBODY, now)
+        assert isinstance(lease, Lease)
+        labels.append(lease.key.label)
+    return labels
+
+
+def test_what_there_is() -> None:
+    wanted = {"auto": headroom, "headroom": headroom, "round_robin": round_robin}
+    assert wanted == STRATEGIES
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(count=st.integers(1, 6), now=st.floats(0, 1e6))
+def test_every_strategy_returns_all_keys_it_was_given(strategy: str, count: int, now: float) -> None:
+    pool = ring(strategy, count, {"*": Limits(rpm=5)})
+    order = STRATEGIES[strategy](pool.keys, pool, M, now)
+    assert sorted(key.label for key in order) == sorted(key.label for key in pool.keys)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("limits", [{}, {"*": Limits(rpm=1000)}], ids=["unlimited", "limited"])
+def test_equal_keys_get_equal_shares(strategy: str, limits: dict[str, Limits]) -> None:
+    counts = Counter(serve(ring(strategy, 4, limits), 400))
+    assert set(counts.values()) == {100}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_without_limits_each_in_turn(strategy: str) -> None:
+    assert serve(ring(strategy), 7) == ["k0", "k1", "k2", "k0", "k1", "k2", "k0"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_key_that_cools_leaves_its_share_to_the_others(strategy: str) -> None:
+    pool = ring(strategy)
+    pool.learn(pool.keys[1], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    assert Counter(serve(pool, 100, 1.0)) == {"k0": 50, "k2": 50}
+    assert set(serve(pool, 3, 31.0)) == {"k0", "k1", "k2"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_key_is_used_up_before_anybody_waits(strategy: str) -> None:
+    pool = ring(strategy, 3, {"*": Limits(rpm=10)}, own=50)
+    assert Counter(serve(pool, 70)) == {"k0": 50, "k1": 10, "k2": 10}
+    assert not isinstance(pool.lease(M, 1, NOBODY, 0.0), Lease)
+    assert Counter(serve(pool, 70, 60 * MARGIN)) == {"k0": 50, "k1": 10, "k2": 10}
+
+
+def test_most_headroom_first() -> None:
+    pool = ring("headroom", 2, {"*": Limits(rpm=100)})
+    first, second = pool.keys
+    allowance = pool.allowance(first, M, 0.0)
+    assert allowance is not None
+    for _ in range(50):
+        allowance.reserve(1, 0.0)
+    assert serve(pool, 45) == ["k1"] * 45
+    assert pool.headroom(second, M, 0.0) == pytest.approx(0.55)
+
+
+def test_shares_follow_the_limits() -> None:
+    pool = ring("auto", 2, {"*": Limits(rpm=100)}, own=300)
+    counts = Counter(serve(pool, 200))
+    assert counts["k0"] == pytest.approx(150, abs=4)
+
+
+def test_a_hair_of_difference_pins_nobody() -> None:
+    """Two idle keys, one of them an answer ahead in a large window: they still take turns."""
+    pool = ring("auto", 2, {"*": Limits(tpm=10_000_000)})
+    counts = Counter(serve(pool, 100))
+    assert counts == {"k0": 50, "k1": 50}
+
+
+def test_the_least_recently_used_of_equals() -> None:
+    pool = ring("auto", 3)
+    assert serve(pool, 2) == ["k0", "k1"]
+    assert serve(pool, 1, model="other") == ["k2"]  # use is the key's, whatever the model
+    assert serve(pool, 3) == ["k0", "k1", "k2"]
+
+
+def test_round_robin_takes_turns_per_model() -> None:
+    pool = ring("round_robin", 2)
+    assert serve(pool, 1) == ["k0"]
+    assert serve(pool, 1, model="other") == ["k0"]
+    assert serve(pool, 1) == ["k1"]
+    assert serve(pool, 1, model="other") == ["k1"]
+
+
+def test_round_robin_forgets_old_models() -> None:
+    pool = ring("round_robin", 2)
+    for number in range(5000):
+        serve(pool, 1, model=f"m{number}")
+    assert len(pool.turns) <= 4096
