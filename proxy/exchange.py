@@ -30,6 +30,7 @@ from .core.outcome import (
     retry_after,
 )
 from .core.ports import Trip, WayUp
+from .core.routes import printable
 from .gate import QueueFull, TimedOut
 from .world import Upstream, World
 
@@ -191,7 +192,7 @@ class Exchange:
         try:
             got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
         except TimedOut as error:
-            raise _waited_too_long(why, error.retry_after) from None
+            raise _waited_too_long(why, call.model, error.retry_after) from None
         except QueueFull:
             message = f"{self._world.settings.throttle.max_queue} requests are waiting already"
             raise Refusal("queue_full", message, retry_after=1.0) from None
@@ -304,10 +305,15 @@ class Exchange:
         return retry_after(answered.reply.headers, wall), f"{answered.status} {info.code or info.type}".strip()
 
 
-def _waited_too_long(why: str, seconds: float) -> Refusal:
+def _waited_too_long(why: str, model: str, seconds: float) -> Refusal:
+    shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
     if why == "keys_cooling":
-        return Refusal("keys_cooling", "all keys that could serve this are cooling down", retry_after=seconds)
-    message = "the configured rate limits leave no room within the time this request may wait"
+        message = f"all keys that could serve this are cooling down ({shown})"
+        return Refusal("keys_cooling", message, retry_after=seconds)
+    message = (
+        f"throttle.limits leave no room within the time this request may wait ({shown}); "
+        "throttle.max_wait or X-Proxy-Max-Wait let it wait longer"
+    )
     return Refusal("throttled", message, retry_after=seconds)
 
 

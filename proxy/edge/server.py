@@ -77,7 +77,9 @@ class _Connection(RequestHandler):
         if status != 400:
             code, text = "internal_error", "the proxy failed on this request"
         log.info("refused a request: %s (%s)", code, type(exc).__name__)
-        return refused(request, Refusal(code, text), REAL.new_id(), b"", close=True)
+        # What could not be parsed stands in as an HTTP/1.0 request, for which `close` would go without saying.
+        extra = (("Connection", "close"),) if status == 400 else ()
+        return refused(request, Refusal(code, text, headers=extra), REAL.new_id(), b"", close=True)
 
     def _too_slow(self) -> None:
         self._header_timer = None

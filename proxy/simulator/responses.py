@@ -131,14 +131,14 @@ def _call_events(item: Json, said: Reply) -> Iterator[Json]:
     kind, place = "response.function_call_arguments", {"item_id": item["id"], "output_index": 0}
     for piece in said.pieces:
         yield {"type": f"{kind}.delta", **place, "delta": piece}
-    yield {"type": f"{kind}.done", **place, "name": said.tool, "arguments": said.text}
+    yield {"type": f"{kind}.done", **place, "arguments": said.text}
 
 
 def events(finished: Json, said: Reply) -> Iterator[Json]:
     """The events of a stream that ends in this response, in OpenAI's order."""
     begun = finished | {"status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
     item = finished["output"][0]
-    empty = {"content": []} if said.tool is None else {"arguments": ""}
+    empty: Json = {"content": []} if said.tool is None else {"arguments": ""}
     final = "response.incomplete" if finished["incomplete_details"] else "response.completed"
 
     def unnumbered() -> Iterator[Json]:

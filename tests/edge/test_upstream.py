@@ -1,0 +1,465 @@
+"""Going up: how far a request got when it failed, and what aiohttp must not do by itself (contract 7, Retry)."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from socket import SO_LINGER, SOL_SOCKET
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy.core.outcome import TransportFailure
+from proxy.core.ports import Trip
+from proxy.edge.upstream import UpstreamAnswer, Upstreams, _failure
+from tests.edge.kit import PATIENCE, Raw, raw_upstream
+
+OK = b"HTTP/1.1 200 Fine\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r\nContent-Length: 2\r\n\r\n{}"
+Say = Callable[[Raw, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture
+async def up() -> AsyncIterator[Upstreams]:
+    way_up = Upstreams(connect=0.5, idle=0.2)
+    yield way_up
+    await way_up.close()
+
+
+async def send(
+    way_up: Upstreams,
+    upstream: Raw,
+    trip: Trip | None = None,
+    body: bytes | AsyncIterator[bytes] | None = b"{}",
+    first_byte: float = 2.0,
+    headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/json"),),
+    method: str = "POST",
+) -> UpstreamAnswer:
+    url = upstream.url + "/x?a=%2F&b=c"
+    return await way_up.send(method, url, headers, body, first_byte=first_byte, trip=trip or Trip())
+
+
+async def whole(answer: UpstreamAnswer) -> bytes:
+    async with asyncio.timeout(PATIENCE):
+        return b"".join([chunk async for chunk in answer.chunks()])
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Ends the connection with RST instead of FIN."""
+    writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def says(*pieces: bytes | float | None, then: str = "close", times: int = 1) -> Say:
+    """To each of `times` requests on a connection: bytes, pauses; None hangs up by RST."""
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(times):
+            await raw.read_request(reader)
+            for piece in pieces:
+                if piece is None:
+                    reset(writer)
+                elif isinstance(piece, float):
+                    await asyncio.sleep(piece)
+                else:
+                    writer.write(piece)
+                    await writer.drain()
+        if then == "wait":
+            await reader.read()
+
+    return turn
+
+
+# What goes up and what comes back.
+
+
+async def test_a_request_and_its_answer(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        trip = Trip()
+        answer = await send(up, upstream, trip)
+        assert (answer.status, answer.reason) == (200, "Fine")
+        assert answer.raw_headers[1:3] == ((b"X-A", b"1"), (b"x-a", b"2"))
+        assert answer.headers["content-type"] == "application/json"
+        assert await whole(answer) == b"{}"
+        assert (trip.connected, trip.answered, trip.reused) == (True, True, False)
+        # Nothing of aiohttp's own: no User-Agent, no Accept, no Accept-Encoding.
+        port = upstream.port
+        assert upstream.heads == [
+            b"POST /v1/x?a=%%2F&b=c HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 2\r\n\r\n" % port
+        ]
+
+
+async def test_headers_go_up_as_often_and_as_written(up: Upstreams) -> None:
+    headers = (("X-Twice", "1"), ("X-Twice", "2"), ("x-lower", "ä".encode().decode("utf-8", "surrogateescape")))
+    async with raw_upstream(says(OK)) as upstream:
+        await whole(await send(up, upstream, headers=headers))
+        assert b"X-Twice: 1\r\nX-Twice: 2\r\nx-lower: \xc3\xa4\r\n" in upstream.heads[0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 3_000_000])
+async def test_bodies_of_any_size_have_their_length(up: Upstreams, size: int) -> None:
+    got: list[bytes] = []
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got.append(await raw.read_request(reader))
+        writer.write(OK)
+
+    body = bytes(range(256)) * (size // 256 + 1)
+    async with raw_upstream(turn) as upstream:
+        await whole(await send(up, upstream, body=body[:size]))
+        assert got == [body[:size]]
+        assert b"transfer-encoding" not in upstream.heads[0].lower()
+
+
+async def test_a_body_that_flows_is_chunked_or_has_the_length_it_was_given(up: Upstreams) -> None:
+    got: list[bytes] = []
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            got.append(await raw.read_request(reader))
+            writer.write(OK)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"ab"
+        yield b"cd"
+
+    async with raw_upstream(turn) as upstream:
+        await whole(await send(up, upstream, body=pieces()))
+        await whole(await send(up, upstream, body=pieces(), headers=(("Content-Length", "4"),)))
+        assert got == [b"abcd", b"abcd"]
+        assert b"Transfer-Encoding: chunked" in upstream.heads[0]
+        assert b"Transfer-Encoding" not in upstream.heads[1]
+        assert b"Content-Length: 4\r\n" in upstream.heads[1]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
+async def test_requests_without_a_body(up: Upstreams, method: str) -> None:
+    async with raw_upstream(says(OK[:-2] if method == "HEAD" else OK)) as upstream:
+        assert await whole(await send(up, upstream, body=None, headers=(), method=method)) in (b"", b"{}")
+        assert b"content-" not in upstream.heads[0].lower().replace(b"content-length: 0\r\n", b"")
+
+
+async def test_nothing_is_followed_and_no_cookie_is_kept(up: Upstreams) -> None:
+    moved = b"HTTP/1.1 302 Found\r\nLocation: /v1/y\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"
+    async with raw_upstream(says(moved, times=2)) as upstream:
+        for _ in range(2):
+            answer = await send(up, upstream)
+            assert (answer.status, await whole(answer)) == (302, b"")
+        assert len(upstream.heads) == 2
+        assert all(b"cookie" not in head.lower() for head in upstream.heads)
+
+
+async def test_the_environments_proxies_are_not_used(up: Upstreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    async with raw_upstream(says(OK)) as upstream:
+        assert (await send(up, upstream)).status == 200
+
+
+async def test_compressed_bodies_come_as_they_are(up: Upstreams) -> None:
+    packed = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nnope"
+    async with raw_upstream(says(packed)) as upstream:
+        assert await whole(await send(up, upstream)) == b"nope"
+
+
+async def test_a_body_arrives_read_by_read(up: Upstreams) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with raw_upstream(says(head, b"2\r\nab\r\n", 0.05, b"1\r\nc\r\n", 0.05, b"0\r\n\r\n")) as upstream:
+        answer = await send(up, upstream)
+        assert [chunk async for chunk in answer.chunks()] == [b"ab", b"c"]
+
+
+async def test_what_came_with_the_head_is_ready_and_nothing_else(up: Upstreams) -> None:
+    async with raw_upstream(says(OK, times=2, then="wait")) as upstream:
+        answer = await send(up, upstream)
+        assert answer.ready() == b"{}"
+        answer.close()
+        assert (await send(up, upstream)).ready() == b"{}"
+        assert upstream.connections == 1  # it was read to its end, so the connection could be used again
+    for rest in (b"", b"{"):
+        async with raw_upstream(says(OK[:-2] + rest, 0.05, b"{}"[len(rest) :])) as upstream:
+            answer = await send(up, upstream)
+            assert answer.ready() is None
+            assert await whole(answer) == b"{}"
+    async with raw_upstream(says(OK[:-1])) as upstream:  # cut
+        answer = await send(up, upstream)
+        await asyncio.sleep(0.02)
+        assert answer.ready() is None
+        with pytest.raises(TransportFailure):
+            await whole(answer)
+
+
+# Connections.
+
+
+async def test_a_connection_is_used_again_when_its_answer_was_read_to_the_end(up: Upstreams) -> None:
+    async with raw_upstream(says(OK, times=3)) as upstream:
+        reused = []
+        for _ in range(3):
+            trip = Trip()
+            await whole(await send(up, upstream, trip))
+            reused.append(trip.reused)
+        assert (upstream.connections, reused) == (1, [False, True, True])
+
+
+async def test_a_fresh_one_is_new_whatever_is_idle(up: Upstreams) -> None:
+    async with raw_upstream(says(OK, times=3, then="wait")) as upstream:
+        await whole(await send(up, upstream))
+        trip = Trip(fresh=True)
+        await whole(await send(up, upstream, trip))
+        assert (upstream.connections, trip.reused) == (2, False)
+
+
+async def test_closing_in_the_middle_ends_the_connection(up: Upstreams) -> None:
+    ended = asyncio.Event()
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n")
+        assert await reader.read() == b""
+        ended.set()
+
+    async with raw_upstream(turn) as upstream:
+        answer = await send(up, upstream)
+        async for _ in answer.chunks():
+            break
+        answer.close()
+        answer.close()
+        async with asyncio.timeout(1):
+            await ended.wait()
+
+
+@pytest.mark.parametrize("answering", [False, True])
+async def test_cancelling_ends_the_connection_at_once(up: Upstreams, answering: bool) -> None:
+    ended, began = asyncio.Event(), asyncio.Event()
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.read_request(reader)
+        if answering:
+            writer.write(b"HTTP/1.1 200 OK\r\n")
+        began.set()
+        assert await reader.read() == b""
+        ended.set()
+
+    async with raw_upstream(turn) as upstream:
+        task = asyncio.create_task(send(up, upstream))
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(1):
+            await ended.wait()
+
+
+# The exception table: (what the upstream does) -> how far the request got.
+
+TABLE: dict[str, tuple[Say, str, bool]] = {
+    # -> kind, whether a byte of an answer came
+    "closed without a word": (says(), "ambiguous", False),
+    "reset without a word": (says(None), "ambiguous", False),
+    "silent": (says(5.0), "timeout", False),
+    "half a status line": (says(b"HTTP/1.1 2"), "invalid", True),
+    "half a status line, then reset": (says(b"HTTP/1.1 2", 0.02, None), "invalid", True),
+    "half a head": (says(b"HTTP/1.1 200 OK\r\nContent-Type: a"), "invalid", True),
+    "half a head, then silence": (says(b"HTTP/1.1 200 OK\r\nContent-Type: a", 5.0), "timeout", True),
+    "not HTTP": (says(b"SSH-2.0-OpenSSH_9.6\r\n\r\n"), "invalid", True),
+    "a bad header": (says(b"HTTP/1.1 200 OK\r\nA b: c\x00\r\n\r\n"), "invalid", True),
+    "a header too long": (says(b"HTTP/1.1 200 OK\r\nA: " + b"x" * 200_000 + b"\r\n\r\n"), "invalid", True),
+}
+
+
+@pytest.mark.parametrize(("turn", "kind", "answered"), TABLE.values(), ids=TABLE.keys())
+async def test_how_far_a_request_got(up: Upstreams, turn: Say, kind: str, answered: bool) -> None:
+    async with raw_upstream(turn) as upstream:
+        trip = Trip()
+        with pytest.raises(TransportFailure) as caught:
+            await send(up, upstream, trip, first_byte=0.2)
+        assert (caught.value.kind, trip.connected, trip.answered) == (kind, True, answered)
+        assert upstream.connections == 1  # aiohttp repeats nothing by itself
+        assert str(upstream.port) not in caught.value.detail
+
+
+@pytest.mark.parametrize("how", [(), (None,)], ids=["closed", "reset"])
+async def test_a_reused_connection_that_closes_without_a_word_is_stale(up: Upstreams, how: tuple[None, ...]) -> None:
+    """Also for GET, which aiohttp would otherwise send again by itself."""
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.read_request(reader)
+        writer.write(OK)
+        await raw.read_request(reader)
+        if how:
+            reset(writer)
+
+    for method in ("POST", "GET"):
+        async with raw_upstream(turn) as upstream:
+            await whole(await send(up, upstream, method=method))
+            trip = Trip()
+            with pytest.raises(TransportFailure) as caught:
+                await send(up, upstream, trip, method=method)
+            assert (caught.value.kind, trip.reused, trip.answered) == ("stale", True, False)
+            assert upstream.connections == 1
+
+
+async def test_a_reused_connection_that_answers_and_breaks_is_not_stale(up: Upstreams) -> None:
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.read_request(reader)
+        writer.write(OK)
+        await raw.read_request(reader)
+        writer.write(b"HTTP/1.1 ")
+
+    async with raw_upstream(turn) as upstream:
+        await whole(await send(up, upstream))
+        with pytest.raises(TransportFailure) as caught:
+            await send(up, upstream)
+        assert caught.value.kind == "invalid"
+
+
+async def test_idle_connections_that_were_closed_are_not_used(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        for connections in (1, 2):
+            trip = Trip()
+            await whole(await send(up, upstream, trip))
+            await asyncio.sleep(0.02)
+            assert (upstream.connections, trip.reused) == (connections, False)
+
+
+async def test_nobody_listens(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        pass
+    trip = Trip()
+    with pytest.raises(TransportFailure) as caught:
+        await send(up, upstream, trip)
+    assert (caught.value.kind, trip.connected) == ("unreached", False)
+    assert "refused" in caught.value.detail.lower()
+
+
+@pytest.mark.parametrize("url", ["http://no-such-host.invalid/v1", "http://[::1", "http://127.0.0.1:99999/v1"])
+async def test_addresses_that_lead_nowhere(up: Upstreams, url: str) -> None:
+    trip = Trip()
+    with pytest.raises(TransportFailure) as caught:
+        await up.send("POST", url, [], b"{}", first_byte=3.0, trip=trip)
+    assert (caught.value.kind, trip.connected) == ("unreached", False)
+
+
+async def test_no_tls_where_tls_is_expected(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        trip = Trip()
+        with pytest.raises(TransportFailure) as caught:
+            await up.send("POST", f"https://127.0.0.1:{upstream.port}/v1", [], b"{}", first_byte=2.0, trip=trip)
+        assert (caught.value.kind, trip.connected) == ("unreached", False)
+        assert upstream.heads == []
+
+
+async def test_a_certificate_that_nobody_vouches_for() -> None:
+    """No key is sent to it (RELIABILITY E40)."""
+    key = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
+    error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("sk-secret"))
+    failure = _failure(error, Trip())
+    assert failure.kind == "unreached"
+    assert "secret" not in failure.detail
+
+
+@pytest.mark.parametrize(
+    ("error", "trip", "kind"),
+    [
+        (aiohttp.ConnectionTimeoutError("x"), Trip(), "unreached"),
+        (TimeoutError(), Trip(), "unreached"),
+        (TimeoutError(), Trip(connected=True), "timeout"),
+        (aiohttp.InvalidURL("x"), Trip(), "unreached"),
+        (ValueError("x"), Trip(), "unreached"),
+        (OSError(24, "Too many open files"), Trip(), "unreached"),
+        (aiohttp.ServerDisconnectedError(), Trip(connected=True), "ambiguous"),
+        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True), "ambiguous"),
+        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True, reused=True), "stale"),
+        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True, reused=True, answered=True), "invalid"),
+        (aiohttp.ClientPayloadError(), Trip(connected=True), "ambiguous"),
+    ],
+)
+def test_the_table(error: Exception, trip: Trip, kind: str) -> None:
+    assert _failure(error, trip).kind == kind
+
+
+def test_every_failure_of_aiohttp_has_a_place() -> None:
+    """Whatever its client raises is caught by one of the kinds that `send` names."""
+    named = (TimeoutError, aiohttp.ClientError, OSError, ValueError)
+    public = [getattr(aiohttp, name) for name in aiohttp.__all__]
+    errors = [kind for kind in public if isinstance(kind, type) and issubclass(kind, BaseException)]
+    unnamed = {kind for kind in errors if not issubclass(kind, named)}
+    assert {kind.__name__ for kind in unnamed} <= {"EofStream", "ClientWebSocketResponse", "BadContentDispositionHeader", "BadContentDispositionParam"}
+
+
+# Bodies that break.
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind", "got"),
+    [
+        (says(CHUNKED, b"2\r\nab\r\n", 0.02), "invalid", b"ab"),
+        (says(CHUNKED, b"2\r\nab\r\n", 0.02, None), "invalid", b"ab"),
+        (says(CHUNKED, b"2\r\nab\r\n5\r\nab", 0.02), "invalid", b"abab"),
+        (says(CHUNKED, b"2\r\nab\r\n", 0.02, b"zz\r\n"), "invalid", b"ab"),
+        (says(CHUNKED, b"2\r\nab\r\n", 5.0), "timeout", b"ab"),
+        (says(OK[:-1], 0.02), "invalid", b"{"),
+        (says(OK[:-1], 5.0), "timeout", b"{"),
+    ],
+    ids=["closed", "reset", "inside a chunk", "no chunk", "silent", "short", "short and silent"],
+)
+async def test_bodies_that_break(up: Upstreams, turn: Say, kind: str, got: bytes) -> None:
+    async with raw_upstream(turn) as upstream:
+        answer = await send(up, upstream)
+        seen = b""
+        with pytest.raises(TransportFailure) as caught:
+            async for chunk in answer.chunks():
+                seen += chunk
+        assert (caught.value.kind, seen) == (kind, got)
+        answer.close()
+
+
+async def test_each_read_has_its_own_patience(up: Upstreams) -> None:
+    """0.2 s of silence are too much, a stream of any length is not."""
+    pieces: list[Any] = [piece for _ in range(6) for piece in (0.1, b"1\r\na\r\n")]
+    async with raw_upstream(says(CHUNKED, *pieces, b"0\r\n\r\n")) as upstream:
+        assert await whole(await send(up, upstream)) == b"aaaaaa"
+
+
+async def test_silence_before_the_head_is_bounded_by_first_byte_alone(up: Upstreams) -> None:
+    async with raw_upstream(says(0.4, OK)) as upstream:
+        assert await whole(await send(up, upstream, first_byte=2.0)) == b"{}"
+
+
+async def test_a_body_without_a_length_ends_with_its_connection(up: Upstreams) -> None:
+    """Nobody can see whether it is whole: what it says must tell (the audit)."""
+    async with raw_upstream(says(b"HTTP/1.0 200 OK\r\n\r\n", b"abc")) as upstream:
+        assert await whole(await send(up, upstream)) == b"abc"
+
+
+async def test_a_slow_reader_holds_the_upstream_back(up: Upstreams) -> None:
+    sent = 0
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await raw.read_request(reader)
+        writer.write(CHUNKED)
+        for _ in range(400):
+            writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            await writer.drain()
+            sent += 65536
+        writer.write(b"0\r\n\r\n")
+
+    async with raw_upstream(turn) as upstream:
+        answer = await send(up, upstream)
+        for _ in range(20):
+            before = sent
+            await asyncio.sleep(0.02)
+            if before == sent:
+                break
+        assert sent < 16 * 1024 * 1024
+        size = 0
+        async for chunk in answer.chunks():
+            size += len(chunk)
+        assert size == 400 * 65536
