@@ -23,9 +23,10 @@ from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
 from .core.cacheability import StreamAudit, is_deterministic, plain_complete, request_bypass
 from .core.call import CachePlan, Call
-from .core.entry import Entry
+from .core.entry import Entry, Form
 from .core.errors import Refusal
 from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from .core.forms import converted, other_form
 from .core.headers import Raw, downstream_headers, storable_headers
 from .core.lenient import parse_leniently
 from .core.outcome import TransportFailure
@@ -161,12 +162,15 @@ class Journey:
             )
         )
 
-    def look(self, call: Call, plan: CachePlan) -> tuple[Hit | None, CachePlan]:
+    async def look(self, call: Call, plan: CachePlan) -> tuple[Hit | None, CachePlan]:
         """The stored answer, or the plan with the reason why there is none. Raises Refusal(not_cached)."""
         store, options = self.world.store, call.options
         if store is not None and plan.read:
-            entry = store.get(plan.key, "sse" if call.stream else "json")
+            form: Form = "sse" if call.stream else "json"
+            entry = store.get(plan.key, form)
             hit = self._find(entry, call.wants_usage, options.max_age)
+            if hit is None:
+                hit = self._find(await self._from_other_form(call, plan, form), call.wants_usage, options.max_age)
             if hit is not None:
                 return hit, plan
             if entry is not None:
@@ -178,6 +182,21 @@ class Journey:
         if options.only_if_cached:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
+
+    async def _from_other_form(self, call: Call, plan: CachePlan, form: Form) -> Entry | None:
+        """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
+        store = self.world.store
+        assert store is not None
+        other = store.get(plan.key, other_form(form))
+        if other is None or not other.fresh(self.world.seams.wall()):
+            return None
+        if len(other.body) > LARGE // 4:
+            entry = await asyncio.to_thread(converted, other, call.document)
+        else:
+            entry = converted(other, call.document)
+        if entry is not None:
+            store.put(entry)
+        return entry
 
     async def buy(self, call: Call, plan: CachePlan) -> Bought:
         """The answer from upstream. Raises Refusal."""

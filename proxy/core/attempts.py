@@ -58,14 +58,13 @@ Step = Deliver | ChangeKey | Fresh | Pause
 class Attempts:
     """One request's use of the policy."""
 
-    __slots__ = ("_random", "made", "policy", "retries", "stale_used")
+    __slots__ = ("_random", "policy", "retries", "stale_used")
 
     def __init__(self, policy: Policy, random: Callable[[], float]) -> None:
         self.policy = policy
         self._random = random
         self.retries = 0
         self.stale_used = False
-        self.made = 0
 
     def after(
         self,

@@ -188,10 +188,7 @@ class StreamAudit:
         return self._ended if self._endpoint == "responses" else self._done
 
     def truncated(self, rest: bytes = b"") -> bool:
-        """Whether the stream stopped before its end although the connection ended well: to be told to the client.
-
-        Less than what `verdict` asks: a stream that is odd but finished is passed on as it is.
-        """
+        """Whether it stopped before its end: to be told to the client, where what is merely odd is passed on."""
         if self.error or self._done:
             return False
         if rest.strip(b"\r\n"):

@@ -153,7 +153,7 @@ class Downstream:
         request, journey = visit.request, self._journey
         call = await self._call(visit, body, plain)
         plan = await journey.plan(call)
-        hit, plan = journey.look(call, plan)
+        hit, plan = await journey.look(call, plan)
         if plain:
             journey.remember(visit.target, visit.client.scope, body, plan, call)
         if hit is not None:

@@ -26,7 +26,7 @@ from ..core.ports import Trip, UpstreamReply, WayUp
 from ..core.receipt import Receipt
 from ..core.routes import Route
 from ..world import World
-from .wire import Stream, Streamed, Whole, continued, raw_lines, status_line, too_large
+from .wire import Stream, Streamed, Whole, continued, next_piece, raw_lines, status_line, too_large
 
 _REASON = "uncacheable: route"
 
@@ -76,6 +76,7 @@ class Passage:
             policy = replace(policy, max_retries=options.max_retries)
         attempts = Attempts(policy, seams.random)
         repeatable = request.method in ("GET", "HEAD") and not request.body_exists
+        fresh = not repeatable
         deadline = seams.monotonic() + (options.timeout or world.settings.timeouts.total)
         excluded: set[str] = set()
         last: tuple[UpstreamReply, bytes] | None = None
@@ -102,11 +103,11 @@ class Passage:
                     self._headers(request, client, key, upload),
                     upload.body(),
                     first_byte=max(0.001, min(world.settings.timeouts.first_byte, deadline - now)),
-                    trip=Trip(fresh=not repeatable),
+                    trip=Trip(fresh=fresh),
                 )
                 outcome = Class.OK
                 if reply.status >= 400:
-                    body = await _error_body(reply)
+                    body = await _error_body(reply, deadline - seams.monotonic())
                     info = error_info(body)
                     outcome = classify(reply.status, info, reply.headers.get("x-should-retry"))
                     asked = retry_after(reply.headers, seams.wall())
@@ -114,6 +115,8 @@ class Passage:
                     if outcome in (Class.UNAUTHORIZED, Class.QUOTA) and not world.passthrough:
                         world.ring.learn(key, "", outcome, seams.monotonic(), 0.0, reason)
             except TransportFailure as error:
+                if reply is not None:
+                    reply.close()
                 if upload.too_large:
                     raise too_large(world.settings.server.max_body) from None
                 failure, outcome = error, error.outcome
@@ -146,8 +149,8 @@ class Passage:
                         last = reply, body
                 case Pause(seconds):
                     await seams.sleep(seconds)
-                case _:  # a GET on a connection that had gone stale: the next one is new
-                    pass
+                case _:  # a GET on a connection that had gone stale
+                    fresh = True
 
     def _choose(self, route: Route, excluded: set[str] | frozenset[str]) -> PoolKey | None:
         """The fixed key of stateful routes; else the key least recently used of those that are ready."""
@@ -212,7 +215,9 @@ class Passage:
         except TransportFailure as failure:
             error = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
             if not stream.started:
-                raise Refusal(error, failure.detail) from None
+                refusal = Refusal(error, failure.detail)
+                status, refusal.lines = refusal.status, trace.lines()
+                raise refusal from None
             return stream.abort()
         except BaseException:
             status, error = 499, "client_gone"
@@ -285,14 +290,8 @@ class _Upload:
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         await continued(self._request)
-        content = self._request.content
-        loop = asyncio.get_running_loop()
-        began, size = loop.time(), 0
-        while True:
-            async with asyncio.timeout_at(began + 30 + size / 65536):
-                piece = await content.readany()
-            if not piece:
-                return
+        began, size = asyncio.get_running_loop().time(), 0
+        while piece := await next_piece(self._request, began, size):
             size += len(piece)
             if size > self._limit:
                 self.too_large = True
@@ -300,9 +299,14 @@ class _Upload:
             yield piece
 
 
-async def _error_body(reply: UpstreamReply) -> bytes:
+async def _error_body(reply: UpstreamReply, patience: float) -> bytes:
     encoding = reply.headers.get("Content-Encoding", "").strip().lower()
-    return await read_error(decoded_chunks(reply.chunks(), encoding) if Inflater.knows(encoding) else reply.chunks())
+    chunks = decoded_chunks(reply.chunks(), encoding) if Inflater.knows(encoding) else reply.chunks()
+    try:
+        async with asyncio.timeout(max(0.0, patience)):
+            return await read_error(chunks)
+    except TimeoutError:
+        raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
 
 
 def _refusal(failure: TransportFailure, spent: bool) -> Refusal:

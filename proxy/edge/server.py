@@ -50,6 +50,8 @@ class _Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._messages and (current := self._current_request) is not None and not current.content.is_eof():
+            self.force_close()  # broken chunks: the parser gave up inside this body, and nobody else will end it
         if self._waiter is None or self._waiter.done():  # a whole header is in, or a body is being read
             if self._header_timer is not None:
                 self._header_timer.cancel()

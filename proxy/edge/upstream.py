@@ -6,6 +6,7 @@ Nothing is followed, kept or read from the environment here: no redirects, no co
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -47,6 +48,9 @@ class _Protocol(ResponseHandler):
             self.trip.answered = True
             self.trip = None
         super().data_received(data)
+        if self._exception is not None and self._payload is not None and not self._payload.is_eof():
+            # Broken framing inside a body: aiohttp tells that to nobody who reads it, and he would wait for ever.
+            self._payload.set_exception(aiohttp.ClientPayloadError("broken framing"))
 
 
 class _Connector(TCPConnector):
@@ -134,6 +138,8 @@ class Upstreams:
             max_field_size=64 * 1024,
             read_bufsize=256 * 1024,
         )
+        # aiohttp would send GET, HEAD, PUT and DELETE again by itself, unseen; whether to is the retry policy's to say.
+        self._session._retry_connection = False
 
     async def send(
         self,
@@ -181,6 +187,13 @@ def _name(error: BaseException) -> str:
     return type(error).__name__
 
 
+def _why(error: OSError) -> str:
+    """In the system's own words, without the address that asyncio puts there."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or _name(error)  # the resolver's errors have negative numbers
+
+
 def _failure(error: Exception, trip: Trip) -> TransportFailure:
     """The exception table: how far the request got when aiohttp gave up."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
@@ -188,9 +201,7 @@ def _failure(error: Exception, trip: Trip) -> TransportFailure:
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError):
         return TransportFailure("unreached", "the upstream's TLS certificate or handshake is not acceptable")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return TransportFailure(
-            "unreached", f"the upstream cannot be reached ({error.os_error.strerror or _name(error)})"
-        )
+        return TransportFailure("unreached", f"the upstream cannot be reached ({_why(error.os_error)})")
     if isinstance(error, TimeoutError):
         if trip.connected:
             return TransportFailure("timeout", "the upstream did not answer in time")

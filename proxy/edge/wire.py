@@ -197,18 +197,23 @@ async def read_body(request: BaseRequest, max_body: int) -> bytes:
     await continued(request)
     parts: list[bytes] = []
     size = 0
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = asyncio.get_running_loop().time()
+    while part := await next_piece(request, began, size):
+        parts.append(part)
+        size += len(part)
+        if size > max_body:
+            raise too_large(max_body)
+    return b"".join(parts)
+
+
+async def next_piece(request: BaseRequest, began: float, size: int) -> bytes:
+    """The next read of a body of which `size` bytes came since `began` (loop time), b"" at its end.
+
+    Raises ConnectionResetError where it comes too slowly: then the connection is cut.
+    """
     try:
-        while True:
-            async with asyncio.timeout_at(began + BODY_TIMEOUT + size / 65536):
-                part = await content.readany()
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-            size += len(part)
-            if size > max_body:
-                raise too_large(max_body)
+        async with asyncio.timeout_at(began + BODY_TIMEOUT + size / 65536):
+            return await request.content.readany()
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()

@@ -80,6 +80,11 @@ def test_never_before_retry_after(asked: float, random: float) -> None:
     assert step.seconds >= 1.0  # nor sooner than the policy's own delay
 
 
+def test_without_a_hint_the_policy_alone_decides() -> None:
+    assert after(machine(base_delay=0.25, jitter=0.5), Class.RETRY, asked=None) == Pause(0.5)
+    assert after(machine(base_delay=0.0, jitter=0.0), Class.RETRY, asked=0.0) == Pause(0.0)
+
+
 def test_a_longer_retry_after_may_exceed_max_delay() -> None:
     assert after(machine(), Class.RATE_LIMITED, asked=60.0) == Pause(60.0)
 
@@ -227,6 +232,15 @@ def test_it_shrinks_with_the_requests() -> None:
         budget.request(0.0)
     assert taken(budget, 9.0, 5) == 5
     assert taken(budget, 10.0) == 5  # the requests have left the window, the five retries not yet
+
+
+def test_what_has_left_the_window_is_forgotten_to_the_last_request() -> None:
+    budget = RetryBudget(1.0)
+    for number in range(50):
+        budget.request(number * 0.03)
+    for _ in range(100):
+        budget.request(20.0)
+    assert taken(budget, 20.0) == 110
 
 
 def test_its_memory_is_bounded() -> None:

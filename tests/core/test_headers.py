@@ -93,6 +93,11 @@ def test_headers_that_connection_names_stay_here(connection: list[bytes]) -> Non
     assert downstream_headers(headers, pooled=True, decoded=False) == [(b"X-Hope", b"3"), (b"X-Other", b"4")]
 
 
+def test_only_connection_names_headers() -> None:
+    headers: list[Raw] = [(b"User-Agent", b"x-hop"), (b"Connectio1", b"x-hop"), (b"X-Hop", b"1")]
+    assert downstream_headers([*headers, (b"Connection", b"close")], pooled=True, decoded=True) == headers
+
+
 def test_the_order_of_the_headers_does_not_matter_to_connection() -> None:
     headers: list[Raw] = [(b"X-Hop", b"1"), (b"Connection", b"x-hop")]
     assert upstream_headers(headers, pooled=True) == []

@@ -42,6 +42,8 @@ GOOD: list[tuple[str, str, dict[str, Any]]] = [
     ("X-Proxy-Max-Wait", "250ms", {"max_wait": 0.25}),
     ("X-Proxy-Max-Wait", "0", {"max_wait": 0.0}),
     ("X-Proxy-Timeout", "90", {"timeout": 90.0}),
+    ("X-Proxy-Timeout", "1", {"timeout": 1.0}),
+    ("X-Proxy-Timeout", "500ms", {"timeout": 0.5}),
     ("X-Proxy-Timeout", "2m", {"timeout": 120.0}),
     *[("X-Proxy-Max-Retries", str(number), {"max_retries": number}) for number in range(11)],
     ("X-Proxy-Stream-Cost", "comment", {"stream_cost": True}),
@@ -111,6 +113,14 @@ def test_a_later_option_in_the_base_url_too(name: str) -> None:
     assert (caught.value.code, caught.value.param) == ("invalid_option", name)
 
 
+def test_nothing_asked_is_nothing() -> None:
+    off = (NONE.no_cache, NONE.no_store, NONE.only_if_cached, NONE.stream_cost)
+    assert off == (False, False, False, False)
+    unset = (NONE.max_age, NONE.ttl, NONE.max_wait, NONE.timeout, NONE.max_retries)
+    assert unset == (None,) * 5
+    assert (NONE.namespace, NONE.sample, NONE.tags) == ("", "", ())
+
+
 def test_other_headers_ask_nothing() -> None:
     headers = [("Accept", "*/*"), ("X-Proxy-Unheard-Of", "1"), ("Authorization", "Bearer x"), ("X-Stainless-Lang", "p")]
     assert from_headers(NONE, headers) is NONE
@@ -133,6 +143,7 @@ CACHE_CONTROL: list[tuple[str, dict[str, Any]]] = [
     ("no-transform, max-stale=5, min-fresh=1, immutable, x=y", {}),
     ("stale-if-error=60", {}),
     ("public,\tonly-if-cached ", {"only_if_cached": True}),
+    ("max-age=999999999", {"max_age": 999_999_999}),
     ("max-age=99999999999999999999", {"max_age": 2**31}),
 ]
 

@@ -58,6 +58,38 @@ def test_a_receipt_as_json() -> None:
     assert orjson.loads(orjson.dumps(got)) == got
 
 
+def test_everything_is_told() -> None:
+    fields = {
+        "id": "a1",
+        "client": "anna",
+        "endpoint": "chat",
+        "model": "gpt-4o",
+        "answer_model": "gpt-4o-2024-08-06",
+        "status": 200,
+        "cache": "miss",
+        "stream": True,
+        "upstream": "openai",
+        "key": "openai-1",
+        "attempts": 2,
+        "cost_usd": "0.002250",
+        "saved_usd": "0.000000",
+        "cost_status": "exact",
+        "error": "client_gone",
+        "tags": ("team:search",),
+    }
+    times = {"queue_ms": 0.12345, "upstream_ms": 2.34567, "total_ms": 3.45678, "finished_at": 1.23456}
+    got = Receipt(reason="new", usage=Usage(100, 200, 300, 40), **fields, **times).as_json()  # type: ignore[arg-type]
+    assert got == fields | {
+        "cache_reason": "new",
+        "tags": ["team:search"],
+        "prompt_tokens": 100,
+        "cached_tokens": 40,
+        "completion_tokens": 200,
+        "total_tokens": 300,
+        **{name: round(value, 3) for name, value in times.items()},
+    }
+
+
 def test_what_is_unknown_is_null_never_zero() -> None:
     got = receipt().as_json()
     for name in ("cost_usd", "saved_usd", "prompt_tokens", "completion_tokens", "total_tokens", "client", "error"):
@@ -94,6 +126,13 @@ def test_the_last_ones_are_kept() -> None:
             receipts.put(receipt(f"r{number}"))
     assert [receipts.get(f"r{number}") is not None for number in range(5)] == [False, False, True, True, True]
     assert receipts.get("never") is None
+    for hits in (False, True):
+        for number in range(9):
+            if hits:
+                receipts.put_hit(f"s{number}", "", entry(), 0.0)
+            else:
+                receipts.put(receipt(f"s{number}"))
+        assert [number for number in range(9) if receipts.get(f"s{number}")] == [6, 7, 8]
     assert KEPT >= 1000
 
 

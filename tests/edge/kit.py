@@ -286,7 +286,9 @@ class Raw:
 
 
 @asynccontextmanager
-async def raw_upstream(turn: Callable[[Raw, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[Raw]:
+async def raw_upstream(
+    turn: Callable[[Raw, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[Raw]:
     async def bound(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await turn(upstream, reader, writer)
 

@@ -68,7 +68,9 @@ async def test_no_content_has_no_framing_at_all(status: int) -> None:
         ("1.0", "keep-alive", "keep-alive", True),
     ],
 )
-async def test_persistence_is_as_the_client_wants_it(version: str, connection: str, said: str | None, kept: bool) -> None:
+async def test_persistence_is_as_the_client_wants_it(
+    version: str, connection: str, said: str | None, kept: bool
+) -> None:
     async with served(whole()) as port, wire(port) as line:
         answer = await get(line, version=version, connection=connection)
         assert answer.body == b"hello"
@@ -108,9 +110,9 @@ async def test_nothing_is_written_to_a_client_that_is_gone() -> None:
         assert request.transport is not None
         request.transport.abort()
         answer = Whole(request, HEAD, b"x", status=200)
-        for write in (answer.write_eof, lambda: Stream(request, HEAD, 200).write(b"x")):
+        for write in (answer.write_eof(), Stream(request, HEAD, 200).write(b"x")):
             with pytest.raises(ConnectionResetError):
-                await write()
+                await write
             seen.append("refused")
         return answer
 

@@ -179,7 +179,7 @@ class Scene:
         """As `edge.downstream` goes about it: plan, look, buy, let flow."""
         plan = await self.journey.plan(call)
         try:
-            hit, plan = self.journey.look(call, plan)
+            hit, plan = await self.journey.look(call, plan)
             if hit is not None:
                 return Told(hit.entry.status, hit.body, raw_headers=hit.entry.headers, hit=hit)
             bought = await self.journey.buy(call, plan)

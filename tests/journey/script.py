@@ -7,8 +7,9 @@ until somebody gives up: the way up itself after `IDLE` seconds.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
 import orjson
@@ -69,7 +70,7 @@ class Sent:
     @property
     def key(self) -> str:
         """The pool key's label: secrets are `sk-LABEL`."""
-        credential = self.headers.get("Authorization") or self.headers.get("api-key", "")
+        credential = self.headers.get("Authorization", "") or self.headers.get("api-key", "")
         return credential.removeprefix("Bearer ").removeprefix("sk-")
 
     def json(self) -> Any:
@@ -85,25 +86,25 @@ class ScriptedReply:
     reason: str
     raw_headers: Sequence[Raw]
     headers: Mapping[str, str]
-    steps: tuple[Step, ...]
+    left: deque[Step]
     at_once: bool
     closed: int = 0
     finished: bool = False
-    read: list[bytes] = field(default_factory=list)
 
     def ready(self) -> bytes | None:
-        pieces = [step for step in self.steps if isinstance(step, bytes)]
-        if not self.at_once or len(pieces) < len(self.steps):
+        pieces = [step for step in self.left if isinstance(step, bytes)]
+        if not self.at_once or len(pieces) < len(self.left):
             return None
+        self.left.clear()
         self.finished = True
         return b"".join(pieces)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        assert not self.finished, "read twice"
-        for step in self.steps:
+        """Goes on where an earlier reader stopped, as a socket does."""
+        while self.left:
             assert not self.closed, "read after close"
+            step = self.left.popleft()
             if isinstance(step, bytes):
-                self.read.append(step)
                 yield step
             elif isinstance(step, TransportFailure):
                 self.finished = True
@@ -142,16 +143,15 @@ class ScriptedWayUp:
         first_byte: float,
         trip: Trip,
     ) -> ScriptedReply:
-        if body is not None and not isinstance(body, bytes):
-            body = b"".join([piece async for piece in body])
         now = asyncio.get_running_loop().time()
-        sent = Sent(method, url, CIMultiDict(headers), body, first_byte, trip, now)
+        known = body if isinstance(body, bytes) else None
+        sent = Sent(method, url, CIMultiDict(headers), known, first_byte, trip, now)
         self.sent.append(sent)
         assert first_byte > 0
         move = self.queue.pop(0) if self.queue else self._otherwise(sent)
         try:
             async with asyncio.timeout(first_byte):
-                return await self._play(move, sent, trip)
+                return await self._play(move, sent, trip, body)
         except TimeoutError:
             kind: FailureKind = "timeout" if trip.connected else "unreached"
             raise TransportFailure(kind, "scripted: too slow") from None
@@ -160,23 +160,28 @@ class ScriptedWayUp:
         assert self.otherwise is not None, f"an unexpected call: {sent}"
         return self.otherwise(sent)
 
-    async def _play(self, move: Move, sent: Sent, trip: Trip) -> ScriptedReply:
+    async def _play(
+        self, move: Move, sent: Sent, trip: Trip, body: bytes | AsyncIterator[bytes] | None
+    ) -> ScriptedReply:
         if isinstance(move, Fails):
             await asyncio.sleep(move.wait)
             if move.kind == "hang connecting":
                 return await _for_ever()
             trip.connected = move.kind != "unreached"
             trip.reused = move.kind == "stale"
+            if trip.connected:
+                sent.body = await _read(body)
             if move.kind == "hang":
                 return await _for_ever()
             raise TransportFailure(move.kind, f"scripted: {move.kind}")
         await asyncio.sleep(move.connect)
         trip.connected = True
+        sent.body = await _read(body)
         await asyncio.sleep(move.wait)
         trip.answered = True
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in move.headers]
         headers: CIMultiDict[str] = CIMultiDict(move.headers)
-        sent.reply = ScriptedReply(move.status, move.reason, raw, headers, move.body, move.at_once)
+        sent.reply = ScriptedReply(move.status, move.reason, raw, headers, deque(move.body), move.at_once)
         return sent.reply
 
     @property
@@ -187,6 +192,16 @@ class ScriptedWayUp:
     @property
     def replies(self) -> list[ScriptedReply]:
         return [sent.reply for sent in self.sent if sent.reply is not None]
+
+
+async def _read(body: bytes | AsyncIterator[bytes] | None) -> bytes | None:
+    """What goes up. A body that fails to come breaks the connection, as it does with aiohttp."""
+    if body is None or isinstance(body, bytes):
+        return body
+    try:
+        return b"".join([piece async for piece in body])
+    except Exception as error:
+        raise TransportFailure("ambiguous", f"scripted: the body broke: {error!r}") from None
 
 
 async def _for_ever() -> NoReturn:

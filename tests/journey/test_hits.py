@@ -14,7 +14,7 @@ from proxy.core.call import Call
 from proxy.core.options import Options
 from tests.journey.clock import story
 from tests.journey.scene import CHAT, Scene, ask, settings
-from tests.journey.script import completion, dump, error, says, streams
+from tests.journey.script import DONE, chunk, completion, dump, error, event, events, says, streams
 
 
 async def ages(scene: Scene, seconds: float) -> None:
@@ -123,12 +123,45 @@ async def test_only_if_cached_answers_what_is_there() -> None:
 
 
 @story
-async def test_stream_and_plain_have_their_own_entries() -> None:
-    scene = Scene(says(), streams())
-    assert (await scene.ask()).cache == "miss"
+async def test_a_stored_plain_answer_serves_a_stream() -> None:
+    scene = Scene(says())
+    plain = (await scene.ask()).json()
+    for _ in range(2):
+        streamed = await scene.ask(ask(stream=True))
+        assert streamed.cache == "hit"
+        assert dict(streamed.raw_headers)[b"Content-Type"] == b"text/event-stream; charset=utf-8"
+        assert streamed.body.startswith(b"data: ")
+        assert streamed.body.endswith(b"data: [DONE]\n\n")
+        assert b'"usage":{' not in streamed.body  # nobody asked
+        assert plain["choices"][0]["message"]["content"].split()[0].encode() in streamed.body
+    asked = await scene.ask(ask(stream=True, stream_options={"include_usage": True}))
+    assert asked.cache == "hit"
+    assert b'"usage":{' in asked.body
+    assert len(scene.way_up.sent) == 1
+
+
+@story
+async def test_a_stored_stream_serves_a_plain_request() -> None:
+    scene = Scene(streams(events("Hello", usage=True)))
     assert (await scene.ask(ask(stream=True))).cache == "miss"
-    assert (await scene.ask()).json()["choices"]
-    assert (await scene.ask(ask(stream=True))).body.startswith(b"data: ")
+    for _ in range(2):
+        plain = await scene.ask()
+        assert plain.cache == "hit"
+        assert dict(plain.raw_headers)[b"Content-Type"] == b"application/json"
+        assert plain.json()["object"] == "chat.completion"
+        assert plain.json()["usage"]["total_tokens"]
+    assert len(scene.way_up.sent) == 1
+
+
+@story
+async def test_what_has_no_certain_other_form_is_a_miss_and_kept_beside_the_first() -> None:
+    """Two chunks tell of a field that nobody knows how to join."""
+    odd = [event(chunk(choices=[{"index": 0, "delta": {"content": "a", "odd": 1}, "finish_reason": None}]))] * 2
+    scene = Scene(streams([*odd, event(chunk(None, "stop")), DONE]), says())
+    assert (await scene.ask(ask(stream=True))).cache == "miss"
+    assert (await scene.ask()).cache == "miss"
+    assert (await scene.ask(ask(stream=True))).cache == "hit"
+    assert (await scene.ask()).cache == "hit"
     assert len(scene.way_up.sent) == 2
 
 
@@ -168,7 +201,7 @@ async def remembered(scene: Scene, target: str = CHAT, **fields: Any) -> tuple[C
     """A request that was bought and remembered, as `edge.downstream` does it."""
     call = scene.call(ask(**fields), target=target)
     plan = await scene.journey.plan(call)
-    hit, plan = scene.journey.look(call, plan)
+    hit, plan = await scene.journey.look(call, plan)
     if hit is None:
         await scene.serve(call)
     scene.journey.remember(target, call.client.scope, call.body, plan, call)
@@ -203,7 +236,7 @@ async def test_only_identical_bytes_target_and_client_are_remembered() -> None:
 
 @story
 async def test_who_asks_for_usage_gets_it_on_the_short_way_too() -> None:
-    scene = Scene(streams())
+    scene = Scene(streams(events("Hello", usage=True)))
     _, without = await remembered(scene, stream=True)
     _, asked = await remembered(scene, stream=True, stream_options={"include_usage": True})
     hits = [scene.journey.peek(CHAT, "", body) for body in (without, asked)]

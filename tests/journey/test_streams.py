@@ -14,6 +14,7 @@ from proxy.config.settings import Cache, Cost
 from proxy.core.options import Options
 from proxy.core.outcome import TransportFailure
 from proxy.core.sse import data_of
+from proxy.relay import READ_ON
 from tests.journey.clock import settled, story
 from tests.journey.scene import Scene, Told, ask, pool, settings
 from tests.journey.script import DONE, HANG, SSE, Says, Step, chunk, error, event, events, says, streams
@@ -415,4 +416,62 @@ async def test_a_client_gone_before_the_first_byte() -> None:
     bought.flow.abandon()
     bought.flow.abandon()
     assert [receipt.status for receipt in scene.receipts] == [499]
+    scene.balanced()
+
+
+# The end, and what comes after it.
+
+
+@pytest.mark.parametrize("how", [ConnectionResetError("the client is gone"), None], ids=["a failed write", "cancelled"])
+@pytest.mark.parametrize(
+    ("after", "kept"),
+    [((), True), ((0.5, b"\n"), True), ((HANG,), False), ((CUT,), True)],
+    ids=["", "late", "never", "cut"],
+)
+@story
+async def test_a_client_that_hangs_up_at_done_got_all_there_is(
+    how: Exception | None, after: tuple[Step, ...], kept: bool
+) -> None:
+    """Most SDKs do. The answer is stored, priced and whole; what is left upstream is read for a second at most."""
+    scene = Scene(streams([*events(usage=True), *after]))
+    task: asyncio.Task[Told]
+
+    async def write(data: bytes) -> None:
+        if DONE in data:
+            if how is not None:
+                raise how
+            task.cancel()
+            await asyncio.sleep(0)
+
+    scene.write = write
+    task = await started(scene, STREAM)
+    with pytest.raises(asyncio.CancelledError if how is None else ConnectionResetError):
+        await task
+    assert (scene.receipt.status, scene.receipt.error, scene.receipt.cost_usd) == (200, "", "0.002250")
+    scene.write = None
+    assert (await scene.ask(STREAM)).cache == "hit"
+    await scene.seams.sleep(READ_ON)
+    await settled()
+    [reply] = scene.way_up.replies
+    assert (reply.finished, reply.closed > 0) == (kept, True)
+    scene.balanced()
+
+
+@story
+async def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
+    for failure in (CUT, SILENT):
+        scene = Scene(streams([*events(), failure]), config=OFF)
+        told = await scene.ask(STREAM)
+        assert (told.body, told.broken) == (WHOLE, False)
+        assert [(receipt.status, receipt.error) for receipt in scene.receipts] == [(200, "")]
+        assert (await scene.ask(STREAM)).cache == "hit"
+        scene.balanced()
+
+
+@story
+async def test_what_has_been_said_is_a_hit_before_the_upstream_hangs_up() -> None:
+    scene = Scene(streams([*events(), 5.0]), config=OFF)
+    task = await started(scene, STREAM)
+    assert (await scene.ask(STREAM)).cache == "hit"
+    assert (await task).at == 5.0
     scene.balanced()
