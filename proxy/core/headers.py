@@ -94,7 +94,7 @@ def _named_by_connection(raw: Sequence[Raw]) -> frozenset[bytes]:
     return named
 
 
-@lru_cache(4096)
+@lru_cache(1024)
 def _goes_up(name: bytes) -> tuple[str, bytes] | None:
     """(name as text, in lower case) of a client's header that goes up, None of one that does not."""
     lower = name.lower()
@@ -103,20 +103,20 @@ def _goes_up(name: bytes) -> tuple[str, bytes] | None:
     return name.decode("latin-1"), lower
 
 
-@lru_cache(4096)
+@lru_cache(1024)
 def _goes_down(name: bytes) -> bytes | None:
     """The name, in lower case, of an upstream's header that goes down, None of one that does not."""
     lower = name.lower()
     return None if lower in _NEVER_DOWN or lower.startswith(_NEVER_DOWN_PREFIXES) else lower
 
 
-@lru_cache(4096)
+@lru_cache(1024)
 def _is_stored(name: bytes) -> bool:
     lower = name.lower()
     return lower not in _NOT_STORED and not lower.startswith(_NOT_STORED_PREFIXES)
 
 
-@lru_cache(4096)
+@lru_cache(1024)
 def asks_something(name: bytes) -> bool:
     """Whether a client's header of this name may change what the proxy does."""
     lower = name.lower()

@@ -13,6 +13,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
+from .lenient import sayable
 from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
 from .outcome import Class
 
@@ -285,7 +286,7 @@ class KeyRing:
         for key in self.keys:
             states = [
                 {
-                    "model": model,
+                    "model": sayable(model),
                     "state": state.status.value,
                     "since_s": round(now - state.since, 3),
                     "until_s": round(state.until - now, 3),
@@ -295,7 +296,7 @@ class KeyRing:
                 if label == key.label and state.until > now
             ]
             quota = key.quota or key.label
-            usage = {model: a.usage(now) for (name, model), a in self._allowances.items() if name == quota}
+            usage = {sayable(model): a.usage(now) for (name, model), a in self._allowances.items() if name == quota}
             whole = next((s["state"] for s in states if s["model"] == ANY_MODEL), "ready")
             rows.append(
                 {

@@ -26,5 +26,10 @@ def parse_leniently(body: bytes) -> Any:
         return TOO_DEEP
 
 
+def sayable(name: str) -> str:
+    """A name out of such a document as strict JSON can carry it: without lone surrogates."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _small_int(digits: str) -> int | float:
     return int(digits) if len(digits) < 20 else float("inf")

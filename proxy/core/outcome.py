@@ -14,8 +14,8 @@ import orjson
 
 from .durations import parse_composite
 
-MAX_WAIT: Final = 86_400.0
-"""No upstream header makes a key or a request wait longer at once (s): a day, the window of the longest limits."""
+MAX_WAIT: Final = 3600.0
+"""No upstream header makes a key or a request wait longer than this at once (s): it is asked again then."""
 
 
 class Class(Enum):

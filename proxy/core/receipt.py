@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from .entry import Entry
+from .lenient import sayable
 from .usage import Usage
 
 KEPT: Final = 10_000
@@ -46,8 +47,8 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
         return {
             "id": self.id,
             "endpoint": self.endpoint,
-            "model": self.model,
-            "answer_model": self.answer_model,
+            "model": sayable(self.model),
+            "answer_model": sayable(self.answer_model) if self.answer_model is not None else None,
             "client": self.client or None,
             "status": self.status,
             "stream": self.stream,

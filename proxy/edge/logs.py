@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import sys
@@ -70,7 +71,11 @@ class Json(_Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return self.clean(orjson.dumps(line, default=str).decode())
+        try:
+            text = orjson.dumps(line, default=str).decode()
+        except TypeError:  # a lone surrogate, or a number of more than 64 bits
+            text = json.dumps(line, default=str)
+        return self.clean(text)
 
 
 class _Gathering(logging.Handler):

@@ -10,10 +10,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..core.entry import Entry
 from ..core.receipt import Receipt
-from ..core.routes import printable
+from ..core.routes import ENDPOINTS, SEGMENTS, printable
 from ..world import World
 
 MAX_MODELS: Final = 100
+_ENDPOINTS: Final = SEGMENTS | set(ENDPOINTS.values())
+"""What may stand as `endpoint`: any other path is passed on, too, and would be a label of the client's making."""
+
 _SECONDS: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -23,7 +26,7 @@ class _Counters:
 
     requests: Counter
     seconds: Histogram
-    attempts: Counter
+    attempts: Counter | None
     prompt: Counter
     cached: Counter
     completion: Counter
@@ -101,7 +104,8 @@ class Metrics:
 
     def observe(self, receipt: Receipt) -> None:
         """One request that was not a hit."""
-        kind = (receipt.endpoint, receipt.model, receipt.cache, receipt.status // 100, receipt.upstream)
+        endpoint = receipt.endpoint if receipt.endpoint in _ENDPOINTS else "other"
+        kind = (endpoint, receipt.model, receipt.cache, receipt.status // 100, receipt.upstream)
         counters = self._kinds.get(kind)
         if counters is None:
             counters = self._counters(*kind)
@@ -111,7 +115,7 @@ class Metrics:
         counters.seconds.observe(receipt.total_ms / 1000)
         if receipt.queue_ms > 1:
             self._queue.observe(receipt.queue_ms / 1000)
-        if receipt.attempts:
+        if receipt.attempts and counters.attempts is not None:
             counters.attempts.inc(receipt.attempts)
         if receipt.error:
             self._errors.labels(receipt.error).inc()
@@ -131,7 +135,7 @@ class Metrics:
         return _Counters(
             requests=self._requests.labels(endpoint, name, cache, f"{status}xx"),
             seconds=self._seconds.labels(endpoint, cache),
-            attempts=self._attempts.labels(upstream),
+            attempts=self._attempts.labels(upstream) if upstream else None,
             prompt=self._tokens.labels(name, "prompt"),
             cached=self._tokens.labels(name, "cached"),
             completion=self._tokens.labels(name, "completion"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -460,6 +462,15 @@ def test_the_report_names_labels_states_and_times() -> None:
     assert a["states"] == [{"model": M, "state": "cooling", "since_s": 10.0, "until_s": 20.0, "reason": "why"}]
     assert [(s["model"], s["state"], s["until_s"]) for s in b["states"]] == [(ANY_MODEL, "rejected", 595.0)]
     assert ring.report(1000.0)[0]["states"] == []
+
+
+def test_the_report_is_json_whatever_clients_call_a_model() -> None:
+    ring = pool("a", limits={"*": Limits(rpm=5)})
+    assert got(ring, 0.0, "\ud800") == "a"
+    learn(ring, "a", Class.MODEL_MISSING, 0.0, model="\ud800")
+    (row,) = json.loads(orjson.dumps(ring.report(1.0)))
+    assert row["states"][0]["model"] == "\\ud800"
+    assert list(row["limits"]) == ["\\ud800"]
 
 
 def test_since_is_when_it_began() -> None:

@@ -6,11 +6,12 @@ import json
 import math
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.lenient import parse_leniently
+from proxy.core.lenient import parse_leniently, sayable
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
@@ -47,6 +48,14 @@ def test_a_huge_integer_costs_no_time_and_is_a_number() -> None:
 @pytest.mark.parametrize("deep", [b'{"a":' * 5000 + b"1" + b"}" * 5000, b"[" * 100_000, b"[" * 5000 + b"]" * 5000])
 def test_too_deep_stands_as_an_empty_object(deep: bytes) -> None:
     assert parse_leniently(deep) == {}
+
+
+@given(st.text() | st.text(st.sampled_from("a\ud800\udfff\u20ac")))
+def test_a_name_can_be_said_again(name: str) -> None:
+    said = sayable(name)
+    assert orjson.loads(orjson.dumps(said)) == said
+    if not any("\ud800" <= c <= "\udfff" for c in name):
+        assert said == name
 
 
 BROKEN = [b"", b" ", b"{", b'{"a"}', b"{'a': 1}", b'{"a": 1,}', b"\xff", b'"\xff"', b"nul", b'{"a": 1} x', b"\x00"]

@@ -90,6 +90,12 @@ def test_everything_is_told() -> None:
     }
 
 
+def test_a_model_that_is_no_unicode_can_be_told_too() -> None:
+    """JSON bodies may hold lone surrogates, in either direction."""
+    got = orjson.loads(orjson.dumps(receipt(model="gpt-\ud800", answer_model="é\udfff").as_json()))
+    assert (got["model"], got["answer_model"]) == ("gpt-\\ud800", "é\\udfff")
+
+
 def test_what_is_unknown_is_null_never_zero() -> None:
     got = receipt().as_json()
     for name in ("cost_usd", "saved_usd", "prompt_tokens", "completion_tokens", "total_tokens", "client", "error"):

@@ -154,8 +154,8 @@ def request(
     headers: Iterable[tuple[str, str]] = (),
     version: str = "1.1",
 ) -> bytes:
-    """A request as bytes. A body that is not bytes goes as JSON; `headers` stand over the usual ones; None as value: not
-    sent at all.
+    """A request as bytes. A body that is not bytes goes as JSON; `headers` stand over the usual ones; '' as value: the
+    header is not sent at all.
     """
     raw = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
     usual = {"host": ("Host", "127.0.0.1")}
@@ -245,6 +245,7 @@ async def house(*moves: Move, config: Settings | None = None, seams: Seams = REA
 
 
 Turn = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Say = Callable[["Raw", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Raw:

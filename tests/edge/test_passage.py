@@ -15,7 +15,7 @@ from proxy.config.settings import Retry, Server, Timeouts, Upstream
 from proxy.core.outcome import TransportFailure
 from tests.edge.kit import Answer, House, chunked, house, request, wire
 from tests.journey.scene import pool, settings
-from tests.journey.script import HANG, JSON, Fails, Move, Says, error, rate_limited, says
+from tests.journey.script import HANG, JSON, Fails, Move, Says, error, rate_limited
 
 FILES, MODELS = "/v1/files", "/v1/models"
 CUT = TransportFailure("invalid", "cut")
@@ -384,7 +384,7 @@ async def test_upstreams_are_closed_whatever_comes() -> None:
 
         async def one(n: int) -> None:
             async with wire(home.port) as line:
-                line.send(request("GET" if n % 2 else "POST", says and FILES, None if n % 2 else b"x"))
+                line.send(request("GET" if n % 2 else "POST", FILES, None if n % 2 else b"x"))
                 if n % 4 < 2:
                     await asyncio.sleep(0.001 * n)
                     await line.gone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
 
@@ -15,10 +15,9 @@ import pytest
 from proxy.core.outcome import TransportFailure
 from proxy.core.ports import Trip
 from proxy.edge.upstream import UpstreamAnswer, Upstreams, _failure
-from tests.edge.kit import PATIENCE, Raw, raw_upstream
+from tests.edge.kit import PATIENCE, Raw, Say, raw_upstream
 
 OK = b"HTTP/1.1 200 Fine\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r\nContent-Length: 2\r\n\r\n{}"
-Say = Callable[[Raw, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @pytest.fixture
@@ -415,11 +414,15 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 async def test_bodies_that_break(up: Upstreams, turn: Say, kind: str, got: bytes) -> None:
     async with raw_upstream(turn) as upstream:
         answer = await send(up, upstream)
-        seen = b""
-        with pytest.raises(TransportFailure) as caught:
+        seen: list[bytes] = []
+
+        async def read() -> None:
             async for chunk in answer.chunks():
-                seen += chunk
-        assert (caught.value.kind, seen) == (kind, got)
+                seen.append(chunk)
+
+        with pytest.raises(TransportFailure) as caught:
+            await read()
+        assert (caught.value.kind, b"".join(seen)) == (kind, got)
         answer.close()
 
 

@@ -433,8 +433,8 @@ async def test_a_client_that_hangs_up_at_done_got_all_there_is(
     how: Exception | None, after: tuple[Step, ...], kept: bool
 ) -> None:
     """Most SDKs do. The answer is stored, priced and whole; what is left upstream is read for a second at most."""
-    scene = Scene(streams([*events(usage=True), *after]))
-    task: asyncio.Task[Told]
+    scene = Scene(streams([1.0, *events(usage=True), *after]))
+    task = await started(scene, STREAM)
 
     async def write(data: bytes) -> None:
         if DONE in data:
@@ -444,7 +444,6 @@ async def test_a_client_that_hangs_up_at_done_got_all_there_is(
             await asyncio.sleep(0)
 
     scene.write = write
-    task = await started(scene, STREAM)
     with pytest.raises(asyncio.CancelledError if how is None else ConnectionResetError):
         await task
     assert (scene.receipt.status, scene.receipt.error, scene.receipt.cost_usd) == (200, "", "0.002250")
