@@ -166,7 +166,9 @@ async def test_lines_are_gathered_for_a_moment_and_written_in_order(
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
-def test_what_cannot_be_formatted_disturbs_nobody(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_formatted_disturbs_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
     configure("info", "text", MASKER)
     log = logging.getLogger("proxy")

@@ -26,7 +26,7 @@ def world(**sections: Any) -> World:
 
 
 def receipt(**fields: Any) -> Receipt:
-    given = {
+    given: dict[str, Any] = {
         "id": "id-1",
         "client": "",
         "endpoint": "chat",

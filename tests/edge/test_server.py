@@ -108,6 +108,8 @@ BAD = {
     "a header without a name": b"GET / HTTP/1.1\r\nHost: x\r\n: y\r\n\r\n",
     "a space before the colon": b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
     "a folded header": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n",
+    "no Host": b"GET / HTTP/1.1\r\n\r\n",
+    "an unknown method": b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
     "a null byte": b"GET / HTTP/1.1\r\nHost: x\r\nA: \x00sk-secret\r\n\r\n",
     "two lengths": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     "a signed length": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\na",
