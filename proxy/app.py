@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp.web import BaseRequest, Server, ServerRunner, SockSite, UnixSite
 
@@ -130,6 +131,8 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
             print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
             return 1
         app.ops.address = address
+        if app.world.store is not None:
+            await app.world.store.open()
         lines = start_up_text(loaded, app.world, address, ops_address)
         if extra_lines is not None:
             lines += extra_lines(address)
@@ -179,6 +182,8 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.way_up.close()
+    if app.world.store is not None:
+        await app.world.store.close()
     _remove_socket(settings.server.socket)
 
 
@@ -274,10 +279,14 @@ def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str |
 
 
 def _cache_line(settings: Settings) -> str:
-    if settings.cache.backend == "off":
-        return "cache: off"
-    size = settings.cache.memory_size // (1024 * 1024)
-    return (
-        f"cache: memory ({size} MiB); answers do not survive a restart "
-        "(--cache sqlite will keep them; not yet available)"
-    )
+    cache = settings.cache
+    size = f"{cache.memory_size // (1024 * 1024)} MiB"
+    match cache.backend:
+        case "off":
+            return "cache: off"
+        case "sqlite":
+            return f"cache: sqlite {os.path.expanduser(cache.path)}, {size} of it in memory"
+        case "redis":
+            return f"cache: redis {urlsplit(settings.redis.url.reveal()).hostname if settings.redis.url else ''}"
+        case _:
+            return f"cache: memory ({size}); answers do not survive a restart, --cache sqlite keeps them"

@@ -97,7 +97,7 @@ class Journey:
         known = self._memo.get((target, scope, hashlib.sha256(body).digest()))
         if known is None:
             return None
-        return self._find(store.get(known.key, known.form), known.wants_usage, None)
+        return self._find(store.peek(known.key, known.form), known.wants_usage, None)
 
     def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None) -> Hit | None:
         if entry is None:
@@ -167,14 +167,14 @@ class Journey:
         store, options = self.world.store, call.options
         if store is not None and plan.read:
             form: Form = "sse" if call.stream else "json"
-            entry = store.get(plan.key, form)
+            wall = self.world.seams.wall()
+            entry, other = await store.get_both(plan.key, form, other_form(form), wall)
             hit = self._find(entry, call.wants_usage, options.max_age)
-            if hit is None:
-                hit = self._find(await self._from_other_form(call, plan, form), call.wants_usage, options.max_age)
+            if hit is None and other is not None and other.fresh(wall):
+                hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
             if hit is not None:
                 return hit, plan
             if entry is not None:
-                wall = self.world.seams.wall()
                 if not entry.fresh(wall):
                     plan = CachePlan(plan.key, "expired", True, True, "stale")
                 elif options.max_age is not None and entry.age(wall) > options.max_age:
@@ -183,19 +183,14 @@ class Journey:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
 
-    async def _from_other_form(self, call: Call, plan: CachePlan, form: Form) -> Entry | None:
+    async def _converted(self, call: Call, other: Entry) -> Entry | None:
         """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
-        store = self.world.store
-        assert store is not None
-        other = store.get(plan.key, other_form(form))
-        if other is None or not other.fresh(self.world.seams.wall()):
-            return None
         if len(other.body) > LARGE // 4:
             entry = await asyncio.to_thread(converted, other, call.document)
         else:
             entry = converted(other, call.document)
-        if entry is not None:
-            store.put(entry)
+        if entry is not None and self.world.store is not None:
+            self.world.store.put(entry)
         return entry
 
     async def buy(self, call: Call, plan: CachePlan) -> Bought:

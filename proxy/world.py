@@ -17,7 +17,9 @@ from .gate import Gate
 from .providers import DIALECTS, Dialect, Site
 from .seams import Seams
 from .selection import STRATEGIES
+from .stores import Store
 from .stores.memory import MemoryStore
+from .stores.tiered import TieredStore
 
 CLIENTS_KEY: Final = "client"
 """The label of the one key a pass-through proxy has: each client's own."""
@@ -48,7 +50,7 @@ class World:
     credentials: Mapping[str, tuple[tuple[str, str], ...]]
     policy: Policy
     gate: Gate
-    store: MemoryStore | None
+    store: TieredStore | None
     masker: Masker
     passthrough: bool
     receipts: Receipts = field(default_factory=Receipts)
@@ -99,13 +101,28 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=Gate(settings.throttle.max_queue, seams.monotonic),
-        store=MemoryStore(settings.cache.memory_size, settings.cache.max_entry)
-        if settings.cache.backend != "off" and settings.cache.when != "never"
-        else None,
+        store=_store(settings, seams),
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         sites=tuple(upstream.site for upstream in upstreams),
     )
+
+
+def _store(settings: Settings, seams: Seams) -> TieredStore | None:
+    """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
+    cache = settings.cache
+    if cache.backend == "off" or cache.when == "never":
+        return None
+    slower: Store | None = None
+    if cache.backend == "sqlite":
+        from .stores.sqlite import SQLiteStore
+
+        slower = SQLiteStore(cache.path, cache.max_size, cache.max_entry, wall=seams.wall)
+    elif cache.backend == "redis" and settings.redis.url is not None:
+        from .stores.redis import RedisStore
+
+        slower = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
+    return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

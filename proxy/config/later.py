@@ -25,9 +25,6 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "upstreams.*.keys.*.key_command": (),
     "upstreams.*.keys.*.weight": (),
     "selection": ("headroom", "round_robin"),
-    "cache.backend": ("off",),
-    "cache.path": (),
-    "cache.max_size": (),
     "cache.mode": (),
     "cache.cassette": (),
     "cache.store_requests": (),
@@ -45,6 +42,4 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "cost.budget.on_exceeded": (),
     "cost.budget.warn_at": (),
     "ledger.path": (),
-    "redis.url": (),
-    "redis.prefix": (),
 }

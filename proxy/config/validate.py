@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from .problems import Invalid
 from .reading import Reading
@@ -10,13 +11,29 @@ from .settings import Settings, Upstream
 from .urls import Url, parse_url
 from .values import is_loopback
 
+LONGEST_REDIS_PREFIX: Final = 64
+"""So that every key in Redis stays below 160 bytes (contract 7, Cache)."""
+
 
 def check(settings: Settings, reading: Reading) -> None:
     """Adds to the reading's problems and warnings. Says nothing about values that could not be read."""
     _check_exposure(settings, reading)
     _check_ops(settings, reading)
+    _check_redis(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
+
+
+def _check_redis(settings: Settings, reading: Reading) -> None:
+    if settings.cache.backend != "redis" or not reading.sound("cache.backend", "redis.url"):
+        return
+    url = settings.redis.url
+    if url is None:
+        reading.fail_at("cache.backend", "expected redis.url (or REDIS_URL) to go with redis, found none")
+    elif not url.reveal().startswith(("redis://", "rediss://", "unix://")):
+        reading.fail_at("redis.url", "expected redis://…, rediss://… or unix://…, found something else")
+    if len(settings.redis.prefix.encode()) > LONGEST_REDIS_PREFIX:
+        reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
 
 
 def check_upstreams(settings: Settings, reading: Reading) -> None:

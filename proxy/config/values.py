@@ -230,7 +230,10 @@ PATH: Final = Leaf("a file's path", _path)
 
 
 def _socket_path(text: str) -> str:
-    path = str(Path(_path(text)).expanduser())
+    try:
+        path = str(Path(_path(text)).expanduser())
+    except RuntimeError:  # `~name` of nobody
+        raise ValueError("no such home directory") from None
     if len(path.encode()) > 103:
         raise ValueError("too long")
     return path

@@ -154,7 +154,7 @@ class Metrics:
         for state, count in world.ring.counts(world.seams.monotonic()).items():
             self._keys.labels(state).set(count)
         if world.store is not None:
-            stats = world.store.stats()
+            stats = world.store.memory.stats()
             self._entries.set(stats["entries"])
             self._bytes.set(stats["bytes"])
         return generate_latest(self.registry)

@@ -47,7 +47,7 @@ class Ops:
         if path == "/metrics":
             return self._metrics_page(request, in_flight)
         if path == "/_proxy/status":
-            return self._json(request, self.status(in_flight))
+            return self._json(request, await self.status(in_flight))
         if path == "/_proxy/keys":
             return self._json(request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
         raise unknown_route(path)
@@ -83,7 +83,7 @@ class Ops:
             raise unknown_route(f"/_proxy/requests/{id_}")
         return self._json(request, receipt.as_json())
 
-    def status(self, in_flight: int) -> dict[str, Any]:
+    async def status(self, in_flight: int) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
         settings = world.settings
@@ -96,7 +96,7 @@ class Ops:
             "in_flight": in_flight,
             "queue": {"waiting": world.gate.depth},
             "keys": world.ring.counts(world.seams.monotonic()),
-            "cache": world.store.stats() if world.store is not None else None,
+            "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},
             "settings": plain(settings),
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterable
+
+import msgspec
 
 from ..core.entry import Entry
-
-_Name = tuple[str, str]  # key and form
+from . import Filter, Listed, Name
 
 
 class MemoryStore:
@@ -23,9 +25,9 @@ class MemoryStore:
         self._bytes = 0
         self._evictions = 0
         self._expirations = 0
-        self._entries: OrderedDict[_Name, Entry] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[Name, Entry] = OrderedDict()  # least recently used first
         # By end of life. Lines of entries that went another way stay until they are due or too many.
-        self._calendar: list[tuple[float, _Name]] = []
+        self._calendar: list[tuple[float, Name]] = []
 
     def get(self, key: str, form: str) -> Entry | None:
         """The entry, now the most recently used. One that names another key or form is dropped: None."""
@@ -74,6 +76,22 @@ class MemoryStore:
                 dropped += 1
         return dropped
 
+    def matching(self, which: Filter) -> list[Name]:
+        """The names of what matches. Walks over everything: for administration."""
+        return [name for name, entry in self._entries.items() if which.matches(entry)]
+
+    def remove(self, names: Iterable[Name]) -> int:
+        """Drops those of `names` that are there; how many."""
+        present = [name for name in names if name in self._entries]
+        for name in present:
+            self._remove(name)
+        return len(present)
+
+    def listed(self, names: Iterable[Name]) -> list[Listed]:
+        """Those of `names` that are there, less their bodies. They do not count as used."""
+        found = [entry for name in names if (entry := self._entries.get(name)) is not None]
+        return [Listed(msgspec.structs.replace(entry, body=b""), entry.size) for entry in found]
+
     def stats(self) -> dict[str, int]:
         """entries, bytes, max_bytes; evictions (for room) and expirations (by age) so far."""
         return {
@@ -84,5 +102,5 @@ class MemoryStore:
             "expirations": self._expirations,
         }
 
-    def _remove(self, name: _Name) -> None:
+    def _remove(self, name: Name) -> None:
         self._bytes -= self._entries.pop(name).size

@@ -21,9 +21,6 @@ REFUSED = {
     "upstreams.*.keys.*.key_command": "upstreams: [{keys: [{key_command: [a]}]}]",
     "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
     "selection": "selection: sticky",
-    "cache.backend": "cache: {backend: redis}",
-    "cache.path": "cache: {path: /x.db}",
-    "cache.max_size": "cache: {max_size: 1GiB}",
     "cache.mode": "cache: {mode: replay}",
     "cache.cassette": "cache: {cassette: c.jsonl}",
     "cache.store_requests": "cache: {store_requests: true}",
@@ -41,8 +38,6 @@ REFUSED = {
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
     "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
     "ledger.path": "ledger: {path: /x.db}",
-    "redis.url": "redis: {url: 'redis://:hunter2@h'}",
-    "redis.prefix": "redis: {prefix: p}",
 }
 
 
@@ -55,14 +50,14 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 
 
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    assert problems(load, "cache: {backend: sqlite}") == [
-        "settings.yaml:1: cache.backend: 'sqlite' is not yet available (usable now: memory, off)"
+    assert problems(load, "selection: sticky") == [
+        "settings.yaml:1: selection: 'sticky' is not yet available (usable now: auto, headroom, round_robin)"
     ]
     assert problems(load, None, cache__mode="replay", server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
         "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",
     ]
-    assert "(PROXY__REDIS__PREFIX)" in problems(load, None, {"PROXY__REDIS__PREFIX": "x"})[0]
+    assert "(PROXY__LEDGER__PATH)" in problems(load, None, {"PROXY__LEDGER__PATH": "x"})[0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +81,27 @@ def test_a_redis_url_of_the_environment_alone_is_no_mistake(load: Load) -> None:
     environ = {"REDIS_URL": "redis://a"}
     assert problems(load, "redis: {url: '${REDIS_URL:-}'}", environ) == []
     assert problems(load, None, environ) == []
-    assert len(problems(load, "redis: {url: 'redis://b'}", environ)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("cache: {backend: redis}", "settings.yaml:1: cache.backend: expected redis.url"),
+        (
+            "cache: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
+            "settings.yaml:2: redis.url: expected redis://",
+        ),
+        (
+            f"cache: {{backend: redis}}\nredis: {{url: 'redis://a', prefix: {'p' * 65}}}",
+            "settings.yaml:2: redis.prefix: ",
+        ),
+    ],
+)
+def test_a_cache_in_redis_needs_an_address(load: Load, text: str, found: str) -> None:
+    (problem,) = problems(load, text)
+    assert problem.startswith(found)
+    assert "hunter2" not in problem
+    assert problems(load, "cache: {backend: redis}\nredis: {url: 'rediss://a:6380/1'}") == []
 
 
 def test_every_line_of_the_table_is_a_setting() -> None:

@@ -82,7 +82,7 @@ def test_the_listener_for_probes_has_its_own_port(load: Load) -> None:
 
 def test_risky_settings_are_warnings(load: Load) -> None:
     (warning,) = load(f"server: {{{CLIENT}}}").warnings
-    assert "the client's key itself goes to the upstream" in warning
+    assert "upstreams are called without a credential" in warning
     two = "client_keys: [{name: a, key: a-long-enough-client-key}, {name: b, key: another-long-enough-key}]"
     (warning,) = load(f"server: {{{two}}}\ncache: {{shared: true}}\n{KEYED}").warnings
     assert warning.startswith("cache.shared")

@@ -89,7 +89,7 @@ def told_once(moves: Sequence[Move], stream: bool, at: int | None) -> int:
             if scene.way_up.sent:
                 assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
             assert scene.world.store is not None
-            assert scene.world.store.stats()["entries"] == 0
+            assert scene.world.store.memory.stats()["entries"] == 0
         else:
             assert task.exception() is None
             assert len(scene.receipts) == 1

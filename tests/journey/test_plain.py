@@ -23,7 +23,7 @@ BODY = dump(completion())
 
 def store_size(scene: Scene) -> int:
     assert scene.world.store is not None
-    return scene.world.store.stats()["entries"]
+    return scene.world.store.memory.stats()["entries"]
 
 
 @story

@@ -1,0 +1,120 @@
+"""An entry as the bytes that stores outside this process keep, and back. Versioned, checked, no pickle.
+
+    frame   magic, version, packing, length of the head, checksum over everything else
+    head    msgpack: the entry less its body, so that a store can list entries without reading bodies
+    body    as it is, or one zstd frame
+
+Whatever was cut, changed, swapped, or written by another program or version decodes to None: a miss, never an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+from typing import Final
+
+import msgspec
+
+from .entry import Entry
+
+if sys.version_info >= (3, 14):  # pragma: no cover - the standard library's, which backports.zstd is a copy of
+    from compression import zstd
+else:
+    from backports import zstd
+
+VERSION: Final = 1
+"""Part of every envelope. Raise it when an old entry must not be read by new code, or the reverse."""
+
+COMPRESS_FROM: Final = 1024
+"""Bodies shorter than this are kept as they are (bytes): a frame's overhead eats what little there is to gain."""
+
+LARGEST: Final = 256 * 1024 * 1024
+"""No body is unpacked beyond this (bytes), whatever its frame says."""
+
+_LEVEL: Final = 3
+_MAGIC: Final = b"OCPe"
+_PLAIN, _ZSTD = 0, 1
+_FRAME: Final = struct.Struct(">4sBBI16s")
+FRAME_SIZE: Final = _FRAME.size
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Entry)
+
+
+def encode(entry: Entry) -> tuple[bytes, bytes]:
+    """(head with its frame, packed body): for stores that keep the two apart. Joined they are one blob."""
+    head = _encoder.encode(msgspec.structs.replace(entry, body=b""))
+    body, packing = entry.body, _PLAIN
+    if len(body) >= COMPRESS_FROM:
+        packed = zstd.compress(body, _LEVEL)
+        if len(packed) < len(body):
+            body, packing = packed, _ZSTD
+    return _FRAME.pack(_MAGIC, VERSION, packing, len(head), _checksum(packing, head, body)) + head, body
+
+
+def decode(blob: bytes, key: str, form: str) -> Entry | None:
+    """The entry in `blob`, provided that it is whole and names this key and form; else None. Never raises."""
+    frame = _frame(blob)
+    if frame is None:
+        return None
+    packing, head_end, checksum = frame
+    view = memoryview(blob)
+    head, packed = view[FRAME_SIZE:head_end], view[head_end:]
+    if len(head) != head_end - FRAME_SIZE or _checksum(packing, head, packed) != checksum:
+        return None
+    entry = _entry(head)
+    if entry is None or entry.key != key or entry.form != form:
+        return None
+    body = bytes(packed) if packing == _PLAIN else _unpack(packed)
+    return None if body is None else msgspec.structs.replace(entry, body=body)
+
+
+def describe(start: bytes) -> Entry | None:
+    """The entry less its body, from a blob or the start of one that holds the whole head. Not checked for damage."""
+    frame = _frame(start)
+    return None if frame is None or len(start) < frame[1] else _entry(memoryview(start)[FRAME_SIZE : frame[1]])
+
+
+def head_size(start: bytes) -> int | None:
+    """How many bytes of a blob `describe` needs; None where this is no envelope of ours. FRAME_SIZE bytes tell."""
+    frame = _frame(start)
+    return None if frame is None else frame[1]
+
+
+def _frame(blob: bytes) -> tuple[int, int, bytes] | None:
+    """(packing, where the head ends, checksum)."""
+    if len(blob) < FRAME_SIZE:
+        return None
+    magic, version, packing, length, checksum = _FRAME.unpack_from(blob)
+    if magic != _MAGIC or version != VERSION or packing not in (_PLAIN, _ZSTD):
+        return None
+    return packing, FRAME_SIZE + length, checksum
+
+
+def _entry(head: memoryview) -> Entry | None:
+    try:
+        return _decoder.decode(head)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _unpack(packed: memoryview) -> bytes | None:
+    """The content of exactly one whole zstd frame that says how long it is; None for anything else."""
+    try:
+        size = zstd.get_frame_info(packed).decompressed_size
+        if size is None or size > LARGEST:
+            return None
+        unpacker = zstd.ZstdDecompressor()
+        body = unpacker.decompress(packed)
+    except zstd.ZstdError:
+        return None
+    return body if unpacker.eof and not unpacker.unused_data and len(body) == size else None
+
+
+def _checksum(packing: int, head: bytes | memoryview, body: bytes | memoryview) -> bytes:
+    """Against damage, not against forgers: who can write to the store can also compute this."""
+    digest = hashlib.sha256(b"%d %d %d\n" % (VERSION, packing, len(head)))
+    digest.update(head)
+    digest.update(body)
+    return digest.digest()[:16]

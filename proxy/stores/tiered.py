@@ -1,0 +1,109 @@
+"""Memory in front of a slower store, or alone: what the journey looks into and fills."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+
+from ..core.entry import Entry
+from . import ALL, Filter, Page, Store
+from .memory import MemoryStore
+
+_CHUNK = 2000
+
+
+class TieredStore:
+    """`peek` and `put` never wait; `get` waits for the slower store, at most as long as that allows itself.
+
+    The slower store (None: memory alone) writes in the background, within bounds of its own; `close` waits for it.
+    """
+
+    def __init__(self, memory: MemoryStore, slower: Store | None = None) -> None:
+        self.memory = memory
+        self.slower = slower
+        self._purges = 0
+        self._promotions = 0
+
+    async def open(self) -> None:
+        if self.slower is not None:
+            await self.slower.open()
+
+    def peek(self, key: str, form: str) -> Entry | None:
+        """The entry where it is in memory, however old."""
+        entry = self.memory.get(key, form)
+        if entry is not None and self.slower is not None:
+            self.slower.touch(key, form)
+        return entry
+
+    async def get(self, key: str, form: str, wall: float) -> Entry | None:
+        """The entry; the younger one where memory's is no longer fresh at `wall` (Unix seconds). Promotes to memory."""
+        entry = self.peek(key, form)
+        if self.slower is None or (entry is not None and entry.fresh(wall)):
+            return entry
+        purges = self._purges
+        found = await self.slower.get(key, form, wall)
+        if found is None or (entry is not None and found.stored_at <= entry.stored_at):
+            return entry
+        if purges == self._purges:  # what was purged meanwhile must not come back
+            newest = self.memory.get(key, form)
+            if newest is None or newest.stored_at < found.stored_at:
+                self._promotions += self.memory.put(found)
+        return found
+
+    async def get_both(self, key: str, form: str, other: str, wall: float) -> tuple[Entry | None, Entry | None]:
+        """The entry in `form`; and in the `other` one, which is looked for only where the first is not fresh."""
+        entry = self.peek(key, form)
+        if entry is not None and entry.fresh(wall):
+            return entry, None
+        if self.slower is None:
+            return entry, self.peek(key, other)
+        return await asyncio.gather(self.get(key, form, wall), self.get(key, other, wall))
+
+    def put(self, entry: Entry) -> bool:
+        """Readable from memory at once. False: neither tier keeps it."""
+        in_memory = self.memory.put(entry)
+        behind = self.slower is not None and self.slower.put(entry)
+        return in_memory or behind
+
+    def touch(self, key: str, form: str) -> None:
+        self.peek(key, form)
+
+    def sweep(self, wall: float, limit: int = 1000, grace: float = 0.0) -> int:
+        """Drops what has expired from memory; a slower store sweeps itself."""
+        return self.memory.sweep(wall, limit, grace)
+
+    async def purge(self, which: Filter, dry_run: bool = False) -> int:
+        """Drops what matches from both tiers; how many there were in the larger of them. Raises StoreError.
+
+        Memory is purged in any case, that of this process alone.
+        """
+        names = self.memory.matching(which)
+        count = len(names)
+        if not dry_run:
+            self._purges += 1
+            for start in range(0, len(names), _CHUNK):
+                self.memory.remove(names[start : start + _CHUNK])
+                await asyncio.sleep(0)
+        return count if self.slower is None else max(count, await self.slower.purge(which, dry_run))
+
+    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
+        if self.slower is not None:
+            return await self.slower.list(which, after, limit)
+        start = tuple(after.split("\n", 1)) if after else ("", "")
+        names = heapq.nsmallest(limit, (name for name in self.memory.matching(which) if name > start))
+        return Page(self.memory.listed(names), "\n".join(names[-1]) if len(names) == limit else "")
+
+    async def stats(self) -> dict[str, int | str]:
+        """Memory's counts as `memory_…`, the slower store's under their own names; alone, memory's are those."""
+        found: dict[str, int | str] = {f"memory_{name}": count for name, count in self.memory.stats().items()}
+        if self.slower is None:
+            return found | self.memory.stats() | {"state": "ok"}
+        return found | {"promotions": self._promotions} | await self.slower.stats()
+
+    async def flush(self) -> None:
+        if self.slower is not None:
+            await self.slower.flush()
+
+    async def close(self) -> None:
+        if self.slower is not None:
+            await self.slower.close()
