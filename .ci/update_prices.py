@@ -103,9 +103,7 @@ def entries(provider: types.Provider, as_of: date) -> Iterator[tuple[str, dict[s
     """Each model of `provider` that is priced by text token, as (id, entry)."""
     for model in provider.models:
         rates = rates_of(model, as_of)
-        is_embedding = any(
-            name.startswith("text-embedding") for name in (model.id, *names_and_globs(model.match)[0])
-        )
+        is_embedding = any(name.startswith("text-embedding") for name in (model.id, *names_and_globs(model.match)[0]))
         if "input" not in rates or "-image" in model.id or not ("output" in rates or is_embedding):
             continue
         names, globs = names_and_globs(model.match)
@@ -113,9 +111,7 @@ def entries(provider: types.Provider, as_of: date) -> Iterator[tuple[str, dict[s
             globs = []
         names += EXTRA_NAMES.get(model.id, [])
         # Azure's model names have no dot in 3.5.
-        names += [
-            name.replace("gpt-3.5", "gpt-35") for name in (model.id, *names) if name.startswith("gpt-3.5")
-        ]
+        names += [name.replace("gpt-3.5", "gpt-35") for name in (model.id, *names) if name.startswith("gpt-3.5")]
         globs += [glob.replace("gpt-3.5", "gpt-35") for glob in globs if glob.startswith("gpt-3.5")]
         # The library takes the first model that matches: a name belongs to the model it finds, to no other.
         mine = {name for name in names if name != model.id and provider.find_model(name) in (model, None)}
@@ -135,14 +131,11 @@ def rates_of(model: types.ModelInfo, as_of: date) -> dict[str, Any]:
             print(f"note: {model.id} changes its price on {condition.constraint.start_date}", file=sys.stderr)
     prices = model.get_prices(datetime(as_of.year, as_of.month, as_of.day, 12, tzinfo=UTC))
     found = {name: price for name, key in RATES.items() if (price := getattr(prices, key)) is not None}
-    starts = sorted(
-        {tier.start for price in found.values() if not isinstance(price, Decimal) for tier in price.tiers}
-    )
+    starts = sorted({tier.start for price in found.values() if not isinstance(price, Decimal) for tier in price.tiers})
     rates: dict[str, Any] = {name: rate_at(price, 0) for name, price in found.items()}
     if starts:
         rates["tiers"] = [
-            {"above": start, **{name: rate_at(price, start + 1) for name, price in found.items()}}
-            for start in starts
+            {"above": start, **{name: rate_at(price, start + 1) for name, price in found.items()}} for start in starts
         ]
     return rates
 
@@ -167,9 +160,7 @@ def names_and_globs(rule: types.MatchLogic) -> tuple[list[str], list[str]]:
             return [], [dated[1].replace("\\.", ".") + DATE_GLOB]
         case types.ClauseOr(or_=rules):
             parts = [names_and_globs(part) for part in rules]
-            return [name for names, _ in parts for name in names], [
-                glob for _, globs in parts for glob in globs
-            ]
+            return [name for names, _ in parts for name in names], [glob for _, globs in parts for glob in globs]
     raise ValueError(f"unknown rule: {rule}")
 
 
@@ -183,9 +174,7 @@ def render(document: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--as-of", required=True, type=date.fromisoformat, help="release date of the library, YYYY-MM-DD"
     )

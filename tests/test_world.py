@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 
 from proxy.config import Secret, Settings
-from proxy.config.settings import Cache, Cost, Key, Retry, Throttle, Upstream
+from proxy.config.settings import Cache, Cost, Key, Redis, Retry, Throttle, Upstream
 from proxy.core.limits import Limits
 from proxy.core.usage import Usage
 from proxy.seams import REAL
@@ -66,6 +67,19 @@ def test_the_store_is_there_only_where_it_is_used() -> None:
     assert world().store is not None
     assert world(cache=Cache(backend="off")).store is None
     assert world(cache=Cache(when="never")).store is None
+
+
+def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path: Path) -> None:
+    path = tmp_path / "answers" / "cache.db"
+    url = Secret("redis://127.0.0.1:1/0")
+    for made, kind in (
+        (world(cache=Cache(backend="sqlite", path=str(path))), "SQLiteStore"),
+        (world(cache=Cache(backend="redis"), redis=Redis(url=url)), "RedisStore"),
+        (world(), "NoneType"),
+    ):
+        assert made.store is not None
+        assert type(made.store.slower).__name__ == kind
+    assert not path.parent.exists()
 
 
 def test_policy_limits_and_lifetimes_are_the_settings() -> None:

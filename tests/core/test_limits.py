@@ -57,9 +57,7 @@ class Reference:
     def held(self, name: str, now: float, margin: float) -> int:
         """What the half-open window that ends with `now`, `margin` times the usual one, contains."""
         span = SECONDS[name] * margin
-        return sum(
-            one.tokens if OF_TOKENS[name] else 1 for one in self.admitted if one.up and one.stamp + span > now
-        )
+        return sum(one.tokens if OF_TOKENS[name] else 1 for one in self.admitted if one.up and one.stamp + span > now)
 
     def running(self) -> int:
         return sum(one.running for one in self.admitted)
@@ -165,9 +163,7 @@ def check_arrival(allowance: Allowance, reference: Reference, tokens: int, now: 
 # --- how much is usable ---------------------------------------------------------------------------
 
 
-def flood(
-    limits: Limits, minutes: float, every: float, cost: int, actual: int, latency: float
-) -> tuple[int, int]:
+def flood(limits: Limits, minutes: float, every: float, cost: int, actual: int, latency: float) -> tuple[int, int]:
     """Requests and actual tokens admitted while more is always asked for; each settles after `latency` s."""
     allowance = Allowance(limits)
     open_ones: list[tuple[float, Reservation]] = []

@@ -109,6 +109,4 @@ def test_every_text_model_of_the_library_is_in_the_list() -> None:
 @pytest.mark.skipif(not TOOL.exists(), reason="the tool is not part of the package")
 def test_the_list_is_what_the_tool_writes() -> None:
     tool = runpy.run_path(str(TOOL))
-    assert tool["render"](tool["build"](date.fromisoformat(DOCUMENT["as_of"]))) == FILE.read_text(
-        encoding="utf-8"
-    )
+    assert tool["render"](tool["build"](date.fromisoformat(DOCUMENT["as_of"]))) == FILE.read_text(encoding="utf-8")

@@ -59,9 +59,7 @@ def test_golden(kind: Kind, model: str, prompt: int, completion: int, expected: 
 def test_cached_tokens_are_billed_once_and_at_their_rate() -> None:
     assert price("gpt-4o-2024-08-06", tokens(1000, 100, cached=200)) == "0.003250"
     assert price("gpt-4o", tokens(1000, 0, cached=1000)) == "0.001250"
-    assert price("gpt-4o-2024-05-13", tokens(1000, 0, cached=1000)) == "0.005000", (
-        "no cached rate: the input rate"
-    )
+    assert price("gpt-4o-2024-05-13", tokens(1000, 0, cached=1000)) == "0.005000", "no cached rate: the input rate"
 
 
 def test_cache_writes_have_their_rate_where_the_model_has_one() -> None:
@@ -173,9 +171,7 @@ def test_azures_list_comes_first_and_is_azures_alone() -> None:
     assert price("gpt-4o", tokens(MILLION), "azure") == "2.500000"
 
 
-@pytest.mark.parametrize(
-    "names", [[], [None], [None, None], [1, 2.5, True], [["gpt-4o"], {"a": 1}], [b"gpt-4o"]]
-)
+@pytest.mark.parametrize("names", [[], [None], [None, None], [1, 2.5, True], [["gpt-4o"], {"a": 1}], [b"gpt-4o"]])
 def test_names_that_are_no_text_have_no_cost(names: Any) -> None:
     assert TABLE.cost("openai", names, tokens(1)) is None
 
@@ -230,9 +226,7 @@ OVERRIDES = {
             id="no cached rate of the built-in entry",
         ),
         pytest.param("gpt-4o-2024-08-06", tokens(MILLION, MILLION), "14.000000", id="glob"),
-        pytest.param(
-            "gpt-4o-mini-2024-07-18", tokens(MILLION, MILLION, cached=MILLION), "5.000000", id="longest glob"
-        ),
+        pytest.param("gpt-4o-mini-2024-07-18", tokens(MILLION, MILLION, cached=MILLION), "5.000000", id="longest glob"),
         pytest.param("my-deployment", tokens(MILLION, MILLION), "11.000000", id="a name of their own"),
         pytest.param("my-deployment-2025-01-01", tokens(MILLION), "5.000000", id="without its date"),
         pytest.param("my-vectors", tokens(1), "0.00000001", id="embedding"),

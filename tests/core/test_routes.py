@@ -60,7 +60,7 @@ def test_below_v1_anything_goes() -> None:
     assert parse_target("/openai/deployments/d/something/new").path == "/something/new"
 
 
-@pytest.mark.parametrize("segment", SEGMENTS)
+@pytest.mark.parametrize("segment", sorted(SEGMENTS))
 def test_without_v1_the_segments_of_the_api(segment: str) -> None:
     assert parse_target(f"/{segment}").path == f"/{segment}"
     assert parse_target(f"/{segment}/x").path == f"/{segment}/x"

@@ -81,9 +81,7 @@ def test_counts(endpoint: str, usage: dict[str, Any], expected: Usage | None) ->
     ],
 )
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
-def test_details(
-    endpoint: str, prompt_details: object, completion_details: object, expected: Usage | None
-) -> None:
+def test_details(endpoint: str, prompt_details: object, completion_details: object, expected: Usage | None) -> None:
     sent, received = ("input", "output") if endpoint == "responses" else ("prompt", "completion")
     usage = {
         f"{sent}_tokens": 100,
@@ -109,9 +107,7 @@ _details = st.dictionaries(
     st.sampled_from(["cached_tokens", "cache_write_tokens", "audio_tokens", "cache_write_tokens_details"]),
     _count,
 )
-_names = st.sampled_from(
-    ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"]
-)
+_names = st.sampled_from(["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"])
 _usage = st.builds(
     lambda counts, details: {**counts, **{f"{name}_details": value for name, value in details.items()}},
     st.dictionaries(_names, _count),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,13 +12,14 @@ import orjson
 import pytest
 
 import proxy.edge.downstream
+import proxy.edge.wire
 import proxy.journey
 from proxy.config import Settings
-from proxy.config.settings import Cache, ClientKey, Cost, Server, Throttle, Timeouts
+from proxy.config.settings import Cache, Cost, Server, Throttle, Timeouts
 from proxy.core.limits import Limits
 from proxy.core.outcome import TransportFailure
 from proxy.seams import REAL
-from tests.edge.kit import Answer, House, house, request, wire
+from tests.edge.kit import house, request, wire
 from tests.journey.scene import ask, pool, settings
 from tests.journey.script import (
     DONE,
@@ -256,6 +256,14 @@ async def test_while_draining_nothing_new_is_begun() -> None:
             answer = await home.ask(method, target, body)
             assert (answer.status, answer.error, answer.get("Retry-After")) == (503, "draining", "1")
         assert (await home.ask("GET", "/healthz")).status == 200
+
+
+async def test_a_body_that_comes_too_slowly_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.edge.wire, "BODY_TIMEOUT", 0.05)
+    async with house() as home, wire(home.port) as line:
+        line.send(request(headers=[("Content-Type", "application/json"), ("Content-Length", "9")]) + b'{"a')
+        assert await line.ended() == b""
+        assert home.receipts == []  # it never became a call
 
 
 # Too much at once.

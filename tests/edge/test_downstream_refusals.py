@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import orjson
 import pytest
 
 import proxy.edge.downstream
 import proxy.journey
 from proxy.config import Settings
-from proxy.config.settings import Cache, ClientKey, Cost, Server, Throttle, Timeouts
-from proxy.core.limits import Limits
+from proxy.config.settings import ClientKey, Server
 from proxy.core.outcome import TransportFailure
-from proxy.seams import REAL
 from tests.edge.kit import Answer, House, house, request, wire
-from tests.journey.scene import ask, pool, settings
+from tests.journey.scene import ask, settings
 from tests.journey.script import (
-    DONE,
-    HANG,
-    SSE,
-    Fails,
-    Says,
-    chunk,
-    completion,
     dump,
     error,
-    event,
-    events,
     says,
     streams,
 )

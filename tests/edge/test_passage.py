@@ -317,8 +317,9 @@ async def test_a_client_that_leaves_closes_the_upstream() -> None:
         assert (home.receipts[0].status, home.receipts[0].error) == (499, "client_gone")
 
 
-async def test_a_client_that_leaves_before_there_is_an_answer() -> None:
-    async with house(Fails("hang")) as home:
+@pytest.mark.parametrize("slow", [Fails("hang"), Says(400, (JSON,), (b"{", HANG))])
+async def test_a_client_that_leaves_before_there_is_an_answer(slow: Move) -> None:
+    async with house(slow) as home:
         async with wire(home.port) as line:
             line.send(request("GET", FILES))
             await asyncio.sleep(0.05)

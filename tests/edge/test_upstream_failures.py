@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import struct
-from collections.abc import AsyncIterator
-from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
 
 import aiohttp
@@ -14,13 +11,11 @@ import pytest
 
 from proxy.core.outcome import TransportFailure
 from proxy.core.ports import Trip
-from proxy.edge.upstream import UpstreamAnswer, Upstreams, _failure
-from tests.edge.kit import PATIENCE, Raw, Say, raw_upstream
+from proxy.edge.upstream import Upstreams, _failure
+from tests.edge.kit import Raw, Say, raw_upstream
+from tests.edge.wayup import OK, reset, says, send, whole
 
-OK = b"HTTP/1.1 200 Fine\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r\nContent-Length: 2\r\n\r\n{}"
-
-
-@@KIT@@# The exception table: (what the upstream does) -> how far the request got.
+# The exception table: (what the upstream does) -> how far the request got.
 
 TABLE: dict[str, tuple[Say, str, bool]] = {
     # -> kind, whether a byte of an answer came

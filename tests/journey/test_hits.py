@@ -154,6 +154,14 @@ async def test_a_stored_stream_serves_a_plain_request() -> None:
 
 
 @story
+async def test_a_large_answer_is_converted_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.journey, "LARGE", 10)
+    scene = Scene(streams())
+    await scene.ask(ask(stream=True))
+    assert (await scene.ask()).cache == "hit"
+
+
+@story
 async def test_what_has_no_certain_other_form_is_a_miss_and_kept_beside_the_first() -> None:
     """Two chunks tell of a field that nobody knows how to join."""
     odd = [event(chunk(choices=[{"index": 0, "delta": {"content": "a", "odd": 1}, "finish_reason": None}]))] * 2
