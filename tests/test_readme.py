@@ -167,7 +167,7 @@ def test_every_header_that_the_code_adds_is_there() -> None:
 def test_ci_runs_the_readmes_test_command() -> None:
     command = block("sh", "pytest").strip().rpartition(".venv/bin/python ")[2]
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert command == "-m pytest --cov"
+    assert command == "-m pytest --cov -n auto"
     assert f'"$venv/bin/python" {command}\n' in script
 
 
