@@ -147,8 +147,8 @@ def test_the_core_reads_no_clock_and_opens_nothing(path: Path) -> None:
 
 
 def loaded_by(module: str) -> set[str]:
-    """The modules in a fresh interpreter after importing one."""
-    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
+    """What importing a module brings into a fresh interpreter, beside what coverage may have put there before."""
+    code = f"import sys; before = set(sys.modules); import {module}; print('\\n'.join(set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )

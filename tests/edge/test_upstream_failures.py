@@ -12,7 +12,7 @@ import pytest
 from proxy.core.outcome import TransportFailure
 from proxy.core.ports import Trip
 from proxy.edge.upstream import Upstreams, _failure
-from tests.edge.kit import Raw, Say, raw_upstream
+from tests.edge.kit import PATIENCE, Raw, Say, raw_upstream
 from tests.edge.wayup import OK, reset, says, send, whole
 
 # The exception table: (what the upstream does) -> how far the request got.
@@ -178,8 +178,9 @@ async def test_bodies_that_break(up: Upstreams, turn: Say, kind: str, got: bytes
         seen: list[bytes] = []
 
         async def read() -> None:
-            async for chunk in answer.chunks():
-                seen.append(chunk)
+            async with asyncio.timeout(PATIENCE):
+                async for chunk in answer.chunks():
+                    seen.append(chunk)
 
         with pytest.raises(TransportFailure) as caught:
             await read()
