@@ -27,7 +27,7 @@ from .core.receipt import Receipt
 from .edge import logs
 from .edge.downstream import Downstream
 from .edge.gatekeeper import Gatekeeper
-from .edge.metrics import Metrics, log_receipt
+from .edge.metrics import Metrics
 from .edge.ops import Ops
 from .edge.passage import Passage
 from .edge.server import ListeningServer
@@ -64,7 +64,7 @@ class App:
 
     def _observe(self, receipt: Receipt) -> None:
         self.metrics.observe(receipt)
-        log_receipt(receipt)
+        logs.log_receipt(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
         self.world.receipts.put(receipt)

@@ -8,11 +8,14 @@ import logging
 import re
 import sys
 import time
-from typing import Any, Final, TextIO
+from collections.abc import Mapping
+from typing import Final, TextIO
 
 import orjson
 
 from ..core.headers import Masker
+from ..core.receipt import Receipt
+from ..core.routes import printable
 
 _SECRET: Final = re.compile(r"sk-[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -29,9 +32,9 @@ class _Formatter(logging.Formatter):
         self._second = -1
         self._time = ""
 
-    def time(self, record: logging.LogRecord, format_: str) -> str:
-        """The record's time, made once a second."""
-        second = int(record.created)
+    def time(self, created: float, format_: str) -> str:
+        """Made once a second."""
+        second = int(created)
         if second != self._second:
             self._second, self._time = second, time.strftime(format_, time.localtime(second))
         return self._time
@@ -51,31 +54,37 @@ class _Formatter(logging.Formatter):
 
 
 class Text(_Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        fields: dict[str, Any] = getattr(record, "fields", {})
+    def line(self, created: float, level: str, name: str, message: str, fields: Mapping[str, object]) -> str:
         if fields:
-            text += "  " + " ".join(f"{name}={value}" for name, value in fields.items())
-        text = self.clean(f"{self.time(record, '%H:%M:%S')} {record.levelname.lower():7} {text}")
+            message += "  " + " ".join([f"{name}={value}" for name, value in fields.items()])
+        return self.clean(f"{self.time(created, '%H:%M:%S')} {level.lower():7} {message}")
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = getattr(record, "fields", {})
+        text = self.line(record.created, record.levelname, record.name, record.getMessage(), fields)
         return text + self.exception(record)
 
 
 class Json(_Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": self.time(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+    def line(self, created: float, level: str, name: str, message: str, fields: Mapping[str, object]) -> str:
+        line = {
+            "time": self.time(created, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": level.lower(),
+            "logger": name,
+            "message": message,
+            **fields,
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
         try:
             text = orjson.dumps(line, default=str).decode()
         except TypeError:  # a lone surrogate, or a number of more than 64 bits
             text = json.dumps(line, default=str)
         return self.clean(text)
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = getattr(record, "fields", {})
+        if record.exc_info:
+            fields = {**fields, "exception": self.formatException(record.exc_info)}
+        return self.line(record.created, record.levelname, record.name, record.getMessage(), fields)
 
 
 class _Gathering(logging.Handler):
@@ -84,16 +93,19 @@ class _Gathering(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._lines: list[str] = []
+        self._held: list[logging.LogRecord | tuple[float, str, str, Receipt]] = []
         self._timer: asyncio.TimerHandle | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._lines.append(self.format(record))
-        except Exception:
-            self.handleError(record)
-            return
-        if record.levelno >= logging.WARNING:
+        self._hold(record, record.levelno)
+
+    def receipt(self, name: str, level: int, receipt: Receipt) -> None:
+        """A request's line, without a LogRecord, which costs more than the line."""
+        self._hold((time.time(), logging.getLevelName(level), name, receipt), level)
+
+    def _hold(self, one: logging.LogRecord | tuple[float, str, str, Receipt], level: int) -> None:
+        self._held.append(one)
+        if level >= logging.WARNING or len(self._held) >= 128:
             self.flush()
         elif self._timer is None:
             try:
@@ -105,13 +117,62 @@ class _Gathering(logging.Handler):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._lines:
-            lines, self._lines = self._lines, []
+        held, self._held = self._held, []
+        lines = []
+        for one in held:
+            if isinstance(one, logging.LogRecord):
+                try:
+                    lines.append(self.format(one) + "\n")
+                except Exception:
+                    self.handleError(one)
+            else:
+                created, level, name, receipt = one
+                assert isinstance(self.formatter, Text | Json)
+                lines.append(self.formatter.line(created, level, name, message(receipt), fields(receipt)) + "\n")
+        if lines:
             try:
-                self._stream.write("\n".join(lines) + "\n")
+                self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads the log any more: serving goes on
                 pass
+
+
+_gathering: _Gathering | None = None
+_root = logging.getLogger()
+_log = logging.getLogger("proxy.request")
+
+
+def log_receipt(receipt: Receipt) -> None:
+    """The one line a request that was not a hit gets in the log. No prompt, no answer, no key."""
+    level = logging.WARNING if receipt.status >= 500 else logging.INFO
+    if _log.isEnabledFor(level):
+        if _gathering is not None and _root.handlers == [_gathering]:  # nobody else wants records
+            _gathering.receipt(_log.name, level, receipt)
+        else:
+            _log.log(level, "%s", message(receipt), extra={"fields": fields(receipt)})
+
+
+def message(receipt: Receipt) -> str:
+    return f"{receipt.endpoint} {printable(receipt.model, 80) or '-'} -> {receipt.status}"
+
+
+def fields(receipt: Receipt) -> dict[str, object]:
+    """What a log line tells of a receipt: only what is known."""
+    told: dict[str, object] = {
+        "id": receipt.id,
+        "client": receipt.client,
+        "cache": receipt.cache,
+        "reason": receipt.reason,
+        "upstream": receipt.upstream,
+        "key": receipt.key,
+        "attempts": receipt.attempts,
+        "queue_ms": round(receipt.queue_ms, 1),
+        "total_ms": round(receipt.total_ms, 1),
+        "tokens": receipt.usage.total_tokens if receipt.usage else None,
+        "cost_usd": receipt.cost_usd,
+        "error": receipt.error,
+    }
+    return {name: value for name, value in told.items() if value is not None and value != ""}
 
 
 def configure(level: str, format_: str, masker: Masker) -> None:
@@ -119,7 +180,8 @@ def configure(level: str, format_: str, masker: Masker) -> None:
     # What no line of ours tells need not be found out for each record (the logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    handler = _Gathering(sys.stderr)
+    global _gathering
+    handler = _gathering = _Gathering(sys.stderr)
     handler.setFormatter(Json(masker) if format_ == "json" else Text(masker))
     root = logging.getLogger()
     root.handlers[:] = [handler]

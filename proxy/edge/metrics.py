@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..core.entry import Entry
 from ..core.receipt import Receipt
-from ..core.routes import ENDPOINTS, SEGMENTS, printable
+from ..core.routes import ENDPOINTS, SEGMENTS
 from ..world import World
 
 MAX_MODELS: Final = 100
@@ -158,39 +157,3 @@ class Metrics:
             self._entries.set(stats["entries"])
             self._bytes.set(stats["bytes"])
         return generate_latest(self.registry)
-
-
-_log = logging.getLogger("proxy.request")
-
-
-def log_receipt(receipt: Receipt) -> None:
-    """The one line a request that was not a hit gets in the log. No prompt, no answer, no key."""
-    level = logging.WARNING if receipt.status >= 500 else logging.INFO
-    if _log.isEnabledFor(level):
-        _log.log(
-            level,
-            "%s %s -> %d",
-            receipt.endpoint,
-            printable(receipt.model, 80) or "-",
-            receipt.status,
-            extra={"fields": fields(receipt)},
-        )
-
-
-def fields(receipt: Receipt) -> dict[str, object]:
-    """What a log line tells of a receipt: only what is known."""
-    told: dict[str, object] = {
-        "id": receipt.id,
-        "client": receipt.client,
-        "cache": receipt.cache,
-        "reason": receipt.reason,
-        "upstream": receipt.upstream,
-        "key": receipt.key,
-        "attempts": receipt.attempts,
-        "queue_ms": round(receipt.queue_ms, 1),
-        "total_ms": round(receipt.total_ms, 1),
-        "tokens": receipt.usage.total_tokens if receipt.usage else None,
-        "cost_usd": receipt.cost_usd,
-        "error": receipt.error,
-    }
-    return {name: value for name, value in told.items() if value not in (None, "")}

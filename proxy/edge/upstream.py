@@ -1,4 +1,4 @@
-"""Going up: one aiohttp session for all upstreams, and the table that turns its exceptions into failures.
+"""Going up: aiohttp's connections and parser without its session, and the table from its exceptions to failures.
 
 Nothing is followed, kept or read from the environment here: no redirects, no cookies, no proxies, no netrc.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 import aiohttp
 from aiohttp import ClientTimeout, TCPConnector
 from aiohttp.client_proto import ResponseHandler
-from multidict import CIMultiDict
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from ..core.headers import Raw
@@ -24,14 +23,15 @@ from ..core.ports import Trip
 from .server import read_in_small_pieces
 
 if TYPE_CHECKING:
-    from aiohttp.client import ClientRequest
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
+    from aiohttp.http import RawResponseMessage
+    from aiohttp.streams import StreamReader
     from aiohttp.tracing import Trace
 
 _LARGE: Final = 256 * 1024
-
-_trip: ContextVar[Trip] = ContextVar("trip")
+_NO_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+"""Methods for which a missing body goes without saying (RFC 9110 section 8.6)."""
 
 
 class _Protocol(ResponseHandler):
@@ -52,57 +52,90 @@ class _Protocol(ResponseHandler):
             # Broken framing inside a body: aiohttp tells that to nobody who reads it, and he would wait for ever.
             self._payload.set_exception(aiohttp.ClientPayloadError("broken framing"))
 
+    def give_up(self) -> None:
+        """The head of the answer did not come in time."""
+        self.set_exception(TimeoutError())
+
 
 class _Connector(TCPConnector):
-    """Tells each call whether its connection was used before, and gives a new one to those that ask."""
+    """aiohttp's pool, with the two ways to a connection apart: `pooled` gives used ones, `connect` new ones."""
 
     def __init__(self) -> None:
         super().__init__(limit=0, keepalive_timeout=60, ttl_dns_cache=300)
         self._factory = cast("partial[ResponseHandler]", partial(_Protocol, loop=self._loop))
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
-        trip = _trip.get()
-        if trip.fresh:
-            return None
-        connection = await super()._get(key, traces)
-        trip.reused = connection is not None
-        return connection
+        return None
 
-    async def connect(self, req: ClientRequest, traces: list[Trace], timeout: ClientTimeout) -> Connection:
-        connection = await super().connect(req, traces, timeout)
-        trip = _trip.get()
-        trip.connected = True
-        if isinstance(connection.protocol, _Protocol):
-            connection.protocol.trip = trip
-        return connection
+    async def pooled(self, key: ConnectionKey) -> Connection | None:
+        return await super()._get(key, [])
+
+
+class _Target:
+    """Where a URL leads, worked out once. address: what the pool knows it by; start: the head after the method."""
+
+    __slots__ = ("address", "key", "start")
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError for a URL that names no host."""
+        parsed = URL(url, encoded=True)
+        if not parsed.host:
+            raise ValueError("a URL without a host")
+        self.address = aiohttp.ClientRequest("GET", parsed, loop=asyncio.get_running_loop())
+        self.key = self.address.connection_key
+        self.start = f" {parsed.raw_path_qs} HTTP/1.1\r\nHost: {parsed.host_port_subcomponent}\r\n"
 
 
 class UpstreamAnswer:
-    """Status and headers are in hand; the body is read by one of `read`, `chunks`. Ends with `release` or `close`."""
+    """Status and headers are in hand; the body is read by one of `ready`, `chunks`. Ends with `close`.
 
-    __slots__ = ("_response", "raw_headers", "reason", "status")
+    The connection goes back to the pool by itself as soon as the whole body is here.
+    """
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        self.reason = response.reason or ""
-        self.raw_headers: Sequence[Raw] = response.raw_headers
+    __slots__ = ("_connection", "_content", "_writer", "headers", "raw_headers", "reason", "status")
 
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """Case-insensitive."""
-        return self._response.headers
+    def __init__(
+        self,
+        message: RawResponseMessage,
+        content: StreamReader,
+        connection: Connection,
+        writer: asyncio.Task[None] | None,
+        idle: float,
+    ) -> None:
+        self.status = message.code
+        self.reason = message.reason or ""
+        self.raw_headers: Sequence[Raw] = message.raw_headers
+        self.headers: Mapping[str, str] = message.headers
+        self._content = content
+        self._writer = writer
+        self._connection: Connection | None = connection
+        content.on_eof(self._ended)  # called at once where the end is here already
+        if self._connection is not None and (protocol := connection.protocol) is not None:
+            protocol.read_timeout = idle
+            protocol.start_timeout()
+
+    def _ended(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        transport = connection.transport
+        unsent = transport is not None and transport.get_write_buffer_size() > 0
+        if self.status == 101 or unsent or (self._writer is not None and not self._writer.done()):
+            self._connection = connection
+            self.close()  # it answered before it had the whole request
+        else:
+            connection.release()
 
     def ready(self) -> bytes | None:
         """The whole body, undecoded, where all of it came together with the head."""
-        content = self._response.content
+        content = self._content
         if not content.is_eof() or content.exception() is not None:
             return None
         return content.read_nowait(-1)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes off the socket, undecoded. Raises TransportFailure (invalid: cut; timeout: idle)."""
-        content = self._response.content
+        content = self._content
         try:
             while True:
                 chunk = await content.readany()
@@ -115,31 +148,26 @@ class UpstreamAnswer:
             raise TransportFailure("invalid", f"the upstream cut its answer short ({_name(error)})") from None
 
     def close(self) -> None:
-        """Ends it: aiohttp has kept the connection if the body was read to its end, and drops it here if not."""
-        self._response.close()
+        """Ends it: a connection that is not back in the pool yet is dropped."""
+        if self._writer is not None:
+            self._writer.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
 
 class Upstreams:
-    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body."""
+    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body.
 
-    _SKIP: Final = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+    aiohttp's connector makes and keeps connections and its parser reads answers; what its session does beyond that
+    (redirects, cookies, retries, default headers) is not wanted here and would cost more than all the rest.
+    """
 
     def __init__(self, connect: float, idle: float) -> None:
-        self._connect = connect
         self._idle = idle
-        self._session = aiohttp.ClientSession(
-            connector=_Connector(),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            skip_auto_headers=self._SKIP,
-            timeout=ClientTimeout(total=None, sock_connect=connect, sock_read=None),
-            max_line_size=16 * 1024,
-            max_field_size=64 * 1024,
-            read_bufsize=256 * 1024,
-        )
-        # aiohttp would send GET, HEAD, PUT and DELETE again by itself, unseen; whether to is the retry policy's to say.
-        self._session._retry_connection = False
+        self._timeout = ClientTimeout(total=None, sock_connect=connect)
+        self._connector = _Connector()
+        self._targets: dict[str, _Target] = {}
 
     async def send(
         self,
@@ -152,28 +180,111 @@ class Upstreams:
         trip: Trip,
     ) -> UpstreamAnswer:
         """Sends and waits for the answer's head, at most `first_byte` seconds. Raises TransportFailure."""
-        token = _trip.set(trip)
         try:
-            async with asyncio.timeout(first_byte):
-                wire = CIMultiDict(headers)
-                if isinstance(body, bytes) and len(body) > _LARGE:
-                    wire["Content-Length"] = str(len(body))
-                    body = _sliced(body)
-                response = await self._session.request(
-                    method, URL(url, encoded=True), data=body, headers=wire, allow_redirects=False
-                )
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            return await self._send(method, url, headers, body, first_byte, trip)
+        except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
             raise _failure(error, trip) from None
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes | AsyncIterator[bytes] | None,
+        first_byte: float,
+        trip: Trip,
+    ) -> UpstreamAnswer:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + first_byte
+        target = self._target(url)
+        framing, chunked = _framing(method, headers, body)
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        head = f"{method}{target.start}{lines}{framing}\r\n".encode("utf-8", "surrogateescape")
+        if head.count(b"\n") != len(headers) + 3 + (framing != ""):
+            raise ValueError("a header with a line break")  # parser and settings let none in; this is the last door
+        connection = None if trip.fresh else await self._connector.pooled(target.key)
+        trip.reused = connection is not None
+        if connection is None:
+            async with asyncio.timeout_at(end):
+                connection = await self._connector.connect(target.address, [], self._timeout)
+        trip.connected = True
+        writer = timer = None
+        try:
+            protocol, transport = connection.protocol, connection.transport
+            assert isinstance(protocol, _Protocol)
+            if transport is None:
+                raise aiohttp.ServerDisconnectedError
+            protocol.trip = trip
+            protocol.set_response_params(
+                skip_payload=method == "HEAD",
+                read_until_eof=True,
+                auto_decompress=False,
+                read_bufsize=_LARGE,
+                max_line_size=16 * 1024,
+                max_field_size=64 * 1024,
+            )
+            if body is None or (isinstance(body, bytes) and len(body) <= _LARGE):
+                transport.write(head + body if body else head)
+            else:
+                transport.write(head)
+                pieces = _sliced(body) if isinstance(body, bytes) else body
+                writer = loop.create_task(_write(protocol, pieces, chunked))
+            timer = loop.call_at(end, protocol.give_up)
+            while True:
+                message, content = await protocol.read()
+                if message.code >= 200 or message.code == 101:
+                    return UpstreamAnswer(message, content, connection, writer, self._idle)
+        except BaseException:
+            if writer is not None:
+                writer.cancel()
+            connection.close()
+            raise
         finally:
-            _trip.reset(token)
-        protocol: ResponseHandler | None = response.connection.protocol if response.connection else None
-        if protocol is not None:
-            protocol.read_timeout = self._idle
-            protocol.start_timeout()
-        return UpstreamAnswer(response)
+            if timer is not None:
+                timer.cancel()
+
+    def _target(self, url: str) -> _Target:
+        target = self._targets.get(url)
+        if target is None:
+            target = _Target(url)
+            if len(url) <= 1024:
+                if len(self._targets) >= 1024:
+                    self._targets.clear()
+                self._targets[url] = target
+        return target
 
     async def close(self) -> None:
-        await self._session.close()
+        await self._connector.close()
+
+
+def _framing(
+    method: str, headers: Sequence[tuple[str, str]], body: bytes | AsyncIterator[bytes] | None
+) -> tuple[str, bool]:
+    """(the line that says how long the body is, whether it is chunked) (RFC 9112 section 6)."""
+    if isinstance(body, bytes):
+        return f"Content-Length: {len(body)}\r\n", False
+    if body is None:
+        return ("" if method in _NO_BODY else "Content-Length: 0\r\n"), False
+    if any(name.lower() == "content-length" for name, _ in headers):
+        return "", False
+    return "Transfer-Encoding: chunked\r\n", True
+
+
+async def _write(protocol: ResponseHandler, pieces: AsyncIterator[bytes], chunked: bool) -> None:
+    """Sends a body that flows, as fast as the upstream takes it. Where it breaks, so does the wait for an answer."""
+    try:
+        async for piece in pieces:
+            transport = protocol.transport
+            if transport is None or transport.is_closing():
+                return
+            if piece:
+                transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            if protocol.writing_paused:
+                await protocol._drain_helper()
+        if chunked and protocol.transport is not None:
+            protocol.transport.write(b"0\r\n\r\n")
+    except Exception as error:
+        protocol.set_exception(aiohttp.ClientConnectionError(f"the request body broke off ({_name(error)})"))
 
 
 async def _sliced(body: bytes) -> AsyncIterator[bytes]:
@@ -206,7 +317,7 @@ def _failure(error: Exception, trip: Trip) -> TransportFailure:
         if trip.connected:
             return TransportFailure("timeout", "the upstream did not answer in time")
         return TransportFailure("unreached", "connecting to the upstream took too long")
-    if isinstance(error, aiohttp.ClientResponseError):
+    if isinstance(error, HttpProcessingError):
         return TransportFailure("invalid", "the upstream's answer is not HTTP")
     if not trip.connected:
         return TransportFailure("unreached", f"the upstream cannot be reached ({_name(error)})")

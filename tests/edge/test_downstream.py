@@ -19,7 +19,7 @@ from proxy.config.settings import Cache, Cost, Server, Throttle, Timeouts
 from proxy.core.limits import Limits
 from proxy.core.outcome import TransportFailure
 from proxy.seams import REAL
-from tests.edge.kit import house, request, wire
+from tests.edge.kit import PATIENCE, house, request, wire
 from tests.journey.scene import ask, pool, settings
 from tests.journey.script import (
     DONE,
@@ -290,11 +290,12 @@ async def test_those_who_wait_are_not_in_flight() -> None:
     config = replace(server(max_in_flight=2), throttle=Throttle(limits={"*": Limits(concurrency=1)}))
     async with house(*[says(wait=0.02)] * 6, config=config) as home:
         tasks = []
-        for n in range(6):
-            tasks.append(asyncio.create_task(home.ask(body=ask(str(n)))))
-            while home.downstream.in_flight + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
-                await asyncio.sleep(0.001)
-        assert [(await task).status for task in tasks] == [200] * 6
+        async with asyncio.timeout(PATIENCE):
+            for n in range(6):
+                tasks.append(asyncio.create_task(home.ask(body=ask(str(n)))))
+                while home.downstream.in_flight + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
+                    await asyncio.sleep(0.001)
+            assert [(await task).status for task in tasks] == [200] * 6
 
 
 # What bounds a request.

@@ -13,7 +13,8 @@ from proxy.config.settings import Cache
 from proxy.core.entry import Entry
 from proxy.core.receipt import Receipt
 from proxy.core.usage import Usage
-from proxy.edge.metrics import MAX_MODELS, Metrics, fields, log_receipt
+from proxy.edge.logs import fields, log_receipt
+from proxy.edge.metrics import MAX_MODELS, Metrics
 from proxy.seams import REAL
 from proxy.world import World, compile_world
 from tests.edge.kit import house

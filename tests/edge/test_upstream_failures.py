@@ -38,7 +38,7 @@ async def test_how_far_a_request_got(up: Upstreams, turn: Say, kind: str, answer
     async with raw_upstream(turn) as upstream:
         trip = Trip()
         with pytest.raises(TransportFailure) as caught:
-            await send(up, upstream, trip, first_byte=0.2, method=method)
+            await send(up, upstream, trip, first_byte=0.2 if kind == "timeout" else 3.0, method=method)
         assert (caught.value.kind, trip.connected, trip.answered) == (kind, True, answered)
         assert upstream.connections == 1  # aiohttp repeats nothing by itself
         assert str(upstream.port) not in caught.value.detail
