@@ -14,7 +14,6 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -49,8 +48,7 @@ SPILL: Final = 64 * 1024 * 1024
 _MEMO_SIZE: Final = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(msgspec.Struct, frozen=True):
     """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status."""
 
     entry: Entry
@@ -58,8 +56,7 @@ class Hit:
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Bought:
+class Bought(msgspec.Struct, frozen=True):
     """An answer from upstream. lines: our headers, as text; body: whole, or None where `flow` streams it."""
 
     status: int

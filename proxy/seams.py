@@ -14,6 +14,22 @@ from typing import Any
 log = logging.getLogger("proxy")
 
 
+class _Ids:
+    """Unguessable ids; random bytes are drawn for 256 at once, as each draw is a system call."""
+
+    def __init__(self) -> None:
+        self._left: list[str] = []
+
+    def __call__(self) -> str:
+        if not self._left:
+            drawn = os.urandom(16 * 256).hex()
+            self._left = [drawn[start : start + 32] for start in range(0, len(drawn), 32)]
+        return self._left.pop()
+
+
+_ids = _Ids()
+
+
 @dataclass(frozen=True, slots=True)
 class Seams:
     """monotonic: seconds for durations; wall: Unix seconds; random: [0, 1); new_id: 32 hex characters."""
@@ -22,7 +38,7 @@ class Seams:
     wall: Callable[[], float] = time.time
     random: Callable[[], float] = random.random
     sleep: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep
-    new_id: Callable[[], str] = lambda: os.urandom(16).hex()
+    new_id: Callable[[], str] = _ids
 
 
 REAL = Seams()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from .pricing import Cost, usd
 from .usage import Usage
@@ -12,8 +13,7 @@ CACHE_NAME: Final = "openai-proxy"
 ZERO_COST: Final = "0.000000"
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(msgspec.Struct, frozen=True):
     """Milliseconds: waiting for a key; the upstream calls; everything."""
 
     queue: float = 0.0

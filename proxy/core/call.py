@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from .headers import Raw
 from .options import Options
 from .routes import Route
@@ -26,8 +28,7 @@ class Client:
         return f"Client(name={self.name!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One request to one of the five endpoints, read and understood. arrived, deadline: monotonic seconds;
     patience: seconds it may wait for a key."""
 
@@ -51,8 +52,7 @@ class Call:
         return self.route.endpoint
 
 
-@dataclass(frozen=True, slots=True)
-class CachePlan:
+class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
     read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2)."""
 

@@ -28,9 +28,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import orjson
 
 FORMAT_VERSION: Final = "1"
@@ -50,8 +50,7 @@ class NotCacheable(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class KeyParts:
+class KeyParts(msgspec.Struct, frozen=True):
     """Everything a key is made of. `upstreams`: the identity of those that may serve it; `body`: from
     `canonical`.
     """

@@ -13,6 +13,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
+import msgspec
+
 from .lenient import sayable
 from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
 from .outcome import Class
@@ -59,8 +61,7 @@ class PoolKey:
         return any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """A key with its share of the limits reserved; `reservation` is None where no limit applies."""
 
     key: PoolKey
@@ -215,10 +216,14 @@ class KeyRing:
                         too_large = answer.reason
                         continue
                     reservation = answer
-            self._uses += 1
-            self.last_used[key.label] = self._uses
+            self.used(key)
             return Lease(key, reservation)
         return too_large
+
+    def used(self, key: PoolKey) -> None:
+        """Notes that a key is in use now: the least recently used one is the next."""
+        self._uses += 1
+        self.last_used[key.label] = self._uses
 
     def allowance(self, key: PoolKey, model: str, now: float, quota: str | None = None) -> Allowance | None:
         """The windows of (quota, model); None where no limit applies."""

@@ -18,6 +18,8 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any, Literal
 
+import msgspec
+
 from proxy.core.usage import Usage
 
 Kind = Literal["openai", "azure"]
@@ -38,8 +40,7 @@ _MONTH_DAY = "(?:0[1-9]|1[0-2]){}(?:0[1-9]|[12][0-9]|3[01])"
 _TRAILING_DATE = re.compile(rf"-(?:20[0-9]{{2}}-{_MONTH_DAY.format('-')}|{_MONTH_DAY.format('')})\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True):
     """`estimated`: the price of the undated model was used for a dated one that is not in the table."""
 
     usd: Decimal

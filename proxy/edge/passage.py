@@ -88,6 +88,7 @@ class Passage:
                     raise Refusal("no_usable_key", "no key can serve this route")
                 trace.code = "" if world.passthrough else "no_usable_key"
                 return last
+            world.ring.used(key)
             upstream = world.upstreams[key.upstream]
             trace.upstream, trace.key = upstream.site.name, key.label
             trace.attempts += 1

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+from ..core.errors import Refusal
 from ..core.routes import Route
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ def deployment_of(site: Site, model: str) -> str:
     return site.deployments[max(globs, key=len)] if globs else model
 
 
+def _segment(deployment: str) -> str:
+    """A deployment as one path segment. Raises Refusal(bad_request) for a name that would lead elsewhere: quoting does
+    not help against dots (RFC 3986 section 5.2.4)."""
+    if deployment in (".", ".."):
+        raise Refusal("bad_request", "this model cannot be the name of a deployment", param="model")
+    return quote(deployment, safe="", errors="replace")
+
+
 def url(site: Site, route: Route, model: str) -> str:
     root = site.base_url + "/openai"
     query = route.query
@@ -39,9 +48,9 @@ def url(site: Site, route: Route, model: str) -> str:
         version = f"api-version={quote(site.api_version or 'preview', safe='')}"
         query = f"{query}&{version}" if query else version
     if route.deployment is not None:
-        return f"{root}/deployments/{quote(route.deployment, safe='')}{route.path}?{query}"
+        return f"{root}/deployments/{_segment(route.deployment)}{route.path}?{query}"
     if route.segment in _BY_DEPLOYMENT and model and route.shape == "openai":
-        return f"{root}/deployments/{quote(deployment_of(site, model), safe='', errors='replace')}{route.path}?{query}"
+        return f"{root}/deployments/{_segment(deployment_of(site, model))}{route.path}?{query}"
     return f"{root}{route.path}?{query}"
 
 

@@ -200,3 +200,11 @@ def test_the_identity_is_address_version_and_deployment() -> None:
         azure.identity(site(**{"gpt-4o": "new"}), "gpt-4o"),
     ]
     assert len({azure.identity(here, "gpt-4o"), *others}) == 6
+
+
+@pytest.mark.parametrize("model", [".", ".."])
+def test_no_model_leads_out_of_the_deployments(model: str) -> None:
+    """Percent-encoding does not take the meaning from dots."""
+    with pytest.raises(Refusal) as refused:
+        url("/v1/chat/completions", model)
+    assert refused.value.code == "bad_request"
