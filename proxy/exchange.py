@@ -7,7 +7,7 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -63,9 +63,7 @@ class Exchange:
     async def run(self, call: Call, progress: Progress) -> Answered:
         """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts."""
         seams, ring = self._world.seams, self._world.ring
-        policy = self._world.policy
-        if call.options.max_retries is not None:
-            policy = replace(policy, max_retries=call.options.max_retries)
+        policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
         tokens = self._estimate(call)
         excluded: set[str] = set()
@@ -116,7 +114,7 @@ class Exchange:
                     progress.spent = step.spent
                     if answered is None:
                         assert failure is not None
-                        raise _refusal(failure, step.spent)
+                        raise failure.refusal(step.spent)
                     return answered
                 if isinstance(step, ChangeKey):
                     excluded.add(lease.key.label)
@@ -319,10 +317,3 @@ def _waited_too_long(why: str, model: str, seconds: float) -> Refusal:
 
 def _dislikes_stream_options(answered: Answered) -> bool:
     return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body
-
-
-def _refusal(failure: TransportFailure, spent: bool) -> Refusal:
-    code = {"timeout": "upstream_timeout", "invalid": "upstream_invalid_response"}.get(
-        failure.kind, "upstream_unreachable"
-    )
-    return Refusal(code, failure.detail, should_retry=False if spent else None)

@@ -237,8 +237,7 @@ class Journey:
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
             settled = True
         except TransportFailure as failure:
-            code = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
-            raise Refusal(code, failure.detail) from None
+            raise failure.refusal() from None
         finally:
             if not settled:
                 self.exchange.settle(call, answered.lease, None)

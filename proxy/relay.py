@@ -113,9 +113,8 @@ class Flow:
             if self._done:  # it broke off after its end: nothing is missing
                 self._end(Ending(self.audit))
                 return
-            code = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
             # Where the cut falls inside an event, nothing of ours may stand there.
-            await self._break(write, code, failure.detail, at_boundary and self._splitter.at_boundary)
+            await self._break(write, failure.code, failure.detail, at_boundary and self._splitter.at_boundary)
         except asyncio.CancelledError:
             if self._done:
                 self._read_on()

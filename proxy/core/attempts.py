@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from .outcome import KEY_TROUBLE, Class
@@ -22,6 +22,10 @@ class Policy:
     max_delay: float = 10.0
     jitter: float = 1.0
     ambiguous: bool = True
+
+    def asked(self, max_retries: int | None) -> Policy:
+        """The policy of a request that may ask for a number of retries of its own; None: it does not."""
+        return self if max_retries is None else replace(self, max_retries=max_retries)
 
     def delay(self, attempt: int, random: Callable[[], float]) -> float:
         """`min(base · 2^attempt + random(0, jitter), max)` for the `attempt`-th retry, counted from 0."""

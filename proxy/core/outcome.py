@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import orjson
 
 from .durations import parse_composite
+from .errors import Refusal
 
 MAX_WAIT: Final = 3600.0
 """No upstream header makes a key or a request wait longer than this at once (s): it is asked again then."""
@@ -41,6 +42,8 @@ KEY_TROUBLE: Final = frozenset({Class.QUOTA, Class.UNAUTHORIZED, Class.FORBIDDEN
 
 FailureKind = Literal["unreached", "stale", "ambiguous", "timeout", "invalid"]
 
+_CODES: Final[dict[FailureKind, str]] = {"timeout": "upstream_timeout", "invalid": "upstream_invalid_response"}
+
 
 class TransportFailure(Exception):
     """No usable answer came. `kind` says how far the request got; `detail` is for people and names no secret."""
@@ -53,6 +56,15 @@ class TransportFailure(Exception):
     @property
     def outcome(self) -> Class:
         return Class(self.kind)
+
+    @property
+    def code(self) -> str:
+        """The code of our own error that tells of it (contract 6)."""
+        return _CODES.get(self.kind, "upstream_unreachable")
+
+    def refusal(self, spent: bool = False) -> Refusal:
+        """Our own answer in place of the one that did not come. spent: our retries are used up."""
+        return Refusal(self.code, self.detail, should_retry=False if spent else None)
 
 
 @dataclass(frozen=True, slots=True)

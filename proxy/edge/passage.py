@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 from aiohttp.web import BaseRequest
 
@@ -71,10 +70,7 @@ class Passage:
     ) -> tuple[UpstreamReply, bytes | None]:
         """The answer to give, and its body where it is an error."""
         world, seams = self._world, self._world.seams
-        policy = world.policy
-        if options.max_retries is not None:
-            policy = replace(policy, max_retries=options.max_retries)
-        attempts = Attempts(policy, seams.random)
+        attempts = Attempts(world.policy.asked(options.max_retries), seams.random)
         repeatable = request.method in ("GET", "HEAD") and not request.body_exists
         fresh = not repeatable
         deadline = seams.monotonic() + (options.timeout or world.settings.timeouts.total)
@@ -142,7 +138,7 @@ class Passage:
                     trace.spent = spent
                     if reply is None or body is None:
                         assert failure is not None
-                        raise _refusal(failure, spent)
+                        raise failure.refusal(spent)
                     return reply, body
                 case ChangeKey():
                     excluded.add(key.label)
@@ -214,9 +210,9 @@ class Passage:
                     await stream.write(chunk)
             return await stream.finish()
         except TransportFailure as failure:
-            error = "upstream_timeout" if failure.kind == "timeout" else "upstream_invalid_response"
+            error = failure.code
             if not stream.started:
-                refusal = Refusal(error, failure.detail)
+                refusal = failure.refusal()
                 status, refusal.lines = refusal.status, trace.lines()
                 raise refusal from None
             return stream.abort()
@@ -308,9 +304,3 @@ async def _error_body(reply: UpstreamReply, patience: float) -> bytes:
             return await read_error(chunks)
     except TimeoutError:
         raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
-
-
-def _refusal(failure: TransportFailure, spent: bool) -> Refusal:
-    codes = {"timeout": "upstream_timeout", "invalid": "upstream_invalid_response"}
-    code = codes.get(failure.kind, "upstream_unreachable")
-    return Refusal(code, failure.detail, should_retry=False if spent else None)
