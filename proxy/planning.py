@@ -8,6 +8,7 @@ from typing import Final
 from .core.cacheability import is_deterministic, request_bypass
 from .core.call import CachePlan, Call
 from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from .core.items import Batch, read_batch
 from .world import World
 
 LARGE: Final = 1024 * 1024
@@ -36,27 +37,32 @@ class Planner:
         drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
         try:
             if len(call.body) > LARGE:
-                key = await asyncio.to_thread(self._key, call, drop)
+                key, batch = await asyncio.to_thread(self._key, call, drop)
             else:
-                key = self._key(call, drop)
+                key, batch = self._key(call, drop)
         except NotCacheable as error:
             return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
         if options.no_cache:
-            return CachePlan(key, "no-cache", False, True, "request")
-        return CachePlan(key, "new", True, True)
+            return CachePlan(key, "no-cache", False, True, "request", batch)
+        return CachePlan(key, "new", True, True, batch=batch)
 
-    def _key(self, call: Call, drop: frozenset[str]) -> str:
+    def _key(self, call: Call, drop: frozenset[str]) -> tuple[str, Batch | None]:
+        """The key; and the items that have keys of their own, where there are several. The only one's is the key."""
         beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
-        return cache_key(
-            KeyParts(
-                endpoint=call.endpoint,
-                namespace=f"{call.client.scope}\n{call.options.namespace}",
-                model=f"{call.model}\n{route.deployment or ''}",
-                upstreams=self._world.identity(call.model),
-                beta=b", ".join(beta).decode("latin-1"),
-                sample=call.options.sample,
-                query=route.query,
-                body=canonical(call.body, drop),
-            )
+        parts = KeyParts(
+            endpoint=call.endpoint,
+            namespace=f"{call.client.scope}\n{call.options.namespace}",
+            model=f"{call.model}\n{route.deployment or ''}",
+            upstreams=self._world.identity(call.model),
+            beta=b", ".join(beta).decode("latin-1"),
+            sample=call.options.sample,
+            query=route.query,
+            body=canonical(call.body, drop),
         )
+        batch = None
+        if call.endpoint == "embeddings" and not call.stream and self._world.settings.cache.embeddings_per_item:
+            batch = read_batch(call.body, call.document, parts, drop)
+        if batch is not None and len(batch.order) == 1:
+            return batch.keys[0], None
+        return cache_key(parts), batch

@@ -19,7 +19,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     usage_span: where in an `sse` body the usage chunk lies (from, to), None where there is none;
     usage_asked: the upstream was asked for that chunk, so where it is missing, there is none to be had;
     stored_at: Unix seconds; ttl: seconds; model: the one asked for; answer_model: the one that answered;
-    cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed.
+    cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed;
+    estimated: usage and cost are its share of a batch's, by length.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     tags: tuple[str, ...]
     sampled: bool
     usage_asked: bool = False
+    estimated: bool = False
 
     @property
     def size(self) -> int:

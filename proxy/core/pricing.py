@@ -153,6 +153,17 @@ class PriceTable:
         return self._sections["openai"].find(name)
 
 
+def total_cost(costs: Sequence[Cost | None]) -> Cost | None:
+    """All of them together; None where one is unknown."""
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return None
+    amount = _ZERO
+    for cost in known:
+        amount = _EXACT.add(amount, cost.usd)
+    return Cost(amount, "estimated" if any(cost.status == "estimated" for cost in known) else "exact")
+
+
 @lru_cache(1024)
 def usd(amount: Decimal) -> str:
     """`amount`, exact, without exponent, with at least six places: "0.002250". ValueError if not finite."""

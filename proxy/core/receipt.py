@@ -95,6 +95,7 @@ class Receipts:
             entry.form,
             entry.cost,
             entry.usage,
+            entry.estimated,
             wall,
         )
         if len(self._by_id) > self._kept:
@@ -104,7 +105,7 @@ class Receipts:
         found = self._by_id.get(id_)
         if found is None or isinstance(found, Receipt):
             return found
-        client, endpoint, model, answer_model, form, cost, usage, wall = found
+        client, endpoint, model, answer_model, form, cost, usage, estimated, wall = found
         return Receipt(
             id=id_,
             client=client,
@@ -117,6 +118,6 @@ class Receipts:
             stream=form == "sse",
             cost_usd="0.000000",
             saved_usd=cost,
-            cost_status="exact",
+            cost_status="estimated" if estimated else "exact",
             usage=usage,
         )

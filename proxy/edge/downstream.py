@@ -275,7 +275,9 @@ class Downstream:
         lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
-        lines += f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: exact\r\n"
+        lines += (
+            f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: {'estimated' if entry.estimated else 'exact'}\r\n"
+        )
         if entry.cost is not None:
             lines += f"X-Proxy-Cost-Saved-USD: {entry.cost}\r\n"
         lines += usage_lines(entry.usage)
@@ -328,6 +330,7 @@ _EXPOSED: Final = (
     "X-Proxy-Cached-Tokens",
     "X-Proxy-Completion-Tokens",
     "X-Proxy-Total-Tokens",
+    "X-Proxy-Saved-Tokens",
     "X-Proxy-Error",
     "Cache-Status",
     "Age",

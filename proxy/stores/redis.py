@@ -31,7 +31,7 @@ log = logging.getLogger("proxy.cache")
 DEADLINE: Final = 0.09
 """Seconds a request waits for a read, at most."""
 
-MOST_PENDING: Final = 1000
+MOST_PENDING: Final = 5000
 MOST_PENDING_BYTES: Final = 64 * 1024 * 1024
 LONGEST_PREFIX: Final = 64
 """Bytes: a key is then at most 140 long."""
