@@ -21,7 +21,7 @@ from .core.cacheability import StreamAudit, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
 from .core.headers import Raw, downstream_headers
-from .core.items import Saved, read_answer, vectors_of
+from .core.items import Saved, in_order, join, read_answer, vectors_of
 from .core.lenient import parse_leniently
 from .core.outcome import TransportFailure
 from .core.ports import WayUp
@@ -122,17 +122,18 @@ class Journey:
         read = await self._read(call, answered, progress, SPILL if plan.batch is None else SPILL_OF_ITEMS)
         if read is None:
             return self._stream_answer(call, plan, answered, progress)
-        document, usage, cost = read.document, read.usage, read.cost
+        body, document, usage, cost = read.body, read.document, read.usage, read.cost
         stored, why_not = False, None
         answer_model = document.get("model") if isinstance(document, Mapping) else None
         if plan.write and not answered.leaked and not call.stream:
             if answered.status == 200 and isinstance(document, Mapping):
                 why_not = plain_complete(call.endpoint, call.document, document)
                 if why_not is None:
-                    stored = self.shelf.keep(
-                        call, plan, answered, read.headers, read.body, None, usage, cost, answer_model
-                    )
-                    if plan.batch is not None and (vectors := vectors_of(document)) is not None:
+                    vectors = vectors_of(document) if plan.batch is not None else None
+                    if vectors is not None and plan.batch is not None and not in_order(document):
+                        body = join(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
+                    stored = self.shelf.keep(call, plan, answered, read.headers, body, None, usage, cost, answer_model)
+                    if vectors is not None:
                         numbers = range(len(vectors))
                         stored |= await self.shelf.keep_items(
                             call, plan, numbers, answered, read.headers, vectors, usage, answer_model
@@ -141,7 +142,7 @@ class Journey:
                 why_not = "not a JSON answer"
         lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
         self._record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
-        return Bought(answered.status, answered.reply.reason, read.headers, lines, read.body)
+        return Bought(answered.status, answered.reply.reason, read.headers, lines, body)
 
     async def _read(self, call: Call, answered: Answered, progress: Progress, most: int) -> Read | None:
         """A good answer, read whole and priced, its lease settled; None, and nothing settled, where it is longer than

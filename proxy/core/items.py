@@ -193,6 +193,11 @@ def vectors_of(document: Mapping[str, Any]) -> list[bytes] | None:
     return vectors if type(vectors[0]) is bytes else None
 
 
+def in_order(document: Mapping[str, Any]) -> bool:
+    """Whether each embedding of a whole answer stands where its index says."""
+    return all(datum["index"] == position for position, datum in enumerate(document["data"]))
+
+
 def join(vectors: Mapping[int, bytes], order: Iterable[int], model: str | None, usage: Usage | None) -> bytes:
     """An answer as the API gives it. vectors: by item number; order: the number of the item at each position."""
     data = b",".join(
