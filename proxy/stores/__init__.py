@@ -8,7 +8,7 @@ is configured. A backend never raises into a request: what is broken, slow, full
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -85,6 +85,9 @@ class Store(Protocol):
 
         None: there is none, or the store cannot tell. Never raises; a caller who is cancelled harms nobody.
         """
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        """The same for several, in about the time of one. None: the store cannot tell, and more need not be asked."""
 
     def put(self, entry: Entry) -> bool:
         """Takes the entry, to be written soon, in place of an older one; never waits. False: it will not be kept."""

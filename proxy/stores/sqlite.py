@@ -11,7 +11,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -86,6 +86,16 @@ class SQLiteStore:
         self._counts["hits"] += 1
         self._writer.touch(name)
         return entry
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        errors = self._counts["read_errors"]
+        found: list[Entry | None] = []
+        for key in keys:
+            found.append(await self.get(key, form, wall))
+            if self._counts["read_errors"] > errors:
+                return None
+            await asyncio.sleep(0)  # reading a row is no waiting: others have their turn
+        return found
 
     async def _read(self, name: Name) -> Entry | None:
         generation = self._writer.generation

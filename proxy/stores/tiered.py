@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 from collections.abc import Sequence
-from typing import Final
 
 from ..core.entry import Entry
 from . import ALL, Filter, Page, Store
 from .memory import MemoryStore
 
-DEADLINE: Final = 0.1
-"""Seconds that looking up many entries may take (contract 7: a broken store costs at most so much)."""
-
 _CHUNK = 2000
-_AT_ONCE = 32
+_AT_ONCE = 128
 
 
 class TieredStore:
@@ -48,11 +43,14 @@ class TieredStore:
         if self.slower is None or (entry is not None and entry.fresh(wall)):
             return entry
         purges = self._purges
-        found = await self.slower.get(key, form, wall)
+        return self._younger(entry, await self.slower.get(key, form, wall), purges)
+
+    def _younger(self, entry: Entry | None, found: Entry | None, purges: int) -> Entry | None:
+        """Of what is in memory and behind it; promotes what was `found`, asked for after so many purges."""
         if found is None or (entry is not None and found.stored_at <= entry.stored_at):
             return entry
         if purges == self._purges:  # what was purged meanwhile must not come back
-            newest = self.memory.get(key, form)
+            newest = self.memory.get(found.key, found.form)
             if newest is None or newest.stored_at < found.stored_at:
                 self._promotions += self.memory.put(found)
         return found
@@ -67,21 +65,19 @@ class TieredStore:
         return await asyncio.gather(self.get(key, form, wall), self.get(key, other, wall))
 
     async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
-        """The entries of `keys`, as from `get`: together within `DEADLINE`, and what is later is a miss."""
+        """The entries of `keys`, as from `get`. Where the slower store is late or fails, it is not asked on."""
         found = [self.peek(key, form) for key in keys]
         if self.slower is None:
             return found
-        missing = [at for at, entry in enumerate(found) if entry is None or not entry.fresh(wall)]
-        left = iter(missing)
-
-        async def ask() -> None:
-            for at in left:
-                found[at] = await self.get(keys[at], form, wall)
-                await asyncio.sleep(0)  # SQLite reads without waiting: others have their turn
-
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DEADLINE):
-                await asyncio.gather(*(ask() for _ in range(min(_AT_ONCE, len(missing)))))
+        left = [at for at, entry in enumerate(found) if entry is None or not entry.fresh(wall)]
+        for start in range(0, len(left), _AT_ONCE):
+            some = left[start : start + _AT_ONCE]
+            purges = self._purges
+            entries = await self.slower.get_many([keys[at] for at in some], form, wall)
+            if entries is None:
+                break
+            for at, entry in zip(some, entries, strict=True):
+                found[at] = self._younger(found[at], entry, purges)
         return found
 
     def put(self, entry: Entry) -> bool:

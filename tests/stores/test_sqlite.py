@@ -397,7 +397,7 @@ class TestTrouble:
         with monkeypatch.context() as patch:
             patch.setattr(sqlite_file, "connect", broken)
             store = await opened()
-            taken = sum(store.put(entry(f"k{number}")) for number in range(1500))
+            taken = sum(store.put(entry(f"k{number}")) for number in range(sqlite_writer.MOST_PENDING + 500))
             assert taken == sqlite_writer.MOST_PENDING
             assert await kept(store, "k0", "k1400") == ["k0"]
         await until(lambda: store._writer.state == "ok" and not store._writer._pending)
