@@ -123,6 +123,7 @@ class Journey:
         if read is None:
             return self._stream_answer(call, plan, answered, progress)
         body, document, usage, cost = read.body, read.document, read.usage, read.cost
+        progress.usage, progress.cost = usage, cost  # paid, even if the client leaves while it is stored
         stored, why_not = False, None
         answer_model = document.get("model") if isinstance(document, Mapping) else None
         if plan.write and not answered.leaked and not call.stream:

@@ -2,7 +2,9 @@
 
 An item is one text or one array of tokens. It is kept under its own key as the answer to a request for it alone, so a
 request for one item needs nothing of this, and what one batch bought serves every other. Vectors are bytes throughout:
-neither floats nor base64 are ever written anew.
+neither floats nor base64 are ever written anew. The answer to a whole batch that went up as it came is kept beside its
+items, where `max_entry` allows: the same request again gets the same bytes, without being read. An answer made of items
+is not kept, for it can be made again.
 
 A request is taken apart only where each of its fields says the same of every item (`_ITEMWISE`). An unknown field may
 tie the items together (Jina's `late_chunking` embeds a text in the light of its neighbours), so it goes the way of
