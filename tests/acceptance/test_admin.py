@@ -248,6 +248,20 @@ def test_the_admin_key_does_not_go_over_plain_http(tmp_path: Path) -> None:
     assert "the-admin-key" not in done.stderr
 
 
+@pytest.mark.parametrize("args", [["list"], ["purge", "--all"], ["import", "answers.jsonl"]])
+def test_a_store_in_trouble_is_said_to_be(tmp_path: Path, args: list[str]) -> None:
+    (tmp_path / "answers.jsonl").touch()
+    done = run_command(tmp_path, ["cache", *args, "--cache", "redis"], env={"REDIS_URL": "redis://:word@127.0.0.1:1"})
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"openai-proxy cache {args[0]}: redis: ")
+    assert "word" not in done.stderr
+    wrong = tmp_path / "notes.txt"
+    wrong.write_text("somebody's notes, which are no database")
+    done = run_command(tmp_path, ["cache", *args, "--cache", "sqlite"], env={"PROXY__CACHE__PATH": str(wrong)})
+    assert (done.returncode, done.stderr) == (1, f"openai-proxy cache {args[0]}: {wrong} is not a cache file\n")
+    assert wrong.read_text().startswith("somebody's")
+
+
 def test_nobody_there(tmp_path: Path) -> None:
     done = run_command(tmp_path, ["cache", "list", "--url", "http://127.0.0.1:1"])
     assert done.returncode == 1
