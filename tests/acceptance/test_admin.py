@@ -17,6 +17,9 @@ from tests.launch import Config, Launch, ProxyProcess, run_command, secret, sett
 from tests.stores.kit import Valkey, valkey
 from tests.upstream import ScriptedUpstream
 
+PURGED_WITHIN = 4.0
+"""Seconds: two are promised; the rest is for a busy machine."""
+
 
 @pytest.fixture
 def server() -> Iterator[Valkey]:
@@ -89,13 +92,13 @@ async def test_a_purge_by_command_empties_the_memory_of_running_proxies(
     )
     assert await command(tmp_path, shared, "purge", "--key", key[:12]) == "1 entry purged\n"
     for proxy in (one, two):
-        await misses_within(2.0, client, proxy, QUESTIONS[0][0])
+        await misses_within(PURGED_WITHIN, client, proxy, QUESTIONS[0][0])
         for question, headers in QUESTIONS[1:]:
             assert (await client.send(proxy, question, headers)).cache == "hit"
     assert upstream.count == 3
     assert await command(tmp_path, shared, "purge", "--all") == "2 entries purged\n"
     for proxy in (one, two):
-        await misses_within(2.0, client, proxy, QUESTIONS[2][0])
+        await misses_within(PURGED_WITHIN, client, proxy, QUESTIONS[2][0])
 
 
 @pytest.mark.parametrize(
