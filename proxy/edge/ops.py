@@ -14,6 +14,7 @@ from ..core.routes import Route, unknown_route
 from ..world import World
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
+from .traffic import Traffic
 from .wire import Dates, Whole, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
@@ -21,18 +22,16 @@ _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Ops:
-    """Answers `own` routes. draining: set when SIGTERM came; address: shown in the status."""
+    """Answers `own` routes."""
 
-    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper) -> None:
+    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic) -> None:
         self._world = world
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
-        self._started = world.seams.wall()
-        self.draining = False
-        self.address = ""
+        self._traffic = traffic
 
-    async def handle(self, request: BaseRequest, route: Route, in_flight: int) -> Whole:
+    async def handle(self, request: BaseRequest, route: Route) -> Whole:
         """One request to an `own` route of the main listener. Raises Refusal."""
         path = route.path
         if request.method not in ("GET", "HEAD"):
@@ -45,30 +44,30 @@ class Ops:
             return self._receipt(request, path.removeprefix("/_proxy/requests/"))
         self._gatekeeper.check_admin(request)
         if path == "/metrics":
-            return self._metrics_page(request, in_flight)
+            return self._metrics_page(request)
         if path == "/_proxy/status":
-            return self._json(request, await self.status(in_flight))
+            return self._json(request, await self.status())
         if path == "/_proxy/keys":
             return self._json(request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
         raise unknown_route(path)
 
-    async def handle_probe(self, request: BaseRequest, path: str, in_flight: int) -> Whole:
+    async def handle_probe(self, request: BaseRequest, path: str) -> Whole:
         """One request to the second listener, `server.ops`: probes and metrics only, any Host, no key."""
         if request.method not in ("GET", "HEAD"):
             raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
         if path in _PROBES:
             return self._probe(request, path)
         if path == "/metrics":
-            return self._metrics_page(request, in_flight)
+            return self._metrics_page(request)
         raise unknown_route(path)
 
     def _probe(self, request: BaseRequest, path: str) -> Whole:
-        if path == "/readyz" and self.draining:
+        if path == "/readyz" and self._traffic.draining:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
-    def _metrics_page(self, request: BaseRequest, in_flight: int) -> Whole:
-        return self._answer(request, self._metrics.render(self._world, in_flight), _TEXT)
+    def _metrics_page(self, request: BaseRequest) -> Whole:
+        return self._answer(request, self._metrics.render(self._world, self._traffic.in_flight), _TEXT)
 
     def _receipt(self, request: BaseRequest, id_: str) -> Whole:
         """A receipt is for operators and for the client key that made the request."""
@@ -83,17 +82,17 @@ class Ops:
             raise unknown_route(f"/_proxy/requests/{id_}")
         return self._json(request, receipt.as_json())
 
-    async def status(self, in_flight: int) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
         settings = world.settings
         return {
             "version": __version__,
-            "address": self.address,
-            "uptime_s": round(world.seams.wall() - self._started, 1),
-            "state": "draining" if self.draining else "ready",
+            "address": self._traffic.address,
+            "uptime_s": round(world.seams.wall() - self._traffic.started, 1),
+            "state": "draining" if self._traffic.draining else "ready",
             "pass_through": world.passthrough,
-            "in_flight": in_flight,
+            "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
