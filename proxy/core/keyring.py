@@ -108,7 +108,7 @@ class KeyRing:
         self._serving: dict[str, tuple[tuple[PoolKey, ...], ...]] = {}
         self.last_used: dict[str, float] = {}
         self._uses = 0
-        self._before: OrderedDict[tuple[str, str], Allowance] = OrderedDict()
+        self._before: dict[tuple[str, str], Allowance] = {}
         self.turns: dict[str, int] = {}
 
     # -- which keys -------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class KeyRing:
                 self._resting[where] = state
         self.last_used.update(old.last_used)
         self._uses = old._uses
-        self._before = old._allowances
+        self._before = {**old._before, **old._allowances}
 
     # -- what operators see ----------------------------------------------------------------------------------------
 
