@@ -86,7 +86,7 @@ class Items:
             leaked = leaked or answered.leaked
             if plan.write and not answered.leaked:
                 stored |= await self._shelf.keep_items(
-                    call, plan, numbers, answered, read.headers, vectors, read.usage, model
+                    call, plan, numbers, answered, read.headers, vectors, read.usage, read.cost, model
                 )
             bought.update(zip(numbers, vectors, strict=True))
             if any(found.entry.answer_model != model for found in batch.found.values()):

@@ -137,7 +137,7 @@ class Journey:
                     if vectors is not None:
                         numbers = range(len(vectors))
                         stored |= await self.shelf.keep_items(
-                            call, plan, numbers, answered, read.headers, vectors, usage, answer_model
+                            call, plan, numbers, answered, read.headers, vectors, usage, cost, answer_model
                         )
             else:
                 why_not = "not a JSON answer"

@@ -175,6 +175,7 @@ class Shelf:
         headers: Sequence[Raw],
         vectors: Sequence[bytes],
         usage: Usage | None,
+        cost: Cost | None,
         answer_model: object,
     ) -> bool:
         """Stores each of the items of these `numbers` under its own key. Whether any was."""
@@ -185,7 +186,9 @@ class Shelf:
         if template.ttl <= 0:
             return False
         models = (template.answer_model, call.model)
-        price = partial(answered.upstream.prices.cost, answered.upstream.site.kind, models)
+        price = (
+            partial(answered.upstream.prices.cost, answered.upstream.site.kind, models) if cost is not None else None
+        )
         if sum(map(len, vectors)) > LARGE:
             entries = await asyncio.to_thread(item_entries, template, batch, numbers, vectors, price)
         else:

@@ -239,11 +239,12 @@ def item_entries(
     batch: Batch,
     numbers: Sequence[int],
     vectors: Sequence[bytes],
-    price: Callable[[Usage], Cost | None],
+    price: Callable[[Usage], Cost | None] | None,
 ) -> list[Entry]:
     """What is stored of a call for the items of these `numbers`, answered with these `vectors`.
 
-    template: says what the entries have in common, and the usage of all of them together.
+    template: says what the entries have in common, and the usage of all of them together; price: None where that has
+    no known cost.
     """
     weights = [batch.weights[number] for number in numbers]
     shares: list[Usage] | list[None] = [None] * len(numbers)
@@ -254,7 +255,7 @@ def item_entries(
         estimated = len(numbers) > 1 and not (batch.counted and sum(weights) == template.usage.prompt_tokens)
     entries = []
     for number, vector, share in zip(numbers, vectors, shares, strict=True):
-        cost = price(share) if share is not None else None
+        cost = price(share) if price is not None and share is not None else None
         entries.append(
             msgspec.structs.replace(
                 template,
@@ -262,6 +263,7 @@ def item_entries(
                 body=join({0: vector}, (0,), template.answer_model, share),
                 usage=share,
                 cost=usd(cost.usd) if cost is not None else None,
+                request=None,
                 estimated=estimated,
             )
         )
