@@ -133,6 +133,7 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
         app.ops.address = address
         if app.world.store is not None:
             await app.world.store.open()
+        await app.world.runs.open()
         lines = start_up_text(loaded, app.world, address, ops_address)
         if extra_lines is not None:
             lines += extra_lines(address)
@@ -182,6 +183,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.way_up.close()
+    await app.world.runs.close()
     if app.world.store is not None:
         await app.world.store.close()
     _remove_socket(settings.server.socket)

@@ -15,6 +15,7 @@ from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
 from .providers import DIALECTS, Dialect, Site
+from .runs import RunBook
 from .seams import Seams
 from .selection import STRATEGIES
 from .stores import Store
@@ -53,6 +54,7 @@ class World:
     store: TieredStore | None
     masker: Masker
     passthrough: bool
+    runs: RunBook
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
     _identities: dict[str, str] = field(default_factory=dict)
@@ -93,6 +95,7 @@ def compile_world(settings: Settings, seams: Seams) -> World:
             credentials[label] = ()
             keys.append(PoolKey(label, index, spec.models, spec.priority))
     retry = settings.retry
+    store = _store(settings, seams)
     return World(
         settings=settings,
         seams=seams,
@@ -101,9 +104,10 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=Gate(settings.throttle.max_queue, seams.monotonic),
-        store=_store(settings, seams),
+        store=store,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
+        runs=_runs(settings, seams, store),
         sites=tuple(upstream.site for upstream in upstreams),
     )
 
@@ -123,6 +127,21 @@ def _store(settings: Settings, seams: Seams) -> TieredStore | None:
 
         slower = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
     return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+
+
+def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:
+    """Named runs, shared where a Redis is configured; over the cache's link where it has one."""
+    if settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
+        return RunBook(seams)
+    from .stores.redis import DEADLINE, RedisStore
+    from .stores.redis_link import Link
+    from .stores.redis_runs import RedisRuns
+
+    slower = store.slower if store is not None else None
+    if isinstance(slower, RedisStore):
+        return RunBook(seams, RedisRuns(slower.link, settings.redis.prefix, seams.wall, borrowed=True))
+    link = Link(settings.redis.url.reveal(), DEADLINE)
+    return RunBook(seams, RedisRuns(link, settings.redis.prefix, seams.wall))
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

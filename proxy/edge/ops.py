@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import unquote
 
 import orjson
 from aiohttp.web import BaseRequest
@@ -50,6 +51,8 @@ class Ops:
             return self._json(request, await self.status(in_flight))
         if path == "/_proxy/keys":
             return self._json(request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
+        if path.startswith("/_proxy/runs/"):
+            return await self._run(request, path)
         raise unknown_route(path)
 
     async def handle_probe(self, request: BaseRequest, path: str, in_flight: int) -> Whole:
@@ -82,6 +85,12 @@ class Ops:
         if receipt is None:
             raise unknown_route(f"/_proxy/requests/{id_}")
         return self._json(request, receipt.as_json())
+
+    async def _run(self, request: BaseRequest, path: str) -> Whole:
+        report = await self._world.runs.report(unquote(path.removeprefix("/_proxy/runs/")))
+        if report is None:
+            raise unknown_route(path)
+        return self._json(request, report)
 
     async def status(self, in_flight: int) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
