@@ -204,9 +204,12 @@ class Run:
         return _EXACT.add(_EXACT.add(self.sums.cost, self.sums.assumed), self.held)
 
     def room_for(self, amount: Decimal, limit: Decimal) -> bool:
-        """Whether another `amount` stays within `limit`. Once the limit is reached, not even nothing does."""
+        """Whether another `amount` stays within `limit`. Once the limit is reached, not even nothing does; as long as
+        nothing is taken the first request may try, for an estimate by `max_tokens` alone must not keep a run from
+        beginning.
+        """
         taken = _EXACT.add(self.committed, self.others)
-        return taken < limit and _EXACT.add(taken, amount) <= limit
+        return taken < limit and (not taken or _EXACT.add(taken, amount) <= limit)
 
     def hold(self, amount: Decimal) -> None:
         self.held = _EXACT.add(self.held, amount)

@@ -67,7 +67,7 @@ redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
 
 # KEYS: shares, clients. ARGV: process, its share, its seq, lifetime, owner, client, now, before, after, limit or '',
-# most shares, most clients. Money in 10^-9 USD. Returns whether it fits, and all shares as they were.
+# most shares, most clients. Money in 10^-9 USD; the rule is Run.room_for's. Returns whether it fits, and all shares as they were.
 _SHARE: Final = """
 local all = redis.call('HGETALL', KEYS[1])
 local taken, known, newer = 0, false, false
@@ -82,8 +82,8 @@ for i = 1, #all, 2 do
   end
 end
 if ARGV[10] ~= '' then
-  local limit = tonumber(ARGV[10])
-  if taken + tonumber(ARGV[8]) >= limit or taken + tonumber(ARGV[9]) > limit then return {0, all} end
+  local limit, before = tonumber(ARGV[10]), taken + tonumber(ARGV[8])
+  if before >= limit or (before > 0 and taken + tonumber(ARGV[9]) > limit) then return {0, all} end
 end
 if not newer and (known or #all / 2 < tonumber(ARGV[11])) then
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
@@ -105,13 +105,24 @@ class Known:
 
 
 class RedisRuns:
-    """link: opened and closed here, unless `borrowed`; prefix: of every key, at most 64 bytes."""
+    """link: opened and closed here, unless `borrowed`; prefix: of every key, at most 64 bytes; deadline: seconds an
+    answer may take.
+    """
 
-    def __init__(self, link: Link, prefix: str, wall: Callable[[], float], *, borrowed: bool = False) -> None:
+    def __init__(
+        self,
+        link: Link,
+        prefix: str,
+        wall: Callable[[], float],
+        *,
+        borrowed: bool = False,
+        deadline: float = DEADLINE,
+    ) -> None:
         self._link = link
         self._prefix = prefix
         self._wall = wall
         self._borrowed = borrowed
+        self._deadline = deadline
         self._number = link.redis.register_script(_NUMBER)
         self._ended = link.redis.register_script(_ENDED)
         self._share = link.redis.register_script(_SHARE)
@@ -179,12 +190,12 @@ class RedisRuns:
         known: Mapping[str, Known] | None = await self._ask(all_of_it, _READ)
         return known
 
-    async def _ask(self, command: Callable[[], Awaitable[Any]], patience: float = DEADLINE) -> Any:
+    async def _ask(self, command: Callable[[], Awaitable[Any]], patience: float | None = None) -> Any:
         """The answer; None where there is none in time."""
         if not self._link.up:
             return None
         try:
-            return await self._link.run(command, patience)
+            return await self._link.run(command, self._deadline if patience is None else patience)
         except ResponseError as error:  # OOM, READONLY, NOPERM: runs are counted by each process alone
             self._link.complain(f"refuses to count a run: {error}")
         except (RedisError, OSError, TimeoutError):
