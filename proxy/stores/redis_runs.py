@@ -67,7 +67,8 @@ redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
 
 # KEYS: shares, clients. ARGV: process, its share, its seq, lifetime, owner, client, now, before, after, limit or '',
-# most shares, most clients. Money in 10^-9 USD; the rule is Run.room_for's. Returns whether it fits, and all shares as they were.
+# most shares, most clients. Money in 10^-9 USD; the rule is Run.room_for's. Returns whether it fits, and all shares as
+# they were.
 _SHARE: Final = """
 local all = redis.call('HGETALL', KEYS[1])
 local taken, known, newer = 0, false, false

@@ -21,7 +21,7 @@ from tests.edge.kit import Answer, House, house, request, served, wire
 from tests.journey.scene import ask, pool, settings
 from tests.journey.script import HANG, Says, error, rate_limited, says, streams
 
-GUARDED = ["/metrics", "/_proxy/status", "/_proxy/keys", "/_proxy/requests/x"]
+GUARDED = ["/metrics", "/_proxy/status", "/_proxy/keys", "/_proxy/requests/x", "/_proxy/runs/x"]
 ADMIN = [("Authorization", "Bearer the-admin-key")]
 
 
