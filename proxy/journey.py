@@ -80,7 +80,7 @@ class Journey:
         try:
             served = await self._serve(call, check_room, name)
         except BaseException as error:
-            runs.left(call)
+            runs.left(call, gone=isinstance(error, asyncio.CancelledError))
             if isinstance(error, Refusal):
                 error.headers = (*error.headers, *run_headers(run))
             raise

@@ -75,12 +75,15 @@ class Shared(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request in a run. number: None where it is not numbered; held: USD reserved."""
+    """One request in a run. number: None where it is not numbered; held: USD reserved; buying: it may have gone
+    upstream, so that a receipt will tell what it cost.
+    """
 
     run: Run
     key: str = ""
     number: int | None = None
     held: Decimal = _ZERO
+    buying: bool = False
 
 
 class RunBook:
@@ -163,6 +166,7 @@ class RunBook:
                 f"those under way more than its max-cost of {usd(limit)}; stored answers are still given"
             )
             raise Refusal("budget_exceeded", message, param="max-cost")
+        ticket.buying = True
 
     def hit(self, call: Call, entry: Entry) -> None:
         """It was answered from the cache."""
@@ -196,11 +200,19 @@ class RunBook:
         )
         self._end(ticket, sums, receipt.model, delivered=good)
 
-    def left(self, call: Call) -> None:
-        """It ended without a receipt: refused before anything went upstream, or its client is gone."""
-        ticket = self._tickets.pop(call.id, None)
-        if ticket is not None:
-            self._end(ticket, Sums(requests=1, errors=1), call.model, delivered=False)
+    def left(self, call: Call, gone: bool) -> None:
+        """It ended without an answer. gone: its client is; what it bought may go on for others, and its receipt comes
+        when that is over.
+        """
+        ticket = self._tickets.get(call.id)
+        if ticket is None:
+            return
+        if gone and ticket.buying:
+            if ticket.number is not None:
+                ticket.run.ended(ticket.key, ticket.number, False)
+            return
+        del self._tickets[call.id]
+        self._end(ticket, Sums(requests=1, errors=1), call.model, delivered=False)
 
     def _end(self, ticket: Ticket, sums: Sums, model: str, *, delivered: bool) -> None:
         run = ticket.run

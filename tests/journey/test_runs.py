@@ -12,6 +12,7 @@ from proxy.config.settings import Cache
 from proxy.core.call import Client
 from proxy.core.headers import Raw
 from proxy.core.options import Options
+from proxy.core.receipt import Receipt
 from tests.journey.clock import settled, story
 from tests.journey.scene import Scene, Told, ask, settings
 from tests.journey.script import Fails, Says, completion, error, events, says, streams
@@ -294,3 +295,23 @@ async def test_nothing_is_held_when_all_is_over() -> None:
     mine = scene.world.runs._runs.named("one")[0]
     assert (mine.held, mine.sums.assumed) == (Decimal(0), Decimal(0))
     assert not scene.world.runs._tickets
+
+
+@story
+async def test_what_a_client_left_behind_is_counted_when_it_is_over() -> None:
+    """Its call may go on for others: its receipt then comes late, and its number is free for a retry at once."""
+    scene = Scene(*answers(1))
+    call, book = scene.call(ask(max_tokens=1000), run()), scene.world.runs
+    mine = book.enter(call)
+    assert mine is not None
+    await book.sample(call, "0" * 64)
+    await book.admit(scene.world, call)
+    book.left(call, gone=True)
+    assert mine.number("0" * 64, True) == 0
+    assert mine.held > 0
+    receipt = Receipt(call.id, "", "chat", "gpt-4o", 499, "miss", 0.0, attempts=1, cost_usd="0.5", error="client_gone")
+    book.finished(receipt)
+    assert (mine.held, mine.cost, mine.sums.errors) == (Decimal(0), Decimal("0.5"), 1)
+    book.finished(receipt)
+    book.left(call, gone=True)
+    assert mine.sums.requests == 1
