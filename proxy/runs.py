@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from .core.call import Call
 from .core.entry import Entry
 from .core.errors import Refusal
-from .core.estimate import OUTPUT_LIMITS, estimate_tokens
+from .core.estimate import estimate_tokens
 from .core.pricing import usd
 from .core.receipt import Receipt
 from .core.runs import NOTHING, Run, Runs, Share, Sums, as_json, joined
@@ -281,7 +281,7 @@ def likely_cost(world: World, call: Call, expected_output: int) -> Decimal:
     known. expected_output: tokens of an answer where the request sets no limit.
     """
     tokens = estimate_tokens(call.endpoint, call.document, expected_output)
-    without = {name: value for name, value in call.document.items() if name not in OUTPUT_LIMITS}
+    without = {name: value for name, value in call.document.items() if not name.startswith("max_")}  # output limits
     prompt = min(tokens, estimate_tokens(call.endpoint, without))
     usage = Usage(prompt, tokens - prompt, tokens)
     serving = {key.upstream for group in world.ring.serving(call.model) for key in group}

@@ -21,7 +21,7 @@ _PROMPTS: Mapping[str, tuple[str, ...]] = {
 }
 _ANY_PROMPT = ("messages", "prompt", "suffix", "input", "instructions")
 _DEFINITIONS = ("tools", "functions")
-OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _WITHOUT_OUTPUT = frozenset({"embeddings", "moderations"})
 
 # Names and links inside a message that the model does not read as text.
@@ -67,7 +67,7 @@ def estimate_tokens(endpoint: str, document: Mapping[str, Any], expected_output:
         prompt.read_definition(_inside(document, "text", "format", "schema"))
     total = -(-prompt.text_bytes // 4) + prompt.tokens
     if endpoint not in _WITHOUT_OUTPUT:
-        limits = [number for field in OUTPUT_LIMITS if (number := _number(document.get(field))) is not None]
+        limits = [number for field in _OUTPUT_LIMITS if (number := _number(document.get(field))) is not None]
         total += (max(limits) if limits else _number(expected_output) or 0) * _choices(endpoint, document)
     return min(total, _MOST)
 
