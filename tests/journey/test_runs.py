@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+import proxy.core.runs
 from proxy.config.settings import Cache
 from proxy.core.call import Client
 from proxy.core.headers import Raw
 from proxy.core.options import Options
 from proxy.core.receipt import Receipt
+from proxy.core.runs import Run, Share
+from proxy.runs import RunBook
 from tests.journey.clock import settled, story
 from tests.journey.scene import Scene, Told, ask, settings
 from tests.journey.script import Fails, Says, completion, error, events, says, streams
@@ -20,6 +23,7 @@ from tests.journey.script import Fails, Says, completion, error, events, says, s
 RETRY: tuple[Raw, ...] = ((b"X-Stainless-Retry-Count", b"1"),)
 COST = "X-Proxy-Run-Cost-USD"
 SAVED = "X-Proxy-Run-Saved-USD"
+NONE = Decimal(0)
 
 
 def run(name: str = "one", max_cost: str | None = None, **fields: Any) -> Options:
@@ -315,3 +319,50 @@ async def test_what_a_client_left_behind_is_counted_when_it_is_over() -> None:
     book.finished(receipt)
     book.left(call, gone=True)
     assert mine.sums.requests == 1
+
+
+@story
+async def _too_many_different_requests() -> None:
+    scene = Scene(*answers(3))
+    for question in ("a", "b", "c"):
+        await scene.ask(ask(question), run())
+    assert (await report(scene))["distinct_keys"] == 1
+
+
+def test_too_many_different_requests_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy.core.runs, "MOST_KEYS", 1)
+    _too_many_different_requests()
+    assert len([record for record in caplog.records if "too many different requests" in record.getMessage()]) == 1
+
+
+class Alone:
+    """A Redis that never answers."""
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def number(self, run: Run, key: str, retry: bool) -> int | None:
+        return None
+
+    async def ended(self, run: Run, key: str, number: int, delivered: bool) -> None: ...
+
+    async def share(self, run: Run, share: Share, before: Decimal = NONE, limit: Decimal | None = None) -> bool | None:
+        return None
+
+    async def read(self, name: str) -> None:
+        return None
+
+
+@story
+async def test_without_the_redis_it_shares_a_process_goes_on_alone() -> None:
+    scene = Scene(*answers(3))
+    scene.world.runs = RunBook(scene.seams, Alone())
+    await scene.world.runs.open()
+    told = [await scene.ask(ask(max_tokens=1000), run(max_cost="0.0124")) for _ in range(3)]
+    assert [one.status for one in told] == [200, 200, 429]  # 0.00225 spent each, and 0.01 to be reserved
+    found = await report(scene)
+    assert (found["requests"], found["distinct_keys"], found["cost_usd"]) == (3, 1, "0.004500")
+    await scene.world.runs.close()
