@@ -176,6 +176,7 @@ async def serve(
         if app.world.store is not None:
             await app.world.store.open()
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
+        await app.world.runs.open()
         lines = start_up_text(loaded, app.world, address, ops_address)
         if extra_lines is not None:
             lines += extra_lines(address)
@@ -226,6 +227,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.way_up.close()
+    await app.world.runs.close()
     if app.world.store is not None:
         await app.world.store.close()
     _remove_socket(settings.server.socket)

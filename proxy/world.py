@@ -16,6 +16,7 @@ from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
 from .providers import DIALECTS, Dialect, Site
+from .runs import RunBook
 from .seams import Seams
 from .selection import STRATEGIES
 from .stores import BACKENDS, Place
@@ -55,6 +56,7 @@ class World:
     store: TieredStore | None
     masker: Masker
     passthrough: bool
+    runs: RunBook
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
     _identities: dict[str, str] = field(default_factory=dict)
@@ -130,6 +132,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         for spec in settings.upstreams:
             if spec.entra_id and spec.name in old.credentials:
                 credentials[spec.name] = old.credentials[spec.name]
+    store = _store(settings, seams) if old is None else old.store
     return World(
         settings=settings,
         seams=seams,
@@ -138,9 +141,10 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=gate,
-        store=_store(settings, seams) if old is None else old.store,
+        store=store,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
+        runs=_runs(settings, seams, store) if old is None else old.runs,
         sites=tuple(upstream.site for upstream in upstreams),
         receipts=Receipts() if old is None else old.receipts,
     )
@@ -161,6 +165,21 @@ def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     make = BACKENDS[cache.backend]
     slower = make(store_place(settings, seams.wall)) if make is not None else None
     return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+
+
+def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:
+    """Named runs, shared where a Redis is configured; over the cache's link where it has one."""
+    if settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
+        return RunBook(seams)
+    from .stores.redis import DEADLINE, RedisStore
+    from .stores.redis_link import Link
+    from .stores.redis_runs import RedisRuns
+
+    slower = store.slower if store is not None else None
+    if isinstance(slower, RedisStore):
+        return RunBook(seams, RedisRuns(slower.link, settings.redis.prefix, seams.wall, borrowed=True))
+    link = Link(settings.redis.url.reveal(), DEADLINE)
+    return RunBook(seams, RedisRuns(link, settings.redis.prefix, seams.wall))
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

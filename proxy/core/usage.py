@@ -14,7 +14,7 @@ MOST_TOKENS = 10**12
 """More than this in one answer is nonsense: the largest context windows hold about 10**6 tokens."""
 
 
-class Usage(msgspec.Struct, frozen=True, gc=False):
+class Usage(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Tokens of one answer; the prompt includes cached, cache-write, audio and image ones, the completion reasoning and
     audio. web_searches, file_searches: calls of hosted tools that are billed by the call."""
 

@@ -267,9 +267,10 @@ class Downstream:
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
             f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
+            f"{hit.lines}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall)
+        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run)
         self._metrics.hit(entry)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
@@ -337,6 +338,8 @@ _EXPOSED: Final = (
     "X-Proxy-Completion-Tokens",
     "X-Proxy-Total-Tokens",
     "X-Proxy-Saved-Tokens",
+    "X-Proxy-Run-Cost-USD",
+    "X-Proxy-Run-Saved-USD",
     "X-Proxy-Error",
     "Cache-Status",
     "Age",
@@ -353,7 +356,7 @@ def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
 
 def _leaves_hits_alone(options: Options) -> bool:
     """Whether a hit is the same with these options of the base URL as without; the others choose which entry it is."""
-    return options.max_age is None and not options.stream_cost
+    return options.max_age is None and not (options.stream_cost or options.run or options.max_cost is not None)
 
 
 def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from .wire import Dates, Whole, read_body, status_line
 _PROBES: Final = ("/healthz", "/readyz")
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 _LINES: Final = "application/x-ndjson"
+_RUNS: Final = "/_proxy/runs/"
 
 
 class Visit(NamedTuple):
@@ -57,6 +58,7 @@ class Ops:
             "/_proxy/status": Page(self._status),
             "/_proxy/keys": Page(self._keys),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
+            _RUNS: Page(self._run),
             "/_proxy/cache": Page(self._cached),
             "/_proxy/cache/": Page(self._cached_one),
             "/_proxy/cache/purge": Page(self._purge, "POST"),
@@ -70,6 +72,8 @@ class Ops:
         page, rest = self._pages.get(path), ""
         if page is None:
             stem, _, rest = path.rpartition("/")
+            if path.startswith(_RUNS):
+                stem, rest = _RUNS[:-1], path.removeprefix(_RUNS)  # a run's name may hold slashes
             page = self._pages.get(stem + "/") if rest else None
         method = "POST" if page is not None and page.method == "POST" else "GET"
         if request.method != method and not (method == "GET" and request.method == "HEAD"):
@@ -144,6 +148,12 @@ class Ops:
         if receipt is None:
             raise unknown_route(f"/_proxy/requests/{id_}")
         return self._json(request, receipt.as_json())
+
+    async def _run(self, visit: Visit) -> Whole:
+        report = await self._world.runs.report(visit.rest)
+        if report is None:
+            raise unknown_route(_RUNS + visit.rest)
+        return self._json(visit.request, report)
 
     async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""

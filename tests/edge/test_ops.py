@@ -21,7 +21,7 @@ from tests.edge.kit import Answer, House, house, request, served, wire
 from tests.journey.scene import ask, pool, settings
 from tests.journey.script import HANG, Says, error, rate_limited, says, streams
 
-GUARDED = ["/metrics", "/_proxy/status", "/_proxy/keys", "/_proxy/requests/x"]
+GUARDED = ["/metrics", "/_proxy/status", "/_proxy/keys", "/_proxy/requests/x", "/_proxy/runs/x"]
 ADMIN = [("Authorization", "Bearer the-admin-key")]
 
 
@@ -88,7 +88,7 @@ async def test_with_an_admin_key_nobody_else_may_look(path: str) -> None:
             assert (answer.status, answer.error) == (401, "invalid_client_key")
             assert "the-admin-key" not in str(answer)
         answer = await home.ask("GET", path, headers=ADMIN)
-        assert answer.status == (404 if "requests" in path else 200)
+        assert answer.status == (404 if path.endswith("/x") else 200)
 
 
 @pytest.mark.parametrize("path", GUARDED)
