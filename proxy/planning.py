@@ -7,6 +7,7 @@ from typing import Final
 
 from .core.cacheability import is_deterministic, request_bypass
 from .core.call import CachePlan, Call
+from .core.explain import traits_of
 from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
 from .world import World
 
@@ -36,27 +37,31 @@ class Planner:
         drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
         try:
             if len(call.body) > LARGE:
-                key = await asyncio.to_thread(self._key, call, drop)
+                key, traits = await asyncio.to_thread(self._key, call, drop)
             else:
-                key = self._key(call, drop)
+                key, traits = self._key(call, drop)
         except NotCacheable as error:
             return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
         if options.no_cache:
-            return CachePlan(key, "no-cache", False, True, "request")
-        return CachePlan(key, "new", True, True)
+            return CachePlan(key, "no-cache", False, True, "request", traits)
+        return CachePlan(key, "new", True, True, traits=traits)
 
-    def _key(self, call: Call, drop: frozenset[str]) -> str:
+    def _key(self, call: Call, drop: frozenset[str]) -> tuple[str, str]:
+        """The key, and the digests that tell later how it differs from another."""
+        parts = self.parts(call, drop)
+        return cache_key(parts), traits_of(parts)
+
+    def parts(self, call: Call, drop: frozenset[str]) -> KeyParts:
+        """What the key of a call is made of. Raises NotCacheable."""
         beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
-        return cache_key(
-            KeyParts(
-                endpoint=call.endpoint,
-                namespace=f"{call.client.scope}\n{call.options.namespace}",
-                model=f"{call.model}\n{route.deployment or ''}",
-                upstreams=self._world.identity(call.model),
-                beta=b", ".join(beta).decode("latin-1"),
-                sample=call.options.sample,
-                query=route.query,
-                body=canonical(call.body, drop),
-            )
+        return KeyParts(
+            endpoint=call.endpoint,
+            namespace=f"{call.client.scope}\n{call.options.namespace}",
+            model=f"{call.model}\n{route.deployment or ''}",
+            upstreams=self._world.identity(call.model),
+            beta=b", ".join(beta).decode("latin-1"),
+            sample=call.options.sample,
+            query=route.query,
+            body=canonical(call.body, drop),
         )

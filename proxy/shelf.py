@@ -18,6 +18,7 @@ from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.entry import Entry, Form
 from .core.errors import Refusal
+from .core.explain import Recent, why_missed
 from .core.forms import converted, other_form
 from .core.headers import Raw, storable_headers
 from .core.pricing import Cost, usd
@@ -60,6 +61,8 @@ class Shelf:
     def __init__(self, world: World) -> None:
         self._world = world
         self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
+        self.recent = Recent()
+        self._purges = 0
 
     def peek(self, name: Name) -> Hit | None:
         """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
@@ -97,15 +100,26 @@ class Shelf:
             if hit is None and other is not None and other.fresh(wall):
                 hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
             if hit is not None:
+                self.recent.add(call.client.scope, hit.entry)
                 return hit, plan
-            if entry is not None:
-                if not entry.fresh(wall):
-                    plan = CachePlan(plan.key, "expired", True, True, "stale")
-                elif options.max_age is not None and entry.age(wall) > options.max_age:
-                    plan = CachePlan(plan.key, "max-age", True, True, "request")
+            reason, forward = self._why_missed(call, plan, entry, other, wall)
+            plan = msgspec.structs.replace(plan, reason=reason, forward=forward)
         if options.only_if_cached:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
+
+    def _why_missed(
+        self, call: Call, plan: CachePlan, entry: Entry | None, other: Entry | None, wall: float
+    ) -> tuple[str, str]:
+        """The reason, and the `fwd` of Cache-Status."""
+        why = why_missed(entry, other, wall, call.options.max_age, call.wants_usage)
+        if why is not None:
+            return why
+        assert self._world.store is not None
+        if self._purges != self._world.store.purges:
+            self._purges = self._world.store.purges
+            self.recent.clear()
+        return self.recent.reason(call.client.scope, call.endpoint, plan.key, plan.traits, wall), plan.forward
 
     async def _converted(self, call: Call, other: Entry) -> Entry | None:
         """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
@@ -130,11 +144,11 @@ class Shelf:
         answer_model: object,
     ) -> bool:
         world = self._world
-        assert world.store is not None
         ttl = call.options.ttl if call.options.ttl is not None else world.ttl(call.endpoint)
         if ttl <= 0:
             return False
-        return world.store.put(
+        return self._put(
+            call.client.scope,
             Entry(
                 key=plan.key,
                 form="sse" if call.stream else "json",
@@ -153,5 +167,13 @@ class Shelf:
                 tags=call.options.tags,
                 sampled=not is_deterministic(call.endpoint, call.document),
                 usage_asked=call.wants_usage or answered.injected,
-            )
+                traits=plan.traits,
+            ),
         )
+
+    def _put(self, scope: str, entry: Entry) -> bool:
+        assert self._world.store is not None
+        stored = self._world.store.put(entry)
+        if stored:
+            self.recent.add(scope, entry)
+        return stored

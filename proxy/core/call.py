@@ -54,13 +54,14 @@ class Call(msgspec.Struct, frozen=True):
 
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
-    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2)."""
+    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); traits: of `core.explain`."""
 
     key: str
     reason: str
     read: bool
     write: bool
     forward: str = "uri-miss"
+    traits: str = ""
 
     @property
     def status(self) -> CacheStatus:

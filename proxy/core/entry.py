@@ -19,7 +19,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     usage_span: where in an `sse` body the usage chunk lies (from, to), None where there is none;
     usage_asked: the upstream was asked for that chunk, so where it is missing, there is none to be had;
     stored_at: Unix seconds; ttl: seconds; model: the one asked for; answer_model: the one that answered;
-    cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed.
+    cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed;
+    traits: digests of what was asked, see `core.explain`.
     """
 
     key: str
@@ -39,12 +40,13 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     tags: tuple[str, ...]
     sampled: bool
     usage_asked: bool = False
+    traits: str = ""
 
     @property
     def size(self) -> int:
         """Bytes of memory this entry takes in a store, overhead included."""
         headers = sum(len(name) + len(value) for name, value in self.headers)
-        texts = len(self.key) + len(self.model) + len(self.answer_model or "") + len(self.namespace)
+        texts = len(self.key) + len(self.model) + len(self.answer_model or "") + len(self.namespace) + len(self.traits)
         tags = sum(map(len, self.tags)) + len(self.tags) * (_TEXT + _SLOT)
         return OVERHEAD + len(self.body) + headers + len(self.headers) * _HEADER + texts + tags
 

@@ -24,6 +24,11 @@ class TieredStore:
         self._purges = 0
         self._promotions = 0
 
+    @property
+    def purges(self) -> int:
+        """How often something was thrown away by request: what is remembered of it elsewhere is out of date then."""
+        return self._purges
+
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()
