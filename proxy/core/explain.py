@@ -10,7 +10,8 @@ have to be shared by all processes and with whoever replays an exported file, an
 the digest of a guessable field reads the whole answer beside it, and can confirm a guess by the entry's key as well.
 
 Names are as in the body. A part named like a field goes by its plain name, the field by `body.NAME`. `model` stands for
-the field and for what it was mapped to; where it differs, `upstreams`, which follow from it, are not named.
+the field and for what it was mapped to; where it differs, `upstreams`, which follow from it, are not named. Whose
+request it was has no digest: requests are compared within one client's, or without regard to it.
 """
 
 from __future__ import annotations
@@ -59,11 +60,10 @@ def traits_of(parts: KeyParts) -> str:
     fields = _FIELDS.decode(parts.body)
     if len(fields) > MOST_FIELDS or any(len(name) > _LONGEST_NAME for name in fields):
         return ""
-    scope, _, namespace = parts.namespace.rpartition("\n")
+    namespace = parts.namespace.rpartition("\n")[2]  # less the client, who is no part of what was asked
     asked = bytes(fields.pop("model", b""))
     traits = ["model:" + _digest(b"%b\n%b" % (_bytes(parts.model), asked))]
     for name, text in (
-        ("client", scope),
         ("namespace", namespace),
         ("upstreams", parts.upstreams),
         ("OpenAI-Beta", parts.beta),
@@ -85,6 +85,13 @@ def differences(one: str, other: str) -> list[str]:
     if "model" in names:
         names.discard("upstreams")
     return sorted(names)
+
+
+def reason_of(endpoint: str, names: Sequence[str]) -> str:
+    """What a miss is called that differs so from its nearest neighbour: where it asks something else and in another
+    way too, it is just `new`.
+    """
+    return "new" if not names or (len(names) > 1 and MAIN_FIELDS.get(endpoint) in names) else told(names)
 
 
 def told(names: Sequence[str]) -> str:

@@ -95,6 +95,15 @@ class Gatekeeper:
             headers=(("WWW-Authenticate", "Bearer"),),
         )
 
+    def named(self, name: str | None) -> Client:
+        """The client of that name; of None: the only one there is, or nobody. For operators, who ask for others."""
+        found = [client for client in self._single if client.name == name]
+        if found:
+            return found[0]
+        if name is not None:
+            raise Refusal("invalid_option", f"client: no client key has the name {name[:80]!r}", param="client")
+        return self._single[0] if len(self._single) == 1 else ANONYMOUS
+
     def _own_credential(self, request: BaseRequest, credential: tuple[str, str] | None) -> Client:
         headers = request.headers
         organization, project = headers.get("OpenAI-Organization", ""), headers.get("OpenAI-Project", "")

@@ -54,7 +54,7 @@ class TestTraits:
     def test_one_for_each_part_and_field_and_none_of_their_text(self) -> None:
         traits = traits_of(request(namespace="name a\nci", beta="v2", sample="1", query="x=1"))
         names = [trait.split(":")[0] for trait in traits.split()]
-        parts = ["model", "client", "namespace", "upstreams", "OpenAI-Beta", "sample", "query"]
+        parts = ["model", "namespace", "upstreams", "OpenAI-Beta", "sample", "query"]
         assert names == [*parts, "messages", "seed", "stop", "temperature", "top_p", "vendor"]
         assert all(len(trait.split(":")[1]) == 16 for trait in traits.split())
         assert "Hi" not in traits
@@ -94,7 +94,9 @@ class TestDifferences:
     def test_one_field_mutated_is_the_one_named(self, field: str, value: Any) -> None:
         other = BODY | {field: value}
         assume(json.dumps(value) != json.dumps(BODY[field]))
-        recent = knowing(request(), request({"model": "m", "messages": "x"}), request(BODY | {"messages": "elsewhere", "n": 2}))
+        recent = knowing(
+            request(), request({"model": "m", "messages": "x"}), request(BODY | {"messages": "elsewhere", "n": 2})
+        )
         assert reason(recent, request(other)) == f"differs: {field}"
 
     @given(st.sampled_from(sorted(BODY)))

@@ -1,0 +1,127 @@
+"""What an operator wants to know of a request: its key and what that is made of, whether it would be cached, and how it
+differs from the nearest stored one (`POST /_proxy/cache/explain`, `openai-proxy cache explain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from .core.call import Call, Client
+from .core.errors import Refusal
+from .core.explain import differences, reason_of
+from .core.fingerprint import NotCacheable, dropped_fields
+from .core.headers import Raw
+from .core.lenient import parse_leniently
+from .core.options import from_headers
+from .core.routes import ENDPOINTS, Route, parse_target
+from .planning import Planner
+from .providers import model_named
+from .world import World
+
+Card = Mapping[str, Any]
+"""A stored answer as `core.listing` shows it."""
+
+CLIENT: Final = "client"
+"""What differs where nothing else does and the keys are not the same."""
+
+
+def call_of(world: World, target: str, headers: Sequence[Raw], body: bytes, client: Client) -> Call:
+    """The request that `body` would be, sent to `target`. Raises Refusal."""
+    route: Route = parse_target(target)
+    if route.endpoint not in ENDPOINTS.values():
+        raise Refusal("bad_request", f"never cached: only {', '.join(ENDPOINTS)} are", param="target")
+    try:
+        document = parse_leniently(body)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise Refusal("invalid_json", "the request must be a JSON object")
+    named = document.get("model")
+    model = named if isinstance(named, str) else None
+    texts = ((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in headers)
+    return Call(
+        id="",
+        route=route,
+        headers=headers,
+        body=body,
+        document=document,
+        model=model_named(world.sites, route, model),
+        body_model=model,
+        stream=document.get("stream") is True,
+        wants_usage=False,
+        options=from_headers(route.options, texts),
+        client=client,
+        arrived=0.0,
+        deadline=0.0,
+        patience=0.0,
+    )
+
+
+async def explained(
+    world: World, call: Call, pages: AsyncIterator[Sequence[Card]], told: Callable[[int], object] = lambda _: None
+) -> dict[str, Any]:
+    """All of it, for JSON. pages: the stored answers of the call's endpoint; told: how many of them were looked at.
+
+    Raises what the pages raise.
+    """
+    planner = Planner(world)
+    plan = await planner.plan(call)
+    dropped = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
+    explanation: dict[str, Any] = {
+        "endpoint": call.endpoint,
+        "cacheable": bool(plan.key),
+        "reason": plan.reason,
+        "key": plan.key or None,
+        "parts": None,
+        "fields": {},
+        "left_out": sorted(dropped.intersection(call.document)),
+        "stored": [],
+        "nearest": None,
+        "differs": [],
+        "compared": 0,
+    }
+    try:
+        parts = planner.parts(call, dropped)
+    except NotCacheable:
+        return explanation
+    explanation["parts"] = {
+        "namespace": call.options.namespace,
+        "model": call.model,
+        "deployment": call.route.deployment or "",
+        "upstreams": parts.upstreams.split("\n"),
+        "OpenAI-Beta": parts.beta,
+        "sample": parts.sample,
+        "query": parts.query,
+    }
+    if not plan.key:
+        return explanation
+    explanation["fields"] = _fields(plan.traits)
+    nearest: tuple[tuple[int, float], list[str], Card] | None = None
+    async for page in pages:
+        for card in page:
+            if card["key"] == plan.key:
+                explanation["stored"].append(dict(card))
+            elif card["traits"] and plan.traits and card["ttl_left_s"] > 0:
+                names = differences(plan.traits, card["traits"]) or [CLIENT]
+                distance = len(names), card["age_s"]
+                if nearest is None or distance < nearest[0]:
+                    nearest = distance, names, card
+        explanation["compared"] += len(page)
+        told(len(page))
+    if nearest is not None:
+        explanation["nearest"], explanation["differs"] = dict(nearest[2]), nearest[1]
+    if plan.read:
+        explanation["reason"] = _reason(call.endpoint, explanation["stored"], explanation["differs"])
+    return explanation
+
+
+def _reason(endpoint: str, stored: Iterable[Card], differs: Sequence[str]) -> str:
+    left = [card["ttl_left_s"] for card in stored]
+    if left:
+        return "hit" if max(left) > 0 else "expired"
+    return reason_of(endpoint, differs)
+
+
+def _fields(traits: str) -> dict[str, str]:
+    return {name: digest for name, _, digest in (trait.partition(":") for trait in traits.split())}
