@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from .config import Settings
 from .core.call import Call, Client
 from .core.errors import Refusal
 from .core.explain import differences, reason_of
@@ -14,16 +15,27 @@ from .core.fingerprint import NotCacheable, dropped_fields
 from .core.headers import Raw
 from .core.lenient import parse_leniently
 from .core.options import from_headers
-from .core.routes import ENDPOINTS, Route, parse_target
+from .core.routes import ENDPOINTS, Route, parse_target, printable
 from .planning import Planner
 from .providers import model_named
-from .world import World
+from .world import World, configured_clients
 
 Card = Mapping[str, Any]
 """A stored answer as `core.listing` shows it."""
 
 CLIENT: Final = "client"
 """What differs where nothing else does and the keys are not the same."""
+
+
+def client_named(settings: Settings, name: str | None) -> Client:
+    """The client of that name; of None: the only one there is, or nobody. Raises Refusal."""
+    clients = configured_clients(settings)
+    for client in clients:
+        if client.name == name:
+            return client
+    if name is not None:
+        raise Refusal("invalid_option", f"no client key has the name {printable(name)!r}", param="client")
+    return clients[0] if len(clients) == 1 else Client()
 
 
 def call_of(world: World, target: str, headers: Sequence[Raw], body: bytes, client: Client) -> Call:
@@ -97,12 +109,13 @@ async def explained(
     if not plan.key:
         return explanation
     explanation["fields"] = _fields(plan.traits)
+    ageless = world.settings.cache.mode == "replay"
     nearest: tuple[tuple[int, float], list[str], Card] | None = None
     async for page in pages:
         for card in page:
             if card["key"] == plan.key:
                 explanation["stored"].append(dict(card))
-            elif card["traits"] and plan.traits and card["ttl_left_s"] > 0:
+            elif card["traits"] and plan.traits and (ageless or card["ttl_left_s"] > 0):
                 names = differences(plan.traits, card["traits"]) or [CLIENT]
                 distance = len(names), card["age_s"]
                 if nearest is None or distance < nearest[0]:
@@ -112,14 +125,14 @@ async def explained(
     if nearest is not None:
         explanation["nearest"], explanation["differs"] = dict(nearest[2]), nearest[1]
     if plan.read:
-        explanation["reason"] = _reason(call.endpoint, explanation["stored"], explanation["differs"])
+        explanation["reason"] = _reason(call.endpoint, explanation["stored"], explanation["differs"], ageless)
     return explanation
 
 
-def _reason(endpoint: str, stored: Iterable[Card], differs: Sequence[str]) -> str:
+def _reason(endpoint: str, stored: Iterable[Card], differs: Sequence[str], ageless: bool) -> str:
     left = [card["ttl_left_s"] for card in stored]
     if left:
-        return "hit" if max(left) > 0 else "expired"
+        return "hit" if ageless or max(left) > 0 else "expired"
     return reason_of(endpoint, differs)
 
 

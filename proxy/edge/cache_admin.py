@@ -17,12 +17,11 @@ from ..core.errors import Refusal
 from ..core.headers import Raw
 from ..core.listing import listing
 from ..core.routes import printable
-from ..explaining import call_of, explained
+from ..explaining import call_of, client_named, explained
 from ..stores import Filter, StoreError
 from ..stores.intake import take_in
 from ..stores.tiered import TieredStore
 from ..world import World
-from .gatekeeper import Gatekeeper
 
 _TEXTS: Final = ("model", "endpoint", "namespace", "tag", "key", "prefix")
 _MOST_LISTED: Final = 1000
@@ -101,10 +100,10 @@ class CacheAdmin:
             raise _broken(error) from None
         return msgspec.structs.asdict(taken)
 
-    async def explain(self, query: str, headers: Sequence[Raw], body: bytes, gatekeeper: Gatekeeper) -> dict[str, Any]:
+    async def explain(self, query: str, headers: Sequence[Raw], body: bytes) -> dict[str, Any]:
         """The key of the request `body`, and how it differs from what is stored. Options by header, as in a request."""
         asked = _query(query, ("target", "client"))
-        client = gatekeeper.named(asked.get("client"))
+        client = client_named(self._world.settings, asked.get("client"))
         call = call_of(self._world, asked.get("target", "/v1/chat/completions"), headers, body, client)
         try:
             found = await explained(self._world, call, self._cards(Filter(endpoint=call.endpoint)))

@@ -130,7 +130,7 @@ class Ops:
 
     async def _explain(self, visit: Visit) -> Whole:
         body, raw = await self._body(visit), visit.request._message.raw_headers
-        return self._json(visit.request, await self._cache.explain(visit.query, raw, body, self._gatekeeper))
+        return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
 
     async def _body(self, visit: Visit) -> bytes:
         return await read_body(visit.request, self._world.settings.server.max_body)

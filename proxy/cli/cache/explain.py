@@ -13,7 +13,7 @@ from ...config import Settings
 from ...core.errors import Refusal
 from ...core.headers import Raw
 from ...core.routes import ENDPOINTS
-from ...explaining import call_of, explained
+from ...explaining import call_of, client_named, explained
 from ...seams import REAL
 from ...world import compile_world
 from ..common import load_from_args
@@ -71,11 +71,9 @@ async def _worked_out(
     session: Session, settings: Settings, target: str, args: argparse.Namespace, body: bytes
 ) -> dict[str, Any]:
     """Here, by the settings that a proxy would have. (`session` knows no upstreams, which are part of the key.)"""
-    from ...edge.gatekeeper import Gatekeeper  # here: aiohttp takes its time to load
-
     world = compile_world(settings, REAL)
     try:
-        client = Gatekeeper(settings).named(args.client)
+        client = client_named(settings, args.client)
         call = call_of(world, target, args.header, body, client)
     except Refusal as refusal:
         raise Misused(refusal.message) from None
