@@ -11,7 +11,8 @@ from .config import Settings
 from .core.call import Call, Client
 from .core.errors import Refusal
 from .core.explain import differences, reason_of
-from .core.fingerprint import NotCacheable, dropped_fields
+from .core.fields import dropped_fields
+from .core.fingerprint import NotCacheable
 from .core.headers import Raw
 from .core.lenient import parse_leniently
 from .core.options import from_headers

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from .core.cacheability import is_deterministic, request_bypass
+from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.explain import traits_of
-from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from .core.fields import dropped_fields, request_bypass
+from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical
 from .world import World
 
 LARGE: Final = 1024 * 1024
