@@ -55,6 +55,6 @@ async def find_key(cabinet: Cabinet, text: str) -> str:
     if not found:
         raise Trouble(f"no stored answer has a key that begins with {text!r}")
     if len(found) > 1:
-        few = ", ".join(sorted(found)[:3])
-        raise Trouble(f"{len(found)} keys begin with {text!r}: {few}{' …' if len(found) > 3 else ''}")
+        few = ", ".join(f"{key[: len(text) + 6]}…" for key in sorted(found)[:3])
+        raise Trouble(f"{len(found)} keys begin with {text!r}, such as {few}")
     return found.pop()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import heapq
+from decimal import Decimal
 
 from .cabinet import Card
 from .session import Session
 from .text import Progress, add_filters, cut, duration, say, size, table, wanted_of
 
-_HEADS = ("KEY", "FORM", "ENDPOINT", "MODEL", "AGE", "LEFT", "SIZE", "SAVES USD")
-_RIGHT = ("AGE", "LEFT", "SIZE", "SAVES USD")
+_HEADS = ("KEY", "FORM", "ENDPOINT", "MODEL", "AGE", "LEFT", "SIZE", "SAVES")
+_RIGHT = ("AGE", "LEFT", "SIZE", "SAVES")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +35,9 @@ async def run(args: argparse.Namespace, session: Session) -> int:
     cards = _newest(cards, args.limit or len(cards))
     rows = [
         (
-            *(cut(card["key"], 12).rstrip("…"), card["form"], card["endpoint"], cut(card["model"], 18)),
+            *(cut(card["key"][:10], 10), card["form"], card["endpoint"], cut(card["model"], 16)),
             *(duration(card["age_s"]), duration(card["ttl_left_s"]), size(card["size"])),
-            cut(card["saves_usd"] or "unknown", 10),
+            f"{Decimal(card['saves_usd']):.6f}" if card["saves_usd"] else "unknown",
         )
         for card in cards
     ]

@@ -48,7 +48,7 @@ async def run(args: argparse.Namespace, session: Session) -> int:
                 progress.step(len(page))
     ordered = sorted(sums.items(), key=lambda item: (-item[1].size, item[0]))
     rows = [
-        (name, cut(model, 32), f"{one.entries:,}", size(one.size), f"{one.over:,}", f"{one.saves:.4f}")
+        (name, cut(model, 24), f"{one.entries:,}", size(one.size), f"{one.over:,}", f"{one.saves:.4f}")
         for (name, model), one in ordered
     ]
     lines = [f"{name}: {size(value) if name in _SIZES else value}" for name, value in facts.items()]
