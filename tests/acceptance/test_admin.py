@@ -17,6 +17,9 @@ from tests.launch import Config, Launch, ProxyProcess, run_command, secret, sett
 from tests.stores.kit import Valkey, valkey
 from tests.upstream import ScriptedUpstream
 
+PURGED_WITHIN = 4.0
+"""Seconds: two are promised; the rest is for a busy machine."""
+
 
 @pytest.fixture
 def server() -> Iterator[Valkey]:
@@ -89,13 +92,13 @@ async def test_a_purge_by_command_empties_the_memory_of_running_proxies(
     )
     assert await command(tmp_path, shared, "purge", "--key", key[:12]) == "1 entry purged\n"
     for proxy in (one, two):
-        await misses_within(2.0, client, proxy, QUESTIONS[0][0])
+        await misses_within(PURGED_WITHIN, client, proxy, QUESTIONS[0][0])
         for question, headers in QUESTIONS[1:]:
             assert (await client.send(proxy, question, headers)).cache == "hit"
     assert upstream.count == 3
     assert await command(tmp_path, shared, "purge", "--all") == "2 entries purged\n"
     for proxy in (one, two):
-        await misses_within(2.0, client, proxy, QUESTIONS[2][0])
+        await misses_within(PURGED_WITHIN, client, proxy, QUESTIONS[2][0])
 
 
 @pytest.mark.parametrize(
@@ -246,6 +249,20 @@ def test_the_admin_key_does_not_go_over_plain_http(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "use https" in done.stderr
     assert "the-admin-key" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [["list"], ["purge", "--all"], ["import", "answers.jsonl"]])
+def test_a_store_in_trouble_is_said_to_be(tmp_path: Path, args: list[str]) -> None:
+    (tmp_path / "answers.jsonl").touch()
+    done = run_command(tmp_path, ["cache", *args, "--cache", "redis"], env={"REDIS_URL": "redis://:word@127.0.0.1:1"})
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"openai-proxy cache {args[0]}: redis: ")
+    assert "word" not in done.stderr
+    wrong = tmp_path / "notes.txt"
+    wrong.write_text("somebody's notes, which are no database")
+    done = run_command(tmp_path, ["cache", *args, "--cache", "sqlite"], env={"PROXY__CACHE__PATH": str(wrong)})
+    assert (done.returncode, done.stderr) == (1, f"openai-proxy cache {args[0]}: {wrong} is not a cache file\n")
+    assert wrong.read_text().startswith("somebody's")
 
 
 def test_nobody_there(tmp_path: Path) -> None:
