@@ -10,7 +10,7 @@ from typing import Any, Final
 from .config import Settings
 from .core.call import Call, Client
 from .core.errors import Refusal
-from .core.explain import differences, reason_of
+from .core.explain import nearest, reason_of
 from .core.fields import dropped_fields
 from .core.fingerprint import NotCacheable
 from .core.headers import Raw
@@ -111,23 +111,25 @@ async def explained(
         return explanation
     explanation["fields"] = _fields(plan.traits)
     ageless = world.settings.cache.mode == "replay"
-    nearest: tuple[tuple[int, float], list[str], Card] | None = None
+    best: tuple[Card, list[str]] | None = None
     async for page in pages:
-        for card in page:
-            if card["key"] == plan.key:
-                explanation["stored"].append(dict(card))
-            elif card["traits"] and plan.traits and (ageless or card["ttl_left_s"] > 0):
-                names = differences(plan.traits, card["traits"]) or [CLIENT]
-                distance = len(names), card["age_s"]
-                if nearest is None or distance < nearest[0]:
-                    nearest = distance, names, card
+        explanation["stored"] += [dict(card) for card in page if card["key"] == plan.key]
+        others = [card for card in page if card["key"] != plan.key and (ageless or card["ttl_left_s"] > 0)]
+        if best is not None:
+            others.append(best[0])
+        best = nearest(((card, card["traits"]) for card in sorted(others, key=_age)), plan.traits)
         explanation["compared"] += len(page)
         told(len(page))
-    if nearest is not None:
-        explanation["nearest"], explanation["differs"] = dict(nearest[2]), nearest[1]
+    if best is not None:
+        explanation["nearest"], explanation["differs"] = dict(best[0]), best[1] or [CLIENT]
     if plan.read:
         explanation["reason"] = _reason(call.endpoint, explanation["stored"], explanation["differs"], ageless)
     return explanation
+
+
+def _age(card: Card) -> int:
+    age: int = card["age_s"]
+    return age
 
 
 def _reason(endpoint: str, stored: Iterable[Card], differs: Sequence[str], ageless: bool) -> str:

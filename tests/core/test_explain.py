@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from proxy.core.entry import Entry
-from proxy.core.explain import MAIN_FIELDS, MOST_FIELDS, Recent, differences, told, traits_of, why_missed
+from proxy.core.explain import MAIN_FIELDS, MOST_FIELDS, Recent, differences, nearest, told, traits_of, why_missed
 from proxy.core.fingerprint import KeyParts, cache_key, canonical
 from tests.core.test_fingerprint import json_objects, json_values
 
@@ -134,6 +134,14 @@ class TestDifferences:
         for order in ((far, near), (near, far)):
             assert reason(knowing(*order), request()) == "differs: temperature, top_p"
             assert reason(knowing(*order), request(BODY | {"temperature": 1})) == "differs: top_p"
+
+    def test_the_nearest_of_any(self) -> None:
+        one, other = traits_of(request(BODY | {"seed": 1, "n": 2})), traits_of(request(BODY | {"seed": 1}))
+        asked = traits_of(request())
+        candidates = [("none", ""), ("one", one), ("other", other), ("later", other)]
+        assert nearest(candidates, asked) == ("other", ["seed"])
+        assert nearest([*candidates, ("same", asked)], asked) == ("same", [])
+        assert nearest(candidates, "") is nearest([("none", "")], asked) is None
 
     def test_at_most_three_are_named(self) -> None:
         assert told(["a", "b", "c"]) == "differs: a, b, c"
