@@ -5,6 +5,7 @@ differs from the nearest stored one (`POST /_proxy/cache/explain`, `openai-proxy
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from .config import Settings
@@ -63,7 +64,7 @@ def call_of(world: World, target: str, headers: Sequence[Raw], body: bytes, clie
         body_model=model,
         stream=document.get("stream") is True,
         wants_usage=False,
-        options=from_headers(route.options, texts),
+        options=replace(from_headers(route.options, texts), run=""),  # which would count it
         client=client,
         arrived=0.0,
         deadline=0.0,
@@ -104,7 +105,7 @@ async def explained(
         "deployment": call.route.deployment or "",
         "upstreams": parts.upstreams.split("\n"),
         "OpenAI-Beta": parts.beta,
-        "sample": parts.sample,
+        "sample": call.options.sample,
         "query": parts.query,
     }
     if not plan.key:

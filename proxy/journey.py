@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
@@ -30,6 +31,7 @@ from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
 from .planning import Planner
 from .relay import Ending, Flow
+from .runs import run_headers, run_lines
 from .shelf import Hit, Name, Shelf
 from .world import World
 
@@ -66,11 +68,28 @@ class Journey:
         self.shelf = Shelf(world)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
-        """The answer, from the cache or bought. Raises Refusal.
+        """The answer, from the cache or bought; counted where it is in a run. Raises Refusal.
 
         check_room: asked before anything goes upstream, raises Refusal(overloaded); name: by which `shelf.peek` may
         find the answer when the same bytes come again.
         """
+        runs = self.world.runs
+        run = runs.enter(call)
+        if run is None:
+            return await self._serve(call, check_room, name)
+        try:
+            served = await self._serve(call, check_room, name)
+        except BaseException as error:
+            runs.left(call, gone=isinstance(error, asyncio.CancelledError))
+            if isinstance(error, Refusal):
+                error.headers = (*error.headers, *run_headers(run))
+            raise
+        if isinstance(served, Hit):
+            runs.hit(call, served.entry)
+            return replace(served, lines=run_lines(run), run=run.name)
+        return replace(served, lines=served.lines + run_lines(run))
+
+    async def _serve(self, call: Call, check_room: Callable[[], None], name: Name | None) -> Hit | Bought:
         plan = await self.planner.plan(call)
         hit, plan = await self.shelf.look(call, plan)
         if name is not None:
@@ -78,6 +97,8 @@ class Journey:
         if hit is not None:
             return hit
         check_room()
+        if call.options.run:
+            await self.world.runs.admit(self.world, call)
         return await self.buy(call, plan)
 
     # -- from upstream -------------------------------------------------------------------------------------------------
@@ -324,11 +345,13 @@ class Journey:
                 upstream_ms=progress.upstream_ms,
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
+                run=call.options.run,
             )
         )
 
     def finished(self, receipt: Receipt) -> None:
         """A request is over: its receipt is kept, counted and logged."""
+        self.world.runs.finished(receipt)
         self.world.receipts.put(receipt)
         self._observe(receipt)
 

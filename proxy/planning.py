@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from msgspec.structs import replace
+
 from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.explain import traits_of
@@ -38,22 +40,29 @@ class Planner:
         drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
         try:
             if len(call.body) > LARGE:
-                key, traits = await asyncio.to_thread(self._key, call, drop)
+                parts = await asyncio.to_thread(self.parts, call, drop)
             else:
-                key, traits = self._key(call, drop)
+                parts = self.parts(call, drop)
         except NotCacheable as error:
             return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
+        sample = options.sample
+        if options.run and not sample:
+            sample = await world.runs.sample(call, (await self._key(parts))[0])
+        key, traits = await self._key(parts, sample)
         if options.no_cache:
             return CachePlan(key, "no-cache", False, True, "request", traits)
         return CachePlan(key, "new", True, True, traits=traits)
 
-    def _key(self, call: Call, drop: frozenset[str]) -> tuple[str, str]:
-        """The key, and the digests that tell later how it differs from another."""
-        parts = self.parts(call, drop)
-        return cache_key(parts), traits_of(parts)
+    async def _key(self, parts: KeyParts, sample: str = "") -> tuple[str, str]:
+        """The key, and the digests that tell later how it differs from another; sample 0 is a request without one."""
+        if sample not in ("", "0"):
+            parts = replace(parts, sample=sample)
+        if len(parts.body) > LARGE:
+            return await asyncio.to_thread(_key_and_traits, parts)
+        return _key_and_traits(parts)
 
     def parts(self, call: Call, drop: frozenset[str]) -> KeyParts:
-        """What the key of a call is made of. Raises NotCacheable."""
+        """What the key is made of, before a sample is added. Raises NotCacheable."""
         beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
         return KeyParts(
@@ -62,7 +71,11 @@ class Planner:
             model=f"{call.model}\n{route.deployment or ''}",
             upstreams=self._world.identity(call.model),
             beta=b", ".join(beta).decode("latin-1"),
-            sample=call.options.sample,
+            sample="",
             query=route.query,
             body=canonical(call.body, drop),
         )
+
+
+def _key_and_traits(parts: KeyParts) -> tuple[str, str]:
+    return cache_key(parts), traits_of(parts)

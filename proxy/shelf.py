@@ -32,11 +32,15 @@ _MEMO_SIZE: Final = 20_000
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status."""
+    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status; lines: more of our
+    headers; run: whose it is.
+    """
 
     entry: Entry
     body: bytes
     id: str
+    lines: str = ""
+    run: str = ""
 
 
 Name = tuple[str, str, bytes]
