@@ -35,7 +35,7 @@ from .edge.upstream import Upstreams
 from .edge.wire import Dates, refused
 from .journey import Journey
 from .seams import REAL, Seams, spawn
-from .world import World, compile_world
+from .world import World, compile_world, kept_past_end
 
 log = logging.getLogger("proxy")
 
@@ -82,9 +82,10 @@ class App:
 
     async def sweep(self) -> None:
         """Takes entries out of memory whose time is over; a little at a time."""
-        while self.world.store is not None:
+        store, grace = self.world.store, kept_past_end(self.world.settings.cache)
+        while store is not None:
             await self.world.seams.sleep(SWEEP)
-            while self.world.store.sweep(self.world.seams.wall()):  # noqa: ASYNC110 - lets others run in between
+            while store.sweep(self.world.seams.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
 
     def _is_busy(self, server: Server) -> bool:

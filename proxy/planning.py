@@ -7,7 +7,7 @@ from typing import Final
 
 from .core.cacheability import is_deterministic, request_bypass
 from .core.call import CachePlan, Call
-from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields, scoped
 from .world import World
 
 LARGE: Final = 1024 * 1024
@@ -36,27 +36,37 @@ class Planner:
         drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
         try:
             if len(call.body) > LARGE:
-                key = await asyncio.to_thread(self._key, call, drop)
+                bare, body = await asyncio.to_thread(self._key, call, drop)
             else:
-                key = self._key(call, drop)
+                bare, body = self._key(call, drop)
         except NotCacheable as error:
             return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
-        if options.no_cache:
-            return CachePlan(key, "no-cache", False, True, "request")
-        return CachePlan(key, "new", True, True)
+        if world.replays:  # whose answer it was, and how old it is, do not matter: no-cache is about age
+            return CachePlan(bare, "not recorded", True, True)
+        key = scoped(bare, call.client.scope)
+        reason, read, forward = "new", True, "uri-miss"
+        if world.settings.cache.mode == "refresh":
+            reason, read, forward = "refresh", False, "bypass"
+        elif options.no_cache:
+            reason, read, forward = "no-cache", False, "request"
+        request = world.masker.mask(body).decode() if world.settings.cache.store_requests else None
+        return CachePlan(key, reason, read, True, forward, bare if bare != key else "", request)
 
-    def _key(self, call: Call, drop: frozenset[str]) -> str:
+    def _key(self, call: Call, drop: frozenset[str]) -> tuple[str, bytes]:
+        """The key less the client's scope, and the canonical body."""
         beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
-        return cache_key(
+        body = canonical(call.body, drop)
+        bare = cache_key(
             KeyParts(
                 endpoint=call.endpoint,
-                namespace=f"{call.client.scope}\n{call.options.namespace}",
+                namespace=call.options.namespace,
                 model=f"{call.model}\n{route.deployment or ''}",
                 upstreams=self._world.identity(call.model),
                 beta=b", ".join(beta).decode("latin-1"),
                 sample=call.options.sample,
                 query=route.query,
-                body=canonical(call.body, drop),
+                body=body,
             )
         )
+        return bare, body

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
@@ -21,21 +22,31 @@ from .core.errors import Refusal
 from .core.forms import converted, other_form
 from .core.headers import Raw, storable_headers
 from .core.pricing import Cost, usd
+from .core.routes import printable
 from .core.usage import Usage
 from .world import World
 
 LARGE: Final = 256 * 1024
 """Stored answers above this are converted in a thread (bytes)."""
 
+REVALIDATING: Final = "stale-while-revalidate"
+
 _MEMO_SIZE: Final = 20_000
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status."""
+    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status.
+
+    stale: why an entry past its lifetime was served, '' on other hits; attempts: calls that failed before it was;
+    forwarded: whether it stands in for an upstream's answer.
+    """
 
     entry: Entry
     body: bytes
     id: str
+    stale: str = ""
+    attempts: int = 0
+    forwarded: bool = False
 
 
 Name = tuple[str, str, bytes]
@@ -60,6 +71,8 @@ class Shelf:
     def __init__(self, world: World) -> None:
         self._world = world
         self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
+        self._replays = world.replays
+        self._past_end = math.inf if world.replays else 0.0
 
     def peek(self, name: Name) -> Hit | None:
         """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
@@ -68,11 +81,16 @@ class Shelf:
             return None
         return self._find(self._world.store.peek(known.key, known.form), known.wants_usage, None)
 
-    def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None) -> Hit | None:
+    def _find(
+        self, entry: Entry | None, wants_usage: bool, max_age: int | None, past_end: float | None = None
+    ) -> Hit | None:
+        """past_end: seconds by which its lifetime may be over; None: as always in this mode."""
         if entry is None:
             return None
         wall = self._world.seams.wall()
-        if not entry.fresh(wall) or (max_age is not None and entry.age(wall) > max_age):
+        if past_end is None:
+            past_end = self._past_end
+        if wall >= entry.expires_at + past_end or (max_age is not None and entry.age(wall) > max_age):
             return None
         body = entry.body_for(wants_usage)
         if body is None:
@@ -93,19 +111,51 @@ class Shelf:
             form: Form = "sse" if call.stream else "json"
             wall = self._world.seams.wall()
             entry, other = await store.get_both(plan.key, form, other_form(form), wall)
-            hit = self._find(entry, call.wants_usage, options.max_age)
-            if hit is None and other is not None and other.fresh(wall):
-                hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
+            max_age = None if self._replays else options.max_age
+            hit = await self._either(call, entry, other, max_age, self._past_end)
             if hit is not None:
                 return hit, plan
             if entry is not None:
                 if not entry.fresh(wall):
-                    plan = CachePlan(plan.key, "expired", True, True, "stale")
+                    plan = msgspec.structs.replace(plan, reason="expired", forward="stale")
                 elif options.max_age is not None and entry.age(wall) > options.max_age:
-                    plan = CachePlan(plan.key, "max-age", True, True, "request")
+                    plan = msgspec.structs.replace(plan, reason="max-age", forward="request")
+            if while_revalidate := self._world.settings.cache.stale_while_revalidate:
+                hit = await self._either(call, entry, other, max_age, while_revalidate)
+                if hit is not None:
+                    return msgspec.structs.replace(hit, stale=REVALIDATING), plan
+        if self._replays:
+            raise Refusal("not_cached", _not_recorded(call, plan, self._world.identity(call.model)))
         if options.only_if_cached:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
+
+    async def stand_in(self, call: Call, plan: CachePlan, why: str, attempts: int) -> Hit | None:
+        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be.
+
+        RFC 5861 section 4. A request's own stale-if-error goes before the setting and before what else it says of age;
+        without one, no-cache and max-age hold.
+        """
+        cache, options = self._world.settings.cache, call.options
+        asked = options.stale_if_error
+        seconds = asked if asked is not None else cache.stale_if_error if plan.read else 0
+        if self._world.store is None or not plan.key or seconds <= 0:
+            return None
+        form: Form = "sse" if call.stream else "json"
+        found = await self._world.store.get_both(plan.key, form, other_form(form), self._world.seams.wall())
+        hit = await self._either(call, *found, options.max_age if asked is None else None, seconds)
+        if hit is None:
+            return None
+        return msgspec.structs.replace(hit, id=call.id, stale=f"stale-if-error: {why}", attempts=attempts, forwarded=True)
+
+    async def _either(
+        self, call: Call, entry: Entry | None, other: Entry | None, max_age: int | None, past_end: float
+    ) -> Hit | None:
+        """The answer from the entry in the form asked for, else from the one in the other form."""
+        hit = self._find(entry, call.wants_usage, max_age, past_end)
+        if hit is None and other is not None and self._world.seams.wall() < other.expires_at + past_end:
+            hit = self._find(await self._converted(call, other), call.wants_usage, max_age, past_end)
+        return hit
 
     async def _converted(self, call: Call, other: Entry) -> Entry | None:
         """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
@@ -153,5 +203,21 @@ class Shelf:
                 tags=call.options.tags,
                 sampled=not is_deterministic(call.endpoint, call.document),
                 usage_asked=call.wants_usage or answered.injected,
+                request=plan.request,
+                bare=plan.bare,
             )
         )
+
+
+def _not_recorded(call: Call, plan: CachePlan, identity: str) -> str:
+    """What a person needs to find out why a replay has no answer: what it looked for."""
+    if not plan.key:
+        return f"replay: this request is never stored ({plan.reason}), and nothing is sent upstream"
+    options = call.options
+    asked = {"namespace": options.namespace, "sample": options.sample, "query": call.route.query}
+    further = "".join(f", {name} {value!r}" for name, value in asked.items() if value)
+    model, upstream = printable(call.model, 60), printable(identity.replace("\n", " + "))
+    return (
+        f"replay: {plan.reason}, and nothing is sent upstream; looked for {call.endpoint}, model {model!r}, "
+        f"upstream {upstream}{further}"
+    )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from .cassettes import RecordingStore, ReplayStore
 from .config import Settings
+from .config.settings import Cache
 from .core.attempts import Policy, RetryBudget
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
@@ -68,6 +72,11 @@ class World:
             self._identities[model] = found
         return found
 
+    @property
+    def replays(self) -> bool:
+        """Nothing goes upstream: answers come from what was recorded, whatever its age and whosever it was."""
+        return self.settings.cache.mode == "replay"
+
     def ttl(self, endpoint: str) -> float:
         """Seconds an answer of this endpoint lives in the cache."""
         seconds: float = getattr(self.settings.cache.ttl, endpoint)
@@ -110,19 +119,33 @@ def compile_world(settings: Settings, seams: Seams) -> World:
 
 def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
-    cache = settings.cache
+    cache, replays = settings.cache, settings.cache.mode == "replay"
     if cache.backend == "off" or cache.when == "never":
         return None
+    if replays and cache.cassette is not None:  # it alone: what is replayed is what was committed
+        return ReplayStore(MemoryStore(sys.maxsize, sys.maxsize))
     slower: Store | None = None
     if cache.backend == "sqlite":
         from .stores.sqlite import SQLiteStore
 
-        slower = SQLiteStore(cache.path, cache.max_size, cache.max_entry, wall=seams.wall)
+        max_size = sys.maxsize if replays else cache.max_size
+        slower = SQLiteStore(cache.path, max_size, cache.max_entry, kept_past_end(cache), seams.wall)
     elif cache.backend == "redis" and settings.redis.url is not None:
         from .stores.redis import RedisStore
 
-        slower = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
-    return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+        url, prefix = settings.redis.url.reveal(), settings.redis.prefix
+        slower = RedisStore(url, prefix, cache.max_entry, kept_past_end(cache), wall=seams.wall)
+    memory = MemoryStore(cache.memory_size, cache.max_entry)
+    if replays:
+        return ReplayStore(memory, slower)
+    if cache.cassette is not None:
+        return RecordingStore(memory, slower, cache.cassette, seams)
+    return TieredStore(memory, slower)
+
+
+def kept_past_end(cache: Cache) -> float:
+    """Seconds an entry is kept after its ttl, for it may yet serve as stale; in replay for ever (contract 7, Cache)."""
+    return math.inf if cache.mode == "replay" else max(cache.stale_while_revalidate, cache.stale_if_error)
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

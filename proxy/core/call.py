@@ -54,13 +54,16 @@ class Call(msgspec.Struct, frozen=True):
 
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
-    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2)."""
+    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); bare: the key less the client's
+    scope, '' where that is the key; request: the canonical body, where it is to be stored."""
 
     key: str
     reason: str
     read: bool
     write: bool
     forward: str = "uri-miss"
+    bare: str = ""
+    request: str | None = None
 
     @property
     def status(self) -> CacheStatus:

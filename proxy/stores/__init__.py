@@ -86,6 +86,9 @@ class Store(Protocol):
         None: there is none, or the store cannot tell. Never raises; a caller who is cancelled harms nobody.
         """
 
+    async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
+        """As `get`, by the bare key (core/entry.py): of several clients' answers the one stored last."""
+
     def put(self, entry: Entry) -> bool:
         """Takes the entry, to be written soon, in place of an older one; never waits. False: it will not be kept."""
 

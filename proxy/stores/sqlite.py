@@ -41,6 +41,10 @@ _ADMIN_BUSY: Final = 5.0
 # A body that is not asked for is not read.
 _GET: Final = f"SELECT head, CASE WHEN size <= {INLINE} THEN body END FROM {TABLE} WHERE key=? AND form=?"
 _GET_LONG: Final = f"SELECT head, body FROM {TABLE} WHERE key=? AND form=?"
+_NEWEST: Final = f"""
+SELECT key, stored_at FROM {TABLE} WHERE key=:bare AND form=:form
+UNION ALL SELECT key, stored_at FROM {TABLE} WHERE bare=:bare AND bare != '' AND form=:form
+ORDER BY stored_at DESC LIMIT 1"""
 _CHUNK: Final = 500
 
 
@@ -87,6 +91,14 @@ class SQLiteStore:
         self._writer.touch(name)
         return entry
 
+    async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
+        generation, key = self._writer.generation, bare
+        with contextlib.suppress(sqlite3.Error):  # `get` meets the same trouble, and sees to it
+            reader = self._open_reader(generation)
+            found = reader.execute(_NEWEST, {"bare": bare, "form": form}).fetchall() if reader is not None else []
+            key = found[0][0] if found else bare
+        return await self.get(key, form, wall)
+
     async def _read(self, name: Name) -> Entry | None:
         generation = self._writer.generation
         try:
@@ -106,14 +118,18 @@ class SQLiteStore:
             return None
 
     def _row(self, name: Name, generation: int) -> tuple[bytes, bytes | None] | None:
+        reader = self._open_reader(generation)
+        rows: list[tuple[bytes, bytes | None]] = reader.execute(_GET, name).fetchall() if reader is not None else []
+        return rows[0] if rows else None
+
+    def _open_reader(self, generation: int) -> sqlite3.Connection | None:
         if not generation:
             return None
         if self._reader is None or self._reading != generation:
             self._close_reader()
             self._reader = files.open_to_read(self.path, _BUSY)
             self._reading = generation
-        rows: list[tuple[bytes, bytes | None]] = self._reader.execute(_GET, name).fetchall()
-        return rows[0] if rows else None
+        return self._reader
 
     def _checked(self, entry: Entry | None) -> Entry | None:
         if entry is None:
