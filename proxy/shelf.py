@@ -130,20 +130,27 @@ class Shelf:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
 
-    async def stand_in(self, call: Call, plan: CachePlan, why: str, attempts: int) -> Hit | None:
-        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be.
+    def patience_with_errors(self, call: Call, plan: CachePlan) -> float:
+        """Seconds past its lifetime for which an answer may stand in for a failure; 0: none may.
 
-        RFC 5861 section 4. A request's own stale-if-error goes before the setting and before what else it says of age;
-        without one, no-cache and max-age hold.
+        RFC 5861 section 4: a request's own stale-if-error goes before the setting, and before what else it says of age;
+        without one its no-cache holds.
         """
-        cache, options = self._world.settings.cache, call.options
-        asked = options.stale_if_error
-        seconds = asked if asked is not None else cache.stale_if_error if plan.read else 0
-        if self._world.store is None or not plan.key or seconds <= 0:
+        if self._world.store is None or not plan.key:
+            return 0.0
+        if call.options.stale_if_error is not None:
+            return float(call.options.stale_if_error)
+        return self._world.settings.cache.stale_if_error if plan.read else 0.0
+
+    async def stand_in(self, call: Call, plan: CachePlan, why: str, attempts: int) -> Hit | None:
+        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be."""
+        wall = self._world.seams.wall()
+        store, seconds = self._world.store, self.patience_with_errors(call, plan)
+        if store is None or seconds <= 0:
             return None
         form: Form = "sse" if call.stream else "json"
-        found = await self._world.store.get_both(plan.key, form, other_form(form), self._world.seams.wall())
-        hit = await self._either(call, *found, options.max_age if asked is None else None, seconds)
+        max_age = call.options.max_age if call.options.stale_if_error is None else None
+        hit = await self._either(call, *await store.get_both(plan.key, form, other_form(form), wall), max_age, seconds)
         if hit is None:
             return None
         return msgspec.structs.replace(hit, id=call.id, stale=f"stale-if-error: {why}", attempts=attempts, forwarded=True)
