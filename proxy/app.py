@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from aiohttp.web import BaseRequest, Server, ServerRunner, SockSite, UnixSite
 
 from . import __version__
+from .cassettes import Unusable, open_cassette
 from .config import Loaded, Settings
 from .core.errors import Refusal
 from .core.receipt import Receipt
@@ -50,11 +51,12 @@ class App:
         self.world: World = compile_world(settings, seams)
         self.metrics = Metrics()
         self.gatekeeper = Gatekeeper(settings)
-        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle)
+        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, sealed=self.world.replays)
         self.ops = Ops(self.world, self.metrics, self.gatekeeper)
+        self.journey = Journey(self.world, self.way_up, self._observe)
         self.downstream = Downstream(
             self.world,
-            Journey(self.world, self.way_up, self._observe),
+            self.journey,
             Passage(self.world, self.way_up, self._keep),
             self.ops,
             self.metrics,
@@ -118,6 +120,11 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
     """Runs the proxy until SIGTERM or SIGINT; the exit status. extra_lines: told the base URL, more start-up text."""
     settings = loaded.settings
     app = App(settings)
+    try:
+        recorded = open_cassette(app.world.store, settings.cache.cassette)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
     runner = ServerRunner(ListeningServer(app.handle), handle_signals=False, shutdown_timeout=0.1)
     ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False, shutdown_timeout=0.1)
@@ -134,7 +141,7 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
         app.ops.address = address
         if app.world.store is not None:
             await app.world.store.open()
-        lines = start_up_text(loaded, app.world, address, ops_address)
+        lines = start_up_text(loaded, app.world, address, ops_address, recorded)
         if extra_lines is not None:
             lines += extra_lines(address)
         print("\n".join(lines), file=sys.stderr, flush=True)
@@ -182,6 +189,7 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, settings: Settings) -> None:
     for one in (runner, ops_runner):
         await one.cleanup()
+    await app.journey.refresher.close()
     await app.way_up.close()
     if app.world.store is not None:
         await app.world.store.close()
@@ -256,11 +264,13 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None) -> list[str]:
-    """What a person wants to know at start (contract 1)."""
+def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
+    """What a person wants to know at start (contract 1). recorded: answers in the cassette."""
     settings = loaded.settings
     count = sum(len(upstream.keys) for upstream in settings.upstreams)
     keys = str(count) if count else "none (pass-through)"
+    if world.replays:
+        keys = "none needed (replay: nothing is sent upstream)"
     lines = [
         f"openai-proxy {__version__}",
         f"listening on {address}",
@@ -272,11 +282,23 @@ def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str |
             for upstream in settings.upstreams
         ),
         f"keys: {keys}",
-        _cache_line(settings),
+        *([] if world.replays and settings.cache.cassette else [_cache_line(settings)]),
+        *_mode_lines(settings, recorded),
     ]
     if not address.startswith("unix:"):
         lines.append(f"clients: OPENAI_BASE_URL={address}/v1")
     return lines + [f"warning: {warning}" for warning in loaded.warnings]
+
+
+def _mode_lines(settings: Settings, recorded: int) -> list[str]:
+    mode, cassette = settings.cache.mode, settings.cache.cassette
+    lines = []
+    if mode != "normal":
+        lines.append(f"mode: {mode}" + (" (every answer is bought anew)" if mode == "refresh" else ""))
+    if cassette is not None:
+        verb = "replaying from" if mode == "replay" else "recording into"
+        lines.append(f"cassette: {verb} {cassette} ({recorded} answers there)")
+    return lines
 
 
 def _cache_line(settings: Settings) -> str:

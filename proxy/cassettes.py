@@ -42,8 +42,8 @@ class ReplayStore(TieredStore):
 
     async def get(self, key: str, form: str, wall: float) -> Entry | None:
         entry = self.memory.get(key, form)
-        if entry is None and self.slower is not None:
-            found = await self.slower.newest(key, form, wall)
+        if entry is None:
+            found = await self.newest(key, form, wall)
             if found is not None:
                 entry = without_scope(found)
                 self.memory.put(entry)

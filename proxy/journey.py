@@ -31,6 +31,7 @@ from .exchange import Exchange, Progress
 from .planning import Planner
 from .relay import Ending, Flow
 from .shelf import Hit, Name, Shelf
+from .stale import Refresher, StandIns
 from .world import World
 
 log = logging.getLogger("proxy.request")
@@ -64,6 +65,8 @@ class Journey:
         self.exchange = Exchange(world, way_up)
         self.planner = Planner(world)
         self.shelf = Shelf(world)
+        self.stand_ins = StandIns(world, self.shelf, self.buy, self._finish)
+        self.refresher = Refresher(world, self.buy)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
         """The answer, from the cache or bought. Raises Refusal.
@@ -76,9 +79,13 @@ class Journey:
         if name is not None:
             self.shelf.remember(name, call, plan)
         if hit is not None:
+            if hit.stale:
+                self.stand_ins.served(call, hit)
+                if not call.options.only_if_cached:
+                    self.refresher.refresh(call, plan)
             return hit
         check_room()
-        return await self.buy(call, plan)
+        return await self.stand_ins.buy(call, plan)
 
     # -- from upstream -------------------------------------------------------------------------------------------------
 
@@ -329,6 +336,10 @@ class Journey:
 
     def finished(self, receipt: Receipt) -> None:
         """A request is over: its receipt is kept, counted and logged."""
+        if not self.stand_ins.holds(receipt):
+            self._finish(receipt)
+
+    def _finish(self, receipt: Receipt) -> None:
         self.world.receipts.put(receipt)
         self._observe(receipt)
 

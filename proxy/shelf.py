@@ -153,7 +153,9 @@ class Shelf:
         hit = await self._either(call, *await store.get_both(plan.key, form, other_form(form), wall), max_age, seconds)
         if hit is None:
             return None
-        return msgspec.structs.replace(hit, id=call.id, stale=f"stale-if-error: {why}", attempts=attempts, forwarded=True)
+        return msgspec.structs.replace(
+            hit, id=call.id, stale=f"stale-if-error: {why}", attempts=attempts, forwarded=True
+        )
 
     async def _either(
         self, call: Call, entry: Entry | None, other: Entry | None, max_age: int | None, past_end: float

@@ -17,6 +17,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from ..core.errors import Refusal
 from ..core.headers import Raw
 from ..core.outcome import TransportFailure
 from ..core.ports import Trip
@@ -157,13 +158,14 @@ class UpstreamAnswer:
 
 
 class Upstreams:
-    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body.
+    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body; sealed: nothing leaves (replay).
 
     aiohttp's connector makes and keeps connections and its parser reads answers; what its session does beyond that
     (redirects, cookies, retries, default headers) is not wanted here and would cost more than all the rest.
     """
 
-    def __init__(self, connect: float, idle: float) -> None:
+    def __init__(self, connect: float, idle: float, sealed: bool = False) -> None:
+        self._sealed = sealed
         self._idle = idle
         self._timeout = ClientTimeout(total=None, sock_connect=connect)
         self._connector = _Connector()
@@ -180,6 +182,8 @@ class Upstreams:
         trip: Trip,
     ) -> UpstreamAnswer:
         """Sends and waits for the answer's head, at most `first_byte` seconds. Raises TransportFailure."""
+        if self._sealed:  # whoever asks for an answer has looked for a stored one: this is the last door
+            raise Refusal("not_cached", "replay: nothing is sent upstream")
         try:
             return await self._send(method, url, headers, body, first_byte, trip)
         except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:

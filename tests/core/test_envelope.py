@@ -58,6 +58,8 @@ entries = st.builds(
     tags=st.lists(texts, max_size=3).map(tuple),
     sampled=st.booleans(),
     usage_asked=st.booleans(),
+    request=st.none() | texts | texts.map(lambda text: text * 200),
+    bare=texts,
 )
 
 
