@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +21,7 @@ from .gate import Gate
 from .providers import DIALECTS, Dialect, Site
 from .seams import Seams
 from .selection import STRATEGIES
-from .stores import Store
+from .stores import BACKENDS, Place
 from .stores.memory import MemoryStore
 from .stores.tiered import TieredStore
 
@@ -117,6 +117,14 @@ def compile_world(settings: Settings, seams: Seams) -> World:
     )
 
 
+def store_place(settings: Settings, wall: Callable[[], float]) -> Place:
+    """Where these settings keep answers behind memory; `wall`: the clock, Unix seconds."""
+    cache, redis = settings.cache, settings.redis
+    url = redis.url.reveal() if redis.url is not None else ""
+    max_size = sys.maxsize if cache.mode == "replay" else cache.max_size  # there nothing is removed
+    return Place(cache.path, max_size, cache.max_entry, url, redis.prefix, wall, kept_past_end(cache))
+
+
 def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
     cache, replays = settings.cache, settings.cache.mode == "replay"
@@ -124,17 +132,8 @@ def _store(settings: Settings, seams: Seams) -> TieredStore | None:
         return None
     if replays and cache.cassette is not None:  # it alone: what is replayed is what was committed
         return ReplayStore(MemoryStore(sys.maxsize, sys.maxsize))
-    slower: Store | None = None
-    if cache.backend == "sqlite":
-        from .stores.sqlite import SQLiteStore
-
-        max_size = sys.maxsize if replays else cache.max_size
-        slower = SQLiteStore(cache.path, max_size, cache.max_entry, kept_past_end(cache), seams.wall)
-    elif cache.backend == "redis" and settings.redis.url is not None:
-        from .stores.redis import RedisStore
-
-        url, prefix = settings.redis.url.reveal(), settings.redis.prefix
-        slower = RedisStore(url, prefix, cache.max_entry, kept_past_end(cache), wall=seams.wall)
+    make = BACKENDS[cache.backend]
+    slower = make(store_place(settings, seams.wall)) if make is not None else None
     memory = MemoryStore(cache.memory_size, cache.max_entry)
     if replays:
         return ReplayStore(memory, slower)
