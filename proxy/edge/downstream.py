@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from aiohttp.web import BaseRequest
 
-from ..core.answer import ZERO_COST, cost_comment, token, usage_lines
+from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
 from ..core.errors import Refusal
@@ -271,23 +271,13 @@ class Downstream:
         return Whole(visit.request, head, body, status=entry.status)
 
     def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
-        """An answer past its lifetime, whose receipt is written: a hit that says why it is one (RFC 9211, section 2).
-
-        While it is refreshed it is a hit with a negative ttl; where it stands in for a failure it was forwarded.
-        """
-        entry = hit.entry
-        wall = self._world.seams.wall()
-        spent = (self._world.seams.monotonic() - visit.began) * 1000
-        way = "fwd=stale" if hit.forwarded else "hit"
-        lines = (
-            f"Age: {entry.age(wall)}\r\n"
-            f"Cache-Status: openai-proxy; {way}; ttl={entry.remaining(wall)}; detail={token(hit.stale)}\r\n"
-            f"X-Proxy-Cache-Reason: {hit.stale}\r\nX-Proxy-Request-Id: {hit.id}\r\n"
-            f"Server-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
-        )
-        head = self._render(entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
+        """An answer past its lifetime. Its receipt is written."""
+        lines = stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
+        spent = Timing(0.0, 0.0, (self._world.seams.monotonic() - visit.began) * 1000).header()
+        lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent}\r\n"
+        head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
         body = with_comment(hit.body, comment) if comment else hit.body
-        return Whole(visit.request, head + self._expose(visit.origin), body, status=entry.status)
+        return Whole(visit.request, head + self._expose(visit.origin), body, status=hit.entry.status)
 
     def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
         """The part of a hit's head that is the same every time."""
