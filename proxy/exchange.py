@@ -266,10 +266,12 @@ class Exchange:
             raise
 
     def credential(self, lease: Lease, upstream: Upstream, auth: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """The credential headers that go up: the pool key's, or in pass-through the client's own."""
+        """The credential headers that go up: the pool key's, or in pass-through the client's own. Raises
+        TransportFailure.
+        """
         if self._world.passthrough:
             return upstream.dialect.client_auth(*auth) if auth else ()
-        return self._world.credentials[lease.key.label]
+        return self._world.credential(lease.key.label)
 
     def _body(self, call: Call, upstream: Upstream) -> tuple[bytes, bool]:
         """The client's bytes, with only those fields changed that must be; whether we asked for usage in its place."""

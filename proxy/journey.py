@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
@@ -30,6 +31,7 @@ from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
 from .planning import Planner
 from .relay import Ending, Flow
+from .runs import run_headers, run_lines
 from .shelf import Hit, Name, Shelf
 from .stale import Refresher, StandIns
 from .world import World
@@ -69,11 +71,28 @@ class Journey:
         self.refresher = Refresher(world, self.buy)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
-        """The answer, from the cache or bought. Raises Refusal.
+        """The answer, from the cache or bought; counted where it is in a run. Raises Refusal.
 
         check_room: asked before anything goes upstream, raises Refusal(overloaded); name: by which `shelf.peek` may
         find the answer when the same bytes come again.
         """
+        runs = self.world.runs
+        run = runs.enter(call)
+        if run is None:
+            return await self._serve(call, check_room, name)
+        try:
+            served = await self._serve(call, check_room, name)
+        except BaseException as error:
+            runs.left(call, gone=isinstance(error, asyncio.CancelledError))
+            if isinstance(error, Refusal):
+                error.headers = (*error.headers, *run_headers(run))
+            raise
+        if isinstance(served, Hit):
+            runs.hit(call, served.entry)
+            return replace(served, lines=run_lines(run), run=run.name)
+        return replace(served, lines=served.lines + run_lines(run))
+
+    async def _serve(self, call: Call, check_room: Callable[[], None], name: Name | None) -> Hit | Bought:
         plan = await self.planner.plan(call)
         hit, plan = await self.shelf.look(call, plan)
         if name is not None:
@@ -85,6 +104,8 @@ class Journey:
                     self.refresher.refresh(call, plan)
             return hit
         check_room()
+        if call.options.run:
+            await self.world.runs.admit(self.world, call)
         return await self.stand_ins.buy(call, plan)
 
     # -- from upstream -------------------------------------------------------------------------------------------------
@@ -331,6 +352,7 @@ class Journey:
                 upstream_ms=progress.upstream_ms,
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
+                run=call.options.run,
             )
         )
 
@@ -340,6 +362,7 @@ class Journey:
             self._finish(receipt)
 
     def _finish(self, receipt: Receipt) -> None:
+        self.world.runs.finished(receipt)
         self.world.receipts.put(receipt)
         self._observe(receipt)
 

@@ -35,7 +35,8 @@ _MEMO_SIZE: Final = 20_000
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status.
+    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status; lines: more of our
+    headers; run: whose it is.
 
     stale: why an entry past its lifetime was served, '' on other hits; attempts: calls that failed before it was;
     forwarded: whether it stands in for an upstream's answer.
@@ -44,6 +45,8 @@ class Hit(msgspec.Struct, frozen=True):
     entry: Entry
     body: bytes
     id: str
+    lines: str = ""
+    run: str = ""
     stale: str = ""
     attempts: int = 0
     forwarded: bool = False

@@ -86,7 +86,7 @@ class StandIns(Generic[A]):
                 hit = await self._shelf.stand_in(call, plan, why, attempts)
                 if hit is not None:
                     self._held[call.id] = None
-                    self.served(call, hit, failed, why)
+                    self.served(call, hit, failed)
                     return hit
             if refusal is not None:
                 raise refusal
@@ -104,8 +104,8 @@ class StandIns(Generic[A]):
         self._held[receipt.id] = receipt
         return True
 
-    def served(self, call: Call, hit: Hit, failed: Receipt | None = None, error: str = "") -> None:
-        """A stale answer was served: its receipt. failed: that of the call it stands in for."""
+    def served(self, call: Call, hit: Hit, failed: Receipt | None = None) -> None:
+        """A stale answer was served: its receipt, which has no error. failed: that of the call it stands in for."""
         seams, entry = self._world.seams, hit.entry
         self._finish(
             Receipt(
@@ -126,11 +126,11 @@ class StandIns(Generic[A]):
                 saved_usd=entry.cost,
                 cost_status="exact",
                 usage=entry.usage,
-                error=error,
                 queue_ms=failed.queue_ms if failed is not None else 0.0,
                 upstream_ms=failed.upstream_ms if failed is not None else 0.0,
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
+                run=call.options.run,
             )
         )
 
@@ -154,6 +154,7 @@ class Refresher(Generic[A]):
             call,
             id=seams.new_id(),
             client=replace(call.client, name=""),
+            options=replace(call.options, run=""),
             arrived=now,
             deadline=now + self._world.settings.timeouts.total,
         )

@@ -38,12 +38,15 @@ _SUBSTITUTED: Final = re.compile(r"\$\{[^}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings that may be used. `sources`: dotted path -> where the value comes from."""
+    """Settings that may be used. `sources`: dotted path -> where the value comes from. `watched`: key files and the
+    like, whose change counts.
+    """
 
     settings: Settings
     file: Path | None = None
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    watched: tuple[Path, ...] = ()
 
 
 def load(
@@ -87,6 +90,7 @@ def _read(
         later=NOT_YET,
         defaults=environment.defaults(environ),
         known=KNOWN,
+        automatic=config is None,
     )
     from_file, used = _file_layer(cwd / file, config is None, reading)
     from_environment = environment.settings_layers(environ, reading)
@@ -109,7 +113,7 @@ def _read(
         _check_automatic(settings, listing, reading)
     environment.warn_unread(environ, reading)
     sources = {path: where.label for path, where in reading.places.items()}
-    return reading, Loaded(settings, file if used else None, tuple(reading.warnings), sources)
+    return reading, Loaded(settings, file if used else None, tuple(reading.warnings), sources, tuple(reading.watched))
 
 
 def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:
@@ -175,7 +179,9 @@ def _without_upstreams(layer: Node) -> Node:
 def _without_keys(listing: Node) -> Node:
     if not isinstance(listing, Listing):
         return listing
-    items = tuple(item.without("keys") if isinstance(item, Table) else item for item in listing.items)
+    items = tuple(
+        item.without("keys").without("entra_id") if isinstance(item, Table) else item for item in listing.items
+    )
     return Listing(items, listing.where)
 
 

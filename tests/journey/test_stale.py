@@ -144,7 +144,8 @@ async def test_a_stale_answer_stands_in_for_a_failure(move: Move, why: str) -> N
     assert (told.hit.forwarded, told.hit.attempts) == (True, 1)
     assert len(play.receipts) == 2  # one for each request: the failure is in the second
     receipt = play.receipt
-    assert (receipt.id, receipt.cache, receipt.status, receipt.error) == (told.hit.id, "stale", 200, why)
+    assert (receipt.id, receipt.cache, receipt.status, receipt.error) == (told.hit.id, "stale", 200, "")
+    assert receipt.reason == f"stale-if-error: {why}"
     assert (receipt.cost_usd, receipt.saved_usd, receipt.attempts) == ("0.000000", "0.002250", 1)
     play.balanced()
 

@@ -34,14 +34,15 @@ BEHIND = [name for name, make in BACKENDS.items() if make is not None]
 
 
 @pytest.fixture(params=["memory", *BEHIND, *(f"tiered {name}" for name in BEHIND)])
-async def make(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Make]:
+async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Opens the same store again and again; what is still open at the end is closed."""
+    monkeypatch.setattr("proxy.stores.sqlite.DEADLINE", 5.0)  # patience, for a busy machine
     kind = request.param
     prefix, opened = f"test-{uuid.uuid4().hex}", list[Store]()
 
     def behind() -> Store:
         name = kind.removeprefix("tiered ")
-        if name == "redis":  # with patience, for a busy machine
+        if name == "redis":  # with patience too
             return RedisStore(request.getfixturevalue("server"), prefix, MAX_ENTRY, wall=lambda: NOW, deadline=5.0)
         factory = BACKENDS[name]
         assert factory is not None

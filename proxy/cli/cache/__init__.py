@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Final
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     # Upstreams and keys of theirs are not needed, so whatever is wrong with them does not matter.
     session = Session(load_from_args(args, upstream="").settings, args.url)
     module = importlib.import_module(f".{SUBCOMMANDS[args.subcommand][0]}", __name__)
+    logging.getLogger("proxy").setLevel(logging.ERROR)  # what a store warns of, it also raises here
     try:
         status: int = asyncio.run(module.run(args, session))
     except Misused as error:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ...config import Settings
@@ -18,6 +18,8 @@ from ...stores import BACKENDS, Filter, Name, Store
 from ...stores.intake import Taken, take_in
 from ...world import store_place
 from .cabinet import PAGE, Cabinet, Card, Misused, Trouble, Wanted
+
+_SQLITE: Final = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html, section 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Session:
             where = str(path)
             if not filling and not path.exists():
                 raise Trouble(f"there is no cache file {path}")
+            _check(path)
         elif place.redis_url:
             parts = urlsplit(place.redis_url)
             where, bound = parts.hostname or parts.path, 0
@@ -70,6 +73,15 @@ class Session:
             place = replace(place, grace=math.inf, max_size=2**62)
         facts = {"backend": cache.backend, "where": where} | ({"max_bytes": bound} if bound else {})
         return make(place), facts
+
+
+def _check(path: Path) -> None:
+    """A store moves a damaged file aside; a command that was given a wrong path must not. Raises Trouble."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(_SQLITE))
+        if start and start != _SQLITE:
+            raise Trouble(f"{path} is not a cache file")
 
 
 class Local:
