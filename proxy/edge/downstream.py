@@ -1,6 +1,4 @@
-"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into
-envelopes.
-"""
+"""Requests come in here: the fast lane for hits, the way through the house for all else, errors into envelopes."""
 
 from __future__ import annotations
 
@@ -279,9 +277,9 @@ class Downstream:
 
     def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
         """An answer past its lifetime. Its receipt is written."""
-        lines = stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
-        spent = Timing(0.0, 0.0, (self._world.seams.monotonic() - visit.began) * 1000).header()
-        lines += f"{hit.lines}X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent}\r\n"
+        lines = hit.lines + stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
+        spent = Timing(total=(self._world.seams.monotonic() - visit.began) * 1000)
+        lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
         head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
         body = with_comment(hit.body, comment) if comment else hit.body
         return Whole(visit.request, head + self._expose(visit.origin), body, status=hit.entry.status)
