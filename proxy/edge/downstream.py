@@ -1,6 +1,4 @@
-"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into
-envelopes.
-"""
+"""Requests come in here: the fast lane for hits, the way through the house for all else, errors into envelopes."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from typing import Final
 
 from aiohttp.web import BaseRequest
 
-from ..core.answer import ZERO_COST, cost_comment, usage_lines
+from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
 from ..core.errors import Refusal
@@ -165,7 +163,7 @@ class Downstream:
         if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
-            return self._hit(visit, served, zero)
+            return self._stale(visit, served, zero) if served.stale else self._hit(visit, served, zero)
         bought = served
         head = (
             status_line(bought.status, bought.reason)
@@ -277,9 +275,18 @@ class Downstream:
             head += self._expose(visit.origin)
         return Whole(visit.request, head, body, status=entry.status)
 
-    def _render(self, entry: Entry) -> bytes:
+    def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+        """An answer past its lifetime. Its receipt is written."""
+        lines = hit.lines + stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
+        spent = Timing(total=(self._world.seams.monotonic() - visit.began) * 1000)
+        lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
+        head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
+        body = with_comment(hit.body, comment) if comment else hit.body
+        return Whole(visit.request, head + self._expose(visit.origin), body, status=hit.entry.status)
+
+    def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
         """The part of a hit's head that is the same every time."""
-        lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
+        lines = f"X-Proxy-Cache: {cache}\r\nX-Proxy-Attempts: {attempts}\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
         lines += (

@@ -15,11 +15,6 @@ REFUSED = {
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
     "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
     "selection": "selection: sticky",
-    "cache.mode": "cache: {mode: replay}",
-    "cache.cassette": "cache: {cassette: c.jsonl}",
-    "cache.store_requests": "cache: {store_requests: true}",
-    "cache.stale_while_revalidate": "cache: {stale_while_revalidate: 1s}",
-    "cache.stale_if_error": "cache: {stale_if_error: 1s}",
     "cache.on_disconnect": "cache: {on_disconnect: finish}",
     "throttle.backend": "throttle: {backend: redis}",
     "throttle.tier": "throttle: {tier: 3}",
@@ -47,9 +42,8 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
     assert problems(load, "selection: sticky") == [
         "settings.yaml:1: selection: 'sticky' is not yet available (usable now: auto, headroom, round_robin)"
     ]
-    assert problems(load, None, cache__mode="replay", server__workers=4) == [
+    assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
-        "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",
     ]
     assert "(PROXY__LEDGER__PATH)" in problems(load, None, {"PROXY__LEDGER__PATH": "x"})[0]
 
