@@ -6,7 +6,6 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -29,9 +28,10 @@ from .core.outcome import (
     error_info,
     retry_after,
 )
-from .core.ports import Trip, WayUp
+from .core.ports import Trip, UpstreamReply, WayUp
 from .core.routes import printable
 from .gate import QueueFull, TimedOut
+from .horizon import Horizon
 from .world import Upstream, World
 
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
@@ -40,8 +40,16 @@ _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 
 @dataclass(slots=True)
 class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last."""
+    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
 
+    horizon: until when it may take; gone: (status, error) of a client who left while the answer is still read, for
+    others or for the cache; unread: for the cache alone; elsewhere: it waits for what another process is buying.
+    """
+
+    horizon: Horizon
+    gone: tuple[int, str] | None = None
+    unread: bool = False
+    elsewhere: bool = False
     attempts: int = 0
     queue_ms: float = 0.0
     paused_ms: float = 0.0
@@ -106,7 +114,7 @@ class Exchange:
                 step = attempts.after(
                     outcome,
                     asked_wait=asked,
-                    left=call.deadline - now,
+                    left=progress.horizon.until - now,
                     other_key=other_key,
                     granted=partial(upstream.budget.take, now),
                 )
@@ -186,7 +194,7 @@ class Exchange:
             return answer
 
         began = seams.monotonic()
-        patience = min(call.patience - progress.queue_ms / 1000, call.deadline - began)
+        patience = min(call.patience - progress.queue_ms / 1000, progress.horizon.until - began)
         try:
             got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
         except TimedOut as error:
@@ -211,11 +219,11 @@ class Exchange:
         kept = False
         tokens: int | None = None
         try:
-            if call.deadline <= began:
+            if progress.horizon.until <= began:
                 raise TransportFailure("timeout", "the time for this request is over")
             progress.attempts += 1
             progress.upstream, progress.key = upstream.site.name, lease.key.label
-            answered = await self._send(call, lease, upstream, trip, began)
+            answered = await self._send(call, lease, upstream, trip, began, progress.horizon)
             if answered.outcome is Class.OK:
                 kept = True
             else:
@@ -237,32 +245,39 @@ class Exchange:
                 lease.reservation.cancel()
             self._world.gate.notify(self._lane(call))
 
-    async def _send(self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float) -> Answered:
+    async def _send(
+        self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float, horizon: Horizon
+    ) -> Answered:
         world = self._world
         site, dialect = upstream.site, upstream.dialect
         body, injected = self._body(call, upstream)
         headers = upstream_headers(call.headers, pooled=not world.passthrough, dropped=_ACCEPT_ENCODING)
         headers.append(("Accept-Encoding", "identity"))
         headers.extend(self.credential(lease, upstream, call.client.auth))
-        reply = await self._way_up.send(
-            "POST",
-            dialect.url(site, call.route, call.model),
-            headers,
-            body,
-            first_byte=min(world.settings.timeouts.first_byte, call.deadline - began),
-            trip=trip,
-        )
+        reply: UpstreamReply | None = None
         try:
-            answered = seen(reply, upstream, lease, injected, began)
-            if answered.status >= 400 or answered.is_event_stream:
-                async with asyncio.timeout(max(0.0, call.deadline - world.seams.monotonic())):
+            async with horizon.limit():
+                reply = await self._way_up.send(
+                    "POST",
+                    dialect.url(site, call.route, call.model),
+                    headers,
+                    body,
+                    first_byte=world.settings.timeouts.first_byte,
+                    trip=trip,
+                )
+                answered = seen(reply, upstream, lease, injected, began)
+                if answered.status >= 400 or answered.is_event_stream:
                     await understand(answered)
             return answered
         except TimeoutError:
-            reply.close()
+            if reply is not None:
+                reply.close()
+            if not trip.connected:
+                raise TransportFailure("unreached", "connecting to the upstream took too long") from None
             raise TransportFailure("timeout", "the upstream did not answer in time") from None
         except BaseException:
-            reply.close()
+            if reply is not None:
+                reply.close()
             raise
 
     def credential(self, lease: Lease, upstream: Upstream, auth: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:

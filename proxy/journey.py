@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import msgspec
-
 from .answered import Answered
-from .core.answer import Timing, cost_comment, cost_lines, forward_status
+from .bought import Bought, Purchase
+from .core.answer import ZERO_COST, Timing, cost_comment, cost_lines, forward_status
 from .core.cacheability import StreamAudit, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
 from .core.headers import Raw, downstream_headers
 from .core.lenient import parse_leniently
-from .core.outcome import TransportFailure
+from .core.outcome import Class, TransportFailure
 from .core.ports import WayUp
 from .core.pricing import Cost, usd
 from .core.receipt import Receipt
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
+from .flights import Share
 from .planning import Planner
-from .relay import Ending, Flow
+from .relay import Dress, Ending, Flow
+from .sharing import Sharing
 from .shelf import Hit, Name, Shelf
 from .world import World
 
@@ -41,18 +42,8 @@ LARGE: Final = 1024 * 1024
 SPILL: Final = 64 * 1024 * 1024
 """A plain answer above this is no longer held to be understood: it flows through (bytes)."""
 
-_MEMO_SIZE: Final = 20_000
-
-
-class Bought(msgspec.Struct, frozen=True):
-    """An answer from upstream. lines: our headers, as text; body: whole, or None where `flow` streams it."""
-
-    status: int
-    reason: str
-    headers: Sequence[Raw]
-    lines: str
-    body: bytes | None
-    flow: Flow | None = None
+_RETRYABLE: Final = frozenset({Class.RETRY, Class.RATE_LIMITED})
+"""Upstream errors that another try, on behalf of somebody else who waits, may be spared."""
 
 
 class Journey:
@@ -64,6 +55,7 @@ class Journey:
         self.exchange = Exchange(world, way_up)
         self.planner = Planner(world)
         self.shelf = Shelf(world)
+        self.sharing = Sharing(world, self, self.shelf)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
         """The answer, from the cache or bought. Raises Refusal.
@@ -83,8 +75,11 @@ class Journey:
     # -- from upstream -------------------------------------------------------------------------------------------------
 
     async def buy(self, call: Call, plan: CachePlan) -> Bought:
+        """The answer from upstream, shared with whoever asks the same now. Raises Refusal."""
+        return await self.sharing.buy(call, plan)
+
+    async def buy_alone(self, call: Call, plan: CachePlan, progress: Progress) -> Bought:
         """The answer from upstream. Raises Refusal."""
-        progress = Progress()
         try:
             answered = await self.exchange.run(call, progress)
             if answered.body is not None:
@@ -93,33 +88,34 @@ class Journey:
                 return self._stream_answer(call, plan, answered, progress)
             return await self._plain_answer(call, plan, answered, progress)
         except Refusal as refusal:
-            self._record(call, plan, progress, refusal.status, error=refusal.code)
-            refusal.lines = self._lines(call, plan, progress, "", stored=False)
+            self.record(call, plan, progress, refusal.status, error=refusal.code)
+            refusal.lines = self.lines(call, plan, progress, "", stored=False)
             raise
         except asyncio.CancelledError:
-            self._record(call, plan, progress, 499, error="client_gone")
+            self.record(call, plan, progress, 499, error="client_gone")
             raise
 
     def _error_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
         """The upstream's own error, with its status and body; keys masked."""
         assert answered.body is not None
         code = "no_usable_key" if progress.no_usable_key else ""
-        self._record(call, plan, progress, answered.status, error=code or f"upstream_{answered.status}")
-        lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
-        if code:
-            lines += f"X-Proxy-Error: {code}\r\n"
+        sale = Purchase(error=code or f"upstream_{answered.status}")
+        self.record(call, plan, progress, answered.status, error=sale.error)
+        lines = self.lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
+        extra = f"X-Proxy-Error: {code}\r\n" if code else ""
         if progress.spent or code:
-            lines += "X-Should-Retry: false\r\n"
+            extra += "X-Should-Retry: false\r\n"
         headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent or code else b"")
         masked = self.world.masker.mask(answered.body)
-        return Bought(answered.status, answered.reply.reason, headers, lines, masked)
+        reason, share = answered.reply.reason, Share.AGAIN if answered.outcome in _RETRYABLE else Share.ALL
+        return Bought(answered.status, reason, headers, lines + extra, masked, None, share, sale, extra)
 
     async def _plain_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
         """A good answer, read whole. Settles the lease."""
         began = self.world.seams.monotonic()
         settled = False
         try:
-            body = await self._read_whole(call, answered)
+            body = await self._read_whole(answered, progress)
             if body is None:
                 settled = True
                 return self._stream_answer(call, plan, answered, progress)
@@ -149,25 +145,30 @@ class Journey:
                     )
             else:
                 why_not = "not a JSON answer"
-        lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
+        if not stored:
+            self.sharing.avoid(call, plan)
+        lines = self.lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
         answer_model = document.get("model") if isinstance(document, Mapping) else None
-        self._record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
-        return Bought(answered.status, answered.reply.reason, headers, lines, body)
+        self.record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
+        reason, sale = answered.reply.reason, Purchase(usage, cost, answer_model)
+        return Bought(answered.status, reason, headers, lines, body, None, Share.ALL if stored else Share.OWN, sale)
 
-    async def _read_whole(self, call: Call, answered: Answered) -> bytes | None:
+    async def _read_whole(self, answered: Answered, progress: Progress) -> bytes | None:
         """The body, or None where it grows beyond `SPILL`: then `answered.first` holds what was read."""
         if not answered.decoded and (whole := answered.reply.ready()) is not None:
             return whole
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(max(0.0, call.deadline - self.world.seams.monotonic())):
+            async with progress.horizon.limit():
                 async for chunk in answered.more:
                     parts.append(chunk)
                     size += len(chunk)
                     if size > SPILL:
                         answered.first = parts
                         return None
+                    if progress.unread and size > self.world.settings.cache.max_entry:
+                        raise TransportFailure("invalid", "too large for the cache, and nobody else wants it")
         except TimeoutError:
             raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -195,6 +196,7 @@ class Journey:
         audit = StreamAudit(call.endpoint, call.document) if sse else None
         headers = self._headers(answered)
         began = answered.sent_at
+        sale = Purchase()
 
         def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:
             usage = usage_of(call.endpoint, {"usage": seen.usage})
@@ -208,32 +210,43 @@ class Journey:
             usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            sale.usage, sale.cost, sale.answer_model = usage, cost, model
+            stored = False
             if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):
-                self.shelf.keep(
+                stored = self.shelf.keep(
                     call, plan, answered, headers, ending.body, audit.usage_span if audit else None, usage, cost, model
                 )
+            if not (stored or ending.failure or ending.gone or (audit is not None and audit.error)):
+                self.sharing.avoid(call, plan)
             error = ending.failure or ("client_gone" if ending.gone else "")
             status = 499 if ending.gone else answered.status
-            self._record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
+            self.record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
 
-        def comment(seen: StreamAudit) -> bytes:
-            usage, cost = price(seen)
+        def comment() -> bytes:
+            assert audit is not None
+            usage, cost = price(audit)
             return cost_comment(cost, usage)
 
         wants_comment = call.stream and (call.options.stream_cost or world.settings.cost.stream_comment)
         storable = plan.write and call.stream and answered.status == 200 and not answered.leaked
         flow = Flow(
-            call=call,
             answered=answered,
             audit=audit,
             keep=world.settings.cache.max_entry if storable else 0,
-            comment=comment if wants_comment and sse else None,
+            dress=Dress(answered.injected and sse, comment if wants_comment and sse else None),
             ended=ended,
         )
-        lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
-        if progress.no_usable_key:
-            lines += "X-Proxy-Error: no_usable_key\r\n"
-        return Bought(answered.status, answered.reply.reason, headers, lines, None, flow)
+        lines = self.lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
+        extra = "X-Proxy-Error: no_usable_key\r\n" if progress.no_usable_key else ""
+        share = Share.ALL if storable and sse else Share.OWN
+        if answered.outcome in _RETRYABLE:
+            share = Share.AGAIN
+        elif share is Share.OWN:
+            self.sharing.avoid(call, plan)
+        reason, asked = answered.reply.reason, answered.injected or call.wants_usage
+        return Bought(
+            answered.status, reason, headers, lines + extra, None, flow, share, sale, extra, usage_asked=asked
+        )
 
     # -- what every answer needs --------------------------------------------------------------------------------------
 
@@ -265,7 +278,7 @@ class Journey:
         answer_model = document.get("model") if isinstance(document, Mapping) else None
         return usage, answered.upstream.prices.cost(answered.upstream.site.kind, (answer_model, call.model), usage)
 
-    def _lines(
+    def lines(
         self,
         call: Call,
         plan: CachePlan,
@@ -281,13 +294,14 @@ class Journey:
         detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
         key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
         went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
+        why = "" if plan.collapsed else f"X-Proxy-Cache-Reason: {plan.reason}\r\n"
         return (
-            f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\nX-Proxy-Cache-Reason: {plan.reason}\r\n"
-            f"Cache-Status: {forward_status(plan.forward, detail, stored)}\r\n{key}"
+            f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
+            f"Cache-Status: {forward_status(plan.forward, detail, stored, plan.collapsed)}\r\n{key}"
             f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
         )
 
-    def _record(
+    def record(
         self,
         call: Call,
         plan: CachePlan,
@@ -296,10 +310,16 @@ class Journey:
         *,
         usage: Usage | None = None,
         cost: Cost | None = None,
+        saved: str | None = None,
         answer_model: object = None,
         error: str = "",
     ) -> None:
+        """The request's receipt. saved: what sharing spared it, in USD."""
         seams = self.world.seams
+        if progress.gone is not None:
+            status, error = progress.gone
+        if saved is None and cost is not None and not plan.collapsed:
+            saved = ZERO_COST
         self.finished(
             Receipt(
                 id=call.id,
@@ -316,7 +336,7 @@ class Journey:
                 key=progress.key,
                 attempts=progress.attempts,
                 cost_usd=usd(cost.usd) if cost is not None else None,
-                saved_usd="0.000000" if cost is not None else None,
+                saved_usd=saved,
                 cost_status=cost.status if cost is not None else "unknown",
                 usage=usage,
                 error=error,

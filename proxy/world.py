@@ -11,6 +11,7 @@ from .config import Settings
 from .core.attempts import Policy, RetryBudget
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
+from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
@@ -53,6 +54,7 @@ class World:
     store: TieredStore | None
     masker: Masker
     passthrough: bool
+    leases: Leases | None = None
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
     _identities: dict[str, str] = field(default_factory=dict)
@@ -93,6 +95,7 @@ def compile_world(settings: Settings, seams: Seams) -> World:
             credentials[label] = ()
             keys.append(PoolKey(label, index, spec.models, spec.priority))
     retry = settings.retry
+    store, leases = _store(settings, seams)
     return World(
         settings=settings,
         seams=seams,
@@ -101,28 +104,34 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=Gate(settings.throttle.max_queue, seams.monotonic),
-        store=_store(settings, seams),
+        store=store,
+        leases=leases,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         sites=tuple(upstream.site for upstream in upstreams),
     )
 
 
-def _store(settings: Settings, seams: Seams) -> TieredStore | None:
-    """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
+def _store(settings: Settings, seams: Seams) -> tuple[TieredStore | None, Leases | None]:
+    """Memory, with the configured backend behind it, and what goes with that; a driver is imported only where its name
+    is configured.
+    """
     cache = settings.cache
     if cache.backend == "off" or cache.when == "never":
-        return None
+        return None, None
     slower: Store | None = None
+    leases: Leases | None = None
     if cache.backend == "sqlite":
         from .stores.sqlite import SQLiteStore
 
         slower = SQLiteStore(cache.path, cache.max_size, cache.max_entry, wall=seams.wall)
     elif cache.backend == "redis" and settings.redis.url is not None:
-        from .stores.redis import RedisStore
+        from .stores.redis import DEADLINE, RedisStore
+        from .stores.redis_lease import RedisLeases
 
-        slower = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
-    return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+        redis = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
+        slower, leases = redis, RedisLeases(redis.link, settings.redis.prefix, DEADLINE)
+    return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower), leases
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

@@ -41,9 +41,11 @@ def cost_lines(cost: Cost | None, usage: Usage | None) -> str:
     return f"X-Proxy-Cost-USD: {usd(cost.usd)}\r\nX-Proxy-Cost-Status: {cost.status}\r\n" + usage_lines(usage)
 
 
-def forward_status(forward: str, detail: str, stored: bool) -> str:
-    """`Cache-Status` of an answer that came from upstream."""
+def forward_status(forward: str, detail: str, stored: bool, collapsed: bool = False) -> str:
+    """`Cache-Status` of an answer that came from upstream; collapsed: by another's call."""
     text = f"{CACHE_NAME}; fwd={forward}"
+    if collapsed:
+        text += "; collapsed"
     if stored:
         text += "; stored"
     return f"{text}; detail={token(detail)}" if detail else text

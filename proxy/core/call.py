@@ -12,7 +12,7 @@ from .headers import Raw
 from .options import Options
 from .routes import Route
 
-CacheStatus = Literal["hit", "miss", "bypass"]
+CacheStatus = Literal["hit", "miss", "bypass", "coalesced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,18 @@ class Call(msgspec.Struct, frozen=True):
 
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
-    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2)."""
+    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); collapsed: another's upstream call
+    answers it."""
 
     key: str
     reason: str
     read: bool
     write: bool
     forward: str = "uri-miss"
+    collapsed: bool = False
 
     @property
     def status(self) -> CacheStatus:
+        if self.collapsed:
+            return "coalesced"
         return "miss" if self.key else "bypass"

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from aiohttp.web import BaseRequest
 
+from ..bought import Bought
 from ..core.answer import ZERO_COST, cost_comment, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
@@ -23,7 +24,7 @@ from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
-from ..journey import LARGE, Bought, Journey
+from ..journey import LARGE, Journey
 from ..providers import model_named
 from ..relay import StreamBroken, with_comment
 from ..shelf import Hit, Name, name_of
@@ -188,8 +189,8 @@ class Downstream:
         try:
             await flow.pump(stream.write)
             return await stream.finish()
-        except StreamBroken:
-            return stream.abort()
+        except StreamBroken as broken:
+            return stream.abort(broken.at_once)
         finally:
             flow.abandon()
             del self.flows[task]

@@ -60,7 +60,10 @@ class Metrics:
         )
         self._cost = Counter("openai_proxy_cost_usd", "What answers cost.", ["model"], registry=self.registry)
         self._saved = Counter(
-            "openai_proxy_cost_saved_usd", "What hits would have cost.", ["model"], registry=self.registry
+            "openai_proxy_cost_saved_usd",
+            "What hits and coalesced answers would have cost.",
+            ["model"],
+            registry=self.registry,
         )
         self._unknown = Counter(
             "openai_proxy_cost_unknown", "Answers whose cost is not known.", ["model"], registry=self.registry
@@ -119,7 +122,10 @@ class Metrics:
         if receipt.error:
             self._errors.labels(receipt.error).inc()
         usage = receipt.usage
-        if usage is not None:
+        if receipt.cache == "coalesced":
+            if receipt.saved_usd is not None:
+                self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
+        elif usage is not None:
             counters.prompt.inc(usage.prompt_tokens)
             if usage.cached_tokens:
                 counters.cached.inc(usage.cached_tokens)

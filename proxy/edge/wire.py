@@ -149,11 +149,13 @@ class Stream:
             transport.write(b"0\r\n\r\n")
         return Streamed(self.keep_alive, self._status)
 
-    def abort(self) -> Streamed:
-        """No clean end: what was written is still delivered, then the connection closes without the last chunk."""
+    def abort(self, at_once: bool = False) -> Streamed:
+        """No clean end: what was written is still delivered, unless `at_once`, then the connection closes without the
+        last chunk.
+        """
         transport = self._protocol.transport
         if transport is not None:
-            transport.close()
+            transport.abort() if at_once else transport.close()
         return Streamed(False, self._status)
 
 

@@ -110,7 +110,9 @@ class ScriptedReply:
                 self.finished = True
                 raise step
             elif step == HANG:
+                self.left.appendleft(HANG)  # for whoever reads on, should this reader leave
                 await asyncio.sleep(IDLE)
+                self.left.popleft()
                 raise TransportFailure("timeout", "scripted: silent")
             else:
                 await asyncio.sleep(float(step))
