@@ -28,7 +28,7 @@ from .core.outcome import (
     error_info,
     retry_after,
 )
-from .core.ports import Trip, UpstreamReply, WayUp
+from .core.ports import Trip, WayUp
 from .core.routes import printable
 from .gate import QueueFull, TimedOut
 from .horizon import Horizon
@@ -254,30 +254,27 @@ class Exchange:
         headers = upstream_headers(call.headers, pooled=not world.passthrough, dropped=_ACCEPT_ENCODING)
         headers.append(("Accept-Encoding", "identity"))
         headers.extend(self.credential(lease, upstream, call.client.auth))
-        reply: UpstreamReply | None = None
+        first_byte = world.settings.timeouts.first_byte
+        horizon.going_up(trip, began + first_byte)
+        reply = await self._way_up.send(
+            "POST",
+            dialect.url(site, call.route, call.model),
+            headers,
+            body,
+            first_byte=min(first_byte, horizon.until - began),
+            trip=trip,
+        )
         try:
-            async with horizon.limit():
-                reply = await self._way_up.send(
-                    "POST",
-                    dialect.url(site, call.route, call.model),
-                    headers,
-                    body,
-                    first_byte=world.settings.timeouts.first_byte,
-                    trip=trip,
-                )
-                answered = seen(reply, upstream, lease, injected, began)
-                if answered.status >= 400 or answered.is_event_stream:
+            answered = seen(reply, upstream, lease, injected, began)
+            if answered.status >= 400 or answered.is_event_stream:
+                async with horizon.limit():
                     await understand(answered)
             return answered
         except TimeoutError:
-            if reply is not None:
-                reply.close()
-            if not trip.connected:
-                raise TransportFailure("unreached", "connecting to the upstream took too long") from None
+            reply.close()
             raise TransportFailure("timeout", "the upstream did not answer in time") from None
         except BaseException:
-            if reply is not None:
-                reply.close()
+            reply.close()
             raise
 
     def credential(self, lease: Lease, upstream: Upstream, auth: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:

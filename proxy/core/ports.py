@@ -16,12 +16,17 @@ Write = Callable[[bytes], Awaitable[None]]
 @dataclass(slots=True)
 class Trip:
     """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got;
-    answered: at least one byte of an answer came."""
+    answered: at least one byte of an answer came.
+
+    until: where it is later than the caller first said, the loop's time by which the answer's head must come; extend:
+    while that is waited for, moves it on."""
 
     fresh: bool = False
     reused: bool = False
     connected: bool = False
     answered: bool = False
+    until: float = 0.0
+    extend: Callable[[float], None] | None = None
 
 
 class UpstreamReply(Protocol):

@@ -288,6 +288,7 @@ async def test_one_deadline_over_queue_attempts_and_pauses() -> None:
     scene.world.ring.learn(scene.world.ring.keys[0], "gpt-4o", Class.RATE_LIMITED, scene.loop.time(), 3.0, "")
     told = await scene.ask(total=10.0)
     assert (told.refused, told.at) == ("upstream_timeout", 10.0)
+    assert scene.way_up.sent[1].first_byte == pytest.approx(2.0)
     receipt = scene.receipt
     assert (receipt.queue_ms, receipt.upstream_ms, receipt.total_ms) == pytest.approx((4000, 6000, 10_000))
 
