@@ -214,7 +214,11 @@ class Sharing:
         if self._elsewhere is None or not plan.read:
             return await self._buy(call, plan, seat)
         name = self._names(call, plan)[0]
-        claim = await self._elsewhere.claim(call, plan, name, seat.progress)
+        try:
+            claim = await self._elsewhere.claim(call, plan, name, seat.progress)
+        except asyncio.CancelledError:
+            self._shop.record(call, plan, seat.progress, 499, error="client_gone")
+            raise
         if isinstance(claim, Hit):
             return Landing(claim, Share.ALL)
         done = partial(self._bought_here, claim, name)

@@ -30,7 +30,6 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "cache.store_requests": (),
     "cache.stale_while_revalidate": (),
     "cache.stale_if_error": (),
-    "cache.on_disconnect": (),
     "throttle.backend": (),
     "throttle.tier": (),
     "retry.fallbacks": (),

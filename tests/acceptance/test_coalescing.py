@@ -15,6 +15,7 @@ from tests import canned
 from tests.client import Client, Reply, ask, raw_request, read_until_broken
 from tests.launch import Launch, ProxyProcess, secret, settings
 from tests.ledger import Request
+from tests.stores.kit import valkey
 from tests.upstream import Answer, ScriptedUpstream, Step, hold, send, sleep, stall
 
 T = TypeVar("T")
@@ -492,3 +493,98 @@ async def test_at_the_stop_everybody_is_told(launch: Launch, upstream: ScriptedU
         assert not clean
     assert proxy.wait() == 0
     await upstream.until(lambda: upstream.last.peer_gone, 2)
+
+
+# Plain and streamed, and several processes.
+
+
+async def test_plain_and_streamed_requests_together_make_one_call(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
+) -> None:
+    question, gate = ask(**USAGE), upstream.gate()
+    events = canned.chat_events(["a", "b"], include_usage=True)
+    rest = canned.chunked(b"".join(events[2:])) + canned.LAST_CHUNK
+    upstream.always(*canned.stream(events[:2], end=False), hold(gate), send(rest))
+    plain = {name: value for name, value in question.items() if not name.startswith("stream")}
+    asking = await together(proxy, upstream, client, question, 10)
+    asking += tasks(*(client.send(proxy, plain) for _ in range(10)))
+    await in_flight(proxy, client, 20)
+    gate.open()
+    answers = await asyncio.gather(*asking)
+    assert caches(answers) == ["miss"] + ["coalesced"] * 19
+    assert {answer.body for answer in answers[:10]} == {b"".join(events)}
+    assert [answer.json()["choices"][0]["message"]["content"] for answer in answers[10:]] == ["ab"] * 10
+    assert answers[10].headers["X-Proxy-Cost-Saved-USD"] == "0.002250"
+    assert upstream.count == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_on_disconnect_finish(launch: Launch, upstream: ScriptedUpstream, client: Client, stream: bool) -> None:
+    proxy, gate = launch(settings(upstream.port, cache={"on_disconnect": "finish"})), upstream.gate()
+    question = ask(stream=stream)
+    answer = canned.stream(canned.chat_events()) if stream else [canned.chat()]
+    upstream.always(hold(gate), *answer)
+    asking = await together(proxy, upstream, client, question, 3)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    await in_flight(proxy, client, 0)
+    gate.open()
+    end = time.monotonic() + 5
+    while (await client.send(proxy, question, {"Cache-Control": "only-if-cached"})).status != 200:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    assert upstream.count == 1
+    proxy.terminate()
+    assert proxy.wait() == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_processes_that_share_redis_make_one_call(
+    launch: Launch, upstream: ScriptedUpstream, client: Client, stream: bool
+) -> None:
+    with valkey() as server:
+        config = settings(upstream.port, cache={"backend": "redis"}, redis={"url": server.url})
+        one, other = launch(config), launch(config)
+        gate, question = upstream.gate(), ask(stream=stream)
+        answer = canned.stream(canned.chat_events()) if stream else [canned.chat()]
+        upstream.always(hold(gate), *answer)
+        asking = await together(one, upstream, client, question, 5)
+        there = tasks(*(client.send(other, question) for _ in range(5)))
+        await in_flight(other, client, 5)
+        await asyncio.sleep(0.3)
+        gate.open()
+        answers = await asyncio.gather(*asking, *there)
+        assert {reply.status for reply in answers} == {200}
+        assert len({reply.body for reply in answers}) == 1
+        assert upstream.count == 1
+        assert caches(answers).count("miss") == 1
+        # Redis goes away: nobody waits for anybody in another process, and nobody sees an error.
+        server.kill()
+        upstream.always(canned.chat())
+        answers = await asyncio.gather(*(client.send(each, ask()) for each in (one, other)))
+        assert [reply.status for reply in answers] == [200, 200]
+
+
+async def test_nothing_is_left_behind(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+    """Storms of equal requests, half of which leave: file descriptors and memory come back."""
+    proxy = launch(settings(upstream.port, log={"level": "warning"}))
+
+    async def storm() -> None:
+        question = ask(stream=True)
+        upstream.always(*canned.stream(canned.chat_events()[:2], end=False), sleep(0.1), send(_REST))
+        asking = await together(proxy, upstream, client, question, 30)
+        for task in asking[::2]:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await in_flight(proxy, client, 0)
+
+    await storm()
+    before = proxy.fds()
+    for _ in range(5):
+        await storm()
+    after = proxy.fds()
+    assert before is None or after is None or after <= before + 5
+
+
+_REST = canned.chunked(b"".join(canned.chat_events()[2:])) + canned.LAST_CHUNK

@@ -26,7 +26,6 @@ REFUSED = {
     "cache.store_requests": "cache: {store_requests: true}",
     "cache.stale_while_revalidate": "cache: {stale_while_revalidate: 1s}",
     "cache.stale_if_error": "cache: {stale_if_error: 1s}",
-    "cache.on_disconnect": "cache: {on_disconnect: finish}",
     "throttle.backend": "throttle: {backend: redis}",
     "throttle.tier": "throttle: {tier: 3}",
     "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
@@ -63,7 +62,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "cache: {coalesce: false, embeddings_per_item: false, backend: off}",
+        "cache: {coalesce: false, on_disconnect: finish, embeddings_per_item: false, backend: off}",
         "throttle: {adaptive: false}",
         "ledger: {enabled: false}",
         "selection: headroom",
