@@ -54,7 +54,7 @@ class Reel:
         self._held = 0
         self._front = 0  # bytes that the fastest reader ever has passed on
         self._readers: set[Reader] = set()
-        self._asleep: list[asyncio.Future[None]] = []
+        self._asleep: dict[Reader, asyncio.Future[None]] = {}
         self._room: asyncio.Future[None] | None = None
         self._closed = False
         self._failure: TransportFailure | None = None
@@ -94,7 +94,8 @@ class Reel:
         self._reads.append(data)
         self._size += len(data)
         self._held += len(data)
-        self._wake()
+        if self._asleep:
+            self._offer(data)
         if self._size > self._keep:
             if self._complete:
                 self._complete = False
@@ -106,12 +107,29 @@ class Reel:
             await self._room
 
     def _wake(self) -> None:
-        if not self._asleep:
-            return
-        asleep, self._asleep = self._asleep, []
-        for future in asleep:
+        asleep, self._asleep = self._asleep, {}
+        for future in asleep.values():
             if not future.done():
                 future.set_result(None)
+
+    def _offer(self, data: bytes) -> None:
+        """The newest read goes to all who wait for it: at once to those who take it so, and they sleep on."""
+        for reader, future in list(self._asleep.items()):
+            if future.done():
+                del self._asleep[reader]
+            elif reader.take is None:
+                del self._asleep[reader]
+                future.set_result(None)
+            else:
+                try:
+                    ready = reader.given(data)
+                except Exception as error:
+                    ready = True
+                    del self._asleep[reader]
+                    future.set_exception(error)
+                if not ready:
+                    del self._asleep[reader]
+                    future.set_result(None)
 
     def _trim(self) -> None:
         """Lets go of what all have read, and drops the slowest while too much is held."""
@@ -128,17 +146,19 @@ class Reel:
 
     # -- what readers do ----------------------------------------------------------------------------------------------
 
-    async def read(self, at: int) -> tuple[bytes, int] | None:
-        """The read numbered `at`, or several from there on, and the number of the next; None at the end. Raises
-        TransportFailure."""
-        while at == self.end:
+    async def read(self, reader: Reader) -> tuple[bytes, int] | None:
+        """The reader's next read, or several from there on, and the number of the next; nothing where it is behind with
+        what it took; None at the end. Raises TransportFailure."""
+        while reader.at == self.end:
             if self._failure is not None:
                 raise TransportFailure(self._failure.kind, self._failure.detail)
             if self._closed:
                 return None
-            news = asyncio.get_running_loop().create_future()
-            self._asleep.append(news)
+            news = self._asleep[reader] = asyncio.get_running_loop().create_future()
             await news
+            if reader.behind:
+                return b"", reader.at
+        at = reader.at
         first = at - self._cut
         if len(self._reads) - first < _CATCH_UP:
             return self._reads[first], at + 1
@@ -166,23 +186,39 @@ class Reel:
 
 
 class Reader:
-    """A place in a reel. at: the number of its next read; too_slow: told when it is dropped."""
+    """A place in a reel. at: the number of its next read; too_slow: told when it is dropped; take: passes a read on
+    without waiting, and says whether more can be taken so; behind: the last time it said no."""
 
-    __slots__ = ("_dropped", "_reel", "_taken", "at", "too_slow")
+    __slots__ = ("_dropped", "_reel", "_taken", "at", "behind", "take", "too_slow")
 
     def __init__(self, reel: Reel) -> None:
         self._reel = reel
         self._taken = 0
         self._dropped = False
         self.at = 0
+        self.behind = False
+        self.take: Callable[[bytes], bool] | None = None
         self.too_slow: Callable[[], None] | None = None
 
+    def given(self, data: bytes) -> bool:
+        """The newest read, taken at once; whether the next may be."""
+        assert self.take is not None
+        self.at += 1
+        self._taken += len(data)
+        if self.take(data):
+            self._reel.passed(self._taken)
+            return True
+        self.behind = True
+        return False
+
     async def next(self) -> bytes | None:
-        """More of it, None at the end. Who asks for more has passed on what he got. Raises TransportFailure."""
+        """More of it, b"" where what was taken is to be waited for, None at the end. Who asks for more has passed on
+        what he got. Raises TransportFailure."""
+        self.behind = False
         self._reel.passed(self._taken)
         if self._dropped:
             raise TransportFailure("timeout", "the client reads too slowly")
-        found = await self._reel.read(self.at)
+        found = await self._reel.read(self)
         if found is None:
             return None
         data, self.at = found
@@ -206,11 +242,14 @@ class Reader:
 
 
 class View:
-    """A reel as one client gets it: in its own dress, at its own pace. ended: called exactly once."""
+    """A reel as one client gets it: in its own dress, at its own pace. ended: called exactly once; push: a `write` that
+    does not wait, and says whether the client takes as much as is written: it spares a turn of the loop for each read.
+    """
 
     def __init__(self, reel: Reel, dress: Dress, ended: Callable[[Ending], None]) -> None:
         self.audit = reel.flow.audit
         self.interrupted = ""
+        self.push: Callable[[bytes], bool] | None = None
         self._flow = reel.flow
         self._reader = reel.reader()
         self._reader.too_slow = self._cut
@@ -237,9 +276,13 @@ class View:
         self._pumped = True
         self._task = asyncio.current_task()
         feed, more = self._dress.feed, self._reader.next
+        if self.push is not None:
+            self._reader.take = self._take
         try:
             while (chunk := await more()) is not None:
-                if out := feed(chunk):
+                if not chunk:
+                    await write(b"")  # which waits until the client has taken enough
+                elif out := feed(chunk):
                     await write(out)
             if out := self._dress.finish():
                 await write(out)
@@ -267,6 +310,11 @@ class View:
             raise
         else:
             self._end(Ending())
+
+    def _take(self, data: bytes) -> bool:
+        assert self.push is not None
+        out = self._dress.feed(data)
+        return not out or self.push(out)
 
     def _leave(self) -> None:
         """The client has gone; most SDKs hang up as soon as they have the last event, and then nothing is missing."""

@@ -228,3 +228,43 @@ def test_everybody_gets_all_of_it(reads: list[tuple[bytes, float]], readers: lis
         assert set(got) == {b"".join(data for data, _ in reads)}
 
     run(tell())
+
+
+@story
+async def test_who_takes_reads_at_once_is_woken_only_where_he_must_wait() -> None:
+    stream, _ = reel()
+    reader = stream.reader()
+    got: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        got.append(data)
+        return data != b"b"
+
+    reader.take = take
+    waiting = asyncio.create_task(reader.next())
+    await settled(3)
+    await stream.append(b"a")
+    await settled(3)
+    assert not waiting.done()
+    await stream.append(b"b")
+    assert (await waiting, got, reader.caught_up) == (b"", [b"a", b"b"], True)
+    await stream.append(b"c")
+    assert await reader.next() == b"c"  # while nobody sleeps, reads are kept as ever
+    assert got == [b"a", b"b"]
+
+
+@story
+async def test_a_client_that_is_gone_is_its_readers_trouble_alone() -> None:
+    stream, _ = reel()
+    gone, other = stream.reader(), stream.reader()
+
+    def take(data: bytes) -> bool:
+        raise ConnectionResetError
+
+    gone.take = take
+    waiting = asyncio.create_task(gone.next())
+    await settled(3)
+    await stream.append(b"a")
+    with pytest.raises(ConnectionResetError):
+        await waiting
+    assert await other.next() == b"a"

@@ -26,6 +26,7 @@ from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
 from ..journey import LARGE, Journey
 from ..providers import model_named
+from ..reel import View
 from ..relay import StreamBroken, with_comment
 from ..shelf import Hit, Name, name_of
 from ..world import World
@@ -186,6 +187,8 @@ class Downstream:
         assert task is not None
         self.flows[task] = flow
         stream = Stream(request, head, bought.status)
+        if isinstance(flow, View):
+            flow.push = stream.push
         try:
             await flow.pump(stream.write)
             return await stream.finish()
