@@ -79,6 +79,11 @@ class Downstream:
         self.closing = False
         self.flows: dict[asyncio.Task[Any], Any] = {}
 
+    @property
+    def finishing(self) -> int:
+        """Answers that are still read, for a client or for the cache alone."""
+        return len(self._journey.sharing.flights)
+
     # -- every request ------------------------------------------------------------------------------------------------
 
     async def handle(self, request: BaseRequest) -> Answer:

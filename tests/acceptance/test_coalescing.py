@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -537,6 +538,22 @@ async def test_on_disconnect_finish(launch: Launch, upstream: ScriptedUpstream, 
     assert upstream.count == 1
     proxy.terminate()
     assert proxy.wait() == 0
+
+
+async def test_what_is_read_for_the_cache_is_read_before_the_stop(
+    launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
+) -> None:
+    cache = {"on_disconnect": "finish", "backend": "sqlite", "path": str(tmp_path / "c.db")}
+    proxy, gate, question = launch(settings(upstream.port, cache=cache)), upstream.gate(), ask()
+    upstream.always(hold(gate), canned.chat())
+    asking = await together(proxy, upstream, client, question, 1)
+    asking[0].cancel()
+    await in_flight(proxy, client, 0)
+    proxy.terminate()
+    await asyncio.sleep(0.2)
+    gate.open()
+    assert proxy.wait() == 0
+    assert (await client.send(launch(settings(upstream.port, cache=cache)), question)).cache == "hit"
 
 
 @pytest.mark.parametrize("stream", [False, True])
