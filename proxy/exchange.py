@@ -29,7 +29,9 @@ from .core.outcome import (
     retry_after,
 )
 from .core.ports import Trip, WayUp
+from .core.pricing import Cost
 from .core.routes import printable
+from .core.usage import Usage
 from .gate import QueueFull, TimedOut
 from .horizon import Horizon
 from .world import Upstream, World
@@ -42,6 +44,7 @@ _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 class Progress:
     """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
 
+    usage, cost: of the calls that ended well, where several are needed for one answer;
     horizon: until when it may take; gone: (status, error) of a client who left while the answer is still read, for
     others or for the cache; unread: for the cache alone; elsewhere: it waits for what another process is buying.
     """
@@ -58,6 +61,8 @@ class Progress:
     key: str = ""
     spent: bool = False
     no_usable_key: bool = False
+    usage: Usage | None = None
+    cost: Cost | None = None
 
 
 class Exchange:
@@ -278,10 +283,12 @@ class Exchange:
             raise
 
     def credential(self, lease: Lease, upstream: Upstream, auth: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """The credential headers that go up: the pool key's, or in pass-through the client's own."""
+        """The credential headers that go up: the pool key's, or in pass-through the client's own. Raises
+        TransportFailure.
+        """
         if self._world.passthrough:
             return upstream.dialect.client_auth(*auth) if auth else ()
-        return self._world.credentials[lease.key.label]
+        return self._world.credential(lease.key.label)
 
     def _body(self, call: Call, upstream: Upstream) -> tuple[bytes, bool]:
         """The client's bytes, with only those fields changed that must be; whether we asked for usage in its place."""

@@ -13,25 +13,31 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .answered import Answered
+from msgspec.structs import replace
+
+from .answered import Answered, Read
 from .bought import Bought, Purchase
-from .core.answer import ZERO_COST, Timing, cost_comment, cost_lines, forward_status
+from .core.answer import cost_comment, cost_lines
 from .core.cacheability import StreamAudit, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
 from .core.headers import Raw, downstream_headers
+from .core.items import in_order, join, read_answer, vectors_of
 from .core.lenient import parse_leniently
 from .core.outcome import Class, TransportFailure
 from .core.ports import WayUp
-from .core.pricing import Cost, usd
+from .core.pricing import Cost
 from .core.receipt import Receipt
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
 from .flights import Share
+from .items import SPILL_OF_ITEMS, Items
 from .planning import Planner
 from .relay import Dress, Ending, Flow
+from .runs import run_headers, run_lines
 from .sharing import Sharing
 from .shelf import Hit, Name, Shelf
+from .telling import Teller
 from .world import World
 
 log = logging.getLogger("proxy.request")
@@ -42,6 +48,7 @@ LARGE: Final = 1024 * 1024
 SPILL: Final = 64 * 1024 * 1024
 """A plain answer above this is no longer held to be understood: it flows through (bytes)."""
 
+
 _RETRYABLE: Final = frozenset({Class.RETRY, Class.RATE_LIMITED})
 """Upstream errors that another try, on behalf of somebody else who waits, may be spared."""
 
@@ -51,18 +58,36 @@ class Journey:
 
     def __init__(self, world: World, way_up: WayUp, observe: Callable[[Receipt], None]) -> None:
         self.world = world
-        self._observe = observe
+        self.tell = Teller(world, observe)
         self.exchange = Exchange(world, way_up)
         self.planner = Planner(world)
         self.shelf = Shelf(world)
-        self.sharing = Sharing(world, self, self.shelf)
+        self.sharing = Sharing(world, self.buy_alone, self.shelf, self.tell)
+        self.items = Items(world, self.exchange, self.shelf, self._read)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
-        """The answer, from the cache or bought. Raises Refusal.
+        """The answer, from the cache or bought; counted where it is in a run. Raises Refusal.
 
         check_room: asked before anything goes upstream, raises Refusal(overloaded); name: by which `shelf.peek` may
         find the answer when the same bytes come again.
         """
+        runs = self.world.runs
+        run = runs.enter(call)
+        if run is None:
+            return await self._serve(call, check_room, name)
+        try:
+            served = await self._serve(call, check_room, name)
+        except BaseException as error:
+            runs.left(call, gone=isinstance(error, asyncio.CancelledError))
+            if isinstance(error, Refusal):
+                error.headers = (*error.headers, *run_headers(run))
+            raise
+        if isinstance(served, Hit):
+            runs.hit(call, served.entry)
+            return replace(served, lines=run_lines(run), run=run.name)
+        return replace(served, lines=served.lines + run_lines(run))
+
+    async def _serve(self, call: Call, check_room: Callable[[], None], name: Name | None) -> Hit | Bought:
         plan = await self.planner.plan(call)
         hit, plan = await self.shelf.look(call, plan)
         if name is not None:
@@ -70,6 +95,8 @@ class Journey:
         if hit is not None:
             return hit
         check_room()
+        if call.options.run:
+            await self.world.runs.admit(self.world, call)
         return await self.buy(call, plan)
 
     # -- from upstream -------------------------------------------------------------------------------------------------
@@ -81,6 +108,8 @@ class Journey:
     async def buy_alone(self, call: Call, plan: CachePlan, progress: Progress) -> Bought:
         """The answer from upstream. Raises Refusal."""
         try:
+            if plan.batch is not None and plan.batch.changes:
+                return await self._buy_items(call, plan, progress)
             answered = await self.exchange.run(call, progress)
             if answered.body is not None:
                 return self._error_answer(call, plan, answered, progress)
@@ -88,11 +117,11 @@ class Journey:
                 return self._stream_answer(call, plan, answered, progress)
             return await self._plain_answer(call, plan, answered, progress)
         except Refusal as refusal:
-            self.record(call, plan, progress, refusal.status, error=refusal.code)
-            refusal.lines = self.lines(call, plan, progress, "", stored=False)
+            self.tell.record(call, plan, progress, refusal.status, error=refusal.code)
+            refusal.lines = self.tell.lines(call, plan, progress, "", stored=False)
             raise
         except asyncio.CancelledError:
-            self.record(call, plan, progress, 499, error="client_gone")
+            self.tell.record(call, plan, progress, 499, error="client_gone")
             raise
 
     def _error_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
@@ -100,8 +129,8 @@ class Journey:
         assert answered.body is not None
         code = "no_usable_key" if progress.no_usable_key else ""
         sale = Purchase(error=code or f"upstream_{answered.status}")
-        self.record(call, plan, progress, answered.status, error=sale.error)
-        lines = self.lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
+        self.tell.record(call, plan, progress, answered.status, error=sale.error)
+        lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
         extra = f"X-Proxy-Error: {code}\r\n" if code else ""
         if progress.spent or code:
             extra += "X-Should-Retry: false\r\n"
@@ -112,14 +141,48 @@ class Journey:
 
     async def _plain_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
         """A good answer, read whole. Settles the lease."""
+        read = await self._read(call, answered, progress, SPILL if plan.batch is None else SPILL_OF_ITEMS)
+        if read is None:
+            return self._stream_answer(call, plan, answered, progress)
+        body, document, usage, cost = read.body, read.document, read.usage, read.cost
+        progress.usage, progress.cost = usage, cost  # paid, even if the client leaves while it is stored
+        stored, why_not = False, None
+        answer_model = document.get("model") if isinstance(document, Mapping) else None
+        if plan.write and not answered.leaked and not call.stream:
+            if answered.status == 200 and isinstance(document, Mapping):
+                why_not = plain_complete(call.endpoint, call.document, document)
+                if why_not is None:
+                    vectors = vectors_of(document) if plan.batch is not None else None
+                    if vectors is not None and plan.batch is not None and not in_order(document):
+                        body = join(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
+                    stored = self.shelf.keep(call, plan, answered, read.headers, body, None, usage, cost, answer_model)
+                    if vectors is not None:
+                        numbers = range(len(vectors))
+                        stored |= await self.shelf.keep_items(
+                            call, plan, numbers, answered, read.headers, vectors, usage, cost, answer_model
+                        )
+            else:
+                why_not = "not a JSON answer"
+        if not stored:
+            self.sharing.avoid(call, plan)
+        lines = self.tell.lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
+        self.tell.record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
+        reason, sale = answered.reply.reason, Purchase(usage, cost, answer_model)
+        share = Share.ALL if stored else Share.OWN
+        return Bought(answered.status, reason, read.headers, lines, body, None, share, sale)
+
+    async def _read(self, call: Call, answered: Answered, progress: Progress, most: int) -> Read | None:
+        """A good answer, read whole and priced, its lease settled; None, and nothing settled, where it is longer than
+        `most` bytes.
+        """
         began = self.world.seams.monotonic()
         settled = False
         try:
-            body = await self._read_whole(answered, progress)
+            body = await self._read_whole(answered, progress, most)
             if body is None:
                 settled = True
-                return self._stream_answer(call, plan, answered, progress)
-            document = await self._understand(answered, body)
+                return None
+            document = await self._understand(call, answered, body)
             progress.upstream_ms += (self.world.seams.monotonic() - began) * 1000
             usage, cost = self._price(call, answered, document)
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
@@ -135,26 +198,23 @@ class Journey:
         if self.world.masker.found_in(body):
             answered.leaked = True
             body = self.world.masker.mask(body)
-        stored, why_not = False, None
-        if plan.write and not answered.leaked and not call.stream:
-            if answered.status == 200 and isinstance(document, Mapping):
-                why_not = plain_complete(call.endpoint, call.document, document)
-                if why_not is None:
-                    stored = self.shelf.keep(
-                        call, plan, answered, headers, body, None, usage, cost, document.get("model")
-                    )
-            else:
-                why_not = "not a JSON answer"
-        if not stored:
-            self.sharing.avoid(call, plan)
-        lines = self.lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
-        answer_model = document.get("model") if isinstance(document, Mapping) else None
-        self.record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
-        reason, sale = answered.reply.reason, Purchase(usage, cost, answer_model)
-        return Bought(answered.status, reason, headers, lines, body, None, Share.ALL if stored else Share.OWN, sale)
+        return Read(headers, body, document, usage, cost)
 
-    async def _read_whole(self, answered: Answered, progress: Progress) -> bytes | None:
-        """The body, or None where it grows beyond `SPILL`: then `answered.first` holds what was read."""
+    async def _buy_items(self, call: Call, plan: CachePlan, progress: Progress) -> Bought:
+        """The answer to a batch that goes upstream only in part, or in parts."""
+        bought = await self.items.buy(call, plan, progress)
+        if isinstance(bought, Answered):
+            return self._error_answer(call, plan, bought, progress)
+        usage, cost, savings = progress.usage, progress.cost, bought.savings
+        lines = self.tell.lines(call, bought.plan, progress, cost_lines(cost, usage, savings), bought.stored)
+        self.tell.record(call, bought.plan, progress, 200, answer_model=bought.model, savings=savings)
+        if not bought.stored:
+            self.sharing.avoid(call, plan)
+        share, sale = Share.ALL if bought.stored else Share.OWN, Purchase(usage, cost, bought.model)
+        return Bought(200, bought.reason, bought.headers, lines, bought.body, None, share, sale)
+
+    async def _read_whole(self, answered: Answered, progress: Progress, most: int) -> bytes | None:
+        """The body, or None where it grows beyond `most` bytes: then `answered.first` holds what was read."""
         if not answered.decoded and (whole := answered.reply.ready()) is not None:
             return whole
         parts: list[bytes] = []
@@ -164,7 +224,7 @@ class Journey:
                 async for chunk in answered.more:
                     parts.append(chunk)
                     size += len(chunk)
-                    if size > SPILL:
+                    if size > most:
                         answered.first = parts
                         return None
                     if progress.unread and size > self.world.settings.cache.max_entry:
@@ -173,10 +233,11 @@ class Journey:
             raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _understand(self, answered: Answered, body: bytes) -> Any:
+    async def _understand(self, call: Call, answered: Answered, body: bytes) -> Any:
         """The parsed body of a JSON answer, None of any other. Raises TransportFailure(invalid) where JSON is promised
         and broken.
         """
+        parse = read_answer if call.endpoint == "embeddings" else parse_leniently
         content_type = answered.reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             return None
@@ -184,8 +245,8 @@ class Journey:
             return None
         try:
             if len(body) > LARGE:
-                return await asyncio.to_thread(parse_leniently, body)
-            return parse_leniently(body)
+                return await asyncio.to_thread(parse, body)
+            return parse(body)
         except ValueError:
             raise TransportFailure("invalid", "the upstream's JSON answer is cut short or broken") from None
 
@@ -220,7 +281,7 @@ class Journey:
                 self.sharing.avoid(call, plan)
             error = ending.failure or ("client_gone" if ending.gone else "")
             status = 499 if ending.gone else answered.status
-            self.record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
+            self.tell.record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
 
         def comment() -> bytes:
             assert audit is not None
@@ -236,7 +297,7 @@ class Journey:
             dress=Dress(answered.injected and sse, comment if wants_comment and sse else None),
             ended=ended,
         )
-        lines = self.lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
+        lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
         extra = "X-Proxy-Error: no_usable_key\r\n" if progress.no_usable_key else ""
         share = Share.ALL if storable and sse else Share.OWN
         if answered.outcome in _RETRYABLE:
@@ -277,80 +338,6 @@ class Journey:
             return None, None
         answer_model = document.get("model") if isinstance(document, Mapping) else None
         return usage, answered.upstream.prices.cost(answered.upstream.site.kind, (answer_model, call.model), usage)
-
-    def lines(
-        self,
-        call: Call,
-        plan: CachePlan,
-        progress: Progress,
-        money: str,
-        stored: bool,
-        why_not: str | None = None,
-    ) -> str:
-        """Our headers on an answer from upstream."""
-        world = self.world
-        total = (world.seams.monotonic() - call.arrived) * 1000
-        timing = Timing(progress.queue_ms + progress.paused_ms, progress.upstream_ms, total)
-        detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
-        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
-        went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
-        why = "" if plan.collapsed else f"X-Proxy-Cache-Reason: {plan.reason}\r\n"
-        return (
-            f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
-            f"Cache-Status: {forward_status(plan.forward, detail, stored, plan.collapsed)}\r\n{key}"
-            f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
-        )
-
-    def record(
-        self,
-        call: Call,
-        plan: CachePlan,
-        progress: Progress,
-        status: int,
-        *,
-        usage: Usage | None = None,
-        cost: Cost | None = None,
-        saved: str | None = None,
-        answer_model: object = None,
-        error: str = "",
-    ) -> None:
-        """The request's receipt. saved: what sharing spared it, in USD."""
-        seams = self.world.seams
-        if progress.gone is not None:
-            status, error = progress.gone
-        if saved is None and cost is not None and not plan.collapsed:
-            saved = ZERO_COST
-        self.finished(
-            Receipt(
-                id=call.id,
-                client=call.client.name,
-                endpoint=call.endpoint,
-                model=call.model,
-                status=status,
-                cache=plan.status,
-                finished_at=seams.wall(),
-                reason=plan.reason,
-                answer_model=answer_model if isinstance(answer_model, str) else None,
-                stream=call.stream,
-                upstream=progress.upstream,
-                key=progress.key,
-                attempts=progress.attempts,
-                cost_usd=usd(cost.usd) if cost is not None else None,
-                saved_usd=saved,
-                cost_status=cost.status if cost is not None else "unknown",
-                usage=usage,
-                error=error,
-                queue_ms=progress.queue_ms + progress.paused_ms,
-                upstream_ms=progress.upstream_ms,
-                total_ms=(seams.monotonic() - call.arrived) * 1000,
-                tags=call.options.tags,
-            )
-        )
-
-    def finished(self, receipt: Receipt) -> None:
-        """A request is over: its receipt is kept, counted and logged."""
-        self.world.receipts.put(receipt)
-        self._observe(receipt)
 
 
 def standard_tier(service_tier: object) -> bool:

@@ -7,10 +7,10 @@ all, and what each of those aboard gets to see: his own id, receipt, options and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from decimal import Decimal
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -28,6 +28,7 @@ from .reel import Reel, View
 from .relay import Dress, Ending, Flow, with_comment
 from .seams import spawn
 from .shelf import Hit, Shelf
+from .telling import Teller
 from .world import World
 
 Value = Bought | Refusal | Hit
@@ -57,35 +58,18 @@ _BARE: Final = "sse without usage"
 _NOTHING: Final = Purchase()
 
 
-class Shop(Protocol):
-    """What the journey does for every request, shared or not."""
-
-    async def buy_alone(self, call: Call, plan: CachePlan, progress: Progress) -> Bought: ...
-
-    def lines(self, call: Call, plan: CachePlan, progress: Progress, money: str, stored: bool) -> str: ...
-
-    def record(
-        self,
-        call: Call,
-        plan: CachePlan,
-        progress: Progress,
-        status: int,
-        *,
-        usage: Usage | None = None,
-        cost: Cost | None = None,
-        saved: str | None = None,
-        answer_model: object = None,
-        error: str = "",
-    ) -> None: ...
+Buy = Callable[[Call, CachePlan, Progress], Awaitable[Bought]]
+"""What the journey does for every request, shared or not."""
 
 
 class Sharing:
     """Buys in company where that is possible."""
 
-    def __init__(self, world: World, shop: Shop, shelf: Shelf) -> None:
+    def __init__(self, world: World, buy: Buy, shelf: Shelf, tell: Teller) -> None:
         cache = world.settings.cache
         self._world = world
-        self._shop = shop
+        self._buy_alone = buy
+        self._tell = tell
         self._shelf = shelf
         self._finish = cache.on_disconnect == "finish"
         self._coalesce = cache.coalesce
@@ -109,7 +93,7 @@ class Sharing:
             if not seat.guest:
                 break
             others = ()  # waited once, and in vain
-        return await self._shop.buy_alone(call, plan, Progress(Horizon(call.deadline, self._world.seams.monotonic)))
+        return await self._buy_alone(call, plan, Progress(Horizon(call.deadline, self._world.seams.monotonic)))
 
     def refresh(self, call: Call, plan: CachePlan) -> bool:
         """Buys and stores in the background, under an id of its own, for nobody who waits. False: no need to, for such
@@ -156,7 +140,7 @@ class Sharing:
                 return await self._visited(call, plan, seat)
         except Refusal as refusal:
             self._resign(call, plan, seat, refusal.status, refusal.code)
-            refusal.lines = self._shop.lines(call, _seen(plan, seat), seat.progress, "", False)
+            refusal.lines = self._tell.lines(call, _seen(plan, seat), seat.progress, "", False)
             raise
         except asyncio.CancelledError:
             self._resign(call, plan, seat, 499, "client_gone")
@@ -217,7 +201,7 @@ class Sharing:
         try:
             claim = await self._elsewhere.claim(call, plan, name, seat.progress)
         except asyncio.CancelledError:
-            self._shop.record(call, plan, seat.progress, 499, error="client_gone")
+            self._tell.record(call, plan, seat.progress, 499, error="client_gone")
             raise
         if isinstance(claim, Hit):
             return Landing(claim, Share.ALL)
@@ -238,7 +222,7 @@ class Sharing:
 
     async def _buy(self, call: Call, plan: CachePlan, seat: Seat[Value]) -> Landing[Value]:
         try:
-            bought = await self._shop.buy_alone(call, plan, seat.progress)
+            bought = await self._buy_alone(call, plan, seat.progress)
         except Refusal as refusal:
             return Landing(refusal, Share.AGAIN if refusal.code in _AGAIN else Share.ALL)
         flow, flight = bought.flow, seat.flight
@@ -257,7 +241,7 @@ class Sharing:
     def _resign(self, call: Call, plan: CachePlan, seat: Seat[Value], status: int, error: str) -> None:
         """Leaves before the end: the receipt is written now, or with the purchase where that is this call's."""
         if not seat.led:
-            self._shop.record(call, _seen(plan, seat), seat.progress, status, error=error)
+            self._tell.record(call, _seen(plan, seat), seat.progress, status, error=error)
         elif not seat.flight.over:
             seat.progress.gone = status, error
         seat.leave()
@@ -268,13 +252,13 @@ class Sharing:
         """Another's answer, whole. Raises Refusal."""
         plan, progress = self._waited(call, plan, seat)
         if isinstance(value, Refusal):
-            self._shop.record(call, plan, progress, value.status, error=value.code)
+            self._tell.record(call, plan, progress, value.status, error=value.code)
             refusal = value.again()
-            refusal.lines = self._shop.lines(call, plan, progress, "", False)
+            refusal.lines = self._tell.lines(call, plan, progress, "", False)
             raise refusal
         sale = value.purchase or _NOTHING
         saved = usd(sale.cost.usd) if sale.cost is not None else None
-        self._shop.record(
+        self._tell.record(
             call,
             plan,
             progress,
@@ -290,7 +274,7 @@ class Sharing:
             value.status,
             value.reason,
             value.headers,
-            self._shop.lines(call, plan, progress, money, False) + value.extra,
+            self._tell.lines(call, plan, progress, money, False) + value.extra,
             value.body,
         )
 
@@ -303,7 +287,7 @@ class Sharing:
         """What was bought by another process, or in the other form."""
         plan, progress = self._waited(call, plan, seat)
         entry = hit.entry
-        self._shop.record(
+        self._tell.record(
             call,
             plan,
             progress,
@@ -313,7 +297,7 @@ class Sharing:
             saved=entry.cost,
             answer_model=entry.answer_model,
         )
-        lines = self._shop.lines(call, plan, progress, _saved_lines(entry.usage, entry.cost), False)
+        lines = self._tell.lines(call, plan, progress, _saved_lines(entry.usage, entry.cost), False)
         body = hit.body
         if self._wants_comment(call):
             body = with_comment(body, cost_comment(FREE, entry.usage))
@@ -329,7 +313,7 @@ class Sharing:
         comment = partial(_free_comment, call.endpoint, reel) if self._wants_comment(call) else None
         dress = Dress(bought.usage_asked and not call.wants_usage, comment)
         view = View(reel, dress, partial(self._done, call, plan, seat, bought))
-        lines = self._shop.lines(call, plan, progress, cost_lines(FREE, None), False) + bought.extra
+        lines = self._tell.lines(call, plan, progress, cost_lines(FREE, None), False) + bought.extra
         return Bought(bought.status, bought.reason, bought.headers, lines, None, view)
 
     def _leader_done(self, bought: Bought, seat: Seat[Value], ending: Ending) -> None:
@@ -340,7 +324,7 @@ class Sharing:
     def _done(self, call: Call, plan: CachePlan, seat: Seat[Value], bought: Bought, ending: Ending) -> None:
         sale = bought.purchase or _NOTHING
         status, error = _status(ending, bought)
-        self._shop.record(
+        self._tell.record(
             call,
             plan,
             seat.progress,

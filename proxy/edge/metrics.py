@@ -7,6 +7,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..core.answer import ZERO_COST
 from ..core.entry import Entry
 from ..core.receipt import Receipt
 from ..core.routes import ENDPOINTS, SEGMENTS
@@ -61,7 +62,7 @@ class Metrics:
         self._cost = Counter("openai_proxy_cost_usd", "What answers cost.", ["model"], registry=self.registry)
         self._saved = Counter(
             "openai_proxy_cost_saved_usd",
-            "What hits and coalesced answers would have cost.",
+            "What came from the cache or was coalesced would have cost.",
             ["model"],
             registry=self.registry,
         )
@@ -122,16 +123,15 @@ class Metrics:
         if receipt.error:
             self._errors.labels(receipt.error).inc()
         usage = receipt.usage
-        if receipt.cache == "coalesced":
-            if receipt.saved_usd is not None:
-                self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
-        elif usage is not None:
+        if usage is not None and receipt.cache != "coalesced":
             counters.prompt.inc(usage.prompt_tokens)
             if usage.cached_tokens:
                 counters.cached.inc(usage.cached_tokens)
             counters.completion.inc(usage.completion_tokens)
         if receipt.cost_usd is not None:
             counters.cost.inc(float(receipt.cost_usd))
+            if receipt.saved_usd not in (None, ZERO_COST):
+                self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
         elif receipt.status < 300:
             counters.unknown.inc()
 
