@@ -63,7 +63,7 @@ class Call(msgspec.Struct, frozen=True):
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
     read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
-    where each has an entry of its own; collapsed: another's upstream call answers it."""
+    where each has an entry of its own; traits: of `core.explain`; collapsed: another's upstream call answers it."""
 
     key: str
     reason: str
@@ -71,6 +71,7 @@ class CachePlan(msgspec.Struct, frozen=True):
     write: bool
     forward: str = "uri-miss"
     batch: Batch | None = None
+    traits: str = ""
     collapsed: bool = False
 
     @property
