@@ -128,8 +128,8 @@ class App:
                 await asyncio.sleep(0)
 
     def _is_busy(self, server: Server) -> bool:
-        """Whether a request is being served, or an answer is not wholly handed to the system yet."""
-        if self.traffic.in_flight:
+        """Whether a request is being served, an answer is read for the cache, or is not wholly handed to the system."""
+        if self.traffic.in_flight or len(self.journey.sharing.flights):
             return True
         transports = (connection.transport for connection in server.connections)
         return any(transport is not None and transport.get_write_buffer_size() for transport in transports)

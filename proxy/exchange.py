@@ -6,7 +6,6 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -34,6 +33,7 @@ from .core.pricing import Cost
 from .core.routes import printable
 from .core.usage import Usage
 from .gate import QueueFull, TimedOut
+from .horizon import Horizon
 from .world import Upstream, World
 
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
@@ -42,9 +42,17 @@ _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 
 @dataclass(slots=True)
 class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last;
-    usage, cost: of the calls that ended well, where several are needed for one answer."""
+    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
 
+    usage, cost: of the calls that ended well, where several are needed for one answer;
+    horizon: until when it may take; gone: (status, error) of a client who left while the answer is still read, for
+    others or for the cache; unread: for the cache alone; elsewhere: it waits for what another process is buying.
+    """
+
+    horizon: Horizon
+    gone: tuple[int, str] | None = None
+    unread: bool = False
+    elsewhere: bool = False
     attempts: int = 0
     queue_ms: float = 0.0
     paused_ms: float = 0.0
@@ -111,7 +119,7 @@ class Exchange:
                 step = attempts.after(
                     outcome,
                     asked_wait=asked,
-                    left=call.deadline - now,
+                    left=progress.horizon.until - now,
                     other_key=other_key,
                     granted=partial(upstream.budget.take, now),
                 )
@@ -191,7 +199,7 @@ class Exchange:
             return answer
 
         began = seams.monotonic()
-        patience = min(call.patience - progress.queue_ms / 1000, call.deadline - began)
+        patience = min(call.patience - progress.queue_ms / 1000, progress.horizon.until - began)
         try:
             got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
         except TimedOut as error:
@@ -216,11 +224,11 @@ class Exchange:
         kept = False
         tokens: int | None = None
         try:
-            if call.deadline <= began:
+            if progress.horizon.until <= began:
                 raise TransportFailure("timeout", "the time for this request is over")
             progress.attempts += 1
             progress.upstream, progress.key = upstream.site.name, lease.key.label
-            answered = await self._send(call, lease, upstream, trip, began)
+            answered = await self._send(call, lease, upstream, trip, began, progress.horizon)
             if answered.outcome is Class.OK:
                 kept = True
             else:
@@ -242,25 +250,29 @@ class Exchange:
                 lease.reservation.cancel()
             self._world.gate.notify(self._lane(call))
 
-    async def _send(self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float) -> Answered:
+    async def _send(
+        self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float, horizon: Horizon
+    ) -> Answered:
         world = self._world
         site, dialect = upstream.site, upstream.dialect
         body, injected = self._body(call, upstream)
         headers = upstream_headers(call.headers, pooled=not world.passthrough, dropped=_ACCEPT_ENCODING)
         headers.append(("Accept-Encoding", "identity"))
         headers.extend(self.credential(lease, upstream, call.client.auth))
+        first_byte = world.settings.timeouts.first_byte
+        horizon.going_up(trip, began + first_byte)
         reply = await self._way_up.send(
             "POST",
             dialect.url(site, call.route, call.model),
             headers,
             body,
-            first_byte=min(world.settings.timeouts.first_byte, call.deadline - began),
+            first_byte=min(first_byte, horizon.until - began),
             trip=trip,
         )
         try:
             answered = seen(reply, upstream, lease, injected, began)
             if answered.status >= 400 or answered.is_event_stream:
-                async with asyncio.timeout(max(0.0, call.deadline - world.seams.monotonic())):
+                async with horizon.limit():
                     await understand(answered)
             return answered
         except TimeoutError:

@@ -17,6 +17,7 @@ from .core.call import Client
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
 from .core.outcome import TransportFailure
+from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
@@ -62,6 +63,7 @@ class World:
     masker: Masker
     passthrough: bool
     runs: RunBook
+    leases: Leases | None = None
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
     _identities: dict[str, str] = field(default_factory=dict)
@@ -155,6 +157,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         runs=_runs(settings, seams, store) if old is None else old.runs,
+        leases=_leases(settings, store) if old is None else old.leases,
         sites=tuple(upstream.site for upstream in upstreams),
         receipts=Receipts() if old is None else old.receipts,
     )
@@ -188,6 +191,18 @@ def _store(settings: Settings, seams: Seams) -> TieredStore | None:
 def kept_past_end(cache: Cache) -> float:
     """Seconds an entry is kept after its ttl, for it may yet serve as stale; in replay for ever (contract 7, Cache)."""
     return math.inf if cache.mode == "replay" else max(cache.stale_while_revalidate, cache.stale_if_error)
+
+
+def _leases(settings: Settings, store: TieredStore | None) -> Leases | None:
+    """What keeps processes that share the cache from buying the same twice; over the cache's own link."""
+    if store is None or settings.cache.backend != "redis":
+        return None
+    from .stores.redis import DEADLINE, RedisStore
+    from .stores.redis_lease import RedisLeases
+
+    if not isinstance(store.slower, RedisStore):
+        return None
+    return RedisLeases(store.slower.link, settings.redis.prefix, DEADLINE)
 
 
 def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:

@@ -19,7 +19,6 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "server.client_keys.*.limits.usd_per_day": (),
     "upstreams.*.keys.*.weight": (),
     "selection": ("headroom", "round_robin"),
-    "cache.on_disconnect": (),
     "throttle.backend": (),
     "throttle.tier": (),
     "retry.fallbacks": (),

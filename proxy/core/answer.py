@@ -57,9 +57,11 @@ def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:
     return "estimated" if savings is not None and savings.estimated else cost.status
 
 
-def forward_status(forward: str, detail: str, stored: bool) -> str:
-    """`Cache-Status` of an answer that came from upstream."""
+def forward_status(forward: str, detail: str, stored: bool, collapsed: bool = False) -> str:
+    """`Cache-Status` of an answer that came from upstream; collapsed: by another's call."""
     text = f"{CACHE_NAME}; fwd={forward}"
+    if collapsed:
+        text += "; collapsed"
     if stored:
         text += "; stored"
     return f"{text}; detail={token(detail)}" if detail else text

@@ -15,7 +15,7 @@ from .items import Batch
 from .options import Options
 from .routes import Route
 
-CacheStatus = Literal["hit", "miss", "bypass", "partial"]
+CacheStatus = Literal["hit", "miss", "bypass", "partial", "coalesced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
     read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
     where each has an entry of its own; traits: of `core.explain`; bare: the key less the client's scope, '' where that
-    is the key; request: the canonical body, where it is to be stored."""
+    is the key; request: the canonical body, where it is to be stored; collapsed: another's upstream call answers it."""
 
     key: str
     reason: str
@@ -75,9 +75,12 @@ class CachePlan(msgspec.Struct, frozen=True):
     traits: str = ""
     bare: str = ""
     request: str | None = None
+    collapsed: bool = False
 
     @property
     def status(self) -> CacheStatus:
+        if self.collapsed:
+            return "coalesced"
         if self.batch is not None and self.batch.found:
             return "partial"
         return "miss" if self.key else "bypass"

@@ -84,6 +84,17 @@ class Refusal(Exception):
         self.lines = ""
         """Header lines of the call it ended, request id included; '' where no call was made of the request."""
 
+    def again(self) -> Refusal:
+        """The same for somebody else."""
+        return Refusal(
+            self.code,
+            self.message,
+            param=self.param,
+            retry_after=self.retry_after,
+            should_retry=self.should_retry,
+            headers=self.headers,
+        )
+
     def body(self) -> bytes:
         return envelope(self.message, CODES[self.code].type, self.param, self.code)
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from aiohttp.web import BaseRequest
 
+from ..bought import Bought
 from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
@@ -21,11 +22,13 @@ from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
-from ..journey import LARGE, Bought, Journey
+from ..journey import LARGE, Journey
 from ..providers import model_named
+from ..reel import View
 from ..relay import StreamBroken, with_comment
 from ..shelf import Hit, Name, name_of
 from ..world import World
+from .browsers import METHODS, cors_lines, preflight
 from .gatekeeper import ANONYMOUS, Gatekeeper
 from .metrics import Metrics
 from .ops import Ops
@@ -38,7 +41,6 @@ log = logging.getLogger("proxy")
 Answer = Whole | Streamed
 
 _POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _KEEP: Final = 2048
 
 
@@ -100,7 +102,7 @@ class Downstream:
             if "Origin" in headers or "Sec-Fetch-Site" in headers:
                 origin = self._gatekeeper.check_origin(request)
                 if origin is not None and request.method == "OPTIONS":
-                    return self._preflight(request, origin)
+                    return preflight(request, origin, self._dates.line())
             answer = await self._serve(_Visit(request, target, route, began, origin))
         except Refusal as refusal:
             answer = self._refused(request, refusal, origin)
@@ -145,13 +147,13 @@ class Downstream:
                 if hit is not None:
                     return self._hit(visit, hit, b"")
             return await self._endpoint(visit, body, name)
-        if method not in _METHODS or (route.endpoint in _POST_ONLY):
-            raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(_METHODS)))
+        if method not in METHODS or (route.endpoint in _POST_ONLY):
+            raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
             raise _not_allowed(method, "GET, POST")
         options = from_headers(route.options, _text(request._message.raw_headers))
         self._check_room()
-        return await self._passage.carry(request, route, visit.client, options, self._expose(visit.origin))
+        return await self._passage.carry(request, route, visit.client, options, cors_lines(visit.origin))
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Downstream:
             status_line(bought.status, bought.reason)
             + raw_lines(bought.headers)
             + bought.lines.encode("latin-1", "replace")
-            + self._expose(visit.origin)
+            + cors_lines(visit.origin)
         )
         if bought.body is not None:
             return Whole(request, head, bought.body, status=bought.status)
@@ -189,11 +191,13 @@ class Downstream:
         assert task is not None
         self.traffic.flows[task] = flow
         stream = Stream(request, head, bought.status)
+        if isinstance(flow, View):
+            flow.push = stream.push
         try:
             await flow.pump(stream.write)
             return await stream.finish()
-        except StreamBroken:
-            return stream.abort()
+        except StreamBroken as broken:
+            return stream.abort(broken.at_once)
         finally:
             flow.abandon()
             del self.traffic.flows[task]
@@ -272,7 +276,7 @@ class Downstream:
         self._metrics.hit(entry)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
-            head += self._expose(visit.origin)
+            head += cors_lines(visit.origin)
         return Whole(visit.request, head, body, status=entry.status)
 
     def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
@@ -282,7 +286,7 @@ class Downstream:
         lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
         head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
         body = with_comment(hit.body, comment) if comment else hit.body
-        return Whole(visit.request, head + self._expose(visit.origin), body, status=hit.entry.status)
+        return Whole(visit.request, head + cors_lines(visit.origin), body, status=hit.entry.status)
 
     def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
         """The part of a hit's head that is the same every time."""
@@ -305,54 +309,12 @@ class Downstream:
             self._metrics.refusal(refusal.code)
             log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
         if origin is not None:
-            pairs = [line.split(": ", 1) for line in self._expose(origin).decode().splitlines()]
+            pairs = [line.split(": ", 1) for line in cors_lines(origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
         unread = not request.content.is_eof()
         return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
 
-    def _expose(self, origin: str | None) -> bytes:
-        """CORS headers for an origin that may call (Fetch standard, section 3.2); nothing for anybody else."""
-        if origin is None:
-            return b""
-        return (
-            f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
-            f"Access-Control-Expose-Headers: {', '.join(_EXPOSED)}\r\n"
-        ).encode("latin-1", "replace")
 
-    def _preflight(self, request: BaseRequest, origin: str) -> Whole:
-        wanted = request.headers.get("Access-Control-Request-Headers", "")
-        allowed = ", ".join(part.strip() for part in wanted.split(",") if part.strip().replace("-", "").isalnum())
-        lines = f"Access-Control-Allow-Methods: {', '.join(sorted(_METHODS))}\r\nAccess-Control-Max-Age: 600\r\n" + (
-            f"Access-Control-Allow-Headers: {allowed}\r\n" if allowed else ""
-        )
-        head = status_line(204) + self._dates.line() + self._expose(origin) + lines.encode("latin-1", "replace")
-        return Whole(request, head, b"", status=204)
-
-
-_EXPOSED: Final = (
-    "X-Proxy-Request-Id",
-    "X-Proxy-Cache",
-    "X-Proxy-Cache-Reason",
-    "X-Proxy-Cache-Key",
-    "X-Proxy-Upstream",
-    "X-Proxy-Key",
-    "X-Proxy-Attempts",
-    "X-Proxy-Cost-USD",
-    "X-Proxy-Cost-Saved-USD",
-    "X-Proxy-Cost-Status",
-    "X-Proxy-Prompt-Tokens",
-    "X-Proxy-Cached-Tokens",
-    "X-Proxy-Completion-Tokens",
-    "X-Proxy-Total-Tokens",
-    "X-Proxy-Saved-Tokens",
-    "X-Proxy-Run-Cost-USD",
-    "X-Proxy-Run-Saved-USD",
-    "X-Proxy-Error",
-    "Cache-Status",
-    "Age",
-    "X-Request-Id",
-    "Retry-After",
-)
 _ZERO: Final = Decimal(0)
 
 

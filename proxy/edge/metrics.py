@@ -62,7 +62,7 @@ class Metrics:
         self._cost = Counter("openai_proxy_cost_usd", "What answers cost.", ["model"], registry=self.registry)
         self._saved = Counter(
             "openai_proxy_cost_saved_usd",
-            "What came from the cache would have cost.",
+            "What came from the cache or was coalesced would have cost.",
             ["model"],
             registry=self.registry,
         )
@@ -127,7 +127,7 @@ class Metrics:
                 self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
             return
         usage = receipt.usage
-        if usage is not None:
+        if usage is not None and receipt.cache != "coalesced":
             counters.prompt.inc(usage.prompt_tokens)
             if usage.cached_tokens:
                 counters.cached.inc(usage.cached_tokens)

@@ -278,7 +278,15 @@ class Upstreams:
                 transport.write(head)
                 pieces = _sliced(body) if isinstance(body, bytes) else body
                 writer = loop.create_task(_write(protocol, pieces, chunked))
-            timer = loop.call_at(end, protocol.give_up)
+            timer = loop.call_at(max(end, trip.until), protocol.give_up)
+
+            def extend(until: float) -> None:
+                nonlocal timer
+                if timer is not None:
+                    timer.cancel()
+                    timer = loop.call_at(until, protocol.give_up)
+
+            trip.extend = extend
             while True:
                 message, content = await protocol.read()
                 if message.code >= 200 or message.code == 101:
@@ -291,6 +299,7 @@ class Upstreams:
         finally:
             if timer is not None:
                 timer.cancel()
+                timer = trip.extend = None
 
     def _target(self, url: str) -> _Target:
         target = self._targets.get(url)

@@ -83,7 +83,6 @@ def test_every_settings_error_at_once_with_its_line(tmp_path: Path) -> None:
     "section",
     [
         {"throttle": {"backend": "redis"}},
-        {"cache": {"on_disconnect": "finish"}},
         {"throttle": {"tier": 3}},
         {"selection": "sticky"},
         {"server": {"workers": 2}},

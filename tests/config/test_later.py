@@ -15,7 +15,6 @@ REFUSED = {
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
     "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
     "selection": "selection: sticky",
-    "cache.on_disconnect": "cache: {on_disconnect: finish}",
     "throttle.backend": "throttle: {backend: redis}",
     "throttle.tier": "throttle: {tier: 3}",
     "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
@@ -51,7 +50,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "cache: {coalesce: false, embeddings_per_item: false, backend: off}",
+        "cache: {coalesce: false, on_disconnect: finish, embeddings_per_item: false, backend: off}",
         "throttle: {adaptive: false}",
         "ledger: {enabled: false}",
         "selection: headroom",
