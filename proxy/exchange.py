@@ -18,7 +18,7 @@ from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
 from .core.call import Call
 from .core.edit import set_field, want_usage
 from .core.errors import Refusal
-from .core.estimate import estimate_tokens
+from .core.estimate import Measure, measure
 from .core.headers import upstream_headers
 from .core.keyring import Held, Lease, NoKey, Status
 from .core.limits import Wait
@@ -31,6 +31,7 @@ from .core.outcome import (
 )
 from .core.ports import Trip, WayUp
 from .core.routes import printable
+from .core.usage import Usage
 from .gate import QueueFull, TimedOut
 from .world import Upstream, World
 
@@ -50,6 +51,7 @@ class Progress:
     key: str = ""
     spent: bool = False
     no_usable_key: bool = False
+    measure: Measure | None = None
 
 
 class Exchange:
@@ -65,7 +67,7 @@ class Exchange:
         seams, ring = self._world.seams, self._world.ring
         policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
-        tokens = self._estimate(call)
+        tokens = self._estimate(call, progress)
         excluded: set[str] = set()
         limited: set[str] = set()
         refused: Answered | None = None
@@ -135,10 +137,16 @@ class Exchange:
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def _estimate(self, call: Call) -> int:
+    def _estimate(self, call: Call, progress: Progress) -> int:
         if not self._world.ring.limited:
             return 0
-        return estimate_tokens(call.endpoint, call.document)
+        progress.measure = measure(call.endpoint, call.document)
+        return self._world.habits.estimate(call.model, progress.measure)
+
+    def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
+        """What an answer used makes the next estimate for its model better."""
+        if usage is not None and progress.measure is not None:
+            self._world.habits.learn(call.model, progress.measure, usage)
 
     def _quota(self, call: Call) -> str | None:
         return call.client.scope or None if self._world.passthrough else None

@@ -9,6 +9,7 @@ from typing import Final
 
 from .config import Settings
 from .core.attempts import Policy, RetryBudget
+from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
 from .core.pricing import PriceTable
@@ -55,6 +56,7 @@ class World:
     passthrough: bool
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
+    habits: Habits = field(default_factory=Habits)
     _identities: dict[str, str] = field(default_factory=dict)
 
     def identity(self, model: str) -> str:

@@ -227,3 +227,23 @@ async def test_without_limits_nothing_is_counted(stream: bool) -> None:
     assert (told.status, told.at) == (200, 5.0)
     assert scene.world.ring.allowance(scene.world.ring.keys[0], "gpt-4o", 0.0) is None
     scene.balanced()
+
+
+@story
+async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() -> None:
+    """200 tokens of answer, plain and streamed, are reserved for the next one; a limit of its own counts instead."""
+    for stream in (False, True):
+        scene = Scene(streams() if stream else says(), way_up=None, config=limited(tpm=100_000))
+        await scene.ask(ask("a", stream=stream))
+        before = scene.used()["tpm"]
+        scene.way_up = ScriptedWayUp(says(wait=5.0), says(wait=5.0))
+        scene.journey.exchange._way_up = scene.way_up
+        free = scene.loop.create_task(scene.ask(ask("b")))
+        await settled()
+        learned = scene.used()["tpm"] - before
+        assert learned == estimate_tokens("chat", ask("b"), scene.world.habits.output("gpt-4o")) > 100
+        bound = scene.loop.create_task(scene.ask(ask("b", max_tokens=7)))
+        await settled()
+        assert scene.used()["tpm"] - before - learned == estimate_tokens("chat", ask("b", max_tokens=7))
+        await free
+        await bound
