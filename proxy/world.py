@@ -88,12 +88,14 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         for key in spec.keys:
             secret = key.secret.reveal()
             secrets.append(secret)
+            limits = settings.limits_of(spec, key) if settings.throttle.tier else key.limits
             credentials[key.label] = dialect.auth(secret, key.organization, key.project)
-            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, key.limits, key.weight))
+            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight))
         if not spec.keys:
             label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
             credentials[label] = ()
-            keys.append(PoolKey(label, index, spec.models, spec.priority))
+            limits = settings.limits_of(spec) if settings.throttle.tier else {}
+            keys.append(PoolKey(label, index, spec.models, spec.priority, limits=limits))
     retry = settings.retry
     return World(
         settings=settings,

@@ -32,7 +32,6 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "cache.stale_if_error": (),
     "cache.on_disconnect": (),
     "throttle.backend": (),
-    "throttle.tier": (),
     "retry.fallbacks": (),
     "breaker.failures": (),
     "breaker.window": (),

@@ -11,6 +11,7 @@ from decimal import Decimal
 
 from ..core.limits import Limits
 from ..core.pricing import Kind
+from ..core.tiers import with_tier
 from .secret import Secret
 
 KIB = 1024
@@ -216,3 +217,8 @@ class Settings:
     def passthrough(self) -> bool:
         """No upstream has a key: each client's own credential goes up."""
         return not any(upstream.keys for upstream in self.upstreams)
+
+    def limits_of(self, upstream: Upstream, key: Key | None = None) -> Mapping[str, Limits]:
+        """The limits of one key by model glob: what is configured, over `throttle.tier` where OpenAI set that."""
+        tier = self.throttle.tier if upstream.kind == "openai" else None
+        return with_tier(tier, {**self.throttle.limits, **(key.limits if key is not None else {})})

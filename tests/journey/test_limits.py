@@ -14,7 +14,7 @@ from proxy.core.limits import Limits
 from proxy.core.options import Options
 from proxy.core.outcome import TransportFailure
 from tests.journey.clock import settled, story
-from tests.journey.scene import Scene, Told, ask, settings
+from tests.journey.scene import Scene, Told, ask, pool, settings
 from tests.journey.script import (
     HANG,
     Fails,
@@ -247,3 +247,16 @@ async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() ->
         assert scene.used()["tpm"] - before - learned == estimate_tokens("chat", ask("b", max_tokens=7))
         await free
         await bound
+
+
+@story
+async def test_a_tier_holds_at_openai_and_not_at_azure() -> None:
+    config = settings(pool("k1"), throttle=Throttle(tier="free"))
+    scene = Scene(way_up=endless(), config=config)
+    for n in range(3):
+        assert (await scene.ask(ask(str(n)))).status == 200
+    told = await scene.ask(ask("4"), patience=1.0)
+    assert (told.refused, scene.used()["rpm"]) == ("throttled", 3)
+    azure = pool("a1", kind="azure", deployments={"*": "d"})
+    scene = Scene(way_up=endless(), config=settings(azure, throttle=Throttle(tier="free")))
+    assert not scene.world.ring.limited
