@@ -196,7 +196,7 @@ class Exchange:
         began = seams.monotonic()
         patience = min(call.patience - progress.queue_ms / 1000, call.deadline - began)
         try:
-            got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
+            got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience, call.client.name)
         except TimedOut as error:
             raise _waited_too_long(why, call.model, error.retry_after) from None
         except QueueFull:
