@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final
 
 import orjson
+from msgspec import structs
 
 from .answered import Answered, seen, understand
 from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
@@ -51,6 +52,7 @@ class Progress:
     key: str = ""
     spent: bool = False
     no_usable_key: bool = False
+    went_up: bool = False
     measure: Measure | None = None
 
 
@@ -64,10 +66,26 @@ class Exchange:
 
     async def run(self, call: Call, progress: Progress) -> Answered:
         """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts."""
+        tokens = self._estimate(call, progress)
+        hold = await self._world.hold(call.client, tokens)
+        if hold is None:
+            return await self._run(call, tokens, progress)
+        used: int | None = None
+        try:
+            answered = await self._run(call, tokens, progress)
+            if answered.outcome is Class.OK:
+                answered.lease = structs.replace(answered.lease, hold=hold)
+                hold = None
+            used = 0
+            return answered
+        finally:
+            if hold is not None:
+                hold.settle(used) if progress.went_up else hold.cancel()
+
+    async def _run(self, call: Call, tokens: int, progress: Progress) -> Answered:
         seams, ring = self._world.seams, self._world.ring
         policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
-        tokens = self._estimate(call, progress)
         excluded: set[str] = set()
         limited: set[str] = set()
         refused: Answered | None = None
@@ -138,7 +156,7 @@ class Exchange:
     # -- keys ---------------------------------------------------------------------------------------------------------
 
     def _estimate(self, call: Call, progress: Progress) -> int:
-        if not self._world.ring.limited:
+        if not (self._world.ring.limited or self._world.clients.counts_tokens):
             return 0
         progress.measure = measure(call.endpoint, call.document)
         return self._world.habits.estimate(call.model, progress.measure)
@@ -231,6 +249,7 @@ class Exchange:
             return answered
         finally:
             progress.upstream_ms += (seams.monotonic() - began) * 1000
+            progress.went_up |= trip.connected
             if not kept:
                 self.settle(call, lease, tokens, went_up=trip.connected)
 
@@ -238,6 +257,8 @@ class Exchange:
         """Ends a lease: with the tokens used, None where that is unknown; or as if it had never been (contract 7,
         Client gone).
         """
+        if lease.hold is not None:
+            lease.hold.settle(tokens) if went_up else lease.hold.cancel()
         if lease.reservation is not None:
             if went_up:
                 lease.reservation.settle(tokens)

@@ -286,6 +286,7 @@ class Journey:
         return (
             f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\nX-Proxy-Cache-Reason: {plan.reason}\r\n"
             f"Cache-Status: {forward_status(plan.forward, detail, stored)}\r\n{key}"
+            f"{world.clients.line(call.client, world.seams.monotonic())}"
             f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
         )
 

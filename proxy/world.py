@@ -9,6 +9,8 @@ from typing import Final
 
 from .config import Settings
 from .core.attempts import Policy, RetryBudget
+from .core.call import Client
+from .core.clients import Clients, Hold
 from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
@@ -56,6 +58,7 @@ class World:
     passthrough: bool
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
+    clients: Clients = field(default_factory=lambda: Clients({}))
     habits: Habits = field(default_factory=Habits)
     _identities: dict[str, str] = field(default_factory=dict)
 
@@ -69,6 +72,10 @@ class World:
                 self._identities.clear()
             self._identities[model] = found
         return found
+
+    async def hold(self, client: Client, tokens: int) -> Hold | None:
+        """A hold of the client's own limits for a request of `tokens`. Raises Refusal(client_limit …)."""
+        return self.clients.hold(client, tokens, self.seams.monotonic())
 
     def ttl(self, endpoint: str) -> float:
         """Seconds an answer of this endpoint lives in the cache."""
@@ -108,6 +115,7 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         store=_store(settings, seams),
         masker=Masker(secrets),
         passthrough=settings.passthrough,
+        clients=Clients({key.name: key.limits for key in settings.server.client_keys}),
         sites=tuple(upstream.site for upstream in upstreams),
     )
 

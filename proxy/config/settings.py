@@ -24,11 +24,16 @@ Prices = Mapping[str, Mapping[str, Decimal]]
 
 @dataclass(frozen=True, slots=True)
 class ClientKey:
-    """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it."""
+    """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it.
+
+    `models`: globs, none for all; `limits`: of what goes upstream for this client.
+    """
 
     name: str
     digest: bytes = field(repr=False)
     namespace: str | None = None
+    models: tuple[str, ...] = ()
+    limits: Limits = Limits()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from .clients import Hold
 from .lenient import sayable
 from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
 from .outcome import Class
@@ -62,10 +63,12 @@ class PoolKey:
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """A key with its share of the limits reserved; `reservation` is None where no limit applies."""
+    """A key with its share of the limits reserved; `reservation` is None where no limit applies; hold: of its client's
+    own limits."""
 
     key: PoolKey
     reservation: Reservation | None
+    hold: Hold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,11 @@ class KeyRing:
     def _forget(self, now: float) -> None:
         for where in [where for where, allowance in self._allowances.items() if allowance.idle(now)]:
             del self._allowances[where]
+
+    def reset(self) -> None:
+        """Forgets what the limits hold; requests at work keep their permits."""
+        for allowance in self._allowances.values():
+            allowance.reset()
 
     def headroom(self, key: PoolKey, model: str, now: float) -> float:
         """Share of the tightest limit still free, 0..1; 1 without limits."""

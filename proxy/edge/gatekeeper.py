@@ -129,7 +129,11 @@ class Gatekeeper:
 
 def _one_client(keys: tuple, shared: bool) -> tuple[Client, ...]:  # type: ignore[type-arg]
     return tuple(
-        Client(key.name, "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}")
+        Client(
+            key.name,
+            "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}",
+            models=key.models,
+        )
         for key in keys
     )
 

@@ -17,6 +17,7 @@ from .metrics import Metrics
 from .wire import Dates, Whole, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
+_RESET: Final = "/_proxy/limits/reset"
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -35,6 +36,8 @@ class Ops:
     async def handle(self, request: BaseRequest, route: Route, in_flight: int) -> Whole:
         """One request to an `own` route of the main listener. Raises Refusal."""
         path = route.path
+        if path == _RESET and request.method == "POST":
+            return self._reset_limits(request)
         if request.method not in ("GET", "HEAD"):
             raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
         if path in _PROBES:
@@ -67,6 +70,16 @@ class Ops:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
+    def _reset_limits(self, request: BaseRequest) -> Whole:
+        """Every window starts afresh, those of clients too; what is at work keeps its permits."""
+        self._gatekeeper.check_host(request)
+        self._gatekeeper.check_origin(request)
+        self._gatekeeper.check_admin(request)
+        self._world.ring.reset()
+        self._world.clients.reset()
+        self._world.gate.notify()
+        return self._json(request, {"reset": True})
+
     def _metrics_page(self, request: BaseRequest, in_flight: int) -> Whole:
         return self._answer(request, self._metrics.render(self._world, in_flight), _TEXT)
 
@@ -95,6 +108,7 @@ class Ops:
             "pass_through": world.passthrough,
             "in_flight": in_flight,
             "queue": {"waiting": world.gate.depth},
+            "clients": world.clients.report(world.seams.monotonic()),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},
