@@ -133,6 +133,8 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
         app.ops.address = address
         if app.world.store is not None:
             await app.world.store.open()
+        if app.world.limiter is not None:
+            await app.world.limiter.open(app.world.adopt)
         lines = start_up_text(loaded, app.world, address, ops_address)
         if extra_lines is not None:
             lines += extra_lines(address)
@@ -182,6 +184,8 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.way_up.close()
+    if app.world.limiter is not None:
+        await app.world.limiter.close()
     if app.world.store is not None:
         await app.world.store.close()
     _remove_socket(settings.server.socket)

@@ -83,7 +83,7 @@ class Exchange:
                 hold.settle(used) if progress.went_up else hold.cancel()
 
     async def _run(self, call: Call, tokens: int, progress: Progress) -> Answered:
-        seams, ring = self._world.seams, self._world.ring
+        seams = self._world.seams
         policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
         excluded: set[str] = set()
@@ -114,12 +114,12 @@ class Exchange:
                     continue
                 now = seams.monotonic()
                 if answered is not None and outcome is Class.OK:
-                    ring.learn(lease.key, call.model, outcome, now, 0.0, "")
+                    self._world.learn(lease.key, call.model, outcome, 0.0, "")
                     return answered
                 asked, reason = self._reading(answered, failure, seams.wall())
                 if not self._world.passthrough and not reason.endswith("mismatched_organization"):
                     cooling = asked if asked is not None else policy.delay(attempts.retries, seams.random)
-                    ring.learn(lease.key, call.model, outcome, now, cooling, reason)
+                    self._world.learn(lease.key, call.model, outcome, cooling, reason)
                 other_key = self._other_key(call, lease, excluded, now)
                 if outcome is Class.RATE_LIMITED and not other_key:
                     asked = self._soonest(call, now, asked)
@@ -211,10 +211,21 @@ class Exchange:
                 return answer.wait
             return answer
 
+        async def ask_everybody(now: float) -> Lease | NoKey | Wait:
+            while True:
+                answer = ask(now)
+                if not isinstance(answer, Lease):
+                    return answer
+                if await self._confirmed(answer, call.model):
+                    return answer
+                now = seams.monotonic()
+
         began = seams.monotonic()
         patience = min(call.patience - progress.queue_ms / 1000, call.deadline - began)
         try:
-            got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience, call.client.name)
+            got: Lease | NoKey = await self._world.gate.admit(
+                lane, ask if self._world.limiter is None else ask_everybody, patience, call.client.name
+            )
         except TimedOut as error:
             raise _waited_too_long(why, call.model, error.retry_after) from None
         except QueueFull:
@@ -227,6 +238,16 @@ class Exchange:
                 return None
             raise Refusal(got.why, got.detail)
         return got
+
+    async def _confirmed(self, lease: Lease, model: str) -> bool:
+        """Whether a lease holds for the other proxies, too. If not, it is over."""
+        assert self._world.limiter is not None
+        try:
+            return await self._world.limiter.confirm(lease.reservation, lease.key.label, model)
+        except BaseException:
+            if lease.reservation is not None:
+                lease.reservation.cancel()
+            raise
 
     # -- one call -----------------------------------------------------------------------------------------------------
 

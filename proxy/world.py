@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -14,9 +15,11 @@ from .core.clients import Clients, Hold
 from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
+from .core.outcome import Class
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
+from .limiters import RECHECK, Limiter
 from .providers import DIALECTS, Dialect, Site
 from .seams import Seams
 from .selection import STRATEGIES
@@ -59,6 +62,7 @@ class World:
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
     clients: Clients = field(default_factory=lambda: Clients({}))
+    limiter: Limiter | None = None
     habits: Habits = field(default_factory=Habits)
     _identities: dict[str, str] = field(default_factory=dict)
 
@@ -75,7 +79,32 @@ class World:
 
     async def hold(self, client: Client, tokens: int) -> Hold | None:
         """A hold of the client's own limits for a request of `tokens`. Raises Refusal(client_limit …)."""
-        return self.clients.hold(client, tokens, self.seams.monotonic())
+        hold = self.clients.hold(client, tokens, self.seams.monotonic())
+        if self.limiter is None:
+            return hold
+        while hold is not None and hold.reservation is not None:
+            try:
+                if await self.limiter.confirm(hold.reservation):
+                    break
+            except BaseException:
+                hold.cancel()
+                raise
+            hold.cancel()
+            hold = self.clients.hold(client, tokens, self.seams.monotonic())
+        return hold
+
+    def learn(self, key: PoolKey, model: str, outcome: Class, wait: float, reason: str) -> None:
+        """Takes note of what an answer teaches of a key, and lets other proxies know."""
+        now = self.seams.monotonic()
+        self.ring.learn(key, model, outcome, now, wait, reason)
+        if self.limiter is not None:
+            states = self.ring.states(key.label, model, now)
+            told = {slot: (state.status.value, state.until - now, state.reason) for slot, state in states.items()}
+            self.limiter.learned(key.label, model, told)
+
+    def adopt(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
+        """Takes over what another proxy has learned of a key."""
+        self.ring.adopt(label, model, status, self.seams.monotonic(), wait, reason)
 
     def ttl(self, endpoint: str) -> float:
         """Seconds an answer of this endpoint lives in the cache."""
@@ -104,20 +133,32 @@ def compile_world(settings: Settings, seams: Seams) -> World:
             limits = settings.limits_of(spec) if settings.throttle.tier else {}
             keys.append(PoolKey(label, index, spec.models, spec.priority, limits=limits))
     retry = settings.retry
+    limiter = _limiter(settings, seams)
+    make = limiter.allowance if limiter is not None else None
     return World(
         settings=settings,
         seams=seams,
         upstreams=tuple(upstreams),
-        ring=KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use),
+        ring=KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use, make),
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
-        gate=Gate(settings.throttle.max_queue, seams.monotonic),
+        gate=Gate(settings.throttle.max_queue, seams.monotonic, recheck=RECHECK if limiter else math.inf),
         store=_store(settings, seams),
         masker=Masker(secrets),
         passthrough=settings.passthrough,
-        clients=Clients({key.name: key.limits for key in settings.server.client_keys}),
+        clients=Clients({key.name: key.limits for key in settings.server.client_keys}, make),
+        limiter=limiter,
         sites=tuple(upstream.site for upstream in upstreams),
     )
+
+
+def _limiter(settings: Settings, seams: Seams) -> Limiter | None:
+    """Where limits are counted for several proxies; None: here, in memory."""
+    if settings.throttle.backend != "redis" or settings.redis.url is None:
+        return None
+    from .limiters.redis import RedisLimiter
+
+    return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
 
 
 def _store(settings: Settings, seams: Seams) -> TieredStore | None:

@@ -27,7 +27,6 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "cache.stale_while_revalidate": (),
     "cache.stale_if_error": (),
     "cache.on_disconnect": (),
-    "throttle.backend": (),
     "retry.fallbacks": (),
     "breaker.failures": (),
     "breaker.window": (),

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from .clients import Hold
+from .clients import Hold, Make
 from .lenient import sayable
 from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
 from .outcome import Class
@@ -94,12 +94,22 @@ Strategy = Callable[[Sequence[PoolKey], "KeyRing", str, float], list[PoolKey]]
 _States = OrderedDict[tuple[str, str], KeyState]
 
 
+def _in_memory(where: tuple[str, str], limits: Limits, use: float) -> Allowance:
+    return Allowance(limits, use)
+
+
 class KeyRing:
     """The pool. `strategy` orders ready keys; `limits` are `throttle.limits`; `use` the share of each limit to use."""
 
     def __init__(
-        self, keys: Sequence[PoolKey], strategy: Strategy, limits: Mapping[str, Limits], use: float = 1.0
+        self,
+        keys: Sequence[PoolKey],
+        strategy: Strategy,
+        limits: Mapping[str, Limits],
+        use: float = 1.0,
+        make: Make | None = None,
     ) -> None:
+        self._make = make or _in_memory
         self.keys = tuple(keys)
         self._strategy = strategy
         self._limits = limits
@@ -238,7 +248,7 @@ class KeyRing:
         if found is None:
             if len(self._allowances) >= _MAX_ALLOWANCES:
                 self._forget(now)
-            found = self._allowances[where] = Allowance(limits, self._use)
+            found = self._allowances[where] = self._make(where, limits, self._use)
         return found
 
     def _forget(self, now: float) -> None:
@@ -290,6 +300,19 @@ class KeyRing:
         states.move_to_end((label, model))
         while len(states) > _MAX_STATES:
             states.popitem(last=False)
+
+    def states(self, label: str, model: str, now: float) -> dict[str, KeyState]:
+        """What stands against a key's use for `model` now, by kind and the model it is about: `rests *`, `cools M` …"""
+        found = {}
+        for kind, states in (("rests", self._resting), ("cools", self._cooling)):
+            for about in (model, ANY_MODEL):
+                if (state := self._current(states, (label, about), now)) is not None:
+                    found[f"{kind} {about}"] = state
+        return found
+
+    def adopt(self, label: str, model: str, status: str, now: float, wait: float, reason: str) -> None:
+        """Takes over a state that another proxy has learned of."""
+        self._mark(label, model, Status(status), now, now + wait, reason)
 
     # -- what operators see ----------------------------------------------------------------------------------------
 

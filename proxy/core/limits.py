@@ -116,6 +116,14 @@ class _Window:
         self.slots.append(slot)
         return slot
 
+    def add_alone(self, amount: int, now: float) -> _Slot:
+        """Count `amount`, which may be negative, in a slot of its own."""
+        slot = _Slot(now, amount)
+        slot.opened = -math.inf  # nothing joins it
+        self.slots.append(slot)
+        self.total += amount
+        return slot
+
     def correct(self, slot: _Slot, change: int) -> None:
         """Change what was counted in `slot`, at its own time stamp. Too late once its window has passed."""
         if not slot.gone:

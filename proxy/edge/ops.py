@@ -77,6 +77,8 @@ class Ops:
         self._gatekeeper.check_admin(request)
         self._world.ring.reset()
         self._world.clients.reset()
+        if self._world.limiter is not None:
+            self._world.limiter.reset()
         self._world.gate.notify()
         return self._json(request, {"reset": True})
 

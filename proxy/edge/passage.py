@@ -115,7 +115,7 @@ class Passage:
                     asked = retry_after(reply.headers, seams.wall())
                     reason = f"{reply.status} {info.code or info.type}".strip()
                     if outcome in (Class.UNAUTHORIZED, Class.QUOTA) and not world.passthrough:
-                        world.ring.learn(key, "", outcome, seams.monotonic(), 0.0, reason)
+                        world.learn(key, "", outcome, 0.0, reason)
             except TransportFailure as error:
                 if reply is not None:
                     reply.close()

@@ -23,7 +23,6 @@ REFUSED = {
     "cache.stale_while_revalidate": "cache: {stale_while_revalidate: 1s}",
     "cache.stale_if_error": "cache: {stale_if_error: 1s}",
     "cache.on_disconnect": "cache: {on_disconnect: finish}",
-    "throttle.backend": "throttle: {backend: redis}",
     "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
     "breaker.failures": "breaker: {failures: 6}",
     "breaker.window": "breaker: {window: 31s}",
