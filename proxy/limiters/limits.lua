@@ -132,7 +132,9 @@ if verb == 'reserve' then
         return {0, now, (room or longest > 0) and longest or -1, others + mine, states, totals}
     end
     for i = 8, #ARGV, 5 do
-        add(KEYS[2], ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), now, tonumber(ARGV[i + 4]))
+        local amount, at = tonumber(ARGV[i + 4]), (i - 3) / 5
+        add(KEYS[2], ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), now, amount)
+        totals[at] = totals[at] + amount
     end
     return {1, now, 0, others + mine, states, totals}
 end

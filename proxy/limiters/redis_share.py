@@ -126,6 +126,11 @@ class SharedAllowance(Allowance):
     def ended(self, reservation: SharedReservation, tokens: int, requests: int) -> None:
         """Tells the others of what a settlement changed, where they have counted it."""
         if reservation.stamp is not None and reservation.round != self.round:
+            for window in self._windows:
+                if window.name in self._known:
+                    self._known[window.name] += tokens if window.of_tokens else requests
+            if "concurrency" in self._known:
+                self._known["concurrency"] -= 1
             self._tell(reservation, tokens, requests)
 
     def leave(self, reservation: SharedReservation) -> None:

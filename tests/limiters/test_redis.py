@@ -266,7 +266,7 @@ async def test_a_settlement_by_one_makes_room_for_another(url: str) -> None:
         await group.settled()
         group.now += RECHECK
         assert isinstance(await group.ask(1, 500), SharedReservation)
-        assert group.allowances[1].usage(group.now)["tpm"]["used"] == 500
+        assert group.allowances[1].usage(group.now)["tpm"]["used"] == 900
         never = await group.ask(1, 50)
         assert isinstance(never, SharedReservation)
         never.cancel()
