@@ -21,8 +21,8 @@ Rooms, and what goes where
 - `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `relay.py`, `gate.py`): the story, on the ports
   of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's driver.
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
-  `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `metrics`, `logs`,
-  `server`.
+  `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
+  `metrics`, `logs`, `server`.
 - `providers/`, `selection/`, `stores/`: plugins. A dialect, a key strategy, a backend is one file and one line in the
   table of the package. They never import each other.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.

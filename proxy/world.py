@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +23,7 @@ from .limiters import RECHECK, Limiter
 from .providers import DIALECTS, Dialect, Site
 from .seams import Seams
 from .selection import STRATEGIES
-from .stores import Store
+from .stores import BACKENDS, Place
 from .stores.memory import MemoryStore
 from .stores.tiered import TieredStore
 
@@ -161,20 +161,20 @@ def _limiter(settings: Settings, seams: Seams) -> Limiter | None:
     return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
 
 
+def store_place(settings: Settings, wall: Callable[[], float]) -> Place:
+    """Where these settings keep answers behind memory; `wall`: the clock, Unix seconds."""
+    cache, redis = settings.cache, settings.redis
+    url = redis.url.reveal() if redis.url is not None else ""
+    return Place(cache.path, cache.max_size, cache.max_entry, url, redis.prefix, wall)
+
+
 def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
     cache = settings.cache
     if cache.backend == "off" or cache.when == "never":
         return None
-    slower: Store | None = None
-    if cache.backend == "sqlite":
-        from .stores.sqlite import SQLiteStore
-
-        slower = SQLiteStore(cache.path, cache.max_size, cache.max_entry, wall=seams.wall)
-    elif cache.backend == "redis" and settings.redis.url is not None:
-        from .stores.redis import RedisStore
-
-        slower = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
+    make = BACKENDS[cache.backend]
+    slower = make(store_place(settings, seams.wall)) if make is not None else None
     return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from proxy.cli.cache import SUBCOMMANDS
 from proxy.config import FLAGS, Settings, load
 from proxy.config.later import NOT_YET
 from proxy.config.schema import leaves
@@ -102,6 +103,13 @@ def test_commands_and_flags_are_those_of_the_program(tmp_path: Path) -> None:
         assert f"`openai-proxy {command}`" in text
         assert command in usage()
         shown = set(re.findall(r"(?<![\w-])--[a-z-]+", usage(command))) - {"--help"}
+        assert {"--config", *FLAGS.values()} <= shown
+        assert {flag for flag in shown if f"`{flag}" not in text and f" {flag} " not in text} == set()
+    assert "`openai-proxy cache …`" in text
+    assert "cache" in usage()
+    for subcommand in SUBCOMMANDS:
+        assert f"`{subcommand}`" in text
+        shown = set(re.findall(r"(?<![\w-])--[a-z-]+", usage("cache", subcommand))) - {"--help"}
         assert {"--config", *FLAGS.values()} <= shown
         assert {flag for flag in shown if f"`{flag}" not in text and f" {flag} " not in text} == set()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
 
 import orjson
 from aiohttp.web import BaseRequest
@@ -12,13 +14,33 @@ from ..config.render import plain
 from ..core.errors import Refusal
 from ..core.routes import Route, unknown_route
 from ..world import World
+from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
-from .wire import Dates, Whole, status_line
+from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
-_RESET: Final = "/_proxy/limits/reset"
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+_LINES: Final = "application/x-ndjson"
+
+
+class Visit(NamedTuple):
+    """One request to a page. rest: the last segment of the path where the page is for many, decoded; query: raw."""
+
+    request: BaseRequest
+    rest: str
+    query: str
+    in_flight: int
+
+
+class Page(NamedTuple):
+    """A route, by its path; one that ends in `/` has one more segment. guarded: for operators alone, else its own
+    matter.
+    """
+
+    answer: Callable[[Visit], Awaitable[Whole]]
+    method: str = "GET"
+    guarded: bool = True
 
 
 class Ops:
@@ -30,30 +52,42 @@ class Ops:
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
         self._started = world.seams.wall()
+        self._cache = CacheAdmin(world)
+        self._pages: dict[str, Page] = {
+            "/metrics": Page(self._metrics_text),
+            "/_proxy/status": Page(self._status),
+            "/_proxy/keys": Page(self._keys),
+            "/_proxy/requests/": Page(self._receipt, guarded=False),
+            "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
+            "/_proxy/cache": Page(self._cached),
+            "/_proxy/cache/": Page(self._cached_one),
+            "/_proxy/cache/purge": Page(self._purge, "POST"),
+            "/_proxy/cache/import": Page(self._import, "POST"),
+        }
         self.draining = False
         self.address = ""
 
     async def handle(self, request: BaseRequest, route: Route, in_flight: int) -> Whole:
         """One request to an `own` route of the main listener. Raises Refusal."""
         path = route.path
-        if path == _RESET and request.method == "POST":
-            return self._reset_limits(request)
-        if request.method not in ("GET", "HEAD"):
-            raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
+        page, rest = self._pages.get(path), ""
+        if page is None:
+            stem, _, rest = path.rpartition("/")
+            page = self._pages.get(stem + "/") if rest else None
+        method = "POST" if page is not None and page.method == "POST" else "GET"
+        if request.method != method and not (method == "GET" and request.method == "HEAD"):
+            allowed = "GET, HEAD" if method == "GET" else method
+            message = f"only {method} is allowed here"
+            raise Refusal("method_not_allowed", message, headers=(("Allow", allowed),))
         if path in _PROBES:
             return self._probe(request, path)
         self._gatekeeper.check_host(request)
         self._gatekeeper.check_origin(request)
-        if path.startswith("/_proxy/requests/"):
-            return self._receipt(request, path.removeprefix("/_proxy/requests/"))
-        self._gatekeeper.check_admin(request)
-        if path == "/metrics":
-            return self._metrics_page(request, in_flight)
-        if path == "/_proxy/status":
-            return self._json(request, await self.status(in_flight))
-        if path == "/_proxy/keys":
-            return self._json(request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
-        raise unknown_route(path)
+        if page is None or page.guarded:
+            self._gatekeeper.check_admin(request)
+        if page is None:
+            raise unknown_route(path)
+        return await page.answer(Visit(request, unquote(rest), route.query, in_flight))
 
     async def handle_probe(self, request: BaseRequest, path: str, in_flight: int) -> Whole:
         """One request to the second listener, `server.ops`: probes and metrics only, any Host, no key."""
@@ -70,23 +104,48 @@ class Ops:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
-    def _reset_limits(self, request: BaseRequest) -> Whole:
+    async def _reset_limits(self, visit: Visit) -> Whole:
         """Every window starts afresh, those of clients too; what is at work keeps its permits."""
-        self._gatekeeper.check_host(request)
-        self._gatekeeper.check_origin(request)
-        self._gatekeeper.check_admin(request)
         self._world.ring.reset()
         self._world.clients.reset()
         if self._world.limiter is not None:
             self._world.limiter.reset()
         self._world.gate.notify()
-        return self._json(request, {"reset": True})
+        return self._json(visit.request, {"reset": True})
+
+    async def _metrics_text(self, visit: Visit) -> Whole:
+        return self._metrics_page(visit.request, visit.in_flight)
+
+    async def _status(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self.status(visit.in_flight))
+
+    async def _keys(self, visit: Visit) -> Whole:
+        return self._json(visit.request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
+
+    async def _cached(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.list(visit.query))
+
+    async def _cached_one(self, visit: Visit) -> Whole:
+        found = await self._cache.show(visit.rest, visit.query)
+        if isinstance(found, bytes):
+            return self._answer(visit.request, found, _LINES)
+        return self._json(visit.request, found)
+
+    async def _purge(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.purge(await self._body(visit)))
+
+    async def _import(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.take(await self._body(visit)))
+
+    async def _body(self, visit: Visit) -> bytes:
+        return await read_body(visit.request, self._world.settings.server.max_body)
 
     def _metrics_page(self, request: BaseRequest, in_flight: int) -> Whole:
         return self._answer(request, self._metrics.render(self._world, in_flight), _TEXT)
 
-    def _receipt(self, request: BaseRequest, id_: str) -> Whole:
+    async def _receipt(self, visit: Visit) -> Whole:
         """A receipt is for operators and for the client key that made the request."""
+        request, id_ = visit.request, visit.rest
         receipt = self._world.receipts.get(id_)
         if not self._gatekeeper.is_admin(request):
             client = self._gatekeeper.client(request)

@@ -157,7 +157,7 @@ end
 
 if verb == 'hello' then
     -- KEYS: proxies, epoch, resets, runs …; ARGV: proxy, lifetime of epoch and resets, then sequence and ours at work
-    -- for each of the runs. {now, how many proxies, our rank among them, epoch, resets}
+    -- for each of the runs. {now, how many proxies, our rank among them, epoch, resets, when all have been heard of}
     redis.call('ZADD', KEYS[1], now, ARGV[3])
     redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - LEASE)
     redis.call('PEXPIRE', KEYS[1], 3 * LEASE)
@@ -177,7 +177,8 @@ if verb == 'hello' then
             rank = rank + 1
         end
     end
-    return {now, #proxies, rank, redis.call('GET', KEYS[2]), redis.call('GET', KEYS[3]) or '0'}
+    return {now, #proxies, rank, redis.call('GET', KEYS[2]), redis.call('GET', KEYS[3]) or '0',
+        tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])}
 end
 
 if verb == 'learn' then

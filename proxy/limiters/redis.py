@@ -39,6 +39,9 @@ BEAT: Final = 1.0
 GRACE: Final = 5.0
 """Seconds a proxy keeps to its share after Redis came back: longer than any other takes to notice (redis_link)."""
 
+SHORT: Final = 5.0
+"""Seconds without Redis after which nobody has forgotten anybody: who has been heard of since, has told everything."""
+
 TRIES: Final = 3
 _LIFE: Final = 2 * 86_400_000
 _BATCH: Final = 64
@@ -284,7 +287,7 @@ class RedisLimiter:
 
     async def _beats(self) -> None:
         while True:
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(BEAT if self.sound else BEAT / 5)
             try:
                 await self._beat()
             except Exception:
@@ -312,7 +315,7 @@ class RedisLimiter:
         except _LOST:
             return False
         now = self._clock()
-        server, self._proxies, self._rank, epoch, resets = reply
+        server, self._proxies, self._rank, epoch, resets, heard = reply
         self._skew = server - now * 1000
         if self._epoch not in (b"", epoch):
             self._forgotten = True
@@ -324,7 +327,7 @@ class RedisLimiter:
             for allowance in self._allowances.values():
                 allowance.reset()
         self._resets = resets
-        self._come_back(now)
+        self._come_back(now, heard)
         return True
 
     def _lose(self) -> None:
@@ -335,8 +338,11 @@ class RedisLimiter:
         text = "limits are no longer shared (%s): this proxy holds 1 of %d shares by itself"
         log.warning("redis limits: " + text, self.link.state, self._proxies)
 
-    def _come_back(self, now: float) -> None:
-        """One step on the way back: tell what was admitted alone; later, when all have, share again."""
+    def _come_back(self, now: float, heard: float) -> None:
+        """One step on the way back: tell what was admitted alone; later, when all have, share again.
+
+        heard: when (server's ms) all proxies have been heard of.
+        """
         if self._phase == "alone" and self._lost_at > -math.inf:
             self._phase, self._back_at = "back", now
             if self._forgotten:
@@ -351,7 +357,9 @@ class RedisLimiter:
         elif self._phase == "back":
             if self._outbox:
                 self._post_counts()
-            elif now >= self._back_at + GRACE:
+            elif now >= self._back_at + GRACE or (
+                self._back_at < self._lost_at + SHORT and heard > self._server(self._lost_at)
+            ):
                 self._phase = "shared"
                 for allowance in self._allowances.values():
                     allowance.share()

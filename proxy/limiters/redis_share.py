@@ -14,6 +14,9 @@ from collections.abc import Callable
 from ..core.limits import Allowance, Limits, Never, Reservation, Wait, _Slot, _Window
 from . import RECHECK
 
+FROZEN = 3.0
+"""Seconds after the loss of the others for which nothing counts as given back."""
+
 _FREE = (-math.inf, -math.inf, 0)
 
 
@@ -58,11 +61,14 @@ class SharedAllowance(Allowance):
         "__weakref__",
         "_asking",
         "_blocked",
+        "_free",
+        "_frozen_until",
         "_full",
         "_ghosts",
         "_known",
         "_known_at",
         "_most",
+        "_taken",
         "_tell",
         "confirmed",
         "name",
@@ -75,6 +81,9 @@ class SharedAllowance(Allowance):
         super().__init__(limits, use)
         self.name = name
         self.round = 0
+        self._frozen_until = -math.inf
+        self._free: list[tuple[bool, int]] = []
+        self._taken = 0, 0
         self.confirmed = 0
         self._asking = 0, 0  # requests and tokens reserved here, and not yet admitted
         self.turn = asyncio.Lock()
@@ -101,8 +110,13 @@ class SharedAllowance(Allowance):
         until, due, of = self._blocked
         if now < until and tokens >= of:
             return Wait(due - now)
+        if now < self._frozen_until and any(
+            self._taken[of_tokens] + (tokens if of_tokens else 1) > free for of_tokens, free in self._free
+        ):
+            return Wait(self._frozen_until - now)
         answer = super().reserve(tokens, now)
         if isinstance(answer, Reservation):
+            self._taken = self._taken[0] + 1, self._taken[1] + tokens
             self._asking = self._asking[0] + 1, self._asking[1] + tokens
             return SharedReservation(self, tokens, answer._slots)
         if isinstance(answer, Never) and not self.shared and self._fits(tokens):
@@ -167,12 +181,18 @@ class SharedAllowance(Allowance):
                 ours = window.total - self._asking[window.of_tokens]
                 slot = window.add_alone(part(known, proxies, proxies - 1 - rank) - ours, now)
                 self._ghosts.append((window, slot))
+        # For a moment only our part of what was free then, for it may be that only we have lost the others: they go on
+        # filling the limit, and what leaves the windows meanwhile is theirs.
+        self._frozen_until, self._taken = now + FROZEN, (0, 0)
+        self._free = [(window.of_tokens, window.limit - window.total) for window in self._windows]
         if self._most is not None:
             self._concurrency = part(self._most, proxies, rank)
+            self._free.append((False, part(max(self._most - self._known.get("concurrency", 0), 0), proxies, rank)))
 
     def share(self) -> None:
         """The whole limit again: others count with us."""
         self.shared = True
+        self._frozen_until = -math.inf
         for window, slot in self._ghosts:
             window.correct(slot, -slot.amount)
         self._ghosts.clear()

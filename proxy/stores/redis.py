@@ -23,7 +23,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from ..core.entry import Entry
 from ..core.envelope import FRAME_SIZE, VERSION, decode, describe, encode, head_size
 from ..seams import spawn
-from . import ALL, Filter, Listed, Name, Page, StoreError, plausible
+from . import ALL, MOST_PURGES, Filter, Listed, Name, Page, StoreError, plausible, purge_of, purge_text
 from .redis_link import LONGEST, Link, text_of
 
 log = logging.getLogger("proxy.cache")
@@ -44,6 +44,8 @@ _LONGEST_LIFE: Final = 10 * 365 * 86400.0
 _IN_THREAD: Final = 128 * 1024
 _HEAD_GUESS: Final = 2048
 _FORMS: Final = ("json", "sse")
+_PURGES_KEPT: Final = 86400
+"""Seconds since the last purge; Redis cannot be out of reach for so long and still have what was purged in memory."""
 
 
 class RedisStore:
@@ -67,6 +69,8 @@ class RedisStore:
         self.link = Link(url, deadline)
         self._redis = self.link.redis
         self._start = f"{prefix}:c{VERSION}:"
+        self._purges = f"{prefix}:purges"
+        self._heard = "-"  # the last purge that `purged` told of, "-": the one before all there are
         self._max_entry = max_entry
         self._grace = grace
         self._deadline = deadline
@@ -93,6 +97,9 @@ class RedisStore:
 
     async def open(self) -> None:
         await self.link.open()
+        with contextlib.suppress(StoreError):
+            last = await self._admin(lambda: self._redis.xrevrange(self._purges, count=1))
+            self._heard = last[0][0].decode() if last else "-"
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
@@ -204,7 +211,33 @@ class RedisStore:
                 seen.update(hashlib.blake2b(key, digest_size=12).digest() for key in keys)
             else:
                 dropped += sum(await self._each("unlink", keys))
-        return len(seen) if dry_run else dropped
+        if dry_run:
+            return len(seen)
+        said: dict[Any, Any] = {"which": purge_text(which)}
+        await self._admin(lambda: self._redis.xadd(self._purges, said, maxlen=MOST_PURGES, approximate=False))
+        await self._admin(lambda: self._redis.expire(self._purges, _PURGES_KEPT))
+        return dropped
+
+    async def purged(self) -> list[Filter]:
+        heard = self._heard
+        try:
+            lines = await self._admin(lambda: self._redis.xrange(self._purges, min=heard, count=MOST_PURGES + 1))
+        except StoreError:
+            return []
+        if not lines:
+            return []
+        self._heard = lines[-1][0].decode()
+        if lines[0][0].decode() == heard:
+            del lines[0]
+        elif heard != "-" and len(lines) >= MOST_PURGES:
+            return [ALL]  # some are forgotten already
+        return [purge_of(fields.get(b"which", b"")) for _, fields in lines]
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        await self.flush()
+        blobs = await self._each("get", [self.key_of(name).encode() for name in names])
+        pairs = [(blob, *name) for blob, name in zip(blobs, names, strict=True) if isinstance(blob, bytes)]
+        return await asyncio.to_thread(lambda: [entry for pair in pairs if (entry := decode(*pair)) is not None])
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         if not after:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections.abc import Sequence
 
 from ..core.entry import Entry
-from . import ALL, Filter, Page, Store
+from ..seams import spawn
+from . import ALL, Filter, Name, Page, Store
 from .memory import MemoryStore
 
 _CHUNK = 2000
+
+POLL: float = 1.0
+"""Seconds between two looks for what other processes purged."""
 
 
 class TieredStore:
@@ -22,11 +27,13 @@ class TieredStore:
         self.memory = memory
         self.slower = slower
         self._purges = 0
+        self._following: asyncio.Task[None] | None = None
         self._promotions = 0
 
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()
+            self._following = spawn(self._follow(), "purges of others")
 
     def peek(self, key: str, form: str) -> Entry | None:
         """The entry where it is in memory, however old."""
@@ -73,18 +80,41 @@ class TieredStore:
         return self.memory.sweep(wall, limit, grace)
 
     async def purge(self, which: Filter, dry_run: bool = False) -> int:
-        """Drops what matches from both tiers; how many there were in the larger of them. Raises StoreError.
+        """Drops what matches from both tiers. Raises StoreError; memory is purged in any case.
 
-        Memory is purged in any case, that of this process alone.
+        How many: the larger of the tiers' counts, as nearly all of memory is behind it too. What only memory has (the
+        store behind was full or is broken) is not in it. Memory of other processes follows within about a second.
         """
         names = self.memory.matching(which)
         count = len(names)
         if not dry_run:
-            self._purges += 1
-            for start in range(0, len(names), _CHUNK):
-                self.memory.remove(names[start : start + _CHUNK])
-                await asyncio.sleep(0)
+            await self._forget(names)
         return count if self.slower is None else max(count, await self.slower.purge(which, dry_run))
+
+    async def purged(self) -> list[Filter]:
+        return [] if self.slower is None else await self.slower.purged()
+
+    async def _follow(self) -> None:
+        """Takes out of memory what any process purged from the store behind."""
+        while True:
+            await asyncio.sleep(POLL)
+            if self.memory.stats()["entries"]:  # else there is nothing to be taken out: let the store be
+                for which in await self.purged():
+                    await self._forget(self.memory.matching(which))
+
+    async def _forget(self, names: list[Name]) -> None:
+        """Drops these from memory, a few at a time."""
+        self._purges += 1
+        for start in range(0, len(names), _CHUNK):
+            self.memory.remove(names[start : start + _CHUNK])
+            await asyncio.sleep(0)
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        if self.slower is None:
+            return self.memory.read(names)
+        behind = await self.slower.read(names)
+        there = {(entry.key, entry.form) for entry in behind}
+        return [*behind, *self.memory.read(name for name in names if name not in there)]
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         if self.slower is not None:
@@ -105,5 +135,7 @@ class TieredStore:
             await self.slower.flush()
 
     async def close(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
         if self.slower is not None:
             await self.slower.close()

@@ -116,7 +116,7 @@ async def test_status_shows_use_and_a_reset_forgets_it() -> None:
         assert clients["b"] == {"requests": 0, "tokens": 0, "running": 0, "limits": {}}
         assert (await asked(home, "2")).error == "client_limit"
         assert (await asked(home, "2", who="b")).error == "throttled"
-        assert (await home.ask("GET", "/_proxy/limits/reset")).status == 404
+        assert (await home.ask("GET", "/_proxy/limits/reset")).status == 405
         assert (await home.ask("POST", "/_proxy/limits/reset", headers=[("Host", "evil.test")])).status == 421
         assert (
             await home.ask("POST", "/_proxy/limits/reset", headers=[("Sec-Fetch-Site", "cross-site")])

@@ -482,3 +482,24 @@ class Held:
         for thing in gc.get_objects():
             if isinstance(thing, SharedReservation) and thing.allowance is allowance and thing._open:
                 yield thing
+
+
+async def test_one_that_loses_redis_for_a_moment_takes_nothing_from_the_others(url: str) -> None:
+    async with proxies(url, Limits(rpm=100, concurrency=100), 4) as group:
+        await group.beat()
+        for n in range(80):
+            answer = await group.ask(n % 4, 1)
+            assert isinstance(answer, SharedReservation)
+            answer.settle(1)
+        await group.settled()
+        one = group.limiters[0]
+        one._lose()
+        assert await drained(group, range(1)) <= 6, "a quarter of the 20 that were free"
+        group.now += 2.0
+        assert await drained(group, range(1)) == 0
+        await group.beat()
+        await group.settled()
+        assert one._phase == "back"
+        await group.beat()
+        await group.beat()
+        assert one.sound, "all the others have been heard of since: nobody else was alone"
