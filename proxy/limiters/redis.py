@@ -42,7 +42,13 @@ GRACE: Final = 5.0
 SHORT: Final = 5.0
 """Seconds without Redis after which nobody has forgotten anybody: who has been heard of since, has told everything."""
 
-TRIES: Final = 3
+BLIP: Final = 0.5
+"""Seconds without an answer after which Redis is lost: a machine that is busy for a moment is no reason to part."""
+
+SETTLING: Final = 3.0
+"""Seconds after the start until who else is there can be taken for known."""
+
+_PAUSE: Final = 0.02
 _LIFE: Final = 2 * 86_400_000
 _BATCH: Final = 64
 _MOST_PENDING: Final = 20_000
@@ -87,6 +93,7 @@ class RedisLimiter:
         self._allowances: WeakValueDictionary[str, SharedAllowance] = WeakValueDictionary()
         self._phase = "alone"
         self._lost_at = -math.inf
+        self._answered_at = self._settled_at = -math.inf
         self._back_at = math.inf
         self._skew = 0.0  # server's ms less ours
         self._proxies, self._rank = 1, 0
@@ -115,6 +122,7 @@ class RedisLimiter:
         await self.link.open()
         if await self._beat():
             self._phase = "shared"
+            self._settled_at = self._answered_at + SETTLING
             for allowance in self._allowances.values():
                 allowance.share()
         else:
@@ -140,29 +148,27 @@ class RedisLimiter:
             return await self._confirm(reservation, key, model)
 
     async def _confirm(self, reservation: SharedReservation | None, key: str, model: str) -> bool:
-        for _ in range(TRIES):
-            if not self.sound:
-                break
-            if not self.link.up:
+        while self.sound:
+            if self.link.up:
+                asked = _Asked()
+                try:
+                    await self.link.run(lambda asked=asked: self._ask(asked, reservation, key, model), self._deadline)  # type: ignore[misc]
+                except ResponseError as error:
+                    self.link.complain(f"refuses a decision: {error}")
+                    self._lose()
+                    break
+                except _LOST:
+                    self._abandon(asked, reservation)
+                except asyncio.CancelledError:
+                    self._abandon(asked, reservation)
+                    raise
+                else:
+                    assert asked.reply is not None
+                    return await self._decided(asked.reply, reservation, key, model)
+            if self._is_lost():
                 self._lose()
-                break
-            asked = _Asked()
-            try:
-                await self.link.run(lambda asked=asked: self._ask(asked, reservation, key, model), self._deadline)  # type: ignore[misc]
-            except ResponseError as error:
-                self.link.complain(f"refuses a decision: {error}")
-                self._lose()
-                break
-            except _LOST:
-                self._abandon(asked, reservation)
-                continue
-            except asyncio.CancelledError:
-                self._abandon(asked, reservation)
-                raise
-            assert asked.reply is not None
-            return await self._decided(asked.reply, reservation, key, model)
-        else:
-            self._lose()
+            else:
+                await asyncio.sleep(_PAUSE)
         if reservation is None:
             return True
         if not reservation.allowance.made_alone(reservation):
@@ -184,6 +190,7 @@ class RedisLimiter:
                 span, width = shape(window.span)
                 args += [window.name, window.limit, span, width, reservation.tokens if window.of_tokens else 1]
         reply: list[Any] = await self._script(keys=keys, args=args)
+        self._answered_at = asyncio.get_running_loop().time()
         asked.reply = reply
         if asked.abandoned:
             self._undo(reply, reservation)
@@ -297,7 +304,7 @@ class RedisLimiter:
         """Tells that we live, and learns who else does. Whether Redis answered."""
         if not self.link.up:
             self._back_at = self._clock()  # where it had been back for a moment, that counts anew
-            if self.sound:
+            if self.sound and self._is_lost():
                 self._lose()
             return False
         counted = [allowance for allowance in self._allowances.values() if allowance.most is not None]
@@ -314,6 +321,7 @@ class RedisLimiter:
             return False
         except _LOST:
             return False
+        self._answered_at = asyncio.get_running_loop().time()
         now = self._clock()
         server, self._proxies, self._rank, epoch, resets, heard = reply
         self._skew = server - now * 1000
@@ -329,6 +337,10 @@ class RedisLimiter:
         self._resets = resets
         self._come_back(now, heard)
         return True
+
+    def _is_lost(self) -> bool:
+        """Whether it is time to part."""
+        return asyncio.get_running_loop().time() >= max(self._answered_at + BLIP, self._settled_at)
 
     def _lose(self) -> None:
         now = self._clock()

@@ -81,6 +81,11 @@ def test_a_redis_url_of_the_environment_alone_is_no_mistake(load: Load) -> None:
     ("text", "found"),
     [
         ("cache: {backend: redis}", "settings.yaml:1: cache.backend: expected redis.url"),
+        ("throttle: {backend: redis}", "settings.yaml:1: throttle.backend: expected redis.url"),
+        (
+            "throttle: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
+            "settings.yaml:2: redis.url: expected redis://",
+        ),
         (
             "cache: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
             "settings.yaml:2: redis.url: expected redis://",
