@@ -31,6 +31,7 @@ from .core.outcome import (
     retry_after,
 )
 from .core.ports import Trip, WayUp
+from .core.pricing import Cost
 from .core.routes import printable
 from .core.usage import Usage
 from .gate import QueueFull, TimedOut
@@ -42,7 +43,8 @@ _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 
 @dataclass(slots=True)
 class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last."""
+    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last;
+    usage, cost: of the calls that ended well, where several are needed for one answer."""
 
     attempts: int = 0
     queue_ms: float = 0.0
@@ -54,6 +56,8 @@ class Progress:
     no_usable_key: bool = False
     went_up: bool = False
     measure: Measure | None = None
+    usage: Usage | None = None
+    cost: Cost | None = None
 
 
 class Exchange:
@@ -316,10 +320,12 @@ class Exchange:
             raise
 
     def credential(self, lease: Lease, upstream: Upstream, auth: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """The credential headers that go up: the pool key's, or in pass-through the client's own."""
+        """The credential headers that go up: the pool key's, or in pass-through the client's own. Raises
+        TransportFailure.
+        """
         if self._world.passthrough:
             return upstream.dialect.client_auth(*auth) if auth else ()
-        return self._world.credentials[lease.key.label]
+        return self._world.credential(lease.key.label)
 
     def _body(self, call: Call, upstream: Upstream) -> tuple[bytes, bool]:
         """The client's bytes, with only those fields changed that must be; whether we asked for usage in its place."""

@@ -120,7 +120,7 @@ class Gate:
         recheck: float = math.inf,
     ) -> None:
         self._recheck = recheck
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._clock = clock
         self._call_later = call_later
         self._lanes: dict[str, _Lane] = {}
@@ -160,7 +160,7 @@ class Gate:
                 nap = deadline - now
         elif patience <= 0:
             raise TimedOut(line.expected(now))
-        if self.depth >= self._max_queue:
+        if self.depth >= self.max_queue:
             raise QueueFull
         if line is None:
             line = self._lanes[lane] = _Lane(due)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,12 +15,13 @@ from .core.clients import Clients, Hold
 from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
-from .core.outcome import Class
+from .core.outcome import Class, TransportFailure
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
 from .limiters import RECHECK, Limiter
 from .providers import DIALECTS, Dialect, Site
+from .runs import RunBook
 from .seams import Seams
 from .selection import STRATEGIES
 from .stores import BACKENDS, Place
@@ -47,18 +48,20 @@ class Upstream:
 
 @dataclass(slots=True)
 class World:
-    """The compiled settings. credentials: headers by key label; passthrough: the client's own credential goes up."""
+    """The compiled settings. credentials: headers by key label (an Entra ID upstream's come and go); passthrough: the
+    client's own credential goes up."""
 
     settings: Settings
     seams: Seams
     upstreams: tuple[Upstream, ...]
     ring: KeyRing
-    credentials: Mapping[str, tuple[tuple[str, str], ...]]
+    credentials: dict[str, tuple[tuple[str, str], ...]]
     policy: Policy
     gate: Gate
     store: TieredStore | None
     masker: Masker
     passthrough: bool
+    runs: RunBook
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
     clients: Clients = field(default_factory=lambda: Clients({}))
@@ -106,20 +109,43 @@ class World:
         """Takes over what another proxy has learned of a key."""
         self.ring.adopt(label, model, status, self.seams.monotonic(), wait, reason)
 
+    def upstream_named(self, name: str) -> Upstream | None:
+        return next((upstream for upstream in self.upstreams if upstream.site.name == name), None)
+
+    def put_token(self, label: str, token: str) -> None:
+        """A new Entra ID token for the upstream of this name."""
+        before = [value.removeprefix("Bearer ") for _, value in self.credentials.get(label, ())]
+        self.credentials[label] = (("Authorization", f"Bearer {token}"),)
+        self.masker.add([token], instead_of=before)
+
+    def credential(self, label: str) -> tuple[tuple[str, str], ...]:
+        """The headers that carry a pool key. Raises TransportFailure where an Entra ID token is not there yet."""
+        found = self.credentials.get(label)
+        if found is None:
+            raise TransportFailure("unreached", "there is no Entra ID token yet")
+        return found
+
     def ttl(self, endpoint: str) -> float:
         """Seconds an answer of this endpoint lives in the cache."""
         seconds: float = getattr(self.settings.cache.ttl, endpoint)
         return seconds
 
 
-def compile_world(settings: Settings, seams: Seams) -> World:
-    """The machinery for `settings`. Reads no file and opens nothing."""
-    upstreams, keys, credentials, secrets = [], [], {}, []
+def compile_world(settings: Settings, seams: Seams, old: World | None = None) -> World:
+    """The machinery for `settings`. Reads no file and opens nothing.
+
+    old: the world it takes the place of, from which it has the store, the waiting room, the receipts, what is known
+    of keys that stay, and what counts against limits.
+    """
+    upstreams, keys, secrets = [], [], []
+    credentials: dict[str, tuple[tuple[str, str], ...]] = {}
     for index, spec in enumerate(settings.upstreams):
         site = Site(spec.name, spec.kind, spec.base_url, spec.api_version, spec.deployments)
         dialect = DIALECTS[spec.kind]
         prices = PriceTable({**settings.cost.prices, **spec.prices})
-        budget = RetryBudget(settings.retry.budget)
+        before = old.upstream_named(spec.name) if old is not None else None
+        same = before is not None and old is not None and old.settings.retry.budget == settings.retry.budget
+        budget = before.budget if before is not None and same else RetryBudget(settings.retry.budget)
         upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as))
         for key in spec.keys:
             secret = key.secret.reveal()
@@ -127,28 +153,46 @@ def compile_world(settings: Settings, seams: Seams) -> World:
             limits = settings.limits_of(spec, key) if settings.throttle.tier else key.limits
             credentials[key.label] = dialect.auth(secret, key.organization, key.project)
             keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight))
-        if not spec.keys:
+        if spec.entra_id:
+            keys.append(PoolKey(spec.name, index, spec.models, spec.priority))
+        elif not spec.keys:
             label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
             credentials[label] = ()
             limits = settings.limits_of(spec) if settings.throttle.tier else {}
             keys.append(PoolKey(label, index, spec.models, spec.priority, limits=limits))
     retry = settings.retry
-    limiter = _limiter(settings, seams)
+    limiter = _limiter(settings, seams) if old is None else old.limiter
     make = limiter.allowance if limiter is not None else None
+    ring = KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use, make)
+    gate = Gate(settings.throttle.max_queue, seams.monotonic, recheck=RECHECK if limiter else math.inf)
+    clients = Clients({key.name: key.limits for key in settings.server.client_keys}, make)
+    if old is not None:
+        unchanged = {label for label, headers in credentials.items() if old.credentials.get(label) == headers}
+        ring.inherit(old.ring, unchanged, seams.monotonic())
+        clients.inherit(old.clients)
+        gate = old.gate
+        gate.max_queue = settings.throttle.max_queue
+        for spec in settings.upstreams:
+            if spec.entra_id and spec.name in old.credentials:
+                credentials[spec.name] = old.credentials[spec.name]
+    store = _store(settings, seams) if old is None else old.store
     return World(
         settings=settings,
         seams=seams,
         upstreams=tuple(upstreams),
-        ring=KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use, make),
+        ring=ring,
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
-        gate=Gate(settings.throttle.max_queue, seams.monotonic, recheck=RECHECK if limiter else math.inf),
-        store=_store(settings, seams),
+        gate=gate,
+        store=store,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
-        clients=Clients({key.name: key.limits for key in settings.server.client_keys}, make),
+        runs=_runs(settings, seams, store) if old is None else old.runs,
+        clients=clients,
         limiter=limiter,
+        habits=Habits() if old is None else old.habits,
         sites=tuple(upstream.site for upstream in upstreams),
+        receipts=Receipts() if old is None else old.receipts,
     )
 
 
@@ -176,6 +220,21 @@ def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     make = BACKENDS[cache.backend]
     slower = make(store_place(settings, seams.wall)) if make is not None else None
     return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+
+
+def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:
+    """Named runs, shared where a Redis is configured; over the cache's link where it has one."""
+    if settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
+        return RunBook(seams)
+    from .stores.redis import DEADLINE, RedisStore
+    from .stores.redis_link import Link
+    from .stores.redis_runs import RedisRuns
+
+    slower = store.slower if store is not None else None
+    if isinstance(slower, RedisStore):
+        return RunBook(seams, RedisRuns(slower.link, settings.redis.prefix, seams.wall, borrowed=True))
+    link = Link(settings.redis.url.reveal(), DEADLINE)
+    return RunBook(seams, RedisRuns(link, settings.redis.prefix, seams.wall))
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

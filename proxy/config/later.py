@@ -12,13 +12,7 @@ from typing import Final
 
 NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "server.workers": (),
-    "server.admin_key.key_command": (),
-    "server.client_keys.*.key_command": (),
     "server.client_keys.*.limits.usd_per_day": (),
-    "upstreams.*.entra_id": (),
-    "upstreams.*.proxy": (),
-    "upstreams.*.ca_file": (),
-    "upstreams.*.keys.*.key_command": (),
     "upstreams.*.keys.*.weight": (),
     "selection": ("headroom", "round_robin"),
     "cache.mode": (),

@@ -330,7 +330,7 @@ def _embeddings(texts: object, data: object) -> str | None:
         if not isinstance(item, dict):
             return "malformed embeddings"
         index, vector = item.get("index"), item.get("embedding")
-        if not _is_index(index) or index in indexes or not isinstance(vector, list | str) or not vector:
+        if not _is_index(index) or index in indexes or not isinstance(vector, list | str | bytes) or not vector:
             return "malformed embeddings"
         indexes.add(index)
     expected = _items(texts) or len(indexes)

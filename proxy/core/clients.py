@@ -89,8 +89,19 @@ class Clients:
             for name, each in limits.items()
             if each != Limits()
         }
+        self._limits = limits
         self._uses = {name: Use() for name in limits}
         self.counts_tokens = any(each.tpm is not None for each in limits.values())
+
+    def inherit(self, old: Clients) -> None:
+        """Takes over what the clients that stay have used: after a reload."""
+        for name, use in old._uses.items():
+            if name in self._uses:
+                self._uses[name] = use
+                limits, before = self._limits[name], old._allowances.get(name)
+                if before is not None and limits != Limits():
+                    before.change(limits, 1.0)
+                    self._allowances[name] = before
 
     def hold(self, client: Client, tokens: int, now: float) -> Hold | None:
         """A hold for one request of `tokens` (an estimate); None where this client has no key of its own.

@@ -20,7 +20,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     usage_asked: the upstream was asked for that chunk, so where it is missing, there is none to be had;
     stored_at: Unix seconds; ttl: seconds; model: the one asked for; answer_model: the one that answered;
     cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed;
-    request: the canonical request, where the settings say that it is kept (`cache.store_requests`).
+    request: the canonical request, where the settings say that it is kept (`cache.store_requests`);
+    estimated: usage and cost are its share of a batch's, by length.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     sampled: bool
     usage_asked: bool = False
     request: str | None = None
+    estimated: bool = False
 
     @property
     def size(self) -> int:

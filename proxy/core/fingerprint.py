@@ -125,6 +125,15 @@ def cache_key(parts: KeyParts) -> str:
     return digest.hexdigest()
 
 
+def item_keys(parts: KeyParts, items: Iterable[bytes]) -> list[str]:
+    """The keys of single items of an `input`, each given as its canonical text; `parts.body` is without `input`.
+
+    No such key is a request's: the endpoint's name is another.
+    """
+    head = cache_key(msgspec.structs.replace(parts, endpoint=f"{parts.endpoint}, one item"))
+    return [hashlib.sha256(b"%b%b" % (head.encode(), item)).hexdigest() for item in items]
+
+
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(members)
     if len(document) != len(members):

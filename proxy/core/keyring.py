@@ -7,7 +7,7 @@ methods are synchronous: one event loop needs no lock, and a key is chosen and i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -121,6 +121,7 @@ class KeyRing:
         self._serving: dict[str, tuple[tuple[PoolKey, ...], ...]] = {}
         self.last_used: dict[str, float] = {}
         self._uses = 0
+        self._before: dict[tuple[str, str], Allowance] = {}
         self.turns: dict[str, int] = {}
 
     # -- which keys -------------------------------------------------------------------------------------------------
@@ -248,8 +249,16 @@ class KeyRing:
         if found is None:
             if len(self._allowances) >= _MAX_ALLOWANCES:
                 self._forget(now)
-            found = self._allowances[where] = self._make(where, limits, self._use)
+            found = self._allowances[where] = self._opened(where, limits)
         return found
+
+    def _opened(self, where: tuple[str, str], limits: Limits) -> Allowance:
+        """The windows as they were before a reload, with what the limits are now; else new ones."""
+        before = self._before.pop(where, None)
+        if before is None:
+            return self._make(where, limits, self._use)
+        before.change(limits, self._use)
+        return before
 
     def _forget(self, now: float) -> None:
         for where in [where for where, allowance in self._allowances.items() if allowance.idle(now)]:
@@ -313,6 +322,22 @@ class KeyRing:
     def adopt(self, label: str, model: str, status: str, now: float, wait: float, reason: str) -> None:
         """Takes over a state that another proxy has learned of."""
         self._mark(label, model, Status(status), now, now + wait, reason)
+
+    # -- after a reload ------------------------------------------------------------------------------------------------
+
+    def inherit(self, old: KeyRing, same: Set[str], now: float) -> None:
+        """Takes over what still counts of the ring before: every window, and of the keys with a label in `same`
+        that they cool or are exhausted. What was rejected gets another chance.
+        """
+        for where, state in old._cooling.items():
+            if where[0] in same and state.until > now:
+                self._cooling[where] = state
+        for where, state in old._resting.items():
+            if where[0] in same and state.until > now and state.status is Status.EXHAUSTED:
+                self._resting[where] = state
+        self.last_used.update(old.last_used)
+        self._uses = old._uses
+        self._before = {**old._before, **old._allowances}
 
     # -- what operators see ----------------------------------------------------------------------------------------
 

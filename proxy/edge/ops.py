@@ -17,11 +17,13 @@ from ..world import World
 from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
+from .traffic import Traffic
 from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 _LINES: Final = "application/x-ndjson"
+_RUNS: Final = "/_proxy/runs/"
 
 
 class Visit(NamedTuple):
@@ -30,7 +32,6 @@ class Visit(NamedTuple):
     request: BaseRequest
     rest: str
     query: str
-    in_flight: int
 
 
 class Page(NamedTuple):
@@ -44,14 +45,13 @@ class Page(NamedTuple):
 
 
 class Ops:
-    """Answers `own` routes. draining: set when SIGTERM came; address: shown in the status."""
+    """Answers `own` routes."""
 
-    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper) -> None:
+    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic) -> None:
         self._world = world
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
-        self._started = world.seams.wall()
         self._cache = CacheAdmin(world)
         self._pages: dict[str, Page] = {
             "/metrics": Page(self._metrics_text),
@@ -59,20 +59,22 @@ class Ops:
             "/_proxy/keys": Page(self._keys),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
             "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
+            _RUNS: Page(self._run),
             "/_proxy/cache": Page(self._cached),
             "/_proxy/cache/": Page(self._cached_one),
             "/_proxy/cache/purge": Page(self._purge, "POST"),
             "/_proxy/cache/import": Page(self._import, "POST"),
         }
-        self.draining = False
-        self.address = ""
+        self._traffic = traffic
 
-    async def handle(self, request: BaseRequest, route: Route, in_flight: int) -> Whole:
+    async def handle(self, request: BaseRequest, route: Route) -> Whole:
         """One request to an `own` route of the main listener. Raises Refusal."""
         path = route.path
         page, rest = self._pages.get(path), ""
         if page is None:
             stem, _, rest = path.rpartition("/")
+            if path.startswith(_RUNS):
+                stem, rest = _RUNS[:-1], path.removeprefix(_RUNS)  # a run's name may hold slashes
             page = self._pages.get(stem + "/") if rest else None
         method = "POST" if page is not None and page.method == "POST" else "GET"
         if request.method != method and not (method == "GET" and request.method == "HEAD"):
@@ -87,20 +89,20 @@ class Ops:
             self._gatekeeper.check_admin(request)
         if page is None:
             raise unknown_route(path)
-        return await page.answer(Visit(request, unquote(rest), route.query, in_flight))
+        return await page.answer(Visit(request, unquote(rest), route.query))
 
-    async def handle_probe(self, request: BaseRequest, path: str, in_flight: int) -> Whole:
+    async def handle_probe(self, request: BaseRequest, path: str) -> Whole:
         """One request to the second listener, `server.ops`: probes and metrics only, any Host, no key."""
         if request.method not in ("GET", "HEAD"):
             raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
         if path in _PROBES:
             return self._probe(request, path)
         if path == "/metrics":
-            return self._metrics_page(request, in_flight)
+            return self._metrics_page(request)
         raise unknown_route(path)
 
     def _probe(self, request: BaseRequest, path: str) -> Whole:
-        if path == "/readyz" and self.draining:
+        if path == "/readyz" and self._traffic.draining:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
@@ -114,10 +116,10 @@ class Ops:
         return self._json(visit.request, {"reset": True})
 
     async def _metrics_text(self, visit: Visit) -> Whole:
-        return self._metrics_page(visit.request, visit.in_flight)
+        return self._metrics_page(visit.request)
 
     async def _status(self, visit: Visit) -> Whole:
-        return self._json(visit.request, await self.status(visit.in_flight))
+        return self._json(visit.request, await self.status())
 
     async def _keys(self, visit: Visit) -> Whole:
         return self._json(visit.request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
@@ -140,8 +142,8 @@ class Ops:
     async def _body(self, visit: Visit) -> bytes:
         return await read_body(visit.request, self._world.settings.server.max_body)
 
-    def _metrics_page(self, request: BaseRequest, in_flight: int) -> Whole:
-        return self._answer(request, self._metrics.render(self._world, in_flight), _TEXT)
+    def _metrics_page(self, request: BaseRequest) -> Whole:
+        return self._answer(request, self._metrics.render(self._world, self._traffic.in_flight), _TEXT)
 
     async def _receipt(self, visit: Visit) -> Whole:
         """A receipt is for operators and for the client key that made the request."""
@@ -157,17 +159,23 @@ class Ops:
             raise unknown_route(f"/_proxy/requests/{id_}")
         return self._json(request, receipt.as_json())
 
-    async def status(self, in_flight: int) -> dict[str, Any]:
+    async def _run(self, visit: Visit) -> Whole:
+        report = await self._world.runs.report(visit.rest)
+        if report is None:
+            raise unknown_route(_RUNS + visit.rest)
+        return self._json(visit.request, report)
+
+    async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
         settings = world.settings
         return {
             "version": __version__,
-            "address": self.address,
-            "uptime_s": round(world.seams.wall() - self._started, 1),
-            "state": "draining" if self.draining else "ready",
+            "address": self._traffic.address,
+            "uptime_s": round(world.seams.wall() - self._traffic.started, 1),
+            "state": "draining" if self._traffic.draining else "ready",
             "pass_through": world.passthrough,
-            "in_flight": in_flight,
+            "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
             "clients": world.clients.report(world.seams.monotonic()),
             "keys": world.ring.counts(world.seams.monotonic()),

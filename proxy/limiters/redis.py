@@ -25,7 +25,7 @@ from ..seams import spawn
 from ..stores.redis_link import LONGEST, Link
 from . import Adopt, State
 from .redis_names import Amount, digest, literal, shape
-from .redis_share import SharedAllowance, SharedReservation
+from .redis_share import Asked, SharedAllowance, SharedReservation
 from .redis_states import KeyStates
 
 log = logging.getLogger("proxy")
@@ -55,16 +55,6 @@ _MOST_PENDING: Final = 20_000
 _SCRIPT: Final = resources.files(__package__).joinpath("limits.lua").read_text(encoding="utf-8")
 
 _LOST = (RedisError, OSError, TimeoutError)
-
-
-class _Asked:
-    """One decision on its way: what came back, and whether nobody waits for it any more."""
-
-    __slots__ = ("abandoned", "reply")
-
-    def __init__(self) -> None:
-        self.abandoned = False
-        self.reply: list[Any] | None = None
 
 
 class RedisLimiter:
@@ -150,7 +140,7 @@ class RedisLimiter:
     async def _confirm(self, reservation: SharedReservation | None, key: str, model: str) -> bool:
         while self.sound:
             if self.link.up:
-                asked = _Asked()
+                asked = Asked()
                 try:
                     await self.link.run(lambda asked=asked: self._ask(asked, reservation, key, model), self._deadline)  # type: ignore[misc]
                 except ResponseError as error:
@@ -177,7 +167,7 @@ class RedisLimiter:
         self._count_alone(reservation)
         return True
 
-    async def _ask(self, asked: _Asked, reservation: SharedReservation | None, key: str, model: str) -> None:
+    async def _ask(self, asked: Asked, reservation: SharedReservation | None, key: str, model: str) -> None:
         allowance = reservation.allowance if reservation is not None else None
         name = allowance.name if allowance is not None else "none"
         keys = [self._key("e"), self._key("a", name), self._key("r", name)]
@@ -195,7 +185,7 @@ class RedisLimiter:
         if asked.abandoned:
             self._undo(reply, reservation)
 
-    def _abandon(self, asked: _Asked, reservation: SharedReservation | None) -> None:
+    def _abandon(self, asked: Asked, reservation: SharedReservation | None) -> None:
         """Nobody waits for this answer any more: what it admits, or has admitted, is taken back."""
         asked.abandoned = True
         if asked.reply is not None:

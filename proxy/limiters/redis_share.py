@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from typing import Any
 
 from ..core.limits import Allowance, Limits, Never, Reservation, Wait, _Slot, _Window
 from . import RECHECK
@@ -20,6 +21,16 @@ FROZEN = 3.0
 _FREE = (-math.inf, -math.inf, 0)
 
 
+class Asked:
+    """One decision on its way: what came back, and whether nobody waits for it any more."""
+
+    __slots__ = ("abandoned", "reply")
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self.reply: list[Any] | None = None
+
+
 class SharedReservation(Reservation):
     """stamp: server's ms at which it was admitted, None until it is; round: None where the others have counted it, else
     `SharedAllowance.round` at its beginning: when that has moved on, they have been told of it.
@@ -27,8 +38,8 @@ class SharedReservation(Reservation):
 
     __slots__ = ("allowance", "alone", "round", "stamp")
 
-    def __init__(self, allowance: SharedAllowance, tokens: int, slots: list[_Slot]) -> None:
-        super().__init__(allowance, tokens, slots)
+    def __init__(self, allowance: SharedAllowance, tokens: int, made: Reservation) -> None:
+        super().__init__(allowance, tokens, made._windows, made._slots)
         self.allowance = allowance
         self.alone = not allowance.shared
         self.stamp: float | None = None
@@ -59,6 +70,7 @@ class SharedAllowance(Allowance):
 
     __slots__ = (
         "__weakref__",
+        "_among",
         "_asking",
         "_blocked",
         "_free",
@@ -78,23 +90,22 @@ class SharedAllowance(Allowance):
     )
 
     def __init__(self, name: str, limits: Limits, use: float, tell: Tell) -> None:
+        self.shared = True
+        self._known_at = -math.inf
         super().__init__(limits, use)
         self.name = name
         self.round = 0
+        self._among = 1, 0
         self._frozen_until = -math.inf
         self._free: list[tuple[bool, int]] = []
         self._taken = 0, 0
         self.confirmed = 0
         self._asking = 0, 0  # requests and tokens reserved here, and not yet admitted
         self.turn = asyncio.Lock()
-        self.shared = True
         self._tell = tell
-        self._full = [window.limit for window in self._windows]
-        self._most = self._concurrency
         self._ghosts: list[tuple[_Window, _Slot]] = []
         self._blocked = _FREE
         self._known: dict[str, int] = {}
-        self._known_at = -math.inf
 
     @property
     def windows(self) -> tuple[_Window, ...]:
@@ -118,7 +129,7 @@ class SharedAllowance(Allowance):
         if isinstance(answer, Reservation):
             self._taken = self._taken[0] + 1, self._taken[1] + tokens
             self._asking = self._asking[0] + 1, self._asking[1] + tokens
-            return SharedReservation(self, tokens, answer._slots)
+            return SharedReservation(self, tokens, answer)
         if isinstance(answer, Never) and not self.shared and self._fits(tokens):
             return Wait(RECHECK)  # larger than our share, but not than the whole
         return answer
@@ -166,11 +177,22 @@ class SharedAllowance(Allowance):
         """Whether it was reserved of our share, not of the whole limit."""
         return not self.shared and reservation.alone
 
+    def change(self, limits: Limits, use: float) -> None:
+        alone, now = not self.shared, self._known_at
+        if alone:
+            self.share()
+        super().change(limits, use)
+        self._full = [window.limit for window in self._windows]
+        self._most = self._concurrency
+        if alone:
+            self.lose(*self._among, now)
+
     # -- alone --------------------------------------------------------------------------------------------------------
 
     def lose(self, proxies: int, rank: int, now: float) -> None:
         """From now on an equal share: of the limit, less what all held last, plus what is our own of it."""
         self.shared = False
+        self._among = proxies, rank
         self._blocked = _FREE
         for window, full in zip(self._windows, self._full, strict=True):
             window.advance(now)

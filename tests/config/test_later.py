@@ -8,13 +8,7 @@ from tests.config.kit import Load, problems
 
 REFUSED = {
     "server.workers": "server: {workers: 2}",
-    "server.admin_key.key_command": "server: {admin_key: {key_command: [a]}}",
-    "server.client_keys.*.key_command": "server: {client_keys: [{name: a, key_command: [a, b]}]}",
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
-    "upstreams.*.entra_id": "upstreams: [{kind: azure, base_url: 'https://n.openai.azure.com', entra_id: true}]",
-    "upstreams.*.proxy": "upstreams: [{proxy: 'http://u:hunter2@p:1'}]",
-    "upstreams.*.ca_file": "upstreams: [{ca_file: /ca.pem}]",
-    "upstreams.*.keys.*.key_command": "upstreams: [{keys: [{key_command: [a]}]}]",
     "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
     "selection": "selection: sticky",
     "cache.mode": "cache: {mode: replay}",

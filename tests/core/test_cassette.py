@@ -90,8 +90,8 @@ def test_the_line_as_it_stands_in_a_file() -> None:
         '{"cassette":1,"key":"' + "ab" * 32 + '","form":"json","status":200,'
         '"headers":[["content-type","application/json"]],"usage_span":null,'
         '"stored_at":1800000000.25,"ttl":3600.0,"endpoint":"chat","model":"gpt-4o","answer_model":"gpt-4o-2024-08-06",'
-        '"usage":{"prompt_tokens":10,"completion_tokens":20,"total_tokens":30,"cached_tokens":0,'
-        '"cache_write_tokens":0,"unpriced_tokens":0},"cost":"0.002250","namespace":"ci","tags":["team:search"],'
+        '"usage":{"prompt_tokens":10,"completion_tokens":20,"total_tokens":30},'
+        '"cost":"0.002250","namespace":"ci","tags":["team:search"],'
         '"sampled":false,"body":"{\\"answer\\": \\"ü\\"}"}\n'
     )
     line = write_line(entry(request='{"model":"gpt-4o"}', body=b"\xff"))

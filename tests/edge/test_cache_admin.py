@@ -153,7 +153,7 @@ async def test_one_answer_in_all_its_forms(home: House) -> None:
             "total_tokens": 30,
             "cached_tokens": 4,
             "cache_write_tokens": 5,
-            "unpriced_tokens": 6,
+            "heard_tokens": 6,
         },
         "saves_usd": "0.002250",
         "sampled": True,
