@@ -19,6 +19,7 @@ from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.entry import Entry, Form
 from .core.errors import Refusal
+from .core.explain import Recent, why_missed
 from .core.forms import converted, other_form
 from .core.headers import Raw, storable_headers
 from .core.items import Batch, cached, item_entries, made_of
@@ -66,6 +67,8 @@ class Shelf:
     def __init__(self, world: World) -> None:
         self._world = world
         self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
+        self.recent = Recent()
+        self._purges = 0
 
     def peek(self, name: Name) -> Hit | None:
         """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
@@ -104,16 +107,15 @@ class Shelf:
             if hit is None and other is not None and other.fresh(wall):
                 hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
             if hit is not None:
+                self.recent.add(call.client.scope, hit.entry)
                 return hit, plan
-            if entry is not None:
-                if not entry.fresh(wall):
-                    plan = msgspec.structs.replace(plan, reason="expired", forward="stale")
-                elif options.max_age is not None and entry.age(wall) > options.max_age:
-                    plan = msgspec.structs.replace(plan, reason="max-age", forward="request")
             if plan.batch is not None:
                 plan = await self._look_for_items(plan, plan.batch, options.max_age)
                 if plan.batch is not None and len(plan.batch.found) == len(plan.batch.keys):
                     return await self._made_of_items(plan.key, plan.batch), plan
+            if plan.forward != "partial":
+                reason, forward = self._why_missed(call, plan, entry, other, wall)
+                plan = msgspec.structs.replace(plan, reason=reason, forward=forward)
         if options.only_if_cached:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
@@ -144,6 +146,19 @@ class Shelf:
             entry, body = made_of(key, batch)
         return Hit(entry, body, self._world.seams.new_id())
 
+    def _why_missed(
+        self, call: Call, plan: CachePlan, entry: Entry | None, other: Entry | None, wall: float
+    ) -> tuple[str, str]:
+        """The reason, and the `fwd` of Cache-Status."""
+        why = why_missed(entry, other, wall, call.options.max_age, call.wants_usage)
+        if why is not None:
+            return why
+        assert self._world.store is not None
+        if self._purges != self._world.store.purges:
+            self._purges = self._world.store.purges
+            self.recent.clear()
+        return self.recent.reason(call.client.scope, call.endpoint, plan.key, plan.traits, wall), plan.forward
+
     async def _converted(self, call: Call, other: Entry) -> Entry | None:
         """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
         if len(other.body) > LARGE:
@@ -168,7 +183,7 @@ class Shelf:
     ) -> bool:
         assert self._world.store is not None
         entry = self._entry(call, plan, answered, headers, body, usage_span, usage, cost, answer_model)
-        return entry.ttl > 0 and self._world.store.put(entry)
+        return entry.ttl > 0 and self._put(call.client.scope, entry)
 
     async def keep_items(
         self,
@@ -186,6 +201,7 @@ class Shelf:
         store, batch = self._world.store, plan.batch
         assert store is not None
         assert batch is not None
+        plan = msgspec.structs.replace(plan, traits="")  # those of the whole batch say nothing of one item
         template = self._entry(call, plan, answered, headers, b"", None, usage, None, answer_model)
         if template.ttl <= 0:
             return False
@@ -231,4 +247,12 @@ class Shelf:
             tags=call.options.tags,
             sampled=not is_deterministic(call.endpoint, call.document),
             usage_asked=call.wants_usage or answered.injected,
+            traits=plan.traits,
         )
+
+    def _put(self, scope: str, entry: Entry) -> bool:
+        assert self._world.store is not None
+        stored = self._world.store.put(entry)
+        if stored:
+            self.recent.add(scope, entry)
+        return stored

@@ -242,3 +242,16 @@ def scope_of_credential(scheme: str, token: str, *parts: str) -> str:
     answers.
     """
     return "credential " + hashlib.sha256("\0".join((scheme, token, *parts)).encode()).hexdigest()
+
+
+def configured_clients(settings: Settings) -> tuple[Client, ...]:
+    """One for each of `server.client_keys`, in their order."""
+    shared = settings.cache.shared
+    return tuple(
+        Client(
+            key.name,
+            "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}",
+            models=key.models,
+        )
+        for key in settings.server.client_keys
+    )

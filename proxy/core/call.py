@@ -65,7 +65,7 @@ class Call(msgspec.Struct, frozen=True):
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
     read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
-    where each has an entry of its own."""
+    where each has an entry of its own; traits: of `core.explain`."""
 
     key: str
     reason: str
@@ -73,6 +73,7 @@ class CachePlan(msgspec.Struct, frozen=True):
     write: bool
     forward: str = "uri-miss"
     batch: Batch | None = None
+    traits: str = ""
 
     @property
     def status(self) -> CacheStatus:

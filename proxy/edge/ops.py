@@ -64,6 +64,7 @@ class Ops:
             "/_proxy/cache/": Page(self._cached_one),
             "/_proxy/cache/purge": Page(self._purge, "POST"),
             "/_proxy/cache/import": Page(self._import, "POST"),
+            "/_proxy/cache/explain": Page(self._explain, "POST"),
         }
         self._traffic = traffic
 
@@ -138,6 +139,10 @@ class Ops:
 
     async def _import(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.take(await self._body(visit)))
+
+    async def _explain(self, visit: Visit) -> Whole:
+        body, raw = await self._body(visit), visit.request._message.raw_headers
+        return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
 
     async def _body(self, visit: Visit) -> bytes:
         return await read_body(visit.request, self._world.settings.server.max_body)

@@ -31,6 +31,11 @@ class TieredStore:
         self._following: asyncio.Task[None] | None = None
         self._promotions = 0
 
+    @property
+    def purges(self) -> int:
+        """How often something was thrown away by request: what is remembered of it elsewhere is out of date then."""
+        return self._purges
+
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()
