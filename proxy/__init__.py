@@ -27,8 +27,8 @@ Rooms, and what goes where
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
   `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
   `metrics`, `logs`, `server`.
-- `providers/`, `selection/`, `stores/`: plugins. A dialect, a key strategy, a backend is one file and one line in the
-  table of the package. They never import each other.
+- `providers/`, `selection/`, `stores/`, `limiters/`: plugins. A dialect, a key strategy, a backend is one file and one
+  line in the table of the package. They never import each other.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
 - `app.py`: the composition root, the only file that knows everybody. `seams.py`: the only clock.
   `cli/`: one file a command.

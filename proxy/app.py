@@ -184,6 +184,8 @@ async def serve(
         app.traffic.address = address
         if app.world.store is not None:
             await app.world.store.open()
+        if app.world.limiter is not None:
+            await app.world.limiter.open(lambda *state: app.world.adopt(*state))
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
         await app.world.runs.open()
         lines = start_up_text(loaded, app.world, address, ops_address, recorded)
@@ -237,6 +239,8 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
         await one.cleanup()
     await app.journey.refresher.close()
     await app.way_up.close()
+    if app.world.limiter is not None:
+        await app.world.limiter.close()
     await app.world.runs.close()
     if app.world.store is not None:
         await app.world.store.close()

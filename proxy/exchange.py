@@ -11,13 +11,14 @@ from functools import partial
 from typing import Final
 
 import orjson
+from msgspec import structs
 
 from .answered import Answered, seen, understand
 from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
 from .core.call import Call
 from .core.edit import set_field, want_usage
 from .core.errors import Refusal
-from .core.estimate import estimate_tokens
+from .core.estimate import Measure, measure
 from .core.headers import upstream_headers
 from .core.keyring import Held, Lease, NoKey, Status
 from .core.limits import Wait
@@ -61,6 +62,8 @@ class Progress:
     key: str = ""
     spent: bool = False
     no_usable_key: bool = False
+    went_up: bool = False
+    measure: Measure | None = None
     usage: Usage | None = None
     cost: Cost | None = None
 
@@ -75,10 +78,26 @@ class Exchange:
 
     async def run(self, call: Call, progress: Progress) -> Answered:
         """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts."""
-        seams, ring = self._world.seams, self._world.ring
+        tokens = self._estimate(call, progress)
+        hold = await self._world.hold(call.client, tokens)
+        if hold is None:
+            return await self._run(call, tokens, progress)
+        used: int | None = None
+        try:
+            answered = await self._run(call, tokens, progress)
+            if answered.outcome is Class.OK:
+                answered.lease = structs.replace(answered.lease, hold=hold)
+                hold = None
+            used = 0
+            return answered
+        finally:
+            if hold is not None:
+                hold.settle(used) if progress.went_up else hold.cancel()
+
+    async def _run(self, call: Call, tokens: int, progress: Progress) -> Answered:
+        seams = self._world.seams
         policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
-        tokens = self._estimate(call)
         excluded: set[str] = set()
         limited: set[str] = set()
         refused: Answered | None = None
@@ -107,12 +126,12 @@ class Exchange:
                     continue
                 now = seams.monotonic()
                 if answered is not None and outcome is Class.OK:
-                    ring.learn(lease.key, call.model, outcome, now, 0.0, "")
+                    self._world.learn(lease.key, call.model, outcome, 0.0, "")
                     return answered
                 asked, reason = self._reading(answered, failure, seams.wall())
                 if not self._world.passthrough and not reason.endswith("mismatched_organization"):
                     cooling = asked if asked is not None else policy.delay(attempts.retries, seams.random)
-                    ring.learn(lease.key, call.model, outcome, now, cooling, reason)
+                    self._world.learn(lease.key, call.model, outcome, cooling, reason)
                 other_key = self._other_key(call, lease, excluded, now)
                 if outcome is Class.RATE_LIMITED and not other_key:
                     asked = self._soonest(call, now, asked)
@@ -148,10 +167,16 @@ class Exchange:
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def _estimate(self, call: Call) -> int:
-        if not self._world.ring.limited:
+    def _estimate(self, call: Call, progress: Progress) -> int:
+        if not (self._world.ring.limited or self._world.clients.counts_tokens):
             return 0
-        return estimate_tokens(call.endpoint, call.document)
+        progress.measure = measure(call.endpoint, call.document)
+        return self._world.habits.estimate(call.model, progress.measure)
+
+    def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
+        """What an answer used makes the next estimate for its model better."""
+        if usage is not None and progress.measure is not None:
+            self._world.habits.learn(call.model, progress.measure, usage)
 
     def _quota(self, call: Call) -> str | None:
         return call.client.scope or None if self._world.passthrough else None
@@ -198,10 +223,21 @@ class Exchange:
                 return answer.wait
             return answer
 
+        async def ask_everybody(now: float) -> Lease | NoKey | Wait:
+            while True:
+                answer = ask(now)
+                if not isinstance(answer, Lease):
+                    return answer
+                if await self._confirmed(answer, call.model):
+                    return answer
+                now = seams.monotonic()
+
         began = seams.monotonic()
         patience = min(call.patience - progress.queue_ms / 1000, progress.horizon.until - began)
         try:
-            got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
+            got: Lease | NoKey = await self._world.gate.admit(
+                lane, ask if self._world.limiter is None else ask_everybody, patience, call.client.name
+            )
         except TimedOut as error:
             raise _waited_too_long(why, call.model, error.retry_after) from None
         except QueueFull:
@@ -214,6 +250,16 @@ class Exchange:
                 return None
             raise Refusal(got.why, got.detail)
         return got
+
+    async def _confirmed(self, lease: Lease, model: str) -> bool:
+        """Whether a lease holds for the other proxies, too. If not, it is over."""
+        assert self._world.limiter is not None
+        try:
+            return await self._world.limiter.confirm(lease.reservation, lease.key.label, model)
+        except BaseException:
+            if lease.reservation is not None:
+                lease.reservation.cancel()
+            raise
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
@@ -236,6 +282,7 @@ class Exchange:
             return answered
         finally:
             progress.upstream_ms += (seams.monotonic() - began) * 1000
+            progress.went_up |= trip.connected
             if not kept:
                 self.settle(call, lease, tokens, went_up=trip.connected)
 
@@ -243,6 +290,8 @@ class Exchange:
         """Ends a lease: with the tokens used, None where that is unknown; or as if it had never been (contract 7,
         Client gone).
         """
+        if lease.hold is not None:
+            lease.hold.settle(tokens) if went_up else lease.hold.cancel()
         if lease.reservation is not None:
             if went_up:
                 lease.reservation.settle(tokens)

@@ -194,6 +194,7 @@ class Journey:
             progress.upstream_ms += (self.world.seams.monotonic() - began) * 1000
             usage, cost = self._price(call, answered, document)
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            self.exchange.learn(call, progress, usage)
             settled = True
         except TransportFailure as failure:
             raise failure.refusal() from None
@@ -279,6 +280,7 @@ class Journey:
             usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            self.exchange.learn(call, progress, usage)
             sale.usage, sale.cost, sale.answer_model = usage, cost, model
             stored = False
             if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):

@@ -14,13 +14,16 @@ from .config import Settings
 from .config.settings import Cache
 from .core.attempts import Policy, RetryBudget
 from .core.call import Client
+from .core.clients import Clients, Hold
+from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
-from .core.outcome import TransportFailure
+from .core.outcome import Class, TransportFailure
 from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
+from .limiters import RECHECK, Limiter
 from .providers import DIALECTS, Dialect, Site
 from .runs import RunBook
 from .seams import Seams
@@ -66,6 +69,9 @@ class World:
     leases: Leases | None = None
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
+    clients: Clients = field(default_factory=lambda: Clients({}))
+    limiter: Limiter | None = None
+    habits: Habits = field(default_factory=Habits)
     _identities: dict[str, str] = field(default_factory=dict)
 
     def identity(self, model: str) -> str:
@@ -83,6 +89,35 @@ class World:
     def replays(self) -> bool:
         """Nothing goes upstream: answers come from what was recorded, whatever its age and whosever it was."""
         return self.settings.cache.mode == "replay"
+
+    async def hold(self, client: Client, tokens: int) -> Hold | None:
+        """A hold of the client's own limits for a request of `tokens`. Raises Refusal(client_limit …)."""
+        hold = self.clients.hold(client, tokens, self.seams.monotonic())
+        if self.limiter is None:
+            return hold
+        while hold is not None and hold.reservation is not None:
+            try:
+                if await self.limiter.confirm(hold.reservation):
+                    break
+            except BaseException:
+                hold.cancel()
+                raise
+            hold.cancel()
+            hold = self.clients.hold(client, tokens, self.seams.monotonic())
+        return hold
+
+    def learn(self, key: PoolKey, model: str, outcome: Class, wait: float, reason: str) -> None:
+        """Takes note of what an answer teaches of a key, and lets other proxies know."""
+        now = self.seams.monotonic()
+        self.ring.learn(key, model, outcome, now, wait, reason)
+        if self.limiter is not None:
+            states = self.ring.states(key.label, model, now)
+            told = {slot: (state.status.value, state.until - now, state.reason) for slot, state in states.items()}
+            self.limiter.learned(key.label, model, told)
+
+    def adopt(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
+        """Takes over what another proxy has learned of a key."""
+        self.ring.adopt(label, model, status, self.seams.monotonic(), wait, reason)
 
     def upstream_named(self, name: str) -> Upstream | None:
         return next((upstream for upstream in self.upstreams if upstream.site.name == name), None)
@@ -125,20 +160,26 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         for key in spec.keys:
             secret = key.secret.reveal()
             secrets.append(secret)
+            limits = settings.limits_of(spec, key) if settings.throttle.tier else key.limits
             credentials[key.label] = dialect.auth(secret, key.organization, key.project)
-            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, key.limits, key.weight))
+            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight))
         if spec.entra_id:
             keys.append(PoolKey(spec.name, index, spec.models, spec.priority))
         elif not spec.keys:
             label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
             credentials[label] = ()
-            keys.append(PoolKey(label, index, spec.models, spec.priority))
+            limits = settings.limits_of(spec) if settings.throttle.tier else {}
+            keys.append(PoolKey(label, index, spec.models, spec.priority, limits=limits))
     retry = settings.retry
-    ring = KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use)
-    gate = Gate(settings.throttle.max_queue, seams.monotonic)
+    limiter = _limiter(settings, seams) if old is None else old.limiter
+    make = limiter.allowance if limiter is not None else None
+    ring = KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use, make)
+    gate = Gate(settings.throttle.max_queue, seams.monotonic, recheck=RECHECK if limiter else math.inf)
+    clients = Clients({key.name: key.limits for key in settings.server.client_keys}, make)
     if old is not None:
         unchanged = {label for label, headers in credentials.items() if old.credentials.get(label) == headers}
         ring.inherit(old.ring, unchanged, seams.monotonic())
+        clients.inherit(old.clients)
         gate = old.gate
         gate.max_queue = settings.throttle.max_queue
         for spec in settings.upstreams:
@@ -158,9 +199,21 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         passthrough=settings.passthrough,
         runs=_runs(settings, seams, store) if old is None else old.runs,
         leases=_leases(settings, store) if old is None else old.leases,
+        clients=clients,
+        limiter=limiter,
+        habits=Habits() if old is None else old.habits,
         sites=tuple(upstream.site for upstream in upstreams),
         receipts=Receipts() if old is None else old.receipts,
     )
+
+
+def _limiter(settings: Settings, seams: Seams) -> Limiter | None:
+    """Where limits are counted for several proxies; None: here, in memory."""
+    if settings.throttle.backend != "redis" or settings.redis.url is None:
+        return None
+    from .limiters.redis import RedisLimiter
+
+    return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
 
 
 def store_place(settings: Settings, wall: Callable[[], float]) -> Place:
@@ -231,6 +284,10 @@ def configured_clients(settings: Settings) -> tuple[Client, ...]:
     """One for each of `server.client_keys`, in their order."""
     shared = settings.cache.shared
     return tuple(
-        Client(key.name, "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}")
+        Client(
+            key.name,
+            "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}",
+            models=key.models,
+        )
         for key in settings.server.client_keys
     )

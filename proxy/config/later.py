@@ -12,15 +12,9 @@ from typing import Final
 
 NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "server.workers": (),
-    "server.client_keys.*.models": (),
-    "server.client_keys.*.limits.rpm": (),
-    "server.client_keys.*.limits.tpm": (),
-    "server.client_keys.*.limits.concurrency": (),
     "server.client_keys.*.limits.usd_per_day": (),
     "upstreams.*.keys.*.weight": (),
     "selection": ("headroom", "round_robin"),
-    "throttle.backend": (),
-    "throttle.tier": (),
     "retry.fallbacks": (),
     "breaker.failures": (),
     "breaker.window": (),

@@ -26,11 +26,13 @@ def check(settings: Settings, reading: Reading) -> None:
 
 
 def _check_redis(settings: Settings, reading: Reading) -> None:
-    if settings.cache.backend != "redis" or not reading.sound("cache.backend", "redis.url"):
+    backends = {"cache.backend": settings.cache.backend, "throttle.backend": settings.throttle.backend}
+    naming = next((path for path, backend in backends.items() if backend == "redis"), None)
+    if naming is None or not reading.sound(*backends, "redis.url"):
         return
     url = settings.redis.url
     if url is None:
-        reading.fail_at("cache.backend", "expected redis.url (or REDIS_URL) to go with redis, found none")
+        reading.fail_at(naming, "expected redis.url (or REDIS_URL) to go with redis, found none")
     elif not url.reveal().startswith(("redis://", "rediss://", "unix://")):
         reading.fail_at("redis.url", "expected redis://…, rediss://… or unix://…, found something else")
     if len(settings.redis.prefix.encode()) > LONGEST_REDIS_PREFIX:

@@ -21,11 +21,13 @@ CacheStatus = Literal["hit", "miss", "bypass", "partial", "coalesced"]
 @dataclass(frozen=True, slots=True)
 class Client:
     """Who calls. name: the client key's, '' when anonymous; scope: what separates this client's cache from others';
-    auth: (`bearer` or `api-key`, token) of a pass-through client's own credential, to go upstream."""
+    auth: (`bearer` or `api-key`, token) of a pass-through client's own credential, to go upstream;
+    models: globs of those it may use, none: all."""
 
     name: str = ""
     scope: str = ""
     auth: tuple[str, str] | None = None
+    models: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Client(name={self.name!r})"

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from .clients import Hold, Make
 from .lenient import sayable
 from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
 from .outcome import Class
@@ -62,10 +63,12 @@ class PoolKey:
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """A key with its share of the limits reserved; `reservation` is None where no limit applies."""
+    """A key with its share of the limits reserved; `reservation` is None where no limit applies; hold: of its client's
+    own limits."""
 
     key: PoolKey
     reservation: Reservation | None
+    hold: Hold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,22 @@ Strategy = Callable[[Sequence[PoolKey], "KeyRing", str, float], list[PoolKey]]
 _States = OrderedDict[tuple[str, str], KeyState]
 
 
+def _in_memory(where: tuple[str, str], limits: Limits, use: float) -> Allowance:
+    return Allowance(limits, use)
+
+
 class KeyRing:
     """The pool. `strategy` orders ready keys; `limits` are `throttle.limits`; `use` the share of each limit to use."""
 
     def __init__(
-        self, keys: Sequence[PoolKey], strategy: Strategy, limits: Mapping[str, Limits], use: float = 1.0
+        self,
+        keys: Sequence[PoolKey],
+        strategy: Strategy,
+        limits: Mapping[str, Limits],
+        use: float = 1.0,
+        make: Make | None = None,
     ) -> None:
+        self._make = make or _in_memory
         self.keys = tuple(keys)
         self._strategy = strategy
         self._limits = limits
@@ -243,13 +256,18 @@ class KeyRing:
         """The windows as they were before a reload, with what the limits are now; else new ones."""
         before = self._before.pop(where, None)
         if before is None:
-            return Allowance(limits, self._use)
+            return self._make(where, limits, self._use)
         before.change(limits, self._use)
         return before
 
     def _forget(self, now: float) -> None:
         for where in [where for where, allowance in self._allowances.items() if allowance.idle(now)]:
             del self._allowances[where]
+
+    def reset(self) -> None:
+        """Forgets what the limits hold; requests at work keep their permits."""
+        for allowance in self._allowances.values():
+            allowance.reset()
 
     def headroom(self, key: PoolKey, model: str, now: float) -> float:
         """Share of the tightest limit still free, 0..1; 1 without limits."""
@@ -291,6 +309,19 @@ class KeyRing:
         states.move_to_end((label, model))
         while len(states) > _MAX_STATES:
             states.popitem(last=False)
+
+    def states(self, label: str, model: str, now: float) -> dict[str, KeyState]:
+        """What stands against a key's use for `model` now, by kind and the model it is about: `rests *`, `cools M` …"""
+        found = {}
+        for kind, states in (("rests", self._resting), ("cools", self._cooling)):
+            for about in (model, ANY_MODEL):
+                if (state := self._current(states, (label, about), now)) is not None:
+                    found[f"{kind} {about}"] = state
+        return found
+
+    def adopt(self, label: str, model: str, status: str, now: float, wait: float, reason: str) -> None:
+        """Takes over a state that another proxy has learned of."""
+        self._mark(label, model, Status(status), now, now + wait, reason)
 
     # -- after a reload ------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ _EXPOSED: Final = (
     "X-Proxy-Upstream",
     "X-Proxy-Key",
     "X-Proxy-Attempts",
+    "X-Proxy-Client-Limit",
     "X-Proxy-Cost-USD",
     "X-Proxy-Cost-Saved-USD",
     "X-Proxy-Cost-Status",

@@ -15,6 +15,7 @@ from aiohttp.web import BaseRequest
 from ..bought import Bought
 from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
 from ..core.call import Call, Client
+from ..core.clients import check_model
 from ..core.entry import Entry
 from ..core.errors import Refusal
 from ..core.headers import asks_something
@@ -23,7 +24,7 @@ from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
 from ..journey import LARGE, Journey
-from ..providers import model_named
+from ..providers import model_named, models_in_path
 from ..reel import View
 from ..relay import StreamBroken, with_comment
 from ..shelf import Hit, Name, name_of
@@ -141,7 +142,8 @@ class Downstream:
             body = await read_body(request, self._max_body)
             raw = request._message.raw_headers
             name = None
-            if self._fast and _leaves_hits_alone(route.options) and not _asks_something(raw):
+            plain = self._fast and not visit.client.models  # whose model must be read first
+            if plain and _leaves_hits_alone(route.options) and not _asks_something(raw):
                 name = name_of(visit.target, visit.client.scope, body)
                 hit = self._journey.shelf.peek(name)
                 if hit is not None:
@@ -161,6 +163,8 @@ class Downstream:
         """name: where no header asks for anything, by which the answer may be found again."""
         request = visit.request
         call = await self._call(visit, body, plain=name is not None)
+        if visit.client.models:
+            check_model(visit.client, call.model, *models_in_path(self._world.sites, visit.route))
         served = await self._journey.serve(call, self._check_room, name)
         if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)

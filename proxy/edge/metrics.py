@@ -78,6 +78,11 @@ class Metrics:
         self._in_flight = Gauge("openai_proxy_in_flight", "Requests being served.", registry=self.registry)
         self._waiting = Gauge("openai_proxy_queue_depth", "Requests waiting for a key.", registry=self.registry)
         self._keys = Gauge("openai_proxy_keys", "Pool keys by state.", ["state"], registry=self.registry)
+        self._sound = Gauge(
+            "openai_proxy_limits_sound",
+            "1 while limits hold as they should, 0 while the Redis they are shared over is lost.",
+            registry=self.registry,
+        )
         self._entries = Gauge("openai_proxy_cache_entries", "Entries in memory.", registry=self.registry)
         self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
         self._models: set[str] = set()
@@ -162,6 +167,7 @@ class Metrics:
         self._waiting.set(world.gate.depth)
         for state, count in world.ring.counts(world.seams.monotonic()).items():
             self._keys.labels(state).set(count)
+        self._sound.set(world.limiter is None or world.limiter.sound)
         if world.store is not None:
             stats = world.store.memory.stats()
             self._entries.set(stats["entries"])

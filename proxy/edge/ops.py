@@ -58,6 +58,7 @@ class Ops:
             "/_proxy/status": Page(self._status),
             "/_proxy/keys": Page(self._keys),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
+            "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
             _RUNS: Page(self._run),
             "/_proxy/cache": Page(self._cached),
             "/_proxy/cache/": Page(self._cached_one),
@@ -105,6 +106,15 @@ class Ops:
         if path == "/readyz" and self._traffic.draining:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
+
+    async def _reset_limits(self, visit: Visit) -> Whole:
+        """Every window starts afresh, those of clients too; what is at work keeps its permits."""
+        self._world.ring.reset()
+        self._world.clients.reset()
+        if self._world.limiter is not None:
+            self._world.limiter.reset()
+        self._world.gate.notify()
+        return self._json(visit.request, {"reset": True})
 
     async def _metrics_text(self, visit: Visit) -> Whole:
         return self._metrics_page(visit.request)
@@ -172,6 +182,7 @@ class Ops:
             "pass_through": world.passthrough,
             "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
+            "clients": world.clients.report(world.seams.monotonic()),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},

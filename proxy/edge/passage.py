@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from aiohttp.web import BaseRequest
 
@@ -15,6 +16,7 @@ from ..answered import decoded_chunks, read_error
 from ..core.answer import Timing, forward_status
 from ..core.attempts import Attempts, ChangeKey, Deliver, Pause
 from ..core.call import Client
+from ..core.clients import Hold, check_passage
 from ..core.errors import Refusal
 from ..core.headers import downstream_headers, upstream_headers
 from ..core.inflate import Inflater
@@ -45,6 +47,7 @@ class Passage:
         world = self._world
         if world.replays:
             raise Refusal("not_cached", "replay: this route is never cached, and nothing is sent upstream")
+        check_passage(client, request.method, route.segment)
         if options.only_if_cached:
             raise Refusal("not_cached", "this route is never cached, and only-if-cached asks for no other")
         limit = world.settings.server.max_body
@@ -53,6 +56,7 @@ class Passage:
             raise too_large(limit)
         trace = _Trace(world, request, route, client)
         try:
+            trace.hold = await world.hold(client, 0)
             reply, failed = await self._send(request, route, client, options, trace)
         except Refusal as refusal:
             self._finish(trace, refusal.status, refusal.code)
@@ -91,6 +95,7 @@ class Passage:
             trace.upstream, trace.key = upstream.site.name, key.label
             trace.attempts += 1
             now = seams.monotonic()
+            trip = Trip(fresh=fresh)
             reply: UpstreamReply | None = None
             body: bytes | None = None
             failure: TransportFailure | None = None
@@ -102,7 +107,7 @@ class Passage:
                     self._headers(request, client, key, upload),
                     upload.body(),
                     first_byte=max(0.001, min(world.settings.timeouts.first_byte, deadline - now)),
-                    trip=Trip(fresh=fresh),
+                    trip=trip,
                 )
                 outcome = Class.OK
                 if reply.status >= 400:
@@ -112,7 +117,7 @@ class Passage:
                     asked = retry_after(reply.headers, seams.wall())
                     reason = f"{reply.status} {info.code or info.type}".strip()
                     if outcome in (Class.UNAUTHORIZED, Class.QUOTA) and not world.passthrough:
-                        world.ring.learn(key, "", outcome, seams.monotonic(), 0.0, reason)
+                        world.learn(key, "", outcome, 0.0, reason)
             except TransportFailure as error:
                 if reply is not None:
                     reply.close()
@@ -123,6 +128,8 @@ class Passage:
                 if reply is not None:
                     reply.close()
                 raise
+            finally:
+                trace.went_up |= trip.connected
             if outcome is Class.OK:
                 assert reply is not None
                 return reply, None
@@ -226,6 +233,8 @@ class Passage:
             self._finish(trace, status, error)
 
     def _finish(self, trace: _Trace, status: int, error: str) -> None:
+        if trace.hold is not None:
+            trace.hold.settle(0) if trace.went_up else trace.hold.cancel()
         self._observe(trace.receipt(status, error))
 
 
@@ -241,6 +250,9 @@ class _Trace:
         self.upstream = self.key = self.code = ""
         self.attempts = 0
         self.spent = False
+        self.hold: Hold | None = None
+        self.went_up = False
+        self._limits = partial(world.clients.line, client)
 
     def elapsed(self) -> float:
         return (self._seams.monotonic() - self._began) * 1000
@@ -251,7 +263,7 @@ class _Trace:
         went = f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n" if self.upstream else ""
         return (
             f"X-Proxy-Request-Id: {self.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
-            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\n{went}"
+            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\n{went}{self._limits(self._seams.monotonic())}"
             f"X-Proxy-Attempts: {self.attempts}\r\nServer-Timing: {timing.header()}\r\n"
         )
 

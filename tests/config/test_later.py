@@ -8,15 +8,9 @@ from tests.config.kit import Load, problems
 
 REFUSED = {
     "server.workers": "server: {workers: 2}",
-    "server.client_keys.*.models": "server: {client_keys: [{name: a, key: abc, models: [gpt-*]}]}",
-    "server.client_keys.*.limits.rpm": "server: {client_keys: [{name: a, key: abc, limits: {rpm: 1}}]}",
-    "server.client_keys.*.limits.tpm": "server: {client_keys: [{name: a, key: abc, limits: {tpm: 1}}]}",
-    "server.client_keys.*.limits.concurrency": "server: {client_keys: [{name: a, key: abc, limits: {concurrency: 1}}]}",
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
     "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
     "selection": "selection: sticky",
-    "throttle.backend": "throttle: {backend: redis}",
-    "throttle.tier": "throttle: {tier: 3}",
     "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
     "breaker.failures": "breaker: {failures: 6}",
     "breaker.window": "breaker: {window: 31s}",
@@ -74,6 +68,11 @@ def test_a_redis_url_of_the_environment_alone_is_no_mistake(load: Load) -> None:
     ("text", "found"),
     [
         ("cache: {backend: redis}", "settings.yaml:1: cache.backend: expected redis.url"),
+        ("throttle: {backend: redis}", "settings.yaml:1: throttle.backend: expected redis.url"),
+        (
+            "throttle: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
+            "settings.yaml:2: redis.url: expected redis://",
+        ),
         (
             "cache: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
             "settings.yaml:2: redis.url: expected redis://",
