@@ -7,49 +7,41 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import orjson
+from msgspec import structs
 
 from .answered import Answered, seen, understand
+from .core.affinity import HEAD, prefix_of
 from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
 from .core.call import Call
 from .core.edit import set_field, want_usage
 from .core.errors import Refusal
 from .core.estimate import estimate_tokens
+from .core.fallback import asking, fallbacks_for
 from .core.headers import upstream_headers
-from .core.keyring import Held, Lease, NoKey, Status
+from .core.keyring import Held, Lease, NoKey, Wish
 from .core.limits import Wait
 from .core.outcome import (
+    KEY_TROUBLE,
     Class,
-    ErrorInfo,
     TransportFailure,
-    error_info,
-    retry_after,
 )
 from .core.ports import Trip, WayUp
 from .core.routes import printable
 from .gate import QueueFull, TimedOut
+from .verdict import Last, Progress, feel, given, reading
 from .world import Upstream, World
+
+__all__ = ["Exchange", "Progress"]
 
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 """Answers are asked for as they are: they are read, and a stream's compression would hold its events back."""
 
-
-@dataclass(slots=True)
-class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last."""
-
-    attempts: int = 0
-    queue_ms: float = 0.0
-    paused_ms: float = 0.0
-    upstream_ms: float = 0.0
-    upstream: str = ""
-    key: str = ""
-    spent: bool = False
-    no_usable_key: bool = False
+_NOBODY_LEFT: Final = frozenset({"no_usable_key", "request_exceeds_limit", "circuit_open"})
+"""Refusals of the pool that say less than the upstream's own answer does."""
 
 
 class Exchange:
@@ -62,24 +54,63 @@ class Exchange:
 
     async def run(self, call: Call, progress: Progress) -> Answered:
         """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts."""
-        seams, ring = self._world.seams, self._world.ring
+        tied = await self._world.objects.tied_to(self._world.ring, call)
+        first = await self._tried(call, progress, tied)
+        others = fallbacks_for(self._world.settings.retry.fallbacks, call.model)
+        if not others or tied or not progress.exhausted:
+            return given(first)
+        told = progress.spent, progress.no_usable_key
+        kept = False
+        try:
+            for model in others:
+                if call.deadline <= self._world.seams.monotonic():
+                    break
+                progress.spent = progress.no_usable_key = False
+                then = await self._tried(asking(call, model), progress, "")
+                if isinstance(then, Answered):
+                    if then.outcome is Class.OK:
+                        progress.model = model
+                        return then
+                    then.reply.close()
+            kept = True
+            progress.spent, progress.no_usable_key = told
+            return given(first)
+        finally:
+            if not kept and isinstance(first, Answered):
+                first.reply.close()
+
+    async def _tried(self, call: Call, progress: Progress, tied: str) -> Answered | Refusal:
+        """What comes of the call with its own model. `progress.exhausted`: no key or upstream is left to try."""
+        progress.exhausted = False
+        try:
+            return await self._attempts(call, progress, tied)
+        except Refusal as refusal:
+            return refusal
+
+    async def _attempts(self, call: Call, progress: Progress, tied: str) -> Answered:
+        seams, ring, passthrough = self._world.seams, self._world.ring, self._world.passthrough
         policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
         tokens = self._estimate(call)
         excluded: set[str] = set()
         limited: set[str] = set()
-        refused: Answered | None = None
+        visited: set[int] = set()
+        wish = Wish(self._prefix(call), only=tied)
+        last: Last | None = None
         fresh = False
         try:
             while True:
-                lease = await self._lease(call, tokens, frozenset(excluded), progress, last=refused is None)
-                if lease is None:
-                    assert refused is not None
-                    progress.no_usable_key = not self._world.passthrough
-                    final, refused = refused, None
-                    return final
+                try:
+                    lease = await self._lease(call, tokens, frozenset(excluded), progress, wish)
+                except Refusal as refusal:
+                    progress.exhausted = refusal.code != "queue_full"
+                    if last is None or (last.outcome in KEY_TROUBLE and refusal.code not in _NOBODY_LEFT):
+                        raise
+                    final, last = last, None
+                    return final.given(progress, passthrough)
                 upstream = self._world.upstreams[lease.key.upstream]
-                if not attempts.retries:
+                if lease.key.upstream not in visited:
+                    visited.add(lease.key.upstream)
                     upstream.budget.request(seams.monotonic())
                 failure: TransportFailure | None = None
                 answered: Answered | None = None
@@ -93,16 +124,20 @@ class Exchange:
                     self._remember_dislike(upstream, call.model)
                     continue
                 now = seams.monotonic()
+                feel(upstream, answered, failure, now < call.deadline, now)
                 if answered is not None and outcome is Class.OK:
                     ring.learn(lease.key, call.model, outcome, now, 0.0, "")
+                    if answered.is_event_stream:
+                        self._world.objects.note_stream(ring, call, lease.key, answered.first)
                     return answered
-                asked, reason = self._reading(answered, failure, seams.wall())
-                if not self._world.passthrough and not reason.endswith("mismatched_organization"):
+                asked, reason, floor = reading(answered, failure, tokens, seams.wall())
+                if not passthrough:
                     cooling = asked if asked is not None else policy.delay(attempts.retries, seams.random)
-                    ring.learn(lease.key, call.model, outcome, now, cooling, reason)
-                other_key = self._other_key(call, lease, excluded, now)
+                    ring.learn(lease.key, call.model, outcome, now, cooling, reason, floor)
+                other_key = ring.other_ready(lease.key.label, call.model, excluded, now, wish)
                 if outcome is Class.RATE_LIMITED and not other_key:
-                    asked = self._soonest(call, now, asked)
+                    soonest = ring.soonest(call.model, now, wish)
+                    asked = asked if soonest is None else soonest
                 step = attempts.after(
                     outcome,
                     asked_wait=asked,
@@ -110,76 +145,65 @@ class Exchange:
                     other_key=other_key,
                     granted=partial(upstream.budget.take, now),
                 )
+                if isinstance(step, Pause) and ring.all_closed(call.model, lease.key.priority, now, tied):
+                    step = Deliver(spent=True)  # the breaker has opened: nobody here will take it for a while
+                mine = Last(answered, failure, outcome, isinstance(step, Deliver) and step.spent)
                 if isinstance(step, Deliver):
-                    progress.spent = step.spent
-                    if answered is None:
-                        assert failure is not None
-                        raise failure.refusal(step.spent)
-                    return answered
-                if isinstance(step, ChangeKey):
+                    progress.exhausted = attempts.elsewhere(outcome)
+                    higher = not tied and ring.higher(call.model, lease.key.priority, excluded)
+                    if not (progress.exhausted and higher and now < call.deadline):
+                        return mine.given(progress, passthrough)
+                    wish = structs.replace(wish, above=lease.key.priority)
+                elif isinstance(step, ChangeKey):
                     excluded.add(lease.key.label)
                     if outcome is Class.RATE_LIMITED:
                         limited.add(lease.key.label)
-                    refused, answered = answered, refused
-                if answered is not None:
-                    answered.reply.close()
-                if isinstance(step, Fresh):
-                    fresh = True
-                elif isinstance(step, Pause):
-                    await seams.sleep(step.seconds)
-                    progress.paused_ms += step.seconds * 1000
-                    excluded -= limited  # one of them may be ready first: its state decides
+                else:
+                    if answered is not None:
+                        answered.reply.close()
+                    if isinstance(step, Fresh):
+                        fresh = True
+                    else:
+                        await seams.sleep(step.seconds)
+                        progress.paused_ms += step.seconds * 1000
+                        excluded -= limited  # one of them may be ready first: its state decides
+                        wish = structs.replace(wish, avoid=wish.avoid | {lease.key.upstream})
+                    continue
+                if last is not None:
+                    last.close()
+                last = mine
         finally:
-            if refused is not None:
-                refused.reply.close()
+            if last is not None:
+                last.close()
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
     def _estimate(self, call: Call) -> int:
-        if not self._world.ring.limited:
+        if not self._world.ring.counts_tokens:
             return 0
         return estimate_tokens(call.endpoint, call.document)
 
     def _quota(self, call: Call) -> str | None:
         return call.client.scope or None if self._world.passthrough else None
 
-    def _other_key(self, call: Call, lease: Lease, excluded: set[str], now: float) -> bool:
-        ring = self._world.ring
-        return any(
-            key.label != lease.key.label
-            and key.label not in excluded
-            and ring.state(key.label, call.model, now) is None
-            for group in ring.serving(call.model)
-            for key in group
-        )
-
-    def _soonest(self, call: Call, now: float, asked: float | None) -> float | None:
-        """Seconds until the first of the cooling keys is ready again; what the last one `asked` where none has a
-        state.
-        """
-        ring = self._world.ring
-        states = [ring.state(key.label, call.model, now) for group in ring.serving(call.model) for key in group]
-        waits = [state.until - now for state in states if state is not None and state.status is Status.COOLING]
-        return min(waits, default=asked)
-
     def _lane(self, call: Call) -> str:
         quota = self._quota(call)
         return f"{call.model} {quota}" if quota else call.model
 
-    async def _lease(
-        self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, *, last: bool
-    ) -> Lease | None:
-        """A key with its limits reserved, after waiting for it if need be.
+    def _prefix(self, call: Call) -> bytes:
+        if len(self._world.ring.keys) == 1 or len(call.body) < HEAD:
+            return b""
+        return prefix_of(call.endpoint, call.document, call.model)
 
-        None: no key is left, but the answer of one that refused can be delivered; Refusal where that was the `last`.
-        """
+    async def _lease(self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, wish: Wish) -> Lease:
+        """A key with its limits reserved, after waiting for it if need be. Raises Refusal."""
         ring, seams = self._world.ring, self._world.seams
         quota, lane = self._quota(call), self._lane(call)
         why = "throttled"
 
         def ask(now: float) -> Lease | NoKey | Wait:
             nonlocal why
-            answer = ring.lease(call.model, tokens, excluded, now, quota)
+            answer = ring.lease(call.model, tokens, excluded, now, quota, wish)
             if isinstance(answer, Held):
                 why = answer.why
                 return answer.wait
@@ -197,9 +221,7 @@ class Exchange:
         finally:
             progress.queue_ms += (seams.monotonic() - began) * 1000
         if isinstance(got, NoKey):
-            if not last:
-                return None
-            raise Refusal(got.why, got.detail)
+            raise Refusal(got.why, got.detail, retry_after=got.retry_after)
         return got
 
     # -- one call -----------------------------------------------------------------------------------------------------
@@ -253,6 +275,7 @@ class Exchange:
             trip=trip,
         )
         try:
+            world.ring.told(lease.key, call.model, reply.headers, world.seams.monotonic(), self._quota(call))
             answered = seen(reply, upstream, lease, injected, began)
             if answered.status >= 400 or answered.is_event_stream:
                 async with asyncio.timeout(max(0.0, call.deadline - world.seams.monotonic())):
@@ -292,15 +315,6 @@ class Exchange:
         if len(self._no_stream_options) >= 1000:
             self._no_stream_options.clear()  # not: stop learning, for then a request would go round in circles
         self._no_stream_options.add((upstream.site.name, model))
-
-    def _reading(
-        self, answered: Answered | None, failure: TransportFailure | None, wall: float
-    ) -> tuple[float | None, str]:
-        """(seconds the upstream asks to wait, the reason in a few words)."""
-        if answered is None:
-            return None, failure.detail if failure else ""
-        info = error_info(answered.body) if answered.body is not None else ErrorInfo()
-        return retry_after(answered.reply.headers, wall), f"{answered.status} {info.code or info.type}".strip()
 
 
 def _waited_too_long(why: str, model: str, seconds: float) -> Refusal:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+from msgspec import structs
 
 from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
@@ -24,6 +25,7 @@ from .core.cacheability import StreamAudit, is_deterministic, plain_complete, re
 from .core.call import CachePlan, Call
 from .core.entry import Entry, Form
 from .core.errors import Refusal
+from .core.fallback import asking
 from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
 from .core.forms import converted, other_form
 from .core.headers import Raw, downstream_headers, storable_headers
@@ -32,6 +34,7 @@ from .core.outcome import TransportFailure
 from .core.ports import WayUp
 from .core.pricing import Cost, usd
 from .core.receipt import Receipt
+from .core.routes import printable
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
 from .relay import Ending, Flow
@@ -195,6 +198,8 @@ class Journey:
         progress = Progress()
         try:
             answered = await self.exchange.run(call, progress)
+            if progress.model:  # another model answers: it is priced as such and never stored under this one
+                call, plan = asking(call, progress.model), structs.replace(plan, write=False)
             if answered.body is not None:
                 return self._error_answer(call, plan, answered, progress)
             if answered.is_stream or answered.opaque:
@@ -236,6 +241,7 @@ class Journey:
             usage, cost = self._price(call, answered, document)
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
             settled = True
+            self.world.objects.note(self.world.ring, call, answered.lease.key, document)
         except TransportFailure as failure:
             raise failure.refusal() from None
         finally:
@@ -299,7 +305,7 @@ class Journey:
         world = self.world
         sse = answered.is_stream and not answered.opaque
         audit = StreamAudit(call.endpoint, call.document) if sse else None
-        headers = self._headers(answered)
+        headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent else b"")
         began = answered.sent_at
 
         def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:
@@ -339,6 +345,8 @@ class Journey:
         lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
         if progress.no_usable_key:
             lines += "X-Proxy-Error: no_usable_key\r\n"
+        if progress.spent:
+            lines += "X-Should-Retry: false\r\n"
         return Bought(answered.status, answered.reply.reason, headers, lines, None, flow)
 
     # -- what every answer needs --------------------------------------------------------------------------------------
@@ -426,10 +434,11 @@ class Journey:
         detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
         key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
         went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
+        other = f"X-Proxy-Model: {printable(progress.model)}\r\n" if progress.model else ""
         return (
             f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\nX-Proxy-Cache-Reason: {plan.reason}\r\n"
             f"Cache-Status: {forward_status(plan.forward, detail, stored)}\r\n{key}"
-            f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
+            f"{went}{other}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
         )
 
     def _record(

@@ -9,11 +9,14 @@ from typing import Final
 
 from .config import Settings
 from .core.attempts import Policy, RetryBudget
+from .core.breaker import Breaker, Trip
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
+from .core.learned import Learned
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
+from .objects import Objects
 from .providers import DIALECTS, Dialect, Site
 from .seams import Seams
 from .selection import STRATEGIES
@@ -34,6 +37,7 @@ class Upstream:
     prices: PriceTable
     budget: RetryBudget
     cache_as: str | None
+    breaker: Breaker
 
     def identity(self, model: str) -> str:
         return self.cache_as or self.dialect.identity(self.site, model)
@@ -51,6 +55,7 @@ class World:
     policy: Policy
     gate: Gate
     store: TieredStore | None
+    objects: Objects
     masker: Masker
     passthrough: bool
     receipts: Receipts = field(default_factory=Receipts)
@@ -82,7 +87,8 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         dialect = DIALECTS[spec.kind]
         prices = PriceTable({**settings.cost.prices, **spec.prices})
         budget = RetryBudget(settings.retry.budget)
-        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as))
+        breaker = Breaker(Trip(settings.breaker.failures, settings.breaker.window, settings.breaker.open_for))
+        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as, breaker))
         for key in spec.keys:
             secret = key.secret.reveal()
             secrets.append(secret)
@@ -97,11 +103,19 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         settings=settings,
         seams=seams,
         upstreams=tuple(upstreams),
-        ring=KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use),
+        ring=KeyRing(
+            keys,
+            STRATEGIES[settings.selection],
+            settings.throttle.limits,
+            settings.throttle.use,
+            breakers=[upstream.breaker for upstream in upstreams],
+            learned=Learned() if settings.throttle.adaptive else None,
+        ),
         credentials=credentials,
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=Gate(settings.throttle.max_queue, seams.monotonic),
         store=_store(settings, seams),
+        objects=Objects(seams.wall),
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         sites=tuple(upstream.site for upstream in upstreams),

@@ -44,7 +44,7 @@ def test_what_there_is() -> None:
 @given(count=st.integers(1, 6), now=st.floats(0, 1e6))
 def test_every_strategy_returns_all_keys_it_was_given(strategy: str, count: int, now: float) -> None:
     pool = ring(strategy, count, {"*": Limits(rpm=5)})
-    order = STRATEGIES[strategy](pool.keys, pool, M, now)
+    order = STRATEGIES[strategy](pool.keys, pool, M, now, b"")
     assert sorted(key.label for key in order) == sorted(key.label for key in pool.keys)
 
 

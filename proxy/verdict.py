@@ -1,0 +1,96 @@
+"""What one attempt came to: what it says to the client, to the key ring and to the upstream's breaker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .answered import Answered
+from .core.errors import Refusal
+from .core.outcome import (
+    KEY_TROUBLE,
+    Class,
+    ErrorInfo,
+    TransportFailure,
+    dimension_of,
+    error_info,
+    retry_after,
+)
+from .world import Upstream
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
+
+    spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered.
+    """
+
+    attempts: int = 0
+    queue_ms: float = 0.0
+    paused_ms: float = 0.0
+    upstream_ms: float = 0.0
+    upstream: str = ""
+    key: str = ""
+    spent: bool = False
+    no_usable_key: bool = False
+    exhausted: bool = False
+    model: str = ""
+
+
+def reading(
+    answered: Answered | None, failure: TransportFailure | None, tokens: int, wall: float
+) -> tuple[float | None, str, int]:
+    """(seconds the upstream asks to wait, the reason in a few words, the least tokens that a limit holds back)."""
+    if answered is None:
+        return None, failure.detail if failure else "", 0
+    info = error_info(answered.body) if answered.body is not None else ErrorInfo()
+    headers = answered.reply.headers
+    limit = dimension_of(headers, info) if answered.status == 429 else None
+    reason = f"{answered.status} {info.code or info.type}".strip() + (f" ({limit})" if limit else "")
+    return retry_after(headers, wall, info), reason, tokens if limit == "tokens" else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """What came of the last attempt, held while another key or upstream is tried."""
+
+    answered: Answered | None
+    failure: TransportFailure | None
+    outcome: Class
+    spent: bool
+
+    def given(self, progress: Progress, passthrough: bool) -> Answered:
+        """It is the client's. Raises Refusal where there was no answer."""
+        progress.no_usable_key = self.outcome in KEY_TROUBLE and self.outcome is not Class.TOO_LARGE and not passthrough
+        progress.spent = self.spent or self.outcome is Class.TOO_LARGE
+        if self.answered is None:
+            assert self.failure is not None
+            raise self.failure.refusal(self.spent)
+        return self.answered
+
+    def close(self) -> None:
+        if self.answered is not None:
+            self.answered.reply.close()
+
+
+def given(result: Answered | Refusal) -> Answered:
+    if isinstance(result, Refusal):
+        raise result
+    return result
+
+
+def feel(
+    upstream: Upstream, answered: Answered | None, failure: TransportFailure | None, in_time: bool, now: float
+) -> None:
+    """Tells the upstream's breaker. in_time: it was not this request's own deadline that ended the wait."""
+    if answered is not None:
+        broken = answered.status >= 500 or (answered.status < 400 and answered.outcome is Class.RETRY)
+    else:
+        assert failure is not None
+        if failure.kind == "stale" or (failure.kind == "timeout" and not in_time):
+            return
+        broken = True
+    if broken:
+        upstream.breaker.failed(now)
+    else:
+        upstream.breaker.succeeded()
