@@ -25,14 +25,13 @@ from .core.headers import upstream_headers
 from .core.keyring import Held, Lease, NoKey, Wish
 from .core.limits import Wait
 from .core.outcome import (
-    KEY_TROUBLE,
     Class,
     TransportFailure,
 )
 from .core.ports import Trip, WayUp
 from .core.routes import printable
 from .gate import QueueFull, TimedOut
-from .verdict import Last, Progress, feel, given, reading
+from .verdict import Last, Progress, broken, given, reading
 from .world import Upstream, World
 
 __all__ = ["Exchange", "Progress"]
@@ -95,6 +94,7 @@ class Exchange:
         excluded: set[str] = set()
         limited: set[str] = set()
         visited: set[int] = set()
+        failing: set[int] = set()
         wish = Wish(self._prefix(call), only=tied)
         last: Last | None = None
         fresh = False
@@ -104,7 +104,7 @@ class Exchange:
                     lease = await self._lease(call, tokens, frozenset(excluded), progress, wish)
                 except Refusal as refusal:
                     progress.exhausted = refusal.code != "queue_full"
-                    if last is None or (last.outcome in KEY_TROUBLE and refusal.code not in _NOBODY_LEFT):
+                    if last is None or (last.waits and refusal.code not in _NOBODY_LEFT):
                         raise
                     final, last = last, None
                     return final.given(progress, passthrough)
@@ -124,7 +124,11 @@ class Exchange:
                     self._remember_dislike(upstream, call.model)
                     continue
                 now = seams.monotonic()
-                feel(upstream, answered, failure, now < call.deadline, now)
+                if not broken(answered, failure):
+                    upstream.breaker.succeeded()
+                    failing.discard(lease.key.upstream)
+                elif now < call.deadline:  # else it may be this request's impatience
+                    failing.add(lease.key.upstream)
                 if answered is not None and outcome is Class.OK:
                     ring.learn(lease.key, call.model, outcome, now, 0.0, "")
                     if answered.is_event_stream:
@@ -147,34 +151,36 @@ class Exchange:
                 )
                 if isinstance(step, Pause) and ring.all_closed(call.model, lease.key.priority, now, tied):
                     step = Deliver(spent=True)  # the breaker has opened: nobody here will take it for a while
-                mine = Last(answered, failure, outcome, isinstance(step, Deliver) and step.spent)
+                spent = isinstance(step, Deliver) and step.spent
+                mine = Last(answered, failure, outcome, spent or isinstance(step, Pause), not isinstance(step, Deliver))
                 if isinstance(step, Deliver):
                     progress.exhausted = attempts.elsewhere(outcome)
                     higher = not tied and ring.higher(call.model, lease.key.priority, excluded)
                     if not (progress.exhausted and higher and now < call.deadline):
                         return mine.given(progress, passthrough)
                     wish = structs.replace(wish, above=lease.key.priority)
-                elif isinstance(step, ChangeKey):
-                    excluded.add(lease.key.label)
-                    if outcome is Class.RATE_LIMITED:
-                        limited.add(lease.key.label)
-                else:
-                    if answered is not None:
-                        answered.reply.close()
-                    if isinstance(step, Fresh):
-                        fresh = True
-                    else:
-                        await seams.sleep(step.seconds)
-                        progress.paused_ms += step.seconds * 1000
-                        excluded -= limited  # one of them may be ready first: its state decides
-                        wish = structs.replace(wish, avoid=wish.avoid | {lease.key.upstream})
-                    continue
                 if last is not None:
                     last.close()
                 last = mine
+                if isinstance(step, ChangeKey):
+                    excluded.add(lease.key.label)
+                    if outcome is Class.RATE_LIMITED:
+                        limited.add(lease.key.label)
+                elif isinstance(step, Fresh):
+                    fresh = True
+                elif isinstance(step, Pause):
+                    mine.close()  # no connection waits with us
+                    if answered is not None and answered.body is None:
+                        last = None  # a stream, which cannot be given any more
+                    await seams.sleep(step.seconds)
+                    progress.paused_ms += step.seconds * 1000
+                    excluded -= limited  # one of them may be ready first: its state decides
+                    wish = structs.replace(wish, avoid=wish.avoid | {lease.key.upstream})
         finally:
             if last is not None:
                 last.close()
+            for index in failing:  # once a request, and only where its retries did not help: one alone trips nothing
+                self._world.upstreams[index].breaker.failed(seams.monotonic())
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 

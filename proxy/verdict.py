@@ -13,9 +13,9 @@ from .core.outcome import (
     TransportFailure,
     dimension_of,
     error_info,
+    read_number,
     retry_after,
 )
-from .world import Upstream
 
 
 @dataclass(slots=True)
@@ -47,17 +47,23 @@ def reading(
     headers = answered.reply.headers
     limit = dimension_of(headers, info) if answered.status == 429 else None
     reason = f"{answered.status} {info.code or info.type}".strip() + (f" ({limit})" if limit else "")
-    return retry_after(headers, wall, info), reason, tokens if limit == "tokens" else 0
+    left = read_number(headers.get("x-ratelimit-remaining-tokens")) if limit == "tokens" else None
+    floor = int(left) + 1 if left and left < tokens else 0
+    return retry_after(headers, wall, info), reason, floor
 
 
 @dataclass(frozen=True, slots=True)
 class Last:
-    """What came of the last attempt, held while another key or upstream is tried."""
+    """What came of the last attempt, held while another key or upstream is tried, or the same again.
+
+    waits: a key may still be waited for, so that being told to wait longer is the better answer.
+    """
 
     answered: Answered | None
     failure: TransportFailure | None
     outcome: Class
     spent: bool
+    waits: bool
 
     def given(self, progress: Progress, passthrough: bool) -> Answered:
         """It is the client's. Raises Refusal where there was no answer."""
@@ -79,18 +85,8 @@ def given(result: Answered | Refusal) -> Answered:
     return result
 
 
-def feel(
-    upstream: Upstream, answered: Answered | None, failure: TransportFailure | None, in_time: bool, now: float
-) -> None:
-    """Tells the upstream's breaker. in_time: it was not this request's own deadline that ended the wait."""
-    if answered is not None:
-        broken = answered.status >= 500 or (answered.status < 400 and answered.outcome is Class.RETRY)
-    else:
-        assert failure is not None
-        if failure.kind == "stale" or (failure.kind == "timeout" and not in_time):
-            return
-        broken = True
-    if broken:
-        upstream.breaker.failed(now)
-    else:
-        upstream.breaker.succeeded()
+def broken(answered: Answered | None, failure: TransportFailure | None) -> bool:
+    """Whether it speaks against the upstream's health."""
+    if answered is None:
+        return failure is not None and failure.kind != "stale"
+    return answered.status >= 500 or (answered.status < 400 and answered.outcome is Class.RETRY)

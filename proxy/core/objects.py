@@ -1,4 +1,4 @@
-"""Objects stored upstream: which ones a request names, which an answer made, and which key may see them (contract 7)."""
+"""Objects stored upstream: what a request names, what an answer made, which key may see it (contract 7)."""
 
 from __future__ import annotations
 

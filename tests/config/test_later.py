@@ -19,8 +19,6 @@ REFUSED = {
     "upstreams.*.proxy": "upstreams: [{proxy: 'http://u:hunter2@p:1'}]",
     "upstreams.*.ca_file": "upstreams: [{ca_file: /ca.pem}]",
     "upstreams.*.keys.*.key_command": "upstreams: [{keys: [{key_command: [a]}]}]",
-    "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
-    "selection": "selection: sticky",
     "cache.mode": "cache: {mode: replay}",
     "cache.cassette": "cache: {cassette: c.jsonl}",
     "cache.store_requests": "cache: {store_requests: true}",
@@ -29,10 +27,6 @@ REFUSED = {
     "cache.on_disconnect": "cache: {on_disconnect: finish}",
     "throttle.backend": "throttle: {backend: redis}",
     "throttle.tier": "throttle: {tier: 3}",
-    "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
-    "breaker.failures": "breaker: {failures: 6}",
-    "breaker.window": "breaker: {window: 31s}",
-    "breaker.open_for": "breaker: {open_for: 16s}",
     "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
@@ -50,9 +44,6 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 
 
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    assert problems(load, "selection: sticky") == [
-        "settings.yaml:1: selection: 'sticky' is not yet available (usable now: auto, headroom, round_robin)"
-    ]
     assert problems(load, None, cache__mode="replay", server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
         "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",

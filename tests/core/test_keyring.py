@@ -438,13 +438,13 @@ def test_a_bad_key_is_never_chosen_while_a_ready_one_has_room(
         learn(ring, name, outcome, now, wait)
         ready = [key for key in ring.keys if ring.state(key.label, M, now) is None]
         room = [key for key in ready if ring.headroom(key, M, now) > 0]
-        before = {key: ring.state(key.label, M, now) for key in ring.keys}
+        before = {key.label: ring.state(key.label, M, now) for key in ring.keys}
         answer = ring.lease(M, 1, NOBODY, now)
         if room:
             assert isinstance(answer, Lease)
             assert answer.key in room
         elif isinstance(answer, Lease):
-            state = before[answer.key]
+            state = before[answer.key.label]
             assert state is not None
             assert state.status is Status.MISSING
         elif isinstance(answer, Held):
