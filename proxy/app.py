@@ -133,6 +133,7 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
         app.ops.address = address
         if app.world.store is not None:
             await app.world.store.open()
+        await app.world.objects.open()
         lines = start_up_text(loaded, app.world, address, ops_address)
         if extra_lines is not None:
             lines += extra_lines(address)
@@ -184,6 +185,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     await app.way_up.close()
     if app.world.store is not None:
         await app.world.store.close()
+    await app.world.objects.close()
     _remove_socket(settings.server.socket)
 
 

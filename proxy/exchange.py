@@ -27,11 +27,12 @@ from .core.limits import Wait
 from .core.outcome import (
     Class,
     TransportFailure,
+    broken,
 )
 from .core.ports import Trip, WayUp
 from .core.routes import printable
 from .gate import QueueFull, TimedOut
-from .verdict import Last, Progress, broken, given, reading
+from .verdict import Last, Progress, given, reading
 from .world import Upstream, World
 
 __all__ = ["Exchange", "Progress"]
@@ -124,7 +125,7 @@ class Exchange:
                     self._remember_dislike(upstream, call.model)
                     continue
                 now = seams.monotonic()
-                if not broken(answered, failure):
+                if not broken(outcome, answered.status if answered is not None else None):
                     upstream.breaker.succeeded()
                     failing.discard(lease.key.upstream)
                 elif now < call.deadline:  # else it may be this request's impatience

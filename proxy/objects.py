@@ -32,6 +32,14 @@ class Objects:
         self._makers = Makers()
         self.shared = shared
 
+    async def open(self) -> None:
+        if self.shared is not None:
+            await self.shared.open()
+
+    async def close(self) -> None:
+        if self.shared is not None:
+            await self.shared.close()
+
     def made(self, ids: list[str], label: str) -> None:
         """These objects are seen by that key."""
         wall = self._wall()

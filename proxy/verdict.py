@@ -83,10 +83,3 @@ def given(result: Answered | Refusal) -> Answered:
     if isinstance(result, Refusal):
         raise result
     return result
-
-
-def broken(answered: Answered | None, failure: TransportFailure | None) -> bool:
-    """Whether it speaks against the upstream's health."""
-    if answered is None:
-        return failure is not None and failure.kind != "stale"
-    return answered.status >= 500 or (answered.status < 400 and answered.outcome is Class.RETRY)

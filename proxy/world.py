@@ -16,7 +16,7 @@ from .core.learned import Learned
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
-from .objects import Objects
+from .objects import Objects, Shared
 from .providers import DIALECTS, Dialect, Site
 from .seams import Seams
 from .selection import STRATEGIES
@@ -115,7 +115,7 @@ def compile_world(settings: Settings, seams: Seams) -> World:
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=Gate(settings.throttle.max_queue, seams.monotonic),
         store=_store(settings, seams),
-        objects=Objects(seams.wall),
+        objects=Objects(seams.wall, _shared_objects(settings, len(keys))),
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         sites=tuple(upstream.site for upstream in upstreams),
@@ -137,6 +137,15 @@ def _store(settings: Settings, seams: Seams) -> TieredStore | None:
 
         slower = RedisStore(settings.redis.url.reveal(), settings.redis.prefix, cache.max_entry, wall=seams.wall)
     return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+
+
+def _shared_objects(settings: Settings, keys: int) -> Shared | None:
+    """Redis, where something else of ours is in it already and there is more than one key to choose from."""
+    if keys < 2 or settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
+        return None
+    from .stores.redis_objects import RedisObjects
+
+    return RedisObjects(settings.redis.url.reveal(), settings.redis.prefix)
 
 
 def scope_of_credential(scheme: str, token: str, *parts: str) -> str:

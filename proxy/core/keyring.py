@@ -275,6 +275,11 @@ class KeyRing:
         allowance = self.allowance(key, model, now)
         return free if allowance is None else min(free, allowance.headroom(now))
 
+    def by_headroom(self, keys: Sequence[PoolKey], model: str, now: float) -> list[PoolKey]:
+        """Most headroom first; ties, and keys without known limits, by least recent use."""
+        # Rounded, so that a hair's difference between two idle keys does not pin all traffic to one of them.
+        return sorted(keys, key=lambda k: (-round(self.headroom(k, model, now), 2), self.last_used.get(k.label, 0)))
+
     # -- what an answer teaches ------------------------------------------------------------------------------------
 
     def told(self, key: PoolKey, model: str, headers: Mapping[str, str], now: float, quota: str | None = None) -> None:

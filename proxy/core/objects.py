@@ -76,6 +76,31 @@ def made_by(document: object) -> list[str]:
     return found
 
 
+class Copy:
+    """The beginning of an answer that flows by, copied to see which object it brings; bounded, for it may be large."""
+
+    LIMIT: Final = 256 * 1024
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] | None = []
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> None:
+        if self._parts is not None:
+            self._size += len(chunk)
+            if self._size > self.LIMIT:
+                self._parts = None
+            else:
+                self._parts.append(chunk)
+
+    def ids(self) -> list[str]:
+        """What the whole answer brings; nothing where it was too large, compressed or no JSON."""
+        try:
+            return made_by(orjson.loads(b"".join(self._parts))) if self._parts else []
+        except orjson.JSONDecodeError:
+            return []
+
+
 def made_by_event(data: bytes) -> list[str]:
     """The id in the first event of a streamed answer of the Responses API (`response.created`)."""
     if b'"response"' not in data:

@@ -167,6 +167,13 @@ def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
     return Class.FINAL
 
 
+def broken(outcome: Class, status: int | None) -> bool:
+    """Whether an outcome speaks against the upstream's health. status: None where no answer came."""
+    if status is None:
+        return outcome is not Class.STALE
+    return status >= 500 or (status < 400 and outcome is Class.RETRY)
+
+
 def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
     """(status to act on, error) where the payload of a stream's first event is an error; None where it is not."""
     if b'"error"' not in data:
@@ -197,8 +204,8 @@ def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NOTH
     """Seconds the upstream asks us to wait, clamped to 0..`MAX_WAIT`; None where it says nothing we understand.
 
     `retry-after-ms` first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or `6m0s`;
-    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0, or that the error names (a reset of 0 or -1 says
-    nothing: Azure sends it). wall: Unix time, for dates.
+    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0, or untold where the error names it (a reset of 0
+    or -1 says nothing: Azure sends it). wall: Unix time, for dates.
     """
     millis = read_number(headers.get("retry-after-ms"))
     if millis is not None:
@@ -215,7 +222,8 @@ def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NOTH
     named = dimension_of(headers, error)
     waits = []
     for dimension in ("requests", "tokens"):
-        if dimension == named or read_number(headers.get(f"x-ratelimit-remaining-{dimension}")) == 0:
+        remaining = headers.get(f"x-ratelimit-remaining-{dimension}")
+        if read_number(remaining) == 0 or (remaining is None and dimension == named):
             waits.append(read_reset(headers.get(f"x-ratelimit-reset-{dimension}")) or 0.0)
     return _clamp(max(waits)) if any(waits) else None
 

@@ -14,8 +14,9 @@ FREE: Final = 0.2
 
 
 def auto(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
-    room = {key.label: round(ring.headroom(key, model, now), 2) for key in keys}
+    order = ring.by_headroom(keys, model, now)
     home = ring.affinity.home(prefix, now) if prefix else None
-    if home is not None and room.get(home, 0.0) <= FREE:
-        home = None
-    return sorted(keys, key=lambda key: (key.label != home, -room[key.label], ring.last_used.get(key.label, 0)))
+    for key in order:
+        if key.label == home and ring.headroom(key, model, now) > FREE:
+            return [key, *(other for other in order if other is not key)]
+    return order

@@ -9,10 +9,9 @@ import hashlib
 from collections.abc import Sequence
 
 from ..core.keyring import KeyRing, PoolKey
-from .headroom import headroom
 
 
 def sticky(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
     if not prefix:
-        return headroom(keys, ring, model, now)
+        return ring.by_headroom(keys, model, now)
     return sorted(keys, key=lambda key: hashlib.sha256(prefix + key.label.encode()).digest())
