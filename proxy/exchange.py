@@ -132,6 +132,7 @@ class Exchange:
                     failing.add(lease.key.upstream)
                 if answered is not None and outcome is Class.OK:
                     ring.learn(lease.key, call.model, outcome, now, 0.0, "")
+                    self._world.gate.notify(self._lane(call))  # the key works, and said what room it has
                     if answered.is_event_stream:
                         self._world.objects.note_stream(ring, call, lease.key, answered.first)
                     return answered

@@ -326,8 +326,6 @@ class KeyRing:
             if self._learned is not None:
                 told = ((model, self._learned.usage((quota, model), now)) for model in self._learned.models(quota))
                 row["learned"] = {sayable(model): use for model, use in told if use}
-            if key.upstream < len(self._breakers):
-                row["upstream_state"] = self._breakers[key.upstream].state(now)
             rows.append(row)
         return rows
 

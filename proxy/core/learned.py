@@ -69,9 +69,9 @@ def rooms_told(headers: Mapping[str, str], now: float) -> Iterator[tuple[Dimensi
         limit = read_number(headers.get(f"x-ratelimit-limit-{dimension}")) or 0.0
         if limit > _MOST:
             limit = 0.0
-        if limit == 0.0 and remaining == 0.0:
-            continue  # Azure answers zeros where it tells nothing
         reset = read_reset(headers.get(f"x-ratelimit-reset-{dimension}"))
+        if remaining == 0.0 and (reset is None or limit == 0.0):
+            continue  # Azure and lookalikes answer zeros where they tell nothing
         yield dimension, Room(max(limit, remaining) if limit else 0.0, remaining, min(reset or LONGEST, LONGEST), now)
 
 

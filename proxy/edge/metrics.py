@@ -74,6 +74,12 @@ class Metrics:
         self._in_flight = Gauge("openai_proxy_in_flight", "Requests being served.", registry=self.registry)
         self._waiting = Gauge("openai_proxy_queue_depth", "Requests waiting for a key.", registry=self.registry)
         self._keys = Gauge("openai_proxy_keys", "Pool keys by state.", ["state"], registry=self.registry)
+        self._open = Gauge(
+            "openai_proxy_upstream_open",
+            "1 while an upstream is left alone after failures (the circuit breaker is open or half open).",
+            ["upstream"],
+            registry=self.registry,
+        )
         self._entries = Gauge("openai_proxy_cache_entries", "Entries in memory.", registry=self.registry)
         self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
         self._models: set[str] = set()
@@ -152,6 +158,9 @@ class Metrics:
         self._waiting.set(world.gate.depth)
         for state, count in world.ring.counts(world.seams.monotonic()).items():
             self._keys.labels(state).set(count)
+        for upstream in world.upstreams:
+            state = upstream.breaker.state(world.seams.monotonic())
+            self._open.labels(upstream.site.name).set(state != "closed")
         if world.store is not None:
             stats = world.store.memory.stats()
             self._entries.set(stats["entries"])

@@ -49,7 +49,7 @@ class Ops:
         if path == "/_proxy/status":
             return self._json(request, await self.status(in_flight))
         if path == "/_proxy/keys":
-            return self._json(request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
+            return self._json(request, self._keys())
         raise unknown_route(path)
 
     async def handle_probe(self, request: BaseRequest, path: str, in_flight: int) -> Whole:
@@ -99,6 +99,22 @@ class Ops:
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},
             "settings": plain(settings),
+        }
+
+    def _keys(self) -> dict[str, Any]:
+        """The pool: keys by their labels, never the keys; and which upstreams are left alone."""
+        world = self._world
+        now = world.seams.monotonic()
+        return {
+            "keys": world.ring.report(now),
+            "upstreams": [
+                {
+                    "name": upstream.site.name,
+                    "state": upstream.breaker.state(now),
+                    "until_s": round(upstream.breaker.wait(now), 3),
+                }
+                for upstream in world.upstreams
+            ],
         }
 
     def _json(self, request: BaseRequest, document: object, status: int = 200) -> Whole:
