@@ -322,6 +322,7 @@ _EXPOSED: Final = (
     "X-Proxy-Upstream",
     "X-Proxy-Key",
     "X-Proxy-Attempts",
+    "X-Proxy-Model",
     "X-Proxy-Cost-USD",
     "X-Proxy-Cost-Saved-USD",
     "X-Proxy-Cost-Status",
