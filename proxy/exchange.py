@@ -40,9 +40,6 @@ __all__ = ["Exchange", "Progress"]
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 """Answers are asked for as they are: they are read, and a stream's compression would hold its events back."""
 
-_NOBODY_LEFT: Final = frozenset({"no_usable_key", "request_exceeds_limit", "circuit_open"})
-"""Refusals of the pool that say less than the upstream's own answer does."""
-
 
 class Exchange:
     """Runs calls against the upstreams of a world."""
@@ -105,7 +102,7 @@ class Exchange:
                     lease = await self._lease(call, tokens, frozenset(excluded), progress, wish)
                 except Refusal as refusal:
                     progress.exhausted = refusal.code != "queue_full"
-                    if last is None or (last.waits and refusal.code not in _NOBODY_LEFT):
+                    if last is None or last.says_less_than(refusal.code):
                         raise
                     final, last = last, None
                     return final.given(progress, passthrough)

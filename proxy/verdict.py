@@ -74,6 +74,12 @@ class Last:
             raise self.failure.refusal(self.spent)
         return self.answered
 
+    def says_less_than(self, code: str) -> bool:
+        """Whether a refusal of the pool is the better answer: one that tells when another try can succeed."""
+        if code == "circuit_open":
+            return self.outcome in KEY_TROUBLE
+        return self.waits and code not in ("no_usable_key", "request_exceeds_limit")
+
     def close(self) -> None:
         if self.answered is not None:
             self.answered.reply.close()

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from .affinity import Affinity
 from .breaker import Breaker
-from .keystates import ANY_MODEL, REST, KeyState, KeyStates, Status
+from .keystates import ANY_MODEL, PROBE_COOL, REST, KeyState, KeyStates, Status
 from .learned import Learned, Where
 from .lenient import sayable
 from .limits import Allowance, Limits, Never, Reservation, Wait, limits_for
@@ -115,12 +115,15 @@ class KeyRing:
         return groups
 
     def other_ready(self, but: str, model: str, excluded: set[str], now: float, wish: Wish = ANY_KEY) -> bool:
-        """Whether another key than `but` could be used now."""
+        """Whether another key than `but` could be used now, or as good as now."""
         return any(
             key.label != but
             and key.label not in excluded
             and not self._closed_for(key, now)
-            and self.state(key.label, model, now) is None
+            and (
+                (state := self.state(key.label, model, now)) is None
+                or (state.probes and state.until - now <= PROBE_COOL)
+            )
             for group in self._groups(model, wish)
             for key in group
         )

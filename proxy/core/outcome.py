@@ -95,7 +95,10 @@ class ErrorInfo:
 
 NOTHING_SAID: Final = ErrorInfo()
 
-_PER_MINUTE: Final = re.compile(r"\b(?:requests|tokens) per (?:min|day)", re.IGNORECASE)
+_DIMENSION: Final = re.compile(
+    r"\b(?:requests|tokens) per (?:min|day)|\b(?:call|request|token) rate limit", re.IGNORECASE
+)
+"""As OpenAI says it, and as Azure does."""
 _REQUESTED: Final = re.compile(r"\bLimit:? (\d{1,15}),.{0,64}?\bRequested:? (\d{1,15})\b", re.ASCII)
 
 
@@ -114,12 +117,12 @@ def _info(error: object) -> ErrorInfo:
     code, type_ = _word(error.get("code")), _word(error.get("type"))
     message = error.get("message")
     said = message[:1024] if isinstance(message, str) else ""
-    found = _PER_MINUTE.search(said)
+    found = _DIMENSION.search(said)
     limit: Dimension | None = None
     if type_ in ("requests", "tokens"):
         limit = "requests" if type_ == "requests" else "tokens"
     elif found is not None:
-        limit = "requests" if found[0].lower().startswith("request") else "tokens"
+        limit = "tokens" if found[0].lower().startswith("token") else "requests"
     return ErrorInfo(code, type_, limit, _beyond(said))
 
 
