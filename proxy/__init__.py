@@ -18,8 +18,8 @@ Rooms, and what goes where
 
 - `core/`: every hard decision, pure: values in, values out. No clock, no IO, no asyncio, no aiohttp; `now` is an
   argument. A new rule of the contract starts here, as a table with a test.
-- `journey.py`, `exchange.py`, `relay.py`, `gate.py`: the story, on the ports of `core/ports.py` alone. They wait, but
-  know neither aiohttp nor a store's driver.
+- `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `relay.py`, `gate.py`): the story, on the ports
+  of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's driver.
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
   `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `metrics`, `logs`,
   `server`.
@@ -40,10 +40,8 @@ Rules
 - Keys are revealed in `world.py` and appear on the upstream socket only.
 
 Imports go one way: `cli -> app -> edge -> journey -> core`; `core` imports only itself. `tests/test_architecture.py`
-holds
-the code to this. What differs from the first sketch: there is no `endpoints/` package, since what differs between the
-five
-endpoints fits in four small tables in `core` (routes, cacheability, usage, estimate).
+holds the code to this. What differs from the first sketch: there is no `endpoints/` package, since what differs between
+the five endpoints fits in four small tables in `core` (routes, cacheability, usage, estimate).
 """
 
 __version__ = "0.1.0"

@@ -1,18 +1,15 @@
 """The story of a request to one of the five endpoints, top to bottom.
 
-`peek` is the short way: an answer from memory, found by the digest of the raw bytes, without parsing anything.
-`serve` is the whole way: plan what the cache may do, look, else buy the answer (`exchange`), and either read it whole
-or
-let it flow (`relay`); then settle the limits, price it, keep it, and write the receipt. No aiohttp, no redis, no sqlite
-here.
+`shelf.peek` is the short way: an answer from memory, found by the digest of the raw bytes, without parsing anything.
+`serve` is the whole way: plan what the cache may do (`planning`), look (`shelf`), else buy the answer (`exchange`), and
+either read it whole or let it flow (`relay`); then settle the limits, price it, keep it, and write the receipt. No
+aiohttp, no redis, no sqlite here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -21,14 +18,11 @@ from msgspec import structs
 
 from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
-from .core.cacheability import StreamAudit, is_deterministic, plain_complete, request_bypass
+from .core.cacheability import StreamAudit, plain_complete
 from .core.call import CachePlan, Call
-from .core.entry import Entry, Form
 from .core.errors import Refusal
 from .core.fallback import asking
-from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
-from .core.forms import converted, other_form
-from .core.headers import Raw, downstream_headers, storable_headers
+from .core.headers import Raw, downstream_headers
 from .core.lenient import parse_leniently
 from .core.outcome import TransportFailure
 from .core.ports import WayUp
@@ -37,7 +31,9 @@ from .core.receipt import Receipt
 from .core.routes import printable
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
+from .planning import Planner
 from .relay import Ending, Flow
+from .shelf import Hit, Name, Shelf
 from .world import World
 
 log = logging.getLogger("proxy.request")
@@ -51,14 +47,6 @@ SPILL: Final = 64 * 1024 * 1024
 _MEMO_SIZE: Final = 20_000
 
 
-class Hit(msgspec.Struct, frozen=True):
-    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status."""
-
-    entry: Entry
-    body: bytes
-    id: str
-
-
 class Bought(msgspec.Struct, frozen=True):
     """An answer from upstream. lines: our headers, as text; body: whole, or None where `flow` streams it."""
 
@@ -70,14 +58,6 @@ class Bought(msgspec.Struct, frozen=True):
     flow: Flow | None = None
 
 
-class Remembered(msgspec.Struct, frozen=True, gc=False):
-    """What the raw bytes of an earlier request turned out to ask for. (gc=False: many are kept, none in a cycle.)"""
-
-    key: str
-    form: str
-    wants_usage: bool
-
-
 class Journey:
     """Serves calls in one world."""
 
@@ -85,113 +65,25 @@ class Journey:
         self.world = world
         self._observe = observe
         self.exchange = Exchange(world, way_up)
-        self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
+        self.planner = Planner(world)
+        self.shelf = Shelf(world)
 
-    # -- the short way ------------------------------------------------------------------------------------------------
+    async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
+        """The answer, from the cache or bought. Raises Refusal.
 
-    def peek(self, target: str, scope: str, body: bytes) -> Hit | None:
-        """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
-        store = self.world.store
-        if store is None:
-            return None
-        known = self._memo.get((target, scope, hashlib.sha256(body).digest()))
-        if known is None:
-            return None
-        return self._find(store.peek(known.key, known.form), known.wants_usage, None)
+        check_room: asked before anything goes upstream, raises Refusal(overloaded); name: by which `shelf.peek` may
+        find the answer when the same bytes come again.
+        """
+        plan = await self.planner.plan(call)
+        hit, plan = await self.shelf.look(call, plan)
+        if name is not None:
+            self.shelf.remember(name, call, plan)
+        if hit is not None:
+            return hit
+        check_room()
+        return await self.buy(call, plan)
 
-    def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None) -> Hit | None:
-        if entry is None:
-            return None
-        wall = self.world.seams.wall()
-        if not entry.fresh(wall) or (max_age is not None and entry.age(wall) > max_age):
-            return None
-        body = entry.body_for(wants_usage)
-        if body is None:
-            return None
-        return Hit(entry, body, self.world.seams.new_id())
-
-    def remember(self, target: str, scope: str, body: bytes, plan: CachePlan, call: Call) -> None:
-        """Lets `peek` answer when the same bytes come again."""
-        if plan.key and plan.read and plan.write:
-            self._memo[(target, scope, hashlib.sha256(body).digest())] = Remembered(
-                plan.key, "sse" if call.stream else "json", call.wants_usage
-            )
-            if len(self._memo) > _MEMO_SIZE:
-                self._memo.popitem(last=False)
-
-    # -- the whole way ------------------------------------------------------------------------------------------------
-
-    async def plan(self, call: Call) -> CachePlan:
-        """What the cache may do for this call, and under which key."""
-        world, options = self.world, call.options
-        if world.store is None:
-            why = "off" if world.settings.cache.backend == "off" else "when=never"
-            return CachePlan("", why, False, False, "bypass")
-        if options.no_store:
-            return CachePlan("", "no-store", False, False, "bypass")
-        why_not = request_bypass(call.endpoint, call.document)
-        if why_not is None and world.settings.cache.when == "deterministic":
-            why_not = None if is_deterministic(call.endpoint, call.document) else "uncacheable: sampled"
-        if why_not is not None:
-            return CachePlan("", why_not, False, False, "bypass")
-        drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
-        try:
-            if len(call.body) > LARGE:
-                key = await asyncio.to_thread(self._key, call, drop)
-            else:
-                key = self._key(call, drop)
-        except NotCacheable as error:
-            return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
-        if options.no_cache:
-            return CachePlan(key, "no-cache", False, True, "request")
-        return CachePlan(key, "new", True, True)
-
-    def _key(self, call: Call, drop: frozenset[str]) -> str:
-        beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
-        route = call.route
-        return cache_key(
-            KeyParts(
-                endpoint=call.endpoint,
-                namespace=f"{call.client.scope}\n{call.options.namespace}",
-                model=f"{call.model}\n{route.deployment or ''}",
-                upstreams=self.world.identity(call.model),
-                beta=b", ".join(beta).decode("latin-1"),
-                sample=call.options.sample,
-                query=route.query,
-                body=canonical(call.body, drop),
-            )
-        )
-
-    async def look(self, call: Call, plan: CachePlan) -> tuple[Hit | None, CachePlan]:
-        """The stored answer, or the plan with the reason why there is none. Raises Refusal(not_cached)."""
-        store, options = self.world.store, call.options
-        if store is not None and plan.read:
-            form: Form = "sse" if call.stream else "json"
-            wall = self.world.seams.wall()
-            entry, other = await store.get_both(plan.key, form, other_form(form), wall)
-            hit = self._find(entry, call.wants_usage, options.max_age)
-            if hit is None and other is not None and other.fresh(wall):
-                hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
-            if hit is not None:
-                return hit, plan
-            if entry is not None:
-                if not entry.fresh(wall):
-                    plan = CachePlan(plan.key, "expired", True, True, "stale")
-                elif options.max_age is not None and entry.age(wall) > options.max_age:
-                    plan = CachePlan(plan.key, "max-age", True, True, "request")
-        if options.only_if_cached:
-            raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
-        return None, plan
-
-    async def _converted(self, call: Call, other: Entry) -> Entry | None:
-        """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
-        if len(other.body) > LARGE // 4:
-            entry = await asyncio.to_thread(converted, other, call.document)
-        else:
-            entry = converted(other, call.document)
-        if entry is not None and self.world.store is not None:
-            self.world.store.put(entry)
-        return entry
+    # -- from upstream -------------------------------------------------------------------------------------------------
 
     async def buy(self, call: Call, plan: CachePlan) -> Bought:
         """The answer from upstream. Raises Refusal."""
@@ -258,7 +150,9 @@ class Journey:
             if answered.status == 200 and isinstance(document, Mapping):
                 why_not = plain_complete(call.endpoint, call.document, document)
                 if why_not is None:
-                    stored = self._store(call, plan, answered, headers, body, None, usage, cost, document.get("model"))
+                    stored = self.shelf.keep(
+                        call, plan, answered, headers, body, None, usage, cost, document.get("model")
+                    )
             else:
                 why_not = "not a JSON answer"
         lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
@@ -321,7 +215,7 @@ class Journey:
             model = audit.model if audit is not None else None
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
             if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):
-                self._store(
+                self.shelf.keep(
                     call, plan, answered, headers, ending.body, audit.usage_span if audit else None, usage, cost, model
                 )
             error = ending.failure or ("client_gone" if ending.gone else "")
@@ -378,45 +272,6 @@ class Journey:
             return None, None
         answer_model = document.get("model") if isinstance(document, Mapping) else None
         return usage, answered.upstream.prices.cost(answered.upstream.site.kind, (answer_model, call.model), usage)
-
-    def _store(
-        self,
-        call: Call,
-        plan: CachePlan,
-        answered: Answered,
-        headers: Sequence[Raw],
-        body: bytes,
-        usage_span: tuple[int, int] | None,
-        usage: Usage | None,
-        cost: Cost | None,
-        answer_model: object,
-    ) -> bool:
-        world = self.world
-        assert world.store is not None
-        ttl = call.options.ttl if call.options.ttl is not None else world.ttl(call.endpoint)
-        if ttl <= 0:
-            return False
-        return world.store.put(
-            Entry(
-                key=plan.key,
-                form="sse" if call.stream else "json",
-                status=answered.status,
-                headers=storable_headers(headers),
-                body=body,
-                usage_span=usage_span,
-                stored_at=world.seams.wall(),
-                ttl=ttl,
-                endpoint=call.endpoint,
-                model=call.model,
-                answer_model=answer_model if isinstance(answer_model, str) else None,
-                usage=usage,
-                cost=usd(cost.usd) if cost is not None else None,
-                namespace=call.options.namespace,
-                tags=call.options.tags,
-                sampled=not is_deterministic(call.endpoint, call.document),
-                usage_asked=call.wants_usage or answered.injected,
-            )
-        )
 
     def _lines(
         self,

@@ -23,9 +23,10 @@ from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
-from ..journey import LARGE, Bought, Hit, Journey
+from ..journey import LARGE, Bought, Journey
 from ..providers import model_named
 from ..relay import StreamBroken, with_comment
+from ..shelf import Hit, Name, name_of
 from ..world import World
 from .gatekeeper import ANONYMOUS, Gatekeeper
 from .metrics import Metrics
@@ -133,12 +134,13 @@ class Downstream:
                 _check_media_type(content_type, headers.get("Content-Encoding"))
             body = await read_body(request, self._max_body)
             raw = request._message.raw_headers
-            plain = self._fast and _leaves_hits_alone(route.options) and not _asks_something(raw)
-            if plain:
-                hit = self._journey.peek(visit.target, visit.client.scope, body)
+            name = None
+            if self._fast and _leaves_hits_alone(route.options) and not _asks_something(raw):
+                name = name_of(visit.target, visit.client.scope, body)
+                hit = self._journey.shelf.peek(name)
                 if hit is not None:
                     return self._hit(visit, hit, b"")
-            return await self._endpoint(visit, body, plain)
+            return await self._endpoint(visit, body, name)
         if method not in _METHODS or (route.endpoint in _POST_ONLY):
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(_METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
@@ -149,19 +151,16 @@ class Downstream:
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
-    async def _endpoint(self, visit: _Visit, body: bytes, plain: bool) -> Answer:
-        request, journey = visit.request, self._journey
-        call = await self._call(visit, body, plain)
-        plan = await journey.plan(call)
-        hit, plan = await journey.look(call, plan)
-        if plain:
-            journey.remember(visit.target, visit.client.scope, body, plan, call)
-        if hit is not None:
+    async def _endpoint(self, visit: _Visit, body: bytes, name: Name | None) -> Answer:
+        """name: where no header asks for anything, by which the answer may be found again."""
+        request = visit.request
+        call = await self._call(visit, body, plain=name is not None)
+        served = await self._journey.serve(call, self._check_room, name)
+        if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
-            zero = cost_comment(Cost(_ZERO, "exact"), hit.entry.usage) if comment else b""
-            return self._hit(visit, hit, zero)
-        self._check_room()
-        bought = await journey.buy(call, plan)
+            zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
+            return self._hit(visit, served, zero)
+        bought = served
         head = (
             status_line(bought.status, bought.reason)
             + raw_lines(bought.headers)

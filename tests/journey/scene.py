@@ -20,10 +20,11 @@ from proxy.core.options import Options
 from proxy.core.ports import Write
 from proxy.core.receipt import Receipt
 from proxy.core.routes import parse_target
-from proxy.journey import Bought, Hit, Journey
+from proxy.journey import Bought, Journey
 from proxy.providers import model_named
 from proxy.relay import Flow, StreamBroken
 from proxy.seams import Seams
+from proxy.shelf import Hit, name_of
 from proxy.world import World, compile_world
 from tests.journey.clock import START, WALL, turned_loop
 from tests.journey.script import Move, ScriptedWayUp
@@ -176,16 +177,15 @@ class Scene:
         return told
 
     async def answer(self, call: Call) -> Told:
-        """As `edge.downstream` goes about it: plan, look, buy, let flow."""
-        plan = await self.journey.plan(call)
+        """As `edge.downstream` goes about it: serve, let flow."""
         try:
-            hit, plan = await self.journey.look(call, plan)
-            if hit is not None:
-                return Told(hit.entry.status, hit.body, raw_headers=hit.entry.headers, hit=hit)
-            bought = await self.journey.buy(call, plan)
+            served = await self.journey.serve(call, lambda: None)
         except Refusal as refusal:
             lines = header_lines(refusal.lines) if refusal.lines else {}
             return Told(refusal.status, refusal.body(), lines, refusal=refusal)
+        if isinstance(served, Hit):
+            return Told(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
+        bought = served
         told = Told(bought.status, bought.body or b"", header_lines(bought.lines), bought.headers, flow=bought.flow)
         if bought.flow is not None:
             await self.pump(bought, told)
@@ -210,8 +210,11 @@ class Scene:
             bought.flow.abandon()
             told.body = b"".join(told.reads)
 
+    def peek(self, target: str, scope: str, body: bytes) -> Hit | None:
+        return self.journey.shelf.peek(name_of(target, scope, body))
+
     async def planned(self, document: Any = None, options: Options | None = None, **more: Any) -> CachePlan:
-        return await self.journey.plan(self.call(document, options, **more))
+        return await self.journey.planner.plan(self.call(document, options, **more))
 
     async def interrupt(self, told: asyncio.Task[Told]) -> Told:
         """The drain's last word to a stream, as `app` speaks it."""

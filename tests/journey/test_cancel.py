@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import proxy.journey
+import proxy.planning
 from proxy.config.settings import Retry, Throttle
 from proxy.core.limits import Limits
 from proxy.core.options import Options
@@ -143,7 +143,7 @@ def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
 
 
 def test_a_large_request_that_leaves_while_it_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.journey, "LARGE", 10)
+    monkeypatch.setattr(proxy.planning, "LARGE", 10)
 
     async def tell() -> None:
         scene = Scene(says())

@@ -9,11 +9,15 @@ import orjson
 import pytest
 
 import proxy.journey
+import proxy.planning
+import proxy.shelf
 from proxy.config.settings import Cache, Ttl
 from proxy.core.call import Call
 from proxy.core.options import Options
+from proxy.journey import Bought
+from proxy.shelf import name_of
 from tests.journey.clock import story
-from tests.journey.scene import CHAT, Scene, ask, settings
+from tests.journey.scene import CHAT, Scene, Told, ask, settings
 from tests.journey.script import DONE, chunk, completion, dump, error, event, events, says, streams
 
 
@@ -155,7 +159,7 @@ async def test_a_stored_stream_serves_a_plain_request() -> None:
 
 @story
 async def test_a_large_answer_is_converted_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.journey, "LARGE", 10)
+    monkeypatch.setattr(proxy.shelf, "LARGE", 10)
     scene = Scene(streams())
     await scene.ask(ask(stream=True))
     assert (await scene.ask()).cache == "hit"
@@ -208,11 +212,9 @@ async def test_what_is_too_large_for_the_cache_passes() -> None:
 async def remembered(scene: Scene, target: str = CHAT, **fields: Any) -> tuple[Call, bytes]:
     """A request that was bought and remembered, as `edge.downstream` does it."""
     call = scene.call(ask(**fields), target=target)
-    plan = await scene.journey.plan(call)
-    hit, plan = await scene.journey.look(call, plan)
-    if hit is None:
-        await scene.serve(call)
-    scene.journey.remember(target, call.client.scope, call.body, plan, call)
+    served = await scene.journey.serve(call, lambda: None, name_of(target, call.client.scope, call.body))
+    if isinstance(served, Bought) and served.flow is not None:
+        await scene.pump(served, Told(200))
     return call, call.body
 
 
@@ -220,12 +222,12 @@ async def remembered(scene: Scene, target: str = CHAT, **fields: Any) -> tuple[C
 @story
 async def test_the_very_same_request_is_found_without_reading_it(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(streams() if stream else says())
-    assert scene.journey.peek(CHAT, "", orjson.dumps(ask(stream=stream))) is None
+    assert scene.peek(CHAT, "", orjson.dumps(ask(stream=stream))) is None
     _, body = await remembered(scene, stream=stream)
     whole = await scene.ask(ask(stream=stream))
-    monkeypatch.setattr(proxy.journey, "canonical", None)
+    monkeypatch.setattr(proxy.planning, "canonical", None)
     monkeypatch.setattr(proxy.journey, "parse_leniently", None)
-    hit = scene.journey.peek(CHAT, "", body)
+    hit = scene.peek(CHAT, "", body)
     assert hit is not None
     assert hit.body == whole.body
 
@@ -234,7 +236,7 @@ async def test_the_very_same_request_is_found_without_reading_it(stream: bool, m
 async def test_only_identical_bytes_target_and_client_are_remembered() -> None:
     scene = Scene(says())
     _, body = await remembered(scene)
-    peek = scene.journey.peek
+    peek = scene.peek
     assert peek(CHAT, "", body) is not None
     assert peek(CHAT, "", body + b" ") is None
     assert peek(CHAT + "?a=b", "", body) is None
@@ -247,7 +249,7 @@ async def test_who_asks_for_usage_gets_it_on_the_short_way_too() -> None:
     scene = Scene(streams(events("Hello", usage=True)))
     _, without = await remembered(scene, stream=True)
     _, asked = await remembered(scene, stream=True, stream_options={"include_usage": True})
-    hits = [scene.journey.peek(CHAT, "", body) for body in (without, asked)]
+    hits = [scene.peek(CHAT, "", body) for body in (without, asked)]
     assert [hit is not None and b'"usage"' in hit.body for hit in hits] == [False, True]
 
 
@@ -255,28 +257,28 @@ async def test_who_asks_for_usage_gets_it_on_the_short_way_too() -> None:
 async def test_an_entry_that_expired_is_not_found_on_the_short_way() -> None:
     scene = Scene(says())
     _, body = await remembered(scene, "/_/ttl=10s/v1/chat/completions")
-    assert scene.journey.peek("/_/ttl=10s/v1/chat/completions", "", body) is not None
+    assert scene.peek("/_/ttl=10s/v1/chat/completions", "", body) is not None
     await ages(scene, 10.0)
-    assert scene.journey.peek("/_/ttl=10s/v1/chat/completions", "", body) is None
+    assert scene.peek("/_/ttl=10s/v1/chat/completions", "", body) is None
 
 
 @story
 async def test_what_is_not_stored_is_not_found() -> None:
     scene = Scene(error(400), says(), says())
     _, body = await remembered(scene)
-    assert scene.journey.peek(CHAT, "", body) is None
+    assert scene.peek(CHAT, "", body) is None
     for segment in ("cache=no-store", "cache=no-cache"):
         target = f"/_/{segment}/v1/chat/completions"
         _, body = await remembered(scene, target)
-        assert scene.journey.peek(target, "", body) is None
+        assert scene.peek(target, "", body) is None
 
 
 @story
 async def test_the_memo_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.journey, "_MEMO_SIZE", 3)
+    monkeypatch.setattr(proxy.shelf, "_MEMO_SIZE", 3)
     scene = Scene(*[says()] * 5)
     bodies = [(await remembered(scene, x=n))[1] for n in range(5)]
-    found = [scene.journey.peek(CHAT, "", body) is not None for body in bodies]
+    found = [scene.peek(CHAT, "", body) is not None for body in bodies]
     assert found == [False, False, True, True, True]
 
 
@@ -284,4 +286,4 @@ async def test_the_memo_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.Mo
 async def test_without_a_cache_there_is_no_short_way() -> None:
     scene = Scene(says(), config=settings(cache=Cache(backend="off")))
     _, body = await remembered(scene)
-    assert scene.journey.peek(CHAT, "", body) is None
+    assert scene.peek(CHAT, "", body) is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import proxy.journey
+import proxy.planning
 from proxy.config.settings import Cache, ClientKey, Server, Upstream
 from proxy.core.call import CachePlan, Client
 from proxy.core.options import Options
@@ -185,7 +185,7 @@ async def test_other_upstreams_are_other_keys_unless_they_stand_for_the_same() -
 async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene()
     small = await scene.planned()
-    monkeypatch.setattr(proxy.journey, "LARGE", 10)
+    monkeypatch.setattr(proxy.planning, "LARGE", 10)
     assert await scene.planned() == small
     assert isinstance(small, CachePlan)
 
