@@ -128,6 +128,7 @@ class Exchange:
                 elif now < call.deadline:  # else it may be this request's impatience
                     failing.add(lease.key.upstream)
                 if answered is not None and outcome is Class.OK:
+                    progress.exhausted = False
                     ring.learn(lease.key, call.model, outcome, now, 0.0, "")
                     self._world.gate.notify(self._lane(call))  # the key works, and said what room it has
                     if answered.is_event_stream:

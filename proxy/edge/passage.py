@@ -341,7 +341,7 @@ class _Upload:
         kind = self._request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if not self.length or self.length > SMALL or kind != "application/json":
             return None
-        self._read = await read_body(self._request, self._limit)
+        self._read, self.length = await read_body(self._request, self._limit), None  # it tells its own length
         return self._read
 
     def body(self) -> bytes | AsyncIterator[bytes] | None:

@@ -70,6 +70,33 @@ async def test_another_model_answers_and_is_not_stored(
     assert "X-Proxy-Model" not in again.headers
 
 
+async def test_stored_objects_have_a_home(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+    """A response, the vector store made of a file, and what asks for them later: each stays with its maker."""
+    proxy = launch(settings(upstream.port, ["k1", "k2"], selection="round_robin", cache={"backend": "off"}))
+    made = 0
+
+    def script(request: Request) -> Answer:
+        nonlocal made
+        made += 1
+        return canned.reply(200, {"id": f"obj_{made}", "object": "thing"}, {"Content-Type": "application/json"}, None)
+
+    upstream.script = script
+    for key in ("k1", "k2"):
+        first = await client.send(proxy, {"model": "gpt-4o", "input": "x"}, path="/v1/responses")
+        assert first.headers["X-Proxy-Key"] == key
+        one = first.json()["id"]
+        then = await client.send(
+            proxy, {"model": "gpt-4o", "input": "y", "previous_response_id": one}, path="/v1/responses"
+        )
+        assert then.headers["X-Proxy-Key"] == key
+        assert (await client.get(proxy, f"/v1/responses/{one}")).headers["X-Proxy-Key"] == key
+        store = await client.send(proxy, {"name": "é", "file_ids": [one]}, path="/v1/vector_stores")
+        assert store.headers["X-Proxy-Key"] == key
+        assert upstream.last.json() == {"name": "é", "file_ids": [one]}
+        assert [name.lower() for name, _ in upstream.last.headers].count("content-length") == 1
+        assert (await client.get(proxy, f"/v1/vector_stores/{store.json()['id']}/files")).headers["X-Proxy-Key"] == key
+
+
 @pytest.mark.parametrize("value", ["-1", "0", "soon", "", "1e400", "9" * 40, "9999h", "\xff", "nan", "-0.0"])
 async def test_nonsense_in_headers_freezes_nobody(
     launch: Launch, upstream: ScriptedUpstream, client: Client, value: str

@@ -269,6 +269,16 @@ async def test_one_after_the_other_and_else_the_first_failure() -> None:
 
 
 @story
+async def test_the_next_tier_comes_before_another_model() -> None:
+    config = two(retry=Retry(max_retries=0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
+    scene = Scene(way_up=by_key(ptu=error(500)), config=config)
+    told = await scene.ask()
+    assert (told.headers["X-Proxy-Key"], told.attempts) == ("payg", 2)
+    assert "X-Proxy-Model" not in told.headers
+    scene.balanced()
+
+
+@story
 async def test_a_refusal_of_ours_falls_back_too() -> None:
     scene = Scene(rate_limited("600"), config=fallback("gpt-4o-mini"))
     scene.way_up.otherwise = lambda sent: says()
