@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from .core.call import Call
 from .core.keyring import KeyRing, PoolKey
 from .core.objects import Makers, ids_named, made_by, made_by_event
 from .core.sse import Splitter, data_of
 from .seams import spawn
+
+_NAME_OBJECTS: Final = frozenset({"chat", "responses"})
+"""Of the five endpoints, those whose requests can name stored objects."""
 
 
 class Shared(Protocol):
@@ -58,7 +61,10 @@ class Objects:
 
     async def tied_to(self, ring: KeyRing, call: Call) -> str:
         """The label of the one key that may see the stored objects a request names; '' where it names none."""
-        if len(ring.keys) == 1 or not (ids := ids_named(call.body, call.document)):
+        if len(ring.keys) == 1 or call.endpoint not in _NAME_OBJECTS:
+            return ""
+        ids = ids_named(call.body, call.document)
+        if not ids:
             return ""
         label = await self.maker(ids)
         key = ring.named(label) if label is not None else None

@@ -25,13 +25,14 @@ _NAMES: Final = frozenset(
 )  # fmt: skip
 """Fields that hold the id of a stored object, a list of them, or an object with an `id`."""
 
-_QUOTED: Final = tuple(f'"{name}"'.encode() for name in sorted(_NAMES))
+_ENDINGS: Final = (b'_id"', b'_ids"', b'_file"', b'"conversation"', b'"container"')
+"""How each of these names ends: a search for five of them costs less than for all, or than a walk."""
 _MOST_NODES: Final = 100_000
 
 
 def ids_named(body: bytes, document: object) -> list[str]:
     """The ids of stored objects that a request names, in any depth. body: the bytes `document` was parsed from."""
-    if not any(name in body for name in _QUOTED):
+    if not any(ending in body for ending in _ENDINGS):
         return []  # nearly every request: nothing is walked
     found: dict[str, None] = {}
     left: list[object] = [document]

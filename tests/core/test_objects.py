@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.core import objects
 from proxy.core.objects import KEPT, MOST, Copy, Makers, ids_in_path, ids_named, made_by, made_by_event
 
 
@@ -37,6 +38,11 @@ def named(document: Any) -> list[str]:
 )
 def test_what_a_request_names(document: Any, ids: list[str]) -> None:
     assert named(document) == ids
+
+
+def test_every_name_is_found() -> None:
+    for name in objects._NAMES:
+        assert named({name: "x"}) == ["x"]
 
 
 def test_however_deep() -> None:
