@@ -49,9 +49,9 @@ class Room:
         return max(self.limit - self.remaining, 0.0) * seconds / self.reset
 
     def wait(self, amount: float, now: float) -> float:
-        """Seconds until `amount` is there; 0.0 now. What is larger than the whole limit waits for the whole limit."""
-        if self.limit:
-            amount = min(amount, self.limit)
+        """Seconds until `amount` is there; 0.0 now. What is larger than the whole limit is the upstream's to judge."""
+        if 0 < self.limit < amount:
+            return 0.0
         lacking = amount - self.left(now)
         if lacking <= 1e-9:
             return 0.0
@@ -109,7 +109,9 @@ class Learned:
     def take(self, where: Where, tokens: int) -> None:
         """A request goes up: until the next answer tells, it counts as taken."""
         for dimension, room in self._rooms.get(where, {}).items():
-            room.taken += tokens if dimension == "tokens" else 1
+            amount = tokens if dimension == "tokens" else 1
+            if not 0 < room.limit < amount:
+                room.taken += amount
 
     def headroom(self, where: Where, now: float) -> float:
         """The smallest share still free, 0..1; 1.0 where nothing is known."""
