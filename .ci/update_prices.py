@@ -6,9 +6,11 @@
 force on that day is taken. Review the diff, run tests/core/test_pricing.py (it prices every model with the
 library again), and note the new date in CHANGELOG.md.
 
-What is taken: OpenAI's and Azure's models priced by text token: input, cached input, cache write, output, and
-the long-context tiers. What is not: image generation (its price needs image tokens, which no priced endpoint
-reports), prices per hour, character or search, and models without an output price that are not embeddings.
+What is taken: OpenAI's and Azure's models priced by token: input, cached input, cache write, output, audio, images in
+the prompt, the long-context tiers, all that again for each service tier, and the tools billed by the call. What is
+not: image generation (its price needs output image tokens, which no priced endpoint reports), prices per hour or
+character, models without an output price that are not embeddings, and chat models that search by themselves, as no
+usage tells how often they did.
 """
 
 from __future__ import annotations
@@ -34,7 +36,17 @@ RATES = {
     "cached_input": "cache_read_mtok",
     "cache_write": "cache_write_mtok",
     "output": "output_mtok",
+    "audio_input": "input_audio_mtok",
+    "audio_output": "output_audio_mtok",
+    "image_input": "input_image_mtok",
+    "web_search": "web_searches_kcount",
+    "file_search": "storage_searches_kcount",
 }
+SERVICES: dict[str, dict[str, str]] = {
+    **{tier: {"service_tier": tier} for tier in ("flex", "priority", "fast")},
+    "batch": {"processing": "batch"},
+}
+"""What a service is called here -> how the library is asked for it."""
 DATED = r"\^((?:[\w-]|\\\.)+)" + re.escape(r"-\d{4}-\d{2}-\d{2}$")  # a plain name and a date, as a regex
 DATE_GLOB = "-" + "-".join("[0-9]" * digits for digits in (4, 2, 2))
 
@@ -77,7 +89,6 @@ SUPPLEMENT: dict[str, dict[str, Any]] = {
 
 EXTRA_NAMES = {
     "gpt-5-nano": ["gpt-5-nano-2025-08-07"],
-    "gpt-5-search-api": ["gpt-5-search-api-2025-10-14"],
 }
 
 
@@ -106,6 +117,10 @@ def entries(provider: types.Provider, as_of: date) -> Iterator[tuple[str, dict[s
         is_embedding = any(name.startswith("text-embedding") for name in (model.id, *names_and_globs(model.match)[0]))
         if "input" not in rates or "-image" in model.id or not ("output" in rates or is_embedding):
             continue
+        if "-search-" in model.id:
+            continue
+        if services := services_of(model, as_of, rates):
+            rates["services"] = services
         names, globs = names_and_globs(model.match)
         if (provider.id, model.id) in UNSAFE_RULES:
             globs = []
@@ -122,15 +137,21 @@ def entries(provider: types.Provider, as_of: date) -> Iterator[tuple[str, dict[s
         yield model.id, rates
 
 
-def rates_of(model: types.ModelInfo, as_of: date) -> dict[str, Any]:
+def services_of(model: types.ModelInfo, as_of: date, standard: dict[str, Any]) -> dict[str, Any]:
+    """The rates of each service tier that the library has prices of its own for."""
+    found = {name: rates_of(model, as_of, context) for name, context in SERVICES.items()}
+    return {name: rates for name, rates in found.items() if rates != standard}
+
+
+def rates_of(model: types.ModelInfo, as_of: date, context: dict[str, str] | None = None) -> dict[str, Any]:
     """Rates in force at noon of `as_of`, with `tiers` where they depend on the number of prompt tokens."""
     for condition in model.prices if isinstance(model.prices, list) else ():
         if isinstance(condition.constraint, types.TimeOfDateConstraint):
             raise ValueError(f"{model.id}: prices by time of day are not supported")
         if condition.constraint is not None and condition.constraint.start_date > as_of:
             print(f"note: {model.id} changes its price on {condition.constraint.start_date}", file=sys.stderr)
-    prices = model.get_prices(datetime(as_of.year, as_of.month, as_of.day, 12, tzinfo=UTC))
-    found = {name: price for name, key in RATES.items() if (price := getattr(prices, key)) is not None}
+    prices = model.get_prices(datetime(as_of.year, as_of.month, as_of.day, 12, tzinfo=UTC), context)
+    found = {name: price for name, key in RATES.items() if (price := getattr(prices, key, None)) is not None}
     starts = sorted({tier.start for price in found.values() if not isinstance(price, Decimal) for tier in price.tiers})
     rates: dict[str, Any] = {name: rate_at(price, 0) for name, price in found.items()}
     if starts:

@@ -18,11 +18,12 @@ Rooms, and what goes where
 
 - `core/`: every hard decision, pure: values in, values out. No clock, no IO, no asyncio, no aiohttp; `now` is an
   argument. A new rule of the contract starts here, as a table with a test.
-- `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `relay.py`, `gate.py`): the story, on the ports
-  of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's driver.
+- `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `items.py`, `relay.py`, `gate.py`,
+  `runs.py`): the story, on the ports of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's
+  driver.
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
-  `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `metrics`, `logs`,
-  `server`.
+  `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
+  `metrics`, `logs`, `server`.
 - `providers/`, `selection/`, `stores/`: plugins. A dialect, a key strategy, a backend is one file and one line in the
   table of the package. They never import each other.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
@@ -33,7 +34,7 @@ Rules
 =====
 
 - Decide synchronously, act afterwards: a method that changes shared state never awaits, so one event loop needs no
-  locks. State has few owners: the memory store, the key ring with its allowances, the gate, the receipts.
+  locks. State has few owners: the memory store, the key ring with its allowances, the gate, the runs, the receipts.
 - Reserve, then settle, on every exit path, cancellation included.
 - Keep the bytes: store, forward and replay what came; parse only to decide.
 - A hit parses nothing: digest of the raw bytes, memo, memory, ready head, one write.

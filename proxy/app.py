@@ -15,6 +15,7 @@ import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,18 +23,22 @@ from aiohttp.web import BaseRequest, Server, ServerRunner, SockSite, UnixSite
 
 from . import __version__
 from .config import Loaded, Settings
+from .config.urls import parse_url
 from .core.errors import Refusal
 from .core.receipt import Receipt
 from .edge import logs
 from .edge.downstream import Downstream
+from .edge.entra import EntraTokens, default_identity
 from .edge.gatekeeper import Gatekeeper
 from .edge.metrics import Metrics
 from .edge.ops import Ops
 from .edge.passage import Passage
 from .edge.server import ListeningServer
-from .edge.upstream import Upstreams
+from .edge.traffic import Traffic
+from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
 from .journey import Journey
+from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
 from .world import World, compile_world
 
@@ -47,20 +52,51 @@ class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
     def __init__(self, settings: Settings, seams: Seams = REAL) -> None:
-        self.world: World = compile_world(settings, seams)
         self.metrics = Metrics()
-        self.gatekeeper = Gatekeeper(settings)
-        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle)
-        self.ops = Ops(self.world, self.metrics, self.gatekeeper)
+        self.traffic = Traffic(started=seams.wall())
+        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings))
+        self._dates = Dates(seams.wall)
+        self._renewals: list[asyncio.Task[None]] = []
+        self._furnish(compile_world(settings, seams))
+
+    def _furnish(self, world: World) -> None:
+        """Everything that stands in this world. What is in flight keeps the rooms it is in."""
+        self.world = world
+        gatekeeper = Gatekeeper(world.settings)
+        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic)
         self.downstream = Downstream(
-            self.world,
-            Journey(self.world, self.way_up, self._observe),
-            Passage(self.world, self.way_up, self._keep),
+            world,
+            Journey(world, self.way_up, self._observe),
+            Passage(world, self.way_up, self._keep),
             self.ops,
             self.metrics,
-            self.gatekeeper,
+            gatekeeper,
+            self.traffic,
         )
-        self._dates = Dates(seams.wall)
+
+    def use(self, loaded: Loaded) -> list[str]:
+        """Puts other settings in force, in one step; what is to be said about them. Raises OSError, and then nothing
+        has changed.
+        """
+        old = self.world
+        settings, fixed = with_fixed(old.settings, loaded.settings)
+        world, found = compile_world(settings, old.seams, old), outlets(settings)
+        self.way_up.set(settings.timeouts.connect, settings.timeouts.idle, found)
+        self._furnish(world)
+        logs.configure(settings.log.level, settings.log.format, world.masker)
+        self.start_tokens()
+        return [f"{name} takes effect at the next start" for name in fixed]
+
+    def start_tokens(self) -> list[EntraTokens]:
+        """Has the Entra ID tokens of this world renewed, and no longer those of the one before."""
+        for task in self._renewals:
+            task.cancel()
+        world, tokens = self.world, []
+        for spec in world.settings.upstreams:
+            if spec.entra_id:
+                tokens.append(EntraTokens(partial(world.put_token, spec.name), world.seams, default_identity))
+        self._renewals = [spawn(one.run(), "entra id") for one in tokens]
+        return tokens
 
     def _observe(self, receipt: Receipt) -> None:
         self.metrics.observe(receipt)
@@ -76,7 +112,7 @@ class App:
     async def handle_ops(self, request: BaseRequest) -> Any:
         try:
             path = request.raw_path.partition("?")[0]
-            return await self.ops.handle_probe(request, path, self.downstream.in_flight)
+            return await self.ops.handle_probe(request, path)
         except Refusal as refusal:
             return refused(request, refusal, self.world.seams.new_id(), self._dates.line())
 
@@ -89,32 +125,36 @@ class App:
 
     def _is_busy(self, server: Server) -> bool:
         """Whether a request is being served, or an answer is not wholly handed to the system yet."""
-        if self.downstream.in_flight:
+        if self.traffic.in_flight:
             return True
         transports = (connection.transport for connection in server.connections)
         return any(transport is not None and transport.get_write_buffer_size() for transport in transports)
 
     async def drain(self, server: Server, now: asyncio.Event) -> None:
         """Lets what is being served finish, within `drain_timeout`; then tells streams and drops the rest."""
-        self.downstream.closing = True
+        self.traffic.closing = True
         limit = self.world.settings.server.drain_timeout
         loop = asyncio.get_running_loop()
         end = loop.time() + limit
         # A look now and then: an event would have to be set on the hot path.
         while self._is_busy(server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        if self.downstream.in_flight:
-            log.warning("%d requests did not finish within %gs", self.downstream.in_flight, limit)
-        for task, flow in list(self.downstream.flows.items()):
+        if self.traffic.in_flight:
+            log.warning("%d requests did not finish within %gs", self.traffic.in_flight, limit)
+        for task, flow in list(self.traffic.flows.items()):
             flow.interrupted = "draining"
             task.cancel()
-        tasks = list(self.downstream.flows)
+        tasks = list(self.traffic.flows)
         if tasks:
             await asyncio.wait(tasks, timeout=0.5)
 
 
-async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
-    """Runs the proxy until SIGTERM or SIGINT; the exit status. extra_lines: told the base URL, more start-up text."""
+async def serve(
+    loaded: Loaded, read: Callable[[], Loaded], *, extra_lines: Callable[[str], list[str]] | None = None
+) -> int:
+    """Runs the proxy until SIGTERM or SIGINT; the exit status. read: the settings anew, for a reload, raises
+    SettingsError; extra_lines: told the base URL, more start-up text.
+    """
     settings = loaded.settings
     app = App(settings)
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
@@ -122,7 +162,9 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
     ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False, shutdown_timeout=0.1)
     await runner.setup()
     await ops_runner.setup()
-    stop, now = _on_signals()
+    reloader = Reloader(loaded, read, app.use, app.world.seams)
+    stop, now = _on_signals(reloader.ask)
+    background: list[asyncio.Task[None]] = []
     try:
         try:
             address = await _listen(settings, runner)
@@ -130,27 +172,30 @@ async def serve(loaded: Loaded, *, extra_lines: Callable[[str], list[str]] | Non
         except OSError as error:
             print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
             return 1
-        app.ops.address = address
+        app.traffic.address = address
         if app.world.store is not None:
             await app.world.store.open()
+        await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
+        await app.world.runs.open()
         await app.world.objects.open()
         lines = start_up_text(loaded, app.world, address, ops_address)
         if extra_lines is not None:
             lines += extra_lines(address)
         print("\n".join(lines), file=sys.stderr, flush=True)
-        sweeper = spawn(app.sweep(), "sweep")
+        background += [spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         await _until_stopped(app, runner, stop, now)
-        sweeper.cancel()
         return 0
     finally:
+        for task in background:
+            task.cancel()
         await _close(app, runner, ops_runner, settings)
 
 
-def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """(stop, now): set by the first and the second SIGTERM or SIGINT. SIGHUP does no harm."""
+def _on_signals(reload: Callable[[], None]) -> tuple[asyncio.Event, asyncio.Event]:
+    """(stop, now): set by the first and the second SIGTERM or SIGINT. `reload` is called at SIGHUP."""
     loop = asyncio.get_running_loop()
     stop, now = asyncio.Event(), asyncio.Event()
 
@@ -159,7 +204,7 @@ def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, told)
-    loop.add_signal_handler(signal.SIGHUP, log.warning, "reloading settings is not yet available; nothing changed")
+    loop.add_signal_handler(signal.SIGHUP, reload)
     return stop, now
 
 
@@ -167,8 +212,8 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
     """Waits for a signal, then drains. A second signal: now."""
     await stop.wait()
     settings = app.world.settings.server
-    log.info("stopping: %d requests in flight", app.downstream.in_flight)
-    app.ops.draining = True
+    log.info("stopping: %d requests in flight", app.traffic.in_flight)
+    app.traffic.draining = True
     if settings.drain_delay:
         with suppress(TimeoutError):
             await asyncio.wait_for(now.wait(), settings.drain_delay)
@@ -183,6 +228,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.way_up.close()
+    await app.world.runs.close()
     if app.world.store is not None:
         await app.world.store.close()
     await app.world.objects.close()
@@ -257,10 +303,19 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def outlets(settings: Settings) -> dict[str, Outlet]:
+    """By origin, how those upstreams are reached that are not reached directly. Raises OSError."""
+    return {
+        parse_url(spec.base_url).origin: Outlet(spec.proxy.reveal() if spec.proxy else None, spec.ca_file)
+        for spec in settings.upstreams
+        if spec.proxy or spec.ca_file
+    }
+
+
 def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None) -> list[str]:
     """What a person wants to know at start (contract 1)."""
     settings = loaded.settings
-    count = sum(len(upstream.keys) for upstream in settings.upstreams)
+    count = sum(len(upstream.keys) or upstream.entra_id for upstream in settings.upstreams)
     keys = str(count) if count else "none (pass-through)"
     lines = [
         f"openai-proxy {__version__}",

@@ -49,11 +49,14 @@ class Exchange:
         self._way_up = way_up
         self._no_stream_options: set[tuple[str, str]] = set()
 
-    async def run(self, call: Call, progress: Progress) -> Answered:
-        """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts."""
+    async def run(self, call: Call, progress: Progress, *, whole: bool = True) -> Answered:
+        """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts.
+
+        whole: the answer is all the client gets; to a part of one no other model may answer.
+        """
         tied = await self._world.objects.tied_to(self._world.ring, call)
         first = await self._tried(call, progress, tied)
-        others = fallbacks_for(self._world.settings.retry.fallbacks, call.model)
+        others = fallbacks_for(self._world.settings.retry.fallbacks, call.model) if whole else ()
         if not others or tied or not progress.exhausted:
             return given(first)
         told = progress.spent, progress.no_usable_key
@@ -295,10 +298,12 @@ class Exchange:
             raise
 
     def credential(self, lease: Lease, upstream: Upstream, auth: tuple[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """The credential headers that go up: the pool key's, or in pass-through the client's own."""
+        """The credential headers that go up: the pool key's, or in pass-through the client's own. Raises
+        TransportFailure.
+        """
         if self._world.passthrough:
             return upstream.dialect.client_auth(*auth) if auth else ()
-        return self._world.credentials[lease.key.label]
+        return self._world.credential(lease.key.label)
 
     def _body(self, call: Call, upstream: Upstream) -> tuple[bytes, bool]:
         """The client's bytes, with only those fields changed that must be; whether we asked for usage in its place."""

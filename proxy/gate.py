@@ -90,7 +90,7 @@ class Gate:
     """`clock`: monotonic seconds. `call_later`: the running loop's own unless a test turns time."""
 
     def __init__(self, max_queue: int, clock: Callable[[], float], call_later: CallLater | None = None) -> None:
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._clock = clock
         self._call_later = call_later
         self._lanes: dict[str, _Lane] = {}
@@ -117,7 +117,7 @@ class Gate:
             due = now + answer.seconds
         elif patience <= 0:
             raise TimedOut(line.expected(now))
-        if self.depth >= self._max_queue:
+        if self.depth >= self.max_queue:
             raise QueueFull
         if line is None:
             line = self._lanes[lane] = _Lane(due)

@@ -16,13 +16,17 @@ from .core.outcome import (
     read_number,
     retry_after,
 )
+from .core.pricing import Cost
+from .core.routes import printable
+from .core.usage import Usage
 
 
 @dataclass(slots=True)
 class Progress:
     """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
 
-    spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered.
+    spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered;
+    usage, cost: of the calls that ended well, where several are needed for one answer.
     """
 
     attempts: int = 0
@@ -35,6 +39,20 @@ class Progress:
     no_usable_key: bool = False
     exhausted: bool = False
     model: str = ""
+    usage: Usage | None = None
+    cost: Cost | None = None
+
+    def went(self) -> str:
+        """Header lines that tell where it went."""
+        if not self.upstream:
+            return ""
+        other = f"X-Proxy-Model: {printable(self.model)}\r\n" if self.model else ""
+        return f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n{other}"
+
+    def verdict(self) -> str:
+        """Header lines that tell how a failure came about."""
+        lines = "X-Proxy-Error: no_usable_key\r\n" if self.no_usable_key else ""
+        return lines + ("X-Should-Retry: false\r\n" if self.spent or self.no_usable_key else "")
 
 
 def reading(

@@ -42,23 +42,35 @@ def load_from_args(
     cwd: Path | None = None,
     upstream: str | None = None,
 ) -> Loaded:
-    """The settings in force; with `upstream` that one stands for all configured upstreams and their keys.
-
-    Raises SystemExit(2) when they cannot be used, after one line on stderr for each reason.
+    """As `read_from_args`. Raises SystemExit(2) for settings that cannot be used, after one line on stderr for each
+    reason.
     """
-    flags = {path: getattr(args, path, None) for path in FLAGS}
     try:
-        loaded = load(
-            getattr(args, "config", None),
-            flags,
-            os.environ if environ is None else environ,
-            Path.cwd() if cwd is None else cwd,
-            use_upstreams=upstream is None,
-        )
+        return read_from_args(args, environ, cwd=cwd, upstream=upstream)
     except SettingsError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
+
+
+def read_from_args(
+    args: argparse.Namespace,
+    environ: Mapping[str, str] | None = None,
+    *,
+    cwd: Path | None = None,
+    upstream: str | None = None,
+) -> Loaded:
+    """The settings in force; with `upstream` that one stands for all configured upstreams and their keys.
+
+    Raises SettingsError when they cannot be used.
+    """
+    loaded = load(
+        getattr(args, "config", None),
+        {path: getattr(args, path, None) for path in FLAGS},
+        os.environ if environ is None else environ,
+        Path.cwd() if cwd is None else cwd,
+        use_upstreams=upstream is None,
+    )
     if upstream is None:
         return loaded
     return replace(loaded, settings=replace(loaded.settings, upstreams=(Upstream(base_url=upstream),)))

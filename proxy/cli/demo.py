@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..config import Key, Loaded, Secret, Settings, Upstream
-from .common import add_config_arguments, load_from_args
+from .common import add_config_arguments, load_from_args, read_from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,17 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status. Raises SystemExit(2) for settings that cannot be used."""
     # Upstreams and keys of the user's are not even read; `simulated` puts the address of the real one in.
-    return asyncio.run(_demo(load_from_args(args, upstream="")))
+    return asyncio.run(_demo(load_from_args(args, upstream=""), args))
 
 
-async def _demo(loaded: Loaded) -> int:
+async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
     from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
     from ..simulator import SPECIAL_PROMPTS, running_simulator
 
     async with running_simulator() as base_url:
         guarded = bool(loaded.settings.server.client_keys)
+
+        def before_it(loaded: Loaded) -> Loaded:
+            return replace(loaded, settings=simulated(loaded.settings, base_url))
+
         return await serve(
-            replace(loaded, settings=simulated(loaded.settings, base_url)),
+            before_it(loaded),
+            lambda: before_it(read_from_args(args, upstream="")),
             extra_lines=lambda address: introduction(address, guarded, SPECIAL_PROMPTS),
         )
 

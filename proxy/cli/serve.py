@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from functools import partial
 
-from .common import add_config_arguments, load_from_args
+from .common import add_config_arguments, load_from_args, read_from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,4 +17,4 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_from_args(args)
     from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
 
-    return asyncio.run(serve(loaded))
+    return asyncio.run(serve(loaded, partial(read_from_args, args)))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 
 from ..core.limits import Limits
 from .problems import Invalid, Where
@@ -94,13 +94,29 @@ _WRITTEN_KEY: Section[WrittenKey] = Section(
 )
 
 
-def given_key(key: str | None, key_file: str | None, where: Where, reading: Reading) -> str:
-    """The text of `key`, or what `key_file` holds. Raises Invalid unless it is exactly one of them."""
-    if (key is None) == (key_file is None):
-        raise Invalid(f"expected one of key and key_file, found {'neither' if key is None else 'both'}")
-    if key is not None:
-        return key
-    text, warning = read_key_file(reading.resolve(where, key_file or ""))
+class Given(Protocol):
+    """The three ways to give a key, of which one is taken."""
+
+    @property
+    def key(self) -> str | None: ...
+    @property
+    def key_file(self) -> str | None: ...
+    @property
+    def key_command(self) -> tuple[str, ...]: ...
+
+
+def given_key(given: Given, where: Where, reading: Reading) -> str:
+    """The text of `key`, what `key_file` holds, or what `key_command` prints. Raises Invalid unless it is one of
+    them.
+    """
+    ways = [given.key is not None, given.key_file is not None, bool(given.key_command)]
+    if sum(ways) != 1:
+        raise Invalid(f"expected one of key, key_file and key_command, found {'several' if any(ways) else 'none'}")
+    if given.key is not None:
+        return given.key
+    if given.key_command:
+        return reading.command(where, given.key_command)
+    text, warning = read_key_file(reading.watch(where, given.key_file or ""))
     if warning:
         reading.warn(warning)
     return text
@@ -132,9 +148,9 @@ class Keys:
             written = _WRITTEN_KEY.read(node, path, reading)
             if not reading.sound(path):
                 return []
-            text = given_key(written.key, written.key_file, node.where, reading)
+            text = given_key(written, node.where, reading)
         else:
-            raise Invalid(f"expected a key, or a table with key or key_file; found {kind_of(node)}")
+            raise Invalid(f"expected a key, or a table with key, key_file or key_command; found {kind_of(node)}")
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not parts:
             raise Invalid("expected a key, found an empty text")
@@ -242,10 +258,10 @@ class ClientKeys:
             return None
         name = written.name or f"client-{ordinal}"
         if written.key_sha256 is not None:
-            if written.key is not None or written.key_file is not None:
-                raise Invalid("expected one of key, key_file and key_sha256, found several")
+            if written.key is not None or written.key_file is not None or written.key_command:
+                raise Invalid("expected one of key, key_file, key_command and key_sha256, found several")
             return ClientKey(name, written.key_sha256, written.namespace)
-        key = usable(f"the key of {name}", given_key(written.key, written.key_file, node.where, reading).strip())
+        key = usable(f"the key of {name}", given_key(written, node.where, reading).strip())
         if len(key) < SHORT_CLIENT_KEY:
             reading.warn(f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess")
         return ClientKey(name, hashlib.sha256(key.encode()).digest(), written.namespace)
@@ -265,7 +281,7 @@ class _WrittenAdmin:
 
 
 class AdminKey:
-    """A key as plain text, or a table with key or key_file; nothing: none."""
+    """A key as plain text, or a table with key, key_file or key_command; nothing: none."""
 
     _table: Section[_WrittenAdmin] = Section(_WrittenAdmin, _GIVEN)
 
@@ -274,7 +290,7 @@ class AdminKey:
             written = self._table.read(node, path, reading)
             if not reading.sound(path):
                 return None
-            text: str | None = given_key(written.key, written.key_file, node.where, reading)
+            text: str | None = given_key(written, node.where, reading)
         else:
             text = scalar(node, optional(SECRET_TEXT), reading)
         return None if text is None else Secret(usable("the admin key", text.strip()))

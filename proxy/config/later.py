@@ -12,17 +12,11 @@ from typing import Final
 
 NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "server.workers": (),
-    "server.admin_key.key_command": (),
-    "server.client_keys.*.key_command": (),
     "server.client_keys.*.models": (),
     "server.client_keys.*.limits.rpm": (),
     "server.client_keys.*.limits.tpm": (),
     "server.client_keys.*.limits.concurrency": (),
     "server.client_keys.*.limits.usd_per_day": (),
-    "upstreams.*.entra_id": (),
-    "upstreams.*.proxy": (),
-    "upstreams.*.ca_file": (),
-    "upstreams.*.keys.*.key_command": (),
     "cache.mode": (),
     "cache.cassette": (),
     "cache.store_requests": (),

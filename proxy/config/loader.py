@@ -38,12 +38,15 @@ _SUBSTITUTED: Final = re.compile(r"\$\{[^}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings that may be used. `sources`: dotted path -> where the value comes from."""
+    """Settings that may be used. `sources`: dotted path -> where the value comes from. `watched`: key files and the
+    like, whose change counts.
+    """
 
     settings: Settings
     file: Path | None = None
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    watched: tuple[Path, ...] = ()
 
 
 def load(
@@ -68,6 +71,7 @@ def load(
         later=NOT_YET,
         defaults=environment.defaults(environ),
         known=KNOWN,
+        automatic=config is None,
     )
     from_file, used = _file_layer(cwd / file, config is None, reading)
     from_environment = environment.settings_layers(environ, reading)
@@ -90,7 +94,7 @@ def load(
     if reading.problems:
         raise SettingsError(_in_order(reading.problems, reading.file))
     sources = {path: where.label for path, where in reading.places.items()}
-    return Loaded(settings, file if used else None, tuple(reading.warnings), sources)
+    return Loaded(settings, file if used else None, tuple(reading.warnings), sources, tuple(reading.watched))
 
 
 def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 from .problems import DEFAULT, Invalid, Problem, Where, looks_secret, shown, shown_name
+from .secret import run_key_command
 from .tree import Listing, Node, Scalar, Table
 from .values import Leaf
 
@@ -37,6 +38,8 @@ class Reading:
 
     `later`: pattern of a path -> values usable besides the default, for settings whose feature is not built.
     `defaults`: path -> a default that the environment gives. `folder` is that of the settings file.
+    `automatic`: nobody named that file, it merely lay there. `watched`: files whose
+    change is a reason to read everything again.
     """
 
     environ: Mapping[str, str]
@@ -50,6 +53,9 @@ class Reading:
     warnings: list[str] = field(default_factory=list)
     places: dict[str, Where] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    watched: list[Path] = field(default_factory=list)
+    automatic: bool = False
+    _printed: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def fail(self, where: Where, path: str, message: str) -> None:
         self.broken.add(path)
@@ -93,6 +99,20 @@ class Reading:
         """A path as written beside the settings file (`~` is the home directory)."""
         folder = self.folder if where.file == self.file else self.cwd
         return folder / Path(path).expanduser()
+
+    def watch(self, where: Where, path: str) -> Path:
+        """The same for a file whose change counts: it is watched from now on."""
+        resolved = self.resolve(where, path)
+        self.watched.append(resolved)
+        return resolved
+
+    def command(self, where: Where, argv: tuple[str, ...]) -> str:
+        """The key that a command prints, run once a reading. Raises Invalid."""
+        if self.automatic and where.file == self.file:
+            raise Invalid(f"expected a file that runs commands to be named with --config {self.file}")
+        if argv not in self._printed:
+            self._printed[argv] = run_key_command(argv, self.resolve(where, "."))
+        return self._printed[argv]
 
 
 def kind_of(node: Node) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import stat
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from .problems import Invalid
 
 LONGEST_KEY: Final = 4096
+
+COMMAND_TIME: Final = 10.0
+"""Seconds a `key_command` has."""
 
 _PLACEHOLDER: Final = re.compile(
     r"""
@@ -93,3 +98,30 @@ def read_key_file(path: Path) -> tuple[str, str | None]:
     loose = stat.S_IMODE(status.st_mode) & 0o077
     warning = f"{path} may be read by other users (mode {stat.S_IMODE(status.st_mode):04o}); 0600 would be right"
     return key, warning if loose else None
+
+
+def run_key_command(argv: Sequence[str], folder: Path) -> str:
+    """The key a command prints, white space round it dropped. No shell; `folder`: where it runs.
+
+    Raises Invalid for a command that cannot be run, fails, prints nothing or takes longer than `COMMAND_TIME`. What it
+    prints is in no message; its own complaints go where ours go, to stderr.
+    """
+    name = Path(argv[0]).name
+    try:
+        done = subprocess.run(
+            argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=COMMAND_TIME, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Invalid(f"expected a key from {name}, found none after {COMMAND_TIME:g} s") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "an argument with a null character"
+        raise Invalid(f"expected a command that can be run, found {name}: {why}") from None
+    if done.returncode:
+        raise Invalid(f"expected a key from {name}, found that it failed (exit status {done.returncode})")
+    try:
+        key = done.stdout[: 4 * LONGEST_KEY].decode().strip()
+    except UnicodeDecodeError:
+        raise Invalid(f"expected a key in ASCII from {name}, found other bytes") from None
+    if not key:
+        raise Invalid(f"expected a key from {name}, found that it prints nothing")
+    return key

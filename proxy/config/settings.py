@@ -68,6 +68,8 @@ class Upstream:
     """Where requests go. `base_url` has no trailing slash; Azure's is the resource's root, less `/openai`.
 
     `api_version` is Azure's: None means its `/openai/v1` surface. `deployments`: model glob -> deployment.
+    `entra_id`: called with tokens of the proxy's own identity instead of keys. `proxy`: a secret, as it may hold a
+    password. `ca_file`: certificates trusted in place of the system's.
     """
 
     name: str = "openai"
@@ -82,8 +84,13 @@ class Upstream:
     insecure: bool = False
     prices: Prices = field(default_factory=dict)
     entra_id: bool = False
-    proxy: str | None = None
+    proxy: Secret | None = None
     ca_file: str | None = None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is called with a credential of ours."""
+        return bool(self.keys) or self.entra_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,4 +222,4 @@ class Settings:
     @property
     def passthrough(self) -> bool:
         """No upstream has a key: each client's own credential goes up."""
-        return not any(upstream.keys for upstream in self.upstreams)
+        return not any(upstream.pooled for upstream in self.upstreams)

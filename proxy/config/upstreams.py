@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,7 +15,7 @@ from .reading import ByGlob, Many, One, Reading, Section, items_of
 from .secret import Secret
 from .settings import DEFAULT_API_VERSION, Key, Prices, Upstream
 from .tree import Node, Table
-from .urls import azure_url, openai_url, parse_url
+from .urls import azure_url, openai_url, parse_url, proxy_url
 from .values import (
     BOOLEAN,
     DEPLOYMENT,
@@ -21,7 +23,6 @@ from .values import (
     MONEY,
     NAME,
     PATH,
-    TEXT,
     VISIBLE,
     Leaf,
     choice,
@@ -37,6 +38,7 @@ API_VERSION: Final = pattern(
 # The classic mistake is a key in this place, so what was found is not repeated.
 _API_VERSION: Final = Leaf(API_VERSION.expected, API_VERSION.convert, secret=True)
 _BASE_URL: Final = Leaf("a base URL", parse_url, secret=True)
+_PROXY: Final = Leaf("a proxy such as http://proxy.example:3128", lambda text: Secret(proxy_url(text)), secret=True)
 
 RATES: Final = ("input", "cached_input", "cache_write", "output")
 
@@ -76,7 +78,7 @@ class _Written:
     insecure: bool = False
     prices: Prices = field(default_factory=dict)
     entra_id: bool = False
-    proxy: str | None = None
+    proxy: Secret | None = None
     ca_file: str | None = None
 
 
@@ -96,7 +98,7 @@ _WRITTEN: Final = Section(
         "insecure": One(BOOLEAN),
         "prices": PRICES,
         "entra_id": One(BOOLEAN),
-        "proxy": One(optional(Leaf(TEXT.expected, TEXT.convert, secret=True))),
+        "proxy": One(optional(_PROXY)),
         "ca_file": One(optional(PATH)),
     },
 )
@@ -143,8 +145,10 @@ def _finished(written: _Written, path: str, others: Sequence[Upstream], reading:
             base_url = openai_url(written.base_url)
     except Invalid as error:
         reading.fail_at(f"{path}.base_url", str(error))
+    if written.entra_id:
+        _check_entra_id(written, f"{path}.entra_id", reading)
     if not azure and reading.sound(f"{path}.base_url"):
-        for setting in ("api_version", "deployments"):
+        for setting in ("api_version", "deployments", "entra_id"):
             if getattr(written, setting):
                 reading.fail_at(f"{path}.{setting}", "expected kind: azure beside this setting, found kind: openai")
     return Upstream(
@@ -161,8 +165,34 @@ def _finished(written: _Written, path: str, others: Sequence[Upstream], reading:
         prices=written.prices,
         entra_id=written.entra_id,
         proxy=written.proxy,
-        ca_file=written.ca_file,
+        ca_file=_ca_file(written, path, reading),
     )
+
+
+def _check_entra_id(written: _Written, path: str, reading: Reading) -> None:
+    if written.keys:
+        reading.fail_at(path, "expected keys or entra_id: true, found both")
+    try:
+        found = importlib.util.find_spec("azure.identity") is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        message = "expected azure-identity to go with it (pip install 'openai-caching-proxy[azure]'), found none"
+        reading.fail_at(path, message)
+
+
+def _ca_file(written: _Written, path: str, reading: Reading) -> str | None:
+    """Where the certificates are, as they must be readable: else every call would fail."""
+    if written.ca_file is None:
+        return None
+    place = f"{path}.ca_file"
+    file = reading.watch(reading.place(place), written.ca_file)
+    try:
+        ssl.create_default_context(cafile=str(file))
+    except OSError as error:  # ssl.SSLError is one, too
+        found = "no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+        reading.fail_at(place, f"expected a file with certificates in PEM form, found at {file}: {found}")
+    return str(file)
 
 
 def _azure(written: _Written, path: str, reading: Reading) -> tuple[str, str | None, Mapping[str, str]]:
@@ -235,7 +265,7 @@ def show_upstream(upstream: Upstream) -> dict[str, object]:
     }
     if upstream.kind == "azure":
         shown["api_version"] = upstream.api_version or "v1"
-    for name in ("cache_as", "deployments", "insecure", "prices"):
+    for name in ("cache_as", "deployments", "insecure", "prices", "entra_id", "proxy", "ca_file"):
         value = getattr(upstream, name)
         if value:
             shown[name] = _WRITTEN.readers[name].show(value)

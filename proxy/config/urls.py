@@ -85,6 +85,16 @@ def _refuse_extras(parts: SplitResult, text: str) -> None:
         raise Invalid("expected a base URL without a fragment, found one")
 
 
+def proxy_url(text: str) -> str:
+    """An HTTP proxy's address, perhaps with user and password. Raises ValueError for anything else."""
+    parts = urlsplit(text)
+    if parts.scheme not in _PORTS or not parts.hostname or not parts.port or parts.path.strip("/"):
+        raise ValueError("not a proxy's address")
+    if parts.query or parts.fragment or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("not a proxy's address")
+    return text.rstrip("/")
+
+
 def openai_url(url: Url) -> str:
     """As given, less a trailing slash; OpenAI's own host gets its `/v1`. Raises Invalid for an endpoint."""
     if match := _ENDPOINT.match(url.path):

@@ -38,7 +38,10 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
 
 def check_upstreams(settings: Settings, reading: Reading) -> None:
     """The same for what concerns the upstreams."""
+    outlets: dict[str, tuple[object, object]] = {}
     for path, upstream, url in _addresses(settings):
+        if outlets.setdefault(url.origin, (upstream.proxy, upstream.ca_file)) != (upstream.proxy, upstream.ca_file):
+            reading.fail_at(path, f"expected one proxy and one ca_file for {url.origin}, found several")
         if reading.sound(f"{path}.base_url", f"{path}.insecure"):
             _check_own_address(settings, path, url, reading)
             _check_plain_http(path, upstream, url, reading)
@@ -93,7 +96,7 @@ def _same_machine(one: str, other: str) -> bool:
 def _check_plain_http(path: str, upstream: Upstream, url: Url, reading: Reading) -> None:
     if url.scheme != "http" or is_loopback(url.host):
         return
-    if upstream.keys and not upstream.insecure:
+    if upstream.pooled and not upstream.insecure:
         message = f"expected https, or insecure: true; found plain http with a key to {url.origin}"
         reading.fail_at(f"{path}.base_url", message)
     else:
@@ -106,5 +109,5 @@ def _warn_credentials(settings: Settings, reading: Reading) -> None:
             reading.warn("client_keys, but no upstream has a key: upstreams are called without a credential")
         return
     for _, upstream, url in _addresses(settings):
-        if not upstream.keys and not is_loopback(url.host):
+        if not upstream.pooled and not is_loopback(url.host):
             reading.warn(f"upstream {upstream.name} has no key: {url.origin} is called without a credential")

@@ -42,6 +42,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "queue_full": ErrorKind(429, _RATE, None),
     "request_exceeds_limit": ErrorKind(429, _RATE, False),
     "keys_cooling": ErrorKind(429, _RATE, None),
+    "budget_exceeded": ErrorKind(429, _RATE, False),
     "internal_error": ErrorKind(500, _SERVER, None),
     "upstream_unreachable": ErrorKind(502, _SERVER, None),
     "upstream_invalid_response": ErrorKind(502, _SERVER, None),

@@ -172,8 +172,15 @@ class Masker:
     """Takes full pool keys out of what an upstream says (contract 7, Secrets)."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets: tuple[bytes, ...] = ()
+        self.add(secrets)
+
+    def add(self, secrets: Iterable[str], instead_of: Iterable[str] = ()) -> None:
+        """More to mask; `instead_of`: what need not be masked any more."""
+        gone = {secret.encode() for secret in instead_of}
+        known = {*self._secrets, *(secret.encode() for secret in secrets if len(secret) >= 4)} - gone
         # The longest first: masking a key that begins like another would leave the other's tail.
-        self._secrets = tuple(s.encode() for s in sorted(secrets, key=len, reverse=True) if len(s) >= 4)
+        self._secrets = tuple(sorted(known, key=len, reverse=True))
         self._texts = tuple(secret.decode() for secret in self._secrets)
 
     def found_in(self, data: bytes) -> bool:

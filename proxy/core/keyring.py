@@ -7,7 +7,7 @@ What an answer does to a key's state is the table of `keystates`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final
 
 from .affinity import Affinity
@@ -69,6 +69,7 @@ class KeyRing:
         self.affinity = Affinity()
         self.last_used: dict[str, float] = {}
         self._uses = 0
+        self._before: dict[tuple[str, str], Allowance] = {}
         self.turns: dict[str, int] = {}
         self.credit: dict[str, dict[str, float]] = {}
 
@@ -261,8 +262,16 @@ class KeyRing:
         if found is None:
             if len(self._allowances) >= _MAX_ALLOWANCES:
                 self._forget(now)
-            found = self._allowances[where] = Allowance(limits, self._use)
+            found = self._allowances[where] = self._opened(where, limits)
         return found
+
+    def _opened(self, where: tuple[str, str], limits: Limits) -> Allowance:
+        """The windows as they were before a reload, with what the limits are now; else new ones."""
+        before = self._before.pop(where, None)
+        if before is None:
+            return Allowance(limits, self._use)
+        before.change(limits, self._use)
+        return before
 
     def _forget(self, now: float) -> None:
         for where in [where for where, allowance in self._allowances.items() if allowance.idle(now)]:
@@ -295,6 +304,20 @@ class KeyRing:
     ) -> None:
         """Takes note of an outcome. wait: seconds a rate-limited key cools; floor: as in KeyState."""
         self._states.learn(key.label, model, outcome, now, wait, reason, floor)
+
+    # -- after a reload ------------------------------------------------------------------------------------------------
+
+    def inherit(self, old: KeyRing, same: Set[str], now: float) -> None:
+        """Takes over what still counts of the ring before: every window, and of the keys with a label in `same`
+        that they cool or are exhausted. What was rejected gets another chance.
+        """
+        self._states.inherit(old._states, same, now)
+        if self._learned is not None and old._learned is not None:
+            self._learned = old._learned
+        self.affinity = old.affinity
+        self.last_used.update(old.last_used)
+        self._uses = old._uses
+        self._before = {**old._before, **old._allowances}
 
     # -- what operators see ----------------------------------------------------------------------------------------
 

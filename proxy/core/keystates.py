@@ -6,7 +6,7 @@ State is per (key, model); what is true of the whole key (401, `insufficient_quo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Literal
@@ -156,6 +156,15 @@ class KeyStates:
         states.move_to_end(where)
         while len(states) > _MAX_STATES:
             states.popitem(last=False)
+
+    def inherit(self, old: KeyStates, same: Set[str], now: float) -> None:
+        """Takes over what still counts of keys with a label in `same`; what was rejected gets another chance."""
+        for where, state in old._cooling.items():
+            if where[0] in same and state.until > now:
+                self._cooling[where] = state
+        for where, state in old._resting.items():
+            if where[0] in same and state.until > now and state.status is Status.EXHAUSTED:
+                self._resting[where] = state
 
     def current(self, now: float) -> Iterator[tuple[str, str, KeyState]]:
         """(label, model, state) of all that is not ready."""

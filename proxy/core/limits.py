@@ -122,10 +122,11 @@ class Reservation:
     `tokens` is the estimate it was made with.
     """
 
-    __slots__ = ("_allowance", "_open", "_slots", "tokens")
+    __slots__ = ("_allowance", "_open", "_slots", "_windows", "tokens")
 
-    def __init__(self, allowance: Allowance, tokens: int, slots: list[_Slot]) -> None:
+    def __init__(self, allowance: Allowance, tokens: int, windows: tuple[_Window, ...], slots: list[_Slot]) -> None:
         self.tokens = tokens
+        self._windows = windows  # those it was counted in, whatever the limits are by now
         self._allowance = allowance
         self._slots = slots
         self._open = True
@@ -138,13 +139,13 @@ class Reservation:
         if self._open:
             self._open = False
             change = 0 if tokens is None else max(tokens, 0) - self.tokens
-            self._allowance._release(self._slots, change, 0)
+            self._allowance._release(self._windows, self._slots, change, 0)
 
     def cancel(self) -> None:
         """It never went up: everything is given back."""
         if self._open:
             self._open = False
-            self._allowance._release(self._slots, -self.tokens, -1)
+            self._allowance._release(self._windows, self._slots, -self.tokens, -1)
 
 
 class Allowance:
@@ -156,18 +157,26 @@ class Allowance:
     __slots__ = ("_concurrency", "_running", "_windows")
 
     def __init__(self, limits: Limits, use: float = 1.0) -> None:
-        self._windows = tuple(
-            _Window(name, _share(limit, use), seconds, of_tokens)
-            for name, limit, seconds, of_tokens in (
-                ("rpm", limits.rpm, 60.0, False),
-                ("tpm", limits.tpm, 60.0, True),
-                ("rpd", limits.rpd, 86_400.0, False),
-                ("tpd", limits.tpd, 86_400.0, True),
-            )
-            if limit is not None
-        )
-        self._concurrency = None if limits.concurrency is None else _share(limits.concurrency, use)
+        self._windows: tuple[_Window, ...] = ()
         self._running = 0
+        self.change(limits, use)
+
+    def change(self, limits: Limits, use: float) -> None:
+        """Other limits from now on; what was counted still counts."""
+        known = {window.name: window for window in self._windows}
+        windows = []
+        for name, limit, seconds, of_tokens in (
+            ("rpm", limits.rpm, 60.0, False),
+            ("tpm", limits.tpm, 60.0, True),
+            ("rpd", limits.rpd, 86_400.0, False),
+            ("tpd", limits.tpd, 86_400.0, True),
+        ):
+            if limit is not None:
+                window = known.get(name) or _Window(name, 0, seconds, of_tokens)
+                window.limit = _share(limit, use)
+                windows.append(window)
+        self._windows = tuple(windows)
+        self._concurrency = None if limits.concurrency is None else _share(limits.concurrency, use)
 
     def reserve(self, tokens: int, now: float) -> Reservation | Wait | Never:
         """Take one request of `tokens` (an estimate; below 0 is 0) from every limit, or nothing from any."""
@@ -189,11 +198,11 @@ class Allowance:
             return Wait(longest)
         self._running += 1
         slots = [window.add(tokens if window.of_tokens else 1, now) for window in self._windows]
-        return Reservation(self, tokens, slots)
+        return Reservation(self, tokens, self._windows, slots)
 
-    def _release(self, slots: list[_Slot], tokens: int, requests: int) -> None:
+    def _release(self, windows: tuple[_Window, ...], slots: list[_Slot], tokens: int, requests: int) -> None:
         self._running -= 1
-        for window, slot in zip(self._windows, slots, strict=True):
+        for window, slot in zip(windows, slots, strict=True):
             change = tokens if window.of_tokens else requests
             if change:
                 window.correct(slot, change)

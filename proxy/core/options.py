@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -28,13 +29,16 @@ class Options:
     timeout: float | None = None
     max_retries: int | None = None
     stream_cost: bool = False
+    run: str = ""
+    max_cost: Decimal | None = None
 
 
 NONE: Final = Options()
 
-_NAMESPACE: Final = re.compile(r"[!-~]{1,128}\Z")
+_VISIBLE: Final = re.compile(r"[!-~]{1,128}\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}:[ -~]{1,128}\Z")
 _INTEGER: Final = re.compile(r"-?\d{1,18}\Z", re.ASCII)
+_AMOUNT: Final = re.compile(r"\d{1,9}(\.\d{0,18})?\Z|\.\d{1,18}\Z", re.ASCII)
 _RETRIES: Final = frozenset(str(number) for number in range(11))
 _FOREVER: Final = 2**31
 """What a number of seconds too large to be meant stands for (RFC 9111 section 1.2.2)."""
@@ -46,8 +50,8 @@ def _natural(text: str) -> int:
     return int(text) if len(text) < 10 else _FOREVER
 
 
-def _namespace(text: str) -> str:
-    if not _NAMESPACE.match(text):
+def _visible(text: str) -> str:
+    if not _VISIBLE.match(text):
         raise ValueError("1 to 128 visible ASCII characters")
     return text
 
@@ -76,6 +80,12 @@ def _stream_cost(text: str) -> bool:
     return True
 
 
+def _max_cost(text: str) -> Decimal:
+    if not _AMOUNT.match(text):
+        raise ValueError("an amount of USD, like 2.50")
+    return Decimal(text)
+
+
 def _timeout(text: str) -> float:
     seconds = parse_duration(text)
     if seconds <= 0:
@@ -93,17 +103,18 @@ class _Option:
 
 _OPTIONS: Final = (
     _Option("x-proxy-cache-ttl", "ttl", "ttl", parse_duration),
-    _Option("x-proxy-cache-namespace", "namespace", "namespace", _namespace),
+    _Option("x-proxy-cache-namespace", "namespace", "namespace", _visible),
     _Option("x-proxy-sample", "sample", "sample", _sample),
     _Option("x-proxy-tag", "tag", "tags", _tag),
     _Option("x-proxy-max-wait", "max-wait", "max_wait", parse_duration),
     _Option("x-proxy-timeout", "timeout", "timeout", _timeout),
     _Option("x-proxy-max-retries", "retries", "max_retries", _retries),
     _Option("x-proxy-stream-cost", "stream-cost", "stream_cost", _stream_cost),
+    _Option("x-proxy-run", "run", "run", _visible),
+    _Option("x-proxy-max-cost", "max-cost", "max_cost", _max_cost),
 )
 _BY_HEADER: Final = {option.header: option for option in _OPTIONS}
 _BY_NAME: Final = {option.name: option for option in _OPTIONS}
-_LATER: Final = {"x-proxy-run": "run", "x-proxy-max-cost": "max-cost"}
 _MAX_TAGS: Final = 16
 
 
@@ -145,8 +156,6 @@ def from_headers(options: Options, headers: Iterable[tuple[str, str]]) -> Option
                 directive, _, argument = part.strip().partition("=")
                 options = _directive(options, directive.lower(), argument, "Cache-Control")
         elif lower.startswith("x-proxy-"):
-            if lower in _LATER:
-                raise Refusal("invalid_option", f"{name} is not yet available", param=name)
             option = _BY_HEADER.get(lower)
             if option is not None:
                 options = _apply(options, option, name, value)
@@ -171,8 +180,6 @@ def from_segment(segment: str) -> Options:
             options = _directive(options, value, None, "cache")
         elif name == "max-age":
             options = _directive(options, name, value, "max-age")
-        elif name in _LATER.values():
-            raise Refusal("invalid_option", f"{name} is not yet available", param=name)
         elif name in _BY_NAME:
             options = _apply(options, _BY_NAME[name], name, value)
         else:

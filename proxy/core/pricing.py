@@ -1,8 +1,8 @@
 """What an answer costs: exact decimals from a vendored price list, or nothing. Never a float, never a guess.
 
 The list is `proxy/prices.json`, package data written by `.ci/update_prices.py` from the genai-prices library;
-reading it once is the only IO in the core. Tokens it has no rate for (`Usage.unpriced_tokens`: audio) make a
-cost unknown. Not seen yet: service tiers (flex, priority, batch) and tools charged per call.
+reading it once is the only IO in the core. What it has no rate for (tokens of a kind, a service tier, a tool) makes a
+cost unknown.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Context, Decimal
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache
@@ -28,11 +28,15 @@ Status = Literal["exact", "estimated"]
 _EXACT = Context(prec=60)  # tokens have at most 13 digits, rates at most 10 + 18: nothing is ever rounded
 _ZERO = Decimal(0)
 _PER_MILLION = Decimal("0.000001")
+_PER_THOUSAND = Decimal("0.001")
 _LONGEST_NAME = 256  # no model name is longer, and the memo's keys stay small
 _MEMO_SIZE = 1024
 _LARGEST_RATE = Decimal(10**9)
 _MOST_PLACES = 18
 _RATE_NAMES = ("input", "cached_input", "cache_write", "output")
+_DETAIL_NAMES = ("audio_input", "audio_output", "image_input")
+_TOOL_NAMES = ("web_search", "file_search")
+_DEFAULT_TIERS = (None, "", "auto", "default", "standard")
 _NO_OVERRIDES: Mapping[str, Mapping[str, Decimal]] = MappingProxyType({})
 
 # How OpenAI and Azure name snapshots: gpt-4o-2024-08-06, gpt-4-0613.
@@ -49,13 +53,21 @@ class Cost(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """USD a token. `output` None: embeddings. `tiers`: (more prompt tokens than, rates), largest first."""
+    """USD a token, and a call of a tool. None: there is no rate. `tiers`: (more prompt tokens than, rates), largest
+    first; `services`: by service tier, what is other than the default one.
+    """
 
     input: Decimal
     cached_input: Decimal
     cache_write: Decimal
     output: Decimal | None
     tiers: tuple[tuple[int, _Rates], ...] = ()
+    audio_input: Decimal | None = None
+    audio_output: Decimal | None = None
+    image_input: Decimal | None = None
+    web_search: Decimal | None = None
+    file_search: Decimal | None = None
+    services: Mapping[str, _Rates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +101,30 @@ class PriceTable:
         self._globs = _longest_first({glob: rates for glob, rates in self._names.items() if set(glob) & set("*?[")})
         self._memo: dict[tuple[str, ...], tuple[_Rates, Status] | None] = {}
 
-    def cost(self, kind: Kind, models: Sequence[str | None], usage: Usage) -> Cost | None:
+    def cost(self, kind: Kind, models: Sequence[str | None], usage: Usage, service_tier: object = None) -> Cost | None:
         """The cost of `usage` in USD, or None where it is not known; never raises, whatever the names are.
 
         `models` are the answer's model and the one asked for, in this order. An override of any of them wins,
         so that the price set for a deployment holds although its answers name a snapshot; then the first that
         is in the list decides: by its name, else without its trailing date. `kind` azure looks in Azure's
-        list first.
+        list first. `service_tier` is the answer's: a tier without rates of its own for the model (`scale` is paid in
+        advance) has no known cost.
         """
         found = self._resolve(kind, models)
-        if found is None or usage.unpriced_tokens:
+        if found is None:
             return None
         rates, status = found
+        if service_tier not in _DEFAULT_TIERS:
+            special = rates.services.get(service_tier) if isinstance(service_tier, str) else None
+            if special is None or kind == "azure":  # Azure's tiers have prices of their own, which nobody lists
+                return None
+            rates = special
         for above, tier in rates.tiers:
             if usage.prompt_tokens > above:  # all tokens change price, not only those above
                 rates = tier
                 break
+        if not usage.plain:
+            return _with_details(rates, status, usage)
         plain = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
         if plain < 0:
             return None
@@ -153,6 +173,46 @@ class PriceTable:
         return self._sections["openai"].find(name)
 
 
+def total_cost(costs: Sequence[Cost | None]) -> Cost | None:
+    """All of them together; None where one is unknown."""
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return None
+    amount = _ZERO
+    for cost in known:
+        amount = _EXACT.add(amount, cost.usd)
+    return Cost(amount, "estimated" if any(cost.status == "estimated" for cost in known) else "exact")
+
+
+def _with_details(rates: _Rates, status: Status, usage: Usage) -> Cost | None:
+    """The cost where there is more than text, or None where one kind has no rate or it cannot be told apart."""
+    if usage.unpriced:
+        return None
+    heard, spoken = usage.heard_tokens, usage.spoken_tokens
+    pictured = usage.image_tokens if rates.image_input is not None else 0  # else images are ordinary input
+    if (heard or pictured) and usage.cached_tokens and rates.cached_input != rates.input:
+        return None  # how much of the audio and the images was cached is not said
+    plain = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens - heard - pictured
+    parts = (
+        (rates.input, plain),
+        (rates.cached_input, usage.cached_tokens),
+        (rates.cache_write, usage.cache_write_tokens),
+        (rates.audio_input, heard),
+        (rates.image_input, pictured),
+        (rates.output, usage.completion_tokens - spoken),
+        (rates.audio_output, spoken),
+        (rates.web_search, usage.web_searches),
+        (rates.file_search, usage.file_searches),
+    )
+    amount = _ZERO
+    for rate, count in parts:
+        if count < 0 or (count and rate is None):
+            return None
+        if count and rate is not None:
+            amount = _EXACT.fma(rate, count, amount)
+    return Cost(amount, status)
+
+
 @lru_cache(1024)
 def usd(amount: Decimal) -> str:
     """`amount`, exact, without exponent, with at least six places: "0.002250". ValueError if not finite."""
@@ -183,18 +243,24 @@ def _override(glob: str, rates: Mapping[str, object]) -> _Rates:
     return _rates(rates)
 
 
-def _rates(per_million: Mapping[str, Any], tiers: tuple[tuple[int, _Rates], ...] = ()) -> _Rates:
-    """Where a model has no rate of its own for cached or cache-write tokens, they are ordinary input."""
-    amounts = {
-        name: _EXACT.multiply(Decimal(per_million[name]), _PER_MILLION) for name in _RATE_NAMES if name in per_million
-    }
+def _rates(entry: Mapping[str, Any]) -> _Rates:
+    """Of an entry with USD per million tokens and per thousand calls. Where a model has no rate of its own for cached
+    or cache-write tokens, they are ordinary input.
+    """
+    names = (*_RATE_NAMES, *_DETAIL_NAMES)
+    amounts = {name: _EXACT.multiply(Decimal(entry[name]), _PER_MILLION) for name in names if name in entry}
+    calls = {name: _EXACT.multiply(Decimal(entry[name]), _PER_THOUSAND) for name in _TOOL_NAMES if name in entry}
+    tiers = sorted(((tier["above"], _rates(tier)) for tier in entry.get("tiers", ())), key=lambda tier: -tier[0])
     plain = amounts["input"]
     return _Rates(
         plain,
         amounts.get("cached_input", plain),
         amounts.get("cache_write", plain),
         amounts.get("output"),
-        tiers,
+        tuple(tiers),
+        **{name: amounts[name] for name in _DETAIL_NAMES if name in amounts},
+        **calls,
+        services={name: _rates(service) for name, service in entry.get("services", {}).items()},
     )
 
 
@@ -208,8 +274,7 @@ def _section(models: Mapping[str, Mapping[str, Any]]) -> _Section:
     names: dict[str, _Rates] = {}
     patterns: dict[str, _Rates] = {}
     for model, entry in models.items():
-        tiers = sorted(((tier["above"], _rates(tier)) for tier in entry.get("tiers", ())), key=lambda tier: -tier[0])
-        rates = _rates(entry, tuple(tiers))
+        rates = _rates(entry)
         names |= dict.fromkeys((model, *entry.get("names", ())), rates)
         patterns |= dict.fromkeys(entry.get("patterns", ()), rates)
     return _Section(names, _longest_first(patterns))

@@ -41,6 +41,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     upstream_ms: float = 0.0
     total_ms: float = 0.0
     tags: tuple[str, ...] = ()
+    run: str = ""
 
     def as_json(self) -> dict[str, Any]:
         usage = self.usage
@@ -69,6 +70,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
             "upstream_ms": round(self.upstream_ms, 3),
             "total_ms": round(self.total_ms, 3),
             "tags": list(self.tags),
+            "run": self.run or None,
             "finished_at": round(self.finished_at, 3),
         }
 
@@ -85,7 +87,7 @@ class Receipts:
         if len(self._by_id) > self._kept:
             self._by_id.popitem(last=False)
 
-    def put_hit(self, id_: str, client: str, entry: Entry, wall: float) -> None:
+    def put_hit(self, id_: str, client: str, entry: Entry, wall: float, run: str = "") -> None:
         """A hit's receipt, made only when somebody asks: this is the hot path. The entry's body is not held."""
         self._by_id[id_] = (
             client,
@@ -95,7 +97,9 @@ class Receipts:
             entry.form,
             entry.cost,
             entry.usage,
+            entry.estimated,
             wall,
+            run,
         )
         if len(self._by_id) > self._kept:
             self._by_id.popitem(last=False)
@@ -104,7 +108,7 @@ class Receipts:
         found = self._by_id.get(id_)
         if found is None or isinstance(found, Receipt):
             return found
-        client, endpoint, model, answer_model, form, cost, usage, wall = found
+        client, endpoint, model, answer_model, form, cost, usage, estimated, wall, run = found
         return Receipt(
             id=id_,
             client=client,
@@ -117,6 +121,7 @@ class Receipts:
             stream=form == "sse",
             cost_usd="0.000000",
             saved_usd=cost,
-            cost_status="exact",
+            cost_status="estimated" if estimated else "exact",
             usage=usage,
+            run=run,
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from operator import itemgetter
-from typing import Any, Final
+from typing import Final
 
 from aiohttp.web import BaseRequest
 
@@ -32,6 +32,7 @@ from .gatekeeper import ANONYMOUS, Gatekeeper
 from .metrics import Metrics
 from .ops import Ops
 from .passage import Passage
+from .traffic import Traffic
 from .wire import Dates, Stream, Streamed, Whole, raw_lines, read_body, refused, status_line
 
 log = logging.getLogger("proxy")
@@ -59,7 +60,14 @@ class Downstream:
     """The handler of the main listener."""
 
     def __init__(
-        self, world: World, journey: Journey, passage: Passage, ops: Ops, metrics: Metrics, gatekeeper: Gatekeeper
+        self,
+        world: World,
+        journey: Journey,
+        passage: Passage,
+        ops: Ops,
+        metrics: Metrics,
+        gatekeeper: Gatekeeper,
+        traffic: Traffic,
     ) -> None:
         self._world = world
         self._journey = journey
@@ -73,15 +81,13 @@ class Downstream:
         self._show_key = len(world.settings.server.client_keys) < 2
         self._fast = not world.settings.cost.stream_comment
         self._max_body = world.settings.server.max_body
-        self.in_flight = 0
-        self.closing = False
-        self.flows: dict[asyncio.Task[Any], Any] = {}
+        self.traffic = traffic
 
     # -- every request ------------------------------------------------------------------------------------------------
 
     async def handle(self, request: BaseRequest) -> Answer:
         """One request. Never raises but for a client that is gone."""
-        self.in_flight += 1
+        self.traffic.in_flight += 1
         began = self._world.seams.monotonic()
         origin = None
         try:
@@ -90,7 +96,7 @@ class Downstream:
             if route is None:
                 route = self._parse(request, target)
             if route.kind == "own":
-                return await self._ops.handle(request, route, self.in_flight)
+                return await self._ops.handle(request, route)
             self._gatekeeper.check_host(request)
             headers = request.headers
             if "Origin" in headers or "Sec-Fetch-Site" in headers:
@@ -108,7 +114,7 @@ class Downstream:
             failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
             answer = self._refused(request, failed, origin)
         finally:
-            self.in_flight -= 1
+            self.traffic.in_flight -= 1
         return answer
 
     def _parse(self, request: BaseRequest, target: str) -> Route:
@@ -125,7 +131,7 @@ class Downstream:
         request, route = visit.request, visit.route
         method = request.method
         visit.client = self._gatekeeper.client(request)
-        if self.closing:
+        if self.traffic.closing:
             raise Refusal("draining", "the proxy is shutting down", retry_after=1.0)
         if route.kind == "endpoint" and method == "POST":
             headers = request.headers
@@ -183,7 +189,7 @@ class Downstream:
                 head += b"X-Accel-Buffering: no\r\n"
         task = asyncio.current_task()
         assert task is not None
-        self.flows[task] = flow
+        self.traffic.flows[task] = flow
         stream = Stream(request, head, bought.status)
         try:
             await flow.pump(stream.write)
@@ -192,7 +198,7 @@ class Downstream:
             return stream.abort()
         finally:
             flow.abandon()
-            del self.flows[task]
+            del self.traffic.flows[task]
 
     async def _call(self, visit: _Visit, body: bytes, plain: bool) -> Call:
         """The request, read and understood. Raises Refusal(invalid_json, invalid_option)."""
@@ -239,7 +245,7 @@ class Downstream:
     def _check_room(self) -> None:
         """Refuses early and cheaply when too much is going on; those who wait in the queue are counted there."""
         limit = self._world.settings.server.max_in_flight
-        if self.in_flight - self._world.gate.depth > limit:
+        if self.traffic.in_flight - self._world.gate.depth > limit:
             message = f"{limit} requests are being served already (server.max_in_flight)"
             raise Refusal("overloaded", message, retry_after=1.0)
 
@@ -261,9 +267,10 @@ class Downstream:
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
             f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
+            f"{hit.lines}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall)
+        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run)
         self._metrics.hit(entry)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
@@ -275,7 +282,9 @@ class Downstream:
         lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
-        lines += f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: exact\r\n"
+        lines += (
+            f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: {'estimated' if entry.estimated else 'exact'}\r\n"
+        )
         if entry.cost is not None:
             lines += f"X-Proxy-Cost-Saved-USD: {entry.cost}\r\n"
         lines += usage_lines(entry.usage)
@@ -329,6 +338,9 @@ _EXPOSED: Final = (
     "X-Proxy-Cached-Tokens",
     "X-Proxy-Completion-Tokens",
     "X-Proxy-Total-Tokens",
+    "X-Proxy-Saved-Tokens",
+    "X-Proxy-Run-Cost-USD",
+    "X-Proxy-Run-Saved-USD",
     "X-Proxy-Error",
     "Cache-Status",
     "Age",
@@ -345,7 +357,7 @@ def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
 
 def _leaves_hits_alone(options: Options) -> bool:
     """Whether a hit is the same with these options of the base URL as without; the others choose which entry it is."""
-    return options.max_age is None and not options.stream_cost
+    return options.max_age is None and not (options.stream_cost or options.run or options.max_cost is not None)
 
 
 def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
 
 import orjson
 from aiohttp.web import BaseRequest
@@ -12,66 +14,135 @@ from ..config.render import plain
 from ..core.errors import Refusal
 from ..core.routes import Route, unknown_route
 from ..world import World
+from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
-from .wire import Dates, Whole, status_line
+from .traffic import Traffic
+from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+_LINES: Final = "application/x-ndjson"
+_RUNS: Final = "/_proxy/runs/"
+
+
+class Visit(NamedTuple):
+    """One request to a page. rest: the last segment of the path where the page is for many, decoded; query: raw."""
+
+    request: BaseRequest
+    rest: str
+    query: str
+
+
+class Page(NamedTuple):
+    """A route, by its path; one that ends in `/` has one more segment. guarded: for operators alone, else its own
+    matter.
+    """
+
+    answer: Callable[[Visit], Awaitable[Whole]]
+    method: str = "GET"
+    guarded: bool = True
 
 
 class Ops:
-    """Answers `own` routes. draining: set when SIGTERM came; address: shown in the status."""
+    """Answers `own` routes."""
 
-    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper) -> None:
+    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic) -> None:
         self._world = world
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
-        self._started = world.seams.wall()
-        self.draining = False
-        self.address = ""
+        self._cache = CacheAdmin(world)
+        self._pages: dict[str, Page] = {
+            "/metrics": Page(self._metrics_text),
+            "/_proxy/status": Page(self._status),
+            "/_proxy/keys": Page(self._keys),
+            "/_proxy/requests/": Page(self._receipt, guarded=False),
+            _RUNS: Page(self._run),
+            "/_proxy/cache": Page(self._cached),
+            "/_proxy/cache/": Page(self._cached_one),
+            "/_proxy/cache/purge": Page(self._purge, "POST"),
+            "/_proxy/cache/import": Page(self._import, "POST"),
+            "/_proxy/cache/explain": Page(self._explain, "POST"),
+        }
+        self._traffic = traffic
 
-    async def handle(self, request: BaseRequest, route: Route, in_flight: int) -> Whole:
+    async def handle(self, request: BaseRequest, route: Route) -> Whole:
         """One request to an `own` route of the main listener. Raises Refusal."""
         path = route.path
-        if request.method not in ("GET", "HEAD"):
-            raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
+        page, rest = self._pages.get(path), ""
+        if page is None:
+            stem, _, rest = path.rpartition("/")
+            if path.startswith(_RUNS):
+                stem, rest = _RUNS[:-1], path.removeprefix(_RUNS)  # a run's name may hold slashes
+            page = self._pages.get(stem + "/") if rest else None
+        method = "POST" if page is not None and page.method == "POST" else "GET"
+        if request.method != method and not (method == "GET" and request.method == "HEAD"):
+            allowed = "GET, HEAD" if method == "GET" else method
+            message = f"only {method} is allowed here"
+            raise Refusal("method_not_allowed", message, headers=(("Allow", allowed),))
         if path in _PROBES:
             return self._probe(request, path)
         self._gatekeeper.check_host(request)
         self._gatekeeper.check_origin(request)
-        if path.startswith("/_proxy/requests/"):
-            return self._receipt(request, path.removeprefix("/_proxy/requests/"))
-        self._gatekeeper.check_admin(request)
-        if path == "/metrics":
-            return self._metrics_page(request, in_flight)
-        if path == "/_proxy/status":
-            return self._json(request, await self.status(in_flight))
-        if path == "/_proxy/keys":
-            return self._json(request, self._keys())
-        raise unknown_route(path)
+        if page is None or page.guarded:
+            self._gatekeeper.check_admin(request)
+        if page is None:
+            raise unknown_route(path)
+        return await page.answer(Visit(request, unquote(rest), route.query))
 
-    async def handle_probe(self, request: BaseRequest, path: str, in_flight: int) -> Whole:
+    async def handle_probe(self, request: BaseRequest, path: str) -> Whole:
         """One request to the second listener, `server.ops`: probes and metrics only, any Host, no key."""
         if request.method not in ("GET", "HEAD"):
             raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
         if path in _PROBES:
             return self._probe(request, path)
         if path == "/metrics":
-            return self._metrics_page(request, in_flight)
+            return self._metrics_page(request)
         raise unknown_route(path)
 
     def _probe(self, request: BaseRequest, path: str) -> Whole:
-        if path == "/readyz" and self.draining:
+        if path == "/readyz" and self._traffic.draining:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
-    def _metrics_page(self, request: BaseRequest, in_flight: int) -> Whole:
-        return self._answer(request, self._metrics.render(self._world, in_flight), _TEXT)
+    async def _metrics_text(self, visit: Visit) -> Whole:
+        return self._metrics_page(visit.request)
 
-    def _receipt(self, request: BaseRequest, id_: str) -> Whole:
+    async def _status(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self.status())
+
+    async def _keys(self, visit: Visit) -> Whole:
+        return self._json(visit.request, self._pool())
+
+    async def _cached(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.list(visit.query))
+
+    async def _cached_one(self, visit: Visit) -> Whole:
+        found = await self._cache.show(visit.rest, visit.query)
+        if isinstance(found, bytes):
+            return self._answer(visit.request, found, _LINES)
+        return self._json(visit.request, found)
+
+    async def _purge(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.purge(await self._body(visit)))
+
+    async def _import(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.take(await self._body(visit)))
+
+    async def _explain(self, visit: Visit) -> Whole:
+        body, raw = await self._body(visit), visit.request._message.raw_headers
+        return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
+
+    async def _body(self, visit: Visit) -> bytes:
+        return await read_body(visit.request, self._world.settings.server.max_body)
+
+    def _metrics_page(self, request: BaseRequest) -> Whole:
+        return self._answer(request, self._metrics.render(self._world, self._traffic.in_flight), _TEXT)
+
+    async def _receipt(self, visit: Visit) -> Whole:
         """A receipt is for operators and for the client key that made the request."""
+        request, id_ = visit.request, visit.rest
         receipt = self._world.receipts.get(id_)
         if not self._gatekeeper.is_admin(request):
             client = self._gatekeeper.client(request)
@@ -83,17 +154,23 @@ class Ops:
             raise unknown_route(f"/_proxy/requests/{id_}")
         return self._json(request, receipt.as_json())
 
-    async def status(self, in_flight: int) -> dict[str, Any]:
+    async def _run(self, visit: Visit) -> Whole:
+        report = await self._world.runs.report(visit.rest)
+        if report is None:
+            raise unknown_route(_RUNS + visit.rest)
+        return self._json(visit.request, report)
+
+    async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
         settings = world.settings
         return {
             "version": __version__,
-            "address": self.address,
-            "uptime_s": round(world.seams.wall() - self._started, 1),
-            "state": "draining" if self.draining else "ready",
+            "address": self._traffic.address,
+            "uptime_s": round(world.seams.wall() - self._traffic.started, 1),
+            "state": "draining" if self._traffic.draining else "ready",
             "pass_through": world.passthrough,
-            "in_flight": in_flight,
+            "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
@@ -101,7 +178,7 @@ class Ops:
             "settings": plain(settings),
         }
 
-    def _keys(self) -> dict[str, Any]:
+    def _pool(self) -> dict[str, Any]:
         """The pool: keys by their labels, never the keys; and which upstreams are left alone."""
         world = self._world
         now = world.seams.monotonic()

@@ -207,7 +207,7 @@ class Passage:
         headers = upstream_headers(request._message.raw_headers, pooled=not world.passthrough)
         dialect = world.upstreams[key.upstream].dialect
         if not world.passthrough:
-            headers.extend(world.credentials[key.label])
+            headers.extend(world.credential(key.label))
         elif client.auth is not None:
             headers.extend(dialect.client_auth(*client.auth))
         if upload.length is not None:

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
+from ssl import SSLContext, create_default_context
 from typing import TYPE_CHECKING, Final, cast
 
 import aiohttp
@@ -71,19 +72,55 @@ class _Connector(TCPConnector):
         return await super()._get(key, [])
 
 
+class Outlet:
+    """How an upstream is reached, where not directly: through an HTTP proxy, or trusting other certificates.
+
+    proxy: `http://[user:password@]host:port`; ca_file: PEM certificates in place of the system's. Raises OSError where
+    they cannot be read.
+    """
+
+    def __init__(self, proxy: str | None, ca_file: str | None) -> None:
+        self.proxy: URL | None = None
+        self.auth: aiohttp.BasicAuth | None = None
+        if proxy is not None:
+            url = URL(proxy)
+            self.proxy = url.with_user(None)
+            if url.user is not None:
+                self.auth = aiohttp.BasicAuth(url.user, url.password or "", "utf-8")
+        self.ssl: SSLContext | bool = True if ca_file is None else create_default_context(cafile=ca_file)
+
+
+_DIRECT: Final = Outlet(None, None)
+NO_OUTLETS: Final[Mapping[str, Outlet]] = {}
+
+
 class _Target:
     """Where a URL leads, worked out once. address: what the pool knows it by; start: the head after the method."""
 
-    __slots__ = ("address", "key", "start")
+    __slots__ = ("address", "key", "lines", "start")
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, outlets: Mapping[str, Outlet]) -> None:
         """Raises ValueError for a URL that names no host."""
         parsed = URL(url, encoded=True)
         if not parsed.host:
             raise ValueError("a URL without a host")
-        self.address = aiohttp.ClientRequest("GET", parsed, loop=asyncio.get_running_loop())
+        outlet = outlets.get(str(parsed.origin()), _DIRECT)
+        self.address = aiohttp.ClientRequest(
+            "GET",
+            parsed,
+            loop=asyncio.get_running_loop(),
+            proxy=outlet.proxy,
+            proxy_auth=outlet.auth,
+            ssl=outlet.ssl,
+        )
         self.key = self.address.connection_key
-        self.start = f" {parsed.raw_path_qs} HTTP/1.1\r\nHost: {parsed.host_port_subcomponent}\r\n"
+        # To a proxy, plain http is asked for in absolute form (RFC 9112 section 3.2.2); https goes through a tunnel.
+        forwarded = outlet.proxy is not None and parsed.scheme == "http"
+        self.start = f" {parsed if forwarded else parsed.raw_path_qs} HTTP/1.1\r\nHost: {parsed.host_port_subcomponent}"
+        if forwarded and outlet.auth is not None:
+            self.start += f"\r\nProxy-Authorization: {outlet.auth.encode()}"
+        self.start += "\r\n"
+        self.lines = self.start.count("\n")
 
 
 class UpstreamAnswer:
@@ -163,10 +200,16 @@ class Upstreams:
     (redirects, cookies, retries, default headers) is not wanted here and would cost more than all the rest.
     """
 
-    def __init__(self, connect: float, idle: float) -> None:
+    def __init__(self, connect: float, idle: float, outlets: Mapping[str, Outlet] = NO_OUTLETS) -> None:
+        """outlets: by origin, of upstreams that are not reached directly."""
+        self._connector = _Connector()
+        self.set(connect, idle, outlets)
+
+    def set(self, connect: float, idle: float, outlets: Mapping[str, Outlet]) -> None:
+        """What holds for calls from now on."""
         self._idle = idle
         self._timeout = ClientTimeout(total=None, sock_connect=connect)
-        self._connector = _Connector()
+        self._outlets = outlets
         self._targets: dict[str, _Target] = {}
 
     async def send(
@@ -200,7 +243,7 @@ class Upstreams:
         framing, chunked = _framing(method, headers, body)
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
         head = f"{method}{target.start}{lines}{framing}\r\n".encode("utf-8", "surrogateescape")
-        if head.count(b"\n") != len(headers) + 3 + (framing != ""):
+        if head.count(b"\n") != len(headers) + target.lines + 1 + (framing != ""):
             raise ValueError("a header with a line break")  # parser and settings let none in; this is the last door
         connection = None if trip.fresh else await self._connector.pooled(target.key)
         trip.reused = connection is not None
@@ -246,7 +289,7 @@ class Upstreams:
     def _target(self, url: str) -> _Target:
         target = self._targets.get(url)
         if target is None:
-            target = _Target(url)
+            target = _Target(url, self._outlets)
             if len(url) <= 1024:
                 if len(self._targets) >= 1024:
                     self._targets.clear()
@@ -311,6 +354,8 @@ def _failure(error: Exception, trip: Trip) -> TransportFailure:
         return TransportFailure("unreached", "connecting to the upstream took too long")
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError):
         return TransportFailure("unreached", "the upstream's TLS certificate or handshake is not acceptable")
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        return TransportFailure("unreached", "the upstream's proxy cannot be reached or refuses")
     if isinstance(error, aiohttp.ClientConnectorError):
         return TransportFailure("unreached", f"the upstream cannot be reached ({_why(error.os_error)})")
     if isinstance(error, TimeoutError):

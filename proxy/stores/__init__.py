@@ -1,25 +1,20 @@
 """Cache backends, one file each, and what they have in common.
 
 `memory` is the tier in front of every backend: synchronous, private to the process. `tiered` joins it to the backend
-behind it (sqlite, redis), which is one file here and one line in this table; its module is imported only when its name
-is configured. A backend never raises into a request: what is broken, slow, full or absent is a miss.
+behind it (sqlite, redis), which is one file here and one line in the table `BACKENDS`; its module is imported only when
+its name is configured. A backend never raises into a request: what is broken, slow, full or absent is a miss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from ..core.entry import Entry
+import msgspec
 
-BACKENDS: Final[Mapping[str, str | None]] = {
-    "memory": None,
-    "sqlite": "proxy.stores.sqlite",
-    "redis": "proxy.stores.redis",
-}
-"""`cache.backend` -> the module of the tier behind memory, None where nothing stands behind it."""
+from ..core.entry import Entry
 
 Name = tuple[str, str]
 """Key and form: what an entry is stored under."""
@@ -36,10 +31,11 @@ class StoreError(Exception):
 class Filter:
     """Which entries: those for which everything that is given holds; without anything, all.
 
-    model: the one asked for; stored_before: Unix seconds.
+    prefix: what the key begins with; model: the one asked for; stored_before: Unix seconds.
     """
 
     key: str | None = None
+    prefix: str | None = None
     endpoint: str | None = None
     model: str | None = None
     namespace: str | None = None
@@ -49,6 +45,7 @@ class Filter:
     def matches(self, entry: Entry) -> bool:
         return (
             (self.key is None or entry.key == self.key)
+            and (self.prefix is None or entry.key.startswith(self.prefix))
             and (self.endpoint is None or entry.endpoint == self.endpoint)
             and (self.model is None or entry.model == self.model)
             and (self.namespace is None or entry.namespace == self.namespace)
@@ -58,6 +55,22 @@ class Filter:
 
 
 ALL: Final = Filter()
+
+MOST_PURGES: Final = 1000
+"""So many purges a store remembers, for `purged`."""
+
+
+def purge_text(which: Filter) -> str:
+    """How a store writes down that this was purged."""
+    return msgspec.json.encode(which).decode()
+
+
+def purge_of(text: str | bytes) -> Filter:
+    """What was purged; everything, where another version of the program says it in a way of its own."""
+    try:
+        return msgspec.json.decode(text, type=Filter)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ALL
 
 
 class Listed(NamedTuple):
@@ -86,6 +99,9 @@ class Store(Protocol):
         None: there is none, or the store cannot tell. Never raises; a caller who is cancelled harms nobody.
         """
 
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        """The same for several, in about the time of one. None: the store cannot tell, and more need not be asked."""
+
     def put(self, entry: Entry) -> bool:
         """Takes the entry, to be written soon, in place of an older one; never waits. False: it will not be kept."""
 
@@ -93,7 +109,19 @@ class Store(Protocol):
         """Tells that a tier in front served this entry, so that it does not count as unused. Never waits."""
 
     async def purge(self, which: Filter, dry_run: bool = False) -> int:
-        """Drops what was put so far and matches; how many (with dry_run: would be). Raises StoreError."""
+        """Drops what was put so far and matches; how many (with dry_run: would be). Raises StoreError.
+
+        Every process that uses the store hears of it by `purged`.
+        """
+
+    async def purged(self) -> list[Filter]:
+        """What was purged, by whichever process, since this was last asked, or since the store was opened.
+
+        More than that where the store cannot tell. Never raises: what is not said now is said later.
+        """
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        """Those of `names` that are there, whole, in no order; they do not count as used. Raises StoreError."""
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         """About `limit` matching entries, in no order; `after`: the page before's `next`. Raises StoreError.
@@ -109,6 +137,42 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Flushes, within a few seconds, and lets go. Nothing may be asked of it afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a backend keeps entries, and how much: each takes what it needs.
+
+    path: of the file; max_size, max_entry: bytes; redis_url: a secret; grace: as for `Store`; wall: the clock.
+    """
+
+    path: str
+    max_size: int
+    max_entry: int
+    redis_url: str = field(repr=False)
+    redis_prefix: str
+    wall: Callable[[], float]
+    grace: float = 0.0
+
+
+def _sqlite(place: Place) -> Store:
+    from .sqlite import SQLiteStore
+
+    return SQLiteStore(place.path, place.max_size, place.max_entry, place.grace, place.wall)
+
+
+def _redis(place: Place) -> Store:
+    from .redis import RedisStore
+
+    return RedisStore(place.redis_url, place.redis_prefix, place.max_entry, place.grace, wall=place.wall)
+
+
+BACKENDS: Final[Mapping[str, Callable[[Place], Store] | None]] = {
+    "memory": None,
+    "sqlite": _sqlite,
+    "redis": _redis,
+}
+"""`cache.backend` -> what makes the tier behind memory, None where nothing stands behind it."""
 
 
 def plausible(entry: Entry, wall: float, grace: float) -> bool:

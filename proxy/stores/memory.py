@@ -89,8 +89,11 @@ class MemoryStore:
 
     def listed(self, names: Iterable[Name]) -> list[Listed]:
         """Those of `names` that are there, less their bodies. They do not count as used."""
-        found = [entry for name in names if (entry := self._entries.get(name)) is not None]
-        return [Listed(msgspec.structs.replace(entry, body=b""), entry.size) for entry in found]
+        return [Listed(msgspec.structs.replace(entry, body=b""), entry.size) for entry in self.read(names)]
+
+    def read(self, names: Iterable[Name]) -> list[Entry]:
+        """Those of `names` that are there. They do not count as used."""
+        return [entry for name in names if (entry := self._entries.get(name)) is not None]
 
     def stats(self) -> dict[str, int]:
         """entries, bytes, max_bytes; evictions (for room) and expirations (by age) so far."""

@@ -23,7 +23,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from ..core.entry import Entry
 from ..core.envelope import FRAME_SIZE, VERSION, decode, describe, encode, head_size
 from ..seams import spawn
-from . import ALL, Filter, Listed, Name, Page, StoreError, plausible
+from . import ALL, MOST_PURGES, Filter, Listed, Name, Page, StoreError, plausible, purge_of, purge_text
 from .redis_link import LONGEST, Link, text_of
 
 log = logging.getLogger("proxy.cache")
@@ -31,7 +31,7 @@ log = logging.getLogger("proxy.cache")
 DEADLINE: Final = 0.09
 """Seconds a request waits for a read, at most."""
 
-MOST_PENDING: Final = 1000
+MOST_PENDING: Final = 5000
 MOST_PENDING_BYTES: Final = 64 * 1024 * 1024
 LONGEST_PREFIX: Final = 64
 """Bytes: a key is then at most 140 long."""
@@ -44,6 +44,8 @@ _LONGEST_LIFE: Final = 10 * 365 * 86400.0
 _IN_THREAD: Final = 128 * 1024
 _HEAD_GUESS: Final = 2048
 _FORMS: Final = ("json", "sse")
+_PURGES_KEPT: Final = 86400
+"""Seconds since the last purge; Redis cannot be out of reach for so long and still have what was purged in memory."""
 
 
 class RedisStore:
@@ -67,6 +69,8 @@ class RedisStore:
         self.link = Link(url, deadline)
         self._redis = self.link.redis
         self._start = f"{prefix}:c{VERSION}:"
+        self._purges = f"{prefix}:purges"
+        self._heard = "-"  # the last purge that `purged` told of, "-": the one before all there are
         self._max_entry = max_entry
         self._grace = grace
         self._deadline = deadline
@@ -93,6 +97,9 @@ class RedisStore:
 
     async def open(self) -> None:
         await self.link.open()
+        with contextlib.suppress(StoreError):
+            last = await self._admin(lambda: self._redis.xrevrange(self._purges, count=1))
+            self._heard = last[0][0].decode() if last else "-"
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
@@ -106,6 +113,35 @@ class RedisStore:
             return None
         self._counts["hits"] += 1
         return entry
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        names = [(key, form) for key in keys]
+        entries = [self._pending.get(name) or self._writing.get(name) for name in names]
+        left = [at for at, entry in enumerate(entries) if entry is None]
+        if left and not self.link.up:
+            return None
+        if left:
+            # GETs in a pipeline, not an MGET: in a cluster their keys lie in different slots.
+            pipeline = self._redis.pipeline(transaction=False)
+            for at in left:
+                pipeline.get(self.key_of(names[at]))
+            try:
+                blobs = await self.link.run(pipeline.execute, self._deadline)
+            except ResponseError as error:
+                self.link.complain(f"refuses a read: {error}")
+                return None
+            except (RedisError, OSError, TimeoutError):
+                return None
+            decoded = await asyncio.to_thread(_decoded, blobs, [names[at] for at in left])
+            for at, blob, entry in zip(left, blobs, decoded, strict=True):
+                entries[at] = entry
+                if entry is None and isinstance(blob, bytes):
+                    await self._rejected(blob)
+        found = [entry if entry is not None and plausible(entry, wall, self._grace) else None for entry in entries]
+        hits = sum(entry is not None for entry in found)
+        self._counts["hits"] += hits
+        self._counts["misses"] += len(found) - hits
+        return found
 
     async def _read(self, name: Name) -> Entry | None:
         redis_key = self.key_of(name)
@@ -123,10 +159,13 @@ class RedisStore:
         else:
             entry = decode(blob, *name)
         if entry is None:
-            self._counts["rejected"] += 1
-            if describe(blob) is not None:  # another entry: was this the answer to another question?
-                await self.link.drop_connections(busy=True)
+            await self._rejected(blob)
         return entry
+
+    async def _rejected(self, blob: bytes) -> None:
+        self._counts["rejected"] += 1
+        if describe(blob) is not None:  # another entry: was this the answer to another question?
+            await self.link.drop_connections(busy=True)
 
     def put(self, entry: Entry) -> bool:
         name, size = (entry.key, entry.form), entry.size
@@ -204,7 +243,33 @@ class RedisStore:
                 seen.update(hashlib.blake2b(key, digest_size=12).digest() for key in keys)
             else:
                 dropped += sum(await self._each("unlink", keys))
-        return len(seen) if dry_run else dropped
+        if dry_run:
+            return len(seen)
+        said: dict[Any, Any] = {"which": purge_text(which)}
+        await self._admin(lambda: self._redis.xadd(self._purges, said, maxlen=MOST_PURGES, approximate=False))
+        await self._admin(lambda: self._redis.expire(self._purges, _PURGES_KEPT))
+        return dropped
+
+    async def purged(self) -> list[Filter]:
+        heard = self._heard
+        try:
+            lines = await self._admin(lambda: self._redis.xrange(self._purges, min=heard, count=MOST_PURGES + 1))
+        except StoreError:
+            return []
+        if not lines:
+            return []
+        self._heard = lines[-1][0].decode()
+        if lines[0][0].decode() == heard:
+            del lines[0]
+        elif heard != "-" and len(lines) >= MOST_PURGES:
+            return [ALL]  # some are forgotten already
+        return [purge_of(fields.get(b"which", b"")) for _, fields in lines]
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        await self.flush()
+        blobs = await self._each("get", [self.key_of(name).encode() for name in names])
+        pairs = [(blob, *name) for blob, name in zip(blobs, names, strict=True) if isinstance(blob, bytes)]
+        return await asyncio.to_thread(lambda: [entry for pair in pairs if (entry := decode(*pair)) is not None])
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         if not after:
@@ -282,3 +347,7 @@ class RedisStore:
             return await self.link.run(command, _ADMIN)
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreError(f"redis: {text_of(error)}") from None
+
+
+def _decoded(blobs: Sequence[Any], names: Sequence[Name]) -> list[Entry | None]:
+    return [decode(blob, *name) if isinstance(blob, bytes) else None for blob, name in zip(blobs, names, strict=True)]

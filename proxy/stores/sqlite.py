@@ -11,16 +11,16 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ..core.entry import Entry
 from ..core.envelope import decode, describe
-from . import ALL, Filter, Listed, Name, Page, StoreError, plausible
+from . import ALL, MOST_PURGES, Filter, Listed, Name, Page, StoreError, plausible, purge_of, purge_text
 from . import sqlite_file as files
-from .sqlite_file import TABLE
+from .sqlite_file import PURGES, TABLE
 from .sqlite_writer import Writer
 
 T = TypeVar("T")
@@ -41,7 +41,10 @@ _ADMIN_BUSY: Final = 5.0
 # A body that is not asked for is not read.
 _GET: Final = f"SELECT head, CASE WHEN size <= {INLINE} THEN body END FROM {TABLE} WHERE key=? AND form=?"
 _GET_LONG: Final = f"SELECT head, body FROM {TABLE} WHERE key=? AND form=?"
+_PURGED: Final = f"SELECT number, which FROM {PURGES} WHERE number >= ? ORDER BY number"
 _CHUNK: Final = 500
+_PURGE_CHUNK: Final = 5000
+"""Entries dropped in one transaction: about 0.1 s, in which no process can write. Fewer make a large purge longer."""
 
 
 class SQLiteStore:
@@ -66,12 +69,14 @@ class SQLiteStore:
         self._writer = Writer(self.path, max_size, grace, wall)
         self._reader: sqlite3.Connection | None = None
         self._reading = 0  # the generation of the file the reader is for
+        self._heard = (0, 0)  # the generation of the file, and its last purge that `purged` told of
         self._counts = {"hits": 0, "misses": 0, "rejected": 0, "read_errors": 0}
 
     async def open(self) -> None:
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(OPENING):
                 await asyncio.shield(asyncio.wrap_future(self._writer.start()))
+                await self.purged()
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
@@ -86,6 +91,16 @@ class SQLiteStore:
         self._counts["hits"] += 1
         self._writer.touch(name)
         return entry
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        errors = self._counts["read_errors"]
+        found: list[Entry | None] = []
+        for key in keys:
+            found.append(await self.get(key, form, wall))
+            if self._counts["read_errors"] > errors:
+                return None
+            await asyncio.sleep(0)  # reading a row is no waiting: others have their turn
+        return found
 
     async def _read(self, name: Name) -> Entry | None:
         generation = self._writer.generation
@@ -108,12 +123,15 @@ class SQLiteStore:
     def _row(self, name: Name, generation: int) -> tuple[bytes, bytes | None] | None:
         if not generation:
             return None
+        rows: list[tuple[bytes, bytes | None]] = self._connection(generation).execute(_GET, name).fetchall()
+        return rows[0] if rows else None
+
+    def _connection(self, generation: int) -> sqlite3.Connection:
         if self._reader is None or self._reading != generation:
             self._close_reader()
             self._reader = files.open_to_read(self.path, _BUSY)
             self._reading = generation
-        rows: list[tuple[bytes, bytes | None]] = self._reader.execute(_GET, name).fetchall()
-        return rows[0] if rows else None
+        return self._reader
 
     def _checked(self, entry: Entry | None) -> Entry | None:
         if entry is None:
@@ -133,6 +151,25 @@ class SQLiteStore:
             return await _outcome(self._writer.submit(lambda connection: _purge(connection, which)))
         await self.flush()
         return await self._ask(lambda connection: _count(connection, which))
+
+    async def purged(self) -> list[Filter]:
+        generation = self._writer.generation
+        if not generation:
+            return []
+        heard = self._heard[1] if self._heard[0] == generation else 0  # a new file counts anew
+        try:
+            rows = self._connection(generation).execute(_PURGED, (heard,)).fetchall()
+        except sqlite3.Error:
+            self._close_reader()
+            return []
+        self._heard = generation, rows[-1][0] if rows else heard
+        if rows and rows[0][0] > heard + 1:
+            return [ALL]  # some are forgotten already
+        return [purge_of(which) for number, which in rows if number > heard]
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        await self.flush()
+        return await self._ask(lambda connection: _read(connection, names))
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = _CHUNK) -> Page:
         if not after:
@@ -197,6 +234,9 @@ def _condition(which: Filter) -> tuple[str, list[Any]]:
         if value is not None:
             terms.append(f"{column} = ?")
             values.append(value)
+    if which.prefix is not None:
+        terms.append("substr(key, 1, ?) = ?")
+        values += (len(which.prefix), which.prefix)
     if which.tag is not None:
         terms.append("instr(tags, ?)")
         values.append(files.tag_text(which.tag))
@@ -211,14 +251,18 @@ def _purge(connection: sqlite3.Connection, which: Filter) -> int:
     condition, values = _condition(which)
     dropped = last = 0
     while True:
-        found = f"SELECT rowid FROM {TABLE} WHERE {condition} ORDER BY rowid LIMIT {_CHUNK}"
+        found = f"SELECT rowid FROM {TABLE} WHERE {condition} ORDER BY rowid LIMIT {_PURGE_CHUNK}"
         rows = connection.execute(found, (last, *values)).fetchall()
         if not rows:
-            return dropped
+            break
         connection.execute("BEGIN IMMEDIATE")
         dropped += connection.executemany(f"DELETE FROM {TABLE} WHERE rowid=?", rows).rowcount
         connection.execute("COMMIT")
         last = rows[-1][0]
+    # At the end: who hears of it finds nothing here any more that could come back.
+    number = connection.execute(f"INSERT INTO {PURGES} (which) VALUES (?)", (purge_text(which),)).lastrowid or 0
+    connection.execute(f"DELETE FROM {PURGES} WHERE number <= ?", (number - MOST_PURGES,))
+    return dropped
 
 
 def _count(connection: sqlite3.Connection, which: Filter) -> int:
@@ -233,6 +277,15 @@ def _page(connection: sqlite3.Connection, which: Filter, after: int, limit: int)
     rows = connection.execute(query, (after, *values, limit)).fetchall()
     entries = [Listed(entry, size) for _, head, size in rows if (entry := describe(head)) is not None]
     return Page(entries, str(rows[-1][0]) if len(rows) == limit else "")
+
+
+def _read(connection: sqlite3.Connection, names: Sequence[Name]) -> Sequence[Entry]:
+    found = []
+    for name in names:
+        for head, body in connection.execute(_GET_LONG, name).fetchall():
+            entry = decode(head + body, *name)
+            found += [entry] if entry is not None else []
+    return found
 
 
 def _measure(connection: sqlite3.Connection) -> dict[str, int]:

@@ -18,6 +18,9 @@ APPLICATION_ID: Final = 0x4F435063
 TABLE: Final = "entries_v1"
 """The schema's version is in the name: another version of the program uses another table and reads nothing of ours."""
 
+PURGES: Final = "purges_v1"
+"""The last purges, as stores/__init__.py writes them down; the numbers only grow."""
+
 _SCHEMA: Final = f"""
 CREATE TABLE IF NOT EXISTS {TABLE} (
   key TEXT NOT NULL, form TEXT NOT NULL,
@@ -32,6 +35,7 @@ CREATE TABLE IF NOT EXISTS {TABLE} (
 );
 CREATE INDEX IF NOT EXISTS {TABLE}_used ON {TABLE} (used, size);
 CREATE INDEX IF NOT EXISTS {TABLE}_ends ON {TABLE} (ends_at);
+CREATE TABLE IF NOT EXISTS {PURGES} (number INTEGER PRIMARY KEY AUTOINCREMENT, which TEXT NOT NULL);
 """
 
 _LOCK_PATIENCE: Final = 2.0
@@ -155,7 +159,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA secure_delete=FAST")
     connection.execute(f"PRAGMA journal_size_limit={_WAL_KEPT}")
-    wanted = {TABLE, f"{TABLE}_used", f"{TABLE}_ends"}
+    wanted = {TABLE, f"{TABLE}_used", f"{TABLE}_ends", PURGES}
     if mark == 0 or not wanted <= {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}:
         connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; {_SCHEMA} COMMIT;")
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections.abc import Sequence
 
 from ..core.entry import Entry
-from . import ALL, Filter, Page, Store
+from ..seams import spawn
+from . import ALL, Filter, Name, Page, Store
 from .memory import MemoryStore
 
 _CHUNK = 2000
+_AT_ONCE = 128
+
+POLL: float = 1.0
+"""Seconds between two looks for what other processes purged."""
 
 
 class TieredStore:
@@ -22,11 +28,18 @@ class TieredStore:
         self.memory = memory
         self.slower = slower
         self._purges = 0
+        self._following: asyncio.Task[None] | None = None
         self._promotions = 0
+
+    @property
+    def purges(self) -> int:
+        """How often something was thrown away by request: what is remembered of it elsewhere is out of date then."""
+        return self._purges
 
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()
+            self._following = spawn(self._follow(), "purges of others")
 
     def peek(self, key: str, form: str) -> Entry | None:
         """The entry where it is in memory, however old."""
@@ -41,11 +54,14 @@ class TieredStore:
         if self.slower is None or (entry is not None and entry.fresh(wall)):
             return entry
         purges = self._purges
-        found = await self.slower.get(key, form, wall)
+        return self._younger(entry, await self.slower.get(key, form, wall), purges)
+
+    def _younger(self, entry: Entry | None, found: Entry | None, purges: int) -> Entry | None:
+        """Of what is in memory and behind it; promotes what was `found`, asked for after so many purges."""
         if found is None or (entry is not None and found.stored_at <= entry.stored_at):
             return entry
         if purges == self._purges:  # what was purged meanwhile must not come back
-            newest = self.memory.get(key, form)
+            newest = self.memory.get(found.key, found.form)
             if newest is None or newest.stored_at < found.stored_at:
                 self._promotions += self.memory.put(found)
         return found
@@ -58,6 +74,22 @@ class TieredStore:
         if self.slower is None:
             return entry, self.peek(key, other)
         return await asyncio.gather(self.get(key, form, wall), self.get(key, other, wall))
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
+        """The entries of `keys`, as from `get`. Where the slower store is late or fails, it is not asked on."""
+        found = [self.peek(key, form) for key in keys]
+        if self.slower is None:
+            return found
+        left = [at for at, entry in enumerate(found) if entry is None or not entry.fresh(wall)]
+        for start in range(0, len(left), _AT_ONCE):
+            some = left[start : start + _AT_ONCE]
+            purges = self._purges
+            entries = await self.slower.get_many([keys[at] for at in some], form, wall)
+            if entries is None:
+                break
+            for at, entry in zip(some, entries, strict=True):
+                found[at] = self._younger(found[at], entry, purges)
+        return found
 
     def put(self, entry: Entry) -> bool:
         """Readable from memory at once. False: neither tier keeps it."""
@@ -73,18 +105,41 @@ class TieredStore:
         return self.memory.sweep(wall, limit, grace)
 
     async def purge(self, which: Filter, dry_run: bool = False) -> int:
-        """Drops what matches from both tiers; how many there were in the larger of them. Raises StoreError.
+        """Drops what matches from both tiers. Raises StoreError; memory is purged in any case.
 
-        Memory is purged in any case, that of this process alone.
+        How many: the larger of the tiers' counts, as nearly all of memory is behind it too. What only memory has (the
+        store behind was full or is broken) is not in it. Memory of other processes follows within about a second.
         """
         names = self.memory.matching(which)
         count = len(names)
         if not dry_run:
-            self._purges += 1
-            for start in range(0, len(names), _CHUNK):
-                self.memory.remove(names[start : start + _CHUNK])
-                await asyncio.sleep(0)
+            await self._forget(names)
         return count if self.slower is None else max(count, await self.slower.purge(which, dry_run))
+
+    async def purged(self) -> list[Filter]:
+        return [] if self.slower is None else await self.slower.purged()
+
+    async def _follow(self) -> None:
+        """Takes out of memory what any process purged from the store behind."""
+        while True:
+            await asyncio.sleep(POLL)
+            if self.memory.stats()["entries"]:  # else there is nothing to be taken out: let the store be
+                for which in await self.purged():
+                    await self._forget(self.memory.matching(which))
+
+    async def _forget(self, names: list[Name]) -> None:
+        """Drops these from memory, a few at a time."""
+        self._purges += 1
+        for start in range(0, len(names), _CHUNK):
+            self.memory.remove(names[start : start + _CHUNK])
+            await asyncio.sleep(0)
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        if self.slower is None:
+            return self.memory.read(names)
+        behind = await self.slower.read(names)
+        there = {(entry.key, entry.form) for entry in behind}
+        return [*behind, *self.memory.read(name for name in names if name not in there)]
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         if self.slower is not None:
@@ -105,5 +160,7 @@ class TieredStore:
             await self.slower.flush()
 
     async def close(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
         if self.slower is not None:
             await self.slower.close()

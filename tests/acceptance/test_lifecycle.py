@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 import socket
 import stat
 import tempfile
@@ -308,14 +307,6 @@ async def test_while_draining_readyz_says_503(launch: Launch, upstream: Scripted
     assert (await client.get(proxy, "/healthz")).status == 200
     assert (await client.send(proxy, ask())).status == 200  # drain_delay still takes connections
     proxy.terminate()
-
-
-async def test_sighup_is_harmless(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
-    proxy = launch(settings(upstream.port))
-    proxy.signal(signal.SIGHUP)
-    await asyncio.sleep(0.2)
-    assert (await client.send(proxy, ask())).status == 200
-    assert proxy.alive()
 
 
 # The demo.

@@ -74,9 +74,9 @@ def test_a_key_file_stands_where_a_key_may(load: Load, tmp_path: Path) -> None:
         ),
         ("\n  - ${EMPTY}", "upstreams.0.keys.0: expected a key, found an empty text"),
         ("\n  -", "upstreams.0.keys.0: expected a key, found nothing"),
-        ("\n  - [a]", "expected a key, or a table with key or key_file; found a list"),
-        ("\n  - {name: a}", "expected one of key and key_file, found neither"),
-        ("\n  - {key: abc, key_file: x}", "expected one of key and key_file, found both"),
+        ("\n  - [a]", "expected a key, or a table with key, key_file or key_command; found a list"),
+        ("\n  - {name: a}", "expected one of key, key_file and key_command, found none"),
+        ("\n  - {key: abc, key_file: x}", "expected one of key, key_file and key_command, found several"),
         ("\n  - {key_file: missing}", "expected a readable file, found at"),
         (
             "\n  - {key: hunter2, nmae: x}",
@@ -148,10 +148,10 @@ def test_short_client_keys_are_a_warning(load: Load) -> None:
     ("item", "expected"),
     [
         ("- hunter2", "server.client_keys.0: expected a table with name and key, found a single value"),
-        ("- {name: a}", "expected one of key and key_file, found neither"),
+        ("- {name: a}", "expected one of key, key_file and key_command, found none"),
         (
             "- {name: a, key: hunter2, key_sha256: " + "0a" * 32 + "}",
-            "expected one of key, key_file and key_sha256, found several",
+            "expected one of key, key_file, key_command and key_sha256, found several",
         ),
         (
             "- {name: a, key_sha256: hunter2}",

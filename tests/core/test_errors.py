@@ -26,6 +26,7 @@ STATUS = {
     "queue_full": 429,
     "request_exceeds_limit": 429,
     "keys_cooling": 429,
+    "budget_exceeded": 429,
     "upstream_unreachable": 502,
     "upstream_invalid_response": 502,
     "no_usable_key": 502,
@@ -41,7 +42,7 @@ OURS_TOO = {"bad_request": 400, "internal_error": 500}
 """What the contract does not name: HTTP that is none, and a failure of the proxy itself."""
 
 WORTH_WAITING = {"throttled", "queue_full", "keys_cooling"}
-NEVER_RETRY = {"not_cached", "request_exceeds_limit", "no_usable_key"}
+NEVER_RETRY = {"budget_exceeded", "not_cached", "request_exceeds_limit", "no_usable_key"}
 
 
 def test_every_code_has_its_status() -> None:

@@ -86,11 +86,56 @@ def test_every_model_costs_what_the_library_says() -> None:
                     genai_request_timestamp=noon,
                 )
             except LookupError:
-                assert name.startswith(("gpt-35-", "gpt-5-search-api-")), "only the names the tool adds"
+                assert name.startswith("gpt-35-"), "only the names the tool adds"
                 continue
             assert TABLE.cost(kind, [name], usage) == Cost(expected.total_price, "exact"), (kind, name, usage)
             compared += 1
     assert compared > 1000
+
+
+SERVICES: tuple[tuple[str | None, dict[str, str]], ...] = (
+    ("default", {"service_tier": "default"}),
+    ("flex", {"service_tier": "flex"}),
+    ("priority", {"service_tier": "priority"}),
+    ("fast", {"service_tier": "fast"}),
+    ("batch", {"processing": "batch"}),
+)
+
+
+@same_library
+@pytest.mark.parametrize(("tier", "context"), SERVICES, ids=[tier or "" for tier, _ in SERVICES])
+def test_every_service_tier_audio_and_tool_costs_what_the_library_says(tier: str, context: Any) -> None:
+    draw = random.Random(7)
+    noon = datetime.fromisoformat(DOCUMENT["as_of"]).replace(hour=12, tzinfo=UTC)
+    compared = 0
+    for name, entry in DOCUMENT["openai"].items():
+        rates = entry if tier == "default" else entry.get("services", {}).get(tier)
+        if entry.get("supplement") or rates is None:
+            continue
+        for prompt in (draw.randint(0, 5000), 272_000, 272_001):
+            counts = {"input_tokens": prompt, "output_tokens": draw.randint(0, 5000) if "output" in rates else 0}
+            ours = {"prompt_tokens": prompt, "completion_tokens": counts["output_tokens"], "total_tokens": prompt}
+            for rate, theirs, mine, most in (
+                ("audio_input", "input_audio_tokens", "heard_tokens", prompt),
+                ("audio_output", "output_audio_tokens", "spoken_tokens", counts["output_tokens"]),
+                ("web_search", "web_searches", "web_searches", 9),
+                ("file_search", "storage_searches", "file_searches", 9),
+            ):
+                if rate in rates:
+                    counts[theirs] = ours[mine] = draw.randint(0, most)
+            if "heard_tokens" not in ours:
+                counts["cache_read_tokens"] = ours["cached_tokens"] = draw.randint(0, prompt)
+            expected = calc_price(
+                LibraryUsage(**counts),
+                name,
+                provider_id="openai",
+                genai_request_timestamp=noon,
+                price_context=context,
+            )
+            got = TABLE.cost("openai", [name], Usage(**ours), tier)
+            assert got == Cost(expected.total_price, "exact"), (name, counts)
+            compared += 1
+    assert compared > 50
 
 
 @same_library
@@ -99,7 +144,12 @@ def test_every_text_model_of_the_library_is_in_the_list() -> None:
     for provider in providers:
         for model in provider.models:
             prices = model.get_prices(noon)
-            if prices.input_mtok is None or prices.output_mtok is None or "-image" in model.id:
+            if (
+                prices.input_mtok is None
+                or prices.output_mtok is None
+                or "-image" in model.id
+                or "-search-" in model.id
+            ):
                 continue
             for kind in KINDS:
                 assert provider.id != kind or TABLE.cost(kind, [model.id], tokens(1, 1)) is not None, model.id

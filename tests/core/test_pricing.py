@@ -90,12 +90,63 @@ def test_moderations_are_free() -> None:
 @pytest.mark.parametrize(
     "usage",
     [
-        pytest.param(Usage(10, 10, 20, unpriced_tokens=1), id="audio"),
+        pytest.param(Usage(10, 10, 20, heard_tokens=1), id="audio in"),
+        pytest.param(Usage(10, 10, 20, spoken_tokens=1), id="audio out"),
+        pytest.param(Usage(10, 10, 20, unpriced=1), id="a container"),
         pytest.param(Usage(10, 10, 20, cached_tokens=11), id="more cached than prompt"),
     ],
 )
 def test_what_has_no_rate_has_no_cost(usage: Usage) -> None:
     assert TABLE.cost("openai", ["gpt-4o"], usage) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "tier", "expected"),
+    [
+        ("gpt-5.4", None, "0.004000"),
+        ("gpt-5.4", "default", "0.004000"),
+        ("gpt-5.4", "auto", "0.004000"),
+        ("gpt-5.4", "flex", "0.002000"),
+        ("gpt-5.4", "priority", "0.008000"),
+        ("gpt-5.4", "batch", "0.002000"),
+        ("gpt-5.4", "scale", None),
+        ("gpt-5.4", ["flex"], None),
+        ("gpt-4", "flex", None),
+    ],
+)
+def test_a_service_tier_has_rates_of_its_own_or_none(model: str, tier: object, expected: str | None) -> None:
+    cost = TABLE.cost("openai", [model], tokens(1000, 100), tier)
+    assert (cost and usd(cost.usd)) == expected
+
+
+def test_azures_service_tiers_are_not_openais() -> None:
+    assert TABLE.cost("azure", ["gpt-5.4"], tokens(1000, 100), "priority") is None
+    assert TABLE.cost("azure", ["gpt-5.4"], tokens(1000, 100), "default") is not None
+
+
+def test_a_price_of_ones_own_holds_for_the_default_tier() -> None:
+    table = PriceTable({"gpt-5.4": {"input": Decimal(1), "output": Decimal(1)}})
+    assert table.cost("openai", ["gpt-5.4"], tokens(1000, 0)) == Cost(Decimal("0.001"), "exact")
+    assert table.cost("openai", ["gpt-5.4"], tokens(1000, 0), "flex") is None
+
+
+def test_audio_is_priced_as_audio() -> None:
+    """gpt-audio: 2.50 and 10 for text, 32 and 64 for audio, USD per million."""
+    spoken = Usage(1000, 500, 1500, heard_tokens=400, spoken_tokens=300)
+    assert price("gpt-audio", spoken) == "0.035500"
+    cached = Usage(1000, 0, 1000, cached_tokens=100, heard_tokens=400)
+    assert price("gpt-audio", cached) == "0.014300", "no cached rate: it does not matter what was cached"
+    assert price("gpt-4o-mini-realtime-preview", cached) is None, "how much of it was audio is not said"
+
+
+def test_images_counted_apart_are_ordinary_input_where_the_model_has_no_rate_for_them() -> None:
+    assert price("gpt-4o", Usage(1000, 0, 1000, cached_tokens=100, image_tokens=300)) == "0.002375"
+
+
+def test_tools_are_priced_by_the_call() -> None:
+    searched = Usage(1000, 0, 1000, web_searches=2, file_searches=1)
+    assert price("gpt-5.4", searched) == "0.025000"
+    assert price("gpt-4", searched) is None
 
 
 def test_an_embedding_model_has_no_price_for_completions() -> None:
@@ -120,7 +171,6 @@ def test_the_callers_decimal_context_rounds_nothing() -> None:
         ("openai", "gpt-4o-2099-01-01", "gpt-4o", "estimated"),
         ("openai", "gpt-4-1231", "gpt-4", "estimated"),
         ("openai", "gpt-6-luna-2026-09-01", "gpt-6-luna", "exact"),
-        ("openai", "gpt-5-search-api-2025-10-14", "gpt-5-search-api", "exact"),
         ("azure", "gpt-35-turbo-0125", "gpt-3.5-turbo", "exact"),
         ("azure", "gpt-35-turbo-16k", "gpt-3.5-turbo-16k", "exact"),
         ("azure", "o4-mini-deep-research", "o4-mini-deep-research", "exact"),

@@ -76,6 +76,7 @@ def test_everything_is_told() -> None:
         "cost_status": "exact",
         "error": "client_gone",
         "tags": ("team:search",),
+        "run": "eval-7",
     }
     times = {"queue_ms": 0.12345, "upstream_ms": 2.34567, "total_ms": 3.45678, "finished_at": 1.23456}
     got = Receipt(reason="new", usage=Usage(100, 200, 300, 40), **fields, **times).as_json()  # type: ignore[arg-type]

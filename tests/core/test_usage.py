@@ -56,14 +56,14 @@ def test_counts(endpoint: str, usage: dict[str, Any], expected: Usage | None) ->
         ({"cached_tokens": 64}, {"reasoning_tokens": 20}, Usage(100, 20, 120, 64)),
         ({"cached_tokens": None, "audio_tokens": None}, {"audio_tokens": None}, Usage(100, 20, 120)),
         ({"cached_tokens": 60, "cache_write_tokens": 40}, None, Usage(100, 20, 120, 60, 40)),
-        ({"audio_tokens": 7}, {"audio_tokens": 5}, Usage(100, 20, 120, unpriced_tokens=12)),
+        ({"audio_tokens": 7}, {"audio_tokens": 5}, Usage(100, 20, 120, heard_tokens=7, spoken_tokens=5)),
         (
             {
                 "cache_write_tokens": 9,
                 "cache_write_tokens_details": {"ttl_30m_tokens": 6, "ttl_12h_tokens": 3},
             },
             None,
-            Usage(100, 20, 120, 0, 9, 3),
+            Usage(100, 20, 120, 0, 9, unpriced=3),
         ),
         ({"cached_tokens": 101}, None, None),
         ({"cached_tokens": 60, "cache_write_tokens": 41}, None, None),
@@ -124,5 +124,33 @@ def test_any_json_value_gives_a_usable_answer_or_none(endpoint: str, answer: obj
     if usage is not None:
         assert 0 <= usage.cached_tokens + usage.cache_write_tokens <= usage.prompt_tokens <= MOST_TOKENS
         assert 0 <= usage.completion_tokens <= MOST_TOKENS
-        assert usage.unpriced_tokens >= 0
+        assert usage.unpriced >= 0
         assert usage.total_tokens >= 0
+
+
+@pytest.mark.parametrize(
+    ("output", "tools", "searches", "files", "unpriced"),
+    [
+        ([], [], 0, 0, 0),
+        (None, None, 0, 0, 0),
+        ([{"type": "message"}, {"type": "function_call"}, {"type": "mcp_call"}, "odd", None], [], 0, 0, 0),
+        ([{"type": "web_search_call", "action": {"type": "search", "query": "x"}}], [{"type": "web_search"}], 1, 0, 0),
+        ([{"type": "web_search_call"}], [], 1, 0, 0),
+        (
+            [{"type": "web_search_call", "action": {"type": kind}} for kind in ("search", "open_page", "find")],
+            [],
+            1,
+            0,
+            0,
+        ),
+        ([{"type": "web_search_call"}], [{"type": "web_search_preview_2025_03_11"}], 0, 0, 1),
+        ([{"type": "file_search_call"}] * 3, [], 0, 3, 0),
+        ([{"type": "code_interpreter_call"}, {"type": "image_generation_call"}], [], 0, 0, 2),
+    ],
+)
+def test_calls_of_hosted_tools(output: object, tools: object, searches: int, files: int, unpriced: int) -> None:
+    answer = {"usage": {"input_tokens": 10, "output_tokens": 5}, "output": output, "tools": tools}
+    got = usage_of("responses", answer)
+    assert got == Usage(10, 5, 15, web_searches=searches, file_searches=files, unpriced=unpriced)
+    chat = usage_of("chat", {"usage": {"prompt_tokens": 10, "completion_tokens": 5}, "output": output})
+    assert chat == Usage(10, 5, 15), "only Responses say so"

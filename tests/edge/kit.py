@@ -20,6 +20,7 @@ from proxy.edge.metrics import Metrics
 from proxy.edge.ops import Ops
 from proxy.edge.passage import Passage
 from proxy.edge.server import ListeningServer
+from proxy.edge.traffic import Traffic
 from proxy.journey import Journey
 from proxy.seams import REAL, Seams
 from proxy.world import World, compile_world
@@ -195,7 +196,8 @@ class House:
         self.metrics = Metrics()
         self.receipts: list[Receipt] = []
         gatekeeper = Gatekeeper(config)
-        self.ops = Ops(self.world, self.metrics, gatekeeper)
+        self.traffic = Traffic(started=seams.wall())
+        self.ops = Ops(self.world, self.metrics, gatekeeper, self.traffic)
         self.downstream = Downstream(
             self.world,
             Journey(self.world, self.way_up, self._observe),
@@ -203,6 +205,7 @@ class House:
             self.ops,
             self.metrics,
             gatekeeper,
+            self.traffic,
         )
         self.port = 0
 
@@ -229,10 +232,10 @@ class House:
     async def settled(self) -> None:
         """Waits until nothing is in flight and every connection up is given back."""
         async with asyncio.timeout(PATIENCE):
-            while self.downstream.in_flight or not all(reply.given_back for reply in self.way_up.replies):  # noqa: ASYNC110
+            while self.traffic.in_flight or not all(reply.given_back for reply in self.way_up.replies):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert self.world.gate.depth == 0
-        assert self.downstream.flows == {}
+        assert self.traffic.flows == {}
 
 
 @asynccontextmanager

@@ -214,7 +214,7 @@ async def test_a_client_that_leaves_closes_the_upstream_within_a_second(move: An
         async with wire(home.port) as line:
             line.send(request(body=ask(stream=True)))
             await asyncio.sleep(0.05)
-            assert home.downstream.in_flight == 1
+            assert home.traffic.in_flight == 1
             await line.gone()
         async with asyncio.timeout(1):
             await home.settled()
@@ -241,7 +241,7 @@ async def test_the_drain_ends_streams_with_an_error_event() -> None:
     async with house(streams([event(chunk("a")), HANG])) as home, wire(home.port) as line:
         line.send(request(body=ask(stream=True)))
         await line.reader.readuntil(b'"a"')
-        [(task, flow)] = home.downstream.flows.items()
+        [(task, flow)] = home.traffic.flows.items()
         flow.interrupted = "draining"
         task.cancel()
         rest = await line.ended()
@@ -251,7 +251,7 @@ async def test_the_drain_ends_streams_with_an_error_event() -> None:
 
 async def test_while_draining_nothing_new_is_begun() -> None:
     async with house() as home:
-        home.downstream.closing = True
+        home.traffic.closing = True
         for method, target, body in (("POST", CHAT, ask()), ("GET", "/v1/models", None)):
             answer = await home.ask(method, target, body)
             assert (answer.status, answer.error, answer.get("Retry-After")) == (503, "draining", "1")
@@ -293,7 +293,7 @@ async def test_those_who_wait_are_not_in_flight() -> None:
         async with asyncio.timeout(PATIENCE):
             for n in range(6):
                 tasks.append(asyncio.create_task(home.ask(body=ask(str(n)))))
-                while home.downstream.in_flight + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
+                while home.traffic.in_flight + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
                     await asyncio.sleep(0.001)
             assert [(await task).status for task in tasks] == [200] * 6
 

@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Headers, int, str]] = {
     "a bad option": (("POST", CHAT, b"{}"), [("X-Proxy-Sample", "x")], 400, "invalid_option"),
     "a bad option in the URL": (("POST", f"/_/ttl=soon{CHAT}", b"{}"), (), 400, "invalid_option"),
     "a bad option elsewhere": (("GET", "/v1/models", None), [("X-Proxy-Timeout", "0")], 400, "invalid_option"),
-    "not yet": (("POST", CHAT, b"{}"), [("X-Proxy-Run", "x")], 400, "invalid_option"),
+    "a limit of no run": (("POST", CHAT, b"{}"), [("X-Proxy-Max-Cost", "1")], 400, "invalid_option"),
     "no content type": (("POST", CHAT, b"{}"), [("Content-Type", "")], 415, "unsupported_media_type"),
     "a form": (("POST", CHAT, b"a=b"), [("Content-Type", "text/plain")], 415, "unsupported_media_type"),
     "compressed": (("POST", CHAT, b"{}"), [("Content-Encoding", "gzip")], 415, "unsupported_media_type"),

@@ -159,10 +159,12 @@ async def test_namespace_and_client_do_not_run_into_each_other() -> None:
 
 
 @story
-async def test_sample_zero_is_a_sample_of_its_own() -> None:
+async def test_sample_zero_is_a_request_without_a_sample() -> None:
+    """Contract 5: number 0 of a run is the entry of a request without a sample."""
     scene = Scene()
-    samples = [Options(), Options(sample="0"), Options(sample="1")]
-    assert len({await key(scene, None, options) for options in samples}) == 3
+    none, zero, one, minus = [await key(scene, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
+    assert none == zero
+    assert len({none, one, minus}) == 3
 
 
 @story

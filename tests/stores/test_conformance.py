@@ -14,10 +14,9 @@ import msgspec
 import pytest
 
 from proxy.core.entry import Entry
-from proxy.stores import ALL, BACKENDS, Filter, Listed, Store
+from proxy.stores import ALL, BACKENDS, Filter, Listed, Place, Store
 from proxy.stores.memory import MemoryStore
 from proxy.stores.redis import RedisStore
-from proxy.stores.sqlite import SQLiteStore
 from proxy.stores.tiered import TieredStore
 from tests.stores.kit import NOW, entry, redis_url
 
@@ -31,16 +30,23 @@ def server() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "tiered sqlite", "tiered redis"])
-async def make(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Make]:
+BEHIND = [name for name, make in BACKENDS.items() if make is not None]
+
+
+@pytest.fixture(params=["memory", *BEHIND, *(f"tiered {name}" for name in BEHIND)])
+async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Opens the same store again and again; what is still open at the end is closed."""
+    monkeypatch.setattr("proxy.stores.sqlite.DEADLINE", 5.0)  # patience, for a busy machine
     kind = request.param
     prefix, opened = f"test-{uuid.uuid4().hex}", list[Store]()
 
     def behind() -> Store:
-        if kind.endswith("sqlite"):
-            return SQLiteStore(tmp_path / "d" / "cache.db", 2**28, MAX_ENTRY, wall=lambda: NOW)
-        return RedisStore(request.getfixturevalue("server"), prefix, MAX_ENTRY, wall=lambda: NOW, deadline=5.0)
+        name = kind.removeprefix("tiered ")
+        if name == "redis":  # with patience too
+            return RedisStore(request.getfixturevalue("server"), prefix, MAX_ENTRY, wall=lambda: NOW, deadline=5.0)
+        factory = BACKENDS[name]
+        assert factory is not None
+        return factory(Place(str(tmp_path / "d" / "cache.db"), 2**28, MAX_ENTRY, "", "", lambda: NOW))
 
     async def make() -> Store:
         store: Store
@@ -95,6 +101,19 @@ async def test_the_forms_are_apart(store: Store) -> None:
     await store.flush()
     assert await store.get("k", "json", NOW) == entry()
     assert await store.get("k", "sse", NOW) == entry(form="sse", body=b"data: [DONE]\n\n")
+
+
+async def test_several_are_looked_up_together(store: Store) -> None:
+    for number in range(200):
+        store.put(entry(f"k{number}", body=b"%d" % number))
+    names = [f"k{number}" for number in range(0, 400, 2)]
+    for _ in range(2):
+        found = await store.get_many(names, "json", NOW)
+        assert found is not None
+        assert found == [entry(name, body=name[1:].encode()) for name in names[:100]] + [None] * 100
+        await store.flush()
+    assert await store.get_many(["k0"], "sse", NOW) == [None]
+    assert await store.get_many([], "json", NOW) == []
 
 
 async def test_the_last_one_counts(store: Store) -> None:
@@ -177,6 +196,10 @@ CASES: list[tuple[Filter, set[str]]] = [
     (ALL, {"a", "b", "c", "d"}),
     (Filter(key="a"), {"a"}),
     (Filter(key="nobody"), set()),
+    (Filter(prefix=""), {"a", "b", "c", "d"}),
+    (Filter(prefix="c"), {"c"}),
+    (Filter(prefix="ca"), set()),
+    (Filter(prefix="%"), set()),
     (Filter(model="gpt-4o-mini"), {"b", "d"}),
     (Filter(endpoint="embeddings"), {"c"}),
     (Filter(namespace=""), {"d"}),
@@ -211,6 +234,73 @@ async def test_purge_and_list(store: Store, which: Filter, wanted: set[str]) -> 
     assert await store.purge(which) == 0
     for one in entries:
         assert (await store.get(one.key, one.form, NOW) is None) == (one in matching), one.key
+
+
+async def test_a_purge_is_heard_of_once_by_everybody(make: Make, request: pytest.FixtureRequest) -> None:
+    if "memory" in request.node.callspec.id:
+        pytest.skip("memory is each process's own")
+    one, two = await make(), await make()
+    first, second = Filter(key="a", tag="t:1", stored_before=NOW + 0.5), Filter(prefix="x", namespace="\n")
+    await one.purge(first, dry_run=True)
+    assert (await one.purged(), await two.purged()) == ([], [])
+    await one.purge(first)
+    late = await make()
+    await two.purge(second)
+    assert (await one.purged(), await two.purged()) == ([first, second], [first, second])
+    assert (await one.purged(), await two.purged()) == ([], [])
+    assert await late.purged() == [second]
+    for _ in range(3):
+        await one.purge(ALL)
+    assert await two.purged() == [ALL] * 3
+
+
+async def test_who_did_not_listen_for_long_hears_of_everything(
+    make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "memory" in request.node.callspec.id:
+        pytest.skip("memory is each process's own")
+    for module in ("sqlite", "redis"):
+        monkeypatch.setattr(f"proxy.stores.{module}.MOST_PURGES", 5)
+    one, two = await make(), await make()
+    for number in range(4):
+        await one.purge(Filter(key=str(number)))
+    assert await two.purged() == [Filter(key=str(number)) for number in range(4)]
+    for number in range(8):
+        await one.purge(Filter(key=str(number)))
+    assert await two.purged() == [ALL]
+    await one.purge(Filter(key="again"))
+    assert await two.purged() == [Filter(key="again")]
+
+
+async def test_a_purge_empties_the_memory_of_other_processes(
+    make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "tiered" not in request.node.callspec.id:
+        pytest.skip("no memory in front")
+    monkeypatch.setattr("proxy.stores.tiered.POLL", 0.01)
+    one, two = await make(), await make()
+    assert isinstance(two, TieredStore)
+    for key in ("a", "b"):
+        one.put(entry(key))
+    await one.flush()
+    for key in ("a", "b"):
+        assert await two.get(key, "json", NOW) == entry(key)
+    assert await one.purge(Filter(key="a")) == 1
+    async with asyncio.timeout(5):
+        while two.peek("a", "json") is not None:  # noqa: ASYNC110 - a look is what is tested
+            await asyncio.sleep(0.01)
+    assert await two.get("a", "json", NOW) is None
+    assert two.peek("b", "json") == entry("b")
+
+
+async def test_several_are_read_at_once(store: Store) -> None:
+    entries = [entry("a"), entry("b", os.urandom(500_000)), entry("c", form="sse"), entry("ü" * 100)]
+    for one in entries:
+        store.put(one)
+    names = [("a", "json"), ("a", "sse"), ("b", "json"), ("c", "sse"), ("ü" * 100, "json"), ("nobody", "json")]
+    found = await store.read(names)
+    assert sorted(found, key=lambda one: one.key) == entries
+    assert await store.read([]) == []
 
 
 async def test_pages_hold_each_entry_once(store: Store) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from proxy.core.entry import Entry
-from proxy.stores import ALL, Filter, Page, StoreError
+from proxy.stores import ALL, Filter, Name, Page, StoreError
 from proxy.stores.memory import MemoryStore
 from proxy.stores.tiered import TieredStore
 from tests.stores.kit import NOW, entry
@@ -24,6 +25,7 @@ class Slower:
         self.gate.set()
         self.takes = True
         self.state = "ok"
+        self.heard: list[Filter] = []
 
     async def open(self) -> None:
         self.asked.append("open")
@@ -33,6 +35,9 @@ class Slower:
         found = self.entries.get((key, form))
         await self.gate.wait()
         return found
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        return [await self.get(key, form, wall) for key in keys] if self.state == "ok" else None
 
     def put(self, entry: Entry) -> bool:
         if self.takes:
@@ -46,6 +51,14 @@ class Slower:
         if self.state != "ok":
             raise StoreError(self.state)
         return len(self.entries)
+
+    async def purged(self) -> list[Filter]:
+        self.asked.append("purged")
+        heard, self.heard = self.heard, []
+        return heard
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        return [self.entries[name] for name in names if name in self.entries]
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         return Page([], "")
@@ -148,6 +161,35 @@ async def test_memory_is_purged_even_where_the_store_behind_cannot_be(slower: Sl
     assert (await store.stats())["state"] == "gone"
 
 
+async def test_what_only_one_tier_has_is_read_too(slower: Slower) -> None:
+    store = tiered(slower)
+    slower.put(entry("behind"))
+    slower.takes = False
+    store.put(entry("front"))
+    found = await store.read([("behind", "json"), ("front", "json"), ("nobody", "json")])
+    assert [one.key for one in found] == ["behind", "front"]
+
+
+async def test_what_others_purge_leaves_memory_too(slower: Slower, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.stores.tiered.POLL", 0.001)
+    store = tiered(slower)
+    await store.open()
+    for key in ("a", "b", "c"):
+        store.put(entry(key, model=f"model of {key}"))
+    slower.heard = [Filter(model="model of a"), Filter(key="b"), Filter(key="nobody")]
+    while store.peek("b", "json") is not None:  # noqa: ASYNC110 - a look is what is tested
+        await asyncio.sleep(0.001)
+    assert [store.peek(key, "json") is None for key in ("a", "b", "c")] == [True, True, False]
+    slower.heard = [ALL]
+    while store.peek("c", "json") is not None:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    slower.asked.clear()
+    await asyncio.sleep(0.01)
+    assert slower.asked == []  # with nothing in memory there is nothing to ask
+    await store.close()
+
+
 async def test_the_rest_is_passed_on(slower: Slower) -> None:
     store = tiered(slower)
     await store.open()
@@ -158,3 +200,23 @@ async def test_the_rest_is_passed_on(slower: Slower) -> None:
     store.put(entry("a", ttl=1.0))
     assert store.sweep(NOW + 2) == 1
     assert store.peek("a", "json") is None
+
+
+async def test_many_are_looked_up_in_memory_first() -> None:
+    slower = Slower()
+    store = TieredStore(MemoryStore(1_000_000, 100_000), slower)
+    store.memory.put(entry("here"))
+    store.memory.put(entry("old", stored_at=NOW - 4000))
+    for key in ("there", "old"):
+        slower.entries[key, "json"] = entry(key)
+    names = ["here", "there", "nowhere", "old", *(f"n{number}" for number in range(300))]
+    found = await store.get_many(names, "json", NOW)
+    assert [one.key if one else None for one in found] == ["here", "there", None, "old", *[None] * 300]
+    assert found[3] == entry("old")
+    assert slower.asked == names[1:]
+    assert store.peek("there", "json") == entry("there")
+    slower.state = "broken"
+    found = await store.get_many(["here", "there", "else"], "json", NOW)
+    assert [one is not None for one in found] == [True, True, False]
+    alone = TieredStore(store.memory)
+    assert [one is not None for one in await alone.get_many(["here", "else"], "json", NOW)] == [True, False]

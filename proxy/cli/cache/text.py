@@ -1,0 +1,139 @@
+"""What people read: tables within 80 columns, sizes, times, and how far long work has come."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+
+from ...core.durations import parse_duration
+from ...core.routes import ENDPOINTS, printable
+from ...seams import REAL
+from .cabinet import Wanted
+
+_BAR: Final = 24
+_EVERY: Final = 0.1
+_UNITS: Final = (("d", 86400), ("h", 3600), ("m", 60))
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
+    """Lines; the columns named in `right` stand to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if head in right else text.ljust(width)
+            for head, text, width in zip(heads, row, widths, strict=True)
+        ).rstrip()
+        for row in (heads, *rows)
+    ]
+
+
+def cut(text: str, width: int) -> str:
+    """`text` fit for a terminal, and for a column."""
+    shown = printable(text)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def size(count: float) -> str:
+    """Bytes as people say it: `512 B`, `1.5 KiB`."""
+    units = ["B", "KiB", "MiB", "GiB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1024
+        del units[0]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
+
+
+def duration(seconds: int) -> str:
+    """`45s`, `12m`, `3h`, `9d`; `over` below 0."""
+    if seconds < 0:
+        return "over"
+    for unit, length in _UNITS:
+        if seconds >= 2 * length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def say(args: argparse.Namespace, document: object, lines: Sequence[str]) -> None:
+    """The document for programs, or the lines for people."""
+    if args.format == "json":
+        print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print("\n".join(lines))
+
+
+class Progress:
+    """A bar on stderr, where that is a terminal. total: 0 where it is not known."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._shown = sys.stderr.isatty()
+        self._next = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown and self._next:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def step(self, count: int = 1) -> None:
+        self._done += count
+        if self._shown and (now := REAL.monotonic()) >= self._next:
+            self._next = now + _EVERY
+            sys.stderr.write(f"\r{self.line()}\x1b[K")
+            sys.stderr.flush()
+
+    def line(self) -> str:
+        if not self._total:
+            return f"{self._label} {self._done:,}"
+        share = min(1.0, self._done / self._total)
+        full = int(share * _BAR)
+        return f"{self._label} [{'#' * full}{'.' * (_BAR - full)}] {share:4.0%} of {self._total:,}"
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Those of contract 4. All that are given must hold."""
+    parser.add_argument("--model", type=_text, help="the model asked for")
+    parser.add_argument("--endpoint", choices=tuple(ENDPOINTS.values()), help="the endpoint")
+    parser.add_argument("--namespace", type=_text, help="the namespace asked for; '' for none")
+    parser.add_argument("--tag", type=_text, metavar="NAME:VALUE", help="one of the tags")
+    parser.add_argument("--older-than", type=_age, metavar="AGE", help="stored longer ago than this: 7d, 12h, 90 (s)")
+
+
+def wanted_of(args: argparse.Namespace) -> dict[str, str | float]:
+    given: Wanted = {name: getattr(args, name) for name in ("model", "endpoint", "namespace", "tag", "older_than")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_key(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    parser.add_argument(name, metavar="KEY", type=_key, help="its key, or what it alone begins with", **settings)
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("expected UTF-8") from None
+    return text
+
+
+def _key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a key, or how it begins")
+    return _text(text)
+
+
+def _age(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected {error}, found {text!r}") from None

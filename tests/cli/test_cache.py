@@ -1,0 +1,140 @@
+"""`openai-proxy cache`, the parts that need no store: tables, times, the bar, keys, the file that is replaced."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.cli.cache import SUBCOMMANDS
+from proxy.cli.cache.cabinet import Card, Trouble, Wanted, find_key
+from proxy.cli.cache.export import replacing
+from proxy.cli.cache.text import Progress, cut, duration, size, table
+from proxy.core.entry import Entry
+from proxy.core.listing import timestamp
+from proxy.stores import Name
+from proxy.stores.intake import Taken
+
+
+def test_the_subcommands_of_the_contract() -> None:
+    assert {"stats", "list", "show", "purge", "export", "import"} <= set(SUBCOMMANDS)
+
+
+def test_a_table() -> None:
+    assert table(("NAME", "COUNT"), [("a", "1,000"), ("long name", "2")], right=("COUNT",)) == [
+        "NAME       COUNT",
+        "a          1,000",
+        "long name      2",
+    ]
+    assert table(("A", "B"), []) == ["A  B"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**43, "8192.0 GiB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "over"), (0, "0s"), (119, "119s"), (120, "2m"), (7199, "119m"), (86400, "24h"), (172800, "2d")],
+)
+def test_durations(seconds: int, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_what_is_shown_gives_no_orders_to_a_terminal() -> None:
+    assert cut("\x1b[2Jü", 80) == "\\x1b[2J\\xfc"
+    assert cut("a" * 30, 10) == "a" * 9 + "…"
+
+
+@pytest.mark.parametrize(("wall", "text"), [(0.0, "1970-01-01T00:00:00Z"), (1e300, "1e+300"), (-1e20, "-1e+20")])
+def test_timestamps(wall: float, text: str) -> None:
+    assert timestamp(wall) == text
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, shown in ((_Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress("exporting", 1000) as progress:
+            progress.step(500)
+        assert (stream.getvalue() == "") is not shown
+        assert not shown or stream.getvalue().endswith("\r\x1b[K")
+
+
+def test_how_far_it_has_come() -> None:
+    progress = Progress("exporting", 1000)
+    progress.step(500)
+    assert progress.line() == "exporting [############............]  50% of 1,000"
+    progress.step(600)
+    assert progress.line() == "exporting [########################] 100% of 1,000"
+    progress = Progress("checking", 0)
+    progress.step(1234)
+    assert progress.line() == "checking 1,234"
+
+
+class _Keys:
+    """A cabinet that knows keys alone."""
+
+    def __init__(self, *keys: str) -> None:
+        self._keys = keys
+
+    async def cards(self, wanted: Wanted) -> AsyncIterator[Sequence[Card]]:
+        for key in self._keys:
+            yield [{"key": key}] if key.startswith(str(wanted["prefix"])) else []
+
+    async def facts(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+        raise NotImplementedError
+
+    async def purge(self, wanted: Wanted, dry_run: bool) -> int:
+        raise NotImplementedError
+
+    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> Taken:
+        raise NotImplementedError
+
+
+async def test_a_key_may_be_cut_short_while_it_is_clear() -> None:
+    keys = _Keys("abc", "abcd", "abcd", "b1", "b2")
+    assert await find_key(keys, "abc") == "abc"
+    assert await find_key(keys, "abcd") == "abcd"
+    with pytest.raises(Trouble, match="2 keys begin with 'ab', such as abc…, abcd…"):
+        await find_key(keys, "ab")
+    with pytest.raises(Trouble, match="no stored answer has a key that begins with 'c'"):
+        await find_key(keys, "c")
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    target, link = tmp_path / "answers", tmp_path / "link"
+    target.write_bytes(b"before")
+    link.symlink_to(target)
+
+    def half() -> None:
+        with replacing(link) as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert target.read_bytes() == b"before"
+    with replacing(link) as file:
+        file.write(b"after")
+        assert target.read_bytes() == b"before"
+    assert (target.read_bytes(), link.is_symlink()) == (b"after", True)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["answers", "link"]
