@@ -27,7 +27,7 @@ from .core.items import Saved, in_order, join, read_answer, vectors_of
 from .core.lenient import parse_leniently
 from .core.outcome import TransportFailure
 from .core.ports import WayUp
-from .core.pricing import Cost, usd
+from .core.pricing import Cost, standard_tier, usd
 from .core.receipt import Receipt
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
@@ -36,6 +36,7 @@ from .planning import Planner
 from .relay import Ending, Flow
 from .runs import run_headers, run_lines
 from .shelf import Hit, Name, Shelf
+from .stale import Refresher, StandIns
 from .world import World
 
 log = logging.getLogger("proxy.request")
@@ -68,6 +69,8 @@ class Journey:
         self.planner = Planner(world)
         self.shelf = Shelf(world)
         self.items = Items(world, self.exchange, self.shelf, self._read)
+        self.stand_ins = StandIns(world, self.shelf, self.buy, self._finish)
+        self.refresher = Refresher(world, self.buy)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
         """The answer, from the cache or bought; counted where it is in a run. Raises Refusal.
@@ -97,11 +100,15 @@ class Journey:
         if name is not None:
             self.shelf.remember(name, call, plan)
         if hit is not None:
+            if hit.stale:
+                self.stand_ins.served(call, hit)
+                if not call.options.only_if_cached:
+                    self.refresher.refresh(call, plan)
             return hit
         check_room()
         if call.options.run:
             await self.world.runs.admit(self.world, call)
-        return await self.buy(call, plan)
+        return await self.stand_ins.buy(call, plan)
 
     # -- from upstream -------------------------------------------------------------------------------------------------
 
@@ -383,13 +390,10 @@ class Journey:
 
     def finished(self, receipt: Receipt) -> None:
         """A request is over: its receipt is kept, counted and logged."""
+        if not self.stand_ins.holds(receipt):
+            self._finish(receipt)
+
+    def _finish(self, receipt: Receipt) -> None:
         self.world.runs.finished(receipt)
         self.world.receipts.put(receipt)
         self._observe(receipt)
-
-
-def standard_tier(service_tier: object) -> bool:
-    """Whether the table's prices hold: flex, priority and other tiers cost something else (unknown until it has their
-    rates).
-    """
-    return service_tier in (None, "auto", "default", "standard")

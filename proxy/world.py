@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from .cassettes import RecordingStore, ReplayStore
 from .config import Settings
+from .config.settings import Cache
 from .core.attempts import Policy, RetryBudget
 from .core.breaker import Breaker, Trip
 from .core.call import Client
@@ -77,6 +81,11 @@ class World:
                 self._identities.clear()
             self._identities[model] = found
         return found
+
+    @property
+    def replays(self) -> bool:
+        """Nothing goes upstream: answers come from what was recorded, whatever its age and whosever it was."""
+        return self.settings.cache.mode == "replay"
 
     def upstream_named(self, name: str) -> Upstream | None:
         return next((upstream for upstream in self.upstreams if upstream.site.name == name), None)
@@ -170,17 +179,30 @@ def store_place(settings: Settings, wall: Callable[[], float]) -> Place:
     """Where these settings keep answers behind memory; `wall`: the clock, Unix seconds."""
     cache, redis = settings.cache, settings.redis
     url = redis.url.reveal() if redis.url is not None else ""
-    return Place(cache.path, cache.max_size, cache.max_entry, url, redis.prefix, wall)
+    max_size = sys.maxsize if cache.mode == "replay" else cache.max_size  # there nothing is removed
+    return Place(cache.path, max_size, cache.max_entry, url, redis.prefix, wall, kept_past_end(cache))
 
 
 def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
-    cache = settings.cache
+    cache, replays = settings.cache, settings.cache.mode == "replay"
     if cache.backend == "off" or cache.when == "never":
         return None
+    if replays and cache.cassette is not None:  # it alone: what is replayed is what was committed
+        return ReplayStore(MemoryStore(sys.maxsize, sys.maxsize))
     make = BACKENDS[cache.backend]
     slower = make(store_place(settings, seams.wall)) if make is not None else None
-    return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+    memory = MemoryStore(cache.memory_size, cache.max_entry)
+    if replays:
+        return ReplayStore(memory, slower)
+    if cache.cassette is not None:
+        return RecordingStore(memory, slower, cache.cassette, seams)
+    return TieredStore(memory, slower)
+
+
+def kept_past_end(cache: Cache) -> float:
+    """Seconds an entry is kept after its ttl, for it may yet serve as stale; in replay for ever (contract 7, Cache)."""
+    return math.inf if cache.mode == "replay" else max(cache.stale_while_revalidate, cache.stale_if_error)
 
 
 def _shared_objects(settings: Settings, keys: int) -> Shared | None:

@@ -41,7 +41,9 @@ async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
 def simulated(settings: Settings, base_url: str) -> Settings:
     """The same settings with one upstream, the simulated one, and one key that opens nothing."""
     key = Key(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
-    return replace(settings, upstreams=(Upstream(name="simulated", base_url=base_url, keys=(key,)),))
+    # Its port is another each time: by name what was stored or recorded is found again.
+    upstream = Upstream(name="simulated", base_url=base_url, cache_as="simulated", keys=(key,))
+    return replace(settings, upstreams=(upstream,))
 
 
 def introduction(address: str, guarded: bool, prompts: Mapping[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_exposure(settings, reading)
     _check_ops(settings, reading)
     _check_redis(settings, reading)
+    _check_mode(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
@@ -36,8 +37,22 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
         reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
 
 
+def _check_mode(settings: Settings, reading: Reading) -> None:
+    cache = settings.cache
+    if not reading.sound("cache.backend", "cache.mode", "cache.cassette", "cache.when"):
+        return
+    setting = "cache.cassette" if cache.cassette is not None else "cache.mode"
+    if (cache.cassette is not None or cache.mode == "replay") and (cache.backend == "off" or cache.when == "never"):
+        why = "backend: off" if cache.backend == "off" else "when: never"
+        reading.fail_at(setting, f"expected a cache to go with it, found {why}")
+    elif cache.mode == "replay" and cache.cassette is None and cache.backend == "memory":
+        reading.warn("cache.mode replay has neither a cassette nor a cache that lasts: it answers nothing")
+
+
 def check_upstreams(settings: Settings, reading: Reading) -> None:
     """The same for what concerns the upstreams."""
+    if settings.cache.mode == "replay":
+        return  # none is called
     outlets: dict[str, tuple[object, object]] = {}
     for path, upstream, url in _addresses(settings):
         if outlets.setdefault(url.origin, (upstream.proxy, upstream.ca_file)) != (upstream.proxy, upstream.ca_file):

@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from .entry import Entry
 from .items import Saved
 from .pricing import Cost, usd
 from .usage import Usage
@@ -62,6 +63,14 @@ def forward_status(forward: str, detail: str, stored: bool) -> str:
     if stored:
         text += "; stored"
     return f"{text}; detail={token(detail)}" if detail else text
+
+
+def stale_lines(entry: Entry, wall: float, why: str, forwarded: bool) -> str:
+    """How an answer past its lifetime says so (RFC 9211 section 2): while it is refreshed it is a hit with a negative
+    ttl; where it stands in for a failure the request was forwarded.
+    """
+    status = f"{CACHE_NAME}; {'fwd=stale' if forwarded else 'hit'}; ttl={entry.remaining(wall)}; detail={token(why)}"
+    return f"Age: {entry.age(wall)}\r\nCache-Status: {status}\r\nX-Proxy-Cache-Reason: {why}\r\n"
 
 
 def token(text: str) -> str:

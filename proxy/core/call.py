@@ -63,7 +63,8 @@ class Call(msgspec.Struct, frozen=True):
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
     read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
-    where each has an entry of its own; traits: of `core.explain`."""
+    where each has an entry of its own; traits: of `core.explain`; bare: the key less the client's scope, '' where that
+    is the key; request: the canonical body, where it is to be stored."""
 
     key: str
     reason: str
@@ -72,6 +73,8 @@ class CachePlan(msgspec.Struct, frozen=True):
     forward: str = "uri-miss"
     batch: Batch | None = None
     traits: str = ""
+    bare: str = ""
+    request: str | None = None
 
     @property
     def status(self) -> CacheStatus:

@@ -177,6 +177,17 @@ def broken(outcome: Class, status: int | None) -> bool:
     return status >= 500 or (status < 400 and outcome is Class.RETRY)
 
 
+def may_be_stood_in_for(status: int, error: str) -> bool:
+    """Whether a stale answer may take the place of a final failure (RFC 5861 section 4).
+
+    error: as in receipts: a code of ours, or `upstream_STATUS`. It may where the upstreams failed, the keys cool or are
+    refused, and never for what is the request's own fault or what our own limits refuse.
+    """
+    if error in ("keys_cooling", "no_usable_key", "circuit_open"):
+        return True
+    return error.startswith("upstream_") and (status >= 500 or status == 429)
+
+
 def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
     """(status to act on, error) where the payload of a stream's first event is an error; None where it is not."""
     if b'"error"' not in data:

@@ -1,6 +1,4 @@
-"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into
-envelopes.
-"""
+"""Requests come in here: the fast lane for hits, the way through the house for all else, errors into envelopes."""
 
 from __future__ import annotations
 
@@ -14,11 +12,11 @@ from typing import Final
 
 from aiohttp.web import BaseRequest
 
-from ..core.answer import ZERO_COST, cost_comment, usage_lines
+from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.entry import Entry
 from ..core.errors import Refusal
-from ..core.headers import asks_something
+from ..core.headers import EXPOSED, asks_something
 from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
@@ -165,7 +163,7 @@ class Downstream:
         if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
-            return self._hit(visit, served, zero)
+            return self._stale(visit, served, zero) if served.stale else self._hit(visit, served, zero)
         bought = served
         head = (
             status_line(bought.status, bought.reason)
@@ -277,9 +275,18 @@ class Downstream:
             head += self._expose(visit.origin)
         return Whole(visit.request, head, body, status=entry.status)
 
-    def _render(self, entry: Entry) -> bytes:
+    def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+        """An answer past its lifetime. Its receipt is written."""
+        lines = hit.lines + stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
+        spent = Timing(total=(self._world.seams.monotonic() - visit.began) * 1000)
+        lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
+        head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
+        body = with_comment(hit.body, comment) if comment else hit.body
+        return Whole(visit.request, head + self._expose(visit.origin), body, status=hit.entry.status)
+
+    def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
         """The part of a hit's head that is the same every time."""
-        lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
+        lines = f"X-Proxy-Cache: {cache}\r\nX-Proxy-Attempts: {attempts}\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
         lines += (
@@ -309,7 +316,7 @@ class Downstream:
             return b""
         return (
             f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
-            f"Access-Control-Expose-Headers: {', '.join(_EXPOSED)}\r\n"
+            f"Access-Control-Expose-Headers: {', '.join(EXPOSED)}\r\n"
         ).encode("latin-1", "replace")
 
     def _preflight(self, request: BaseRequest, origin: str) -> Whole:
@@ -322,31 +329,6 @@ class Downstream:
         return Whole(request, head, b"", status=204)
 
 
-_EXPOSED: Final = (
-    "X-Proxy-Request-Id",
-    "X-Proxy-Cache",
-    "X-Proxy-Cache-Reason",
-    "X-Proxy-Cache-Key",
-    "X-Proxy-Upstream",
-    "X-Proxy-Key",
-    "X-Proxy-Attempts",
-    "X-Proxy-Model",
-    "X-Proxy-Cost-USD",
-    "X-Proxy-Cost-Saved-USD",
-    "X-Proxy-Cost-Status",
-    "X-Proxy-Prompt-Tokens",
-    "X-Proxy-Cached-Tokens",
-    "X-Proxy-Completion-Tokens",
-    "X-Proxy-Total-Tokens",
-    "X-Proxy-Saved-Tokens",
-    "X-Proxy-Run-Cost-USD",
-    "X-Proxy-Run-Saved-USD",
-    "X-Proxy-Error",
-    "Cache-Status",
-    "Age",
-    "X-Request-Id",
-    "Retry-After",
-)
 _ZERO: Final = Decimal(0)
 
 

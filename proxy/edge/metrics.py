@@ -128,6 +128,10 @@ class Metrics:
             counters.attempts.inc(receipt.attempts)
         if receipt.error:
             self._errors.labels(receipt.error).inc()
+        if receipt.cache == "stale":  # its usage was bought long ago
+            if receipt.saved_usd is not None:
+                self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
+            return
         usage = receipt.usage
         if usage is not None:
             counters.prompt.inc(usage.prompt_tokens)

@@ -49,6 +49,8 @@ class Passage:
     ) -> Whole | Streamed:
         """One request, to its end. extra: further header lines. Raises Refusal."""
         world = self._world
+        if world.replays:
+            raise Refusal("not_cached", "replay: this route is never cached, and nothing is sent upstream")
         if options.only_if_cached:
             raise Refusal("not_cached", "this route is never cached, and only-if-cached asks for no other")
         limit = world.settings.server.max_body

@@ -83,7 +83,6 @@ def test_every_settings_error_at_once_with_its_line(tmp_path: Path) -> None:
     "section",
     [
         {"throttle": {"backend": "redis"}},
-        {"cache": {"stale_if_error": "1h"}},
         {"cache": {"on_disconnect": "finish"}},
         {"throttle": {"tier": 3}},
         {"server": {"workers": 2}},

@@ -13,11 +13,6 @@ REFUSED = {
     "server.client_keys.*.limits.tpm": "server: {client_keys: [{name: a, key: abc, limits: {tpm: 1}}]}",
     "server.client_keys.*.limits.concurrency": "server: {client_keys: [{name: a, key: abc, limits: {concurrency: 1}}]}",
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
-    "cache.mode": "cache: {mode: replay}",
-    "cache.cassette": "cache: {cassette: c.jsonl}",
-    "cache.store_requests": "cache: {store_requests: true}",
-    "cache.stale_while_revalidate": "cache: {stale_while_revalidate: 1s}",
-    "cache.stale_if_error": "cache: {stale_if_error: 1s}",
     "cache.on_disconnect": "cache: {on_disconnect: finish}",
     "throttle.backend": "throttle: {backend: redis}",
     "throttle.tier": "throttle: {tier: 3}",
@@ -38,9 +33,8 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 
 
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    assert problems(load, None, cache__mode="replay", server__workers=4) == [
+    assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
-        "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",
     ]
     assert "(PROXY__LEDGER__PATH)" in problems(load, None, {"PROXY__LEDGER__PATH": "x"})[0]
 
