@@ -188,6 +188,7 @@ async def serve(
             await app.world.limiter.open(lambda *state: app.world.adopt(*state))
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
         await app.world.runs.open()
+        await app.world.objects.open()
         lines = start_up_text(loaded, app.world, address, ops_address, recorded)
         if extra_lines is not None:
             lines += extra_lines(address)
@@ -244,6 +245,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     await app.world.runs.close()
     if app.world.store is not None:
         await app.world.store.close()
+    await app.world.objects.close()
     _remove_socket(settings.server.socket)
 
 

@@ -21,6 +21,7 @@ from .core.answer import cost_comment, cost_lines
 from .core.cacheability import StreamAudit, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
+from .core.fallback import asking
 from .core.headers import Raw, downstream_headers
 from .core.items import in_order, join, read_answer, vectors_of
 from .core.lenient import parse_leniently
@@ -119,6 +120,8 @@ class Journey:
             if plan.batch is not None and plan.batch.changes:
                 return await self._buy_items(call, plan, progress)
             answered = await self.exchange.run(call, progress)
+            if progress.model:  # another model answers: it is priced as such and never stored under this one
+                call, plan = asking(call, progress.model), replace(plan, write=False)
             if answered.body is not None:
                 return self._error_answer(call, plan, answered, progress)
             if answered.is_stream or answered.opaque:
@@ -139,9 +142,7 @@ class Journey:
         sale = Purchase(error=code or f"upstream_{answered.status}")
         self.tell.record(call, plan, progress, answered.status, error=sale.error)
         lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
-        extra = f"X-Proxy-Error: {code}\r\n" if code else ""
-        if progress.spent or code:
-            extra += "X-Should-Retry: false\r\n"
+        extra = progress.verdict()
         headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent or code else b"")
         masked = self.world.masker.mask(answered.body)
         reason, share = answered.reply.reason, Share.AGAIN if answered.outcome in _RETRYABLE else Share.ALL
@@ -196,6 +197,7 @@ class Journey:
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
             self.exchange.learn(call, progress, usage)
             settled = True
+            self.world.objects.note(self.world.ring, call, answered.lease.key, document)
         except TransportFailure as failure:
             raise failure.refusal() from None
         finally:
@@ -264,7 +266,7 @@ class Journey:
         world = self.world
         sse = answered.is_stream and not answered.opaque
         audit = StreamAudit(call.endpoint, call.document) if sse else None
-        headers = self._headers(answered)
+        headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent else b"")
         began = answered.sent_at
         sale = Purchase()
 
@@ -308,7 +310,7 @@ class Journey:
             ended=ended,
         )
         lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
-        extra = "X-Proxy-Error: no_usable_key\r\n" if progress.no_usable_key else ""
+        extra = progress.verdict()
         share = Share.ALL if storable and sse else Share.OWN
         if answered.outcome in _RETRYABLE:
             share = Share.AGAIN

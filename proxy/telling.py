@@ -37,13 +37,12 @@ class Teller:
         timing = Timing(progress.queue_ms + progress.paused_ms, progress.upstream_ms, total)
         detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
         key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
-        went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
         why = "" if plan.collapsed else f"X-Proxy-Cache-Reason: {plan.reason}\r\n"
         return (
             f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
             f"Cache-Status: {forward_status(plan.forward, detail, stored, plan.collapsed)}\r\n{key}"
             f"{world.clients.line(call.client, world.seams.monotonic())}"
-            f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
+            f"{progress.went()}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
         )
 
     def record(

@@ -13,17 +13,20 @@ from .cassettes import RecordingStore, ReplayStore
 from .config import Settings
 from .config.settings import Cache
 from .core.attempts import Policy, RetryBudget
+from .core.breaker import Breaker, Trip
 from .core.call import Client
 from .core.clients import Clients, Hold
 from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
+from .core.learned import Learned
 from .core.outcome import Class, TransportFailure
 from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
 from .limiters import RECHECK, Limiter
+from .objects import Objects, Shared
 from .providers import DIALECTS, Dialect, Site
 from .runs import RunBook
 from .seams import Seams
@@ -45,6 +48,7 @@ class Upstream:
     prices: PriceTable
     budget: RetryBudget
     cache_as: str | None
+    breaker: Breaker
 
     def identity(self, model: str) -> str:
         return self.cache_as or self.dialect.identity(self.site, model)
@@ -63,6 +67,7 @@ class World:
     policy: Policy
     gate: Gate
     store: TieredStore | None
+    objects: Objects
     masker: Masker
     passthrough: bool
     runs: RunBook
@@ -106,13 +111,17 @@ class World:
             hold = self.clients.hold(client, tokens, self.seams.monotonic())
         return hold
 
-    def learn(self, key: PoolKey, model: str, outcome: Class, wait: float, reason: str) -> None:
+    def learn(self, key: PoolKey, model: str, outcome: Class, wait: float, reason: str, floor: int = 0) -> None:
         """Takes note of what an answer teaches of a key, and lets other proxies know."""
         now = self.seams.monotonic()
-        self.ring.learn(key, model, outcome, now, wait, reason)
+        self.ring.learn(key, model, outcome, now, wait, reason, floor)
         if self.limiter is not None:
             states = self.ring.states(key.label, model, now)
-            told = {slot: (state.status.value, state.until - now, state.reason) for slot, state in states.items()}
+            told = {
+                slot: (state.status.value, state.until - now, state.reason)
+                for slot, state in states.items()
+                if not state.floor
+            }
             self.limiter.learned(key.label, model, told)
 
     def adopt(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
@@ -156,7 +165,9 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         before = old.upstream_named(spec.name) if old is not None else None
         same = before is not None and old is not None and old.settings.retry.budget == settings.retry.budget
         budget = before.budget if before is not None and same else RetryBudget(settings.retry.budget)
-        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as))
+        trip = Trip(settings.breaker.failures, settings.breaker.window, settings.breaker.open_for)
+        breaker = before.breaker if before is not None and before.breaker.trip == trip else Breaker(trip)
+        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as, breaker))
         for key in spec.keys:
             secret = key.secret.reveal()
             secrets.append(secret)
@@ -173,7 +184,15 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
     retry = settings.retry
     limiter = _limiter(settings, seams) if old is None else old.limiter
     make = limiter.allowance if limiter is not None else None
-    ring = KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use, make)
+    ring = KeyRing(
+        keys,
+        STRATEGIES[settings.selection],
+        settings.throttle.limits,
+        settings.throttle.use,
+        make=make,
+        breakers=[upstream.breaker for upstream in upstreams],
+        learned=Learned() if settings.throttle.adaptive else None,
+    )
     gate = Gate(settings.throttle.max_queue, seams.monotonic, recheck=RECHECK if limiter else math.inf)
     clients = Clients({key.name: key.limits for key in settings.server.client_keys}, make)
     if old is not None:
@@ -195,6 +214,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=gate,
         store=store,
+        objects=Objects(seams.wall, _shared_objects(settings, len(keys))) if old is None else old.objects,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         runs=_runs(settings, seams, store) if old is None else old.runs,
@@ -256,6 +276,15 @@ def _leases(settings: Settings, store: TieredStore | None) -> Leases | None:
     if not isinstance(store.slower, RedisStore):
         return None
     return RedisLeases(store.slower.link, settings.redis.prefix, DEADLINE)
+
+
+def _shared_objects(settings: Settings, keys: int) -> Shared | None:
+    """Redis, where something else of ours is in it already and there is more than one key to choose from."""
+    if keys < 2 or settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
+        return None
+    from .stores.redis_objects import RedisObjects
+
+    return RedisObjects(settings.redis.url.reveal(), settings.redis.prefix)
 
 
 def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:

@@ -29,7 +29,16 @@ READS = {
 }
 """What single rooms of the core may import beyond that, and why."""
 
-DRIVERS = ("redis", "redis_lease", "redis_link", "redis_runs", "sqlite", "sqlite_file", "sqlite_writer")
+DRIVERS = (
+    "redis",
+    "redis_lease",
+    "redis_link",
+    "redis_objects",
+    "redis_runs",
+    "sqlite",
+    "sqlite_file",
+    "sqlite_writer",
+)
 """Rooms of `stores` that are edges of their own: they speak to a store, wait for it and time it. Loaded when named."""
 
 LIMITERS = ("proxy.limiters.redis", "proxy.limiters.redis_states")

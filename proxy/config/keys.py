@@ -166,6 +166,7 @@ class Keys:
         for key in value:
             entry: dict[str, object] = {"name": key.label, "key": str(key.secret)}
             entry |= {n: v for n in ("organization", "project") if (v := getattr(key, n))}
+            entry |= {"weight": key.weight} if key.weight != 1.0 else {}
             entry |= {"quota": key.quota} if key.quota != key.label else {}
             entry |= {"limits": LIMITS_BY_GLOB.show(key.limits)} if key.limits else {}
             shown.append(entry)

@@ -13,12 +13,6 @@ from typing import Final
 NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "server.workers": (),
     "server.client_keys.*.limits.usd_per_day": (),
-    "upstreams.*.keys.*.weight": (),
-    "selection": ("headroom", "round_robin"),
-    "retry.fallbacks": (),
-    "breaker.failures": (),
-    "breaker.window": (),
-    "breaker.open_for": (),
     "cost.budget.usd_per_day": (),
     "cost.budget.usd_per_month": (),
     "cost.budget.on_exceeded": (),

@@ -51,6 +51,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "no_usable_key": ErrorKind(502, _SERVER, False),
     "overloaded": ErrorKind(503, _SERVER, None),
     "draining": ErrorKind(503, _SERVER, None),
+    "circuit_open": ErrorKind(503, _SERVER, None),
     "upstream_timeout": ErrorKind(504, _SERVER, None),
     "not_cached": ErrorKind(504, _SERVER, False),
 }

@@ -6,36 +6,11 @@ from typing import Final
 
 from aiohttp.web import BaseRequest
 
+from ..core.headers import EXPOSED
 from .wire import Whole, status_line
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 """What may be asked of routes that are passed through."""
-
-_EXPOSED: Final = (
-    "X-Proxy-Request-Id",
-    "X-Proxy-Cache",
-    "X-Proxy-Cache-Reason",
-    "X-Proxy-Cache-Key",
-    "X-Proxy-Upstream",
-    "X-Proxy-Key",
-    "X-Proxy-Attempts",
-    "X-Proxy-Client-Limit",
-    "X-Proxy-Cost-USD",
-    "X-Proxy-Cost-Saved-USD",
-    "X-Proxy-Cost-Status",
-    "X-Proxy-Prompt-Tokens",
-    "X-Proxy-Cached-Tokens",
-    "X-Proxy-Completion-Tokens",
-    "X-Proxy-Total-Tokens",
-    "X-Proxy-Saved-Tokens",
-    "X-Proxy-Run-Cost-USD",
-    "X-Proxy-Run-Saved-USD",
-    "X-Proxy-Error",
-    "Cache-Status",
-    "Age",
-    "X-Request-Id",
-    "Retry-After",
-)
 
 
 def cors_lines(origin: str | None) -> bytes:
@@ -44,7 +19,7 @@ def cors_lines(origin: str | None) -> bytes:
         return b""
     return (
         f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
-        f"Access-Control-Expose-Headers: {', '.join(_EXPOSED)}\r\n"
+        f"Access-Control-Expose-Headers: {', '.join(EXPOSED)}\r\n"
     ).encode("latin-1", "replace")
 
 

@@ -83,6 +83,12 @@ class Metrics:
             "1 while limits hold as they should, 0 while the Redis they are shared over is lost.",
             registry=self.registry,
         )
+        self._open = Gauge(
+            "openai_proxy_upstream_open",
+            "1 while an upstream is left alone after failures (the circuit breaker is open or half open).",
+            ["upstream"],
+            registry=self.registry,
+        )
         self._entries = Gauge("openai_proxy_cache_entries", "Entries in memory.", registry=self.registry)
         self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
         self._models: set[str] = set()
@@ -168,6 +174,9 @@ class Metrics:
         for state, count in world.ring.counts(world.seams.monotonic()).items():
             self._keys.labels(state).set(count)
         self._sound.set(world.limiter is None or world.limiter.sound)
+        for upstream in world.upstreams:
+            state = upstream.breaker.state(world.seams.monotonic())
+            self._open.labels(upstream.site.name).set(state != "closed")
         if world.store is not None:
             stats = world.store.memory.stats()
             self._entries.set(stats["entries"])

@@ -123,7 +123,7 @@ class Ops:
         return self._json(visit.request, await self.status())
 
     async def _keys(self, visit: Visit) -> Whole:
-        return self._json(visit.request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
+        return self._json(visit.request, self._pool())
 
     async def _cached(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.list(visit.query))
@@ -187,6 +187,22 @@ class Ops:
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},
             "settings": plain(settings),
+        }
+
+    def _pool(self) -> dict[str, Any]:
+        """The pool: keys by their labels, never the keys; and which upstreams are left alone."""
+        world = self._world
+        now = world.seams.monotonic()
+        return {
+            "keys": world.ring.report(now),
+            "upstreams": [
+                {
+                    "name": upstream.site.name,
+                    "state": upstream.breaker.state(now),
+                    "until_s": round(upstream.breaker.wait(now), 3),
+                }
+                for upstream in world.upstreams
+            ],
         }
 
     def _json(self, request: BaseRequest, document: object, status: int = 200) -> Whole:

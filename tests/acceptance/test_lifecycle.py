@@ -84,9 +84,7 @@ def test_every_settings_error_at_once_with_its_line(tmp_path: Path) -> None:
     [
         {"throttle": {"backend": "redis"}},
         {"throttle": {"tier": 3}},
-        {"selection": "sticky"},
         {"server": {"workers": 2}},
-        {"retry": {"fallbacks": {"gpt-4o": ["gpt-4o-mini"]}}},
         {"cost": {"budget": {"usd_per_day": 5, "on_exceeded": "refuse"}}},
     ],
     ids=str,

@@ -9,12 +9,6 @@ from tests.config.kit import Load, problems
 REFUSED = {
     "server.workers": "server: {workers: 2}",
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
-    "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
-    "selection": "selection: sticky",
-    "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
-    "breaker.failures": "breaker: {failures: 6}",
-    "breaker.window": "breaker: {window: 31s}",
-    "breaker.open_for": "breaker: {open_for: 16s}",
     "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
@@ -32,9 +26,6 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 
 
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    assert problems(load, "selection: sticky") == [
-        "settings.yaml:1: selection: 'sticky' is not yet available (usable now: auto, headroom, round_robin)"
-    ]
     assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
     ]

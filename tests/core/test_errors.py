@@ -34,6 +34,7 @@ STATUS = {
     "no_usable_key": 502,
     "overloaded": 503,
     "draining": 503,
+    "circuit_open": 503,
     "upstream_timeout": 504,
     "not_cached": 504,
 }
