@@ -40,12 +40,14 @@ _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 
 @dataclass(slots=True)
 class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last."""
+    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream and, for a stream, until its
+    first event; where it went last."""
 
     attempts: int = 0
     queue_ms: float = 0.0
     paused_ms: float = 0.0
     upstream_ms: float = 0.0
+    first_byte_ms: float | None = None
     upstream: str = ""
     key: str = ""
     spent: bool = False

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from .answered import Answered
 from .core.answer import Timing, cost_comment, cost_lines, forward_status
-from .core.cacheability import StreamAudit, plain_complete
+from .core.cacheability import StreamAudit, is_deterministic, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
 from .core.headers import Raw, downstream_headers
@@ -216,6 +216,7 @@ class Journey:
         audit = StreamAudit(call.endpoint, call.document) if sse else None
         headers = self._headers(answered)
         began = answered.sent_at
+        progress.first_byte_ms = (world.seams.monotonic() - call.arrived) * 1000
 
         def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:
             usage = usage_of(call.endpoint, {"usage": seen.usage})
@@ -346,6 +347,9 @@ class Journey:
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
                 run=call.options.run,
+                first_byte_ms=progress.first_byte_ms,
+                cache_key=plan.key,
+                sampled=not is_deterministic(call.endpoint, call.document),
             )
         )
 

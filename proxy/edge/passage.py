@@ -203,6 +203,7 @@ class Passage:
         known = int(length) if length is not None and length.isascii() and length.isdigit() else None
         head = self._head(trace, reply, decoded=False) + extra
         stream = Stream(request, head, reply.status, known)
+        trace.first_byte = trace.elapsed()
         status, error = reply.status, ""
         try:
             if request.method != "HEAD":
@@ -239,6 +240,7 @@ class _Trace:
         self.upstream = self.key = self.code = ""
         self.attempts = 0
         self.spent = False
+        self.first_byte: float | None = None
 
     def elapsed(self) -> float:
         return (self._seams.monotonic() - self._began) * 1000
@@ -269,6 +271,7 @@ class _Trace:
             error=error,
             upstream_ms=self.elapsed(),
             total_ms=self.elapsed(),
+            first_byte_ms=self.first_byte,
         )
 
 
