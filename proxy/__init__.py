@@ -18,8 +18,9 @@ Rooms, and what goes where
 
 - `core/`: every hard decision, pure: values in, values out. No clock, no IO, no asyncio, no aiohttp; `now` is an
   argument. A new rule of the contract starts here, as a table with a test.
-- `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `relay.py`, `gate.py`, `runs.py`): the story, on
-  the ports of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's driver.
+- `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `items.py`, `relay.py`, `gate.py`,
+  `runs.py`): the story, on the ports of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's
+  driver.
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
   `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
   `metrics`, `logs`, `server`.

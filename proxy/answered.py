@@ -7,20 +7,35 @@ client, and everything may still be retried. Any other answer is not read here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
+import msgspec
+
+from .core.headers import Raw
 from .core.inflate import Inflater
 from .core.keyring import Lease
 from .core.outcome import Class, ErrorInfo, TransportFailure, classify, error_info, stream_error
 from .core.ports import UpstreamReply
+from .core.pricing import Cost
 from .core.sse import Splitter, data_of
+from .core.usage import Usage
 from .world import Upstream
 
 MAX_ERROR_BODY: Final = 8 * 1024 * 1024
 FIRST_EVENT_HELD: Final = 64 * 1024
 """A stream's first bytes are held back at most so far for its first event to be complete."""
+
+
+class Read(msgspec.Struct, frozen=True):
+    """A plain answer that was read whole, its lease settled. headers, body: for the client; document: it, parsed."""
+
+    headers: Sequence[Raw]
+    body: bytes
+    document: Any
+    usage: Usage | None
+    cost: Cost | None
 
 
 @dataclass(slots=True)

@@ -38,6 +38,7 @@ from .edge.traffic import Traffic
 from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
 from .journey import Journey
+from .ledger import Ledger
 from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
 from .world import World, compile_world
@@ -54,6 +55,8 @@ class App:
     def __init__(self, settings: Settings, seams: Seams = REAL) -> None:
         self.metrics = Metrics()
         self.traffic = Traffic(started=seams.wall())
+        ledger = settings.ledger
+        self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
         self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings))
         self._dates = Dates(seams.wall)
         self._renewals: list[asyncio.Task[None]] = []
@@ -63,7 +66,7 @@ class App:
         """Everything that stands in this world. What is in flight keeps the rooms it is in."""
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
-        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic)
+        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger)
         self.downstream = Downstream(
             world,
             Journey(world, self.way_up, self._observe),
@@ -72,6 +75,7 @@ class App:
             self.metrics,
             gatekeeper,
             self.traffic,
+            self.ledger,
         )
 
     def use(self, loaded: Loaded) -> list[str]:
@@ -100,6 +104,7 @@ class App:
 
     def _observe(self, receipt: Receipt) -> None:
         self.metrics.observe(receipt)
+        self.ledger.record(receipt)
         logs.log_receipt(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
@@ -181,7 +186,8 @@ async def serve(
         if extra_lines is not None:
             lines += extra_lines(address)
         print("\n".join(lines), file=sys.stderr, flush=True)
-        background += [spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
+        app.ledger.open()
+        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -228,6 +234,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
         await one.cleanup()
     await app.way_up.close()
     await app.world.runs.close()
+    await app.ledger.close()
     if app.world.store is not None:
         await app.world.store.close()
     _remove_socket(settings.server.socket)
@@ -327,6 +334,7 @@ def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str |
         ),
         f"keys: {keys}",
         _cache_line(settings),
+        f"ledger: {os.path.expanduser(settings.ledger.path) if settings.ledger.enabled else 'off'}",
     ]
     if not address.startswith("unix:"):
         lines.append(f"clients: OPENAI_BASE_URL={address}/v1")

@@ -30,7 +30,9 @@ from .core.outcome import (
     retry_after,
 )
 from .core.ports import Trip, WayUp
+from .core.pricing import Cost
 from .core.routes import printable
+from .core.usage import Usage
 from .gate import QueueFull, TimedOut
 from .world import Upstream, World
 
@@ -40,8 +42,9 @@ _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 
 @dataclass(slots=True)
 class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream and, for a stream, until its
-    first event; where it went last."""
+    """What the exchange has cost so far: calls made, milliseconds waited, spent upstream and, for a stream, until its
+    first event; where it went last; usage, cost: of the calls that ended well, where several are needed for one
+    answer."""
 
     attempts: int = 0
     queue_ms: float = 0.0
@@ -52,6 +55,8 @@ class Progress:
     key: str = ""
     spent: bool = False
     no_usable_key: bool = False
+    usage: Usage | None = None
+    cost: Cost | None = None
 
 
 class Exchange:

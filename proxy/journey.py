@@ -16,12 +16,13 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from .answered import Answered
-from .core.answer import Timing, cost_comment, cost_lines, forward_status
+from .answered import Answered, Read
+from .core.answer import Timing, cost_comment, cost_lines, cost_status, forward_status
 from .core.cacheability import StreamAudit, is_deterministic, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
 from .core.headers import Raw, downstream_headers
+from .core.items import Saved, in_order, join, read_answer, vectors_of
 from .core.lenient import parse_leniently
 from .core.outcome import TransportFailure
 from .core.ports import WayUp
@@ -29,6 +30,7 @@ from .core.pricing import Cost, usd
 from .core.receipt import Receipt
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
+from .items import SPILL_OF_ITEMS, Items
 from .planning import Planner
 from .relay import Ending, Flow
 from .runs import run_headers, run_lines
@@ -42,8 +44,6 @@ LARGE: Final = 1024 * 1024
 
 SPILL: Final = 64 * 1024 * 1024
 """A plain answer above this is no longer held to be understood: it flows through (bytes)."""
-
-_MEMO_SIZE: Final = 20_000
 
 
 class Bought(msgspec.Struct, frozen=True):
@@ -66,6 +66,7 @@ class Journey:
         self.exchange = Exchange(world, way_up)
         self.planner = Planner(world)
         self.shelf = Shelf(world)
+        self.items = Items(world, self.exchange, self.shelf, self._read)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
         """The answer, from the cache or bought; counted where it is in a run. Raises Refusal.
@@ -107,6 +108,8 @@ class Journey:
         """The answer from upstream. Raises Refusal."""
         progress = Progress()
         try:
+            if plan.batch is not None and plan.batch.changes:
+                return await self._buy_items(call, plan, progress)
             answered = await self.exchange.run(call, progress)
             if answered.body is not None:
                 return self._error_answer(call, plan, answered, progress)
@@ -137,14 +140,44 @@ class Journey:
 
     async def _plain_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
         """A good answer, read whole. Settles the lease."""
+        read = await self._read(call, answered, progress, SPILL if plan.batch is None else SPILL_OF_ITEMS)
+        if read is None:
+            return self._stream_answer(call, plan, answered, progress)
+        body, document, usage, cost = read.body, read.document, read.usage, read.cost
+        progress.usage, progress.cost = usage, cost  # paid, even if the client leaves while it is stored
+        stored, why_not = False, None
+        answer_model = document.get("model") if isinstance(document, Mapping) else None
+        if plan.write and not answered.leaked and not call.stream:
+            if answered.status == 200 and isinstance(document, Mapping):
+                why_not = plain_complete(call.endpoint, call.document, document)
+                if why_not is None:
+                    vectors = vectors_of(document) if plan.batch is not None else None
+                    if vectors is not None and plan.batch is not None and not in_order(document):
+                        body = join(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
+                    stored = self.shelf.keep(call, plan, answered, read.headers, body, None, usage, cost, answer_model)
+                    if vectors is not None:
+                        numbers = range(len(vectors))
+                        stored |= await self.shelf.keep_items(
+                            call, plan, numbers, answered, read.headers, vectors, usage, cost, answer_model
+                        )
+            else:
+                why_not = "not a JSON answer"
+        lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
+        self._record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
+        return Bought(answered.status, answered.reply.reason, read.headers, lines, body)
+
+    async def _read(self, call: Call, answered: Answered, progress: Progress, most: int) -> Read | None:
+        """A good answer, read whole and priced, its lease settled; None, and nothing settled, where it is longer than
+        `most` bytes.
+        """
         began = self.world.seams.monotonic()
         settled = False
         try:
-            body = await self._read_whole(call, answered)
+            body = await self._read_whole(call, answered, most)
             if body is None:
                 settled = True
-                return self._stream_answer(call, plan, answered, progress)
-            document = await self._understand(answered, body)
+                return None
+            document = await self._understand(call, answered, body)
             progress.upstream_ms += (self.world.seams.monotonic() - began) * 1000
             usage, cost = self._price(call, answered, document)
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
@@ -160,23 +193,20 @@ class Journey:
         if self.world.masker.found_in(body):
             answered.leaked = True
             body = self.world.masker.mask(body)
-        stored, why_not = False, None
-        if plan.write and not answered.leaked and not call.stream:
-            if answered.status == 200 and isinstance(document, Mapping):
-                why_not = plain_complete(call.endpoint, call.document, document)
-                if why_not is None:
-                    stored = self.shelf.keep(
-                        call, plan, answered, headers, body, None, usage, cost, document.get("model")
-                    )
-            else:
-                why_not = "not a JSON answer"
-        lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
-        answer_model = document.get("model") if isinstance(document, Mapping) else None
-        self._record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
-        return Bought(answered.status, answered.reply.reason, headers, lines, body)
+        return Read(headers, body, document, usage, cost)
 
-    async def _read_whole(self, call: Call, answered: Answered) -> bytes | None:
-        """The body, or None where it grows beyond `SPILL`: then `answered.first` holds what was read."""
+    async def _buy_items(self, call: Call, plan: CachePlan, progress: Progress) -> Bought:
+        """The answer to a batch that goes upstream only in part, or in parts."""
+        bought = await self.items.buy(call, plan, progress)
+        if isinstance(bought, Answered):
+            return self._error_answer(call, plan, bought, progress)
+        usage, cost, savings = progress.usage, progress.cost, bought.savings
+        lines = self._lines(call, bought.plan, progress, cost_lines(cost, usage, savings), bought.stored)
+        self._record(call, bought.plan, progress, 200, answer_model=bought.model, savings=savings)
+        return Bought(200, bought.reason, bought.headers, lines, bought.body)
+
+    async def _read_whole(self, call: Call, answered: Answered, most: int) -> bytes | None:
+        """The body, or None where it grows beyond `most` bytes: then `answered.first` holds what was read."""
         if not answered.decoded and (whole := answered.reply.ready()) is not None:
             return whole
         parts: list[bytes] = []
@@ -186,17 +216,18 @@ class Journey:
                 async for chunk in answered.more:
                     parts.append(chunk)
                     size += len(chunk)
-                    if size > SPILL:
+                    if size > most:
                         answered.first = parts
                         return None
         except TimeoutError:
             raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _understand(self, answered: Answered, body: bytes) -> Any:
+    async def _understand(self, call: Call, answered: Answered, body: bytes) -> Any:
         """The parsed body of a JSON answer, None of any other. Raises TransportFailure(invalid) where JSON is promised
         and broken.
         """
+        parse = read_answer if call.endpoint == "embeddings" else parse_leniently
         content_type = answered.reply.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             return None
@@ -204,8 +235,8 @@ class Journey:
             return None
         try:
             if len(body) > LARGE:
-                return await asyncio.to_thread(parse_leniently, body)
-            return parse_leniently(body)
+                return await asyncio.to_thread(parse, body)
+            return parse(body)
         except ValueError:
             raise TransportFailure("invalid", "the upstream's JSON answer is cut short or broken") from None
 
@@ -320,8 +351,10 @@ class Journey:
         cost: Cost | None = None,
         answer_model: object = None,
         error: str = "",
+        savings: Saved | None = None,
     ) -> None:
         seams = self.world.seams
+        usage, cost = usage or progress.usage, cost or progress.cost
         self.finished(
             Receipt(
                 id=call.id,
@@ -338,8 +371,8 @@ class Journey:
                 key=progress.key,
                 attempts=progress.attempts,
                 cost_usd=usd(cost.usd) if cost is not None else None,
-                saved_usd="0.000000" if cost is not None else None,
-                cost_status=cost.status if cost is not None else "unknown",
+                saved_usd=savings.cost if savings is not None else "0.000000" if cost is not None else None,
+                cost_status=cost_status(cost, savings),
                 usage=usage,
                 error=error,
                 queue_ms=progress.queue_ms + progress.paused_ms,

@@ -7,9 +7,12 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from .core.cacheability import is_deterministic, request_bypass
+from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
-from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from .core.explain import traits_of
+from .core.fields import dropped_fields, request_bypass
+from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical
+from .core.items import Batch, read_batch
 from .world import World
 
 LARGE: Final = 1024 * 1024
@@ -38,29 +41,31 @@ class Planner:
         drop = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
         try:
             if len(call.body) > LARGE:
-                parts = await asyncio.to_thread(self._parts, call, drop)
+                parts = await asyncio.to_thread(self.parts, call, drop)
             else:
-                parts = self._parts(call, drop)
+                parts = self.parts(call, drop)
         except NotCacheable as error:
             return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
         sample = options.sample
         if options.run and not sample:
-            sample = await world.runs.sample(call, await self._key(parts))
-        key = await self._key(parts, sample)
+            sample = await world.runs.sample(call, (await self._key(parts))[0])
+        parts = _sampled(parts, sample)
+        batch = await self._batch(call, parts, drop)
+        key, traits = await self._key(parts)
+        if batch is not None and len(batch.order) == 1:
+            key, batch = batch.keys[0], None  # the answer to one item is what is kept of that item
         if options.no_cache:
-            return CachePlan(key, "no-cache", False, True, "request")
-        return CachePlan(key, "new", True, True)
+            return CachePlan(key, "no-cache", False, True, "request", batch, traits)
+        return CachePlan(key, "new", True, True, batch=batch, traits=traits)
 
-    async def _key(self, parts: KeyParts, sample: str = "") -> str:
-        """The key; sample 0 is a request without one."""
-        if sample not in ("", "0"):
-            parts = replace(parts, sample=sample)
+    async def _key(self, parts: KeyParts) -> tuple[str, str]:
+        """The key, and the digests that tell later how it differs from another."""
         if len(parts.body) > LARGE:
-            return await asyncio.to_thread(cache_key, parts)
-        return cache_key(parts)
+            return await asyncio.to_thread(_key_and_traits, parts)
+        return _key_and_traits(parts)
 
-    def _parts(self, call: Call, drop: frozenset[str]) -> KeyParts:
-        """What the key is made of, before a sample is added."""
+    def parts(self, call: Call, drop: frozenset[str]) -> KeyParts:
+        """What the key is made of, before a sample is added. Raises NotCacheable."""
         beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
         return KeyParts(
@@ -73,3 +78,20 @@ class Planner:
             query=route.query,
             body=canonical(call.body, drop),
         )
+
+    async def _batch(self, call: Call, parts: KeyParts, drop: frozenset[str]) -> Batch | None:
+        """The items of a request that have keys of their own."""
+        if call.endpoint != "embeddings" or call.stream or not self._world.settings.cache.embeddings_per_item:
+            return None
+        if len(call.body) > LARGE:
+            return await asyncio.to_thread(read_batch, call.body, call.document, parts, drop)
+        return read_batch(call.body, call.document, parts, drop)
+
+
+def _sampled(parts: KeyParts, sample: str) -> KeyParts:
+    """Sample 0 is a request without one."""
+    return parts if sample in ("", "0") else replace(parts, sample=sample)
+
+
+def _key_and_traits(parts: KeyParts) -> tuple[str, str]:
+    return cache_key(parts), traits_of(parts)

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -18,8 +19,10 @@ from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.entry import Entry, Form
 from .core.errors import Refusal
+from .core.explain import Recent, why_missed
 from .core.forms import converted, other_form
 from .core.headers import Raw, storable_headers
+from .core.items import Batch, cached, item_entries, made_of
 from .core.pricing import Cost, usd
 from .core.usage import Usage
 from .world import World
@@ -64,6 +67,8 @@ class Shelf:
     def __init__(self, world: World) -> None:
         self._world = world
         self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
+        self.recent = Recent()
+        self._purges = 0
 
     def peek(self, name: Name) -> Hit | None:
         """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
@@ -73,15 +78,16 @@ class Shelf:
         return self._find(self._world.store.peek(known.key, known.form), known.wants_usage, None)
 
     def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None) -> Hit | None:
-        if entry is None:
-            return None
-        wall = self._world.seams.wall()
-        if not entry.fresh(wall) or (max_age is not None and entry.age(wall) > max_age):
+        if entry is None or not self._may_serve(entry, max_age):
             return None
         body = entry.body_for(wants_usage)
         if body is None:
             return None
         return Hit(entry, body, self._world.seams.new_id())
+
+    def _may_serve(self, entry: Entry, max_age: int | None) -> bool:
+        wall = self._world.seams.wall()
+        return entry.fresh(wall) and (max_age is None or entry.age(wall) <= max_age)
 
     def remember(self, name: Name, call: Call, plan: CachePlan) -> None:
         """Lets `peek` answer when the same bytes come again."""
@@ -101,15 +107,57 @@ class Shelf:
             if hit is None and other is not None and other.fresh(wall):
                 hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
             if hit is not None:
+                self.recent.add(call.client.scope, hit.entry)
                 return hit, plan
-            if entry is not None:
-                if not entry.fresh(wall):
-                    plan = CachePlan(plan.key, "expired", True, True, "stale")
-                elif options.max_age is not None and entry.age(wall) > options.max_age:
-                    plan = CachePlan(plan.key, "max-age", True, True, "request")
+            if plan.batch is not None:
+                plan = await self._look_for_items(plan, plan.batch, options.max_age)
+                if plan.batch is not None and len(plan.batch.found) == len(plan.batch.keys):
+                    return await self._made_of_items(plan.key, plan.batch), plan
+            if plan.forward != "partial":
+                reason, forward = self._why_missed(call, plan, entry, other, wall)
+                plan = msgspec.structs.replace(plan, reason=reason, forward=forward)
         if options.only_if_cached:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
+
+    async def _look_for_items(self, plan: CachePlan, batch: Batch, max_age: int | None) -> CachePlan:
+        """The plan with those items that are cached."""
+        assert self._world.store is not None
+        entries = await self._world.store.get_many(batch.keys, "json", self._world.seams.wall())
+        usable = {
+            number: entry
+            for number, entry in enumerate(entries)
+            if entry is not None and self._may_serve(entry, max_age)
+        }
+        if sum(len(entry.body) for entry in usable.values()) > LARGE:
+            found = await asyncio.to_thread(cached, usable)
+        else:
+            found = cached(usable)
+        if not found:
+            return plan
+        new = f"{len(batch.keys) - len(found)} of {len(batch.keys)} new"
+        batch = msgspec.structs.replace(batch, found=found)
+        return msgspec.structs.replace(plan, reason=new, forward="partial", batch=batch)
+
+    async def _made_of_items(self, key: str, batch: Batch) -> Hit:
+        if sum(len(found.vector) for found in batch.found.values()) > LARGE:
+            entry, body = await asyncio.to_thread(made_of, key, batch)
+        else:
+            entry, body = made_of(key, batch)
+        return Hit(entry, body, self._world.seams.new_id())
+
+    def _why_missed(
+        self, call: Call, plan: CachePlan, entry: Entry | None, other: Entry | None, wall: float
+    ) -> tuple[str, str]:
+        """The reason, and the `fwd` of Cache-Status."""
+        why = why_missed(entry, other, wall, call.options.max_age, call.wants_usage)
+        if why is not None:
+            return why
+        assert self._world.store is not None
+        if self._purges != self._world.store.purges:
+            self._purges = self._world.store.purges
+            self.recent.clear()
+        return self.recent.reason(call.client.scope, call.endpoint, plan.key, plan.traits, wall), plan.forward
 
     async def _converted(self, call: Call, other: Entry) -> Entry | None:
         """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
@@ -133,29 +181,78 @@ class Shelf:
         cost: Cost | None,
         answer_model: object,
     ) -> bool:
-        world = self._world
-        assert world.store is not None
-        ttl = call.options.ttl if call.options.ttl is not None else world.ttl(call.endpoint)
-        if ttl <= 0:
+        assert self._world.store is not None
+        entry = self._entry(call, plan, answered, headers, body, usage_span, usage, cost, answer_model)
+        return entry.ttl > 0 and self._put(call.client.scope, entry)
+
+    async def keep_items(
+        self,
+        call: Call,
+        plan: CachePlan,
+        numbers: Sequence[int],
+        answered: Answered,
+        headers: Sequence[Raw],
+        vectors: Sequence[bytes],
+        usage: Usage | None,
+        cost: Cost | None,
+        answer_model: object,
+    ) -> bool:
+        """Stores each of the items of these `numbers` under its own key. Whether any was."""
+        store, batch = self._world.store, plan.batch
+        assert store is not None
+        assert batch is not None
+        plan = msgspec.structs.replace(plan, traits="")  # those of the whole batch say nothing of one item
+        template = self._entry(call, plan, answered, headers, b"", None, usage, None, answer_model)
+        if template.ttl <= 0:
             return False
-        return world.store.put(
-            Entry(
-                key=plan.key,
-                form="sse" if call.stream else "json",
-                status=answered.status,
-                headers=storable_headers(headers),
-                body=body,
-                usage_span=usage_span,
-                stored_at=world.seams.wall(),
-                ttl=ttl,
-                endpoint=call.endpoint,
-                model=call.model,
-                answer_model=answer_model if isinstance(answer_model, str) else None,
-                usage=usage,
-                cost=usd(cost.usd) if cost is not None else None,
-                namespace=call.options.namespace,
-                tags=call.options.tags,
-                sampled=not is_deterministic(call.endpoint, call.document),
-                usage_asked=call.wants_usage or answered.injected,
-            )
+        models = (template.answer_model, call.model)
+        price = (
+            partial(answered.upstream.prices.cost, answered.upstream.site.kind, models) if cost is not None else None
         )
+        if sum(map(len, vectors)) > LARGE:
+            entries = await asyncio.to_thread(item_entries, template, batch, numbers, vectors, price)
+        else:
+            entries = item_entries(template, batch, numbers, vectors, price)
+        stored = [store.put(entry) for entry in entries]
+        return any(stored)
+
+    def _entry(
+        self,
+        call: Call,
+        plan: CachePlan,
+        answered: Answered,
+        headers: Sequence[Raw],
+        body: bytes,
+        usage_span: tuple[int, int] | None,
+        usage: Usage | None,
+        cost: Cost | None,
+        answer_model: object,
+    ) -> Entry:
+        ttl = call.options.ttl if call.options.ttl is not None else self._world.ttl(call.endpoint)
+        return Entry(
+            key=plan.key,
+            form="sse" if call.stream else "json",
+            status=answered.status,
+            headers=storable_headers(headers),
+            body=body,
+            usage_span=usage_span,
+            stored_at=self._world.seams.wall(),
+            ttl=ttl,
+            endpoint=call.endpoint,
+            model=call.model,
+            answer_model=answer_model if isinstance(answer_model, str) else None,
+            usage=usage,
+            cost=usd(cost.usd) if cost is not None else None,
+            namespace=call.options.namespace,
+            tags=call.options.tags,
+            sampled=not is_deterministic(call.endpoint, call.document),
+            usage_asked=call.wants_usage or answered.injected,
+            traits=plan.traits,
+        )
+
+    def _put(self, scope: str, entry: Entry) -> bool:
+        assert self._world.store is not None
+        stored = self._world.store.put(entry)
+        if stored:
+            self.recent.add(scope, entry)
+        return stored

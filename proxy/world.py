@@ -9,6 +9,7 @@ from typing import Final
 
 from .config import Settings
 from .core.attempts import Policy, RetryBudget
+from .core.call import Client
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
 from .core.outcome import TransportFailure
@@ -187,3 +188,12 @@ def scope_of_credential(scheme: str, token: str, *parts: str) -> str:
     answers.
     """
     return "credential " + hashlib.sha256("\0".join((scheme, token, *parts)).encode()).hexdigest()
+
+
+def configured_clients(settings: Settings) -> tuple[Client, ...]:
+    """One for each of `server.client_keys`, in their order."""
+    shared = settings.cache.shared
+    return tuple(
+        Client(key.name, "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}")
+        for key in settings.server.client_keys
+    )

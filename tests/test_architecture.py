@@ -33,6 +33,7 @@ DRIVERS = ("redis", "redis_link", "redis_runs", "sqlite", "sqlite_file", "sqlite
 """Rooms of `stores` that are edges of their own: they speak to a store, wait for it and time it. Loaded when named."""
 
 CLOCKS_ALLOWED = {"proxy.edge.logs": "writes down the time that a log record brings with it"}
+CLOCKS_ALLOWED["proxy.ledger.writer"] = "its own pauses between two attempts"
 CLOCKS_ALLOWED |= {f"proxy.stores.{name}": "its own deadlines, breaker and probes" for name in DRIVERS}
 
 IMPURE_CALLS = {"open", "print", "input", "eval", "exec", "__import__", "breakpoint"}
@@ -170,6 +171,7 @@ STORY = rest(
     "proxy.simulator",
     "proxy.config",
     "proxy.__main__",
+    "proxy.ledger",
     *(f"proxy.stores.{name}" for name in DRIVERS),
 )
 
@@ -221,7 +223,7 @@ def test_one_room_reads_clocks_and_rolls_dice() -> None:
 
 
 def test_http_is_spoken_at_the_edges() -> None:
-    drivers = [f"proxy.stores.{name}" for name in DRIVERS]
+    drivers = ["proxy.ledger", *(f"proxy.stores.{name}" for name in DRIVERS)]
     assert offences(rest("proxy.app", "proxy.edge", "proxy.simulator", "proxy.cli", *drivers), HTTP_AND_STORES) == []
 
 

@@ -39,9 +39,12 @@ async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
 
 
 def simulated(settings: Settings, base_url: str) -> Settings:
-    """The same settings with one upstream, the simulated one, and one key that opens nothing."""
+    """The same settings with one upstream, the simulated one, and one key that opens nothing; what is simulated goes
+    into no ledger.
+    """
     key = Key(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
-    return replace(settings, upstreams=(Upstream(name="simulated", base_url=base_url, keys=(key,)),))
+    upstream = Upstream(name="simulated", base_url=base_url, keys=(key,))
+    return replace(settings, upstreams=(upstream,), ledger=replace(settings.ledger, enabled=False))
 
 
 def introduction(address: str, guarded: bool, prompts: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from .items import Saved
 from .pricing import Cost, usd
 from .usage import Usage
 
@@ -34,11 +35,25 @@ def usage_lines(usage: Usage | None) -> str:
     )
 
 
-def cost_lines(cost: Cost | None, usage: Usage | None) -> str:
-    """Cost and tokens of an answer that was bought just now. No cost line at all where the cost is unknown."""
+def cost_lines(cost: Cost | None, usage: Usage | None, savings: Saved | None = None) -> str:
+    """Cost and tokens of an answer that was bought just now. No cost line at all where the cost is unknown.
+
+    savings: of the part of it that was not bought.
+    """
+    lines = f"X-Proxy-Cost-USD: {usd(cost.usd)}\r\n" if cost is not None else ""
+    lines += f"X-Proxy-Cost-Status: {cost_status(cost, savings)}\r\n"
+    if savings is not None and savings.cost is not None:
+        lines += f"X-Proxy-Cost-Saved-USD: {savings.cost}\r\n"
+    if savings is not None and savings.usage is not None:
+        lines += f"X-Proxy-Saved-Tokens: {savings.usage.total_tokens}\r\n"
+    return lines + usage_lines(usage)
+
+
+def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:
+    """`estimated` also where the cost is exact, but what was saved rests on apportioned token counts."""
     if cost is None:
-        return "X-Proxy-Cost-Status: unknown\r\n" + usage_lines(usage)
-    return f"X-Proxy-Cost-USD: {usd(cost.usd)}\r\nX-Proxy-Cost-Status: {cost.status}\r\n" + usage_lines(usage)
+        return "unknown"
+    return "estimated" if savings is not None and savings.estimated else cost.status
 
 
 def forward_status(forward: str, detail: str, stored: bool) -> str:

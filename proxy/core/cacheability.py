@@ -1,18 +1,4 @@
-"""What may be cached: which requests (asked before), and which answers (told afterwards). Contract 7, Cache.
-
-A request is not cached because of:
-
-| field                                   | where | why                                                 |
-|-----------------------------------------|-------|-----------------------------------------------------|
-| `store: true`                           | chat  | the call also creates an object; on responses that  |
-|                                         |       | is the default, and the answer holds everything     |
-| `background: true`                      | all   | the answer is only a promise of one                 |
-| `conversation`                          | all   | the answer depends on, and changes, stored state    |
-| `web_search_options`, even empty        | all   | the web changes                                     |
-| `tools` whose type is in HOSTED_TOOLS   | all   | the provider runs them: files, containers, the web  |
-| `audio`, or "audio" among `modalities`  | all   | large, and refers to audio stored for an hour only  |
-
-Everything else is cached, `previous_response_id` and file ids included: what they name never changes.
+"""What may be cached: which answers are whole, told afterwards. Contract 7, Cache. Which requests are: `fields`.
 
 An answer is stored only when it is whole. Fields that the checks below do not name may be anything.
 """
@@ -26,36 +12,12 @@ import orjson
 
 from .sse import data_of, is_usage_chunk, name_of
 
-HOSTED_TOOLS: Final = ("web_search", "file_search", "code_interpreter", "computer", "mcp", "image_generation")
-"""How the types of tools begin that the provider itself runs (`web_search_preview_2025_03_11`, …)."""
-
 WHOLE: Final = frozenset({"stop", "tool_calls", "function_call"})
 """A choice with one of these finish reasons is all there; so is `length` where the request set a limit."""
 
 _TOKEN_LIMITS: Final = ("max_tokens", "max_completion_tokens")
 _TERMINAL: Final = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
 """The events after which a Responses stream has nothing more to say."""
-
-
-def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
-    """Why the answer to this request is not cached, as a short reason for a header; None: it may be."""
-    if endpoint == "chat" and document.get("store"):
-        return "uncacheable: store=true"
-    if document.get("background"):
-        return "uncacheable: background=true"
-    for field in ("conversation", "web_search_options"):
-        if document.get(field) is not None:
-            return f"uncacheable: {field}"
-    modalities = document.get("modalities")
-    if document.get("audio") is not None or (isinstance(modalities, list) and "audio" in modalities):
-        return "uncacheable: audio"
-    tools = document.get("tools")
-    for tool in tools if isinstance(tools, list) else ():
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        for hosted in HOSTED_TOOLS:
-            if isinstance(kind, str) and kind.startswith(hosted):
-                return f"uncacheable: tool {hosted}"
-    return None
 
 
 def is_deterministic(endpoint: str, document: Mapping[str, Any]) -> bool:
@@ -330,7 +292,7 @@ def _embeddings(texts: object, data: object) -> str | None:
         if not isinstance(item, dict):
             return "malformed embeddings"
         index, vector = item.get("index"), item.get("embedding")
-        if not _is_index(index) or index in indexes or not isinstance(vector, list | str) or not vector:
+        if not _is_index(index) or index in indexes or not isinstance(vector, list | str | bytes) or not vector:
             return "malformed embeddings"
         indexes.add(index)
     expected = _items(texts) or len(indexes)

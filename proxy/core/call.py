@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
+import orjson
 
+from .edit import set_field
 from .headers import Raw
+from .items import Batch
 from .options import Options
 from .routes import Route
 
-CacheStatus = Literal["hit", "miss", "bypass"]
+CacheStatus = Literal["hit", "miss", "bypass", "partial"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +54,27 @@ class Call(msgspec.Struct, frozen=True):
     def endpoint(self) -> str:
         return self.route.endpoint
 
+    def with_input(self, given: bytes) -> Call:
+        """The call with another `input` (JSON text), every other byte of its body as it is."""
+        document = {**self.document, "input": orjson.loads(given)}
+        return msgspec.structs.replace(self, body=set_field(self.body, "input", given), document=document)
+
 
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
-    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2)."""
+    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
+    where each has an entry of its own; traits: of `core.explain`."""
 
     key: str
     reason: str
     read: bool
     write: bool
     forward: str = "uri-miss"
+    batch: Batch | None = None
+    traits: str = ""
 
     @property
     def status(self) -> CacheStatus:
+        if self.batch is not None and self.batch.found:
+            return "partial"
         return "miss" if self.key else "bypass"

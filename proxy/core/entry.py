@@ -20,7 +20,9 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     usage_asked: the upstream was asked for that chunk, so where it is missing, there is none to be had;
     stored_at: Unix seconds; ttl: seconds; model: the one asked for; answer_model: the one that answered;
     cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed;
-    request: the canonical request, where the settings say that it is kept (`cache.store_requests`).
+    request: the canonical request, where the settings say that it is kept (`cache.store_requests`);
+    estimated: usage and cost are its share of a batch's, by length.
+    traits: digests of what was asked, see `core.explain`.
     """
 
     key: str
@@ -41,12 +43,14 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     sampled: bool
     usage_asked: bool = False
     request: str | None = None
+    estimated: bool = False
+    traits: str = ""
 
     @property
     def size(self) -> int:
         """Bytes of memory this entry takes in a store, overhead included."""
         headers = sum(len(name) + len(value) for name, value in self.headers)
-        texts = len(self.key) + len(self.model) + len(self.answer_model or "") + len(self.namespace)
+        texts = len(self.key) + len(self.model) + len(self.answer_model or "") + len(self.namespace) + len(self.traits)
         tags = sum(map(len, self.tags)) + len(self.tags) * (_TEXT + _SLOT)
         request = 0 if self.request is None else sys.getsizeof(self.request)
         return OVERHEAD + len(self.body) + headers + len(self.headers) * _HEADER + texts + tags + request

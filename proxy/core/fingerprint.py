@@ -20,7 +20,7 @@ Two requests share a key only where nothing that can change the answer differs. 
 | all other headers                                | out | differ between identical calls of one SDK         |
 
 Bodies without one certain meaning have no key (`NotCacheable`): they are passed through. Which bodies are not
-cached because of what they ask for is cacheability's decision, not this one's.
+cached because of what they ask for is cacheability's decision, not this one's. Field by field: `fields`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ FORMAT_VERSION: Final = "1"
 
 DEEPEST: Final = 64
 """Containers within containers, the body itself counted, that still have a key."""
-
-_FORM_FIELDS: Final = frozenset({"stream", "stream_options"})
 
 
 class NotCacheable(Exception):
@@ -63,13 +61,6 @@ class KeyParts(msgspec.Struct, frozen=True):
     sample: str
     query: str
     body: bytes
-
-
-def dropped_fields(endpoint: str, ignored: Iterable[str]) -> frozenset[str]:
-    """The top-level fields that are left out of the key of `endpoint` when `cache.ignore_fields` is
-    `ignored`.
-    """
-    return _FORM_FIELDS if endpoint == "responses" else _FORM_FIELDS.union(ignored)
 
 
 def canonical(raw: bytes, drop: frozenset[str]) -> bytes:
@@ -123,6 +114,15 @@ def cache_key(parts: KeyParts) -> str:
     digest = hashlib.sha256(b"%b%d:" % (head, len(parts.body)))
     digest.update(parts.body)
     return digest.hexdigest()
+
+
+def item_keys(parts: KeyParts, items: Iterable[bytes]) -> list[str]:
+    """The keys of single items of an `input`, each given as its canonical text; `parts.body` is without `input`.
+
+    No such key is a request's: the endpoint's name is another.
+    """
+    head = cache_key(msgspec.structs.replace(parts, endpoint=f"{parts.endpoint}, one item"))
+    return [hashlib.sha256(b"%b%b" % (head.encode(), item)).hexdigest() for item in items]
 
 
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:

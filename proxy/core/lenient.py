@@ -32,4 +32,4 @@ def sayable(name: str) -> str:
 
 
 def _small_int(digits: str) -> int | float:
-    return int(digits) if len(digits) < 20 else float("inf")
+    return int(digits) if len(digits.removeprefix("-")) < 20 else float("inf")

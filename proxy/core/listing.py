@@ -13,7 +13,8 @@ from .entry import Entry
 def listing(entry: Entry, size: int, wall: float) -> dict[str, Any]:
     """For JSON, without the body. size: bytes in its store; wall: now, Unix seconds.
 
-    ttl_left_s: below 0 for an entry whose time is over; saves_usd: what a hit saves, None where unknown.
+    ttl_left_s: below 0 for an entry whose time is over; saves_usd: what a hit saves, None where unknown;
+    traits: of `core.explain`.
     """
     return {
         "key": entry.key,
@@ -31,6 +32,7 @@ def listing(entry: Entry, size: int, wall: float) -> dict[str, Any]:
         "usage": msgspec.to_builtins(entry.usage),
         "saves_usd": entry.cost,
         "sampled": entry.sampled,
+        "traits": entry.traits,
     }
 
 

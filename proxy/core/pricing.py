@@ -173,6 +173,17 @@ class PriceTable:
         return self._sections["openai"].find(name)
 
 
+def total_cost(costs: Sequence[Cost | None]) -> Cost | None:
+    """All of them together; None where one is unknown."""
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return None
+    amount = _ZERO
+    for cost in known:
+        amount = _EXACT.add(amount, cost.usd)
+    return Cost(amount, "estimated" if any(cost.status == "estimated" for cost in known) else "exact")
+
+
 def _with_details(rates: _Rates, status: Status, usage: Usage) -> Cost | None:
     """The cost where there is more than text, or None where one kind has no rate or it cannot be told apart."""
     if usage.unpriced:

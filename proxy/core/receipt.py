@@ -105,6 +105,7 @@ class Receipts:
             entry.form,
             entry.cost,
             entry.usage,
+            entry.estimated,
             wall,
             run,
             tags,
@@ -116,7 +117,7 @@ class Receipts:
         found = self._by_id.get(id_)
         if found is None or isinstance(found, Receipt):
             return found
-        client, endpoint, model, answer_model, form, cost, usage, wall, run, tags = found
+        client, endpoint, model, answer_model, form, cost, usage, estimated, wall, run, tags = found
         return Receipt(
             id=id_,
             client=client,
@@ -129,7 +130,7 @@ class Receipts:
             stream=form == "sse",
             cost_usd="0.000000",
             saved_usd=cost,
-            cost_status="exact",
+            cost_status="estimated" if estimated else "exact",
             usage=usage,
             run=run,
             tags=tags,

@@ -81,7 +81,19 @@ class Hits:
     """Equal hits of one second. count and milliseconds grow; the rest is the first one's."""
 
     __slots__ = (
-        *("answer_model", "client", "cost", "count", "endpoint", "form", "key", "milliseconds", "model", "run"),
+        *(
+            "answer_model",
+            "client",
+            "cost",
+            "count",
+            "endpoint",
+            "estimated",
+            "form",
+            "key",
+            "milliseconds",
+            "model",
+            "run",
+        ),
         *("sampled", "tags", "usage", "wall"),
     )
 
@@ -100,6 +112,7 @@ class Hits:
         self.cost = entry.cost
         self.usage = entry.usage
         self.sampled = entry.sampled
+        self.estimated = entry.estimated
 
     def receipt(self) -> Receipt:
         """Of one of them, with the mean of the times."""
@@ -115,7 +128,7 @@ class Hits:
             stream=self.form == "sse",
             cost_usd="0.000000",
             saved_usd=self.cost,
-            cost_status="exact",
+            cost_status="estimated" if self.estimated else "exact",
             usage=self.usage,
             total_ms=self.milliseconds / self.count,
             tags=self.tags,

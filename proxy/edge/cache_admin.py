@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -14,8 +14,10 @@ from ..core.cassette import BadLine, read, write
 from ..core.durations import parse_duration
 from ..core.entry import Entry
 from ..core.errors import Refusal
+from ..core.headers import Raw
 from ..core.listing import listing
 from ..core.routes import printable
+from ..explaining import call_of, client_named, explained
 from ..stores import Filter, StoreError
 from ..stores.intake import take_in
 from ..stores.tiered import TieredStore
@@ -97,6 +99,26 @@ class CacheAdmin:
         except StoreError as error:
             raise _broken(error) from None
         return msgspec.structs.asdict(taken)
+
+    async def explain(self, query: str, headers: Sequence[Raw], body: bytes) -> dict[str, Any]:
+        """The key of the request `body`, and how it differs from what is stored. Options by header, as in a request."""
+        asked = _query(query, ("target", "client"))
+        client = client_named(self._world.settings, asked.get("client"))
+        call = call_of(self._world, asked.get("target", "/v1/chat/completions"), headers, body, client)
+        try:
+            found = await explained(self._world, call, self._cards(Filter(endpoint=call.endpoint)))
+        except StoreError as error:
+            raise _broken(error) from None
+        return {"client": client.name or None} | found
+
+    async def _cards(self, which: Filter) -> AsyncIterator[Sequence[dict[str, Any]]]:
+        store, after, wall = self._world.store, "", self._world.seams.wall()
+        while store is not None:
+            page = await store.list(which, after, _MOST_LISTED)
+            yield [listing(entry, size, wall) for entry, size in page.entries]
+            after = page.next
+            if not after:
+                return
 
     def _store(self) -> TieredStore:
         if self._world.store is None:

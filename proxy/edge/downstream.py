@@ -24,6 +24,7 @@ from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
 from ..journey import LARGE, Bought, Journey
+from ..ledger import Ledger
 from ..providers import model_named
 from ..relay import StreamBroken, with_comment
 from ..shelf import Hit, Name, name_of
@@ -32,6 +33,7 @@ from .gatekeeper import ANONYMOUS, Gatekeeper
 from .metrics import Metrics
 from .ops import Ops
 from .passage import Passage
+from .said import check_media_type, client_timeout
 from .traffic import Traffic
 from .wire import Dates, Stream, Streamed, Whole, raw_lines, read_body, refused, status_line
 
@@ -68,6 +70,7 @@ class Downstream:
         metrics: Metrics,
         gatekeeper: Gatekeeper,
         traffic: Traffic,
+        ledger: Ledger,
     ) -> None:
         self._world = world
         self._journey = journey
@@ -82,6 +85,7 @@ class Downstream:
         self._fast = not world.settings.cost.stream_comment
         self._max_body = world.settings.server.max_body
         self.traffic = traffic
+        self._ledger = ledger
 
     # -- every request ------------------------------------------------------------------------------------------------
 
@@ -89,30 +93,31 @@ class Downstream:
         """One request. Never raises but for a client that is gone."""
         self.traffic.in_flight += 1
         began = self._world.seams.monotonic()
-        origin = None
+        visit = None
         try:
             target = request.raw_path
             route = self._routes.get(target)
             if route is None:
                 route = self._parse(request, target)
+            visit = _Visit(request, target, route, began)
             if route.kind == "own":
                 return await self._ops.handle(request, route)
             self._gatekeeper.check_host(request)
             headers = request.headers
             if "Origin" in headers or "Sec-Fetch-Site" in headers:
-                origin = self._gatekeeper.check_origin(request)
+                origin = visit.origin = self._gatekeeper.check_origin(request)
                 if origin is not None and request.method == "OPTIONS":
                     return self._preflight(request, origin)
-            answer = await self._serve(_Visit(request, target, route, began, origin))
+            answer = await self._serve(visit)
         except Refusal as refusal:
-            answer = self._refused(request, refusal, origin)
+            answer = self._refused(request, refusal, visit)
         except ConnectionError as error:
             log.debug("%s %s: %s", request.method, printable(request.raw_path), error)
             return Streamed(False, 499)
         except Exception:
             log.exception("a request failed inside the proxy")
             failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
-            answer = self._refused(request, failed, origin)
+            answer = self._refused(request, failed, visit)
         finally:
             self.traffic.in_flight -= 1
         return answer
@@ -137,7 +142,7 @@ class Downstream:
             headers = request.headers
             content_type = headers.get("Content-Type", "")
             if not content_type.startswith("application/json") or "Content-Encoding" in headers:
-                _check_media_type(content_type, headers.get("Content-Encoding"))
+                check_media_type(content_type, headers.get("Content-Encoding"))
             body = await read_body(request, self._max_body)
             raw = request._message.raw_headers
             name = None
@@ -145,7 +150,7 @@ class Downstream:
                 name = name_of(visit.target, visit.client.scope, body)
                 hit = self._journey.shelf.peek(name)
                 if hit is not None:
-                    return self._hit(visit, hit, b"")
+                    return self._hit(visit, hit, b"", route.options.tags)
             return await self._endpoint(visit, body, name)
         if method not in _METHODS or (route.endpoint in _POST_ONLY):
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(_METHODS)))
@@ -165,7 +170,7 @@ class Downstream:
         if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
-            return self._hit(visit, served, zero)
+            return self._hit(visit, served, zero, call.options.tags)
         bought = served
         head = (
             status_line(bought.status, bought.reason)
@@ -219,7 +224,7 @@ class Downstream:
         options_asked = document.get("stream_options")
         now = world.seams.monotonic()
         total = world.settings.timeouts.total if options.timeout is None else options.timeout
-        own = _client_timeout(request)
+        own = client_timeout(request)
         if own is not None:
             total = min(total, own - min(1.0, own / 10))
         patience = options.max_wait if options.max_wait is not None else world.settings.throttle.max_wait
@@ -251,7 +256,7 @@ class Downstream:
 
     # -- hits ---------------------------------------------------------------------------------------------------------
 
-    def _hit(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+    def _hit(self, visit: _Visit, hit: Hit, comment: bytes, tags: tuple[str, ...]) -> Whole:
         entry = hit.entry
         cached = self._heads.get((entry.key, entry.form))
         if cached is not None and cached[0] is entry:
@@ -270,8 +275,9 @@ class Downstream:
             f"{hit.lines}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run)
+        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
         self._metrics.hit(entry)
+        self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
             head += self._expose(visit.origin)
@@ -282,7 +288,9 @@ class Downstream:
         lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
-        lines += f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: exact\r\n"
+        lines += (
+            f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: {'estimated' if entry.estimated else 'exact'}\r\n"
+        )
         if entry.cost is not None:
             lines += f"X-Proxy-Cost-Saved-USD: {entry.cost}\r\n"
         lines += usage_lines(entry.usage)
@@ -290,13 +298,18 @@ class Downstream:
 
     # -- refusals and browsers ----------------------------------------------------------------------------------------
 
-    def _refused(self, request: BaseRequest, refusal: Refusal, origin: str | None) -> Whole:
+    def _refused(self, request: BaseRequest, refusal: Refusal, visit: _Visit | None) -> Whole:
+        """visit: None where not even the target can be read."""
         request_id = self._world.seams.new_id()
         if not refusal.lines:  # else its receipt was counted and logged
             self._metrics.refusal(refusal.code)
+            if visit is None:
+                self._ledger.refused(refusal.code, refusal.status, "", "")
+            elif visit.route.kind != "own":
+                self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
             log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
-        if origin is not None:
-            pairs = [line.split(": ", 1) for line in self._expose(origin).decode().splitlines()]
+        if visit is not None and visit.origin is not None:
+            pairs = [line.split(": ", 1) for line in self._expose(visit.origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
         unread = not request.content.is_eof()
         return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
@@ -335,6 +348,7 @@ _EXPOSED: Final = (
     "X-Proxy-Cached-Tokens",
     "X-Proxy-Completion-Tokens",
     "X-Proxy-Total-Tokens",
+    "X-Proxy-Saved-Tokens",
     "X-Proxy-Run-Cost-USD",
     "X-Proxy-Run-Saved-USD",
     "X-Proxy-Error",
@@ -358,33 +372,6 @@ def _leaves_hits_alone(options: Options) -> bool:
 
 def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in raw]
-
-
-def _check_media_type(content_type: str, encoding: str | None) -> None:
-    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests
-    out.
-    """
-    essence = content_type.partition(";")[0].strip().lower()
-    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
-        raise Refusal("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
-    if encoding is not None and encoding.strip().lower() != "identity":
-        raise Refusal("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
-
-
-def _client_timeout(request: BaseRequest) -> float | None:
-    """Seconds after which the SDK gives up, as it says itself."""
-    found = []
-    for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
-        text = request.headers.get(name)
-        if text is None:
-            continue
-        try:
-            seconds = float(text)
-        except ValueError:
-            continue
-        if 0 < seconds < 1e6:
-            found.append(seconds)
-    return min(found) if found else None
 
 
 def _not_allowed(method: str, allow: str) -> Refusal:

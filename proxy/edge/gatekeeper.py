@@ -15,7 +15,7 @@ from aiohttp.web import BaseRequest
 from ..config import Settings
 from ..core.call import Client
 from ..core.errors import Refusal
-from ..world import scope_of_credential
+from ..world import configured_clients, scope_of_credential
 
 _ALWAYS: Final = ("localhost", "127.0.0.1", "[::1]")
 _KEEP: Final = 1024
@@ -33,10 +33,9 @@ class Gatekeeper:
         self._known_hosts: set[str] = set()
         self._origins = frozenset(origin.rstrip("/").lower() for origin in server.allowed_origins)
         self._keys = server.client_keys
-        self._shared = settings.cache.shared
         self._passthrough = settings.passthrough
         self._admin = hashlib.sha256(server.admin_key.reveal().encode()).digest() if server.admin_key else None
-        self._single = _one_client(server.client_keys, self._shared)
+        self._single = configured_clients(settings)
 
     # -- browsers -----------------------------------------------------------------------------------------------------
 
@@ -125,13 +124,6 @@ class Gatekeeper:
                 else "without server.admin_key this route answers to this machine only",
                 headers=(("WWW-Authenticate", 'Basic realm="openai-proxy"'),),
             )
-
-
-def _one_client(keys: tuple, shared: bool) -> tuple[Client, ...]:  # type: ignore[type-arg]
-    return tuple(
-        Client(key.name, "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}")
-        for key in keys
-    )
 
 
 def _credential(request: BaseRequest) -> tuple[str, str] | None:

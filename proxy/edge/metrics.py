@@ -7,6 +7,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..core.answer import ZERO_COST
 from ..core.entry import Entry
 from ..core.receipt import Receipt
 from ..core.routes import ENDPOINTS, SEGMENTS
@@ -60,7 +61,10 @@ class Metrics:
         )
         self._cost = Counter("openai_proxy_cost_usd", "What answers cost.", ["model"], registry=self.registry)
         self._saved = Counter(
-            "openai_proxy_cost_saved_usd", "What hits would have cost.", ["model"], registry=self.registry
+            "openai_proxy_cost_saved_usd",
+            "What came from the cache would have cost.",
+            ["model"],
+            registry=self.registry,
         )
         self._unknown = Counter(
             "openai_proxy_cost_unknown", "Answers whose cost is not known.", ["model"], registry=self.registry
@@ -126,6 +130,8 @@ class Metrics:
             counters.completion.inc(usage.completion_tokens)
         if receipt.cost_usd is not None:
             counters.cost.inc(float(receipt.cost_usd))
+            if receipt.saved_usd not in (None, ZERO_COST):
+                self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
         elif receipt.status < 300:
             counters.unknown.inc()
 

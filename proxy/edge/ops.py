@@ -13,11 +13,13 @@ from .. import __version__
 from ..config.render import plain
 from ..core.errors import Refusal
 from ..core.routes import Route, unknown_route
+from ..ledger import Ledger
 from ..world import World
 from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
 from .traffic import Traffic
+from .usage import usage
 from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
@@ -47,8 +49,11 @@ class Page(NamedTuple):
 class Ops:
     """Answers `own` routes."""
 
-    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic) -> None:
+    def __init__(
+        self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic, ledger: Ledger
+    ) -> None:
         self._world = world
+        self._ledger = ledger
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
@@ -57,12 +62,14 @@ class Ops:
             "/metrics": Page(self._metrics_text),
             "/_proxy/status": Page(self._status),
             "/_proxy/keys": Page(self._keys),
+            "/_proxy/usage": Page(self._usage),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
             _RUNS: Page(self._run),
             "/_proxy/cache": Page(self._cached),
             "/_proxy/cache/": Page(self._cached_one),
             "/_proxy/cache/purge": Page(self._purge, "POST"),
             "/_proxy/cache/import": Page(self._import, "POST"),
+            "/_proxy/cache/explain": Page(self._explain, "POST"),
         }
         self._traffic = traffic
 
@@ -114,6 +121,9 @@ class Ops:
     async def _keys(self, visit: Visit) -> Whole:
         return self._json(visit.request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
 
+    async def _usage(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await usage(self._ledger, visit.query, self._world.seams.wall()))
+
     async def _cached(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.list(visit.query))
 
@@ -128,6 +138,10 @@ class Ops:
 
     async def _import(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.take(await self._body(visit)))
+
+    async def _explain(self, visit: Visit) -> Whole:
+        body, raw = await self._body(visit), visit.request._message.raw_headers
+        return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
 
     async def _body(self, visit: Visit) -> bytes:
         return await read_body(visit.request, self._world.settings.server.max_body)

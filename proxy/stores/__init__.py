@@ -99,6 +99,9 @@ class Store(Protocol):
         None: there is none, or the store cannot tell. Never raises; a caller who is cancelled harms nobody.
         """
 
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        """The same for several, in about the time of one. None: the store cannot tell, and more need not be asked."""
+
     def put(self, entry: Entry) -> bool:
         """Takes the entry, to be written soon, in place of an older one; never waits. False: it will not be kept."""
 

@@ -31,7 +31,7 @@ log = logging.getLogger("proxy.cache")
 DEADLINE: Final = 0.09
 """Seconds a request waits for a read, at most."""
 
-MOST_PENDING: Final = 1000
+MOST_PENDING: Final = 5000
 MOST_PENDING_BYTES: Final = 64 * 1024 * 1024
 LONGEST_PREFIX: Final = 64
 """Bytes: a key is then at most 140 long."""
@@ -114,6 +114,35 @@ class RedisStore:
         self._counts["hits"] += 1
         return entry
 
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        names = [(key, form) for key in keys]
+        entries = [self._pending.get(name) or self._writing.get(name) for name in names]
+        left = [at for at, entry in enumerate(entries) if entry is None]
+        if left and not self.link.up:
+            return None
+        if left:
+            # GETs in a pipeline, not an MGET: in a cluster their keys lie in different slots.
+            pipeline = self._redis.pipeline(transaction=False)
+            for at in left:
+                pipeline.get(self.key_of(names[at]))
+            try:
+                blobs = await self.link.run(pipeline.execute, self._deadline)
+            except ResponseError as error:
+                self.link.complain(f"refuses a read: {error}")
+                return None
+            except (RedisError, OSError, TimeoutError):
+                return None
+            decoded = await asyncio.to_thread(_decoded, blobs, [names[at] for at in left])
+            for at, blob, entry in zip(left, blobs, decoded, strict=True):
+                entries[at] = entry
+                if entry is None and isinstance(blob, bytes):
+                    await self._rejected(blob)
+        found = [entry if entry is not None and plausible(entry, wall, self._grace) else None for entry in entries]
+        hits = sum(entry is not None for entry in found)
+        self._counts["hits"] += hits
+        self._counts["misses"] += len(found) - hits
+        return found
+
     async def _read(self, name: Name) -> Entry | None:
         redis_key = self.key_of(name)
         try:
@@ -130,10 +159,13 @@ class RedisStore:
         else:
             entry = decode(blob, *name)
         if entry is None:
-            self._counts["rejected"] += 1
-            if describe(blob) is not None:  # another entry: was this the answer to another question?
-                await self.link.drop_connections(busy=True)
+            await self._rejected(blob)
         return entry
+
+    async def _rejected(self, blob: bytes) -> None:
+        self._counts["rejected"] += 1
+        if describe(blob) is not None:  # another entry: was this the answer to another question?
+            await self.link.drop_connections(busy=True)
 
     def put(self, entry: Entry) -> bool:
         name, size = (entry.key, entry.form), entry.size
@@ -315,3 +347,7 @@ class RedisStore:
             return await self.link.run(command, _ADMIN)
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreError(f"redis: {text_of(error)}") from None
+
+
+def _decoded(blobs: Sequence[Any], names: Sequence[Name]) -> list[Entry | None]:
+    return [decode(blob, *name) if isinstance(blob, bytes) else None for blob, name in zip(blobs, names, strict=True)]

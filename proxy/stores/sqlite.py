@@ -92,6 +92,16 @@ class SQLiteStore:
         self._writer.touch(name)
         return entry
 
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        errors = self._counts["read_errors"]
+        found: list[Entry | None] = []
+        for key in keys:
+            found.append(await self.get(key, form, wall))
+            if self._counts["read_errors"] > errors:
+                return None
+            await asyncio.sleep(0)  # reading a row is no waiting: others have their turn
+        return found
+
     async def _read(self, name: Name) -> Entry | None:
         generation = self._writer.generation
         try:

@@ -26,7 +26,7 @@ from .sqlite_file import TABLE
 log = logging.getLogger("proxy.cache")
 T = TypeVar("T")
 
-MOST_PENDING: Final = 1000
+MOST_PENDING: Final = 5000
 MOST_PENDING_BYTES: Final = 64 * 1024 * 1024
 BUSY: Final = 5.0
 """Seconds the writer waits for another process's transaction; nobody waits for the writer."""

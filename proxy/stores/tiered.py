@@ -12,6 +12,7 @@ from . import ALL, Filter, Name, Page, Store
 from .memory import MemoryStore
 
 _CHUNK = 2000
+_AT_ONCE = 128
 
 POLL: float = 1.0
 """Seconds between two looks for what other processes purged."""
@@ -29,6 +30,11 @@ class TieredStore:
         self._purges = 0
         self._following: asyncio.Task[None] | None = None
         self._promotions = 0
+
+    @property
+    def purges(self) -> int:
+        """How often something was thrown away by request: what is remembered of it elsewhere is out of date then."""
+        return self._purges
 
     async def open(self) -> None:
         if self.slower is not None:
@@ -48,11 +54,14 @@ class TieredStore:
         if self.slower is None or (entry is not None and entry.fresh(wall)):
             return entry
         purges = self._purges
-        found = await self.slower.get(key, form, wall)
+        return self._younger(entry, await self.slower.get(key, form, wall), purges)
+
+    def _younger(self, entry: Entry | None, found: Entry | None, purges: int) -> Entry | None:
+        """Of what is in memory and behind it; promotes what was `found`, asked for after so many purges."""
         if found is None or (entry is not None and found.stored_at <= entry.stored_at):
             return entry
         if purges == self._purges:  # what was purged meanwhile must not come back
-            newest = self.memory.get(key, form)
+            newest = self.memory.get(found.key, found.form)
             if newest is None or newest.stored_at < found.stored_at:
                 self._promotions += self.memory.put(found)
         return found
@@ -65,6 +74,22 @@ class TieredStore:
         if self.slower is None:
             return entry, self.peek(key, other)
         return await asyncio.gather(self.get(key, form, wall), self.get(key, other, wall))
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
+        """The entries of `keys`, as from `get`. Where the slower store is late or fails, it is not asked on."""
+        found = [self.peek(key, form) for key in keys]
+        if self.slower is None:
+            return found
+        left = [at for at, entry in enumerate(found) if entry is None or not entry.fresh(wall)]
+        for start in range(0, len(left), _AT_ONCE):
+            some = left[start : start + _AT_ONCE]
+            purges = self._purges
+            entries = await self.slower.get_many([keys[at] for at in some], form, wall)
+            if entries is None:
+                break
+            for at, entry in zip(some, entries, strict=True):
+                found[at] = self._younger(found[at], entry, purges)
+        return found
 
     def put(self, entry: Entry) -> bool:
         """Readable from memory at once. False: neither tier keeps it."""

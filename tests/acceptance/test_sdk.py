@@ -132,6 +132,29 @@ def test_embeddings(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     assert upstream.count == 2
 
 
+def test_embeddings_of_batches_that_overlap(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """base64, the SDK's choice, and floats asked for give the same; so do texts and tokens, cached or not."""
+    batches: list[Any] = [
+        ["overlap", "item", "overlap"],
+        "item",
+        ["more of it", "item"],
+        [[1, 2], [3]],
+        [3],
+        ["more of it"],
+    ]
+    with connect(proxy) as client:
+        for given in batches:
+            items = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+            for options in ({}, {"encoding_format": "float"}):
+                answer = client.embeddings.create(model="text-embedding-3-small", input=given, **options)
+                assert [row.embedding for row in answer.data] == [[float(len(str(i))), 0.5, -0.25] for i in items]
+                assert [row.index for row in answer.data] == list(range(len(items)))
+                assert answer.object == "list"
+                assert answer.model == "text-embedding-3-small"
+    asked = [request.json()["input"] for request in upstream.requests]
+    assert asked == [one for one in (["overlap", "item"], ["more of it"], [[1, 2], [3]]) for _ in range(2)]
+
+
 def test_responses_models_and_moderations(proxy: ProxyProcess) -> None:
     with connect(proxy) as client:
         answer = client.responses.create(model="gpt-4o", input="sdk responses", store=False)

@@ -31,7 +31,6 @@ REFUSED = {
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
     "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
-    "ledger.path": "ledger: {path: /x.db}",
 }
 
 
@@ -51,7 +50,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
         "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",
     ]
-    assert "(PROXY__LEDGER__PATH)" in problems(load, None, {"PROXY__LEDGER__PATH": "x"})[0]
+    assert "(PROXY__THROTTLE__TIER)" in problems(load, None, {"PROXY__THROTTLE__TIER": "3"})[0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.cacheability import StreamAudit, is_deterministic, plain_complete, request_bypass
+from proxy.core.cacheability import StreamAudit, is_deterministic, plain_complete
+from proxy.core.fields import request_bypass
 from proxy.core.sse import Splitter
 
 Json = dict[str, Any]
@@ -36,6 +37,9 @@ class TestRequestBypass:
             ({"tools": [{"type": "computer_use_preview"}]}, "uncacheable: tool computer"),
             ({"tools": [{"type": "mcp", "server_url": "x"}]}, "uncacheable: tool mcp"),
             ({"tools": [{"type": "image_generation"}]}, "uncacheable: tool image_generation"),
+            ({"tools": [{"type": "programmatic_tool_calling"}]}, "uncacheable: tool programmatic_tool_calling"),
+            ({"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]}, "uncacheable: tool shell"),
+            ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]}, "uncacheable: tool mcp"),
         ],
     )
     def test_bypassed(self, document: Json, reason: str) -> None:
@@ -54,6 +58,15 @@ class TestRequestBypass:
             {"modalities": "audio", "tools": {"type": "mcp"}},
             {"tools": [{"type": "function", "function": {"name": "web_search"}}, {"type": "custom"}]},
             {"tools": [None, "mcp", {"type": 1}, {}]},
+            {
+                "tools": [
+                    {"type": "shell"},
+                    {"type": "shell", "environment": {"type": "local"}},
+                    {"type": "local_shell"},
+                ]
+            },
+            {"tools": [{"type": "namespace", "tools": [{"type": "function"}]}, {"type": "apply_patch"}]},
+            {"input": [{"type": "additional_tools", "tools": [{"type": "function"}]}, "mcp", None, 5]},
             {"previous_response_id": "resp_1"},
             {"metadata": {"store": True}, "messages": [{"role": "user", "content": "web_search_options"}]},
             {"seed": 1, "n": 3, "temperature": 1, "stream": True, "vendor": {}},
@@ -61,6 +74,11 @@ class TestRequestBypass:
     )
     def test_cached(self, endpoint: str, document: Json) -> None:
         assert request_bypass(endpoint, document) is None
+
+    @pytest.mark.parametrize("item", ["additional_tools", "tool_search_output"])
+    def test_tools_among_the_input(self, item: str) -> None:
+        document = {"input": [{"role": "user", "content": "x"}, {"type": item, "tools": [{"type": "web_search"}]}]}
+        assert request_bypass("responses", document) == "uncacheable: tool web_search"
 
     def test_responses_are_stored_by_default(self) -> None:
         assert request_bypass("responses", {"store": True}) is None

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from proxy.core.fingerprint import DEEPEST, KeyParts, NotCacheable, cache_key, canonical, dropped_fields
+from proxy.core.fields import dropped_fields
+from proxy.core.fingerprint import DEEPEST, KeyParts, NotCacheable, cache_key, canonical
 
 IGNORED = ["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
 NONE: frozenset[str] = frozenset()

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.core.lenient import parse_leniently, sayable
@@ -21,6 +21,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
+@example([-(10**18), math.inf])
 def test_ordinary_json_is_read_as_ever(document: Any) -> None:
     assert parse_leniently(json.dumps(document).encode()) == json.loads(json.dumps(document))
 

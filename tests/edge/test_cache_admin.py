@@ -157,6 +157,7 @@ async def test_one_answer_in_all_its_forms(home: House) -> None:
         },
         "saves_usd": "0.002250",
         "sampled": True,
+        "traits": "",
     }
     assert "body" not in form
     shown = (await home.ask("GET", "/_proxy/cache/aa11?body=1")).json()

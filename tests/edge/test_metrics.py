@@ -83,6 +83,14 @@ def test_a_hit_saves_and_is_not_in_the_durations() -> None:
     assert not any(name.startswith("request_duration") for name in seen)
 
 
+def test_a_batch_of_embeddings_may_cost_and_save() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(endpoint="embeddings", cache="partial", cost_usd="0.000004", saved_usd="0.000002"))
+    seen = samples(metrics)
+    assert seen["requests_total{cache=partial,endpoint=embeddings,model=gpt-4o,status=2xx}"] == 1
+    assert (seen["cost_usd_total{model=gpt-4o}"], seen["cost_saved_usd_total{model=gpt-4o}"]) == (0.000004, 0.000002)
+
+
 def test_errors_by_code_and_unknown_costs() -> None:
     metrics = Metrics()
     metrics.observe(receipt(status=502, error="upstream_unreachable", upstream="openai", attempts=4))

@@ -126,7 +126,7 @@ def test_structured_outputs(anywhere: Caller) -> None:
 
 def test_embeddings(anywhere: Caller) -> None:
     """By default the newer SDKs ask for base64 and decode it; an explicit format is passed through."""
-    texts = ["three", anywhere.name, "a"]
+    texts = [f"three {anywhere.name}", anywhere.name, f"a {anywhere.name}"]
     asked: dict[str, Any] = {"model": "text-embedding-3-small", "input": texts}
     default, again = (anywhere.call("embeddings.create", raw=True, **asked) for _ in range(2))
     floats = anywhere.call("embeddings.create", encoding_format="float", **asked)

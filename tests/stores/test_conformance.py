@@ -103,6 +103,19 @@ async def test_the_forms_are_apart(store: Store) -> None:
     assert await store.get("k", "sse", NOW) == entry(form="sse", body=b"data: [DONE]\n\n")
 
 
+async def test_several_are_looked_up_together(store: Store) -> None:
+    for number in range(200):
+        store.put(entry(f"k{number}", body=b"%d" % number))
+    names = [f"k{number}" for number in range(0, 400, 2)]
+    for _ in range(2):
+        found = await store.get_many(names, "json", NOW)
+        assert found is not None
+        assert found == [entry(name, body=name[1:].encode()) for name in names[:100]] + [None] * 100
+        await store.flush()
+    assert await store.get_many(["k0"], "sse", NOW) == [None]
+    assert await store.get_many([], "json", NOW) == []
+
+
 async def test_the_last_one_counts(store: Store) -> None:
     for number in range(5):
         store.put(entry(body=b"%d" % number))

@@ -36,6 +36,9 @@ class Slower:
         await self.gate.wait()
         return found
 
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
+        return [await self.get(key, form, wall) for key in keys] if self.state == "ok" else None
+
     def put(self, entry: Entry) -> bool:
         if self.takes:
             self.entries[entry.key, entry.form] = entry
@@ -197,3 +200,23 @@ async def test_the_rest_is_passed_on(slower: Slower) -> None:
     store.put(entry("a", ttl=1.0))
     assert store.sweep(NOW + 2) == 1
     assert store.peek("a", "json") is None
+
+
+async def test_many_are_looked_up_in_memory_first() -> None:
+    slower = Slower()
+    store = TieredStore(MemoryStore(1_000_000, 100_000), slower)
+    store.memory.put(entry("here"))
+    store.memory.put(entry("old", stored_at=NOW - 4000))
+    for key in ("there", "old"):
+        slower.entries[key, "json"] = entry(key)
+    names = ["here", "there", "nowhere", "old", *(f"n{number}" for number in range(300))]
+    found = await store.get_many(names, "json", NOW)
+    assert [one.key if one else None for one in found] == ["here", "there", None, "old", *[None] * 300]
+    assert found[3] == entry("old")
+    assert slower.asked == names[1:]
+    assert store.peek("there", "json") == entry("there")
+    slower.state = "broken"
+    found = await store.get_many(["here", "there", "else"], "json", NOW)
+    assert [one is not None for one in found] == [True, True, False]
+    alone = TieredStore(store.memory)
+    assert [one is not None for one in await alone.get_many(["here", "else"], "json", NOW)] == [True, False]

@@ -25,6 +25,7 @@ SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "purge": ("purge", "drop stored answers, from the memory of running proxies too"),
     "export": ("export", "write stored answers to a file of sorted JSON lines, without keys"),
     "import": ("import_", "store the answers of such a file"),
+    "explain": ("explain", "the key of a request, and how it differs from the nearest stored one"),
 }
 """Subcommand -> its module here, and what it is for."""
 

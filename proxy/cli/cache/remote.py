@@ -110,6 +110,12 @@ class Remote:
             await send()
         return total
 
+    async def explain(self, asked: dict[str, str], headers: dict[str, str], body: bytes) -> dict[str, Any]:
+        """How the running proxy sees a request."""
+        answer = await self._ask("POST", "cache/explain", params=asked, headers=headers, data=body)
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
     async def _ask(self, method: str, path: str, *, absent: bytes | None = None, **request: Any) -> bytes:
         """The answer's body; `absent`: what stands for a 404. Raises Trouble."""
         try:

@@ -1,0 +1,147 @@
+"""Every field of OpenAI's requests, and what the cache makes of it: the one table behind the key and the bypasses.
+
+| word     | meaning                                                                                                |
+|----------|--------------------------------------------------------------------------------------------------------|
+| `in`     | part of the key: another value is another request. So is every field that is not named here            |
+| `form`   | out: it chooses the form of the answer, and an entry names its own form                                |
+| `label`  | out by default (`cache.ignore_fields`): the provider's bookkeeping, no part of what is asked           |
+| `echoed` | in, though it is a label: this endpoint's answers repeat it                                            |
+| `bypass` | some of its values make the answer uncacheable (see below); else it is in                              |
+
+The names are those of OpenAI's API reference; a test walks the official SDK's types and finds a line for each. What the
+fields mean is the provider's to know: to be `in` nothing need be known of one, so the table cannot fall behind.
+
+A request is not cached because of:
+
+| field                                   | where | why                                                 |
+|-----------------------------------------|-------|-----------------------------------------------------|
+| `store: true`                           | chat  | the call also creates an object; on responses that  |
+|                                         |       | is the default, and the answer holds everything     |
+| `background: true`                      | all   | the answer is only a promise of one                 |
+| `conversation`                          | all   | the answer depends on, and changes, stored state    |
+| `web_search_options`, even empty        | all   | the web changes                                     |
+| `tools` whose type is in HOSTED_TOOLS,  | all   | the provider runs them: files, containers, the web; |
+| a `shell` in a container                |       | also in namespaces, and among the input's items     |
+| `audio`, or "audio" among `modalities`  | all   | large, and refers to audio stored for an hour only  |
+
+Everything else is cached, `previous_response_id` and file ids included: what they name never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, Literal
+
+Verdict = Literal["in", "form", "label", "echoed", "bypass"]
+
+_FORM: Final[Mapping[str, Verdict]] = {"stream": "form", "stream_options": "form"}
+_SAMPLING: Final = "frequency_penalty logit_bias logprobs n presence_penalty seed stop temperature top_p"
+_MODEL: Final = (
+    "moderation parallel_tool_calls prompt_cache_options service_tier temperature tool_choice top_logprobs top_p"
+)
+
+
+def _in(*names: str) -> dict[str, Verdict]:
+    return {name: "in" for text in names for name in text.split()}
+
+
+def _labels(names: str, verdict: Verdict = "label") -> dict[str, Verdict]:
+    return dict.fromkeys(names.split(), verdict)
+
+
+FIELDS: Final[Mapping[str, Mapping[str, Verdict]]] = {
+    "chat": {
+        **_in("messages model", _SAMPLING, _MODEL),
+        **_in("function_call functions max_completion_tokens max_tokens prediction reasoning_effort response_format"),
+        **_in("verbosity"),
+        **_FORM,
+        **_labels("metadata prompt_cache_key prompt_cache_retention safety_identifier user"),
+        "store": "bypass",  # true: the call also creates an object
+        "tools": "bypass",  # some are run by the provider
+        "audio": "bypass",  # large, and refers to audio that is kept for an hour
+        "modalities": "bypass",  # with "audio"
+        "web_search_options": "bypass",  # the web changes
+    },
+    "completions": {
+        **_in("model prompt", _SAMPLING, "best_of echo max_tokens suffix"),
+        **_FORM,
+        **_labels("user"),
+    },
+    "embeddings": {
+        **_in("dimensions encoding_format input model"),
+        **_labels("user"),
+    },
+    "moderations": _in("input model"),
+    "responses": {
+        **_in("input instructions model", _MODEL, "access_programs context_management image include"),
+        # What these two name is fixed, or the provider's to change, as a model's alias is: lifetimes end.
+        **_in("previous_response_id prompt"),
+        **_in("max_output_tokens max_tool_calls reasoning text truncation"),
+        **_FORM,
+        **_labels("metadata prompt_cache_key prompt_cache_retention safety_identifier user", "echoed"),
+        "store": "in",  # true by default here, and the answer holds all there is
+        "tools": "bypass",  # some are run by the provider
+        "background": "bypass",  # the answer is only a promise of one
+        "conversation": "bypass",  # the answer depends on stored state, and changes it
+    },
+}
+
+HOSTED_TOOLS: Final = (
+    "web_search",
+    "file_search",
+    "code_interpreter",
+    "computer",
+    "mcp",
+    "image_generation",
+    "programmatic_tool_calling",
+)
+"""How the types of tools begin that the provider itself runs (`web_search_preview_2025_03_11`, …)."""
+
+LABELS: Final = frozenset(name for fields in FIELDS.values() for name, verdict in fields.items() if verdict == "label")
+"""The default of `cache.ignore_fields`."""
+
+_ECHOING: Final = frozenset(endpoint for endpoint, fields in FIELDS.items() if "echoed" in fields.values())
+
+
+def dropped_fields(endpoint: str, ignored: Iterable[str]) -> frozenset[str]:
+    """The top-level fields that are left out of the key of `endpoint` when `cache.ignore_fields` is
+    `ignored`.
+    """
+    form = frozenset(_FORM)
+    return form if endpoint in _ECHOING else form.union(ignored)
+
+
+def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
+    """Why the answer to this request is not cached, as a short reason for a header; None: it may be."""
+    if endpoint == "chat" and document.get("store"):
+        return "uncacheable: store=true"
+    if document.get("background"):
+        return "uncacheable: background=true"
+    for field in ("conversation", "web_search_options"):
+        if document.get(field) is not None:
+            return f"uncacheable: {field}"
+    modalities = document.get("modalities")
+    if document.get("audio") is not None or (isinstance(modalities, list) and "audio" in modalities):
+        return "uncacheable: audio"
+    for kind in _hosted(document):
+        return f"uncacheable: tool {kind}"
+    if endpoint == "responses" and isinstance(items := document.get("input"), list):
+        for item in items:  # `additional_tools`, `tool_search_output`
+            for kind in _hosted(item):
+                return f"uncacheable: tool {kind}"
+    return None
+
+
+def _hosted(holder: object, nested: bool = True) -> Iterator[str]:
+    """The kinds of hosted tools among the `tools` of an object; nested: and of the namespaces there."""
+    tools = holder.get("tools") if isinstance(holder, dict) else None
+    for tool in tools if isinstance(tools, list) else ():
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str):
+            continue
+        yield from (hosted for hosted in HOSTED_TOOLS if kind.startswith(hosted))
+        where = tool.get("environment")
+        if kind == "shell" and isinstance(where, dict) and where.get("type") != "local":
+            yield kind
+        if kind == "namespace" and nested:
+            yield from _hosted(tool, nested=False)
