@@ -111,7 +111,8 @@ def _tables(by: Sequence[str], rows: Sequence[Row], total: Row) -> list[str]:
     time_heads = (head, "P50", "P95", "P99", "FIRST P50", "FIRST P95", "FIRST P99")
     lines = [*table(heads, money, heads[1:]), "", *table(time_heads, times, time_heads[1:])]
     if total["unknown_cost"]:
-        lines += ["", f"{total['unknown_cost']:,} requests have no known cost: COST USD is without them"]
+        some = "1 request has" if total["unknown_cost"] == 1 else f"{total['unknown_cost']:,} requests have"
+        lines += ["", f"{some} no known cost: COST USD is without them"]
     return lines
 
 
