@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from decimal import Context, Decimal
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Final, NamedTuple
 
 import msgspec
@@ -223,9 +223,9 @@ def _amount(text: str) -> tuple[int, Decimal]:
     return number, _EXACT.scaleb(_EXACT.subtract(whole, Decimal(number)), -PLACES)
 
 
-def dollars(whole: int, rest: Decimal = Decimal(0)) -> Decimal:
-    """USD, from 1e-12 USD and a rest."""
-    return _EXACT.add(_EXACT.scaleb(Decimal(whole), -PLACES), rest)
+def dollars(whole: int, *rests: Decimal) -> Decimal:
+    """USD, from 1e-12 USD and what they leave out. Exact."""
+    return reduce(_EXACT.add, rests, _EXACT.scaleb(Decimal(whole), -PLACES))
 
 
 def _other(usage: Usage, count: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -11,8 +12,7 @@ from typing import Any, Final
 
 from .durations import parse_duration
 from .pricing import usd
-from .receipt import Receipt
-from .records import Kind, amount, dollars
+from .records import Kind, Record, dollars
 
 BY: Final = ("day", "month", "model", "endpoint", "client", "key", "tag", "run", "error")
 """What a report can be by. Days and months are UTC, as on OpenAI's own pages."""
@@ -50,8 +50,8 @@ class Sums:
     saved: int = 0
     cost_rest: Decimal = Decimal(0)
     saved_rest: Decimal = Decimal(0)
-    latency: dict[int, int] = field(default_factory=dict)
-    first: dict[int, int] = field(default_factory=dict)
+    latency: Counter[int] = field(default_factory=Counter)
+    first: Counter[int] = field(default_factory=Counter)
 
     def count(self, cache: str, status: int, error: str, requests: int, unpriced: int) -> None:
         """`requests` of one kind; unpriced: those of them without a known cost."""
@@ -75,23 +75,20 @@ class Sums:
             self.completion += completion
             self.total += total
 
-    def add(self, receipt: Receipt, count: int = 1) -> None:
-        """`count` requests with this receipt; their times are not kept."""
-        usage, unpriced = receipt.usage, count if receipt.cost_usd is None else 0
-        self.count(receipt.cache, receipt.status, receipt.error, count, unpriced)
-        self.attempts += receipt.attempts * count
-        if usage is not None:
-            counts = usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, usage.total_tokens
-            self.tokens(receipt.cache, 0, *(n * count for n in counts))
-        self.pay(*amount(receipt.cost_usd, count), *amount(receipt.saved_usd, count))
+    def add(self, kind: Kind, row: Record) -> None:
+        """One row; its times are not kept."""
+        self.count(kind.cache, kind.status, kind.error, row.requests, row.requests if row.cost is None else 0)
+        self.tokens(kind.cache, row.attempts, row.prompt, row.cached, row.completion, row.total)
+        self.cost += row.cost or 0
+        self.saved += row.saved or 0
+        if row.rest is not None:
+            self.pay_rest(row.rest)
 
-    def pay(self, cost: int | None, cost_rest: Decimal, saved: int | None, saved_rest: Decimal) -> None:
-        self.cost += cost or 0
-        self.saved += saved or 0
-        if cost_rest:
-            self.cost_rest = dollars(0, self.cost_rest) + cost_rest
-        if saved_rest:
-            self.saved_rest = dollars(0, self.saved_rest) + saved_rest
+    def pay_rest(self, rest: str) -> None:
+        """What a row's integers leave out."""
+        cost, _, saved = rest.partition(" ")
+        self.cost_rest = dollars(0, self.cost_rest, Decimal(cost))
+        self.saved_rest = dollars(0, self.saved_rest, Decimal(saved))
 
     def as_json(self) -> dict[str, Any]:
         """Money as plain decimals; hit_rate from 0 to 1; times in milliseconds, None where there are none."""
@@ -116,7 +113,7 @@ class Sums:
         return row
 
 
-def percentiles(times: dict[int, int]) -> dict[str, float | None]:
+def percentiles(times: Counter[int]) -> dict[str, float | None]:
     """Milliseconds below or at which half, 95 and 99 in a hundred lie (the nearest rank). times: slot -> how many."""
     if not times:
         return {name: None for name, _ in _SHARES}

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ..core.entry import Entry
 from ..core.receipt import Receipt
-from ..core.records import Hits, refusal
+from ..core.records import Hits, kind_of, record_of, refusal
 from ..core.reporting import Sums
 from ..seams import Seams
 from . import reader
@@ -101,10 +101,8 @@ class Ledger:
             if receipts or hits or lost or done is not None:
                 self._writer.put(receipts, hits, lost, done)
             return
-        for receipt, count in receipts:
-            self.since_start.add(receipt, count)
-        for one in hits:
-            self.since_start.add(one.receipt(), one.count)
+        for receipt, count in receipts + [(one.receipt(), one.count) for one in hits]:
+            self.since_start.add(kind_of(receipt), record_of(receipt, 0, count))
         if done is not None:
             done.set()
 

@@ -142,12 +142,12 @@ class Writer:
 
     def _add(self, receipt: Receipt, count: int) -> None:
         try:
-            self._totals.add(receipt, count)
             kind = kind_of(receipt)
             number = self._kinds.get(kind)
             if number is None:
                 number = self._learn(kind)
             record = record_of(receipt, number, count)
+            self._totals.add(kind, record)
         except Exception as error:
             log.error("a request cannot be recorded: %r", error)
             self.lost += count
