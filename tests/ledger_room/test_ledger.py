@@ -129,7 +129,8 @@ async def test_it_is_flushed_without_being_asked(path: Path) -> None:
     ledger.open()
     task = asyncio.create_task(ledger.run())
     ledger.record(receipt())
-    await asyncio.to_thread(until, lambda: path.exists() and total(path)["requests"] == 1, 5.0)
+    await asyncio.to_thread(until, lambda: ledger._writer is not None and ledger._writer.state == "ok")
+    await asyncio.to_thread(until, lambda: total(path)["requests"] == 1)
     task.cancel()
     await ledger.close()
 
