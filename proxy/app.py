@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from aiohttp.web import BaseRequest, Server, ServerRunner, SockSite, UnixSite
 
 from . import __version__
+from .cassettes import Unusable, open_cassette
 from .config import Loaded, Settings
 from .config.urls import parse_url
 from .core.errors import Refusal
@@ -41,7 +42,7 @@ from .journey import Journey
 from .ledger import Ledger
 from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
-from .world import World, compile_world
+from .world import World, compile_world, kept_past_end
 
 log = logging.getLogger("proxy")
 
@@ -57,7 +58,8 @@ class App:
         self.traffic = Traffic(started=seams.wall())
         ledger = settings.ledger
         self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
-        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings))
+        sealed = settings.cache.mode == "replay"
+        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings), sealed)
         self._dates = Dates(seams.wall)
         self._renewals: list[asyncio.Task[None]] = []
         self._furnish(compile_world(settings, seams))
@@ -67,9 +69,10 @@ class App:
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
         self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger)
+        self.journey = Journey(world, self.way_up, self._observe)
         self.downstream = Downstream(
             world,
-            Journey(world, self.way_up, self._observe),
+            self.journey,
             Passage(world, self.way_up, self._keep),
             self.ops,
             self.metrics,
@@ -123,14 +126,15 @@ class App:
 
     async def sweep(self) -> None:
         """Takes entries out of memory whose time is over; a little at a time."""
-        while self.world.store is not None:
+        store, grace = self.world.store, kept_past_end(self.world.settings.cache)
+        while store is not None:
             await self.world.seams.sleep(SWEEP)
-            while self.world.store.sweep(self.world.seams.wall()):  # noqa: ASYNC110 - lets others run in between
+            while store.sweep(self.world.seams.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
 
     def _is_busy(self, server: Server) -> bool:
-        """Whether a request is being served, or an answer is not wholly handed to the system yet."""
-        if self.traffic.in_flight:
+        """Whether a request is being served, an answer is read for the cache, or is not wholly handed to the system."""
+        if self.traffic.in_flight or len(self.journey.sharing.flights):
             return True
         transports = (connection.transport for connection in server.connections)
         return any(transport is not None and transport.get_write_buffer_size() for transport in transports)
@@ -162,6 +166,11 @@ async def serve(
     """
     settings = loaded.settings
     app = App(settings)
+    try:
+        recorded = open_cassette(app.world.store, settings.cache.cassette)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
     runner = ServerRunner(ListeningServer(app.handle), handle_signals=False, shutdown_timeout=0.1)
     ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False, shutdown_timeout=0.1)
@@ -180,9 +189,12 @@ async def serve(
         app.traffic.address = address
         if app.world.store is not None:
             await app.world.store.open()
+        if app.world.limiter is not None:
+            await app.world.limiter.open(lambda *state: app.world.adopt(*state))
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
         await app.world.runs.open()
-        lines = start_up_text(loaded, app.world, address, ops_address)
+        await app.world.objects.open()
+        lines = start_up_text(loaded, app.world, address, ops_address, recorded)
         if extra_lines is not None:
             lines += extra_lines(address)
         print("\n".join(lines), file=sys.stderr, flush=True)
@@ -232,11 +244,15 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, settings: Settings) -> None:
     for one in (runner, ops_runner):
         await one.cleanup()
+    await app.journey.refresher.close()
     await app.way_up.close()
+    if app.world.limiter is not None:
+        await app.world.limiter.close()
     await app.world.runs.close()
     await app.ledger.close()
     if app.world.store is not None:
         await app.world.store.close()
+    await app.world.objects.close()
     _remove_socket(settings.server.socket)
 
 
@@ -317,11 +333,13 @@ def outlets(settings: Settings) -> dict[str, Outlet]:
     }
 
 
-def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None) -> list[str]:
-    """What a person wants to know at start (contract 1)."""
+def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
+    """What a person wants to know at start (contract 1). recorded: answers in the cassette."""
     settings = loaded.settings
     count = sum(len(upstream.keys) or upstream.entra_id for upstream in settings.upstreams)
     keys = str(count) if count else "none (pass-through)"
+    if world.replays:
+        keys = "none needed (replay: nothing is sent upstream)"
     lines = [
         f"openai-proxy {__version__}",
         f"listening on {address}",
@@ -333,12 +351,24 @@ def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str |
             for upstream in settings.upstreams
         ),
         f"keys: {keys}",
-        _cache_line(settings),
+        *([] if world.replays and settings.cache.cassette else [_cache_line(settings)]),
+        *_mode_lines(settings, recorded),
         f"ledger: {os.path.expanduser(settings.ledger.path) if settings.ledger.enabled else 'off'}",
     ]
     if not address.startswith("unix:"):
         lines.append(f"clients: OPENAI_BASE_URL={address}/v1")
     return lines + [f"warning: {warning}" for warning in loaded.warnings]
+
+
+def _mode_lines(settings: Settings, recorded: int) -> list[str]:
+    mode, cassette = settings.cache.mode, settings.cache.cassette
+    lines = []
+    if mode != "normal":
+        lines.append(f"mode: {mode}" + (" (every answer is bought anew)" if mode == "refresh" else ""))
+    if cassette is not None:
+        verb = "replaying from" if mode == "replay" else "recording into"
+        lines.append(f"cassette: {verb} {cassette} ({recorded} answers there)")
+    return lines
 
 
 def _cache_line(settings: Settings) -> str:

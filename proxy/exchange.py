@@ -6,57 +6,40 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import orjson
+from msgspec import structs
 
 from .answered import Answered, seen, understand
+from .core.affinity import HEAD, prefix_of
 from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
 from .core.call import Call
 from .core.edit import set_field, want_usage
 from .core.errors import Refusal
-from .core.estimate import estimate_tokens
+from .core.estimate import measure
+from .core.fallback import asking, fallbacks_for
 from .core.headers import upstream_headers
-from .core.keyring import Held, Lease, NoKey, Status
+from .core.keyring import Held, Lease, NoKey, Wish
 from .core.limits import Wait
 from .core.outcome import (
     Class,
-    ErrorInfo,
     TransportFailure,
-    error_info,
-    retry_after,
+    broken,
 )
 from .core.ports import Trip, WayUp
-from .core.pricing import Cost
 from .core.routes import printable
 from .core.usage import Usage
 from .gate import QueueFull, TimedOut
+from .horizon import Horizon
+from .verdict import Last, Progress, given, reading
 from .world import Upstream, World
+
+__all__ = ["Exchange", "Progress"]
 
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 """Answers are asked for as they are: they are read, and a stream's compression would hold its events back."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """What the exchange has cost so far: calls made, milliseconds waited, spent upstream and, for a stream, until its
-    first event; where it went last; usage, cost: of the calls that ended well, where several are needed for one
-    answer."""
-
-    attempts: int = 0
-    queue_ms: float = 0.0
-    paused_ms: float = 0.0
-    upstream_ms: float = 0.0
-    first_byte_ms: float | None = None
-    upstream: str = ""
-    key: str = ""
-    spent: bool = False
-    no_usable_key: bool = False
-    usage: Usage | None = None
-    cost: Cost | None = None
 
 
 class Exchange:
@@ -67,26 +50,86 @@ class Exchange:
         self._way_up = way_up
         self._no_stream_options: set[tuple[str, str]] = set()
 
-    async def run(self, call: Call, progress: Progress) -> Answered:
-        """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts."""
-        seams, ring = self._world.seams, self._world.ring
+    async def run(self, call: Call, progress: Progress, *, whole: bool = True) -> Answered:
+        """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts.
+
+        whole: the answer is all the client gets; to a part of one no other model may answer.
+        """
+        tokens = self._estimate(call, progress)
+        hold = await self._world.hold(call.client, tokens)
+        if hold is None:
+            return await self._with_fallbacks(call, tokens, progress, whole)
+        used: int | None = None
+        try:
+            answered = await self._with_fallbacks(call, tokens, progress, whole)
+            if answered.outcome is Class.OK:
+                answered.lease = structs.replace(answered.lease, hold=hold)
+                hold = None
+            used = 0
+            return answered
+        finally:
+            if hold is not None:
+                hold.settle(used) if progress.went_up else hold.cancel()
+
+    async def _with_fallbacks(self, call: Call, tokens: int, progress: Progress, whole: bool) -> Answered:
+        """What the call's own model answers, or one of those that stand in for it."""
+        tied = await self._world.objects.tied_to(self._world.ring, call)
+        first = await self._tried(call, tokens, progress, tied)
+        others = fallbacks_for(self._world.settings.retry.fallbacks, call.model) if whole else ()
+        if not others or tied or not progress.exhausted:
+            return given(first)
+        told = progress.spent, progress.no_usable_key
+        kept = False
+        try:
+            for model in others:
+                if progress.horizon.left() <= 0:
+                    break
+                progress.spent = progress.no_usable_key = False
+                then = await self._tried(asking(call, model), tokens, progress, "")
+                if isinstance(then, Answered):
+                    if then.outcome is Class.OK:
+                        progress.model = model
+                        return then
+                    then.reply.close()
+            kept = True
+            progress.spent, progress.no_usable_key = told
+            return given(first)
+        finally:
+            if not kept and isinstance(first, Answered):
+                first.reply.close()
+
+    async def _tried(self, call: Call, tokens: int, progress: Progress, tied: str) -> Answered | Refusal:
+        """What comes of the call with its own model. `progress.exhausted`: no key or upstream is left to try."""
+        progress.exhausted = False
+        try:
+            return await self._attempts(call, tokens, progress, tied)
+        except Refusal as refusal:
+            return refusal
+
+    async def _attempts(self, call: Call, tokens: int, progress: Progress, tied: str) -> Answered:
+        seams, ring, passthrough = self._world.seams, self._world.ring, self._world.passthrough
         policy = self._world.policy.asked(call.options.max_retries)
         attempts = Attempts(policy, seams.random)
-        tokens = self._estimate(call)
         excluded: set[str] = set()
         limited: set[str] = set()
-        refused: Answered | None = None
+        visited: set[int] = set()
+        failing: set[int] = set()
+        wish = Wish(self._prefix(call), only=tied)
+        last: Last | None = None
         fresh = False
         try:
             while True:
-                lease = await self._lease(call, tokens, frozenset(excluded), progress, last=refused is None)
-                if lease is None:
-                    assert refused is not None
-                    progress.no_usable_key = not self._world.passthrough
-                    final, refused = refused, None
-                    return final
+                try:
+                    lease = await self._lease(call, tokens, frozenset(excluded), progress, wish)
+                except Refusal as refusal:
+                    progress.exhausted = refusal.code != "queue_full"
+                    if last is None or last.says_less_than(refusal.code):
+                        raise
+                    final, last = last, None
+                    return final.given(progress, passthrough)
                 upstream = self._world.upstreams[lease.key.upstream]
-                if not attempts.retries:
+                if lease.key.upstream not in visited:
+                    visited.add(lease.key.upstream)
                     upstream.budget.request(seams.monotonic())
                 failure: TransportFailure | None = None
                 answered: Answered | None = None
@@ -100,102 +143,120 @@ class Exchange:
                     self._remember_dislike(upstream, call.model)
                     continue
                 now = seams.monotonic()
+                if not broken(outcome, answered.status if answered is not None else None):
+                    upstream.breaker.succeeded()
+                    failing.discard(lease.key.upstream)
+                elif now < progress.horizon.until:  # else it may be this request's impatience
+                    failing.add(lease.key.upstream)
                 if answered is not None and outcome is Class.OK:
-                    ring.learn(lease.key, call.model, outcome, now, 0.0, "")
+                    progress.exhausted = False
+                    self._world.learn(lease.key, call.model, outcome, 0.0, "")
+                    self._world.gate.notify(self._lane(call))  # the key works, and said what room it has
+                    if answered.is_event_stream:
+                        self._world.objects.note_stream(ring, call, lease.key, answered.first)
                     return answered
-                asked, reason = self._reading(answered, failure, seams.wall())
-                if not self._world.passthrough and not reason.endswith("mismatched_organization"):
+                asked, reason, floor = reading(answered, failure, tokens, seams.wall())
+                if not passthrough:
                     cooling = asked if asked is not None else policy.delay(attempts.retries, seams.random)
-                    ring.learn(lease.key, call.model, outcome, now, cooling, reason)
-                other_key = self._other_key(call, lease, excluded, now)
+                    self._world.learn(lease.key, call.model, outcome, cooling, reason, floor)
+                other_key = ring.other_ready(lease.key.label, call.model, excluded, now, wish)
                 if outcome is Class.RATE_LIMITED and not other_key:
-                    asked = self._soonest(call, now, asked)
+                    soonest = ring.soonest(call.model, now, wish)
+                    asked = asked if soonest is None else soonest
                 step = attempts.after(
                     outcome,
                     asked_wait=asked,
-                    left=call.deadline - now,
+                    left=progress.horizon.until - now,
                     other_key=other_key,
                     granted=partial(upstream.budget.take, now),
                 )
+                if isinstance(step, Pause) and ring.all_closed(call.model, lease.key.priority, now, tied):
+                    step = Deliver(spent=True)  # the breaker has opened: nobody here will take it for a while
+                spent = isinstance(step, Deliver) and step.spent
+                mine = Last(answered, failure, outcome, spent or isinstance(step, Pause), not isinstance(step, Deliver))
                 if isinstance(step, Deliver):
-                    progress.spent = step.spent
-                    if answered is None:
-                        assert failure is not None
-                        raise failure.refusal(step.spent)
-                    return answered
+                    progress.exhausted = attempts.elsewhere(outcome)
+                    higher = not tied and ring.higher(call.model, lease.key.priority, excluded)
+                    if not (progress.exhausted and higher and now < progress.horizon.until):
+                        return mine.given(progress, passthrough)
+                    wish = structs.replace(wish, above=lease.key.priority)
+                if last is not None:
+                    last.close()
+                last = mine
                 if isinstance(step, ChangeKey):
                     excluded.add(lease.key.label)
                     if outcome is Class.RATE_LIMITED:
                         limited.add(lease.key.label)
-                    refused, answered = answered, refused
-                if answered is not None:
-                    answered.reply.close()
-                if isinstance(step, Fresh):
+                elif isinstance(step, Fresh):
                     fresh = True
                 elif isinstance(step, Pause):
+                    mine.close()  # no connection waits with us
+                    if answered is not None and answered.body is None:
+                        last = None  # a stream, which cannot be given any more
                     await seams.sleep(step.seconds)
                     progress.paused_ms += step.seconds * 1000
                     excluded -= limited  # one of them may be ready first: its state decides
+                    wish = structs.replace(wish, avoid=wish.avoid | {lease.key.upstream})
         finally:
-            if refused is not None:
-                refused.reply.close()
+            if last is not None:
+                last.close()
+            for index in failing:  # once a request, and only where its retries did not help: one alone trips nothing
+                self._world.upstreams[index].breaker.failed(seams.monotonic())
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def _estimate(self, call: Call) -> int:
-        if not self._world.ring.limited:
+    def _estimate(self, call: Call, progress: Progress) -> int:
+        if not (self._world.ring.counts_tokens or self._world.clients.counts_tokens):
             return 0
-        return estimate_tokens(call.endpoint, call.document)
+        progress.measure = measure(call.endpoint, call.document)
+        return self._world.habits.estimate(call.model, progress.measure)
+
+    def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
+        """What an answer used makes the next estimate for its model better."""
+        if usage is not None and progress.measure is not None:
+            self._world.habits.learn(call.model, progress.measure, usage)
 
     def _quota(self, call: Call) -> str | None:
         return call.client.scope or None if self._world.passthrough else None
-
-    def _other_key(self, call: Call, lease: Lease, excluded: set[str], now: float) -> bool:
-        ring = self._world.ring
-        return any(
-            key.label != lease.key.label
-            and key.label not in excluded
-            and ring.state(key.label, call.model, now) is None
-            for group in ring.serving(call.model)
-            for key in group
-        )
-
-    def _soonest(self, call: Call, now: float, asked: float | None) -> float | None:
-        """Seconds until the first of the cooling keys is ready again; what the last one `asked` where none has a
-        state.
-        """
-        ring = self._world.ring
-        states = [ring.state(key.label, call.model, now) for group in ring.serving(call.model) for key in group]
-        waits = [state.until - now for state in states if state is not None and state.status is Status.COOLING]
-        return min(waits, default=asked)
 
     def _lane(self, call: Call) -> str:
         quota = self._quota(call)
         return f"{call.model} {quota}" if quota else call.model
 
-    async def _lease(
-        self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, *, last: bool
-    ) -> Lease | None:
-        """A key with its limits reserved, after waiting for it if need be.
+    def _prefix(self, call: Call) -> bytes:
+        if len(self._world.ring.keys) == 1 or len(call.body) < HEAD:
+            return b""
+        return prefix_of(call.endpoint, call.document, call.model)
 
-        None: no key is left, but the answer of one that refused can be delivered; Refusal where that was the `last`.
-        """
+    async def _lease(self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, wish: Wish) -> Lease:
+        """A key with its limits reserved, after waiting for it if need be. Raises Refusal."""
         ring, seams = self._world.ring, self._world.seams
         quota, lane = self._quota(call), self._lane(call)
         why = "throttled"
 
         def ask(now: float) -> Lease | NoKey | Wait:
             nonlocal why
-            answer = ring.lease(call.model, tokens, excluded, now, quota)
+            answer = ring.lease(call.model, tokens, excluded, now, quota, wish)
             if isinstance(answer, Held):
                 why = answer.why
                 return answer.wait
             return answer
 
+        async def ask_everybody(now: float) -> Lease | NoKey | Wait:
+            while True:
+                answer = ask(now)
+                if not isinstance(answer, Lease):
+                    return answer
+                if await self._confirmed(answer, call.model):
+                    return answer
+                now = seams.monotonic()
+
         began = seams.monotonic()
-        patience = min(call.patience - progress.queue_ms / 1000, call.deadline - began)
+        patience = min(call.patience - progress.queue_ms / 1000, progress.horizon.until - began)
         try:
-            got: Lease | NoKey = await self._world.gate.admit(lane, ask, patience)
+            got: Lease | NoKey = await self._world.gate.admit(
+                lane, ask if self._world.limiter is None else ask_everybody, patience, call.client.name
+            )
         except TimedOut as error:
             raise _waited_too_long(why, call.model, error.retry_after) from None
         except QueueFull:
@@ -204,10 +265,18 @@ class Exchange:
         finally:
             progress.queue_ms += (seams.monotonic() - began) * 1000
         if isinstance(got, NoKey):
-            if not last:
-                return None
-            raise Refusal(got.why, got.detail)
+            raise Refusal(got.why, got.detail, retry_after=got.retry_after)
         return got
+
+    async def _confirmed(self, lease: Lease, model: str) -> bool:
+        """Whether a lease holds for the other proxies, too. If not, it is over."""
+        assert self._world.limiter is not None
+        try:
+            return await self._world.limiter.confirm(lease.reservation, lease.key.label, model)
+        except BaseException:
+            if lease.reservation is not None:
+                lease.reservation.cancel()
+            raise
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
@@ -218,11 +287,11 @@ class Exchange:
         kept = False
         tokens: int | None = None
         try:
-            if call.deadline <= began:
+            if progress.horizon.until <= began:
                 raise TransportFailure("timeout", "the time for this request is over")
             progress.attempts += 1
             progress.upstream, progress.key = upstream.site.name, lease.key.label
-            answered = await self._send(call, lease, upstream, trip, began)
+            answered = await self._send(call, lease, upstream, trip, began, progress.horizon)
             if answered.outcome is Class.OK:
                 kept = True
             else:
@@ -230,6 +299,7 @@ class Exchange:
             return answered
         finally:
             progress.upstream_ms += (seams.monotonic() - began) * 1000
+            progress.went_up |= trip.connected
             if not kept:
                 self.settle(call, lease, tokens, went_up=trip.connected)
 
@@ -237,6 +307,8 @@ class Exchange:
         """Ends a lease: with the tokens used, None where that is unknown; or as if it had never been (contract 7,
         Client gone).
         """
+        if lease.hold is not None:
+            lease.hold.settle(tokens) if went_up else lease.hold.cancel()
         if lease.reservation is not None:
             if went_up:
                 lease.reservation.settle(tokens)
@@ -244,25 +316,30 @@ class Exchange:
                 lease.reservation.cancel()
             self._world.gate.notify(self._lane(call))
 
-    async def _send(self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float) -> Answered:
+    async def _send(
+        self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float, horizon: Horizon
+    ) -> Answered:
         world = self._world
         site, dialect = upstream.site, upstream.dialect
         body, injected = self._body(call, upstream)
         headers = upstream_headers(call.headers, pooled=not world.passthrough, dropped=_ACCEPT_ENCODING)
         headers.append(("Accept-Encoding", "identity"))
         headers.extend(self.credential(lease, upstream, call.client.auth))
+        first_byte = world.settings.timeouts.first_byte
+        horizon.going_up(trip, began + first_byte)
         reply = await self._way_up.send(
             "POST",
             dialect.url(site, call.route, call.model),
             headers,
             body,
-            first_byte=min(world.settings.timeouts.first_byte, call.deadline - began),
+            first_byte=min(first_byte, horizon.until - began),
             trip=trip,
         )
         try:
+            world.ring.told(lease.key, call.model, reply.headers, world.seams.monotonic(), self._quota(call))
             answered = seen(reply, upstream, lease, injected, began)
             if answered.status >= 400 or answered.is_event_stream:
-                async with asyncio.timeout(max(0.0, call.deadline - world.seams.monotonic())):
+                async with horizon.limit():
                     await understand(answered)
             return answered
         except TimeoutError:
@@ -301,15 +378,6 @@ class Exchange:
         if len(self._no_stream_options) >= 1000:
             self._no_stream_options.clear()  # not: stop learning, for then a request would go round in circles
         self._no_stream_options.add((upstream.site.name, model))
-
-    def _reading(
-        self, answered: Answered | None, failure: TransportFailure | None, wall: float
-    ) -> tuple[float | None, str]:
-        """(seconds the upstream asks to wait, the reason in a few words)."""
-        if answered is None:
-            return None, failure.detail if failure else ""
-        info = error_info(answered.body) if answered.body is not None else ErrorInfo()
-        return retry_after(answered.reply.headers, wall), f"{answered.status} {info.code or info.type}".strip()
 
 
 def _waited_too_long(why: str, model: str, seconds: float) -> Refusal:

@@ -72,7 +72,7 @@ class Items:
         while parts := batch.parts(bought):
             numbers = parts[0]
             part = call.with_input(batch.input(numbers))
-            answered = await self._exchange.run(part, progress)
+            answered = await self._exchange.run(part, progress, whole=False)
             if answered.body is not None:
                 return answered
             read = await self._whole(part, answered, progress)

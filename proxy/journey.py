@@ -10,31 +10,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import msgspec
 from msgspec.structs import replace
 
 from .answered import Answered, Read
-from .core.answer import Timing, cost_comment, cost_lines, cost_status, forward_status
-from .core.cacheability import StreamAudit, is_deterministic, plain_complete
+from .bought import Bought, Purchase
+from .core.answer import cost_comment, cost_lines
+from .core.cacheability import StreamAudit, plain_complete
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
+from .core.fallback import asking
 from .core.headers import Raw, downstream_headers
-from .core.items import Saved, in_order, join, read_answer, vectors_of
+from .core.items import in_order, join, read_answer, vectors_of
 from .core.lenient import parse_leniently
-from .core.outcome import TransportFailure
+from .core.outcome import Class, TransportFailure
 from .core.ports import WayUp
-from .core.pricing import Cost, usd
+from .core.pricing import Cost
 from .core.receipt import Receipt
 from .core.usage import NO_TOKENS, Usage, usage_of
 from .exchange import Exchange, Progress
+from .flights import Share
 from .items import SPILL_OF_ITEMS, Items
 from .planning import Planner
-from .relay import Ending, Flow
+from .relay import Dress, Ending, Flow
 from .runs import run_headers, run_lines
+from .sharing import Sharing
 from .shelf import Hit, Name, Shelf
+from .stale import Refresher, StandIns
+from .telling import Teller
 from .world import World
 
 log = logging.getLogger("proxy.request")
@@ -46,15 +51,8 @@ SPILL: Final = 64 * 1024 * 1024
 """A plain answer above this is no longer held to be understood: it flows through (bytes)."""
 
 
-class Bought(msgspec.Struct, frozen=True):
-    """An answer from upstream. lines: our headers, as text; body: whole, or None where `flow` streams it."""
-
-    status: int
-    reason: str
-    headers: Sequence[Raw]
-    lines: str
-    body: bytes | None
-    flow: Flow | None = None
+_RETRYABLE: Final = frozenset({Class.RETRY, Class.RATE_LIMITED})
+"""Upstream errors that another try, on behalf of somebody else who waits, may be spared."""
 
 
 class Journey:
@@ -62,11 +60,15 @@ class Journey:
 
     def __init__(self, world: World, way_up: WayUp, observe: Callable[[Receipt], None]) -> None:
         self.world = world
-        self._observe = observe
+        self.tell = Teller(world, observe)
         self.exchange = Exchange(world, way_up)
         self.planner = Planner(world)
         self.shelf = Shelf(world)
+        self.sharing = Sharing(world, self.buy_alone, self.shelf, self.tell)
         self.items = Items(world, self.exchange, self.shelf, self._read)
+        self.stand_ins = StandIns(world, self.shelf, self.sharing.buy, self.tell.finish)
+        self.tell.held = self.stand_ins.holds
+        self.refresher = Refresher(world, self.sharing.buy)
 
     async def serve(self, call: Call, check_room: Callable[[], None], name: Name | None = None) -> Hit | Bought:
         """The answer, from the cache or bought; counted where it is in a run. Raises Refusal.
@@ -96,47 +98,55 @@ class Journey:
         if name is not None:
             self.shelf.remember(name, call, plan)
         if hit is not None:
+            if hit.stale:
+                self.stand_ins.served(call, hit)
+                if not call.options.only_if_cached:
+                    self.refresher.refresh(call, plan)
             return hit
         check_room()
         if call.options.run:
             await self.world.runs.admit(self.world, call)
-        return await self.buy(call, plan)
+        return await self.stand_ins.buy(call, plan)
 
     # -- from upstream -------------------------------------------------------------------------------------------------
 
     async def buy(self, call: Call, plan: CachePlan) -> Bought:
+        """The answer from upstream, shared with whoever asks the same now. Raises Refusal."""
+        return await self.sharing.buy(call, plan)
+
+    async def buy_alone(self, call: Call, plan: CachePlan, progress: Progress) -> Bought:
         """The answer from upstream. Raises Refusal."""
-        progress = Progress()
         try:
             if plan.batch is not None and plan.batch.changes:
                 return await self._buy_items(call, plan, progress)
             answered = await self.exchange.run(call, progress)
+            if progress.model:  # another model answers: it is priced as such and never stored under this one
+                call, plan = asking(call, progress.model), replace(plan, write=False)
             if answered.body is not None:
                 return self._error_answer(call, plan, answered, progress)
             if answered.is_stream or answered.opaque:
                 return self._stream_answer(call, plan, answered, progress)
             return await self._plain_answer(call, plan, answered, progress)
         except Refusal as refusal:
-            self._record(call, plan, progress, refusal.status, error=refusal.code)
-            refusal.lines = self._lines(call, plan, progress, "", stored=False)
+            self.tell.record(call, plan, progress, refusal.status, error=refusal.code)
+            refusal.lines = self.tell.lines(call, plan, progress, "", stored=False)
             raise
         except asyncio.CancelledError:
-            self._record(call, plan, progress, 499, error="client_gone")
+            self.tell.record(call, plan, progress, 499, error="client_gone")
             raise
 
     def _error_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
         """The upstream's own error, with its status and body; keys masked."""
         assert answered.body is not None
         code = "no_usable_key" if progress.no_usable_key else ""
-        self._record(call, plan, progress, answered.status, error=code or f"upstream_{answered.status}")
-        lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
-        if code:
-            lines += f"X-Proxy-Error: {code}\r\n"
-        if progress.spent or code:
-            lines += "X-Should-Retry: false\r\n"
+        sale = Purchase(error=code or f"upstream_{answered.status}")
+        self.tell.record(call, plan, progress, answered.status, error=sale.error)
+        lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: unknown\r\n", stored=False)
+        extra = progress.verdict()
         headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent or code else b"")
         masked = self.world.masker.mask(answered.body)
-        return Bought(answered.status, answered.reply.reason, headers, lines, masked)
+        reason, share = answered.reply.reason, Share.AGAIN if answered.outcome in _RETRYABLE else Share.ALL
+        return Bought(answered.status, reason, headers, lines + extra, masked, None, share, sale, extra)
 
     async def _plain_answer(self, call: Call, plan: CachePlan, answered: Answered, progress: Progress) -> Bought:
         """A good answer, read whole. Settles the lease."""
@@ -162,9 +172,13 @@ class Journey:
                         )
             else:
                 why_not = "not a JSON answer"
-        lines = self._lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
-        self._record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
-        return Bought(answered.status, answered.reply.reason, read.headers, lines, body)
+        if not stored:
+            self.sharing.avoid(call, plan)
+        lines = self.tell.lines(call, plan, progress, cost_lines(cost, usage), stored, why_not)
+        self.tell.record(call, plan, progress, answered.status, usage=usage, cost=cost, answer_model=answer_model)
+        reason, sale = answered.reply.reason, Purchase(usage, cost, answer_model)
+        share = Share.ALL if stored else Share.OWN
+        return Bought(answered.status, reason, read.headers, lines, body, None, share, sale)
 
     async def _read(self, call: Call, answered: Answered, progress: Progress, most: int) -> Read | None:
         """A good answer, read whole and priced, its lease settled; None, and nothing settled, where it is longer than
@@ -173,7 +187,7 @@ class Journey:
         began = self.world.seams.monotonic()
         settled = False
         try:
-            body = await self._read_whole(call, answered, most)
+            body = await self._read_whole(answered, progress, most)
             if body is None:
                 settled = True
                 return None
@@ -181,7 +195,9 @@ class Journey:
             progress.upstream_ms += (self.world.seams.monotonic() - began) * 1000
             usage, cost = self._price(call, answered, document)
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            self.exchange.learn(call, progress, usage)
             settled = True
+            self.world.objects.note(self.world.ring, call, answered.lease.key, document)
         except TransportFailure as failure:
             raise failure.refusal() from None
         finally:
@@ -201,24 +217,29 @@ class Journey:
         if isinstance(bought, Answered):
             return self._error_answer(call, plan, bought, progress)
         usage, cost, savings = progress.usage, progress.cost, bought.savings
-        lines = self._lines(call, bought.plan, progress, cost_lines(cost, usage, savings), bought.stored)
-        self._record(call, bought.plan, progress, 200, answer_model=bought.model, savings=savings)
-        return Bought(200, bought.reason, bought.headers, lines, bought.body)
+        lines = self.tell.lines(call, bought.plan, progress, cost_lines(cost, usage, savings), bought.stored)
+        self.tell.record(call, bought.plan, progress, 200, answer_model=bought.model, savings=savings)
+        if not bought.stored:
+            self.sharing.avoid(call, plan)
+        share, sale = Share.ALL if bought.stored else Share.OWN, Purchase(usage, cost, bought.model)
+        return Bought(200, bought.reason, bought.headers, lines, bought.body, None, share, sale)
 
-    async def _read_whole(self, call: Call, answered: Answered, most: int) -> bytes | None:
+    async def _read_whole(self, answered: Answered, progress: Progress, most: int) -> bytes | None:
         """The body, or None where it grows beyond `most` bytes: then `answered.first` holds what was read."""
         if not answered.decoded and (whole := answered.reply.ready()) is not None:
             return whole
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(max(0.0, call.deadline - self.world.seams.monotonic())):
+            async with progress.horizon.limit():
                 async for chunk in answered.more:
                     parts.append(chunk)
                     size += len(chunk)
                     if size > most:
                         answered.first = parts
                         return None
+                    if progress.unread and size > self.world.settings.cache.max_entry:
+                        raise TransportFailure("invalid", "too large for the cache, and nobody else wants it")
         except TimeoutError:
             raise TransportFailure("timeout", "the upstream did not finish its answer in time") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -245,48 +266,61 @@ class Journey:
         world = self.world
         sse = answered.is_stream and not answered.opaque
         audit = StreamAudit(call.endpoint, call.document) if sse else None
-        headers = self._headers(answered)
+        headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent else b"")
         began = answered.sent_at
         progress.first_byte_ms = (world.seams.monotonic() - call.arrived) * 1000
+        sale = Purchase()
 
         def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:
-            usage = usage_of(call.endpoint, {"usage": seen.usage})
-            if usage is None or not standard_tier(seen.service_tier):
-                return usage, None
-            kind = answered.upstream.site.kind
-            return usage, answered.upstream.prices.cost(kind, (seen.model, call.model), usage)
+            usage = usage_of(call.endpoint, {"usage": seen.usage, "output": seen.output, "tools": seen.tools})
+            if usage is None:
+                return None, None
+            kind, models = answered.upstream.site.kind, (seen.model, call.model)
+            return usage, answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
 
         def ended(ending: Ending) -> None:
             progress.upstream_ms = (world.seams.monotonic() - began) * 1000
             usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
             self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            self.exchange.learn(call, progress, usage)
+            sale.usage, sale.cost, sale.answer_model = usage, cost, model
+            stored = False
             if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):
-                self.shelf.keep(
+                stored = self.shelf.keep(
                     call, plan, answered, headers, ending.body, audit.usage_span if audit else None, usage, cost, model
                 )
+            if not (stored or ending.failure or ending.gone or (audit is not None and audit.error)):
+                self.sharing.avoid(call, plan)
             error = ending.failure or ("client_gone" if ending.gone else "")
             status = 499 if ending.gone else answered.status
-            self._record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
+            self.tell.record(call, plan, progress, status, usage=usage, cost=cost, answer_model=model, error=error)
 
-        def comment(seen: StreamAudit) -> bytes:
-            usage, cost = price(seen)
+        def comment() -> bytes:
+            assert audit is not None
+            usage, cost = price(audit)
             return cost_comment(cost, usage)
 
         wants_comment = call.stream and (call.options.stream_cost or world.settings.cost.stream_comment)
         storable = plan.write and call.stream and answered.status == 200 and not answered.leaked
         flow = Flow(
-            call=call,
             answered=answered,
             audit=audit,
             keep=world.settings.cache.max_entry if storable else 0,
-            comment=comment if wants_comment and sse else None,
+            dress=Dress(answered.injected and sse, comment if wants_comment and sse else None),
             ended=ended,
         )
-        lines = self._lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
-        if progress.no_usable_key:
-            lines += "X-Proxy-Error: no_usable_key\r\n"
-        return Bought(answered.status, answered.reply.reason, headers, lines, None, flow)
+        lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
+        extra = progress.verdict()
+        share = Share.ALL if storable and sse else Share.OWN
+        if answered.outcome in _RETRYABLE:
+            share = Share.AGAIN
+        elif share is Share.OWN:
+            self.sharing.avoid(call, plan)
+        reason, asked = answered.reply.reason, answered.injected or call.wants_usage
+        return Bought(
+            answered.status, reason, headers, lines + extra, None, flow, share, sale, extra, usage_asked=asked
+        )
 
     # -- what every answer needs --------------------------------------------------------------------------------------
 
@@ -304,8 +338,6 @@ class Journey:
 
     def _price(self, call: Call, answered: Answered, document: Any) -> tuple[Usage | None, Cost | None]:
         usage = usage_of(call.endpoint, document)
-        if isinstance(document, Mapping) and not standard_tier(document.get("service_tier")):
-            return usage, None
         if (
             usage is None
             and call.endpoint == "moderations"
@@ -315,86 +347,6 @@ class Journey:
             usage = NO_TOKENS
         if usage is None:
             return None, None
-        answer_model = document.get("model") if isinstance(document, Mapping) else None
-        return usage, answered.upstream.prices.cost(answered.upstream.site.kind, (answer_model, call.model), usage)
-
-    def _lines(
-        self,
-        call: Call,
-        plan: CachePlan,
-        progress: Progress,
-        money: str,
-        stored: bool,
-        why_not: str | None = None,
-    ) -> str:
-        """Our headers on an answer from upstream."""
-        world = self.world
-        total = (world.seams.monotonic() - call.arrived) * 1000
-        timing = Timing(progress.queue_ms + progress.paused_ms, progress.upstream_ms, total)
-        detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
-        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
-        went = f"X-Proxy-Upstream: {progress.upstream}\r\nX-Proxy-Key: {progress.key}\r\n" if progress.upstream else ""
-        return (
-            f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\nX-Proxy-Cache-Reason: {plan.reason}\r\n"
-            f"Cache-Status: {forward_status(plan.forward, detail, stored)}\r\n{key}"
-            f"{went}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
-        )
-
-    def _record(
-        self,
-        call: Call,
-        plan: CachePlan,
-        progress: Progress,
-        status: int,
-        *,
-        usage: Usage | None = None,
-        cost: Cost | None = None,
-        answer_model: object = None,
-        error: str = "",
-        savings: Saved | None = None,
-    ) -> None:
-        seams = self.world.seams
-        usage, cost = usage or progress.usage, cost or progress.cost
-        self.finished(
-            Receipt(
-                id=call.id,
-                client=call.client.name,
-                endpoint=call.endpoint,
-                model=call.model,
-                status=status,
-                cache=plan.status,
-                finished_at=seams.wall(),
-                reason=plan.reason,
-                answer_model=answer_model if isinstance(answer_model, str) else None,
-                stream=call.stream,
-                upstream=progress.upstream,
-                key=progress.key,
-                attempts=progress.attempts,
-                cost_usd=usd(cost.usd) if cost is not None else None,
-                saved_usd=savings.cost if savings is not None else "0.000000" if cost is not None else None,
-                cost_status=cost_status(cost, savings),
-                usage=usage,
-                error=error,
-                queue_ms=progress.queue_ms + progress.paused_ms,
-                upstream_ms=progress.upstream_ms,
-                total_ms=(seams.monotonic() - call.arrived) * 1000,
-                tags=call.options.tags,
-                run=call.options.run,
-                first_byte_ms=progress.first_byte_ms,
-                cache_key=plan.key,
-                sampled=not is_deterministic(call.endpoint, call.document),
-            )
-        )
-
-    def finished(self, receipt: Receipt) -> None:
-        """A request is over: its receipt is kept, counted and logged."""
-        self.world.runs.finished(receipt)
-        self.world.receipts.put(receipt)
-        self._observe(receipt)
-
-
-def standard_tier(service_tier: object) -> bool:
-    """Whether the table's prices hold: flex, priority and other tiers cost something else (unknown until it has their
-    rates).
-    """
-    return service_tier in (None, "auto", "default", "standard")
+        asked = document if isinstance(document, Mapping) else {}
+        kind, models = answered.upstream.site.kind, (asked.get("model"), call.model)
+        return usage, answered.upstream.prices.cost(kind, models, usage, asked.get("service_tier"))

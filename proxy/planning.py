@@ -11,7 +11,7 @@ from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.explain import traits_of
 from .core.fields import dropped_fields, request_bypass
-from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical
+from .core.fingerprint import KeyParts, NotCacheable, cache_key, canonical, scoped
 from .core.items import Batch, read_batch
 from .world import World
 
@@ -46,31 +46,40 @@ class Planner:
                 parts = self.parts(call, drop)
         except NotCacheable as error:
             return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
-        sample = options.sample
+        sample, scope = options.sample, call.client.scope
         if options.run and not sample:
-            sample = await world.runs.sample(call, (await self._key(parts))[0])
+            sample = await world.runs.sample(call, scoped((await self._key(parts))[0], scope))
         parts = _sampled(parts, sample)
         batch = await self._batch(call, parts, drop)
-        key, traits = await self._key(parts)
+        bare, traits = await self._key(parts)
         if batch is not None and len(batch.order) == 1:
-            key, batch = batch.keys[0], None  # the answer to one item is what is kept of that item
-        if options.no_cache:
-            return CachePlan(key, "no-cache", False, True, "request", batch, traits)
-        return CachePlan(key, "new", True, True, batch=batch, traits=traits)
+            bare, batch = batch.bare[0], None  # the answer to one item is what is kept of that item
+        if world.replays:  # whose answer it was, and how old it is, do not matter: no-cache is about age
+            return CachePlan(bare, "not recorded", True, True, batch=batch, traits=traits)
+        key = scoped(bare, scope)
+        if batch is not None and scope:
+            batch = replace(batch, keys=tuple([scoped(item, scope) for item in batch.bare]))
+        reason, read, forward = "new", True, "uri-miss"
+        if world.settings.cache.mode == "refresh":
+            reason, read, forward = "refresh", False, "bypass"
+        elif options.no_cache:
+            reason, read, forward = "no-cache", False, "request"
+        request = world.masker.mask(parts.body).decode() if world.settings.cache.store_requests else None
+        return CachePlan(key, reason, read, True, forward, batch, traits, bare if bare != key else "", request)
 
     async def _key(self, parts: KeyParts) -> tuple[str, str]:
-        """The key, and the digests that tell later how it differs from another."""
+        """The key less the client's scope, and the digests that tell later how it differs from another."""
         if len(parts.body) > LARGE:
             return await asyncio.to_thread(_key_and_traits, parts)
         return _key_and_traits(parts)
 
     def parts(self, call: Call, drop: frozenset[str]) -> KeyParts:
-        """What the key is made of, before a sample is added. Raises NotCacheable."""
+        """What the key is made of, before sample and scope are added. Raises NotCacheable."""
         beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
         route = call.route
         return KeyParts(
             endpoint=call.endpoint,
-            namespace=f"{call.client.scope}\n{call.options.namespace}",
+            namespace=call.options.namespace,
             model=f"{call.model}\n{route.deployment or ''}",
             upstreams=self._world.identity(call.model),
             beta=b", ".join(beta).decode("latin-1"),

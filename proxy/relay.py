@@ -14,7 +14,6 @@ from typing import Final
 
 from .answered import Answered
 from .core.cacheability import StreamAudit
-from .core.call import Call
 from .core.errors import error_event
 from .core.outcome import TransportFailure
 from .core.ports import Write
@@ -25,12 +24,22 @@ MAX_EVENT: Final = 16 * 1024 * 1024
 """An event longer than this (bytes) is passed on without being looked at: memory is bounded, whatever comes."""
 
 
+SHUTTING_DOWN: Final = "the proxy is shutting down"
+
 READ_ON: Final = 1.0
 """Seconds for which the end of an upstream's body is waited for when the client hung up at the end of its stream."""
 
 
 class StreamBroken(Exception):
-    """The stream cannot end well: the client's connection is to be aborted, so that nobody takes it for complete."""
+    """The stream cannot end well: the client's connection is to be aborted, so that nobody takes it for complete.
+
+    failure: why; at_once: what was written already is not waited for, because the client does not take it.
+    """
+
+    def __init__(self, failure: TransportFailure, *, at_once: bool = False) -> None:
+        super().__init__(failure.detail)
+        self.failure = failure
+        self.at_once = at_once
 
 
 @dataclass(slots=True)
@@ -39,111 +48,175 @@ class Ending:
     left.
     """
 
-    audit: StreamAudit | None
     body: bytes | None = None
     why: str | None = None
     failure: str = ""
-    detail: str = ""
     gone: bool = False
+
+
+class Dress:
+    """What one client gets of a stream. strip: less the usage chunk, which only the proxy asked for; comment: gives the
+    cost comment that it wants before the end."""
+
+    __slots__ = ("_comment", "_filter", "_splitter", "_strip", "_told")
+
+    def __init__(self, strip: bool, comment: Callable[[], bytes] | None) -> None:
+        self._strip = strip
+        self._comment = comment
+        self._splitter = Splitter() if comment is not None else None
+        self._filter = UsageFilter() if strip and comment is None else None
+        self._told = False
+
+    @property
+    def raw(self) -> bool:
+        """Everything goes on as it comes."""
+        return self._filter is None and self._splitter is None
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether an event of ours may follow what was given so far. Where it is `raw`, its source knows."""
+        return self._filter is None or self._filter.at_boundary
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of it may go on now."""
+        if self._filter is not None:
+            return self._filter.feed(chunk)
+        if self._splitter is None:
+            return chunk
+        out = self._commented(self._splitter.feed(chunk))
+        if self._splitter.held > MAX_EVENT:
+            out += self._splitter.rest
+            self._splitter = None
+        return out
+
+    def finish(self) -> bytes:
+        """The last of it; the cost comment goes before a `[DONE]` without its blank line, too."""
+        if self._filter is not None:
+            return self._filter.finish()
+        if self._splitter is None:
+            return b""
+        assert self._comment is not None
+        out = self._commented(self._splitter.finish())
+        rest = self._splitter.rest
+        cost = b"" if self._told else self._comment()
+        return out + (cost + rest if rest.strip(b"\r\n") else rest + cost)
+
+    def _commented(self, events: list[bytes]) -> bytes:
+        """Whole events only, the cost comment before `[DONE]`."""
+        assert self._comment is not None
+        out = []
+        for event in events:
+            if self._strip and is_usage_event(event):
+                continue
+            if not self._told and (data_of(event) or b"").strip() == b"[DONE]":
+                self._told = True
+                out.append(self._comment())
+            out.append(event)
+        return b"".join(out)
 
 
 @dataclass(slots=True)
 class Flow:
-    """One stream. comment: gives the cost comment once the usage is known; keep: bytes kept at most for the cache;
-    ended: called exactly once, with what is to be settled, priced, stored and recorded."""
+    """One stream. dress: what the client gets of it; keep: bytes kept at most for the cache; ended: called exactly
+    once, with what is to be settled, priced, stored and recorded; quiet: a failure is told to nobody here, because
+    those who read (`reel`) are told of it where they are."""
 
-    call: Call
     answered: Answered
     audit: StreamAudit | None
     keep: int
-    comment: Callable[[StreamAudit], bytes] | None
+    dress: Dress
     ended: Callable[[Ending], None]
+    quiet: bool = False
     interrupted: str = ""
     _done: bool = False
+    _dropped: bool = False
     _pumped: bool = False
     _kept: list[bytes] | None = None
     _size: int = 0
     _blind: bool = False
-    _cost_told: bool = False
     _splitter: Splitter = field(default_factory=Splitter)
 
     def abandon(self) -> None:
         """The client left before the first byte. After `pump` it does nothing."""
         if not self._pumped:
-            self._end(Ending(self.audit, gone=True))
+            self._end(Ending(gone=True))
+
+    def drop(self) -> None:
+        """Nobody wants it any more: it ends now, whoever pumps; unless it is at its end already."""
+        if not self._done:
+            self._dropped = True
+            self._end(Ending(gone=True))
 
     async def pump(self, write: Write) -> None:
         """Passes the whole stream to `write`. Raises StreamBroken after a failure has been told, or could not be."""
         self._pumped = True
-        filter_ = UsageFilter() if self.answered.injected and self.audit is not None else None
         self._kept = [] if self.audit is not None and self.keep else None
-        at_boundary = True
+        feed = self.dress.feed
         try:
             async for chunk in self._chunks():
-                events = self._examine(chunk) if self.audit is not None else []
-                if self.comment is not None and self.audit is not None:
-                    out = self._commented(events, filter_ is not None)
-                    at_boundary = True
-                    if self._blind:
-                        out, self.comment = out + self._splitter.rest, None
-                elif filter_ is not None:
-                    out = filter_.feed(chunk)
-                    at_boundary = filter_.at_boundary
-                else:
-                    out = chunk
-                    at_boundary = self._splitter.at_boundary
-                if self._is_over():
+                if self.audit is not None:
+                    self._examine(chunk)
+                out = feed(chunk)
+                if self.over:
                     # Most SDKs hang up at `[DONE]`, and their next request may follow at once: it is a hit already.
                     self._report(self._ending())
                 if out:
                     await write(out)
             if self.audit is not None and not self._blind:
-                last = self._splitter.finish()
-                self._audit(last)
+                self._audit(self._splitter.finish())
                 rest = self._splitter.rest
                 if not self._done and (data_of(rest + b"\n\n") or b"").strip() == b"[DONE]":
                     self.audit.event(rest)  # SDKs take it without its blank line, too
                 if not self._done and self.audit.truncated(rest):
                     raise TransportFailure("invalid", "the upstream ended its stream before its end")
-                if self.comment is not None:
-                    await self._write_last(write, last, rest, filter_ is not None)
-            if filter_ is not None and (out := filter_.finish()):
+            if out := self.dress.finish():
                 await write(out)
         except TransportFailure as failure:
             if self._done:  # it broke off after its end: nothing is missing
-                self._end(Ending(self.audit))
+                self._end(Ending())
                 return
             # Where the cut falls inside an event, nothing of ours may stand there.
-            await self._break(write, failure.code, failure.detail, at_boundary and self._splitter.at_boundary)
+            at_boundary = self._splitter.at_boundary and self.dress.at_boundary
+            await self._break(write, failure.code, failure, at_boundary)
         except asyncio.CancelledError:
             if self._done:
                 self._read_on()
                 raise
             if not self.interrupted:
-                self._end(Ending(self.audit, gone=True))
+                self._end(Ending(gone=True))
                 raise
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()
-            await self._break(write, self.interrupted, "the proxy is shutting down", at_boundary)
+            at_boundary = self._splitter.at_boundary if self.dress.raw else self.dress.at_boundary
+            await self._break(write, self.interrupted, TransportFailure("invalid", SHUTTING_DOWN), at_boundary)
         except BaseException:
             if self._done:
                 self._read_on()
             else:
-                self._end(Ending(self.audit, gone=True))
+                self._end(Ending(gone=True))
             raise
         else:
             self._end(self._ending())
 
-    def _is_over(self) -> bool:
+    @property
+    def over(self) -> bool:
+        """All was said that such a stream has to say."""
         return self.audit is not None and self.audit.over and self._splitter.at_boundary and not self._blind
+
+    @property
+    def open_for_error(self) -> bool:
+        """Whether an event of ours may follow what came so far, and has not been told by the upstream itself."""
+        return self.audit is not None and not self.audit.error and not self._blind and self._splitter.at_boundary
 
     def _ending(self) -> Ending:
         """The good ending."""
-        return Ending(self.audit, b"".join(self._kept) if self._kept is not None else None, self._verdict())
+        return Ending(b"".join(self._kept) if self._kept is not None else None, self._verdict())
 
     def _read_on(self) -> None:
         """The client hung up at the end: what little is left is read, so that the connection upstream can be kept."""
+        if self._dropped:
+            return
 
         async def rest() -> None:
             try:
@@ -162,13 +235,13 @@ class Flow:
             return "uncacheable: opaque"
         return "event too large" if self._blind else self.audit.verdict(self._splitter.rest)
 
-    async def _break(self, write: Write, code: str, detail: str, at_boundary: bool) -> None:
+    async def _break(self, write: Write, code: str, failure: TransportFailure, at_boundary: bool) -> None:
         """Tells the client of a failure after the first byte: an error event where one can stand, then no clean end."""
         told = self.audit is not None and self.audit.error
-        self._end(Ending(self.audit, failure=code, detail=detail))
-        if at_boundary and self.audit is not None and not self._blind and not told:
-            await write(error_event(code, detail))
-        raise StreamBroken(detail)
+        self._end(Ending(failure=code))
+        if at_boundary and self.audit is not None and not self._blind and not told and not self.quiet:
+            await write(error_event(code, failure.detail))
+        raise StreamBroken(failure)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         for chunk in self.answered.first:
@@ -177,8 +250,8 @@ class Flow:
         async for chunk in self.answered.more:
             yield chunk
 
-    def _examine(self, chunk: bytes) -> list[bytes]:
-        """Keeps and audits a copy; the events that are complete now."""
+    def _examine(self, chunk: bytes) -> None:
+        """Keeps and audits a copy."""
         if self._kept is not None:
             self._size += len(chunk)
             if self._size > self.keep:
@@ -186,41 +259,15 @@ class Flow:
             else:
                 self._kept.append(chunk)
         if self._blind:
-            return []
-        events = self._splitter.feed(chunk)
-        self._audit(events)
+            return
+        self._audit(self._splitter.feed(chunk))
         if self._splitter.held > MAX_EVENT:
             self._blind, self._kept = True, None
-        return events
 
     def _audit(self, events: list[bytes]) -> None:
         assert self.audit is not None
         for event in events:
             self.audit.event(event)
-
-    def _commented(self, events: list[bytes], strip: bool) -> bytes:
-        """Whole events only, the cost comment before `[DONE]`."""
-        assert self.comment is not None
-        assert self.audit is not None
-        out = []
-        for event in events:
-            if strip and is_usage_event(event):
-                continue
-            if not self._cost_told and (data_of(event) or b"").strip() == b"[DONE]":
-                self._cost_told = True
-                out.append(self.comment(self.audit))
-            out.append(event)
-        return b"".join(out)
-
-    async def _write_last(self, write: Write, events: list[bytes], rest: bytes, strip: bool) -> None:
-        """The end of a stream with a cost comment, which goes before a `[DONE]` without its blank line, too."""
-        assert self.comment is not None
-        assert self.audit is not None
-        out = self._commented(events, strip)
-        cost = b"" if self._cost_told else self.comment(self.audit)
-        out += cost + rest if rest.strip(b"\r\n") else rest + cost
-        if out:
-            await write(out)
 
     def _end(self, ending: Ending) -> None:
         self.answered.reply.close()

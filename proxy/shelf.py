@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -24,11 +25,14 @@ from .core.forms import converted, other_form
 from .core.headers import Raw, storable_headers
 from .core.items import Batch, cached, item_entries, made_of
 from .core.pricing import Cost, usd
+from .core.routes import printable
 from .core.usage import Usage
 from .world import World
 
 LARGE: Final = 256 * 1024
 """Stored answers above this are converted in a thread (bytes)."""
+
+REVALIDATING: Final = "stale-while-revalidate"
 
 _MEMO_SIZE: Final = 20_000
 
@@ -36,6 +40,9 @@ _MEMO_SIZE: Final = 20_000
 class Hit(msgspec.Struct, frozen=True):
     """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status; lines: more of our
     headers; run: whose it is.
+
+    stale: why an entry past its lifetime was served, '' on other hits; attempts: calls that failed before it was;
+    forwarded: whether it stands in for an upstream's answer.
     """
 
     entry: Entry
@@ -43,6 +50,9 @@ class Hit(msgspec.Struct, frozen=True):
     id: str
     lines: str = ""
     run: str = ""
+    stale: str = ""
+    attempts: int = 0
+    forwarded: bool = False
 
 
 Name = tuple[str, str, bytes]
@@ -69,6 +79,8 @@ class Shelf:
         self._memo: OrderedDict[tuple[str, str, bytes], Remembered] = OrderedDict()
         self.recent = Recent()
         self._purges = 0
+        self._replays = world.replays
+        self._past_end = math.inf if world.replays else 0.0
 
     def peek(self, name: Name) -> Hit | None:
         """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
@@ -77,17 +89,20 @@ class Shelf:
             return None
         return self._find(self._world.store.peek(known.key, known.form), known.wants_usage, None)
 
-    def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None) -> Hit | None:
-        if entry is None or not self._may_serve(entry, max_age):
+    def _find(
+        self, entry: Entry | None, wants_usage: bool, max_age: int | None, past_end: float | None = None
+    ) -> Hit | None:
+        """past_end: seconds by which its lifetime may be over; None: as always in this mode."""
+        if entry is None or not self._may_serve(entry, max_age, self._past_end if past_end is None else past_end):
             return None
         body = entry.body_for(wants_usage)
         if body is None:
             return None
         return Hit(entry, body, self._world.seams.new_id())
 
-    def _may_serve(self, entry: Entry, max_age: int | None) -> bool:
+    def _may_serve(self, entry: Entry, max_age: int | None, past_end: float) -> bool:
         wall = self._world.seams.wall()
-        return entry.fresh(wall) and (max_age is None or entry.age(wall) <= max_age)
+        return wall < entry.expires_at + past_end and (max_age is None or entry.age(wall) <= max_age)
 
     def remember(self, name: Name, call: Call, plan: CachePlan) -> None:
         """Lets `peek` answer when the same bytes come again."""
@@ -103,19 +118,26 @@ class Shelf:
             form: Form = "sse" if call.stream else "json"
             wall = self._world.seams.wall()
             entry, other = await store.get_both(plan.key, form, other_form(form), wall)
-            hit = self._find(entry, call.wants_usage, options.max_age)
-            if hit is None and other is not None and other.fresh(wall):
-                hit = self._find(await self._converted(call, other), call.wants_usage, options.max_age)
+            max_age = None if self._replays else options.max_age
+            hit = await self._either(call, entry, other, max_age, self._past_end)
             if hit is not None:
                 self.recent.add(call.client.scope, hit.entry)
                 return hit, plan
             if plan.batch is not None:
-                plan = await self._look_for_items(plan, plan.batch, options.max_age)
+                plan = await self._look_for_items(plan, plan.batch, max_age)
                 if plan.batch is not None and len(plan.batch.found) == len(plan.batch.keys):
                     return await self._made_of_items(plan.key, plan.batch), plan
             if plan.forward != "partial":
                 reason, forward = self._why_missed(call, plan, entry, other, wall)
+                if self._replays:
+                    reason = f"{plan.reason}; {reason}" if reason.startswith("differs") else plan.reason
                 plan = msgspec.structs.replace(plan, reason=reason, forward=forward)
+            if while_revalidate := self._world.settings.cache.stale_while_revalidate:
+                hit = await self._either(call, entry, other, max_age, while_revalidate)
+                if hit is not None:
+                    return msgspec.structs.replace(hit, stale=REVALIDATING), plan
+        if self._replays:
+            raise Refusal("not_cached", _not_recorded(call, plan, self._world.identity(call.model)))
         if options.only_if_cached:
             raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
@@ -127,7 +149,7 @@ class Shelf:
         usable = {
             number: entry
             for number, entry in enumerate(entries)
-            if entry is not None and self._may_serve(entry, max_age)
+            if entry is not None and self._may_serve(entry, max_age, self._past_end)
         }
         if sum(len(entry.body) for entry in usable.values()) > LARGE:
             found = await asyncio.to_thread(cached, usable)
@@ -158,6 +180,42 @@ class Shelf:
             self._purges = self._world.store.purges
             self.recent.clear()
         return self.recent.reason(call.client.scope, call.endpoint, plan.key, plan.traits, wall), plan.forward
+
+    def patience_with_errors(self, call: Call, plan: CachePlan) -> float:
+        """Seconds past its lifetime for which an answer may stand in for a failure; 0: none may.
+
+        RFC 5861 section 4: a request's own stale-if-error goes before the setting, and before what else it says of age;
+        without one its no-cache holds.
+        """
+        if self._world.store is None or not plan.key:
+            return 0.0
+        if call.options.stale_if_error is not None:
+            return float(call.options.stale_if_error)
+        return self._world.settings.cache.stale_if_error if plan.read else 0.0
+
+    async def stand_in(self, call: Call, plan: CachePlan, why: str, attempts: int) -> Hit | None:
+        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be."""
+        wall = self._world.seams.wall()
+        store, seconds = self._world.store, self.patience_with_errors(call, plan)
+        if store is None or seconds <= 0:
+            return None
+        form: Form = "sse" if call.stream else "json"
+        max_age = call.options.max_age if call.options.stale_if_error is None else None
+        hit = await self._either(call, *await store.get_both(plan.key, form, other_form(form), wall), max_age, seconds)
+        if hit is None:
+            return None
+        return msgspec.structs.replace(
+            hit, id=call.id, stale=f"stale-if-error: {why}", attempts=attempts, forwarded=True
+        )
+
+    async def _either(
+        self, call: Call, entry: Entry | None, other: Entry | None, max_age: int | None, past_end: float
+    ) -> Hit | None:
+        """The answer from the entry in the form asked for, else from the one in the other form."""
+        hit = self._find(entry, call.wants_usage, max_age, past_end)
+        if hit is None and other is not None and self._world.seams.wall() < other.expires_at + past_end:
+            hit = self._find(await self._converted(call, other), call.wants_usage, max_age, past_end)
+        return hit
 
     async def _converted(self, call: Call, other: Entry) -> Entry | None:
         """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
@@ -213,6 +271,9 @@ class Shelf:
             entries = await asyncio.to_thread(item_entries, template, batch, numbers, vectors, price)
         else:
             entries = item_entries(template, batch, numbers, vectors, price)
+        if plan.request is not None:
+            mask = self._world.masker.mask_text
+            entries = [msgspec.structs.replace(entry, request=mask(entry.request or "")) for entry in entries]
         stored = [store.put(entry) for entry in entries]
         return any(stored)
 
@@ -248,6 +309,8 @@ class Shelf:
             sampled=not is_deterministic(call.endpoint, call.document),
             usage_asked=call.wants_usage or answered.injected,
             traits=plan.traits,
+            request=plan.request,
+            bare=plan.bare,
         )
 
     def _put(self, scope: str, entry: Entry) -> bool:
@@ -256,3 +319,17 @@ class Shelf:
         if stored:
             self.recent.add(scope, entry)
         return stored
+
+
+def _not_recorded(call: Call, plan: CachePlan, identity: str) -> str:
+    """What a person needs to find out why a replay has no answer: what it looked for."""
+    if not plan.key:
+        return f"replay: this request is never stored ({plan.reason}), and nothing is sent upstream"
+    options = call.options
+    asked = {"namespace": options.namespace, "sample": options.sample, "query": call.route.query}
+    further = "".join(f", {name} {value!r}" for name, value in asked.items() if value)
+    model, upstream = printable(call.model, 60), printable(identity.replace("\n", " + "))
+    return (
+        f"replay: {plan.reason}, and nothing is sent upstream; looked for {call.endpoint}, model {model!r}, "
+        f"upstream {upstream}{further}"
+    )

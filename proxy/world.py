@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from .cassettes import RecordingStore, ReplayStore
 from .config import Settings
+from .config.settings import Cache
 from .core.attempts import Policy, RetryBudget
+from .core.breaker import Breaker, Trip
 from .core.call import Client
+from .core.clients import Clients, Hold
+from .core.habits import Habits
 from .core.headers import Masker
 from .core.keyring import KeyRing, PoolKey
-from .core.outcome import TransportFailure
+from .core.learned import Learned
+from .core.outcome import Class, TransportFailure
+from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
 from .gate import Gate
+from .limiters import RECHECK, Limiter
+from .objects import Objects, Shared
 from .providers import DIALECTS, Dialect, Site
 from .runs import RunBook
 from .seams import Seams
@@ -37,6 +48,7 @@ class Upstream:
     prices: PriceTable
     budget: RetryBudget
     cache_as: str | None
+    breaker: Breaker
 
     def identity(self, model: str) -> str:
         return self.cache_as or self.dialect.identity(self.site, model)
@@ -55,11 +67,16 @@ class World:
     policy: Policy
     gate: Gate
     store: TieredStore | None
+    objects: Objects
     masker: Masker
     passthrough: bool
     runs: RunBook
+    leases: Leases | None = None
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
+    clients: Clients = field(default_factory=lambda: Clients({}))
+    limiter: Limiter | None = None
+    habits: Habits = field(default_factory=Habits)
     _identities: dict[str, str] = field(default_factory=dict)
 
     def identity(self, model: str) -> str:
@@ -72,6 +89,44 @@ class World:
                 self._identities.clear()
             self._identities[model] = found
         return found
+
+    @property
+    def replays(self) -> bool:
+        """Nothing goes upstream: answers come from what was recorded, whatever its age and whosever it was."""
+        return self.settings.cache.mode == "replay"
+
+    async def hold(self, client: Client, tokens: int) -> Hold | None:
+        """A hold of the client's own limits for a request of `tokens`. Raises Refusal(client_limit …)."""
+        hold = self.clients.hold(client, tokens, self.seams.monotonic())
+        if self.limiter is None:
+            return hold
+        while hold is not None and hold.reservation is not None:
+            try:
+                if await self.limiter.confirm(hold.reservation):
+                    break
+            except BaseException:
+                hold.cancel()
+                raise
+            hold.cancel()
+            hold = self.clients.hold(client, tokens, self.seams.monotonic())
+        return hold
+
+    def learn(self, key: PoolKey, model: str, outcome: Class, wait: float, reason: str, floor: int = 0) -> None:
+        """Takes note of what an answer teaches of a key, and lets other proxies know."""
+        now = self.seams.monotonic()
+        self.ring.learn(key, model, outcome, now, wait, reason, floor)
+        if self.limiter is not None:
+            states = self.ring.states(key.label, model, now)
+            told = {
+                slot: (state.status.value, state.until - now, state.reason)
+                for slot, state in states.items()
+                if not state.floor
+            }
+            self.limiter.learned(key.label, model, told)
+
+    def adopt(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
+        """Takes over what another proxy has learned of a key."""
+        self.ring.adopt(label, model, status, self.seams.monotonic(), wait, reason)
 
     def upstream_named(self, name: str) -> Upstream | None:
         return next((upstream for upstream in self.upstreams if upstream.site.name == name), None)
@@ -110,24 +165,40 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         before = old.upstream_named(spec.name) if old is not None else None
         same = before is not None and old is not None and old.settings.retry.budget == settings.retry.budget
         budget = before.budget if before is not None and same else RetryBudget(settings.retry.budget)
-        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as))
+        trip = Trip(settings.breaker.failures, settings.breaker.window, settings.breaker.open_for)
+        breaker = before.breaker if before is not None and before.breaker.trip == trip else Breaker(trip)
+        upstreams.append(Upstream(site, dialect, prices, budget, spec.cache_as, breaker))
         for key in spec.keys:
             secret = key.secret.reveal()
             secrets.append(secret)
+            limits = settings.limits_of(spec, key) if settings.throttle.tier else key.limits
             credentials[key.label] = dialect.auth(secret, key.organization, key.project)
-            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, key.limits, key.weight))
+            keys.append(PoolKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight))
         if spec.entra_id:
             keys.append(PoolKey(spec.name, index, spec.models, spec.priority))
         elif not spec.keys:
             label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
             credentials[label] = ()
-            keys.append(PoolKey(label, index, spec.models, spec.priority))
+            limits = settings.limits_of(spec) if settings.throttle.tier else {}
+            keys.append(PoolKey(label, index, spec.models, spec.priority, limits=limits))
     retry = settings.retry
-    ring = KeyRing(keys, STRATEGIES[settings.selection], settings.throttle.limits, settings.throttle.use)
-    gate = Gate(settings.throttle.max_queue, seams.monotonic)
+    limiter = _limiter(settings, seams) if old is None else old.limiter
+    make = limiter.allowance if limiter is not None else None
+    ring = KeyRing(
+        keys,
+        STRATEGIES[settings.selection],
+        settings.throttle.limits,
+        settings.throttle.use,
+        make=make,
+        breakers=[upstream.breaker for upstream in upstreams],
+        learned=Learned() if settings.throttle.adaptive else None,
+    )
+    gate = Gate(settings.throttle.max_queue, seams.monotonic, recheck=RECHECK if limiter else math.inf)
+    clients = Clients({key.name: key.limits for key in settings.server.client_keys}, make)
     if old is not None:
         unchanged = {label for label, headers in credentials.items() if old.credentials.get(label) == headers}
         ring.inherit(old.ring, unchanged, seams.monotonic())
+        clients.inherit(old.clients)
         gate = old.gate
         gate.max_queue = settings.throttle.max_queue
         for spec in settings.upstreams:
@@ -143,29 +214,77 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=gate,
         store=store,
+        objects=Objects(seams.wall, _shared_objects(settings, len(keys))) if old is None else old.objects,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         runs=_runs(settings, seams, store) if old is None else old.runs,
+        leases=_leases(settings, store) if old is None else old.leases,
+        clients=clients,
+        limiter=limiter,
+        habits=Habits() if old is None else old.habits,
         sites=tuple(upstream.site for upstream in upstreams),
         receipts=Receipts() if old is None else old.receipts,
     )
+
+
+def _limiter(settings: Settings, seams: Seams) -> Limiter | None:
+    """Where limits are counted for several proxies; None: here, in memory."""
+    if settings.throttle.backend != "redis" or settings.redis.url is None:
+        return None
+    from .limiters.redis import RedisLimiter
+
+    return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
 
 
 def store_place(settings: Settings, wall: Callable[[], float]) -> Place:
     """Where these settings keep answers behind memory; `wall`: the clock, Unix seconds."""
     cache, redis = settings.cache, settings.redis
     url = redis.url.reveal() if redis.url is not None else ""
-    return Place(cache.path, cache.max_size, cache.max_entry, url, redis.prefix, wall)
+    max_size = sys.maxsize if cache.mode == "replay" else cache.max_size  # there nothing is removed
+    return Place(cache.path, max_size, cache.max_entry, url, redis.prefix, wall, kept_past_end(cache))
 
 
 def _store(settings: Settings, seams: Seams) -> TieredStore | None:
     """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
-    cache = settings.cache
+    cache, replays = settings.cache, settings.cache.mode == "replay"
     if cache.backend == "off" or cache.when == "never":
         return None
+    if replays and cache.cassette is not None:  # it alone: what is replayed is what was committed
+        return ReplayStore(MemoryStore(sys.maxsize, sys.maxsize))
     make = BACKENDS[cache.backend]
     slower = make(store_place(settings, seams.wall)) if make is not None else None
-    return TieredStore(MemoryStore(cache.memory_size, cache.max_entry), slower)
+    memory = MemoryStore(cache.memory_size, cache.max_entry)
+    if replays:
+        return ReplayStore(memory, slower)
+    if cache.cassette is not None:
+        return RecordingStore(memory, slower, cache.cassette, seams)
+    return TieredStore(memory, slower)
+
+
+def kept_past_end(cache: Cache) -> float:
+    """Seconds an entry is kept after its ttl, for it may yet serve as stale; in replay for ever (contract 7, Cache)."""
+    return math.inf if cache.mode == "replay" else max(cache.stale_while_revalidate, cache.stale_if_error)
+
+
+def _leases(settings: Settings, store: TieredStore | None) -> Leases | None:
+    """What keeps processes that share the cache from buying the same twice; over the cache's own link."""
+    if store is None or settings.cache.backend != "redis":
+        return None
+    from .stores.redis import DEADLINE, RedisStore
+    from .stores.redis_lease import RedisLeases
+
+    if not isinstance(store.slower, RedisStore):
+        return None
+    return RedisLeases(store.slower.link, settings.redis.prefix, DEADLINE)
+
+
+def _shared_objects(settings: Settings, keys: int) -> Shared | None:
+    """Redis, where something else of ours is in it already and there is more than one key to choose from."""
+    if keys < 2 or settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
+        return None
+    from .stores.redis_objects import RedisObjects
+
+    return RedisObjects(settings.redis.url.reveal(), settings.redis.prefix)
 
 
 def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:
@@ -194,6 +313,10 @@ def configured_clients(settings: Settings) -> tuple[Client, ...]:
     """One for each of `server.client_keys`, in their order."""
     shared = settings.cache.shared
     return tuple(
-        Client(key.name, "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}")
+        Client(
+            key.name,
+            "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}",
+            models=key.models,
+        )
         for key in settings.server.client_keys
     )

@@ -38,7 +38,7 @@ def secret(name: str) -> str:
 
 
 def settings(port: int, keys: Sequence[str] = ("k1",), /, **sections: Any) -> Config:
-    """One upstream on the loopback with `keys`, short pauses; `sections` are merged in, level by level."""
+    """One upstream with `keys` on the loopback, short pauses, a patient breaker; `sections` are merged in by level."""
     base: Config = {
         "server": {"drain_timeout": "1s"},
         "upstreams": [
@@ -49,6 +49,7 @@ def settings(port: int, keys: Sequence[str] = ("k1",), /, **sections: Any) -> Co
             }
         ],
         "retry": {"base_delay": "10ms", "jitter": "10ms"},
+        "breaker": {"failures": 1000},
         "log": {"level": "debug"},
     }
     return merge(base, sections)

@@ -29,8 +29,23 @@ READS = {
 }
 """What single rooms of the core may import beyond that, and why."""
 
-DRIVERS = ("redis", "redis_link", "redis_runs", "sqlite", "sqlite_file", "sqlite_writer")
+DRIVERS = (
+    "redis",
+    "redis_lease",
+    "redis_link",
+    "redis_objects",
+    "redis_runs",
+    "sqlite",
+    "sqlite_file",
+    "sqlite_writer",
+)
 """Rooms of `stores` that are edges of their own: they speak to a store, wait for it and time it. Loaded when named."""
+
+LIMITERS = ("proxy.limiters.redis", "proxy.limiters.redis_states")
+"""The same among the limiters."""
+
+REDIS_LINK = {"limiters": "proxy.stores.redis_link"}
+"""What one kind of plugin may use of another: there is one way to Redis."""
 
 CLOCKS_ALLOWED = {"proxy.edge.logs": "writes down the time that a log record brings with it"}
 CLOCKS_ALLOWED["proxy.ledger.writer"] = "its own pauses between two attempts"
@@ -173,6 +188,7 @@ STORY = rest(
     "proxy.__main__",
     "proxy.ledger",
     *(f"proxy.stores.{name}" for name in DRIVERS),
+    *LIMITERS,
 )
 
 
@@ -188,7 +204,8 @@ def test_plugins_never_import_each_other() -> None:
     for kind in PLUGINS:
         package = f"proxy.{kind}"
         files = rooms(package)
-        assert offences(files, ["proxy"], but=["proxy.core", "proxy.seams", package]) == []
+        own_rooms = ["proxy.core", "proxy.seams", package, REDIS_LINK.get(kind, package)]
+        assert offences(files, ["proxy"], but=own_rooms) == []
         for file in files:
             if file != package:
                 # `sqlite_writer` is part of `sqlite`; `tiered` joins memory to the others and is none of them.
@@ -223,7 +240,7 @@ def test_one_room_reads_clocks_and_rolls_dice() -> None:
 
 
 def test_http_is_spoken_at_the_edges() -> None:
-    drivers = ["proxy.ledger", *(f"proxy.stores.{name}" for name in DRIVERS)]
+    drivers = ["proxy.ledger", *(f"proxy.stores.{name}" for name in DRIVERS), *LIMITERS]
     assert offences(rest("proxy.app", "proxy.edge", "proxy.simulator", "proxy.cli", *drivers), HTTP_AND_STORES) == []
 
 

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
@@ -92,8 +93,10 @@ def gate_and_clock(max_queue: int = 1000) -> tuple[Gate, Turned]:
     return Gate(max_queue, clock, clock.call_later), clock
 
 
-def enter(gate: Gate, room: Room, who: object, patience: float = 60.0, lane: str = "m") -> asyncio.Task[object]:
-    return asyncio.create_task(gate.admit(lane, room.ask(who), patience))
+def enter(
+    gate: Gate, room: Room, who: object, patience: float = 60.0, lane: str = "m", client: str = ""
+) -> asyncio.Task[object]:
+    return asyncio.create_task(gate.admit(lane, room.ask(who), patience, client))
 
 
 def stepped_once(awaitable: Awaitable[T]) -> T:
@@ -436,6 +439,168 @@ async def test_a_cancellation_never_loses_what_was_obtained() -> None:
         await task
     assert got == ["a"]
     assert gate.depth == 0
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+async def test_clients_take_turns_and_each_ones_requests_keep_their_order() -> None:
+    gate, clock = gate_and_clock()
+    room, went = Room(says=1.0), list[str]()
+    names = [f"a{n}" for n in range(6)] + ["b0", "b1", "c0", "b2"]
+    tasks = [enter(gate, room, name, client=name[0]) for name in names]
+    await clock.turn(0)
+    for _ in names:
+        room.free = 1
+        await clock.turn(1)
+        went += [name for name, task in zip(names, tasks, strict=True) if task.done() and name not in went]
+    assert went == ["a0", "b0", "c0", "a1", "b1", "a2", "b2", "a3", "a4", "a5"]
+    assert gate.depths() == {}
+
+
+async def test_who_leaves_does_not_lose_its_clients_turn_and_wakes_the_next() -> None:
+    gate, clock = gate_and_clock()
+    room = Room(says=30.0)
+    a0, a1, b0 = (enter(gate, room, name, client=name[0]) for name in ("a0", "a1", "b0"))
+    await clock.turn(1)
+    a0.cancel()
+    await settled()
+    assert room.asked == [("a0", 1000.0), ("a1", 1001.0)]
+    room.free = 2
+    gate.notify("m")
+    assert (await a1, await b0) == ("a1", "b0")
+
+
+async def test_one_clients_thousand_do_not_starve_another() -> None:
+    gate, clock = gate_and_clock()
+    room = Room(says=1.0)
+    crowd = [enter(gate, room, n, patience=math.inf, client="crowd") for n in range(900)]
+    await clock.turn(0)
+    lonely = enter(gate, room, "lonely", patience=math.inf, client="lonely")
+    for _ in range(2):
+        room.free = 1
+        await clock.turn(1)
+    assert await lonely == "lonely"
+    assert sum(task.done() for task in crowd) == 1
+    for task in crowd:
+        task.cancel()
+    await settled()
+    assert gate.depth == 0
+
+
+async def test_a_large_request_is_not_overtaken_for_ever_by_small_ones() -> None:
+    """900 of 1,000 tokens, while another client asks for 100 all the time: it goes within two windows."""
+    gate, clock = gate_and_clock()
+    allowance = Allowance(Limits(tpm=1000))
+
+    async def small() -> None:
+        while True:
+            await gate.admit("m", lambda now: allowance.reserve(100, now), math.inf, "small")
+
+    async def large() -> float:
+        await gate.admit("m", lambda now: allowance.reserve(900, now), math.inf, "large")
+        return clock.now
+
+    busy = [asyncio.create_task(small()) for _ in range(5)]
+    await clock.turn(30)
+    waiting = asyncio.create_task(large())
+    await clock.turn(121)
+    assert waiting.done()
+    for task in busy:
+        task.cancel()
+    await settled()
+
+
+# --- answers from afar ----------------------------------------------------------------------------
+
+
+def _arrive(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Afar(Room):
+    """A limit that is asked over a wire: the answer is a coroutine, and takes 10 ms."""
+
+    def __init__(self, clock: Turned, free: int = 0, says: float = math.inf) -> None:
+        super().__init__(free, says)
+        self.clock = clock
+        self.given_back = 0
+
+    def ask(self, who: object) -> Callable[[float], Any]:
+        decide = super().ask(who)
+
+        async def asked() -> object:
+            answer = decide(self.clock.now)
+            arrived = asyncio.get_running_loop().create_future()
+            self.clock.call_later(0.01, partial(_arrive, arrived))
+            try:
+                await arrived
+            except asyncio.CancelledError:
+                self.given_back += not isinstance(answer, Wait)
+                raise
+            return answer
+
+        return lambda now: asked()
+
+
+async def test_with_room_answers_from_afar_are_awaited_side_by_side() -> None:
+    gate, clock = gate_and_clock()
+    room = Afar(clock, free=3)
+    tasks = [enter(gate, room, n) for n in range(3)]
+    await clock.turn(0.01)
+    assert [await task for task in tasks] == [0, 1, 2]
+    assert clock.now == 1000.01
+
+
+async def test_who_is_told_to_wait_from_afar_joins_the_line() -> None:
+    gate, clock = gate_and_clock()
+    room = Afar(clock, says=5.0)
+    tasks = [enter(gate, room, who) for who in "abc"]
+    await clock.turn(0.02)
+    assert gate.depths() == {"m": 3}
+    room.free = 3
+    await clock.turn(6)
+    assert [await task for task in tasks] == list("abc")
+    assert [who for who, _ in room.asked] == list("abcabc")
+    with pytest.raises(TimedOut):
+        await asyncio.gather(enter(gate, room, "d", patience=4), clock.turn(1))
+
+
+async def test_a_wake_up_while_the_answer_travels_is_not_lost() -> None:
+    gate, clock = gate_and_clock()
+    room = Afar(clock)
+    waiting = enter(gate, room, "a")
+    await clock.turn(1)
+    gate.notify("m")  # it asks ...
+    await settled()
+    room.free = 1
+    gate.notify("m")  # ... and while it is told to wait, something comes back
+    await clock.turn(0.05)
+    assert waiting.done()
+
+
+async def test_what_is_cancelled_on_the_way_is_given_back_by_who_asked() -> None:
+    gate, clock = gate_and_clock()
+    room = Afar(clock, free=1)
+    waiting = enter(gate, room, "a")
+    await settled()
+    waiting.cancel()
+    await settled()
+    assert room.given_back == 1
+    assert gate.depth == 0
+
+
+async def test_where_others_give_back_unheard_the_head_asks_now_and_then() -> None:
+    clock = Turned()
+    gate = Gate(10, clock, clock.call_later, recheck=0.5)
+    room = Room()
+    waiting = enter(gate, room, "a")
+    await clock.turn(1.2)
+    assert len(room.asked) == 3
+    room.free = 1
+    await clock.turn(0.5)
+    assert await waiting == "a"
 
 
 # --- everything at once ---------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from ..config.render import lines
@@ -39,11 +41,25 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     count = sum(len(upstream.keys) for upstream in loaded.settings.upstreams)
     print(f"# keys: {count or 'none (pass-through)'}")
+    for line in limit_lines(loaded.settings):
+        print(f"# {line}")
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not args.online:
         return 0
     return 0 if asyncio.run(_online(loaded.settings)) else 1
+
+
+def limit_lines(settings: Settings) -> Iterator[str]:
+    """The limits that hold at each key, where `throttle.tier` makes them more than what the settings say."""
+    if settings.throttle.tier is None:
+        return
+    for upstream in settings.upstreams:
+        named: list[tuple[str, Key | None]] = [(key.label, key) for key in upstream.keys]
+        for label, key in named or [(upstream.name, None)]:
+            for glob, limits in settings.limits_of(upstream, key).items():
+                told = ", ".join(f"{name} {limit}" for name, limit in asdict(limits).items() if limit is not None)
+                yield f"limits of {label} for {glob}: {told}"
 
 
 async def _online(settings: Settings) -> bool:

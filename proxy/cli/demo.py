@@ -43,7 +43,8 @@ def simulated(settings: Settings, base_url: str) -> Settings:
     into no ledger.
     """
     key = Key(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
-    upstream = Upstream(name="simulated", base_url=base_url, keys=(key,))
+    # Its port is another each time: by name what was stored or recorded is found again.
+    upstream = Upstream(name="simulated", base_url=base_url, cache_as="simulated", keys=(key,))
     return replace(settings, upstreams=(upstream,), ledger=replace(settings.ledger, enabled=False))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -166,6 +166,7 @@ class Keys:
         for key in value:
             entry: dict[str, object] = {"name": key.label, "key": str(key.secret)}
             entry |= {n: v for n in ("organization", "project") if (v := getattr(key, n))}
+            entry |= {"weight": key.weight} if key.weight != 1.0 else {}
             entry |= {"quota": key.quota} if key.quota != key.label else {}
             entry |= {"limits": LIMITS_BY_GLOB.show(key.limits)} if key.limits else {}
             shown.append(entry)
@@ -256,20 +257,30 @@ class ClientKeys:
         if not reading.sound(path):
             return None
         name = written.name or f"client-{ordinal}"
+        own = written.limits
+        limits = Limits(rpm=own.rpm, tpm=own.tpm, concurrency=own.concurrency)
         if written.key_sha256 is not None:
             if written.key is not None or written.key_file is not None or written.key_command:
                 raise Invalid("expected one of key, key_file, key_command and key_sha256, found several")
-            return ClientKey(name, written.key_sha256, written.namespace)
+            return ClientKey(name, written.key_sha256, written.namespace, written.models, limits)
         key = usable(f"the key of {name}", given_key(written, node.where, reading).strip())
         if len(key) < SHORT_CLIENT_KEY:
             reading.warn(f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess")
-        return ClientKey(name, hashlib.sha256(key.encode()).digest(), written.namespace)
+        digest = hashlib.sha256(key.encode()).digest()
+        return ClientKey(name, digest, written.namespace, written.models, limits)
 
     def show(self, value: Any) -> object:
         return [
-            {"name": client.name, "key": "***"} | ({"namespace": client.namespace} if client.namespace else {})
+            {"name": client.name, "key": "***"}
+            | ({"namespace": client.namespace} if client.namespace else {})
+            | ({"models": list(client.models)} if client.models else {})
+            | ({"limits": shown} if (shown := _given(client.limits)) else {})
             for client in value
         ]
+
+
+def _given(limits: Limits) -> dict[str, int]:
+    return {name: limit for name, limit in asdict(limits).items() if limit is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,9 +59,28 @@ def load(
 ) -> Loaded:
     """The settings in force. Raises SettingsError with every problem there is.
 
+    Replay needs no key, so that a CI without the secrets of `upstreams` can use the file that recorded: none is read.
+
     `config` None: `config.yaml` in `cwd`, if it is there and ours. `flags`: the paths of `FLAGS` -> values,
     None for a flag not given. `use_upstreams` False: no upstream and no upstream key is read from anywhere.
     """
+    reading, loaded = _read(config, flags, environ, cwd, use_upstreams, with_keys=True)
+    if use_upstreams and loaded.settings.cache.mode == "replay":
+        reading, loaded = _read(config, flags, environ, cwd, use_upstreams, with_keys=False)
+    if reading.problems:
+        raise SettingsError(_in_order(reading.problems, reading.file))
+    return loaded
+
+
+def _read(
+    config: Path | None,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    cwd: Path,
+    use_upstreams: bool,
+    with_keys: bool,
+) -> tuple[Reading, Loaded]:
+    """One reading; what came of it may be used where it has no problems."""
     file = config if config is not None else Path(AUTOMATIC)
     reading = Reading(
         environ=environ,
@@ -81,6 +100,8 @@ def load(
     if use_upstreams:
         written = _highest(layers, "upstreams")
         listing = _upstreams(written, upstream_flag, environ, reading)
+        if not with_keys:
+            listing = _without_keys(listing)
         layers = [_without_upstreams(layer) for layer in layers] + [Table((("upstreams", listing),), listing.where)]
     else:
         layers = [_without_upstreams(layer) for layer in layers]
@@ -91,10 +112,8 @@ def load(
     if listing is not None and config is None:
         _check_automatic(settings, listing, reading)
     environment.warn_unread(environ, reading)
-    if reading.problems:
-        raise SettingsError(_in_order(reading.problems, reading.file))
     sources = {path: where.label for path, where in reading.places.items()}
-    return Loaded(settings, file if used else None, tuple(reading.warnings), sources, tuple(reading.watched))
+    return reading, Loaded(settings, file if used else None, tuple(reading.warnings), sources, tuple(reading.watched))
 
 
 def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:
@@ -155,6 +174,15 @@ def _highest(layers: list[Node], name: str) -> Node | None:
 
 def _without_upstreams(layer: Node) -> Node:
     return layer.without("upstreams") if isinstance(layer, Table) else layer
+
+
+def _without_keys(listing: Node) -> Node:
+    if not isinstance(listing, Listing):
+        return listing
+    items = tuple(
+        item.without("keys").without("entra_id") if isinstance(item, Table) else item for item in listing.items
+    )
+    return Listing(items, listing.where)
 
 
 def _upstreams(written: Node | None, flag: Scalar | None, environ: Mapping[str, str], reading: Reading) -> Node:

@@ -11,6 +11,7 @@ from decimal import Decimal
 
 from ..core.limits import Limits
 from ..core.pricing import Kind
+from ..core.tiers import with_tier
 from .secret import Secret
 
 KIB = 1024
@@ -23,11 +24,16 @@ Prices = Mapping[str, Mapping[str, Decimal]]
 
 @dataclass(frozen=True, slots=True)
 class ClientKey:
-    """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it."""
+    """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it.
+
+    `models`: globs, none for all; `limits`: of what goes upstream for this client.
+    """
 
     name: str
     digest: bytes = field(repr=False)
     namespace: str | None = None
+    models: tuple[str, ...] = ()
+    limits: Limits = Limits()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,3 +229,8 @@ class Settings:
     def passthrough(self) -> bool:
         """No upstream has a key: each client's own credential goes up."""
         return not any(upstream.pooled for upstream in self.upstreams)
+
+    def limits_of(self, upstream: Upstream, key: Key | None = None) -> Mapping[str, Limits]:
+        """The limits of one key by model glob: what is configured, over `throttle.tier` where OpenAI set that."""
+        tier = self.throttle.tier if upstream.kind == "openai" else None
+        return with_tier(tier, {**self.throttle.limits, **(key.limits if key is not None else {})})

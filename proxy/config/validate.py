@@ -20,24 +20,41 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_exposure(settings, reading)
     _check_ops(settings, reading)
     _check_redis(settings, reading)
+    _check_mode(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
 
 def _check_redis(settings: Settings, reading: Reading) -> None:
-    if settings.cache.backend != "redis" or not reading.sound("cache.backend", "redis.url"):
+    backends = {"cache.backend": settings.cache.backend, "throttle.backend": settings.throttle.backend}
+    naming = next((path for path, backend in backends.items() if backend == "redis"), None)
+    if naming is None or not reading.sound(*backends, "redis.url"):
         return
     url = settings.redis.url
     if url is None:
-        reading.fail_at("cache.backend", "expected redis.url (or REDIS_URL) to go with redis, found none")
+        reading.fail_at(naming, "expected redis.url (or REDIS_URL) to go with redis, found none")
     elif not url.reveal().startswith(("redis://", "rediss://", "unix://")):
         reading.fail_at("redis.url", "expected redis://…, rediss://… or unix://…, found something else")
     if len(settings.redis.prefix.encode()) > LONGEST_REDIS_PREFIX:
         reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
 
 
+def _check_mode(settings: Settings, reading: Reading) -> None:
+    cache = settings.cache
+    if not reading.sound("cache.backend", "cache.mode", "cache.cassette", "cache.when"):
+        return
+    setting = "cache.cassette" if cache.cassette is not None else "cache.mode"
+    if (cache.cassette is not None or cache.mode == "replay") and (cache.backend == "off" or cache.when == "never"):
+        why = "backend: off" if cache.backend == "off" else "when: never"
+        reading.fail_at(setting, f"expected a cache to go with it, found {why}")
+    elif cache.mode == "replay" and cache.cassette is None and cache.backend == "memory":
+        reading.warn("cache.mode replay has neither a cassette nor a cache that lasts: it answers nothing")
+
+
 def check_upstreams(settings: Settings, reading: Reading) -> None:
     """The same for what concerns the upstreams."""
+    if settings.cache.mode == "replay":
+        return  # none is called
     outlets: dict[str, tuple[object, object]] = {}
     for path, upstream, url in _addresses(settings):
         if outlets.setdefault(url.origin, (upstream.proxy, upstream.ca_file)) != (upstream.proxy, upstream.ca_file):

@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from .entry import Entry
 from .items import Saved
 from .pricing import Cost, usd
 from .usage import Usage
@@ -56,12 +57,22 @@ def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:
     return "estimated" if savings is not None and savings.estimated else cost.status
 
 
-def forward_status(forward: str, detail: str, stored: bool) -> str:
-    """`Cache-Status` of an answer that came from upstream."""
+def forward_status(forward: str, detail: str, stored: bool, collapsed: bool = False) -> str:
+    """`Cache-Status` of an answer that came from upstream; collapsed: by another's call."""
     text = f"{CACHE_NAME}; fwd={forward}"
+    if collapsed:
+        text += "; collapsed"
     if stored:
         text += "; stored"
     return f"{text}; detail={token(detail)}" if detail else text
+
+
+def stale_lines(entry: Entry, wall: float, why: str, forwarded: bool) -> str:
+    """How an answer past its lifetime says so (RFC 9211 section 2): while it is refreshed it is a hit with a negative
+    ttl; where it stands in for a failure the request was forwarded.
+    """
+    status = f"{CACHE_NAME}; {'fwd=stale' if forwarded else 'hit'}; ttl={entry.remaining(wall)}; detail={token(why)}"
+    return f"Age: {entry.age(wall)}\r\nCache-Status: {status}\r\nX-Proxy-Cache-Reason: {why}\r\n"
 
 
 def token(text: str) -> str:

@@ -59,6 +59,9 @@ class Pause:
 Step = Deliver | ChangeKey | Fresh | Pause
 
 
+_ELSEWHERE: Final = frozenset({*KEY_TROUBLE, Class.RETRY, Class.RATE_LIMITED, Class.UNREACHED})
+
+
 class Attempts:
     """One request's use of the policy."""
 
@@ -69,6 +72,10 @@ class Attempts:
         self._random = random
         self.retries = 0
         self.stale_used = False
+
+    def elsewhere(self, outcome: Class) -> bool:
+        """Whether another upstream, or another model, may be tried once this one's retries are used up."""
+        return outcome in _ELSEWHERE or (outcome in (Class.AMBIGUOUS, Class.STALE) and self.policy.ambiguous)
 
     def after(
         self,

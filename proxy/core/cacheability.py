@@ -59,7 +59,8 @@ class StreamAudit:
 
     usage: the last usage object, wherever the provider puts it (a chunk of its own, beside choices, inside a
     choice, Groq's `x_groq`, a response); model: the answer's; service_tier; error: an error event was seen;
-    usage_span: where in the stream the usage chunk lies (from, to), None where there is none.
+    output, tools: of a response: they tell of calls that are billed; usage_span: where in the stream the usage chunk
+    lies (from, to), None where there is none.
     """
 
     __slots__ = (
@@ -74,7 +75,9 @@ class StreamAudit:
         "_request",
         "error",
         "model",
+        "output",
         "service_tier",
+        "tools",
         "usage",
         "usage_span",
     )
@@ -93,6 +96,8 @@ class StreamAudit:
         self.usage_span: tuple[int, int] | None = None
         self.model: str | None = None
         self.service_tier: str | None = None
+        self.output: object = None
+        self.tools: object = None
         self.error = False
 
     def event(self, event: bytes) -> None:
@@ -175,6 +180,8 @@ class StreamAudit:
             self.model = model  # Azure's first chunk has an empty one
         if type(tier) is str:
             self.service_tier = tier
+        if self._endpoint == "responses":
+            self.output, self.tools = source.get("output"), source.get("tools")
 
     def _chunk(self, chunk: dict[str, Any], start: int) -> None:
         """A chat or completions chunk. Most say nothing new, and a known choice that goes on costs least."""

@@ -15,17 +15,19 @@ from .items import Batch
 from .options import Options
 from .routes import Route
 
-CacheStatus = Literal["hit", "miss", "bypass", "partial"]
+CacheStatus = Literal["hit", "miss", "bypass", "partial", "coalesced"]
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
     """Who calls. name: the client key's, '' when anonymous; scope: what separates this client's cache from others';
-    auth: (`bearer` or `api-key`, token) of a pass-through client's own credential, to go upstream."""
+    auth: (`bearer` or `api-key`, token) of a pass-through client's own credential, to go upstream;
+    models: globs of those it may use, none: all."""
 
     name: str = ""
     scope: str = ""
     auth: tuple[str, str] | None = None
+    models: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Client(name={self.name!r})"
@@ -63,7 +65,8 @@ class Call(msgspec.Struct, frozen=True):
 class CachePlan(msgspec.Struct, frozen=True):
     """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
     read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
-    where each has an entry of its own; traits: of `core.explain`."""
+    where each has an entry of its own; traits: of `core.explain`; bare: the key less the client's scope, '' where that
+    is the key; request: the canonical body, where it is to be stored; collapsed: another's upstream call answers it."""
 
     key: str
     reason: str
@@ -72,9 +75,14 @@ class CachePlan(msgspec.Struct, frozen=True):
     forward: str = "uri-miss"
     batch: Batch | None = None
     traits: str = ""
+    bare: str = ""
+    request: str | None = None
+    collapsed: bool = False
 
     @property
     def status(self) -> CacheStatus:
+        if self.collapsed:
+            return "coalesced"
         if self.batch is not None and self.batch.found:
             return "partial"
         return "miss" if self.key else "bypass"

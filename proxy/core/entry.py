@@ -23,6 +23,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     request: the canonical request, where the settings say that it is kept (`cache.store_requests`);
     estimated: usage and cost are its share of a batch's, by length.
     traits: digests of what was asked, see `core.explain`.
+    bare: the key less the client's scope, by which replay finds it; '' where that is the key itself.
     """
 
     key: str
@@ -45,12 +46,14 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     request: str | None = None
     estimated: bool = False
     traits: str = ""
+    bare: str = ""
 
     @property
     def size(self) -> int:
         """Bytes of memory this entry takes in a store, overhead included."""
         headers = sum(len(name) + len(value) for name, value in self.headers)
-        texts = len(self.key) + len(self.model) + len(self.answer_model or "") + len(self.namespace) + len(self.traits)
+        texts = len(self.key) + len(self.bare) + len(self.model) + len(self.answer_model or "") + len(self.namespace)
+        texts += len(self.traits)
         tags = sum(map(len, self.tags)) + len(self.tags) * (_TEXT + _SLOT)
         request = 0 if self.request is None else sys.getsizeof(self.request)
         return OVERHEAD + len(self.body) + headers + len(self.headers) * _HEADER + texts + tags + request

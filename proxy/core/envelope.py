@@ -1,8 +1,8 @@
 """An entry as the bytes that stores outside this process keep, and back. Versioned, checked, no pickle.
 
     frame   magic, version, packing, length of the head, checksum over everything else
-    head    msgpack: the entry less its body, so that a store can list entries without reading bodies
-    body    as it is, or one zstd frame
+    head    msgpack: the entry less body and request, so that a store can list entries without reading bodies
+    body    as it is, or one zstd frame; where the request is kept, too, it stands before the body, after its length
 
 Whatever was cut, changed, swapped, or written by another program or version decodes to None: a miss, never an answer.
 """
@@ -34,7 +34,8 @@ LARGEST: Final = 256 * 1024 * 1024
 
 _LEVEL: Final = 3
 _MAGIC: Final = b"OCPe"
-_PLAIN, _ZSTD = 0, 1
+_PLAIN, _ZSTD, _WITH_REQUEST = 0, 1, 2  # the last is added to one of the others
+_LENGTH: Final = struct.Struct(">I")
 _FRAME: Final = struct.Struct(">4sBBI16s")
 FRAME_SIZE: Final = _FRAME.size
 
@@ -44,12 +45,15 @@ _decoder: Final = msgspec.msgpack.Decoder(Entry)
 
 def encode(entry: Entry) -> tuple[bytes, bytes]:
     """(head with its frame, packed body): for stores that keep the two apart. Joined they are one blob."""
-    head = _encoder.encode(msgspec.structs.replace(entry, body=b""))
+    head = _encoder.encode(msgspec.structs.replace(entry, body=b"", request=None))
     body, packing = entry.body, _PLAIN
+    if entry.request is not None:
+        request = entry.request.encode()
+        body, packing = _LENGTH.pack(len(request)) + request + body, _WITH_REQUEST
     if len(body) >= COMPRESS_FROM:
         packed = zstd.compress(body, _LEVEL)
         if len(packed) < len(body):
-            body, packing = packed, _ZSTD
+            body, packing = packed, packing | _ZSTD
     return _FRAME.pack(_MAGIC, VERSION, packing, len(head), _checksum(packing, head, body)) + head, body
 
 
@@ -66,12 +70,18 @@ def decode(blob: bytes, key: str, form: str) -> Entry | None:
     entry = _entry(head)
     if entry is None or entry.key != key or entry.form != form:
         return None
-    body = bytes(packed) if packing == _PLAIN else _unpack(packed)
-    return None if body is None else msgspec.structs.replace(entry, body=body)
+    body = _unpack(packed) if packing & _ZSTD else bytes(packed)
+    if body is None or not packing & _WITH_REQUEST:
+        return None if body is None else msgspec.structs.replace(entry, body=body)
+    try:
+        end = _LENGTH.size + _LENGTH.unpack_from(body)[0]
+        return msgspec.structs.replace(entry, body=body[end:], request=body[_LENGTH.size : end].decode())
+    except (struct.error, UnicodeDecodeError):
+        return None
 
 
 def describe(start: bytes) -> Entry | None:
-    """The entry less its body, from a blob or the start of one that holds the whole head. Not checked for damage."""
+    """The entry less body and request, from a blob or the start that holds its whole head. Not checked for damage."""
     frame = _frame(start)
     return None if frame is None or len(start) < frame[1] else _entry(memoryview(start)[FRAME_SIZE : frame[1]])
 
@@ -87,7 +97,7 @@ def _frame(blob: bytes) -> tuple[int, int, bytes] | None:
     if len(blob) < FRAME_SIZE:
         return None
     magic, version, packing, length, checksum = _FRAME.unpack_from(blob)
-    if magic != _MAGIC or version != VERSION or packing not in (_PLAIN, _ZSTD):
+    if magic != _MAGIC or version != VERSION or packing > _ZSTD | _WITH_REQUEST:
         return None
     return packing, FRAME_SIZE + length, checksum
 

@@ -32,6 +32,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "invalid_json": ErrorKind(400, _INVALID, False),
     "invalid_option": ErrorKind(400, _INVALID, False),
     "invalid_client_key": ErrorKind(401, "authentication_error", False),
+    "model_not_allowed": ErrorKind(403, "permission_error", False),
     "origin_not_allowed": ErrorKind(403, "permission_error", False),
     "unknown_route": ErrorKind(404, _INVALID, False),
     "method_not_allowed": ErrorKind(405, _INVALID, False),
@@ -42,6 +43,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "queue_full": ErrorKind(429, _RATE, None),
     "request_exceeds_limit": ErrorKind(429, _RATE, False),
     "keys_cooling": ErrorKind(429, _RATE, None),
+    "client_limit": ErrorKind(429, _RATE, None),
     "budget_exceeded": ErrorKind(429, _RATE, False),
     "internal_error": ErrorKind(500, _SERVER, None),
     "upstream_unreachable": ErrorKind(502, _SERVER, None),
@@ -49,6 +51,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "no_usable_key": ErrorKind(502, _SERVER, False),
     "overloaded": ErrorKind(503, _SERVER, None),
     "draining": ErrorKind(503, _SERVER, None),
+    "circuit_open": ErrorKind(503, _SERVER, None),
     "upstream_timeout": ErrorKind(504, _SERVER, None),
     "not_cached": ErrorKind(504, _SERVER, False),
 }
@@ -83,6 +86,17 @@ class Refusal(Exception):
         self.headers = headers
         self.lines = ""
         """Header lines of the call it ended, request id included; '' where no call was made of the request."""
+
+    def again(self) -> Refusal:
+        """The same for somebody else."""
+        return Refusal(
+            self.code,
+            self.message,
+            param=self.param,
+            retry_after=self.retry_after,
+            should_retry=self.should_retry,
+            headers=self.headers,
+        )
 
     def body(self) -> bytes:
         return envelope(self.message, CODES[self.code].type, self.param, self.code)

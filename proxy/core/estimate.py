@@ -9,6 +9,7 @@ from __future__ import annotations
 import binascii
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 # Prompt fields an endpoint reads, and those whose every string is a definition shown to the model.
@@ -51,25 +52,47 @@ _HEADER_CHARACTERS = 64
 _JPEG_HEADER_CHARACTERS = 128 * 1024
 
 
-def estimate_tokens(endpoint: str, document: Mapping[str, Any], expected_output: int = 0) -> int:
-    """Tokens, input and output, that `document` (a request's parsed JSON body) will take. Never raises.
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a request's body tells of its size. text: UTF-8 bytes of its prompt; counted: tokens of the prompt that are
+    no text (token arrays, images, audio, files); limit: most tokens of one answer, None where the request sets none;
+    choices: answers asked for, 0 where the endpoint makes none.
+    """
+
+    text: int
+    counted: int
+    limit: int | None
+    choices: int
+
+    def tokens(self, ratio: float = 1.0, expected_output: int = 0) -> int:
+        """Tokens to reserve. ratio: of the text's tokens to its bytes / 4, learned; the limit is never scaled by it."""
+        output = (expected_output if self.limit is None else self.limit) * self.choices
+        return min(math.ceil(self.text * ratio / 4) + self.counted + output, _MOST)
+
+
+def measure(endpoint: str, document: Mapping[str, Any]) -> Measure:
+    """Reads `document` (a request's parsed JSON body). Never raises.
 
     `endpoint`: chat, completions, embeddings, responses or moderations; of another every known field counts.
-    `expected_output`: tokens of one choice, learned, used where the request sets no limit to its output.
     """
     prompt = _Prompt(media=endpoint != "moderations")
     for field in _PROMPTS.get(endpoint, _ANY_PROMPT):
         prompt.read(document.get(field))
-    if endpoint not in _WITHOUT_OUTPUT:
-        for field in _DEFINITIONS:
-            prompt.read_definition(document.get(field))
-        prompt.read_definition(_inside(document, "response_format", "json_schema"))
-        prompt.read_definition(_inside(document, "text", "format", "schema"))
-    total = -(-prompt.text_bytes // 4) + prompt.tokens
-    if endpoint not in _WITHOUT_OUTPUT:
-        limits = [number for field in _OUTPUT_LIMITS if (number := _number(document.get(field))) is not None]
-        total += (max(limits) if limits else _number(expected_output) or 0) * _choices(endpoint, document)
-    return min(total, _MOST)
+    if endpoint in _WITHOUT_OUTPUT:
+        return Measure(prompt.text_bytes, prompt.tokens, None, 0)
+    for field in _DEFINITIONS:
+        prompt.read_definition(document.get(field))
+    prompt.read_definition(_inside(document, "response_format", "json_schema"))
+    prompt.read_definition(_inside(document, "text", "format", "schema"))
+    limits = [number for field in _OUTPUT_LIMITS if (number := _number(document.get(field))) is not None]
+    return Measure(prompt.text_bytes, prompt.tokens, max(limits) if limits else None, _choices(endpoint, document))
+
+
+def estimate_tokens(endpoint: str, document: Mapping[str, Any], expected_output: int = 0) -> int:
+    """Tokens, input and output, that `document` will take, with nothing learned but, perhaps, what one answer takes
+    where the request sets no limit to it.
+    """
+    return measure(endpoint, document).tokens(expected_output=_number(expected_output) or 0)
 
 
 def _choices(endpoint: str, document: Mapping[str, Any]) -> int:

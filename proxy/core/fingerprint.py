@@ -5,7 +5,8 @@ Two requests share a key only where nothing that can change the answer differs. 
 | part of the request                              | key | why                                               |
 |--------------------------------------------------|-----|---------------------------------------------------|
 | endpoint, query string, `OpenAI-Beta`            | in  | choose another operation or behaviour             |
-| namespace (client's and asked for), sample       | in  | separate caches, as operator or client wants      |
+| namespace asked for, sample                      | in  | separate caches, as the client wants              |
+| the client's scope (`scoped`)                    | in  | separate caches, as the operator wants            |
 | model after mapping                              | in  | an alias may be pointed at another model          |
 | upstreams (base URL, api-version, deployment)    | in  | other upstreams answer otherwise; `cache_as` joins|
 | every body field, known or unknown, at any depth | in  | a list of known ones is out of date some day      |
@@ -114,6 +115,16 @@ def cache_key(parts: KeyParts) -> str:
     digest = hashlib.sha256(b"%b%d:" % (head, len(parts.body)))
     digest.update(parts.body)
     return digest.hexdigest()
+
+
+def scoped(bare: str, scope: str) -> str:
+    """The key for one client: `bare`, the key less the client, itself where the client shares with all ('').
+
+    Made of the bare key, so that the body is digested once and an entry can be found again without its client.
+    """
+    if not scope:
+        return bare
+    return hashlib.sha256(f"{len(scope)}:{scope}{bare}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def item_keys(parts: KeyParts, items: Iterable[bytes]) -> list[str]:

@@ -201,3 +201,32 @@ class Masker:
             if secret in data:
                 data = data.replace(secret, b"***")
         return data
+
+
+EXPOSED: Final = (
+    "X-Proxy-Request-Id",
+    "X-Proxy-Cache",
+    "X-Proxy-Cache-Reason",
+    "X-Proxy-Cache-Key",
+    "X-Proxy-Upstream",
+    "X-Proxy-Key",
+    "X-Proxy-Attempts",
+    "X-Proxy-Client-Limit",
+    "X-Proxy-Model",
+    "X-Proxy-Cost-USD",
+    "X-Proxy-Cost-Saved-USD",
+    "X-Proxy-Cost-Status",
+    "X-Proxy-Prompt-Tokens",
+    "X-Proxy-Cached-Tokens",
+    "X-Proxy-Completion-Tokens",
+    "X-Proxy-Total-Tokens",
+    "X-Proxy-Saved-Tokens",
+    "X-Proxy-Run-Cost-USD",
+    "X-Proxy-Run-Saved-USD",
+    "X-Proxy-Error",
+    "Cache-Status",
+    "Age",
+    "X-Request-Id",
+    "Retry-After",
+)
+"""What a browser origin that may call gets to read (contract 7, Browsers)."""

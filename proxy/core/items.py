@@ -59,15 +59,18 @@ class Found(msgspec.Struct, frozen=True, gc=False):
 class Batch(msgspec.Struct, frozen=True):
     """A request for several items. An item's number is its place among the different ones, in order of appearance.
 
-    texts: each item's JSON text; weights: its tokens, or UTF-8 bytes where it is text (`counted` says which); keys:
-    its cache key; order: the number of the item at each position; found: those that are cached, by number.
+    texts: each item's JSON text; weights: its tokens, or UTF-8 bytes where it is text (`counted` says which); bare,
+    keys: its cache key without and with the client's scope; order: the number of the item at each position; rest: the
+    canonical request with null for its `input`; found: those that are cached, by number.
     """
 
     texts: tuple[bytes, ...]
     weights: tuple[int, ...]
     counted: bool
+    bare: tuple[str, ...]
     keys: tuple[str, ...]
     order: tuple[int, ...]
+    rest: bytes
     found: Mapping[int, Found] = {}
 
     def parts(self, bought: Container[int] = ()) -> list[tuple[int, ...]]:
@@ -90,6 +93,10 @@ class Batch(msgspec.Struct, frozen=True):
     def changes(self) -> bool:
         """Whether what goes upstream is not the client's own request."""
         return bool(self.found) or len(self.order) > len(self.texts) or len(self.parts()) > 1
+
+    def request(self, number: int) -> str:
+        """The canonical request for this item alone."""
+        return set_field(self.rest, "input", self.texts[number]).decode()
 
     def input(self, numbers: Sequence[int]) -> bytes:
         """The value of `input` that asks for these items."""
@@ -118,7 +125,7 @@ def read_batch(raw: bytes, document: Mapping[str, Any], parts: KeyParts, drop: f
     weights = [text.count(b",") + 1 if counted else len(text) - 2 for text in texts]
     rest = canonical(set_field(raw, "input", b"null"), drop)
     keys = item_keys(msgspec.structs.replace(parts, body=rest), texts)
-    return Batch(texts, tuple(weights), counted, tuple(keys), order)
+    return Batch(texts, tuple(weights), counted, tuple(keys), tuple(keys), order, rest)
 
 
 def _items(given: object) -> list[Any] | None:
@@ -260,10 +267,11 @@ def item_entries(
             msgspec.structs.replace(
                 template,
                 key=batch.keys[number],
+                bare=batch.bare[number] if batch.bare[number] != batch.keys[number] else "",
                 body=join({0: vector}, (0,), template.answer_model, share),
                 usage=share,
                 cost=usd(cost.usd) if cost is not None else None,
-                request=None,
+                request=batch.request(number) if template.request is not None else None,
                 estimated=estimated,
             )
         )

@@ -81,6 +81,13 @@ class _Window:
             slot.gone = True
             self.total -= slot.amount
 
+    def clear(self) -> None:
+        """Let go of everything."""
+        for slot in self.slots:
+            slot.gone = True
+        self.slots.clear()
+        self.total = 0
+
     def delay(self, amount: int, now: float) -> float:
         """Seconds after which `amount` (at most the limit) fits, if nothing else is added or given back."""
         self.advance(now)
@@ -107,6 +114,14 @@ class _Window:
                 return last
         slot = _Slot(now, amount)
         self.slots.append(slot)
+        return slot
+
+    def add_alone(self, amount: int, now: float) -> _Slot:
+        """Count `amount`, which may be negative, in a slot of its own."""
+        slot = _Slot(now, amount)
+        slot.opened = -math.inf  # nothing joins it
+        self.slots.append(slot)
+        self.total += amount
         return slot
 
     def correct(self, slot: _Slot, change: int) -> None:
@@ -206,6 +221,11 @@ class Allowance:
             change = tokens if window.of_tokens else requests
             if change:
                 window.correct(slot, change)
+
+    def reset(self) -> None:
+        """Forget what the windows hold; requests at work keep their permits, and settle nothing any more."""
+        for window in self._windows:
+            window.clear()
 
     def headroom(self, now: float) -> float:
         """The smallest share still free over all limits, 0 to 1; 1.0 without limits."""

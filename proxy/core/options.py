@@ -21,6 +21,7 @@ class Options:
     no_store: bool = False
     only_if_cached: bool = False
     max_age: int | None = None
+    stale_if_error: int | None = None
     ttl: float | None = None
     namespace: str = ""
     sample: str = ""
@@ -138,11 +139,12 @@ def _directive(options: Options, name: str, value: str | None, shown: str) -> Op
             return replace(options, no_store=True)
         case "only-if-cached":
             return replace(options, only_if_cached=True)
-        case "max-age":
+        case "max-age" | "stale-if-error":
             try:
-                return replace(options, max_age=_natural((value or "").strip('"')))
+                seconds = _natural((value or "").strip('"'))
             except ValueError as error:
-                raise Refusal("invalid_option", f"{shown}: max-age: expected {error}", param=shown) from None
+                raise Refusal("invalid_option", f"{shown}: {name}: expected {error}", param=shown) from None
+            return replace(options, max_age=seconds) if name == "max-age" else replace(options, stale_if_error=seconds)
         case _:
             return options  # RFC 9111 section 5.2.3: unrecognised directives are ignored
 
@@ -178,8 +180,8 @@ def from_segment(segment: str) -> Options:
                 message = "cache: expected no-cache, no-store or only-if-cached"
                 raise Refusal("invalid_option", message, param="cache")
             options = _directive(options, value, None, "cache")
-        elif name == "max-age":
-            options = _directive(options, name, value, "max-age")
+        elif name in ("max-age", "stale-if-error"):
+            options = _directive(options, name, value, name)
         elif name in _BY_NAME:
             options = _apply(options, _BY_NAME[name], name, value)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
@@ -30,6 +31,8 @@ class Class(Enum):
     UNAUTHORIZED = "unauthorized"  # 401
     FORBIDDEN = "forbidden"  # 403: (key, model)
     MODEL_MISSING = "model_missing"  # 404 model_not_found, DeploymentNotFound: (key, model)
+    ORGANIZATION = "organization"  # 401 for an organization or project that is not the key's: the key itself is good
+    TOO_LARGE = "too_large"  # 429 for a request beyond a whole window of this key: no wait helps, another key may
     UNREACHED = "unreached"  # the request never went up
     STALE = "stale"  # a reused connection closed without an answer: once more, on a fresh one
     AMBIGUOUS = "ambiguous"  # sent, and the connection died without one byte of answer
@@ -37,9 +40,19 @@ class Class(Enum):
     INVALID = "invalid"  # cut or broken answer: never sent again
 
 
-KEY_TROUBLE: Final = frozenset({Class.QUOTA, Class.UNAUTHORIZED, Class.FORBIDDEN, Class.MODEL_MISSING})
+KEY_TROUBLE: Final = frozenset(
+    {
+        Class.QUOTA,
+        Class.UNAUTHORIZED,
+        Class.FORBIDDEN,
+        Class.MODEL_MISSING,
+        Class.ORGANIZATION,
+        Class.TOO_LARGE,
+    }
+)
 """Outcomes that are the key's, not the request's: another key may do better, the same one will not."""
 
+Dimension = Literal["requests", "tokens"]
 FailureKind = Literal["unreached", "stale", "ambiguous", "timeout", "invalid"]
 
 _CODES: Final[dict[FailureKind, str]] = {"timeout": "upstream_timeout", "invalid": "upstream_invalid_response"}
@@ -69,10 +82,24 @@ class TransportFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """The parts of an OpenAI-shaped error that decide: `code` and `type` as strings, '' where absent."""
+    """The parts of an OpenAI-shaped error that decide: `code` and `type` as strings, '' where absent.
+
+    limit: the dimension a rate limit names; too_large: the request alone is more than that limit.
+    """
 
     code: str = ""
     type: str = ""
+    limit: Dimension | None = None
+    too_large: bool = False
+
+
+NOTHING_SAID: Final = ErrorInfo()
+
+_DIMENSION: Final = re.compile(
+    r"\b(?:requests|tokens) per (?:min|day)|\b(?:call|request|token) rate limit", re.IGNORECASE
+)
+"""As OpenAI says it, and as Azure does."""
+_REQUESTED: Final = re.compile(r"\bLimit:? (\d{1,15}),.{0,64}?\bRequested:? (\d{1,15})\b", re.ASCII)
 
 
 def error_info(body: bytes) -> ErrorInfo:
@@ -87,11 +114,33 @@ def error_info(body: bytes) -> ErrorInfo:
 def _info(error: object) -> ErrorInfo:
     if not isinstance(error, dict):
         return ErrorInfo()
-    return ErrorInfo(_word(error.get("code")), _word(error.get("type")))
+    code, type_ = _word(error.get("code")), _word(error.get("type"))
+    message = error.get("message")
+    said = message[:1024] if isinstance(message, str) else ""
+    found = _DIMENSION.search(said)
+    limit: Dimension | None = None
+    if type_ in ("requests", "tokens"):
+        limit = "requests" if type_ == "requests" else "tokens"
+    elif found is not None:
+        limit = "tokens" if found[0].lower().startswith("token") else "requests"
+    return ErrorInfo(code, type_, limit, _beyond(said))
+
+
+def _beyond(message: str) -> bool:
+    """Whether a rate limit's message says that the request alone is more than the limit: `Request too large for …`,
+    `Limit 30000, Requested 40000`.
+    """
+    numbers = _REQUESTED.search(message)
+    if numbers is not None:
+        return int(numbers[2]) > int(numbers[1])
+    return message.startswith("Request too large for ")
 
 
 def _word(value: object) -> str:
     return value[:128] if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+
+
+_ORGANIZATION: Final = frozenset({"mismatched_organization", "mismatched_project", "invalid_organization"})
 
 
 def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
@@ -105,9 +154,11 @@ def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
     if status == 429:
         if "insufficient_quota" in names or "billing_hard_limit_reached" in names:
             return Class.QUOTA
+        if error.too_large:
+            return Class.TOO_LARGE
         return Class.FINAL if should_retry == "false" else Class.RATE_LIMITED
     if status == 401:
-        return Class.UNAUTHORIZED
+        return Class.ORGANIZATION if _ORGANIZATION & set(names) else Class.UNAUTHORIZED
     if status == 403:
         return Class.FORBIDDEN
     if status == 404 and ("model_not_found" in names or "DeploymentNotFound" in names):
@@ -117,6 +168,24 @@ def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
     if should_retry != "false" and (status in (408, 409) or status >= 500):
         return Class.RETRY
     return Class.FINAL
+
+
+def broken(outcome: Class, status: int | None) -> bool:
+    """Whether an outcome speaks against the upstream's health. status: None where no answer came."""
+    if status is None:
+        return outcome is not Class.STALE
+    return status >= 500 or (status < 400 and outcome is Class.RETRY)
+
+
+def may_be_stood_in_for(status: int, error: str) -> bool:
+    """Whether a stale answer may take the place of a final failure (RFC 5861 section 4).
+
+    error: as in receipts: a code of ours, or `upstream_STATUS`. It may where the upstreams failed, the keys cool or are
+    refused, and never for what is the request's own fault or what our own limits refuse.
+    """
+    if error in ("keys_cooling", "no_usable_key", "circuit_open"):
+        return True
+    return error.startswith("upstream_") and (status >= 500 or status == 429)
 
 
 def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
@@ -145,38 +214,58 @@ def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
     return status, info
 
 
-def retry_after(headers: Mapping[str, str], wall: float) -> float | None:
+def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NOTHING_SAID) -> float | None:
     """Seconds the upstream asks us to wait, clamped to 0..`MAX_WAIT`; None where it says nothing we understand.
 
     `retry-after-ms` first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or `6m0s`;
-    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0 (a reset of 0 or -1 says nothing: Azure sends it).
-    wall: Unix time, for dates.
+    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0, or untold where the error names it (a reset of 0
+    or -1 says nothing: Azure sends it). wall: Unix time, for dates.
     """
-    millis = _number(headers.get("retry-after-ms"))
+    millis = read_number(headers.get("retry-after-ms"))
     if millis is not None:
         return _clamp(millis / 1000)
     value = headers.get("retry-after")
     if value is not None:
-        seconds = _number(value)
+        seconds = read_number(value)
         if seconds is None:
             seconds = parse_composite(value)
         if seconds is None:
             seconds = _date(value, wall)
         if seconds is not None:
             return _clamp(seconds)
+    named = dimension_of(headers, error)
     waits = []
     for dimension in ("requests", "tokens"):
-        if _number(headers.get(f"x-ratelimit-remaining-{dimension}")) == 0:
-            reset = headers.get(f"x-ratelimit-reset-{dimension}", "")
-            seconds = parse_composite(reset)
-            if seconds is None:
-                seconds = _number(reset)
-            if seconds:
-                waits.append(seconds)
-    return _clamp(max(waits)) if waits else None
+        remaining = headers.get(f"x-ratelimit-remaining-{dimension}")
+        if read_number(remaining) == 0 or (remaining is None and dimension == named):
+            waits.append(read_reset(headers.get(f"x-ratelimit-reset-{dimension}")) or 0.0)
+    return _clamp(max(waits)) if any(waits) else None
 
 
-def _number(text: str | None) -> float | None:
+def dimension_of(headers: Mapping[str, str], error: ErrorInfo) -> Dimension | None:
+    """Which limit a 429 is about: as the body says, else the one dimension with nothing left; None: unknown."""
+    if error.limit is not None:
+        return error.limit
+    requests, tokens = (read_number(headers.get(f"x-ratelimit-remaining-{of}")) for of in ("requests", "tokens"))
+    if (requests == 0) == (tokens == 0):
+        return None
+    return "requests" if requests == 0 else "tokens"
+
+
+def read_reset(text: str | None) -> float | None:
+    """Seconds of an `x-ratelimit-reset-*` (`6m0s`, or a number: Azure), at most `MAX_WAIT`; None for nonsense and for
+    0, which says nothing.
+    """
+    if text is None:
+        return None
+    seconds = parse_composite(text)
+    if seconds is None:
+        seconds = read_number(text)
+    return _clamp(seconds) if seconds else None
+
+
+def read_number(text: str | None) -> float | None:
+    """A finite number of at least 0; None for anything else."""
     if text is None or len(text) > 32 or not text.isascii() or "_" in text:
         return None
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from .headers import Raw
 
@@ -16,12 +16,17 @@ Write = Callable[[bytes], Awaitable[None]]
 @dataclass(slots=True)
 class Trip:
     """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got;
-    answered: at least one byte of an answer came."""
+    answered: at least one byte of an answer came.
+
+    until: where it is later than the caller first said, the loop's time by which the answer's head must come; extend:
+    while that is waited for, moves it on."""
 
     fresh: bool = False
     reused: bool = False
     connected: bool = False
     answered: bool = False
+    until: float = 0.0
+    extend: Callable[[float], None] | None = None
 
 
 class UpstreamReply(Protocol):
@@ -58,3 +63,16 @@ class WayUp(Protocol):
         trip: Trip,
     ) -> UpstreamReply:
         """The answer's head, within `first_byte` seconds. Raises TransportFailure."""
+
+
+class Leases(Protocol):
+    """Who among several processes does what only one need do. Never raises: where it cannot tell, all are free."""
+
+    async def take(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
+        """Whose it is now, ours for `seconds` if nobody's; open: everybody may go on without it."""
+
+    async def renew(self, name: str, token: str, seconds: float) -> bool:
+        """Whether it was still ours, and is for `seconds` more."""
+
+    async def release(self, name: str, token: str, open_for: float) -> None:
+        """Gives it back if it is ours; where `open_for` is more than 0, nobody need ask for so many seconds."""

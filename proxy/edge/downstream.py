@@ -1,6 +1,4 @@
-"""Requests come in here: the fast lane for hits, the way through the house for everything else, errors into
-envelopes.
-"""
+"""Requests come in here: the fast lane for hits, the way through the house for all else, errors into envelopes."""
 
 from __future__ import annotations
 
@@ -14,8 +12,10 @@ from typing import Final
 
 from aiohttp.web import BaseRequest
 
-from ..core.answer import ZERO_COST, cost_comment, usage_lines
+from ..bought import Bought
+from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
 from ..core.call import Call, Client
+from ..core.clients import check_model
 from ..core.entry import Entry
 from ..core.errors import Refusal
 from ..core.headers import asks_something
@@ -23,17 +23,18 @@ from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
-from ..journey import LARGE, Bought, Journey
+from ..journey import LARGE, Journey
 from ..ledger import Ledger
-from ..providers import model_named
+from ..providers import model_named, models_in_path
+from ..reel import View
 from ..relay import StreamBroken, with_comment
 from ..shelf import Hit, Name, name_of
 from ..world import World
+from .browsers import METHODS, cors_lines, preflight
 from .gatekeeper import ANONYMOUS, Gatekeeper
 from .metrics import Metrics
 from .ops import Ops
 from .passage import Passage
-from .said import check_media_type, client_timeout
 from .traffic import Traffic
 from .wire import Dates, Stream, Streamed, Whole, raw_lines, read_body, refused, status_line
 
@@ -42,7 +43,6 @@ log = logging.getLogger("proxy")
 Answer = Whole | Streamed
 
 _POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _KEEP: Final = 2048
 
 
@@ -107,7 +107,7 @@ class Downstream:
             if "Origin" in headers or "Sec-Fetch-Site" in headers:
                 origin = visit.origin = self._gatekeeper.check_origin(request)
                 if origin is not None and request.method == "OPTIONS":
-                    return self._preflight(request, origin)
+                    return preflight(request, origin, self._dates.line())
             answer = await self._serve(visit)
         except Refusal as refusal:
             answer = self._refused(request, refusal, visit)
@@ -142,23 +142,24 @@ class Downstream:
             headers = request.headers
             content_type = headers.get("Content-Type", "")
             if not content_type.startswith("application/json") or "Content-Encoding" in headers:
-                check_media_type(content_type, headers.get("Content-Encoding"))
+                _check_media_type(content_type, headers.get("Content-Encoding"))
             body = await read_body(request, self._max_body)
             raw = request._message.raw_headers
             name = None
-            if self._fast and _leaves_hits_alone(route.options) and not _asks_something(raw):
+            plain = self._fast and not visit.client.models  # whose model must be read first
+            if plain and _leaves_hits_alone(route.options) and not _asks_something(raw):
                 name = name_of(visit.target, visit.client.scope, body)
                 hit = self._journey.shelf.peek(name)
                 if hit is not None:
                     return self._hit(visit, hit, b"", route.options.tags)
             return await self._endpoint(visit, body, name)
-        if method not in _METHODS or (route.endpoint in _POST_ONLY):
-            raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(_METHODS)))
+        if method not in METHODS or (route.endpoint in _POST_ONLY):
+            raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
             raise _not_allowed(method, "GET, POST")
         options = from_headers(route.options, _text(request._message.raw_headers))
         self._check_room()
-        return await self._passage.carry(request, route, visit.client, options, self._expose(visit.origin))
+        return await self._passage.carry(request, route, visit.client, options, cors_lines(visit.origin))
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
@@ -166,17 +167,21 @@ class Downstream:
         """name: where no header asks for anything, by which the answer may be found again."""
         request = visit.request
         call = await self._call(visit, body, plain=name is not None)
+        if visit.client.models:
+            check_model(visit.client, call.model, *models_in_path(self._world.sites, visit.route))
         served = await self._journey.serve(call, self._check_room, name)
         if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
+            if served.stale:
+                return self._stale(visit, served, zero)
             return self._hit(visit, served, zero, call.options.tags)
         bought = served
         head = (
             status_line(bought.status, bought.reason)
             + raw_lines(bought.headers)
             + bought.lines.encode("latin-1", "replace")
-            + self._expose(visit.origin)
+            + cors_lines(visit.origin)
         )
         if bought.body is not None:
             return Whole(request, head, bought.body, status=bought.status)
@@ -196,11 +201,13 @@ class Downstream:
         assert task is not None
         self.traffic.flows[task] = flow
         stream = Stream(request, head, bought.status)
+        if isinstance(flow, View):
+            flow.push = stream.push
         try:
             await flow.pump(stream.write)
             return await stream.finish()
-        except StreamBroken:
-            return stream.abort()
+        except StreamBroken as broken:
+            return stream.abort(broken.at_once)
         finally:
             flow.abandon()
             del self.traffic.flows[task]
@@ -224,7 +231,7 @@ class Downstream:
         options_asked = document.get("stream_options")
         now = world.seams.monotonic()
         total = world.settings.timeouts.total if options.timeout is None else options.timeout
-        own = client_timeout(request)
+        own = _client_timeout(request)
         if own is not None:
             total = min(total, own - min(1.0, own / 10))
         patience = options.max_wait if options.max_wait is not None else world.settings.throttle.max_wait
@@ -280,12 +287,21 @@ class Downstream:
         self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
-            head += self._expose(visit.origin)
+            head += cors_lines(visit.origin)
         return Whole(visit.request, head, body, status=entry.status)
 
-    def _render(self, entry: Entry) -> bytes:
+    def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+        """An answer past its lifetime. Its receipt is written."""
+        lines = hit.lines + stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
+        spent = Timing(total=(self._world.seams.monotonic() - visit.began) * 1000)
+        lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
+        head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
+        body = with_comment(hit.body, comment) if comment else hit.body
+        return Whole(visit.request, head + cors_lines(visit.origin), body, status=hit.entry.status)
+
+    def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
         """The part of a hit's head that is the same every time."""
-        lines = "X-Proxy-Cache: hit\r\nX-Proxy-Attempts: 0\r\n"
+        lines = f"X-Proxy-Cache: {cache}\r\nX-Proxy-Attempts: {attempts}\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
         lines += (
@@ -309,54 +325,12 @@ class Downstream:
                 self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
             log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
         if visit is not None and visit.origin is not None:
-            pairs = [line.split(": ", 1) for line in self._expose(visit.origin).decode().splitlines()]
+            pairs = [line.split(": ", 1) for line in cors_lines(visit.origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
         unread = not request.content.is_eof()
         return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
 
-    def _expose(self, origin: str | None) -> bytes:
-        """CORS headers for an origin that may call (Fetch standard, section 3.2); nothing for anybody else."""
-        if origin is None:
-            return b""
-        return (
-            f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
-            f"Access-Control-Expose-Headers: {', '.join(_EXPOSED)}\r\n"
-        ).encode("latin-1", "replace")
 
-    def _preflight(self, request: BaseRequest, origin: str) -> Whole:
-        wanted = request.headers.get("Access-Control-Request-Headers", "")
-        allowed = ", ".join(part.strip() for part in wanted.split(",") if part.strip().replace("-", "").isalnum())
-        lines = f"Access-Control-Allow-Methods: {', '.join(sorted(_METHODS))}\r\nAccess-Control-Max-Age: 600\r\n" + (
-            f"Access-Control-Allow-Headers: {allowed}\r\n" if allowed else ""
-        )
-        head = status_line(204) + self._dates.line() + self._expose(origin) + lines.encode("latin-1", "replace")
-        return Whole(request, head, b"", status=204)
-
-
-_EXPOSED: Final = (
-    "X-Proxy-Request-Id",
-    "X-Proxy-Cache",
-    "X-Proxy-Cache-Reason",
-    "X-Proxy-Cache-Key",
-    "X-Proxy-Upstream",
-    "X-Proxy-Key",
-    "X-Proxy-Attempts",
-    "X-Proxy-Cost-USD",
-    "X-Proxy-Cost-Saved-USD",
-    "X-Proxy-Cost-Status",
-    "X-Proxy-Prompt-Tokens",
-    "X-Proxy-Cached-Tokens",
-    "X-Proxy-Completion-Tokens",
-    "X-Proxy-Total-Tokens",
-    "X-Proxy-Saved-Tokens",
-    "X-Proxy-Run-Cost-USD",
-    "X-Proxy-Run-Saved-USD",
-    "X-Proxy-Error",
-    "Cache-Status",
-    "Age",
-    "X-Request-Id",
-    "Retry-After",
-)
 _ZERO: Final = Decimal(0)
 
 
@@ -372,6 +346,33 @@ def _leaves_hits_alone(options: Options) -> bool:
 
 def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in raw]
+
+
+def _check_media_type(content_type: str, encoding: str | None) -> None:
+    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests
+    out.
+    """
+    essence = content_type.partition(";")[0].strip().lower()
+    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
+        raise Refusal("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
+    if encoding is not None and encoding.strip().lower() != "identity":
+        raise Refusal("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
+
+
+def _client_timeout(request: BaseRequest) -> float | None:
+    """Seconds after which the SDK gives up, as it says itself."""
+    found = []
+    for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
+        text = request.headers.get(name)
+        if text is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            continue
+        if 0 < seconds < 1e6:
+            found.append(seconds)
+    return min(found) if found else None
 
 
 def _not_allowed(method: str, allow: str) -> Refusal:

@@ -62,7 +62,7 @@ class Metrics:
         self._cost = Counter("openai_proxy_cost_usd", "What answers cost.", ["model"], registry=self.registry)
         self._saved = Counter(
             "openai_proxy_cost_saved_usd",
-            "What came from the cache would have cost.",
+            "What came from the cache or was coalesced would have cost.",
             ["model"],
             registry=self.registry,
         )
@@ -78,6 +78,17 @@ class Metrics:
         self._in_flight = Gauge("openai_proxy_in_flight", "Requests being served.", registry=self.registry)
         self._waiting = Gauge("openai_proxy_queue_depth", "Requests waiting for a key.", registry=self.registry)
         self._keys = Gauge("openai_proxy_keys", "Pool keys by state.", ["state"], registry=self.registry)
+        self._sound = Gauge(
+            "openai_proxy_limits_sound",
+            "1 while limits hold as they should, 0 while the Redis they are shared over is lost.",
+            registry=self.registry,
+        )
+        self._open = Gauge(
+            "openai_proxy_upstream_open",
+            "1 while an upstream is left alone after failures (the circuit breaker is open or half open).",
+            ["upstream"],
+            registry=self.registry,
+        )
         self._entries = Gauge("openai_proxy_cache_entries", "Entries in memory.", registry=self.registry)
         self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
         self._models: set[str] = set()
@@ -122,8 +133,12 @@ class Metrics:
             counters.attempts.inc(receipt.attempts)
         if receipt.error:
             self._errors.labels(receipt.error).inc()
+        if receipt.cache == "stale":  # its usage was bought long ago
+            if receipt.saved_usd is not None:
+                self._saved.labels(self.model(receipt.model)).inc(float(receipt.saved_usd))
+            return
         usage = receipt.usage
-        if usage is not None:
+        if usage is not None and receipt.cache != "coalesced":
             counters.prompt.inc(usage.prompt_tokens)
             if usage.cached_tokens:
                 counters.cached.inc(usage.cached_tokens)
@@ -158,6 +173,10 @@ class Metrics:
         self._waiting.set(world.gate.depth)
         for state, count in world.ring.counts(world.seams.monotonic()).items():
             self._keys.labels(state).set(count)
+        self._sound.set(world.limiter is None or world.limiter.sound)
+        for upstream in world.upstreams:
+            state = upstream.breaker.state(world.seams.monotonic())
+            self._open.labels(upstream.site.name).set(state != "closed")
         if world.store is not None:
             stats = world.store.memory.stats()
             self._entries.set(stats["entries"])

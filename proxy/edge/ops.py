@@ -64,6 +64,7 @@ class Ops:
             "/_proxy/keys": Page(self._keys),
             "/_proxy/usage": Page(self._usage),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
+            "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
             _RUNS: Page(self._run),
             "/_proxy/cache": Page(self._cached),
             "/_proxy/cache/": Page(self._cached_one),
@@ -112,6 +113,15 @@ class Ops:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
+    async def _reset_limits(self, visit: Visit) -> Whole:
+        """Every window starts afresh, those of clients too; what is at work keeps its permits."""
+        self._world.ring.reset()
+        self._world.clients.reset()
+        if self._world.limiter is not None:
+            self._world.limiter.reset()
+        self._world.gate.notify()
+        return self._json(visit.request, {"reset": True})
+
     async def _metrics_text(self, visit: Visit) -> Whole:
         return self._metrics_page(visit.request)
 
@@ -119,7 +129,7 @@ class Ops:
         return self._json(visit.request, await self.status())
 
     async def _keys(self, visit: Visit) -> Whole:
-        return self._json(visit.request, {"keys": self._world.ring.report(self._world.seams.monotonic())})
+        return self._json(visit.request, self._pool())
 
     async def _usage(self, visit: Visit) -> Whole:
         return self._json(visit.request, await usage(self._ledger, visit.query, self._world.seams.wall()))
@@ -181,10 +191,27 @@ class Ops:
             "pass_through": world.passthrough,
             "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
+            "clients": world.clients.report(world.seams.monotonic()),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},
             "settings": plain(settings),
+        }
+
+    def _pool(self) -> dict[str, Any]:
+        """The pool: keys by their labels, never the keys; and which upstreams are left alone."""
+        world = self._world
+        now = world.seams.monotonic()
+        return {
+            "keys": world.ring.report(now),
+            "upstreams": [
+                {
+                    "name": upstream.site.name,
+                    "state": upstream.breaker.state(now),
+                    "until_s": round(upstream.breaker.wait(now), 3),
+                }
+                for upstream in world.upstreams
+            ],
         }
 
     def _json(self, request: BaseRequest, document: object, status: int = 200) -> Whole:

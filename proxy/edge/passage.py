@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
 
 from aiohttp.web import BaseRequest
 
@@ -15,19 +17,25 @@ from ..answered import decoded_chunks, read_error
 from ..core.answer import Timing, forward_status
 from ..core.attempts import Attempts, ChangeKey, Deliver, Pause
 from ..core.call import Client
+from ..core.clients import Hold, check_passage
 from ..core.errors import Refusal
 from ..core.headers import downstream_headers, upstream_headers
 from ..core.inflate import Inflater
 from ..core.keyring import PoolKey
+from ..core.lenient import parse_leniently
+from ..core.objects import Copy, ids_in_path, ids_named
 from ..core.options import Options
-from ..core.outcome import Class, TransportFailure, classify, error_info, retry_after
+from ..core.outcome import Class, TransportFailure, broken, classify, error_info, retry_after
 from ..core.ports import Trip, UpstreamReply, WayUp
 from ..core.receipt import Receipt
 from ..core.routes import Route
 from ..world import World
-from .wire import Stream, Streamed, Whole, continued, next_piece, raw_lines, status_line, too_large
+from .wire import Stream, Streamed, Whole, continued, next_piece, raw_lines, read_body, status_line, too_large
 
 _REASON = "uncacheable: route"
+
+SMALL = 64 * 1024
+"""A JSON body up to this many bytes is looked through for ids of stored objects before it goes up."""
 
 
 class Passage:
@@ -43,6 +51,9 @@ class Passage:
     ) -> Whole | Streamed:
         """One request, to its end. extra: further header lines. Raises Refusal."""
         world = self._world
+        if world.replays:
+            raise Refusal("not_cached", "replay: this route is never cached, and nothing is sent upstream")
+        check_passage(client, request.method, route.segment)
         if options.only_if_cached:
             raise Refusal("not_cached", "this route is never cached, and only-if-cached asks for no other")
         limit = world.settings.server.max_body
@@ -51,6 +62,7 @@ class Passage:
             raise too_large(limit)
         trace = _Trace(world, request, route, client)
         try:
+            trace.hold = await world.hold(client, 0)
             reply, failed = await self._send(request, route, client, options, trace)
         except Refusal as refusal:
             self._finish(trace, refusal.status, refusal.code)
@@ -59,9 +71,12 @@ class Passage:
         except asyncio.CancelledError:
             self._finish(trace, 499, "client_gone")
             raise
+        finally:
+            for index in trace.failing:  # as in exchange: once a request
+                world.upstreams[index].breaker.failed(world.seams.monotonic())
         if failed is not None:
             return self._error(request, trace, reply, failed, extra)
-        return await self._stream(request, trace, reply, extra)
+        return await self._stream(request, trace, reply, extra, self._copy(request, route, reply))
 
     # -- up -----------------------------------------------------------------------------------------------------------
 
@@ -75,10 +90,11 @@ class Passage:
         fresh = not repeatable
         deadline = seams.monotonic() + (options.timeout or world.settings.timeouts.total)
         excluded: set[str] = set()
-        last: tuple[UpstreamReply, bytes] | None = None
         upload = _Upload(request, world.settings.server.max_body)
+        tied = await self._tied(route, upload)
+        last: tuple[UpstreamReply, bytes] | None = None
         while True:
-            key = self._choose(route, excluded)
+            key = self._choose(route, excluded, tied)
             if key is None:
                 if last is None:
                     raise Refusal("no_usable_key", "no key can serve this route")
@@ -86,9 +102,17 @@ class Passage:
                 return last
             world.ring.used(key)
             upstream = world.upstreams[key.upstream]
+            closed = upstream.breaker.wait(seams.monotonic())
+            if closed:
+                if last is not None:
+                    return last
+                message = "the upstream of this route has failed too often of late and is left alone for a while"
+                raise Refusal("circuit_open", message, retry_after=closed)
+            upstream.breaker.sends(seams.monotonic())
             trace.upstream, trace.key = upstream.site.name, key.label
             trace.attempts += 1
             now = seams.monotonic()
+            trip = Trip(fresh=fresh)
             reply: UpstreamReply | None = None
             body: bytes | None = None
             failure: TransportFailure | None = None
@@ -100,7 +124,7 @@ class Passage:
                     self._headers(request, client, key, upload),
                     upload.body(),
                     first_byte=max(0.001, min(world.settings.timeouts.first_byte, deadline - now)),
-                    trip=Trip(fresh=fresh),
+                    trip=trip,
                 )
                 outcome = Class.OK
                 if reply.status >= 400:
@@ -110,7 +134,7 @@ class Passage:
                     asked = retry_after(reply.headers, seams.wall())
                     reason = f"{reply.status} {info.code or info.type}".strip()
                     if outcome in (Class.UNAUTHORIZED, Class.QUOTA) and not world.passthrough:
-                        world.ring.learn(key, "", outcome, seams.monotonic(), 0.0, reason)
+                        world.learn(key, "", outcome, 0.0, reason)
             except TransportFailure as error:
                 if reply is not None:
                     reply.close()
@@ -121,6 +145,13 @@ class Passage:
                 if reply is not None:
                     reply.close()
                 raise
+            finally:
+                trace.went_up |= trip.connected
+            if not broken(outcome, reply.status if failure is None and reply is not None else None):
+                upstream.breaker.succeeded()
+                trace.failing.discard(key.upstream)
+            elif seams.monotonic() < deadline:
+                trace.failing.add(key.upstream)
             if outcome is Class.OK:
                 assert reply is not None
                 return reply, None
@@ -130,7 +161,7 @@ class Passage:
                 outcome,
                 asked_wait=asked,
                 left=deadline - seams.monotonic(),
-                other_key=self._choose(route, excluded | {key.label}) is not None,
+                other_key=self._choose(route, excluded | {key.label}, tied) is not None,
                 granted=lambda upstream=upstream: upstream.budget.take(seams.monotonic()),  # type: ignore[misc]
             )
             match step:
@@ -149,9 +180,26 @@ class Passage:
                 case _:  # a GET on a connection that had gone stale
                     fresh = True
 
-    def _choose(self, route: Route, excluded: set[str] | frozenset[str]) -> PoolKey | None:
-        """The fixed key of stateful routes; else the key least recently used of those that are ready."""
+    async def _tied(self, route: Route, upload: _Upload) -> PoolKey | None:
+        """The key that made an object which a stateful route names in its path, or in a small JSON body."""
         world = self._world
+        if not route.stateful or len(world.ring.keys) == 1:
+            return None
+        ids = ids_in_path(route.path)
+        body = await upload.small_json()
+        if body is not None:
+            with suppress(ValueError):
+                ids += ids_named(body, parse_leniently(body))
+        label = await world.objects.maker(ids) if ids else None
+        return world.ring.named(label) if label is not None else None
+
+    def _choose(self, route: Route, excluded: set[str] | frozenset[str], tied: PoolKey | None = None) -> PoolKey | None:
+        """The one key that may see a stored object, or the fixed one of stateful routes; else the key least recently
+        used of those that are ready.
+        """
+        world = self._world
+        if tied is not None:
+            return tied if tied.label not in excluded else None
         keys = world.ring.keys
         if route.shape != "openai":
             keys = tuple(k for k in keys if world.upstreams[k.upstream].site.kind == "azure") or keys
@@ -159,7 +207,8 @@ class Passage:
             return keys[0] if keys[0].label not in excluded else None
         left = [key for key in keys if key.label not in excluded]
         now = world.seams.monotonic()
-        ready = [key for key in left if world.ring.state(key.label, "", now) is None] or left
+        asked = [key for key in left if not world.upstreams[key.upstream].breaker.wait(now)] or left
+        ready = [key for key in asked if world.ring.state(key.label, "", now) is None] or asked
         return min(ready, key=lambda key: world.ring.last_used.get(key.label, 0), default=None)
 
     def _headers(self, request: BaseRequest, client: Client, key: PoolKey, upload: _Upload) -> list[tuple[str, str]]:
@@ -198,7 +247,15 @@ class Passage:
         head = self._head(trace, reply, decoded=decoded) + extra
         return Whole(request, head, self._world.masker.mask(body), status=reply.status)
 
-    async def _stream(self, request: BaseRequest, trace: _Trace, reply: UpstreamReply, extra: bytes) -> Streamed:
+    def _copy(self, request: BaseRequest, route: Route, reply: UpstreamReply) -> Copy | None:
+        """A copy to be made of an answer that may bring a stored object; the answer itself flows on."""
+        if not route.stateful or len(self._world.ring.keys) == 1 or request.method in ("HEAD", "DELETE"):
+            return None
+        return Copy() if reply.headers.get("Content-Type", "").lower().startswith("application/json") else None
+
+    async def _stream(
+        self, request: BaseRequest, trace: _Trace, reply: UpstreamReply, extra: bytes, copy: Copy | None
+    ) -> Streamed:
         length = reply.headers.get("Content-Length")
         known = int(length) if length is not None and length.isascii() and length.isdigit() else None
         head = self._head(trace, reply, decoded=False) + extra
@@ -208,7 +265,11 @@ class Passage:
         try:
             if request.method != "HEAD":
                 async for chunk in reply.chunks():
+                    if copy is not None:
+                        copy.feed(chunk)
                     await stream.write(chunk)
+            if copy is not None:  # before the client has its end and asks for the object
+                self._world.objects.made(copy.ids(), trace.key)
             return await stream.finish()
         except TransportFailure as failure:
             error = failure.code
@@ -225,6 +286,8 @@ class Passage:
             self._finish(trace, status, error)
 
     def _finish(self, trace: _Trace, status: int, error: str) -> None:
+        if trace.hold is not None:
+            trace.hold.settle(0) if trace.went_up else trace.hold.cancel()
         self._observe(trace.receipt(status, error))
 
 
@@ -239,8 +302,12 @@ class _Trace:
         self._client = client.name
         self.upstream = self.key = self.code = ""
         self.attempts = 0
-        self.spent = False
         self.first_byte: float | None = None
+        self.spent = False
+        self.hold: Hold | None = None
+        self.went_up = False
+        self._limits = partial(world.clients.line, client)
+        self.failing: set[int] = set()
 
     def elapsed(self) -> float:
         return (self._seams.monotonic() - self._began) * 1000
@@ -251,7 +318,7 @@ class _Trace:
         went = f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n" if self.upstream else ""
         return (
             f"X-Proxy-Request-Id: {self.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
-            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\n{went}"
+            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\n{went}{self._limits(self._seams.monotonic())}"
             f"X-Proxy-Attempts: {self.attempts}\r\nServer-Timing: {timing.header()}\r\n"
         )
 
@@ -284,8 +351,19 @@ class _Upload:
         self._exists = request.body_exists
         self.length = request.content_length if self._exists else None
         self.too_large = False
+        self._read: bytes | None = None
 
-    def body(self) -> AsyncIterator[bytes] | None:
+    async def small_json(self) -> bytes | None:
+        """The whole body, where it is JSON and so small that it may be read before it goes up."""
+        kind = self._request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if not self.length or self.length > SMALL or kind != "application/json":
+            return None
+        self._read, self.length = await read_body(self._request, self._limit), None  # it tells its own length
+        return self._read
+
+    def body(self) -> bytes | AsyncIterator[bytes] | None:
+        if self._read is not None:
+            return self._read
         return self._pieces() if self._exists else None
 
     async def _pieces(self) -> AsyncIterator[bytes]:

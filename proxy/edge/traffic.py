@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..relay import Flow
+    from ..reel import View
+from ..relay import Flow
 
 
 @dataclass(slots=True)
@@ -21,4 +22,4 @@ class Traffic:
     closing: bool = False
     draining: bool = False
     address: str = ""
-    flows: dict[asyncio.Task[object], Flow] = field(default_factory=dict)
+    flows: dict[asyncio.Task[object], Flow | View] = field(default_factory=dict)

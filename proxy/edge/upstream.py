@@ -18,6 +18,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from ..core.errors import Refusal
 from ..core.headers import Raw
 from ..core.outcome import TransportFailure
 from ..core.ports import Trip
@@ -194,14 +195,17 @@ class UpstreamAnswer:
 
 
 class Upstreams:
-    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body.
+    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body; sealed: nothing leaves (replay).
 
     aiohttp's connector makes and keeps connections and its parser reads answers; what its session does beyond that
     (redirects, cookies, retries, default headers) is not wanted here and would cost more than all the rest.
     """
 
-    def __init__(self, connect: float, idle: float, outlets: Mapping[str, Outlet] = NO_OUTLETS) -> None:
+    def __init__(
+        self, connect: float, idle: float, outlets: Mapping[str, Outlet] = NO_OUTLETS, sealed: bool = False
+    ) -> None:
         """outlets: by origin, of upstreams that are not reached directly."""
+        self._sealed = sealed
         self._connector = _Connector()
         self.set(connect, idle, outlets)
 
@@ -223,6 +227,8 @@ class Upstreams:
         trip: Trip,
     ) -> UpstreamAnswer:
         """Sends and waits for the answer's head, at most `first_byte` seconds. Raises TransportFailure."""
+        if self._sealed:  # whoever asks for an answer has looked for a stored one: this is the last door
+            raise Refusal("not_cached", "replay: nothing is sent upstream")
         try:
             return await self._send(method, url, headers, body, first_byte, trip)
         except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
@@ -272,7 +278,15 @@ class Upstreams:
                 transport.write(head)
                 pieces = _sliced(body) if isinstance(body, bytes) else body
                 writer = loop.create_task(_write(protocol, pieces, chunked))
-            timer = loop.call_at(end, protocol.give_up)
+            timer = loop.call_at(max(end, trip.until), protocol.give_up)
+
+            def extend(until: float) -> None:
+                nonlocal timer
+                if timer is not None:
+                    timer.cancel()
+                    timer = loop.call_at(until, protocol.give_up)
+
+            trip.extend = extend
             while True:
                 message, content = await protocol.read()
                 if message.code >= 200 or message.code == 101:
@@ -285,6 +299,7 @@ class Upstreams:
         finally:
             if timer is not None:
                 timer.cancel()
+                timer = trip.extend = None
 
     def _target(self, url: str) -> _Target:
         target = self._targets.get(url)

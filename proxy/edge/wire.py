@@ -126,7 +126,12 @@ class Stream:
         self._head = head + framing + connection_line(request, self.keep_alive) + b"\r\n"
 
     async def write(self, data: bytes) -> None:
-        """Sends `data` on. Raises ConnectionResetError when the client is gone."""
+        """Sends `data` on, and waits until the client has taken enough. Raises ConnectionResetError when it is gone."""
+        if not self.push(data):
+            await drained(self._protocol)
+
+    def push(self, data: bytes) -> bool:
+        """Sends `data` on; whether the client takes as much as is written. Raises ConnectionResetError."""
         transport = self._protocol.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
@@ -135,10 +140,10 @@ class Stream:
             self.started = True
             framed = self._head + framed if data else self._head
         elif not data:
-            return
-        transport.write(framed)
-        if self._protocol.writing_paused:
-            await drained(self._protocol)
+            framed = b""
+        if framed:
+            transport.write(framed)
+        return not self._protocol.writing_paused
 
     async def finish(self) -> Streamed:
         """The clean end."""
@@ -149,11 +154,13 @@ class Stream:
             transport.write(b"0\r\n\r\n")
         return Streamed(self.keep_alive, self._status)
 
-    def abort(self) -> Streamed:
-        """No clean end: what was written is still delivered, then the connection closes without the last chunk."""
+    def abort(self, at_once: bool = False) -> Streamed:
+        """No clean end: what was written is still delivered, unless `at_once`, then the connection closes without the
+        last chunk.
+        """
         transport = self._protocol.transport
         if transport is not None:
-            transport.close()
+            transport.abort() if at_once else transport.close()
         return Streamed(False, self._status)
 
 

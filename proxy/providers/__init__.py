@@ -44,6 +44,13 @@ class Dialect(Protocol):
         """What of this upstream can change an answer: part of the cache key."""
 
 
+def models_in_path(sites: Sequence[Site], route: Route) -> tuple[str, ...]:
+    """The model that an Azure upstream would serve whatever the body says: that of the deployment in the path."""
+    if route.deployment is None or all(site.kind != "azure" for site in sites):
+        return ()
+    return (model_named(sites, route, None),)
+
+
 _GLOB: Final = frozenset("*?[")
 
 DIALECTS: Final[dict[str, Dialect]] = {"openai": openai, "azure": azure}

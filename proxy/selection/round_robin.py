@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..core.keyring import KeyRing, PoolKey
 
 
-def round_robin(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float) -> list[PoolKey]:
+def round_robin(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
     turn = ring.turns.get(model, 0)
     if len(ring.turns) >= 4096:
         ring.turns.clear()

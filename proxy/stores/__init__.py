@@ -102,6 +102,9 @@ class Store(Protocol):
     async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
         """The same for several, in about the time of one. None: the store cannot tell, and more need not be asked."""
 
+    async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
+        """As `get`, by the bare key (core/entry.py): of several clients' answers the one stored last."""
+
     def put(self, entry: Entry) -> bool:
         """Takes the entry, to be written soon, in place of an older one; never waits. False: it will not be kept."""
 

@@ -69,6 +69,7 @@ class RedisStore:
         self.link = Link(url, deadline)
         self._redis = self.link.redis
         self._start = f"{prefix}:c{VERSION}:"
+        self._pointers = f"{prefix}:b{VERSION}:"
         self._purges = f"{prefix}:purges"
         self._heard = "-"  # the last purge that `purged` told of, "-": the one before all there are
         self._max_entry = max_entry
@@ -90,10 +91,11 @@ class RedisStore:
 
     def key_of(self, name: Name) -> str:
         """The Redis key: at most 160 bytes, whatever the entry's is."""
-        key, form = name
-        if len(key) > 64 or not key.isascii():
-            key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-        return f"{self._start}{key}:{form}"
+        return self._start + _short(name)
+
+    def pointer_of(self, name: Name) -> str:
+        """The Redis key that says which entry was stored last under a bare key and a form."""
+        return self._pointers + _short(name)
 
     async def open(self) -> None:
         await self.link.open()
@@ -143,16 +145,26 @@ class RedisStore:
         self._counts["misses"] += len(found) - hits
         return found
 
-    async def _read(self, name: Name) -> Entry | None:
-        redis_key = self.key_of(name)
+    async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
+        pointed = await self._value(self.pointer_of((bare, form))) if self.link.up else None
+        found = [await self.get(bare, form, wall)]
+        if pointed is not None:
+            found.append(await self.get(pointed.decode("utf-8", "replace"), form, wall))
+        return max(filter(None, found), key=lambda entry: entry.stored_at, default=None)
+
+    async def _value(self, redis_key: str) -> bytes | None:
         try:
-            blob = await self.link.run(lambda: self._redis.get(redis_key), self._deadline)
+            value = await self.link.run(lambda: self._redis.get(redis_key), self._deadline)
         except ResponseError as error:  # the link works, but this cannot be read: NOPERM, MOVED, WRONGTYPE
             self.link.complain(f"refuses a read: {error}")
             return None
         except (RedisError, OSError, TimeoutError):
             return None
-        if not isinstance(blob, bytes):
+        return value if isinstance(value, bytes) else None
+
+    async def _read(self, name: Name) -> Entry | None:
+        blob = await self._value(self.key_of(name))
+        if blob is None:
             return None
         if len(blob) > _IN_THREAD:
             entry = await asyncio.to_thread(decode, blob, *name)
@@ -211,6 +223,9 @@ class RedisStore:
         blob, redis_key, milliseconds = b"".join(parts), self.key_of(name), max(1, math.ceil(life * 1000))
         try:
             await self.link.run(lambda: self._redis.set(redis_key, blob, px=milliseconds), LONGEST)
+            if entry.bare:
+                pointer = self.pointer_of((entry.bare, entry.form))
+                await self.link.run(lambda: self._redis.set(pointer, entry.key, px=milliseconds), LONGEST)
         except ResponseError as error:  # OOM, READONLY, MISCONF, NOPERM: reads go on, writes pause
             self._counts["dropped"] += 1
             self._refused_until = time.monotonic() + _REFUSED_PAUSE
@@ -351,3 +366,10 @@ class RedisStore:
 
 def _decoded(blobs: Sequence[Any], names: Sequence[Name]) -> list[Entry | None]:
     return [decode(blob, *name) if isinstance(blob, bytes) else None for blob, name in zip(blobs, names, strict=True)]
+
+
+def _short(name: Name) -> str:
+    key, form = name
+    if len(key) > 64 or not key.isascii():
+        key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{key}:{form}"

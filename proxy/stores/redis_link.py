@@ -28,12 +28,15 @@ _PROBE_FIRST, _PROBE_LAST = 0.5, 2.5  # and LONGEST for the answer: a probe at l
 
 
 class Link:
-    """Redis as long as it answers. deadline: seconds within which a probe must be answered.
+    """Redis as long as it answers. deadline: seconds within which a probe must be answered; what, meanwhile: for logs.
 
     up: whether it may be asked; state: "ok", or what is wrong. Raises ValueError, without the URL's text.
     """
 
-    def __init__(self, url: str, deadline: float) -> None:
+    def __init__(
+        self, url: str, deadline: float, what: str = "redis cache", meanwhile: str = "answers are served without it"
+    ) -> None:
+        self._what, self._meanwhile = what, meanwhile
         self._pool = _pool(url)
         self.redis = Redis.from_pool(self._pool)
         self._slots = asyncio.Semaphore(self._pool.max_connections)  # so that nobody queues in the pool itself
@@ -102,7 +105,7 @@ class Link:
         if self.up and self._in_a_row >= _FAILURES:
             self.up = False
             self.state = reason
-            log.warning("redis cache: %s; answers are served without it until it works again", reason)
+            log.warning("%s: %s; %s until it works again", self._what, reason, self._meanwhile)
             self._probing = spawn(self._probe(None), "redis probe")
 
     async def _probe(self, first: asyncio.Future[None] | None) -> None:
@@ -117,14 +120,14 @@ class Link:
                 break
             except Exception as error:
                 if first is not None and not first.done():
-                    log.warning("redis cache: %s; answers are served without it until it works", text_of(error))
+                    log.warning("%s: %s; %s until it works", self._what, text_of(error), self._meanwhile)
                     first.set_result(None)
                 self.state = text_of(error)
                 await self._pool.disconnect()  # let the name be looked up anew
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PROBE_LAST)
         if first is None or first.done():
-            log.warning("redis cache: works again")
+            log.warning("%s: works again", self._what)
         else:
             first.set_result(None)
         self.up, self._in_a_row, self.state = True, 0, "ok"
@@ -139,7 +142,7 @@ class Link:
         now = time.monotonic()
         if now >= self._complain_at:
             self._complain_at = now + 60.0
-            log.warning("redis cache: %s", what)
+            log.warning("%s: %s", self._what, what)
 
 
 def _pool(url: str) -> BlockingConnectionPool:

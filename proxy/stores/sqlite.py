@@ -41,6 +41,10 @@ _ADMIN_BUSY: Final = 5.0
 # A body that is not asked for is not read.
 _GET: Final = f"SELECT head, CASE WHEN size <= {INLINE} THEN body END FROM {TABLE} WHERE key=? AND form=?"
 _GET_LONG: Final = f"SELECT head, body FROM {TABLE} WHERE key=? AND form=?"
+_NEWEST: Final = f"""
+SELECT key, stored_at FROM {TABLE} WHERE key=:bare AND form=:form
+UNION ALL SELECT key, stored_at FROM {TABLE} WHERE bare=:bare AND bare != '' AND form=:form
+ORDER BY stored_at DESC LIMIT 1"""
 _PURGED: Final = f"SELECT number, which FROM {PURGES} WHERE number >= ? ORDER BY number"
 _CHUNK: Final = 500
 _PURGE_CHUNK: Final = 5000
@@ -101,6 +105,14 @@ class SQLiteStore:
                 return None
             await asyncio.sleep(0)  # reading a row is no waiting: others have their turn
         return found
+
+    async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
+        generation, key = self._writer.generation, bare
+        with contextlib.suppress(sqlite3.Error):  # `get` meets the same trouble, and sees to it
+            asked = {"bare": bare, "form": form}
+            found = self._connection(generation).execute(_NEWEST, asked).fetchall() if generation else []
+            key = found[0][0] if found else bare
+        return await self.get(key, form, wall)
 
     async def _read(self, name: Name) -> Entry | None:
         generation = self._writer.generation

@@ -19,7 +19,7 @@ from typing import Final
 APPLICATION_ID: Final = 0x4F435063
 """Says in the file's header that it is ours ("OCPc"), so that nobody else's database is ever changed."""
 
-TABLE: Final = "entries_v1"
+TABLE: Final = "entries_v2"
 """The schema's version is in the name: another version of the program uses another table and reads nothing of ours."""
 
 PURGES: Final = "purges_v1"
@@ -35,10 +35,12 @@ CREATE TABLE IF NOT EXISTS {TABLE} (
   used REAL NOT NULL,        -- Unix seconds
   size INTEGER NOT NULL,     -- bytes of head and body
   head BLOB NOT NULL, body BLOB NOT NULL,  -- core/envelope.py
+  bare TEXT NOT NULL,        -- core/entry.py; '' where it is the key
   UNIQUE (key, form)
 );
 CREATE INDEX IF NOT EXISTS {TABLE}_used ON {TABLE} (used, size);
 CREATE INDEX IF NOT EXISTS {TABLE}_ends ON {TABLE} (ends_at);
+CREATE INDEX IF NOT EXISTS {TABLE}_bare ON {TABLE} (bare) WHERE bare != '';
 CREATE TABLE IF NOT EXISTS {PURGES} (number INTEGER PRIMARY KEY AUTOINCREMENT, which TEXT NOT NULL);
 """
 
@@ -52,7 +54,8 @@ class Layout:
     names: frozenset[str]
 
 
-CACHE: Final = Layout(APPLICATION_ID, _SCHEMA, frozenset({TABLE, f"{TABLE}_used", f"{TABLE}_ends", PURGES}))
+_NAMES: Final = (TABLE, f"{TABLE}_used", f"{TABLE}_ends", f"{TABLE}_bare", PURGES)
+CACHE: Final = Layout(APPLICATION_ID, _SCHEMA, frozenset(_NAMES))
 
 _LOCK_PATIENCE: Final = 2.0
 _WAL_KEPT: Final = 64 * 1024 * 1024

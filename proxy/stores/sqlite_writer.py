@@ -41,11 +41,11 @@ _CHUNK: Final = 500
 _LONGEST_EVICTION: Final = 4 * _CHUNK
 
 _PUT: Final = f"""
-INSERT INTO {TABLE} (key, form, endpoint, model, namespace, tags, stored_at, ends_at, used, size, head, body)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO {TABLE} (key, form, endpoint, model, namespace, tags, stored_at, ends_at, used, size, head, body, bare)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (key, form) DO UPDATE SET endpoint=excluded.endpoint, model=excluded.model, namespace=excluded.namespace,
 tags=excluded.tags, stored_at=excluded.stored_at, ends_at=excluded.ends_at, used=excluded.used, size=excluded.size,
-head=excluded.head, body=excluded.body"""
+head=excluded.head, body=excluded.body, bare=excluded.bare"""
 _TOUCH: Final = f"UPDATE {TABLE} SET used=max(used, ?) WHERE key=? AND form=?"
 _OLDEST: Final = f"SELECT rowid, size FROM {TABLE} ORDER BY used LIMIT {_CHUNK}"
 _SWEEP: Final = f"DELETE FROM {TABLE} WHERE rowid IN (SELECT rowid FROM {TABLE} WHERE ends_at <= ? LIMIT {_CHUNK})"
@@ -240,7 +240,7 @@ class Writer:
             return None
         tags = "".join(map(files.tag_text, entry.tags))
         where = (entry.key, entry.form, entry.endpoint, entry.model, entry.namespace, tags)
-        return (*where, entry.stored_at, entry.expires_at, len(head) + len(body), head, body)
+        return (*where, entry.stored_at, entry.expires_at, len(head) + len(body), head, body, entry.bare)
 
     def _now(self) -> float:
         """The wall clock, but never twice the same: entries of one batch keep their order."""

@@ -66,6 +66,10 @@ class TieredStore:
                 self._promotions += self.memory.put(found)
         return found
 
+    async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
+        """By the bare key: of the slower store, which alone can search for it; in memory only where it is the key."""
+        return self.memory.get(bare, form) if self.slower is None else await self.slower.newest(bare, form, wall)
+
     async def get_both(self, key: str, form: str, other: str, wall: float) -> tuple[Entry | None, Entry | None]:
         """The entry in `form`; and in the `other` one, which is looked for only where the first is not fresh."""
         entry = self.peek(key, form)

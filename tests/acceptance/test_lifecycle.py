@@ -82,13 +82,7 @@ def test_every_settings_error_at_once_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        {"throttle": {"backend": "redis"}},
-        {"cache": {"stale_if_error": "1h"}},
-        {"cache": {"on_disconnect": "finish"}},
-        {"throttle": {"tier": 3}},
-        {"selection": "sticky"},
         {"server": {"workers": 2}},
-        {"retry": {"fallbacks": {"gpt-4o": ["gpt-4o-mini"]}}},
         {"cost": {"budget": {"usd_per_day": 5, "on_exceeded": "refuse"}}},
     ],
     ids=str,

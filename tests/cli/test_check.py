@@ -50,6 +50,24 @@ def test_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert err == ""
 
 
+def test_the_limits_of_a_tier_are_shown_where_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+throttle: {tier: 1, limits: {gpt-4o-mini: {tpm: 7}}}
+upstreams:
+- {name: one, keys: [{name: mine, key: hunter2, limits: {rpm: 9}}]}
+- {name: two, kind: azure, base_url: "https://n.openai.azure.com", keys: [{name: theirs, key: hunter3}]}
+"""
+    assert run([], monkeypatch, tmp_path, text) == 0
+    out, _ = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("# limits")] == [
+        "# limits of mine for *: rpm 9, tpm 200000, tpd 2000000",
+        "# limits of mine for gpt-4o-mini: rpm 500, tpm 7, tpd 2000000",
+        "# limits of theirs for gpt-4o-mini: tpm 7",
+    ]
+
+
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run([], monkeypatch, tmp_path, "server: {prot: 9}\ncahce: {}")

@@ -8,25 +8,7 @@ from tests.config.kit import Load, problems
 
 REFUSED = {
     "server.workers": "server: {workers: 2}",
-    "server.client_keys.*.models": "server: {client_keys: [{name: a, key: abc, models: [gpt-*]}]}",
-    "server.client_keys.*.limits.rpm": "server: {client_keys: [{name: a, key: abc, limits: {rpm: 1}}]}",
-    "server.client_keys.*.limits.tpm": "server: {client_keys: [{name: a, key: abc, limits: {tpm: 1}}]}",
-    "server.client_keys.*.limits.concurrency": "server: {client_keys: [{name: a, key: abc, limits: {concurrency: 1}}]}",
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
-    "upstreams.*.keys.*.weight": "upstreams: [{keys: [{key: abc, weight: 2}]}]",
-    "selection": "selection: sticky",
-    "cache.mode": "cache: {mode: replay}",
-    "cache.cassette": "cache: {cassette: c.jsonl}",
-    "cache.store_requests": "cache: {store_requests: true}",
-    "cache.stale_while_revalidate": "cache: {stale_while_revalidate: 1s}",
-    "cache.stale_if_error": "cache: {stale_if_error: 1s}",
-    "cache.on_disconnect": "cache: {on_disconnect: finish}",
-    "throttle.backend": "throttle: {backend: redis}",
-    "throttle.tier": "throttle: {tier: 3}",
-    "retry.fallbacks": "retry: {fallbacks: {a: [b]}}",
-    "breaker.failures": "breaker: {failures: 6}",
-    "breaker.window": "breaker: {window: 31s}",
-    "breaker.open_for": "breaker: {open_for: 16s}",
     "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
@@ -43,12 +25,8 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 
 
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    assert problems(load, "selection: sticky") == [
-        "settings.yaml:1: selection: 'sticky' is not yet available (usable now: auto, headroom, round_robin)"
-    ]
-    assert problems(load, None, cache__mode="replay", server__workers=4) == [
+    assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
-        "command line: cache.mode (--mode): 'replay' is not yet available (usable now: normal)",
     ]
     assert "(PROXY__THROTTLE__TIER)" in problems(load, None, {"PROXY__THROTTLE__TIER": "3"})[0]
 
@@ -56,7 +34,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "cache: {coalesce: false, embeddings_per_item: false, backend: off}",
+        "cache: {coalesce: false, on_disconnect: finish, embeddings_per_item: false, backend: off}",
         "throttle: {adaptive: false}",
         "ledger: {enabled: false}",
         "selection: headroom",
@@ -80,6 +58,11 @@ def test_a_redis_url_of_the_environment_alone_is_no_mistake(load: Load) -> None:
     ("text", "found"),
     [
         ("cache: {backend: redis}", "settings.yaml:1: cache.backend: expected redis.url"),
+        ("throttle: {backend: redis}", "settings.yaml:1: throttle.backend: expected redis.url"),
+        (
+            "throttle: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
+            "settings.yaml:2: redis.url: expected redis://",
+        ),
         (
             "cache: {backend: redis}\nredis: {url: 'http://a:hunter2@b'}",
             "settings.yaml:2: redis.url: expected redis://",

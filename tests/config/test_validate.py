@@ -89,3 +89,28 @@ def test_risky_settings_are_warnings(load: Load) -> None:
     text = "upstreams:\n- {name: a, keys: [abc]}\n- {name: b, base_url: 'https://other.example/v1'}\n"
     text += "- {name: c, base_url: 'http://127.0.0.1:9/v1'}"
     assert load(text).warnings == ("upstream b has no key: https://other.example is called without a credential",)
+
+
+UPSTREAM = "upstreams: [{base_url: 'http://elsewhere.example/v1', keys: [{key: '${NOBODY}'}, {key_file: nowhere}]}]"
+
+
+def test_a_replay_reads_no_upstream_key(load: Load) -> None:
+    """A CI without the secrets uses the file that recorded."""
+    assert len(problems(load, UPSTREAM)) > 1
+    loaded = load(f"cache: {{mode: replay, cassette: c}}\n{UPSTREAM}")
+    assert loaded.settings.passthrough
+    assert loaded.settings.upstreams[0].base_url == "http://elsewhere.example/v1"
+    assert loaded.warnings == ()
+    assert load(UPSTREAM, cache__mode="replay", cache__cassette="c").settings.upstreams[0].keys == ()
+    assert load(None, {"OPENAI_API_KEY": "sk-your-key"}, cache__mode="replay").settings.passthrough
+
+
+def test_a_replay_needs_something_to_replay(load: Load) -> None:
+    (warning,) = load(None, cache__mode="replay").warnings
+    assert "it answers nothing" in warning
+    assert load("cache: {mode: replay, backend: sqlite}").warnings == ()
+    for text, found in (
+        ("cache: {mode: replay, backend: off}", "cache.mode: expected a cache to go with it, found backend: off"),
+        ("cache: {when: never, cassette: c}", "cache.cassette: expected a cache to go with it, found when: never"),
+    ):
+        assert problems(load, text) == [f"settings.yaml:1: {found}"]

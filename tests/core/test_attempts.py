@@ -165,6 +165,17 @@ def test_what_was_not_billed_is_sent_again_anyway(outcome: Class) -> None:
     assert isinstance(after(machine(ambiguous=False), outcome), Pause)
 
 
+@pytest.mark.parametrize("outcome", Class)
+@pytest.mark.parametrize("ambiguous", [True, False])
+def test_what_may_be_tried_elsewhere(outcome: Class, ambiguous: bool) -> None:
+    """Another upstream or model may take what may be sent again; what may have been billed only where allowed."""
+    attempts = Attempts(Policy(ambiguous=ambiguous), lambda: 0.0)
+    never = {Class.OK, Class.FINAL, Class.INVALID, Class.TIMEOUT}
+    if not ambiguous:
+        never |= {Class.AMBIGUOUS, Class.STALE}
+    assert attempts.elsewhere(outcome) is (outcome not in never)
+
+
 def test_without_budget_no_retry_and_no_more_from_the_sdk() -> None:
     attempts = machine()
     assert after(attempts, Class.RETRY, granted=lambda: False) == Deliver(spent=True)

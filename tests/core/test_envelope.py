@@ -58,6 +58,8 @@ entries = st.builds(
     tags=st.lists(texts, max_size=3).map(tuple),
     sampled=st.booleans(),
     usage_asked=st.booleans(),
+    request=st.none() | texts | texts.map(lambda text: text * 200),
+    bare=texts,
 )
 
 
@@ -65,7 +67,7 @@ entries = st.builds(
 def test_comes_back_as_it_was(one: Entry) -> None:
     whole = blob(one)
     assert decode(whole, one.key, one.form) == one
-    assert describe(whole) == msgspec.structs.replace(one, body=b"")
+    assert describe(whole) == msgspec.structs.replace(one, body=b"", request=None)
     size = head_size(whole[:FRAME_SIZE])
     assert size is not None
     assert describe(whole[:size]) == describe(whole)
@@ -168,3 +170,16 @@ def test_a_stored_entry_stays_readable() -> None:
     assert found.body == b"{}"
     assert found.tags == ("a:b",)
     assert not found.usage_asked
+
+
+def test_a_request_that_is_kept_is_packed_with_the_body_and_not_in_the_head() -> None:
+    one = entry(body=b"[]", request='{"a": "' + "x" * 5000 + '"}')
+    head, body = encode(one)
+    assert len(head) < 600
+    assert len(body) < 200
+    assert decode(head + body, "k", "json") == one
+    assert decode(blob(entry(body=b"[]", request="")), "k", "json") == entry(body=b"[]", request="")
+    plain = head_of(entry("a"))
+    for rest in (b"", b"\0\0\0", b"\0\0\0\1\xff"):
+        assert decode(forged(plain, rest, packing=2), "a", "json") is None
+    assert decode(forged(plain, b"", packing=4), "a", "json") is None

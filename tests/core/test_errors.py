@@ -16,6 +16,7 @@ STATUS = {
     "invalid_json": 400,
     "invalid_option": 400,
     "invalid_client_key": 401,
+    "model_not_allowed": 403,
     "origin_not_allowed": 403,
     "unknown_route": 404,
     "method_not_allowed": 405,
@@ -26,12 +27,14 @@ STATUS = {
     "queue_full": 429,
     "request_exceeds_limit": 429,
     "keys_cooling": 429,
+    "client_limit": 429,
     "budget_exceeded": 429,
     "upstream_unreachable": 502,
     "upstream_invalid_response": 502,
     "no_usable_key": 502,
     "overloaded": 503,
     "draining": 503,
+    "circuit_open": 503,
     "upstream_timeout": 504,
     "not_cached": 504,
 }
@@ -40,7 +43,7 @@ STATUS = {
 OURS_TOO = {"bad_request": 400, "internal_error": 500}
 """What the contract does not name: HTTP that is none, and a failure of the proxy itself."""
 
-WORTH_WAITING = {"throttled", "queue_full", "keys_cooling"}
+WORTH_WAITING = {"throttled", "queue_full", "keys_cooling", "client_limit"}
 NEVER_RETRY = {"budget_exceeded", "not_cached", "request_exceeds_limit", "no_usable_key"}
 
 

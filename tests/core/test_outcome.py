@@ -17,7 +17,9 @@ from proxy.core.outcome import (
     Class,
     ErrorInfo,
     TransportFailure,
+    broken,
     classify,
+    dimension_of,
     error_info,
     retry_after,
     stream_error,
@@ -121,6 +123,79 @@ def test_a_transport_failure_is_an_outcome(kind: Any) -> None:
 )
 def test_what_decides_in_an_error_body(document: Any, info: ErrorInfo) -> None:
     assert error_info(json.dumps(document).encode()) == info
+
+
+SAID = "Rate limit reached for gpt-4o in organization org-x on {}: Limit {}, Used {}, Requested {}. Please try again."
+
+
+@pytest.mark.parametrize(
+    ("error", "limit", "too_large"),
+    [
+        ({"message": SAID.format("tokens per min (TPM)", 30000, 29000, 2000), "type": "tokens"}, "tokens", False),
+        ({"message": SAID.format("requests per min (RPM)", 3, 3, 1), "type": "requests"}, "requests", False),
+        ({"message": SAID.format("tokens per day (TPD)", 9, 9, 1)}, "tokens", False),
+        ({"message": SAID.format("requests per day (RPD)", 9, 9, 1)}, "requests", False),
+        ({"message": "… have exceeded token rate limit of your current OpenAI S0 pricing tier."}, "tokens", False),
+        ({"message": "… have exceeded call rate limit of your current OpenAI S0 pricing tier."}, "requests", False),
+        ({"message": "Request too large for gpt-4o: Limit 30000, Requested 40000."}, None, True),
+        ({"message": "Request too large for gpt-4o (TPM): Limit: 30000, Requested: 40000."}, None, True),
+        ({"message": "Request too large for gpt-4o."}, None, True),
+        ({"message": "Request too large for gpt-4o: Limit 40000, Requested 30000."}, None, False),
+        ({"message": "Limit " + "9" * 40 + ", Requested 1"}, None, False),
+        ({"message": 7, "type": "tokens"}, "tokens", False),
+        ({"message": "slow down"}, None, False),
+    ],
+)
+def test_which_limit_a_429_is_about(error: dict[str, Any], limit: str | None, too_large: bool) -> None:
+    info = error_info(json.dumps({"error": error}).encode())
+    assert (info.limit, info.too_large) == (limit, too_large)
+    assert classify(429, info, None) is (Class.TOO_LARGE if too_large else Class.RATE_LIMITED)
+    assert classify(400, info, None) is Class.FINAL
+    assert classify(500, info, None) is Class.RETRY
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "limit"),
+    [("0", "500", "requests"), ("3", "0", "tokens"), ("0", "0", None), (None, None, None), ("-1", "-1", None)],
+)
+def test_the_headers_say_it_where_the_body_does_not(requests: Any, tokens: Any, limit: Any) -> None:
+    told = {"requests": requests, "tokens": tokens}
+    headers = {f"x-ratelimit-remaining-{of}": left for of, left in told.items() if left is not None}
+    assert dimension_of(headers, NOTHING) == limit
+    assert dimension_of(headers, ErrorInfo(limit="tokens")) == "tokens"
+
+
+def test_the_dimension_that_is_named_tells_the_wait() -> None:
+    headers = {"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "6m0s"}
+    assert retry_after(headers, 0.0) is None
+    assert retry_after(headers, 0.0, ErrorInfo(limit="tokens")) == 360.0
+    assert retry_after(headers, 0.0, ErrorInfo(limit="requests")) == 1.0
+    assert retry_after(headers | {"x-ratelimit-remaining-tokens": "500"}, 0.0, ErrorInfo(limit="tokens")) is None
+
+
+@pytest.mark.parametrize("code", ["mismatched_organization", "mismatched_project", "invalid_organization"])
+def test_a_wrong_organisation_is_not_a_bad_key(code: str) -> None:
+    assert classify(401, ErrorInfo(code, "invalid_request_error"), None) is Class.ORGANIZATION
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "sick"),
+    [
+        (Class.RETRY, 500, True),
+        (Class.FINAL, 503, True),  # x-should-retry: false
+        (Class.RETRY, 200, True),  # an error as the first event of a stream
+        (Class.RETRY, 408, False),
+        (Class.RATE_LIMITED, 429, False),
+        (Class.UNAUTHORIZED, 401, False),
+        (Class.OK, 200, False),
+        (Class.UNREACHED, None, True),
+        (Class.AMBIGUOUS, None, True),
+        (Class.TIMEOUT, None, True),
+        (Class.STALE, None, False),
+    ],
+)
+def test_what_speaks_against_an_upstream(outcome: Class, status: int | None, sick: bool) -> None:
+    assert broken(outcome, status) is sick
 
 
 DEEP = b'{"error":{"code":"503","a":' + b"[" * 400 + b"]" * 400 + b"}}"

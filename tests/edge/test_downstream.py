@@ -339,9 +339,9 @@ async def test_how_long_it_may_wait_for_a_place(
         seen: list[float] = []
         admit = home.world.gate.admit
 
-        async def noted(lane: str, attempt: Any, patience: float) -> Any:
+        async def noted(lane: str, attempt: Any, patience: float, client: str) -> Any:
             seen.append(patience)
-            return await admit(lane, attempt, patience)
+            return await admit(lane, attempt, patience, client)
 
         monkeypatch.setattr(home.world.gate, "admit", noted)
         await home.ask(body=ask(), headers=headers)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import proxy.edge.wire
-from proxy.config.settings import Retry, Server, Timeouts, Upstream
+from proxy.config.settings import Breaker, Retry, Server, Timeouts, Upstream
 from proxy.core.outcome import TransportFailure
 from tests.edge.kit import Answer, House, chunked, house, request, wire
 from tests.journey.scene import pool, settings
-from tests.journey.script import HANG, JSON, Fails, Move, Says, error, rate_limited
+from tests.journey.script import HANG, JSON, Fails, Move, Says, error, rate_limited, says
 
 FILES, MODELS = "/v1/files", "/v1/models"
 CUT = TransportFailure("invalid", "cut")
@@ -174,6 +174,53 @@ async def test_a_clients_own_bad_credential_is_its_own_affair() -> None:
     async with house(error(401), config=settings(Upstream(base_url="http://up.test/v1"))) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Error")) == (401, None)
+
+
+def made(id_: str, **fields: Any) -> Says:
+    return says({"id": id_, "object": "file", **fields})
+
+
+async def test_a_stored_object_is_seen_by_the_key_that_made_it() -> None:
+    async with house(config=TWO) as home:
+        home.world.objects.made(["resp_1"], "k2")  # by one of the five endpoints
+        assert await carried(home, "/v1/responses/resp_1", made("resp_1")) == ["k2"]
+        assert await carried(home, "/v1/responses/resp_1/input_items", made("x")) == ["k2"]
+        assert await carried(home, "/v1/responses/resp_2", made("resp_2")) == ["k1"]
+        assert await carried(home, "/v1/responses/resp_1", error(401)) == ["k2"]  # no other key could see it
+
+
+@pytest.mark.parametrize("length", [(), (("Content-Length", "38"),)])
+async def test_what_a_passed_on_answer_brings_is_remembered(length: Iterable[tuple[str, str]]) -> None:
+    body = b'{"id": "vs_1", "object":"vector_store"}'[:-1] + b"}"
+    answer = Says(200, (JSON, *[("Content-Length", str(len(body))) for _ in length]), (body[:9], body[9:]))
+    async with house(config=TWO) as home:
+        home.world.objects.made(["file-1"], "k2")
+        home.way_up.queue[:] = [answer, LISTED]
+        made = await home.ask("POST", "/v1/vector_stores", {"file_ids": ["file-1"]})
+        assert (made.body, home.way_up.keys) == (body, ["k2"])  # where its file is
+        assert await home.world.objects.maker(["vs_1"]) == "k2"
+        assert home.way_up.sent[0].json() == {"file_ids": ["file-1"]}
+
+
+async def test_a_large_or_broken_body_is_not_looked_into() -> None:
+    async with house(config=TWO) as home:
+        home.world.objects.made(["file-1"], "k2")
+        for body in (b'{"file_ids": ["file-1"], "x": "' + b"x" * 70_000 + b'"}', b'{"file_ids": ["file-1"], '):
+            home.way_up.queue[:] = [LISTED]
+            await home.ask("POST", "/v1/vector_stores", body, [("Content-Type", "application/json")])
+            assert home.way_up.keys.pop() == "k1"
+            assert home.way_up.sent[-1].body == body
+
+
+async def test_an_upstream_that_fails_is_left_alone() -> None:
+    async with house(*[error(500)] * 3, config=replace(ONE, breaker=Breaker(failures=3))) as home:
+        for _ in range(3):
+            assert (await home.ask("POST", FILES, b"x")).status == 500
+        answer = await home.ask("POST", FILES, b"x")
+        assert (answer.status, answer.error) == (503, "circuit_open")
+        assert answer.get("Retry-After") == "15"
+        state = (await home.ask("GET", "/_proxy/keys")).json()["upstreams"]
+        assert [(row["name"], row["state"]) for row in state] == [("openai", "open")]
 
 
 async def test_azure_shapes_go_to_an_azure_upstream_where_there_is_one() -> None:

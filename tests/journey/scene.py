@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from proxy.bought import Bought
 from proxy.config import Secret, Settings
 from proxy.config.settings import Key, Retry, Throttle, Timeouts, Upstream
 from proxy.core.call import CachePlan, Call, Client
@@ -20,8 +21,9 @@ from proxy.core.options import Options
 from proxy.core.ports import Write
 from proxy.core.receipt import Receipt
 from proxy.core.routes import parse_target
-from proxy.journey import Bought, Journey
+from proxy.journey import Journey
 from proxy.providers import model_named
+from proxy.reel import View
 from proxy.relay import Flow, StreamBroken
 from proxy.seams import Seams
 from proxy.shelf import Hit, name_of
@@ -67,7 +69,7 @@ class Told:
     refusal: Refusal | None = None
     broken: bool = False
     reads: list[bytes] = field(default_factory=list)
-    flow: Flow | None = None
+    flow: Flow | View | None = None
     at: float = 0.0
 
     @property
@@ -120,7 +122,7 @@ class Scene:
         self.world: World = compile_world(config or settings(), self.seams)
         self.receipts: list[Receipt] = []
         self.journey = Journey(self.world, self.way_up, self.receipts.append)
-        self.flows: list[Flow] = []
+        self.flows: list[Flow | View] = []
         self.write: Write | None = None  # a client that is slow, or gone
 
     # -- asking -------------------------------------------------------------------------------------------------------

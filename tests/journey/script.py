@@ -110,7 +110,9 @@ class ScriptedReply:
                 self.finished = True
                 raise step
             elif step == HANG:
+                self.left.appendleft(HANG)  # for whoever reads on, should this reader leave
                 await asyncio.sleep(IDLE)
+                self.left.popleft()
                 raise TransportFailure("timeout", "scripted: silent")
             else:
                 await asyncio.sleep(float(step))
@@ -150,11 +152,14 @@ class ScriptedWayUp:
         assert first_byte > 0
         move = self.queue.pop(0) if self.queue else self._otherwise(sent)
         try:
-            async with asyncio.timeout(first_byte):
+            async with asyncio.timeout(first_byte) as running:
+                trip.extend = running.reschedule
                 return await self._play(move, sent, trip, body)
         except TimeoutError:
             kind: FailureKind = "timeout" if trip.connected else "unreached"
             raise TransportFailure(kind, "scripted: too slow") from None
+        finally:
+            trip.extend = None
 
     def _otherwise(self, sent: Sent) -> Move:
         assert self.otherwise is not None, f"an unexpected call: {sent}"

@@ -11,10 +11,10 @@ import pytest
 import proxy.journey
 import proxy.planning
 import proxy.shelf
+from proxy.bought import Bought
 from proxy.config.settings import Cache, Ttl
 from proxy.core.call import Call
 from proxy.core.options import Options
-from proxy.journey import Bought
 from proxy.shelf import name_of
 from tests.journey.clock import story
 from tests.journey.scene import CHAT, Scene, Told, ask, settings

@@ -14,7 +14,7 @@ from proxy.core.limits import Limits
 from proxy.core.options import Options
 from proxy.core.outcome import TransportFailure
 from tests.journey.clock import settled, story
-from tests.journey.scene import Scene, Told, ask, settings
+from tests.journey.scene import Scene, Told, ask, pool, settings
 from tests.journey.script import (
     HANG,
     Fails,
@@ -227,3 +227,36 @@ async def test_without_limits_nothing_is_counted(stream: bool) -> None:
     assert (told.status, told.at) == (200, 5.0)
     assert scene.world.ring.allowance(scene.world.ring.keys[0], "gpt-4o", 0.0) is None
     scene.balanced()
+
+
+@story
+async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() -> None:
+    """200 tokens of answer, plain and streamed, are reserved for the next one; a limit of its own counts instead."""
+    for stream in (False, True):
+        scene = Scene(streams() if stream else says(), way_up=None, config=limited(tpm=100_000))
+        await scene.ask(ask("a", stream=stream))
+        before = scene.used()["tpm"]
+        scene.way_up = ScriptedWayUp(says(wait=5.0), says(wait=5.0))
+        scene.journey.exchange._way_up = scene.way_up
+        free = scene.loop.create_task(scene.ask(ask("b")))
+        await settled()
+        learned = scene.used()["tpm"] - before
+        assert learned == estimate_tokens("chat", ask("b"), scene.world.habits.output("gpt-4o")) > 100
+        bound = scene.loop.create_task(scene.ask(ask("b", max_tokens=7)))
+        await settled()
+        assert scene.used()["tpm"] - before - learned == estimate_tokens("chat", ask("b", max_tokens=7))
+        await free
+        await bound
+
+
+@story
+async def test_a_tier_holds_at_openai_and_not_at_azure() -> None:
+    config = settings(pool("k1"), throttle=Throttle(tier="free"))
+    scene = Scene(way_up=endless(), config=config)
+    for n in range(3):
+        assert (await scene.ask(ask(str(n)))).status == 200
+    told = await scene.ask(ask("4"), patience=1.0)
+    assert (told.refused, scene.used()["rpm"]) == ("throttled", 3)
+    azure = pool("a1", kind="azure", deployments={"*": "d"})
+    scene = Scene(way_up=endless(), config=settings(azure, throttle=Throttle(tier="free")))
+    assert not scene.world.ring.limited

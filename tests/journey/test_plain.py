@@ -276,7 +276,8 @@ async def test_a_pool_key_in_an_error_is_masked() -> None:
         ({"service_tier": "default"}, "0.002250", "exact"),
         ({"service_tier": None}, "0.002250", "exact"),
         ({"service_tier": "flex"}, None, "unknown"),
-        ({"service_tier": "priority"}, None, "unknown"),
+        ({"service_tier": "priority"}, "0.003825", "exact"),
+        ({"service_tier": "scale"}, None, "unknown"),
         ({"model": "nobody-knows-this"}, "0.002250", "exact"),  # then the model asked for
         ({"usage": None}, None, "unknown"),
         ({"usage": {"prompt_tokens": True}}, None, "unknown"),

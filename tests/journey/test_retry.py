@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from proxy.config.settings import Retry, Timeouts
+from proxy.config.settings import Breaker, Retry, Timeouts
 from proxy.core.options import Options
 from proxy.core.outcome import Class, TransportFailure
 from tests.journey.clock import WALL, story
@@ -330,11 +330,13 @@ async def test_a_broken_answer_is_502_and_not_asked_for_again(broken: Move) -> N
 
 # The budget.
 
+UNBROKEN = settings(retry=Retry(jitter=0.0), breaker=Breaker(failures=1000))
+
 
 @story
 async def test_retries_are_bounded_by_a_share_of_the_requests() -> None:
     """Everything fails: ten retries in ten seconds and a fifth of the requests, however many ask."""
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(503)), config=settings(retry=Retry(jitter=0.0)))
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(503)), config=UNBROKEN)
     asked = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(50)]
     tolds = [await task for task in asked]
     assert {told.status for told in tolds} == {503}

@@ -168,7 +168,8 @@ async def test_what_is_no_retry_is_a_new_request(count: bytes) -> None:
 
 @story
 async def test_streams_are_numbered_and_counted_when_they_end() -> None:
-    scene = Scene(*[streams(events(str(number), usage=True)) for number in range(2)])
+    spoken = [events(str(number), usage=True) for number in range(2)]
+    scene = Scene(*[streams([first, 1.0, *rest]) for first, *rest in spoken])
     request = ask(stream=True)
     told = [await scene.ask(request, run()) for _ in range(2)]
     assert [money(one)[0] for one in told] == ["0.000000", "0.002250"]  # at its start its own cost is not known yet

@@ -133,7 +133,7 @@ async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None
 
 @story
 async def test_a_client_gone_before_the_first_byte() -> None:
-    scene = Scene(streams(), error(400))
+    scene = Scene(streams([*events()[:1], HANG]), error(400))
     call = scene.call(STREAM)
     bought = await scene.journey.buy(call, await scene.journey.planner.plan(call))
     assert bought.flow is not None

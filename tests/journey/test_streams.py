@@ -67,9 +67,16 @@ async def test_its_receipt_comes_at_its_end() -> None:
     assert (receipt.upstream_ms, receipt.total_ms) == (2000.0, 2000.0)
 
 
-@pytest.mark.parametrize("tier", ["flex", "priority", "scale"])
 @story
-async def test_tiers_that_cost_something_else(tier: str) -> None:
+async def test_a_tier_has_its_own_price() -> None:
+    scene = Scene(streams(events(usage=True, service_tier="priority")))
+    assert b": x-proxy-cost-usd=0.003825 " in (await scene.ask(STREAM, Options(stream_cost=True))).body
+    assert scene.receipt.cost_usd == "0.003825"
+
+
+@pytest.mark.parametrize("tier", ["flex", "scale"])
+@story
+async def test_tiers_without_a_known_price(tier: str) -> None:
     scene = Scene(streams(events(usage=True, service_tier=tier)))
     told = await scene.ask(STREAM, Options(stream_cost=True))
     assert (scene.receipt.cost_usd, scene.receipt.cost_status) == (None, "unknown")

@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.keyring import KeyRing, Lease, PoolKey
+from proxy.core.affinity import TTL
+from proxy.core.keyring import KeyRing, Lease, PoolKey, Wish
 from proxy.core.limits import MARGIN, Limits
 from proxy.core.outcome import Class
 from proxy.selection import STRATEGIES
+from proxy.selection.auto import auto
 from proxy.selection.headroom import headroom
 from proxy.selection.round_robin import round_robin
+from proxy.selection.sticky import sticky
+from proxy.selection.weighted import weighted
 
 M = "gpt-4o"
 NOBODY: frozenset[str] = frozenset()
@@ -36,15 +40,15 @@ def serve(pool: KeyRing, times: int, now: float = 0.0, model: str = M) -> list[s
 
 
 def test_what_there_is() -> None:
-    wanted = {"auto": headroom, "headroom": headroom, "round_robin": round_robin}
-    assert wanted == STRATEGIES
+    names = {"auto": auto, "headroom": headroom, "round_robin": round_robin, "sticky": sticky, "weighted": weighted}
+    assert names == STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(count=st.integers(1, 6), now=st.floats(0, 1e6))
 def test_every_strategy_returns_all_keys_it_was_given(strategy: str, count: int, now: float) -> None:
     pool = ring(strategy, count, {"*": Limits(rpm=5)})
-    order = STRATEGIES[strategy](pool.keys, pool, M, now)
+    order = STRATEGIES[strategy](pool.keys, pool, M, now, b"")
     assert sorted(key.label for key in order) == sorted(key.label for key in pool.keys)
 
 
@@ -120,3 +124,91 @@ def test_round_robin_forgets_old_models() -> None:
     for number in range(5000):
         serve(pool, 1, model=f"m{number}")
     assert len(pool.turns) <= 4096
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def asked(pool: KeyRing, prefix: bytes, now: float = 0.0, tokens: int = 1) -> str:
+    lease = pool.lease(M, tokens, NOBODY, now, wish=Wish(prefix))
+    assert isinstance(lease, Lease)
+    return lease.key.label
+
+
+def test_auto_stays_with_the_key_that_has_the_prompt() -> None:
+    pool = ring("auto", 4)
+    home = asked(pool, b"p")
+    for number in range(20):
+        serve(pool, 1)  # others come in between
+        assert asked(pool, b"p", float(number)) == home
+    assert asked(pool, b"q", 20.0) != home
+
+
+def test_auto_spreads_prompts_evenly() -> None:
+    pool = ring("auto", 4)
+    assert set(Counter(asked(pool, str(n).encode()) for n in range(1000)).values()) == {250}
+
+
+def test_auto_leaves_a_key_that_is_80_percent_used() -> None:
+    pool = ring("auto", 2, {"*": Limits(tpm=1000)})
+    home = asked(pool, b"p", tokens=700)
+    assert asked(pool, b"p", tokens=90) == home
+    assert asked(pool, b"p", tokens=90) == home  # 79 % before it
+    assert asked(pool, b"p", tokens=90) != home
+
+
+def test_auto_leaves_a_key_that_rests_and_stays_where_it_went() -> None:
+    pool = ring("auto", 2)
+    home = asked(pool, b"p")
+    pool.learn(pool.named(home) or pool.keys[0], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    other = asked(pool, b"p", 1.0)
+    assert other != home
+    assert asked(pool, b"p", 40.0) == other  # its cache is warm now
+
+
+def test_auto_forgets_after_a_while() -> None:
+    pool = ring("auto", 2)
+    home = asked(pool, b"p")
+    assert asked(pool, b"p", TTL + 1.0) != home
+
+
+def test_sticky_is_the_same_everywhere_and_whatever_the_load() -> None:
+    first, second = ring("sticky", 4), ring("sticky", 4)
+    serve(second, 7)
+    prefixes = [str(n).encode() for n in range(400)]
+    homes = [asked(first, prefix) for prefix in prefixes]
+    assert homes == [asked(second, prefix) for prefix in prefixes]
+    assert all(70 <= count <= 130 for count in Counter(homes).values())
+
+
+def test_sticky_moves_only_the_share_of_a_key_that_rests() -> None:
+    pool = ring("sticky", 4)
+    prefixes = [str(n).encode() for n in range(200)]
+    before = {prefix: asked(pool, prefix) for prefix in prefixes}
+    pool.learn(pool.keys[2], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    after = {prefix: asked(pool, prefix, 1.0) for prefix in prefixes}
+    assert all(before[prefix] == "k2" for prefix in prefixes if before[prefix] != after[prefix])
+
+
+def weights(*values: float) -> KeyRing:
+    return KeyRing([PoolKey(f"k{n}", 0, ("*",), weight=w) for n, w in enumerate(values)], weighted, {})
+
+
+def test_weighted_shares_are_exact_and_interleaved() -> None:
+    pool = weights(5, 1, 1)
+    assert serve(pool, 7) == ["k0", "k0", "k1", "k0", "k2", "k0", "k0"]  # nginx's own example
+    assert Counter(serve(pool, 700)) == {"k0": 500, "k1": 100, "k2": 100}
+
+
+def test_weight_0_is_the_last_resort() -> None:
+    pool = weights(1, 0)
+    assert set(serve(pool, 10)) == {"k0"}
+    pool.learn(pool.keys[0], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    assert serve(pool, 1, 1.0) == ["k1"]
+
+
+def test_weighted_forgets_old_models() -> None:
+    pool = weights(1, 2)
+    for number in range(5000):
+        serve(pool, 1, model=f"m{number}")
+    assert len(pool.credit) <= 4096

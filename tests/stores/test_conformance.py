@@ -396,3 +396,29 @@ async def test_like_a_dictionary(store: Store) -> None:
         else:
             await store.flush()
     assert set(await everything(store)) == set(model)
+
+
+@pytest.mark.parametrize("form", ["json", "sse"])
+async def test_the_newest_of_several_clients_answers_is_found_without_their_scope(make: Make, form: str) -> None:
+    """Replay: whose answer it was does not matter. Memory alone cannot search, and is not asked to."""
+    store = await make()
+    if isinstance(store, TieredStore) and store.slower is None:
+        pytest.skip("nothing stands behind memory")
+    assert await store.newest("bare", form, NOW) is None
+    store.put(entry("one", bare="bare", form=form, stored_at=NOW - 2))
+    store.put(entry("other", bare="another", form=form))
+    await store.flush()
+    found = await store.newest("bare", form, NOW)
+    assert found is not None
+    assert (found.key, found.bare) == ("one", "bare")
+    store.put(entry("two", bare="bare", form=form, stored_at=NOW - 1))
+    await store.flush()
+    found = await store.newest("bare", form, NOW)
+    assert found is not None
+    assert found.key == "two"
+    store.put(entry("bare", form=form, stored_at=NOW))
+    await store.flush()
+    found = await store.newest("bare", form, NOW)
+    assert found is not None
+    assert found.key == "bare"
+    assert await store.newest("bare", "json" if form == "sse" else "sse", NOW) is None

@@ -1,0 +1,45 @@
+"""What an answer from upstream is to the one who bought it, and what of it concerns those who share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from .core.headers import Raw
+from .core.pricing import Cost
+from .core.usage import Usage
+from .flights import Share
+from .reel import Reel, View
+from .relay import Dress, Flow
+
+
+class Purchase(msgspec.Struct):
+    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it."""
+
+    usage: Usage | None = None
+    cost: Cost | None = None
+    answer_model: str | None = None
+    error: str = ""
+
+
+class Bought(msgspec.Struct, frozen=True):
+    """An answer from upstream. lines: our headers, as text, and with them `extra`: those that hold for everybody who
+    gets it; body: whole, or None where `flow` streams it.
+
+    share: whose it may be; reel, dress: where several read its stream, and what the one who bought it gets of that;
+    usage_asked: the usage chunk is in the stream, if the upstream sends one.
+    """
+
+    status: int
+    reason: str
+    headers: Sequence[Raw]
+    lines: str
+    body: bytes | None
+    flow: Flow | View | None = None
+    share: Share = Share.OWN
+    purchase: Purchase | None = None
+    extra: str = ""
+    reel: Reel | None = None
+    dress: Dress | None = None
+    usage_asked: bool = True

@@ -1,0 +1,70 @@
+"""The circuit breaker of one upstream (contract 3, `breaker`): after failures in a row nothing is sent for a while."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["closed", "open", "half_open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """When it opens. failures: so many in a row, within `window` seconds; open_for: seconds until one request may
+    try again.
+    """
+
+    failures: int = 5
+    window: float = 30.0
+    open_for: float = 15.0
+
+
+class Breaker:
+    """One upstream's health. Failures count in a row, so that a busy upstream with a few errors in a thousand answers
+    never trips it. `now` is monotonic seconds.
+    """
+
+    __slots__ = ("_failed", "_open_until", "_probing", "trip")
+
+    def __init__(self, trip: Trip | None = None) -> None:
+        self.trip = trip or Trip()
+        self._failed: list[float] = []
+        self._open_until: float | None = None
+        self._probing = False
+
+    def wait(self, now: float) -> float:
+        """Seconds until a request may be sent; 0.0 now."""
+        return 0.0 if self._open_until is None else max(0.0, self._open_until - now)
+
+    def sends(self, now: float) -> None:
+        """A request goes up: in an open breaker whose time is over it is the probe, and the others wait for it, but no
+        longer than for another opening.
+        """
+        if self._open_until is not None and self._open_until <= now:
+            self._probing = True
+            self._open_until = now + self.trip.open_for
+
+    def succeeded(self) -> None:
+        """The upstream answered; whatever it said, it is there."""
+        if self._failed or self._open_until is not None:
+            self._failed.clear()
+            self._open_until = None
+            self._probing = False
+
+    def failed(self, now: float) -> None:
+        """No answer, or an answer that says that the upstream is broken."""
+        if self._open_until is not None:
+            if self._probing:
+                self._probing = False
+                self._open_until = now + self.trip.open_for
+            return  # sent before it opened: it says nothing new
+        self._failed = [stamp for stamp in self._failed if now - stamp < self.trip.window]
+        self._failed.append(now)
+        if len(self._failed) >= self.trip.failures:
+            self._failed.clear()
+            self._open_until = now + self.trip.open_for
+
+    def state(self, now: float) -> State:
+        if self._open_until is None:
+            return "closed"
+        return "half_open" if self._probing or self._open_until <= now else "open"

@@ -1,0 +1,44 @@
+"""Who made which stored object, told through a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+
+from proxy.core.objects import KEPT
+from proxy.stores.redis_objects import RedisObjects
+from tests.stores.kit import valkey
+
+
+async def test_one_proxy_tells_another() -> None:
+    with valkey() as server:
+        await told(server.url)
+
+
+async def told(url: str) -> None:
+    one, other = RedisObjects(url, "t"), RedisObjects(url, "t")
+    await asyncio.gather(one.open(), other.open())
+    try:
+        assert await other.get(["file-1"]) is None
+        await one.put(["file-1", "vs_\ud800"], "k1")
+        assert await other.get(["x", "file-1"]) == "k1"
+        assert await other.get(["vs_\ud800"]) == "k1"
+        keys = [key async for key in one.link.redis.scan_iter()]
+        assert all(len(key) <= 160 and b"file-1" not in key for key in keys)
+        for key in keys:
+            assert 0 < await one.link.redis.ttl(key) <= KEPT
+    finally:
+        await asyncio.gather(one.close(), other.close())
+
+
+async def test_without_redis_nobody_knows_and_nobody_waits() -> None:
+    with valkey() as server:
+        objects = RedisObjects(server.url, "t")
+        await objects.open()
+        server.kill()
+    try:
+        for _ in range(5):
+            await objects.put(["file-1"], "k1")
+            assert await objects.get(["file-1"]) is None
+        assert not objects.link.up
+    finally:
+        await objects.close()
