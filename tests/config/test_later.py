@@ -28,7 +28,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
     assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
     ]
-    assert "(PROXY__THROTTLE__TIER)" in problems(load, None, {"PROXY__THROTTLE__TIER": "3"})[0]
+    assert "(PROXY__COST__BUDGET__WARN_AT)" in problems(load, None, {"PROXY__COST__BUDGET__WARN_AT": "0.5"})[0]
 
 
 @pytest.mark.parametrize(
