@@ -225,7 +225,7 @@ class Writer:
                 self._put_aside(was, error)
                 self._write()
                 return
-            except (sqlite3.Error, OSError, files.Foreign) as another:
+            except Exception as another:
                 self._disconnect()
                 error = another
         self.state = str(error) or type(error).__name__
