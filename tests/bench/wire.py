@@ -169,6 +169,8 @@ class Client(asyncio.Protocol):
             return
         self._load.answered += 1
         self._load.waits.append(perf_counter() - self._sent)
+        if self._load.marker not in data:
+            self._load.strays += 1
         self._load.last = data
         if self._load.going:
             self.send()
@@ -183,9 +185,9 @@ class Client(asyncio.Protocol):
 
 class Load:
     """`connections` closed loops against one server. distinct: every request differs from all others; size: bytes of
-    its body; waits: seconds that each request of the last run took."""
+    its body; waits: seconds that each request of the last run took; strays: answers of that run without `marker`."""
 
-    def __init__(self, port: int, *, distinct: bool, connections: int, size: int = KB) -> None:
+    def __init__(self, port: int, *, distinct: bool, connections: int, size: int = KB, marker: bytes = b"") -> None:
         self._port = port
         whole = request(port, size)
         self._before, _, self._after = whole.partition(NUMBER)
@@ -197,6 +199,8 @@ class Load:
         self._error: Exception | None = None
         self.answered = 0
         self.waits: list[float] = []
+        self.marker = marker
+        self.strays = 0
         self.last = b""
         self.going = False
         self.closing = False
@@ -223,7 +227,7 @@ class Load:
             raise self._error
         answered, measured, began = self.answered, measure(), loop.time()
         self.going = True
-        self.waits = []
+        self.waits, self.strays = [], 0
         for client in self._clients:
             client.send()
         while True:  # once, unless the machine is so busy that not even one answer came
