@@ -484,7 +484,7 @@ async def test_what_waits_in_no_gate_waits_for_the_answer_itself(monkeypatch: py
 
 
 async def test_a_settlement_that_was_done_late_gives_nothing_back_twice(url: str) -> None:
-    async with proxies(url, Limits(tpm=1000), 1) as group:
+    async with proxies(url, Limits(tpm=1000), 2) as group:
         first, second = await group.ask(0, 400), await group.ask(0, 600)
         assert isinstance(first, SharedReservation)
         assert isinstance(second, SharedReservation)
@@ -501,9 +501,9 @@ async def test_a_settlement_that_was_done_late_gives_nothing_back_twice(url: str
         limiter._send = send  # type: ignore[method-assign]
         await group.settled()
         group.now += RECHECK
-        assert isinstance(await group.ask(0, 301), Wait)
+        assert isinstance(await group.ask(1, 301), Wait)
         group.now += RECHECK
-        assert isinstance(await group.ask(0, 300), SharedReservation)
+        assert isinstance(await group.ask(1, 300), SharedReservation)
 
 
 async def test_what_is_cancelled_on_its_way_is_taken_back(url: str) -> None:
