@@ -24,18 +24,16 @@ from ..core.limits import Allowance, Limits, Reservation
 from ..seams import spawn
 from ..stores.redis_link import LONGEST, Link
 from . import Adopt, State
+from .redis_look import look
 from .redis_names import Amount, digest, literal, shape
 from .redis_share import Asked, SharedAllowance, SharedReservation
-from .redis_silence import SHORT, Silence, loop_time
+from .redis_silence import GLANCE, SHORT, Silence, loop_time
 from .redis_states import KeyStates
 
 log = logging.getLogger("proxy")
 
 DEADLINE: Final = 1.0
 """Seconds a call waits for its answer; a late one is no loss (redis_silence)."""
-
-GLANCE: Final = 0.09
-"""Seconds a request of no limit waits for what others know of its key."""
 
 BEAT: Final = 1.0
 """Seconds between two signs of life."""
@@ -77,14 +75,12 @@ class RedisLimiter:
         self._offset = offset
         self._allowances: WeakValueDictionary[str, SharedAllowance] = WeakValueDictionary()
         self._phase = "alone"
-        self._lost_at = -math.inf
+        self._lost_at, self._back_at = -math.inf, math.inf
         self._silence = Silence()
-        self._back_at = math.inf
         self._skew = 0.0  # server's ms less ours
         self._proxies, self._rank = 1, 0
-        self._epoch = b""
+        self._epoch = self._resets = b""
         self._forgotten = False
-        self._resets = b""
         self._sequence = 0
         self._outbox: deque[tuple[SharedAllowance, tuple[Amount, ...]]] = deque()
         self._flushing: asyncio.Task[None] | None = None
@@ -111,6 +107,7 @@ class RedisLimiter:
             for allowance in self._allowances.values():
                 allowance.share()
         else:
+            self._lost_at, self._forgotten = self._clock(), True
             log.warning("redis limits: not reached; this proxy holds the limits by itself until it is")
         self._beating = spawn(self._beats(), "redis limits")
 
@@ -333,6 +330,10 @@ class RedisLimiter:
                 allowance.reset()
         self._resets = resets
         self._come_back(now, heard)
+        if self.sound:
+            hashes = [(self._key("a", each.name), each) for each in self._allowances.values()]
+            with contextlib.suppress(*_LOST):
+                await look(self.link, self._script.sha, self._offset(), hashes, self._clock, self._deadline)
         return True
 
     def _lose(self) -> None:

@@ -18,6 +18,9 @@ alone, and perhaps only because this machine is busy."""
 SETTLING: Final = 3.0
 """Seconds after the start until who else is there can be taken for known: before, it is not lost."""
 
+GLANCE: Final = 0.09
+"""Seconds a request of no limit waits for what others know of its key."""
+
 SHORT: Final = 5.0
 """Seconds without Redis after which nobody has forgotten anybody: who has been heard of since, has told everything."""
 

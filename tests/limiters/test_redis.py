@@ -414,6 +414,46 @@ async def test_while_redis_is_lost_each_holds_its_share_and_nobody_comes_back_wi
             assert await drained(group, range(4)) == 100
 
 
+@pytest.mark.parametrize("beat", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_loss_admits_no_more_than_was_free_whoever_asked_last(beat: bool, first: int) -> None:
+    with own_server() as server:
+        async with proxies(server.url, Limits(rpm=60)) as group:
+            await group.beat()
+            for n in (first, 1 - first):  # so the first one's last answer is about itself alone
+                for _ in range(20):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            if beat:
+                group.now += 1
+                await group.beat()
+                assert [each._known["rpm"] for each in group.allowances] == [40, 40]
+            server.kill()
+            group.now += 1
+            admitted = await drained(group, range(2))
+            group.now += 10
+            admitted += await drained(group, range(2))
+            assert admitted == 20
+
+
+async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> None:
+    with own_server() as server:
+        server.kill()
+        async with proxies(server.url, Limits(rpm=100)) as group:
+            for n in range(2):
+                for _ in range(30):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            server.start()
+            for limiter in group.limiters:
+                await eventually_up(limiter)
+            for _ in range(2):
+                await group.beat()
+                await group.settled()
+            group.now += module.GRACE + 0.1
+            await group.beat()
+            assert all(limiter.sound for limiter in group.limiters)
+            assert await drained(group, range(2)) == 40, "what each admitted by itself is counted"
+
+
 async def eventually_up(limiter: RedisLimiter) -> None:
     async with asyncio.timeout(20):
         while not limiter.link.up:  # noqa: ASYNC110
