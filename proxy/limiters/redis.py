@@ -101,7 +101,7 @@ class RedisLimiter:
     async def open(self, adopt: Adopt) -> None:
         self._states.adopt = adopt
         await self.link.open()
-        if await self._beat():
+        if await self._beat() or not self.link.gone:  # late is not lost, and nobody knows yet of how many we are one
             self._phase = "shared"
             self._silence.began()
             for allowance in self._allowances.values():

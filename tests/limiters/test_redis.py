@@ -454,6 +454,23 @@ async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> N
             assert await drained(group, range(2)) == 40, "what each admitted by itself is counted"
 
 
+async def test_who_starts_while_redis_is_late_waits_for_it() -> None:
+    with own_server() as server:
+        limiter = RedisLimiter(server.url, "t", "p0", asyncio.get_running_loop().time)
+        allowance = cast(SharedAllowance, limiter.allowance(WHERE, Limits(rpm=1000), 1.0))
+        server.signal(signal.SIGSTOP)
+        await limiter.open(lambda *_: None)
+        assert limiter.sound
+        answer = asyncio.create_task(asked(limiter, allowance, key=""))
+        await asyncio.sleep(0.3)
+        assert not answer.done()
+        server.signal(signal.SIGCONT)
+        assert await answer is False, "now it knows which Redis it is"
+        assert await asked(limiter, allowance) is True
+        assert limiter.sound
+        await limiter.close()
+
+
 async def eventually_up(limiter: RedisLimiter) -> None:
     async with asyncio.timeout(20):
         while not limiter.link.up:  # noqa: ASYNC110
