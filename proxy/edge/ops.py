@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
@@ -12,12 +13,14 @@ from aiohttp.web import BaseRequest
 from .. import __version__
 from ..config.render import plain
 from ..core.errors import Refusal
-from ..core.routes import Route, unknown_route
+from ..core.routes import Route, printable, unknown_route
+from ..ledger import Ledger
 from ..world import World
 from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
 from .traffic import Traffic
+from .usage import usage
 from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
@@ -47,8 +50,11 @@ class Page(NamedTuple):
 class Ops:
     """Answers `own` routes."""
 
-    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic) -> None:
+    def __init__(
+        self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic, ledger: Ledger
+    ) -> None:
         self._world = world
+        self._ledger = ledger
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
@@ -57,6 +63,7 @@ class Ops:
             "/metrics": Page(self._metrics_text),
             "/_proxy/status": Page(self._status),
             "/_proxy/keys": Page(self._keys),
+            "/_proxy/usage": Page(self._usage),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
             "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
             _RUNS: Page(self._run),
@@ -125,6 +132,9 @@ class Ops:
     async def _keys(self, visit: Visit) -> Whole:
         return self._json(visit.request, self._pool())
 
+    async def _usage(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await usage(self._ledger, visit.query, self._world.seams.wall()))
+
     async def _cached(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.list(visit.query))
 
@@ -159,21 +169,22 @@ class Ops:
             if not client.name:
                 self._gatekeeper.check_admin(request)
             if receipt is None or receipt.client != client.name:
-                raise unknown_route(f"/_proxy/requests/{id_}")
+                raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
         if receipt is None:
-            raise unknown_route(f"/_proxy/requests/{id_}")
+            raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
         return self._json(request, receipt.as_json())
 
     async def _run(self, visit: Visit) -> Whole:
         report = await self._world.runs.report(visit.rest)
         if report is None:
-            raise unknown_route(_RUNS + visit.rest)
+            raise Refusal("unknown_route", f"no run of this name is remembered: {printable(visit.rest)}")
         return self._json(visit.request, report)
 
     async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
-        settings = world.settings
+        settings, prices = world.settings, world.upstreams[0].prices
+        today = datetime.fromtimestamp(world.seams.wall(), UTC).date()
         return {
             "version": __version__,
             "address": self._traffic.address,
@@ -185,7 +196,7 @@ class Ops:
             "clients": world.clients.report(world.seams.monotonic()),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
-            "prices": {"as_of": world.upstreams[0].prices.as_of},
+            "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},
             "settings": plain(settings),
         }
 
