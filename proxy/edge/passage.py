@@ -164,6 +164,8 @@ class Passage:
                 other_key=self._choose(route, excluded | {key.label}, tied) is not None,
                 granted=lambda upstream=upstream: upstream.budget.take(seams.monotonic()),  # type: ignore[misc]
             )
+            if not isinstance(step, Deliver):
+                world.tallies.retried(upstream.site.name, outcome.value)
             match step:
                 case Deliver(spent):
                     trace.spent = spent
