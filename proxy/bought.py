@@ -15,12 +15,14 @@ from .relay import Dress, Flow
 
 
 class Purchase(msgspec.Struct):
-    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it."""
+    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; saved: USD that
+    sharing it spared."""
 
     usage: Usage | None = None
     cost: Cost | None = None
     answer_model: str | None = None
     error: str = ""
+    saved: str | None = None
 
 
 class Bought(msgspec.Struct, frozen=True):

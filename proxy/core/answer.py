@@ -50,6 +50,18 @@ def cost_lines(cost: Cost | None, usage: Usage | None, savings: Saved | None = N
     return lines + usage_lines(usage)
 
 
+TRAILERS: Final = (
+    "X-Proxy-Cost-USD, X-Proxy-Cost-Status, X-Proxy-Cost-Saved-USD, X-Proxy-Prompt-Tokens, X-Proxy-Cached-Tokens, "
+    "X-Proxy-Completion-Tokens, X-Proxy-Total-Tokens"
+)
+"""What `trailer_lines` may say."""
+
+
+def trailer_lines(cost: Cost | None, usage: Usage | None, saved: str | None) -> str:
+    """What a stream cost, after its end; saved: USD that sharing it spared."""
+    return cost_lines(cost, usage, Saved(None, saved, False) if saved is not None else None)
+
+
 def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:
     """`estimated` also where the cost is exact, but what was saved rests on apportioned token counts."""
     if cost is None:

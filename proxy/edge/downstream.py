@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp.web import BaseRequest
 
 from ..bought import Bought
-from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
+from ..core.answer import TRAILERS, ZERO_COST, Timing, cost_comment, stale_lines, trailer_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.clients import check_model
 from ..core.entry import Entry
@@ -194,12 +194,13 @@ class Downstream:
         task = asyncio.current_task()
         assert task is not None
         self.traffic.flows[task] = flow
-        stream = Stream(request, head, bought.status)
+        stream = Stream(request, head, bought.status, trailers=TRAILERS if flow.audit is not None else "")
         if isinstance(flow, View):
             flow.push = stream.push
         try:
             await flow.pump(stream.write)
-            return await stream.finish()
+            sale = bought.purchase
+            return await stream.finish(trailer_lines(sale.cost, sale.usage, sale.saved) if sale is not None else "")
         except StreamBroken as broken:
             return stream.abort(broken.at_once)
         finally:
