@@ -117,3 +117,16 @@ def given(result: Answered | Refusal) -> Answered:
     if isinstance(result, Refusal):
         raise result
     return result
+
+
+def waited_too_long(why: str, model: str, seconds: float) -> Refusal:
+    """The refusal of a request whose patience is over; `seconds`: to go until it may be served."""
+    shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
+    if why == "keys_cooling":
+        message = f"all keys that could serve this are cooling down ({shown})"
+        return Refusal("keys_cooling", message, retry_after=seconds)
+    message = (
+        f"throttle.limits leave no room within the time this request may wait ({shown}); "
+        "throttle.max_wait or X-Proxy-Max-Wait let it wait longer"
+    )
+    return Refusal("throttled", message, retry_after=seconds)
