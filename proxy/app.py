@@ -39,6 +39,7 @@ from .edge.traffic import Traffic
 from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
 from .journey import Journey
+from .ledger import Ledger
 from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
 from .world import World, compile_world, kept_past_end
@@ -58,6 +59,8 @@ class App:
     def __init__(self, settings: Settings, seams: Seams = REAL) -> None:
         self.metrics = Metrics()
         self.traffic = Traffic(started=seams.wall())
+        ledger = settings.ledger
+        self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
         sealed = settings.cache.mode == "replay"
         self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings), sealed)
         self._dates = Dates(seams.wall)
@@ -68,7 +71,7 @@ class App:
         """Everything that stands in this world. What is in flight keeps the rooms it is in."""
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
-        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic)
+        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger)
         self.journey = Journey(world, self.way_up, self._observe)
         self.downstream = Downstream(
             world,
@@ -78,6 +81,7 @@ class App:
             self.metrics,
             gatekeeper,
             self.traffic,
+            self.ledger,
         )
 
     def use(self, loaded: Loaded) -> list[str]:
@@ -106,6 +110,7 @@ class App:
 
     def _observe(self, receipt: Receipt) -> None:
         self.metrics.observe(receipt)
+        self.ledger.record(receipt)
         logs.log_receipt(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
@@ -204,7 +209,8 @@ async def serve(
         if extra_lines is not None:
             lines += extra_lines(address)
         print("\n".join(lines), file=sys.stderr, flush=True)
-        background += [spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
+        app.ledger.open()
+        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
         background.append(spawn(app.feel_loop(), "event loop lag"))
         gc.collect()
         gc.freeze()
@@ -255,6 +261,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     if app.world.limiter is not None:
         await app.world.limiter.close()
     await app.world.runs.close()
+    await app.ledger.close()
     if app.world.store is not None:
         await app.world.store.close()
     await app.world.objects.close()
@@ -358,6 +365,7 @@ def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str |
         f"keys: {keys}",
         *([] if world.replays and settings.cache.cassette else [_cache_line(settings)]),
         *_mode_lines(settings, recorded),
+        f"ledger: {os.path.expanduser(settings.ledger.path) if settings.ledger.enabled else 'off'}",
     ]
     if not address.startswith("unix:"):
         lines.append(f"clients: OPENAI_BASE_URL={address}/v1")

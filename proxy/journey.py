@@ -268,6 +268,7 @@ class Journey:
         audit = StreamAudit(call.endpoint, call.document) if sse else None
         headers = self._headers(answered, replaced=b"x-should-retry" if progress.spent else b"")
         began = answered.sent_at
+        progress.first_byte_ms = (world.seams.monotonic() - call.arrived) * 1000
         sale = Purchase()
 
         def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:

@@ -277,6 +277,7 @@ class Sharing:
             view = View(reel, bought.dress, partial(self._leader_done, bought, seat))
             return msgspec.structs.replace(bought, flow=view, reel=None, dress=None)
         plan, progress = self._waited(call, plan, seat)
+        progress.first_byte_ms = (self._world.seams.monotonic() - call.arrived) * 1000
         comment = partial(_free_comment, call.endpoint, reel) if self._wants_comment(call) else None
         dress = Dress(bought.usage_asked and not call.wants_usage, comment)
         mine = Purchase(cost=FREE)

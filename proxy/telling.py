@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from .core.answer import ZERO_COST, Timing, cost_status, forward_status
+from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.items import Saved
 from .core.pricing import Cost, usd
@@ -104,6 +105,9 @@ class Teller:
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
                 run=call.options.run,
+                first_byte_ms=progress.first_byte_ms,
+                cache_key=plan.key,
+                sampled=not is_deterministic(call.endpoint, call.document),
             )
         )
 

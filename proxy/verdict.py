@@ -30,7 +30,8 @@ class Progress:
     spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered;
     usage, cost: of the calls that ended well, where several are needed for one answer; horizon: until when it may take;
     gone: (status, error) of a client who left while the answer is still read, for others or for the cache; unread: for
-    the cache alone; elsewhere: it waits for what another process is buying; measure: what the estimate was made of.
+    the cache alone; elsewhere: it waits for what another process is buying; measure: what the estimate was made of;
+    first_byte_ms: until a stream could begin.
     """
 
     horizon: Horizon
@@ -43,6 +44,7 @@ class Progress:
     queue_ms: float = 0.0
     paused_ms: float = 0.0
     upstream_ms: float = 0.0
+    first_byte_ms: float | None = None
     upstream: str = ""
     key: str = ""
     spent: bool = False

@@ -48,6 +48,7 @@ REDIS_LINK = {"limiters": "proxy.stores.redis_link"}
 """What one kind of plugin may use of another: there is one way to Redis."""
 
 CLOCKS_ALLOWED = {"proxy.edge.logs": "writes down the time that a log record brings with it"}
+CLOCKS_ALLOWED["proxy.ledger.writer"] = "its own pauses between two attempts"
 CLOCKS_ALLOWED |= {f"proxy.stores.{name}": "its own deadlines, breaker and probes" for name in DRIVERS}
 
 IMPURE_CALLS = {"open", "print", "input", "eval", "exec", "__import__", "breakpoint"}
@@ -185,6 +186,7 @@ STORY = rest(
     "proxy.simulator",
     "proxy.config",
     "proxy.__main__",
+    "proxy.ledger",
     *(f"proxy.stores.{name}" for name in DRIVERS),
     *LIMITERS,
 )
@@ -238,7 +240,7 @@ def test_one_room_reads_clocks_and_rolls_dice() -> None:
 
 
 def test_http_is_spoken_at_the_edges() -> None:
-    drivers = [*(f"proxy.stores.{name}" for name in DRIVERS), *LIMITERS]
+    drivers = ["proxy.ledger", *(f"proxy.stores.{name}" for name in DRIVERS), *LIMITERS]
     assert offences(rest("proxy.app", "proxy.edge", "proxy.simulator", "proxy.cli", *drivers), HTTP_AND_STORES) == []
 
 

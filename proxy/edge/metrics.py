@@ -163,7 +163,8 @@ class Metrics(Collector):
         total = receipt.total_ms
         kind.seconds.add(total / 1000)
         if receipt.status < 400:
-            kind.first_byte.add(total / 1000)
+            first = receipt.first_byte_ms
+            kind.first_byte.add((total if first is None else first) / 1000)
         if receipt.queue_ms > 1:
             self._queue.values[()].add(receipt.queue_ms / 1000)
         if receipt.attempts and receipt.upstream:

@@ -14,11 +14,13 @@ from .. import __version__
 from ..config.render import plain
 from ..core.errors import Refusal
 from ..core.routes import Route, unknown_route
+from ..ledger import Ledger
 from ..world import World
 from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
 from .traffic import Traffic
+from .usage import usage
 from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
@@ -48,8 +50,11 @@ class Page(NamedTuple):
 class Ops:
     """Answers `own` routes."""
 
-    def __init__(self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic) -> None:
+    def __init__(
+        self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic, ledger: Ledger
+    ) -> None:
         self._world = world
+        self._ledger = ledger
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
@@ -58,6 +63,7 @@ class Ops:
             "/metrics": Page(self._metrics_text),
             "/_proxy/status": Page(self._status),
             "/_proxy/keys": Page(self._keys),
+            "/_proxy/usage": Page(self._usage),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
             "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
             _RUNS: Page(self._run),
@@ -125,6 +131,9 @@ class Ops:
 
     async def _keys(self, visit: Visit) -> Whole:
         return self._json(visit.request, self._pool())
+
+    async def _usage(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await usage(self._ledger, visit.query, self._world.seams.wall()))
 
     async def _cached(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.list(visit.query))

@@ -13,7 +13,6 @@ REFUSED = {
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
     "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
-    "ledger.path": "ledger: {path: /x.db}",
 }
 
 
@@ -29,7 +28,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
     assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
     ]
-    assert "(PROXY__LEDGER__PATH)" in problems(load, None, {"PROXY__LEDGER__PATH": "x"})[0]
+    assert "(PROXY__COST__BUDGET__WARN_AT)" in problems(load, None, {"PROXY__COST__BUDGET__WARN_AT": "0.5"})[0]
 
 
 @pytest.mark.parametrize(

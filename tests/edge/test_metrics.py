@@ -146,6 +146,8 @@ def test_how_long_and_what_of_it_was_ours() -> None:
     assert seen["overhead_seconds_bucket{le=0.005}"] == 2
     assert seen["time_to_first_byte_seconds_count{endpoint=chat}"] == 1  # of answers only
     assert seen["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.003)
+    metrics.observe(receipt(total_ms=5000.0, first_byte_ms=97.0, stream=True))
+    assert samples(metrics)["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.1)
 
 
 def test_money_adds_up() -> None:
