@@ -49,9 +49,6 @@ log = logging.getLogger("proxy")
 SWEEP: float = 60.0
 """Seconds between two looks for entries whose time is over (contract 7: gone within 10 minutes of their end)."""
 
-FEEL: float = 0.5
-"""Seconds between two looks at how late the event loop is."""
-
 
 class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
@@ -135,14 +132,6 @@ class App:
             while store.sweep(self.world.seams.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
 
-    async def feel_loop(self) -> None:
-        """Measures how late the event loop is with what is due."""
-        seams = self.world.seams
-        while True:
-            due = seams.monotonic() + FEEL
-            await seams.sleep(FEEL)
-            self.metrics.late(max(0.0, seams.monotonic() - due))
-
     def _is_busy(self, server: Server) -> bool:
         """Whether a request is being served, an answer is read for the cache, or is not wholly handed to the system."""
         if self.traffic.in_flight or len(self.journey.sharing.flights):
@@ -211,7 +200,7 @@ async def serve(
         print("\n".join(lines), file=sys.stderr, flush=True)
         app.ledger.open()
         background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
-        background.append(spawn(app.feel_loop(), "event loop lag"))
+        background.append(spawn(app.metrics.feel_loop(app.world.seams), "event loop lag"))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)

@@ -20,9 +20,13 @@ from ..core.entry import Entry
 from ..core.receipt import Receipt
 from ..core.routes import ENDPOINTS, SEGMENTS
 from ..core.tallies import GAPS, Tallies, Tally
+from ..seams import Seams
 from ..world import World
 
 MAX_MODELS: Final = 100
+FEEL: Final = 0.5
+"""Seconds between two looks at how late the event loop is."""
+
 _ENDPOINTS: Final = SEGMENTS | set(ENDPOINTS.values())
 """What may stand as `endpoint`: any other path is passed on, too, and would be a label of the client's making."""
 
@@ -205,9 +209,12 @@ class Metrics(Collector):
         """A request turned away before it became a call."""
         self._errors.values[code,] += 1
 
-    def late(self, seconds: float) -> None:
-        """The event loop was so late with what was due."""
-        self._lag.values[()].add(seconds)
+    async def feel_loop(self, seams: Seams) -> None:
+        """Measures, again and again, how late the event loop is with what is due."""
+        while True:
+            due = seams.monotonic() + FEEL
+            await seams.sleep(FEEL)
+            self._lag.values[()].add(max(0.0, seams.monotonic() - due))
 
     # -- a scrape ------------------------------------------------------------------------------------------------------
 

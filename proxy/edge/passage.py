@@ -29,6 +29,7 @@ from ..core.outcome import Class, TransportFailure, broken, classify, error_info
 from ..core.ports import Trip, UpstreamReply, WayUp
 from ..core.receipt import Receipt
 from ..core.routes import Route
+from ..core.trace import traceparent
 from ..world import World
 from .wire import Stream, Streamed, Whole, continued, next_piece, raw_lines, read_body, status_line, too_large
 
@@ -302,6 +303,7 @@ class _Trace:
         self._began = world.seams.monotonic()
         self._endpoint = route.segment
         self._client = client.name
+        self._headers = request._message.raw_headers
         self.upstream = self.key = self.code = ""
         self.attempts = 0
         self.first_byte: float | None = None
@@ -341,6 +343,7 @@ class _Trace:
             upstream_ms=self.elapsed(),
             total_ms=self.elapsed(),
             first_byte_ms=self.first_byte,
+            traceparent=traceparent(self._headers),
         )
 
 
