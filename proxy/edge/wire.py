@@ -52,11 +52,11 @@ class Dates:
 class Whole:
     """An answer in hand. head: status line and headers, without framing and the blank line."""
 
-    __slots__ = ("_body", "_head", "_request", "keep_alive", "status")
+    __slots__ = ("_body", "_request", "head", "keep_alive", "status")
 
     def __init__(self, request: BaseRequest, head: bytes, body: bytes, *, status: int, close: bool = False) -> None:
         self._request = request
-        self._head = head
+        self.head = head
         self._body = body
         self.status = status
         self.keep_alive = request.keep_alive and not close
@@ -76,7 +76,7 @@ class Whole:
             framing = b"Content-Length: %d\r\n" % len(body)
         else:
             body = b""
-        head = self._head + framing + connection_line(request, self.keep_alive) + b"\r\n"
+        head = self.head + framing + connection_line(request, self.keep_alive) + b"\r\n"
         if request.method == "HEAD":
             body = b""
         if len(body) < _SMALL:
