@@ -221,13 +221,10 @@ class Metrics(Collector):
     def render(self, world: World, in_flight: int) -> bytes:
         """The text for one scrape (Prometheus exposition format 0.0.4)."""
         self._now = world, in_flight
-        try:
-            return generate_latest(self.registry)
-        finally:
-            self._now = None
+        return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every family; with values that stand still only within `render`."""
+        """Every family; what stands still between requests is of the world that was rendered last."""
         world, in_flight = self._now or (None, 0)
         tallies = world.tallies if world is not None else Tallies()
         self._retries.values = tallies.retries

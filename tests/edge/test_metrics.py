@@ -133,6 +133,16 @@ def test_rendering_without_a_scrape_before_shows_every_state_of_keys() -> None:
     assert set(re.findall(r'openai_proxy_keys\{state="(\w+)"\}', text)) >= {"ready", "cooling", "exhausted", "rejected"}
 
 
+def test_the_registry_knows_the_world_that_was_rendered_last() -> None:
+    """Several workers' metrics are summed from there."""
+    metrics, of = Metrics(), world()
+    assert not [sample for family in metrics.registry.collect() for sample in family.samples if family.type == "gauge"]
+    metrics.render(of, 7)
+    of.tallies.retried("openai", "retry")
+    seen = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
+    assert (seen["openai_proxy_in_flight"], seen["openai_proxy_retries_total"]) == (7, 1)
+
+
 def test_how_long_and_what_of_it_was_ours() -> None:
     metrics = Metrics()
     metrics.observe(receipt(total_ms=1003.0, queue_ms=200.0, upstream_ms=800.0, attempts=1, upstream="openai"))
