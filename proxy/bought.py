@@ -18,14 +18,13 @@ from .relay import Dress, Flow
 
 
 class Purchase(msgspec.Struct):
-    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; saved: USD that
-    sharing it spared; savings: of the items of a batch that were cached."""
+    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; savings: of the
+    items of a batch that were cached, or all of it to one who shares it."""
 
     usage: Usage | None = None
     cost: Cost | None = None
     answer_model: str | None = None
     error: str = ""
-    saved: str | None = None
     savings: Saved | None = None
 
     def spared(self) -> Saved:

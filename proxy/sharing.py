@@ -18,7 +18,7 @@ from .bought import Bought, Purchase
 from .core.answer import cost_comment, cost_lines
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
-from .core.pricing import Cost, usd
+from .core.pricing import Cost
 from .core.usage import Usage, usage_of
 from .elsewhere import Claim, Elsewhere
 from .exchange import Progress
@@ -295,7 +295,7 @@ class Sharing:
     ) -> None:
         sale = bought.purchase or _NOTHING
         status, error = _status(ending, bought)
-        mine.usage, mine.saved = sale.usage, usd(sale.cost.usd) if sale.cost is not None else None
+        mine.usage, mine.savings = sale.usage, sale.spared()
         self._tell.record(
             call,
             plan,
@@ -303,7 +303,7 @@ class Sharing:
             status,
             usage=sale.usage,
             cost=FREE,
-            saved=mine.saved,
+            savings=mine.savings,
             answer_model=sale.answer_model,
             error=error,
         )

@@ -54,12 +54,7 @@ TRAILERS: Final = (
     "X-Proxy-Cost-USD, X-Proxy-Cost-Status, X-Proxy-Cost-Saved-USD, X-Proxy-Prompt-Tokens, X-Proxy-Cached-Tokens, "
     "X-Proxy-Completion-Tokens, X-Proxy-Total-Tokens"
 )
-"""What `trailer_lines` may say."""
-
-
-def trailer_lines(cost: Cost | None, usage: Usage | None, saved: str | None) -> str:
-    """What a stream cost, after its end; saved: USD that sharing it spared."""
-    return cost_lines(cost, usage, Saved(None, saved, False) if saved is not None else None)
+"""What `cost_lines` may say of a stream, after its end."""
 
 
 def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:

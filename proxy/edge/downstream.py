@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp.web import BaseRequest
 
 from ..bought import Bought
-from ..core.answer import TRAILERS, ZERO_COST, Timing, cost_comment, stale_lines, trailer_lines, usage_lines
+from ..core.answer import TRAILERS, ZERO_COST, Timing, cost_comment, cost_lines, stale_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.clients import check_model
 from ..core.entry import Entry
@@ -209,7 +209,7 @@ class Downstream:
         try:
             await flow.pump(stream.write)
             sale = bought.purchase
-            return await stream.finish(trailer_lines(sale.cost, sale.usage, sale.saved) if sale is not None else "")
+            return await stream.finish(cost_lines(sale.cost, sale.usage, sale.savings) if sale is not None else "")
         except StreamBroken as broken:
             return stream.abort(broken.at_once)
         finally:
