@@ -122,6 +122,10 @@ class Learned:
         shares = [room.left(now) / room.limit for _, room in self._current(where, now) if room.limit]
         return min(max(min(shares, default=1.0), 0.0), 1.0)
 
+    def free(self, now: float) -> list[tuple[str, float]]:
+        """(quota, the smallest share still free) for each model that something is known of."""
+        return [(where[0], self.headroom(where, now)) for where in self._rooms]
+
     def usage(self, where: Where, now: float) -> dict[str, dict[str, int]]:
         """{"requests": {"limit": 500, "used": 12}} as upstream told, for people."""
         return {
