@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -44,13 +45,22 @@ class Known(msgspec.Struct, frozen=True):
     keys: int
 
 
+@dataclass(slots=True)
+class _Counted:
+    """The windows of one name, and what they were made for."""
+
+    allowance: Allowance
+    limits: Limits
+    use: float
+
+
 class Commons:
     """monotonic: seconds; wall: Unix seconds."""
 
     def __init__(self, monotonic: Callable[[], float], wall: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._wall = wall
-        self._allowances: dict[tuple[str, str], Allowance] = {}
+        self._allowances: dict[tuple[str, str], _Counted] = {}
         self._held: dict[int, dict[int, Reservation]] = {}
         self._runs = Runs()
         self._shares: WeakKeyDictionary[Run, dict[str, Share]] = WeakKeyDictionary()
@@ -97,12 +107,13 @@ class Commons:
         found = self._allowances.get(where)
         if found is None:
             if len(self._allowances) >= _MOST_ALLOWANCES:
-                for idle in [name for name, one in self._allowances.items() if one.idle(now)]:
+                for idle in [name for name, one in self._allowances.items() if one.allowance.idle(now)]:
                     del self._allowances[idle]
-            found = self._allowances[where] = Allowance(limits, use)
-        else:
-            found.change(limits, use)
-        return found
+            found = self._allowances[where] = _Counted(Allowance(limits, use), limits, use)
+        elif (found.limits, found.use) != (limits, use):  # settings are other now
+            found.limits, found.use = limits, use
+            found.allowance.change(limits, use)
+        return found.allowance
 
     def _settle(self, worker: int, body: bytes) -> Answer:
         number, went, tokens = unpack(body, int, bool, int | None)
@@ -115,8 +126,8 @@ class Commons:
         return None
 
     def _reset(self) -> Answer:
-        for allowance in self._allowances.values():
-            allowance.reset()
+        for counted in self._allowances.values():
+            counted.allowance.reset()
         return None
 
     # -- runs ---------------------------------------------------------------------------------------------------------
