@@ -30,6 +30,7 @@ Rooms, and what goes where
 - `providers/`, `selection/`, `stores/`, `limiters/`: plugins. A dialect, a key strategy, a backend is one file and one
   line in the table of the package. They never import each other.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
+- `workers/`: several processes on one port: the parent that keeps them, what they have in common, the wire between.
 - `app.py`: the composition root, the only file that knows everybody. `seams.py`: the only clock.
   `cli/`: one file a command.
 

@@ -27,6 +27,9 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 _PAUSE: Final = 1.0
 """Seconds without new connections after the system had no room for one, as asyncio has it."""
 
+_NEXT_ONE: Final = 0.0005
+"""Seconds for which the others have the first call on the next connection: of a burst each gets its part."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
@@ -166,10 +169,14 @@ class SharedSite(BaseSite):
             if error.errno not in _EXHAUSTED:
                 raise
             log.error("no new connections for %gs: %s", _PAUSE, error.strerror)
-            self._loop.remove_reader(self._listener)
-            self._pausing = self._loop.call_later(_PAUSE, self._take_up)
+            self._pause(_PAUSE)
             return
+        self._pause(_NEXT_ONE)
         spawn(self._serve(connection), "connection")
+
+    def _pause(self, seconds: float) -> None:
+        self._loop.remove_reader(self._listener)
+        self._pausing = self._loop.call_later(seconds, self._take_up)
 
     async def _serve(self, connection: socket.socket) -> None:
         connection.setblocking(False)
