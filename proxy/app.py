@@ -226,6 +226,8 @@ async def work(fd: int) -> int:
     sockets = [socket.socket(fileno=one) for one in orders.listeners]
     listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
     app = App(orders.loaded.settings, seat=seat)
+    if isinstance(app.world.limiter, SeatLimiter):
+        app.world.limiter.room = lambda: app.world.gate.notify()
     seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
 
     def say(lines: list[str]) -> None:

@@ -7,8 +7,9 @@ It stands where a Redis would stand for processes that have none but each other:
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -19,10 +20,17 @@ from ..core.limits import Allowance, Limits, Reservation, Wait
 from ..core.objects import Makers
 from ..core.runs import Run, Runs, Share
 from ..core.several import Family, summed
+from ..limiters import RECHECK
 from .channel import Answer
 
 MOST_SHARES: Final = 1000
 _MOST_ALLOWANCES: Final = 10_000
+
+_WAITS: Final = 2 * RECHECK
+"""Seconds for which a worker that was refused a place is taken to wait for one: if it does, it asks again sooner."""
+
+_TURN: Final = 0.1
+"""Seconds for which a place that came back is kept for the worker whose turn it is."""
 
 _pack = msgspec.msgpack.Encoder().encode
 
@@ -52,6 +60,10 @@ class _Counted:
     allowance: Allowance
     limits: Limits
     use: float
+    waiting: OrderedDict[int, float] = field(default_factory=OrderedDict)
+    """Workers that were refused one of the requests at once, and when: else the one that gives a place back would
+    take it again, for ever."""
+    turn: tuple[int, float] | None = None
 
 
 class Commons:
@@ -61,15 +73,17 @@ class Commons:
         self._monotonic = monotonic
         self._wall = wall
         self._allowances: dict[tuple[str, str], _Counted] = {}
-        self._held: dict[int, dict[int, Reservation]] = {}
+        self._held: dict[int, dict[int, tuple[Reservation, _Counted]]] = {}
+        self._tell: dict[int, Callable[[str, bytes], None]] = {}
         self._runs = Runs()
         self._shares: WeakKeyDictionary[Run, dict[str, Share]] = WeakKeyDictionary()
         self._makers = Makers()
         self._last: dict[int, list[Family]] = {}
         self._gone: list[Family] = []
 
-    def handlers(self, worker: int) -> Mapping[str, Callable[[bytes], Answer]]:
-        """What a worker may ask; `worker`: its own number, of no other before or after it."""
+    def handlers(self, worker: int, tell: Callable[[str, bytes], None]) -> Mapping[str, Callable[[bytes], Answer]]:
+        """What a worker may ask; `worker`: its own number, of no other before or after it; tell: sends it a note."""
+        self._tell[worker] = tell
         return {
             "reserve": lambda body: self._reserve(worker, body),
             "settle": lambda body: self._settle(worker, body),
@@ -84,8 +98,10 @@ class Commons:
 
     def left(self, worker: int) -> None:
         """A worker is gone. What it had sent upstream stays counted, its places come back, and no count goes down."""
-        for reservation in self._held.pop(worker, {}).values():
+        self._tell.pop(worker, None)
+        for reservation, counted in self._held.pop(worker, {}).values():
             reservation.settle(None)
+            self._returned(counted, worker)
         self._gone = summed([self._gone, [each for each in self._last.pop(worker, []) if each.adds_up]])
 
     # -- limits -------------------------------------------------------------------------------------------------------
@@ -93,17 +109,37 @@ class Commons:
     def _reserve(self, worker: int, body: bytes) -> Answer:
         number, where, limits, use, tokens = unpack(body, int, tuple[str, str], Limits, float, int)
         now = self._monotonic()
-        allowance = self._allowance(where, limits, use, now)
-        answer = allowance.reserve(tokens, now)
-        wait = 0.0
+        counted = self._counted(where, limits, use, now)
+        allowance, wait = counted.allowance, 0.0
+        answer = allowance.reserve(tokens, now) if self._may_ask(counted, worker, now) else Wait(_TURN)
         if isinstance(answer, Reservation):
-            self._held.setdefault(worker, {})[number] = answer
+            self._held.setdefault(worker, {})[number] = answer, counted
+            counted.waiting.pop(worker, None)
         else:
             wait = answer.seconds if isinstance(answer, Wait) else math.inf
+            if wait in (math.inf, _TURN):
+                counted.waiting[worker] = now
         used = {name: level["used"] for name, level in allowance.usage(now).items()}
         return pack(isinstance(answer, Reservation), wait, used)
 
-    def _allowance(self, where: tuple[str, str], limits: Limits, use: float, now: float) -> Allowance:
+    def _may_ask(self, counted: _Counted, worker: int, now: float) -> bool:
+        """Whether no place is being kept for another."""
+        if counted.turn is not None and (counted.turn[0] == worker or now >= counted.turn[1]):
+            counted.turn = None
+        return counted.turn is None
+
+    def _returned(self, counted: _Counted, worker: int) -> None:
+        """A place has come back from a worker: it is the turn of who has waited longest."""
+        now = self._monotonic()
+        for waiting, since in list(counted.waiting.items()):
+            if waiting in self._tell and now - since < _WAITS:
+                if waiting != worker:
+                    counted.turn = waiting, now + _TURN
+                    self._tell[waiting]("room", b"")
+                return
+            del counted.waiting[waiting]
+
+    def _counted(self, where: tuple[str, str], limits: Limits, use: float, now: float) -> _Counted:
         found = self._allowances.get(where)
         if found is None:
             if len(self._allowances) >= _MOST_ALLOWANCES:
@@ -113,16 +149,18 @@ class Commons:
         elif (found.limits, found.use) != (limits, use):  # settings are other now
             found.limits, found.use = limits, use
             found.allowance.change(limits, use)
-        return found.allowance
+        return found
 
     def _settle(self, worker: int, body: bytes) -> Answer:
         number, went, tokens = unpack(body, int, bool, int | None)
-        reservation = self._held.get(worker, {}).pop(number, None)
-        if reservation is not None:
+        held = self._held.get(worker, {}).pop(number, None)
+        if held is not None:
+            reservation, counted = held
             if went:
                 reservation.settle(tokens)
             else:
                 reservation.cancel()
+            self._returned(counted, worker)
         return None
 
     def _reset(self) -> Answer:

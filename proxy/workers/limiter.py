@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Final
+from weakref import WeakSet
 
 from ..core.limits import Allowance, Limits, Never, Reservation, Wait
 from ..limiters import RECHECK, Adopt, State
@@ -17,6 +18,8 @@ from .seat import Seat
 
 _KNOWN_FOR: Final = 5.0
 """Seconds for which what the parent said of use is shown."""
+
+_FREE: Final = (-math.inf, -math.inf, 0)
 
 Tell = Callable[[int, bool, int | None], None]
 
@@ -46,7 +49,7 @@ class _Lent(Reservation):
 class LentAllowance(Allowance):
     """This worker's part of limits that the parent counts."""
 
-    __slots__ = ("_blocked", "_known", "_known_at", "_numbers", "_tell", "limits", "use", "where")
+    __slots__ = ("__weakref__", "_blocked", "_known", "_known_at", "_numbers", "_tell", "limits", "use", "where")
 
     def __init__(
         self, where: tuple[str, str], limits: Limits, use: float, numbers: itertools.count[int], tell: Tell
@@ -55,7 +58,7 @@ class LentAllowance(Allowance):
         self.where = where
         self._numbers = numbers
         self._tell = tell
-        self._blocked = (-math.inf, -math.inf, 0)
+        self._blocked = _FREE
         self._known: Mapping[str, int] = {}
         self._known_at = -math.inf
 
@@ -77,6 +80,10 @@ class LentAllowance(Allowance):
         """There is no room for `wait` s, unless somebody gives back: the parent is asked again after `RECHECK`."""
         self._blocked = (now + min(wait, 0.9 * RECHECK), now + wait, tokens)
 
+    def ask_again(self) -> None:
+        """Others gave back."""
+        self._blocked = _FREE
+
     def seen(self, used: Mapping[str, int], now: float) -> None:
         """What all workers together hold."""
         self._known, self._known_at = used, now
@@ -84,7 +91,7 @@ class LentAllowance(Allowance):
     def reset(self) -> None:
         super().reset()
         self._known = {}
-        self._blocked = (-math.inf, -math.inf, 0)
+        self._blocked = _FREE
 
     def _levels(self, now: float) -> dict[str, tuple[int, int]]:
         levels = super()._levels(now)
@@ -104,14 +111,20 @@ class SeatLimiter:
         self._numbers = itertools.count(1)
         self._told: dict[tuple[str, str], float] = {}
         self._adopt: Adopt = lambda *_: None
+        self._allowances: WeakSet[LentAllowance] = WeakSet()
+        self.room: Callable[[], None] = lambda: None
+        """Called when it is worth while to ask again."""
         seat.channel.handlers["learned"] = self._heard
+        seat.channel.handlers["room"] = self._room
 
     @property
     def sound(self) -> bool:
         return True
 
     def allowance(self, where: tuple[str, str], limits: Limits, use: float) -> Allowance:
-        return LentAllowance(where, limits, use, self._numbers, self._settle)
+        made = LentAllowance(where, limits, use, self._numbers, self._settle)
+        self._allowances.add(made)
+        return made
 
     async def open(self, adopt: Adopt) -> None:
         self._adopt = adopt
@@ -135,6 +148,11 @@ class SeatLimiter:
             allowance.refused(wait, tokens, now)
             reservation.cancel()
         return bool(granted)
+
+    def _room(self, _: bytes) -> None:
+        for allowance in self._allowances:
+            allowance.ask_again()
+        self.room()
 
     def _settle(self, number: int, went: bool, tokens: int | None) -> None:
         self._seat.channel.note("settle", pack(number, went, tokens))

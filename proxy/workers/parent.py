@@ -159,7 +159,7 @@ class _Parent:
         ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         worker = _Worker(number, self._started, process, channel, ready)
         self._workers[worker.id] = worker
-        channel.handlers.update(self._commons.handlers(worker.id))
+        channel.handlers.update(self._commons.handlers(worker.id, channel.note))
         channel.handlers |= {
             "ready": lambda body: None if ready.done() else ready.set_result(unpack(body, list[str])[0]),
             "ask": partial(self._asked, worker),

@@ -20,7 +20,7 @@ from tests import canned
 from tests.acceptance.test_lifecycle import free_port
 from tests.client import Client, ask
 from tests.launch import Config, Launch, ProxyProcess, run_command, secret, settings, write_config
-from tests.upstream import ScriptedUpstream, hold, stall
+from tests.upstream import ScriptedUpstream, hold, sleep, stall
 
 CHAT = "/v1/chat/completions"
 
@@ -352,6 +352,35 @@ async def test_places_come_back_also_from_a_killed_worker(launch: Launch, upstre
         with pytest.raises(aiohttp.ClientError):
             await doomed
         assert (await clients[0].send(proxy, ask())).status == 200
+
+
+async def test_places_go_round_between_workers(launch: Launch, upstream: ScriptedUpstream) -> None:
+    proxy = launch(several(upstream.port, 2, throttle={"limits": {"*": {"concurrency": 1}}, "max_wait": "20s"}))
+    upstream.always(sleep(0.05), canned.chat())
+    async with one_each(proxy) as clients:
+        order: list[int] = []
+
+        async def one(number: int) -> None:
+            assert (await clients[number].send(proxy, ask())).status == 200
+            order.append(number)
+
+        many = [asyncio.create_task(one(0)) for _ in range(20)]
+        await upstream.until(lambda: upstream.count == 2)
+        few = [asyncio.create_task(one(1)) for _ in range(4)]
+        await asyncio.gather(*many, *few)
+    assert order.count(1) == 4
+    assert order[-8:] == [0] * 8
+
+
+async def test_what_all_recorded_is_in_the_cassette(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    proxy = launch(several(upstream.port, 2, cache={"cassette": str(file)}))
+    async with one_each(proxy) as clients:
+        for each in clients:
+            await each.send(proxy, ask())
+    proxy.terminate()
+    assert await asyncio.to_thread(proxy.wait, 10) == 0
+    assert sum('"key"' in line for line in file.read_text().splitlines()) == 2
 
 
 async def test_a_key_that_cools_for_one_cools_for_all(launch: Launch, upstream: ScriptedUpstream) -> None:
