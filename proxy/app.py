@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import pickle
 import signal
 import socket
@@ -17,11 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp.web import BaseRequest, Server, ServerRunner
 
-from . import __version__
 from .cassettes import Unusable, open_cassette
 from .config import Loaded, Settings
 from .config.urls import parse_url
@@ -39,7 +36,9 @@ from .edge.server import ListeningServer
 from .edge.traffic import Traffic
 from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
+from .greeting import start_up_text
 from .journey import Journey
+from .ledger import Ledger
 from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
 from .workers.channel import Lost
@@ -62,6 +61,8 @@ class App:
         self._seat = seat
         self.metrics = Metrics()
         self.traffic = Traffic(started=seams.wall())
+        ledger = settings.ledger
+        self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
         sealed = settings.cache.mode == "replay"
         self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings), sealed)
         self._dates = Dates(seams.wall)
@@ -72,7 +73,7 @@ class App:
         """Everything that stands in this world. What is in flight keeps the rooms it is in."""
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
-        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self._seat)
+        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
         self.journey = Journey(world, self.way_up, self._observe)
         self.downstream = Downstream(
             world,
@@ -82,6 +83,7 @@ class App:
             self.metrics,
             gatekeeper,
             self.traffic,
+            self.ledger,
         )
 
     def use(self, loaded: Loaded) -> list[str]:
@@ -117,6 +119,7 @@ class App:
 
     def _observe(self, receipt: Receipt) -> None:
         self.metrics.observe(receipt)
+        self.ledger.record(receipt)
         logs.log_receipt(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
@@ -274,8 +277,9 @@ async def _run(
         for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
             await one.setup()
             await listening.serve_on(one, listener, shared)
+        app.ledger.open()
+        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
         say(start_up_text(loaded, listeners.address, listeners.ops_address, recorded))
-        background.append(spawn(app.sweep(), "sweep"))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -325,6 +329,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> No
     if app.world.limiter is not None:
         await app.world.limiter.close()
     await app.world.runs.close()
+    await app.ledger.close()
     if app.world.store is not None:
         await app.world.store.close()
     await app.world.objects.close()
@@ -344,56 +349,3 @@ def outlets(settings: Settings) -> dict[str, Outlet]:
         for spec in settings.upstreams
         if spec.proxy or spec.ca_file
     }
-
-
-def start_up_text(loaded: Loaded, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
-    """What a person wants to know at start (contract 1). recorded: answers in the cassette."""
-    settings = loaded.settings
-    count = sum(len(upstream.keys) or upstream.entra_id for upstream in settings.upstreams)
-    keys = str(count) if count else "none (pass-through)"
-    replays = settings.cache.mode == "replay"
-    if replays:
-        keys = "none needed (replay: nothing is sent upstream)"
-    lines = [
-        f"openai-proxy {__version__}",
-        f"listening on {address}",
-        *([f"workers: {settings.server.workers}"] if settings.server.workers > 1 else []),
-        *([f"probes and metrics on {ops_address}"] if ops_address else []),
-        f"config file: {loaded.file or 'none'}",
-        *(
-            f"upstream {upstream.name}: {upstream.kind} {upstream.base_url}"
-            + (f" (priority {upstream.priority})" if upstream.priority else "")
-            for upstream in settings.upstreams
-        ),
-        f"keys: {keys}",
-        *([] if replays and settings.cache.cassette else [_cache_line(settings)]),
-        *_mode_lines(settings, recorded),
-    ]
-    if not address.startswith("unix:"):
-        lines.append(f"clients: OPENAI_BASE_URL={address}/v1")
-    return lines + [f"warning: {warning}" for warning in loaded.warnings]
-
-
-def _mode_lines(settings: Settings, recorded: int) -> list[str]:
-    mode, cassette = settings.cache.mode, settings.cache.cassette
-    lines = []
-    if mode != "normal":
-        lines.append(f"mode: {mode}" + (" (every answer is bought anew)" if mode == "refresh" else ""))
-    if cassette is not None:
-        verb = "replaying from" if mode == "replay" else "recording into"
-        lines.append(f"cassette: {verb} {cassette} ({recorded} answers there)")
-    return lines
-
-
-def _cache_line(settings: Settings) -> str:
-    cache = settings.cache
-    size = f"{cache.memory_size // (1024 * 1024)} MiB"
-    match cache.backend:
-        case "off":
-            return "cache: off"
-        case "sqlite":
-            return f"cache: sqlite {os.path.expanduser(cache.path)}, {size} of it in memory"
-        case "redis":
-            return f"cache: redis {urlsplit(settings.redis.url.reveal()).hostname if settings.redis.url else ''}"
-        case _:
-            return f"cache: memory ({size}); answers do not survive a restart, --cache sqlite keeps them"

@@ -29,11 +29,10 @@ from .core.outcome import (
     broken,
 )
 from .core.ports import Trip, WayUp
-from .core.routes import printable
 from .core.usage import Usage
 from .gate import QueueFull, TimedOut
 from .horizon import Horizon
-from .verdict import Last, Progress, given, reading
+from .verdict import Last, Progress, given, reading, waited_too_long
 from .world import Upstream, World
 
 __all__ = ["Exchange", "Progress"]
@@ -211,6 +210,11 @@ class Exchange:
         progress.measure = measure(call.endpoint, call.document)
         return self._world.habits.estimate(call.model, progress.measure)
 
+    def used(self, call: Call, progress: Progress, said: int) -> Usage:
+        """What an answer has used by estimate that said so many bytes of text."""
+        asked = progress.measure or measure(call.endpoint, call.document)
+        return self._world.habits.used(call.model, asked, said)
+
     def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
         """What an answer used makes the next estimate for its model better."""
         if usage is not None and progress.measure is not None:
@@ -258,7 +262,7 @@ class Exchange:
                 lane, ask if self._world.limiter is None else ask_everybody, patience, call.client.name
             )
         except TimedOut as error:
-            raise _waited_too_long(why, call.model, error.retry_after) from None
+            raise waited_too_long(why, call.model, error.retry_after) from None
         except QueueFull:
             message = f"{self._world.settings.throttle.max_queue} requests are waiting already"
             raise Refusal("queue_full", message, retry_after=1.0) from None
@@ -378,18 +382,6 @@ class Exchange:
         if len(self._no_stream_options) >= 1000:
             self._no_stream_options.clear()  # not: stop learning, for then a request would go round in circles
         self._no_stream_options.add((upstream.site.name, model))
-
-
-def _waited_too_long(why: str, model: str, seconds: float) -> Refusal:
-    shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
-    if why == "keys_cooling":
-        message = f"all keys that could serve this are cooling down ({shown})"
-        return Refusal("keys_cooling", message, retry_after=seconds)
-    message = (
-        f"throttle.limits leave no room within the time this request may wait ({shown}); "
-        "throttle.max_wait or X-Proxy-Max-Wait let it wait longer"
-    )
-    return Refusal("throttled", message, retry_after=seconds)
 
 
 def _dislikes_stream_options(answered: Answered) -> bool:

@@ -224,7 +224,7 @@ class Sharing:
             refusal.lines = self._tell.lines(call, plan, progress, "", False)
             raise refusal
         sale = value.purchase or _NOTHING
-        saved = usd(sale.cost.usd) if sale.cost is not None else None
+        spared = sale.spared()
         self._tell.record(
             call,
             plan,
@@ -232,11 +232,11 @@ class Sharing:
             value.status,
             usage=sale.usage,
             cost=FREE,
-            saved=saved,
+            savings=spared,
             answer_model=sale.answer_model,
             error=sale.error,
         )
-        money = _saved_lines(sale.usage, saved)
+        money = cost_lines(FREE, sale.usage, spared)
         return Bought(
             value.status,
             value.reason,
@@ -277,6 +277,7 @@ class Sharing:
             view = View(reel, bought.dress, partial(self._leader_done, bought, seat))
             return msgspec.structs.replace(bought, flow=view, reel=None, dress=None)
         plan, progress = self._waited(call, plan, seat)
+        progress.first_byte_ms = (self._world.seams.monotonic() - call.arrived) * 1000
         comment = partial(_free_comment, call.endpoint, reel) if self._wants_comment(call) else None
         dress = Dress(bought.usage_asked and not call.wants_usage, comment)
         view = View(reel, dress, partial(self._done, call, plan, seat, bought))

@@ -131,6 +131,8 @@ class StandIns(Generic[A]):
                 total_ms=(seams.monotonic() - call.arrived) * 1000,
                 tags=call.options.tags,
                 run=call.options.run,
+                cache_key=entry.key,
+                sampled=entry.sampled,
             )
         )
 

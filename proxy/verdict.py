@@ -30,7 +30,8 @@ class Progress:
     spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered;
     usage, cost: of the calls that ended well, where several are needed for one answer; horizon: until when it may take;
     gone: (status, error) of a client who left while the answer is still read, for others or for the cache; unread: for
-    the cache alone; elsewhere: it waits for what another process is buying; measure: what the estimate was made of.
+    the cache alone; elsewhere: it waits for what another process is buying; measure: what the estimate was made of;
+    first_byte_ms: until a stream could begin.
     """
 
     horizon: Horizon
@@ -43,6 +44,7 @@ class Progress:
     queue_ms: float = 0.0
     paused_ms: float = 0.0
     upstream_ms: float = 0.0
+    first_byte_ms: float | None = None
     upstream: str = ""
     key: str = ""
     spent: bool = False
@@ -117,3 +119,16 @@ def given(result: Answered | Refusal) -> Answered:
     if isinstance(result, Refusal):
         raise result
     return result
+
+
+def waited_too_long(why: str, model: str, seconds: float) -> Refusal:
+    """The refusal of a request whose patience is over; `seconds`: to go until it may be served."""
+    shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
+    if why == "keys_cooling":
+        message = f"all keys that could serve this are cooling down ({shown})"
+        return Refusal("keys_cooling", message, retry_after=seconds)
+    message = (
+        f"throttle.limits leave no room within the time this request may wait ({shown}); "
+        "throttle.max_wait or X-Proxy-Max-Wait let it wait longer"
+    )
+    return Refusal("throttled", message, retry_after=seconds)

@@ -48,6 +48,7 @@ REDIS_LINK = {"limiters": "proxy.stores.redis_link"}
 """What one kind of plugin may use of another: there is one way to Redis."""
 
 CLOCKS_ALLOWED = {"proxy.edge.logs": "writes down the time that a log record brings with it"}
+CLOCKS_ALLOWED["proxy.ledger.writer"] = "its own pauses between two attempts"
 CLOCKS_ALLOWED |= {f"proxy.stores.{name}": "its own deadlines, breaker and probes" for name in DRIVERS}
 
 IMPURE_CALLS = {"open", "print", "input", "eval", "exec", "__import__", "breakpoint"}
@@ -186,6 +187,7 @@ STORY = rest(
     "proxy.config",
     "proxy.__main__",
     "proxy.workers",
+    "proxy.ledger",
     *(f"proxy.stores.{name}" for name in DRIVERS),
     *LIMITERS,
 )
@@ -239,7 +241,7 @@ def test_one_room_reads_clocks_and_rolls_dice() -> None:
 
 
 def test_http_is_spoken_at_the_edges() -> None:
-    drivers = [*(f"proxy.stores.{name}" for name in DRIVERS), *LIMITERS]
+    drivers = ["proxy.ledger", *(f"proxy.stores.{name}" for name in DRIVERS), *LIMITERS]
     others = rest("proxy.app", "proxy.edge", "proxy.simulator", "proxy.cli", "proxy.workers", *drivers)
     assert offences(others, HTTP_AND_STORES) == []
     assert offences(rooms("proxy.workers"), HTTP_AND_STORES - {"socket"}) == []  # a pair of them is their wire

@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "demo": "run the proxy in front of a simulated upstream: no key, no network, no cost",
     "health": "ask the running proxy whether it is alive",
     "check": "validate the settings and show the effective ones",
+    "report": "usage, cost and savings from the ledger",
     "cache": "the stored answers: count, list, show, purge, export, import",
 }
 

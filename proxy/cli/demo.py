@@ -39,11 +39,13 @@ async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
 
 
 def simulated(settings: Settings, base_url: str) -> Settings:
-    """The same settings with one upstream, the simulated one, and one key that opens nothing."""
+    """The same settings with one upstream, the simulated one, and one key that opens nothing; what is simulated goes
+    into no ledger.
+    """
     key = Key(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
     # Its port is another each time: by name what was stored or recorded is found again.
     upstream = Upstream(name="simulated", base_url=base_url, cache_as="simulated", keys=(key,))
-    return replace(settings, upstreams=(upstream,))
+    return replace(settings, upstreams=(upstream,), ledger=replace(settings.ledger, enabled=False))
 
 
 def introduction(address: str, guarded: bool, prompts: Mapping[str, str]) -> list[str]:

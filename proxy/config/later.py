@@ -16,5 +16,4 @@ NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "cost.budget.usd_per_month": (),
     "cost.budget.on_exceeded": (),
     "cost.budget.warn_at": (),
-    "ledger.path": (),
 }

@@ -17,7 +17,9 @@ KEPT: Final = 10_000
 class Receipt(msgspec.Struct, frozen=True, gc=False):
     """One request's. Thousands are kept, none in a cycle (so gc=False).
 
-    cost_usd, saved_usd: plain decimals, None where unknown; times in milliseconds; finished_at: Unix seconds."""
+    cost_usd, saved_usd: plain decimals, None where unknown; times in milliseconds; first_byte_ms: to a stream's first
+    event, None where the answer went in one piece; finished_at: Unix seconds; sampled: neither temperature 0 nor a
+    seed."""
 
     id: str
     client: str
@@ -42,6 +44,9 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     total_ms: float = 0.0
     tags: tuple[str, ...] = ()
     run: str = ""
+    first_byte_ms: float | None = None
+    cache_key: str = ""
+    sampled: bool = False
 
     def as_json(self) -> dict[str, Any]:
         usage = self.usage
@@ -69,6 +74,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
             "queue_ms": round(self.queue_ms, 3),
             "upstream_ms": round(self.upstream_ms, 3),
             "total_ms": round(self.total_ms, 3),
+            "first_byte_ms": round(self.total_ms if self.first_byte_ms is None else self.first_byte_ms, 3),
             "tags": list(self.tags),
             "run": self.run or None,
             "finished_at": round(self.finished_at, 3),
@@ -87,7 +93,9 @@ class Receipts:
         if len(self._by_id) > self._kept:
             self._by_id.popitem(last=False)
 
-    def put_hit(self, id_: str, client: str, entry: Entry, wall: float, run: str = "") -> None:
+    def put_hit(
+        self, id_: str, client: str, entry: Entry, wall: float, run: str = "", tags: tuple[str, ...] = ()
+    ) -> None:
         """A hit's receipt, made only when somebody asks: this is the hot path. The entry's body is not held."""
         self._by_id[id_] = (
             client,
@@ -100,6 +108,7 @@ class Receipts:
             entry.estimated,
             wall,
             run,
+            tags,
         )
         if len(self._by_id) > self._kept:
             self._by_id.popitem(last=False)
@@ -108,7 +117,7 @@ class Receipts:
         found = self._by_id.get(id_)
         if found is None or isinstance(found, Receipt):
             return found
-        client, endpoint, model, answer_model, form, cost, usage, estimated, wall, run = found
+        client, endpoint, model, answer_model, form, cost, usage, estimated, wall, run, tags = found
         return Receipt(
             id=id_,
             client=client,
@@ -124,4 +133,5 @@ class Receipts:
             cost_status="estimated" if estimated else "exact",
             usage=usage,
             run=run,
+            tags=tags,
         )

@@ -7,9 +7,12 @@ worker's own (of a state, or a share): it gets a label that says whose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
+
+from .pricing import usd
 
 SUMMED: Final = frozenset(
     {
@@ -22,6 +25,8 @@ SUMMED: Final = frozenset(
 """Gauges of which the sum is what the whole proxy has."""
 
 WORKER: Final = "worker"
+
+_MONEY: Final = ("cost_usd", "saved_usd")
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -109,6 +114,19 @@ def _client_joined(one: dict[str, Any], other: dict[str, Any] | None) -> dict[st
         return one
     joined: dict[str, Any] = added(one, other)
     return joined | {"limits": most_used(one["limits"], other["limits"])}
+
+
+def usages_joined(usage: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`GET /_proxy/usage`, with the totals of all workers; what the file says is of all anyway."""
+    total, ledger = usage["since_start"], usage["ledger"]
+    for other in others:
+        money = {name: usd(Decimal(total[name]) + Decimal(other["since_start"][name])) for name in _MONEY}
+        total = added(total, other["since_start"]) | money
+        if ledger is not None and other["ledger"] is not None:
+            ledger = added(ledger, other["ledger"])
+    requests = total["requests"]
+    rate = round(total["hits"] / requests, 4) if requests else 0.0
+    return usage | {"since_start": total | {"hit_rate": rate}, "ledger": ledger}
 
 
 def pages_joined(pages: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
 from ..journey import LARGE, Journey
+from ..ledger import Ledger
 from ..providers import model_named, models_in_path
 from ..reel import View
 from ..relay import StreamBroken, with_comment
@@ -69,6 +70,7 @@ class Downstream:
         metrics: Metrics,
         gatekeeper: Gatekeeper,
         traffic: Traffic,
+        ledger: Ledger,
     ) -> None:
         self._world = world
         self._journey = journey
@@ -83,6 +85,7 @@ class Downstream:
         self._fast = not world.settings.cost.stream_comment
         self._max_body = world.settings.server.max_body
         self.traffic = traffic
+        self._ledger = ledger
 
     # -- every request ------------------------------------------------------------------------------------------------
 
@@ -90,30 +93,31 @@ class Downstream:
         """One request. Never raises but for a client that is gone."""
         self.traffic.in_flight += 1
         began = self._world.seams.monotonic()
-        origin = None
+        visit = None
         try:
             target = request.raw_path
             route = self._routes.get(target)
             if route is None:
                 route = self._parse(request, target)
+            visit = _Visit(request, target, route, began)
             if route.kind == "own":
                 return await self._ops.handle(request, route)
             self._gatekeeper.check_host(request)
             headers = request.headers
             if "Origin" in headers or "Sec-Fetch-Site" in headers:
-                origin = self._gatekeeper.check_origin(request)
+                origin = visit.origin = self._gatekeeper.check_origin(request)
                 if origin is not None and request.method == "OPTIONS":
                     return preflight(request, origin, self._dates.line())
-            answer = await self._serve(_Visit(request, target, route, began, origin))
+            answer = await self._serve(visit)
         except Refusal as refusal:
-            answer = self._refused(request, refusal, origin)
+            answer = self._refused(request, refusal, visit)
         except ConnectionError as error:
             log.debug("%s %s: %s", request.method, printable(request.raw_path), error)
             return Streamed(False, 499)
         except Exception:
             log.exception("a request failed inside the proxy")
             failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
-            answer = self._refused(request, failed, origin)
+            answer = self._refused(request, failed, visit)
         finally:
             self.traffic.in_flight -= 1
         return answer
@@ -147,7 +151,7 @@ class Downstream:
                 name = name_of(visit.target, visit.client.scope, body)
                 hit = self._journey.shelf.peek(name)
                 if hit is not None:
-                    return self._hit(visit, hit, b"")
+                    return self._hit(visit, hit, b"", route.options.tags)
             return await self._endpoint(visit, body, name)
         if method not in METHODS or (route.endpoint in _POST_ONLY):
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
@@ -169,7 +173,9 @@ class Downstream:
         if isinstance(served, Hit):
             comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
-            return self._stale(visit, served, zero) if served.stale else self._hit(visit, served, zero)
+            if served.stale:
+                return self._stale(visit, served, zero)
+            return self._hit(visit, served, zero, call.options.tags)
         bought = served
         head = (
             status_line(bought.status, bought.reason)
@@ -257,7 +263,7 @@ class Downstream:
 
     # -- hits ---------------------------------------------------------------------------------------------------------
 
-    def _hit(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+    def _hit(self, visit: _Visit, hit: Hit, comment: bytes, tags: tuple[str, ...]) -> Whole:
         entry = hit.entry
         cached = self._heads.get((entry.key, entry.form))
         if cached is not None and cached[0] is entry:
@@ -276,8 +282,9 @@ class Downstream:
             f"{hit.lines}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run)
+        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
         self._metrics.hit(entry)
+        self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
             head += cors_lines(visit.origin)
@@ -307,13 +314,18 @@ class Downstream:
 
     # -- refusals and browsers ----------------------------------------------------------------------------------------
 
-    def _refused(self, request: BaseRequest, refusal: Refusal, origin: str | None) -> Whole:
+    def _refused(self, request: BaseRequest, refusal: Refusal, visit: _Visit | None) -> Whole:
+        """visit: None where not even the target can be read."""
         request_id = self._world.seams.new_id()
         if not refusal.lines:  # else its receipt was counted and logged
             self._metrics.refusal(refusal.code)
+            if visit is None:
+                self._ledger.refused(refusal.code, refusal.status, "", "")
+            elif visit.route.kind != "own":
+                self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
             log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
-        if origin is not None:
-            pairs = [line.split(": ", 1) for line in cors_lines(origin).decode().splitlines()]
+        if visit is not None and visit.origin is not None:
+            pairs = [line.split(": ", 1) for line in cors_lines(visit.origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
         unread = not request.content.is_eof()
         return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
@@ -14,8 +15,9 @@ from .. import __version__
 from ..config.render import plain
 from ..core.errors import Refusal
 from ..core.receipt import Receipt
-from ..core.routes import Route, unknown_route
-from ..core.several import Family, pools_joined, statuses_joined
+from ..core.routes import Route, printable, unknown_route
+from ..core.several import Family, pools_joined, statuses_joined, usages_joined
+from ..ledger import Ledger
 from ..workers.seat import Seat
 from ..world import World
 from .cache_admin import CacheAdmin
@@ -23,6 +25,7 @@ from .gatekeeper import Gatekeeper
 from .metrics import Metrics
 from .siblings import Siblings
 from .traffic import Traffic
+from .usage import usage
 from .wire import Dates, Whole, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
@@ -53,9 +56,16 @@ class Ops:
     """Answers `own` routes."""
 
     def __init__(
-        self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic, seat: Seat | None = None
+        self,
+        world: World,
+        metrics: Metrics,
+        gatekeeper: Gatekeeper,
+        traffic: Traffic,
+        ledger: Ledger,
+        seat: Seat | None = None,
     ) -> None:
         self._world = world
+        self._ledger = ledger
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
@@ -65,6 +75,7 @@ class Ops:
             "/metrics": Page(self._metrics_text),
             "/_proxy/status": Page(self._status),
             "/_proxy/keys": Page(self._keys),
+            "/_proxy/usage": Page(self._usage),
             "/_proxy/requests/": Page(self._receipt, guarded=False),
             "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
             _RUNS: Page(self._run),
@@ -82,6 +93,7 @@ class Ops:
                 "status": self._own_status,
                 "pool": self._own_pool,
                 "reset": self._reset,
+                "totals": self._own_totals,
                 **self._cache.for_siblings(),
             }
         )
@@ -151,6 +163,11 @@ class Ops:
     async def _keys(self, visit: Visit) -> Whole:
         return self._json(visit.request, pools_joined([self._pool(), *await self.siblings.ask("pool")]))
 
+    async def _usage(self, visit: Visit) -> Whole:
+        others = await self.siblings.ask("totals")  # first: they write down what they have not yet
+        mine = await usage(self._ledger, visit.query, self._world.seams.wall())
+        return self._json(visit.request, usages_joined(mine, others) if others else mine)
+
     async def _cached(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.list(visit.query))
 
@@ -193,15 +210,15 @@ class Ops:
             if not client.name:
                 self._gatekeeper.check_admin(request)
             if receipt is None or receipt.client != client.name:
-                raise unknown_route(f"/_proxy/requests/{id_}")
+                raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
         if receipt is None:
-            raise unknown_route(f"/_proxy/requests/{id_}")
+            raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
         return self._json(request, receipt.as_json())
 
     async def _run(self, visit: Visit) -> Whole:
         report = await self._world.runs.report(visit.rest)
         if report is None:
-            raise unknown_route(_RUNS + visit.rest)
+            raise Refusal("unknown_route", f"no run of this name is remembered: {printable(visit.rest)}")
         return self._json(visit.request, report)
 
     # -- for the other workers ----------------------------------------------------------------------------------------
@@ -211,6 +228,9 @@ class Ops:
 
     async def _own_counts(self, _: bytes) -> list[Family]:
         return self.counts()
+
+    async def _own_totals(self, _: bytes) -> dict[str, Any]:
+        return await self._ledger.totals()
 
     async def _own_pool(self, _: bytes) -> dict[str, Any]:
         return self._pool()
@@ -222,7 +242,8 @@ class Ops:
     async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
-        settings = world.settings
+        settings, prices = world.settings, world.upstreams[0].prices
+        today = datetime.fromtimestamp(world.seams.wall(), UTC).date()
         return {
             "version": __version__,
             "address": self._traffic.address,
@@ -234,7 +255,7 @@ class Ops:
             "clients": world.clients.report(world.seams.monotonic()),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
-            "prices": {"as_of": world.upstreams[0].prices.as_of},
+            "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},
             "settings": plain(settings),
         }
 

@@ -260,6 +260,7 @@ class Passage:
         known = int(length) if length is not None and length.isascii() and length.isdigit() else None
         head = self._head(trace, reply, decoded=False) + extra
         stream = Stream(request, head, reply.status, known)
+        trace.first_byte = trace.elapsed()
         status, error = reply.status, ""
         try:
             if request.method != "HEAD":
@@ -301,6 +302,7 @@ class _Trace:
         self._client = client.name
         self.upstream = self.key = self.code = ""
         self.attempts = 0
+        self.first_byte: float | None = None
         self.spent = False
         self.hold: Hold | None = None
         self.went_up = False
@@ -336,6 +338,7 @@ class _Trace:
             error=error,
             upstream_ms=self.elapsed(),
             total_ms=self.elapsed(),
+            first_byte_ms=self.first_byte,
         )
 
 

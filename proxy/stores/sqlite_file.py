@@ -1,4 +1,7 @@
-"""The cache file itself: made private, opened, given its tables, judged, moved aside. Blocking; owns no state."""
+"""A SQLite file of ours: made private, opened, given its tables, judged, moved aside. Blocking; owns no state.
+
+The cache's own layout stands here, too; the ledger has another (`ledger/file.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +43,19 @@ CREATE INDEX IF NOT EXISTS {TABLE}_ends ON {TABLE} (ends_at);
 CREATE INDEX IF NOT EXISTS {TABLE}_bare ON {TABLE} (bare) WHERE bare != '';
 CREATE TABLE IF NOT EXISTS {PURGES} (number INTEGER PRIMARY KEY AUTOINCREMENT, which TEXT NOT NULL);
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a file of ours holds. mark: its application id; schema: SQL that makes the tables and indexes `names`."""
+
+    mark: int
+    schema: str
+    names: frozenset[str]
+
+
+_NAMES: Final = (TABLE, f"{TABLE}_used", f"{TABLE}_ends", f"{TABLE}_bare", PURGES)
+CACHE: Final = Layout(APPLICATION_ID, _SCHEMA, frozenset(_NAMES))
 
 _LOCK_PATIENCE: Final = 2.0
 _WAL_KEPT: Final = 64 * 1024 * 1024
@@ -73,13 +90,13 @@ def open_to_read(path: Path, busy: float) -> sqlite3.Connection:
     return connection
 
 
-def open_to_write(path: Path, busy: float) -> sqlite3.Connection:
+def open_to_write(path: Path, busy: float, layout: Layout = CACHE) -> sqlite3.Connection:
     """A connection to the file, which is made where there is none. Raises sqlite3.Error, OSError or Foreign."""
     make_private(path)
     with _alone(path):
         connection = connect(path, busy)
         try:
-            _prepare(connection)
+            _prepare(connection, layout)
         except BaseException:
             connection.close()
             raise
@@ -151,19 +168,18 @@ def page_size(connection: sqlite3.Connection) -> int:
     return size
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
+def _prepare(connection: sqlite3.Connection, layout: Layout) -> None:
     mark = connection.execute("PRAGMA application_id").fetchone()[0]
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if mark not in (0, APPLICATION_ID) or (mark == 0 and tables):
+    if mark not in (0, layout.mark) or (mark == 0 and tables):
         raise Foreign("it is another program's database")
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # takes effect only before the first table
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA secure_delete=FAST")
     connection.execute(f"PRAGMA journal_size_limit={_WAL_KEPT}")
-    wanted = {TABLE, f"{TABLE}_used", f"{TABLE}_ends", f"{TABLE}_bare", PURGES}
-    if mark == 0 or not wanted <= {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}:
-        connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; {_SCHEMA} COMMIT;")
+    if mark == 0 or not layout.names <= {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}:
+        connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id={layout.mark}; {layout.schema} COMMIT;")
 
 
 @contextmanager

@@ -133,6 +133,10 @@ async def test_metrics_and_status_add_up(launch: Launch, upstream: ScriptedUpstr
             await asyncio.gather(*(one(number) for number in range(start, start + 20)))
         texts = [(await client.get(proxy, "/metrics")).body.decode() for client in clients]
         states = [await status(client, proxy) for client in clients]
+        usages = [(await client.get(proxy, "/_proxy/usage")).json() for client in clients]
+    assert usages[0]["since_start"] == usages[1]["since_start"]
+    for name in ("requests", "hits", "cost_usd", "saved_usd", "total_tokens"):
+        assert usages[0]["since_start"][name] == usages[0]["total"][name] == usages[1]["total"][name]
     found = [samples(text) for text in texts]
     assert found[0] == found[1]
     counted: dict[str, float] = {}
@@ -369,7 +373,7 @@ async def test_places_go_round_between_workers(launch: Launch, upstream: Scripte
         few = [asyncio.create_task(one(1)) for _ in range(4)]
         await asyncio.gather(*many, *few)
     assert order.count(1) == 4
-    assert order[-8:] == [0] * 8
+    assert 1 not in order[-4:]  # each other place is theirs, as long as they want one
 
 
 async def test_what_all_recorded_is_in_the_cassette(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ REFUSED = {
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
     "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
     "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
-    "ledger.path": "ledger: {path: /x.db}",
 }
 
 
@@ -27,7 +26,7 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
     (problem,) = problems(load, "cost: {budget: {warn_at: 0.5}}")
     assert problem.endswith("'0.5' is not yet available (usable now: 0.8)")
-    assert "(PROXY__LEDGER__PATH)" in problems(load, None, {"PROXY__LEDGER__PATH": "x"})[0]
+    assert "(PROXY__COST__BUDGET__WARN_AT)" in problems(load, None, {"PROXY__COST__BUDGET__WARN_AT": "0.5"})[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from proxy.core.several import (
     pools_joined,
     statuses_joined,
     summed,
+    usages_joined,
 )
 
 HITS = Family("hits", "Hits.", "counter", [("hits_total", (("model", "a"),), 3.0), ("hits_created", (), 20.0)])
@@ -124,3 +125,24 @@ def test_pages_are_cut_where_some_worker_has_more() -> None:
     pages = [{"entries": listed("a", "c", "e"), "next": "e\njson"}, {"entries": listed("b", "e", "g"), "next": ""}]
     assert pages_joined(pages) == {"entries": listed("a", "b", "c", "e"), "next": "e\njson"}
     assert pages_joined([{"entries": listed("b", "a"), "next": ""}] * 2) == {"entries": listed("a", "b"), "next": ""}
+
+
+def usage(requests: int, hits: int, cost: str, lost: int) -> dict[str, Any]:
+    total = {"requests": requests, "hits": hits, "hit_rate": 0.5, "cost_usd": cost, "saved_usd": "0.000001"}
+    return {"since_start": total | {"p50_ms": None}, "ledger": {"path": "x", "state": "ok", "lost": lost}}
+
+
+def test_totals_of_all_workers_are_exact() -> None:
+    mine = usage(2, 1, "0.000000150", 1) | {"rows": [1]}
+    joined = usages_joined(mine, [usage(1, 1, "2.250000", 0), usage(1, 1, "0.000000", 2)])
+    assert joined["since_start"] == {
+        "requests": 4,
+        "hits": 3,
+        "hit_rate": 0.75,
+        "cost_usd": "2.25000015",
+        "saved_usd": "0.000003",
+        "p50_ms": None,
+    }
+    assert (joined["ledger"], joined["rows"]) == ({"path": "x", "state": "ok", "lost": 3}, [1])
+    off = {"since_start": mine["since_start"], "ledger": None}
+    assert usages_joined(off, [off])["ledger"] is None

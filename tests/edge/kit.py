@@ -22,6 +22,7 @@ from proxy.edge.passage import Passage
 from proxy.edge.server import ListeningServer
 from proxy.edge.traffic import Traffic
 from proxy.journey import Journey
+from proxy.ledger import Ledger
 from proxy.seams import REAL, Seams
 from proxy.world import World, compile_world
 from tests.journey.scene import settings
@@ -197,7 +198,8 @@ class House:
         self.receipts: list[Receipt] = []
         gatekeeper = Gatekeeper(config)
         self.traffic = Traffic(started=seams.wall())
-        self.ops = Ops(self.world, self.metrics, gatekeeper, self.traffic)
+        self.ledger = Ledger(None, seams)
+        self.ops = Ops(self.world, self.metrics, gatekeeper, self.traffic, self.ledger)
         self.downstream = Downstream(
             self.world,
             Journey(self.world, self.way_up, self._observe),
@@ -206,11 +208,13 @@ class House:
             self.metrics,
             gatekeeper,
             self.traffic,
+            self.ledger,
         )
         self.port = 0
 
     def _observe(self, receipt: Receipt) -> None:
         self.receipts.append(receipt)
+        self.ledger.record(receipt)
         self.metrics.observe(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
