@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 from collections import OrderedDict
@@ -20,19 +21,23 @@ from .core.cacheability import is_deterministic
 from .core.call import CachePlan, Call
 from .core.entry import Entry, Form
 from .core.errors import Refusal
-from .core.explain import Recent, why_missed
+from .core.explain import Recent, nearest, told, why_missed
 from .core.forms import converted, other_form
 from .core.headers import Raw, storable_headers
 from .core.items import Batch, cached, item_entries, made_of
 from .core.pricing import Cost, usd
 from .core.routes import printable
 from .core.usage import Usage
+from .stores import Filter, StoreError
 from .world import World
 
 LARGE: Final = 256 * 1024
 """Stored answers above this are converted in a thread (bytes)."""
 
 REVALIDATING: Final = "stale-while-revalidate"
+
+COMPARED: Final = 20_000
+"""So many recorded requests are compared with one that was not."""
 
 _MEMO_SIZE: Final = 20_000
 
@@ -127,20 +132,35 @@ class Shelf:
                 plan = await self._look_for_items(plan, plan.batch, max_age)
                 if plan.batch is not None and len(plan.batch.found) == len(plan.batch.keys):
                     return await self._made_of_items(plan.key, plan.batch), plan
-            if plan.forward != "partial":
+            if self._replays:
+                plan = msgspec.structs.replace(plan, reason=await self._why_not_recorded(call, plan))
+            elif plan.forward != "partial":
                 reason, forward = self._why_missed(call, plan, entry, other, wall)
-                if self._replays:
-                    reason = f"{plan.reason}; {reason}" if reason.startswith("differs") else plan.reason
                 plan = msgspec.structs.replace(plan, reason=reason, forward=forward)
             if while_revalidate := self._world.settings.cache.stale_while_revalidate:
                 hit = await self._either(call, entry, other, max_age, while_revalidate)
                 if hit is not None:
                     return msgspec.structs.replace(hit, stale=REVALIDATING), plan
         if self._replays:
-            raise Refusal("not_cached", _not_recorded(call, plan, self._world.identity(call.model)))
+            raise _not_cached(plan, _not_recorded(call, plan, self._world.identity(call.model)))
         if options.only_if_cached:
-            raise Refusal("not_cached", f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
+            raise _not_cached(plan, f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
+
+    async def _why_not_recorded(self, call: Call, plan: CachePlan) -> str:
+        """How a request differs from the nearest of those that were recorded, whatever it asks."""
+        assert self._world.store is not None
+        found: tuple[Entry, list[str]] | None = None
+        after, compared = "", 0
+        with contextlib.suppress(StoreError):
+            while compared < COMPARED:
+                page = await self._world.store.list(Filter(endpoint=call.endpoint), after)
+                entries = [listed.entry for listed in page.entries] + ([found[0]] if found is not None else [])
+                found = nearest(((entry, entry.traits) for entry in entries), plan.traits)
+                after, compared = page.next, compared + len(page.entries)
+                if not after:
+                    break
+        return f"{plan.reason}; {told(found[1])}" if found is not None and found[1] else plan.reason
 
     async def _look_for_items(self, plan: CachePlan, batch: Batch, max_age: int | None) -> CachePlan:
         """The plan with those items that are cached."""
@@ -319,6 +339,11 @@ class Shelf:
         if stored:
             self.recent.add(scope, entry)
         return stored
+
+
+def _not_cached(plan: CachePlan, message: str) -> Refusal:
+    headers = (("X-Proxy-Cache", plan.status), ("X-Proxy-Cache-Reason", plan.reason))
+    return Refusal("not_cached", message, headers=headers)
 
 
 def _not_recorded(call: Call, plan: CachePlan, identity: str) -> str:

@@ -117,6 +117,23 @@ async def test_a_miss_is_a_504_that_says_what_was_looked_for(document: Any, opti
     assert scene.way_up.sent == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "differs"),
+    [(ask("Hi", temperature=1), "temperature"), (ask("Bye"), "messages"), (ask("Hi", top_p=1, n=2), "n, top_p")],
+)
+@story
+async def test_a_miss_says_how_it_differs_from_the_nearest_recorded(asked: Any, differs: str, tmp_path: Path) -> None:
+    file = tmp_path / "c"
+    record = Scene(says(), says(), config=settings(cache=Cache(cassette=str(file))))
+    await record.ask(ask("Hi"))
+    await record.ask(ask("Quite another", seed=7, temperature=0.5, top_p=0.5))
+    await closed(record)
+    told = await replaying(file).ask(asked)
+    assert told.refusal is not None
+    assert f"replay: not recorded; differs: {differs}, and nothing is sent" in told.refusal.message
+    assert dict(told.refusal.headers)["X-Proxy-Cache-Reason"] == f"not recorded; differs: {differs}"
+
+
 @story
 async def test_the_upstream_is_part_of_it_and_cache_as_stands_for_it(tmp_path: Path) -> None:
     config = settings(pool("k1", cache_as="recorded"), cache=Cache(cassette=str(tmp_path / "c")))
