@@ -176,6 +176,7 @@ async def serve(
     ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False, shutdown_timeout=0.1)
     await runner.setup()
     await ops_runner.setup()
+    await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
     reloader = Reloader(loaded, read, app.use, app.world.seams)
     stop, now = _on_signals(reloader.ask)
     background: list[asyncio.Task[None]] = []
@@ -249,6 +250,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     if app.world.limiter is not None:
         await app.world.limiter.close()
     await app.world.runs.close()
+    await app.world.budgets.close()
     await app.ledger.close()
     if app.world.store is not None:
         await app.world.store.close()

@@ -12,9 +12,4 @@ from typing import Final
 
 NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "server.workers": (),
-    "server.client_keys.*.limits.usd_per_day": (),
-    "cost.budget.usd_per_day": (),
-    "cost.budget.usd_per_month": (),
-    "cost.budget.on_exceeded": (),
-    "cost.budget.warn_at": (),
 }

@@ -21,6 +21,7 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_ops(settings, reading)
     _check_redis(settings, reading)
     _check_mode(settings, reading)
+    _check_budgets(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
@@ -37,6 +38,15 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
         reading.fail_at("redis.url", "expected redis://…, rediss://… or unix://…, found something else")
     if len(settings.redis.prefix.encode()) > LONGEST_REDIS_PREFIX:
         reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
+
+
+def _check_budgets(settings: Settings, reading: Reading) -> None:
+    budget = settings.cost.budget
+    limited = budget.usd_per_day is not None or budget.usd_per_month is not None
+    if not limited and all(client.usd_per_day is None for client in settings.server.client_keys):
+        return
+    if not settings.ledger.enabled and settings.throttle.backend != "redis" and reading.sound("ledger.enabled"):
+        reading.warn("budgets without a ledger count from the start of the proxy: a restart forgets what was spent")
 
 
 def _check_mode(settings: Settings, reading: Reading) -> None:

@@ -12,6 +12,7 @@ from ..core.entry import Entry
 from ..core.receipt import Receipt
 from ..core.routes import ENDPOINTS, SEGMENTS
 from ..world import World
+from .budget_gauges import BudgetGauges
 
 MAX_MODELS: Final = 100
 _ENDPOINTS: Final = SEGMENTS | set(ENDPOINTS.values())
@@ -91,6 +92,7 @@ class Metrics:
         )
         self._entries = Gauge("openai_proxy_cache_entries", "Entries in memory.", registry=self.registry)
         self._bytes = Gauge("openai_proxy_cache_bytes", "Bytes of entries in memory.", registry=self.registry)
+        self._budgets = BudgetGauges(self.registry)
         self._models: set[str] = set()
         self._hits: dict[tuple[str, str], tuple[Counter, Counter]] = {}
         self._kinds: dict[tuple[str, str, str, int, str], _Counters] = {}
@@ -177,6 +179,7 @@ class Metrics:
         for upstream in world.upstreams:
             state = upstream.breaker.state(world.seams.monotonic())
             self._open.labels(upstream.site.name).set(state != "closed")
+        self._budgets.show(world.budgets)
         if world.store is not None:
             stats = world.store.memory.stats()
             self._entries.set(stats["entries"])

@@ -114,7 +114,9 @@ class Ops:
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
     async def _reset_limits(self, visit: Visit) -> Whole:
-        """Every window starts afresh, those of clients too; what is at work keeps its permits."""
+        """Every window starts afresh, those of clients too; what is at work keeps its permits. Budgets are not reset:
+        money spent is spent.
+        """
         self._world.ring.reset()
         self._world.clients.reset()
         if self._world.limiter is not None:
@@ -192,6 +194,7 @@ class Ops:
             "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
             "clients": world.clients.report(world.seams.monotonic()),
+            "budgets": world.budgets.report(),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": world.upstreams[0].prices.as_of},

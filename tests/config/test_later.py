@@ -8,11 +8,6 @@ from tests.config.kit import Load, problems
 
 REFUSED = {
     "server.workers": "server: {workers: 2}",
-    "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
-    "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
-    "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
-    "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
-    "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
 }
 
 
