@@ -23,7 +23,7 @@ def test_what_can_be_used_instead_is_said(load: Load) -> None:
     assert problems(load, None, server__workers=4) == [
         "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
     ]
-    assert "(PROXY__THROTTLE__TIER)" in problems(load, None, {"PROXY__THROTTLE__TIER": "3"})[0]
+    assert "(PROXY__SERVER__WORKERS)" in problems(load, None, {"PROXY__SERVER__WORKERS": "3"})[0]
 
 
 @pytest.mark.parametrize(
