@@ -29,6 +29,8 @@ Rooms, and what goes where
   `metrics`, `logs`, `server`.
 - `providers/`, `selection/`, `stores/`, `limiters/`: plugins. A dialect, a key strategy, a backend is one file and one
   line in the table of the package. They never import each other.
+- `ledger/`: what each request was and cost, in a SQLite file: a list on the loop, one thread that writes, reports that
+  read beside it. `core/records.py` and `core/reporting.py` say what is written and what it adds up to.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
 - `app.py`: the composition root, the only file that knows everybody. `seams.py`: the only clock.
   `cli/`: one file a command.

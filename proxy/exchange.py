@@ -217,6 +217,11 @@ class Exchange:
         progress.measure = measure(call.endpoint, call.document)
         return self._world.habits.estimate(call.model, progress.measure)
 
+    def used(self, call: Call, progress: Progress, said: int) -> Usage:
+        """What an answer has used by estimate that said so many bytes of text."""
+        asked = progress.measure or measure(call.endpoint, call.document)
+        return self._world.habits.used(call.model, asked, said)
+
     def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
         """What an answer used makes the next estimate for its model better."""
         if usage is not None and progress.measure is not None:

@@ -273,23 +273,28 @@ class Journey:
 
         def price(seen: StreamAudit) -> tuple[Usage | None, Cost | None]:
             usage = usage_of(call.endpoint, {"usage": seen.usage, "output": seen.output, "tools": seen.tools})
-            if usage is None:
-                return None, None
             kind, models = answered.upstream.site.kind, (seen.model, call.model)
-            return usage, answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
+            if usage is not None:
+                return usage, answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
+            if seen.error and not seen.said:
+                return None, None
+            # Cut short, or the upstream does not say: what was asked and what was said so far.
+            usage = self.exchange.used(call, progress, seen.said)
+            cost = answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
+            return (usage, Cost(cost.usd, "estimated")) if cost is not None else (None, None)
 
         def ended(ending: Ending) -> None:
             progress.upstream_ms = (world.seams.monotonic() - began) * 1000
             usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
-            self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None, cost=cost)
-            self.exchange.learn(call, progress, usage)
+            known, price_of_it = (usage, cost) if audit is not None and audit.usage is not None else (None, None)
+            self.exchange.settle(call, answered.lease, known.total_tokens if known else None, cost=cost)
+            self.exchange.learn(call, progress, known)
             sale.usage, sale.cost, sale.answer_model = usage, cost, model
             stored = False
             if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):
-                stored = self.shelf.keep(
-                    call, plan, answered, headers, ending.body, audit.usage_span if audit else None, usage, cost, model
-                )
+                span = audit.usage_span if audit else None
+                stored = self.shelf.keep(call, plan, answered, headers, ending.body, span, known, price_of_it, model)
             if not (stored or ending.failure or ending.gone or (audit is not None and audit.error)):
                 self.sharing.avoid(call, plan)
             error = ending.failure or ("client_gone" if ending.gone else "")

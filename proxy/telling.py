@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Final
 
 from .core.answer import ZERO_COST, Timing, cost_status, forward_status
 from .core.cacheability import is_deterministic
@@ -10,9 +12,15 @@ from .core.call import CachePlan, Call
 from .core.items import Saved
 from .core.pricing import Cost, usd
 from .core.receipt import Receipt
+from .core.routes import printable
 from .core.usage import Usage
 from .exchange import Progress
 from .world import World
+
+log = logging.getLogger("proxy")
+
+WARNED: Final = 100
+"""So many models without a price are warned of."""
 
 
 class Teller:
@@ -21,6 +29,7 @@ class Teller:
     def __init__(self, world: World, observe: Callable[[Receipt], None]) -> None:
         self._world = world
         self._observe = observe
+        self._unpriced: set[str] = set()
         self.held: Callable[[Receipt], bool] = lambda receipt: False
 
     def lines(
@@ -65,6 +74,8 @@ class Teller:
         if progress.gone is not None:
             status, error = progress.gone
         usage, cost = usage or progress.usage, cost or progress.cost
+        if cost is None and usage is not None and status == 200:
+            self._warn_unpriced(call.model)
         if savings is not None:
             saved = savings.cost
         elif saved is None and cost is not None and not plan.collapsed:
@@ -99,6 +110,13 @@ class Teller:
                 sampled=not is_deterministic(call.endpoint, call.document),
             )
         )
+
+    def _warn_unpriced(self, model: str) -> None:
+        """Once a model."""
+        if model not in self._unpriced and len(self._unpriced) < WARNED:
+            self._unpriced.add(model)
+            name = printable(model, 60)
+            log.warning("no price for what %s answered: its cost is unknown (cost.prices sets one)", name)
 
     def finished(self, receipt: Receipt) -> None:
         """A request is over, unless somebody has another word on it."""

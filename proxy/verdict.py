@@ -124,7 +124,7 @@ def given(result: Answered | Refusal) -> Answered:
 
 
 def waited_too_long(why: str, model: str, seconds: float) -> Refusal:
-    """What is told where no key came free in time."""
+    """The refusal of a request whose patience is over; `seconds`: to go until it may be served."""
     shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
     if why == "keys_cooling":
         message = f"all keys that could serve this are cooling down ({shown})"

@@ -99,7 +99,7 @@ def test_commands_and_flags_are_those_of_the_program(tmp_path: Path) -> None:
         return done.stdout
 
     text = section("Commands")
-    for command in ("serve", "demo", "check", "health"):
+    for command in ("serve", "demo", "check", "health", "report"):
         assert f"`openai-proxy {command}`" in text
         assert command in usage()
         shown = set(re.findall(r"(?<![\w-])--[a-z-]+", usage(command))) - {"--help"}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ssl
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from ..config.render import lines
+from ..core.pricing import PriceTable
 from .common import add_config_arguments, load_from_args
 
 if TYPE_CHECKING:
@@ -39,8 +42,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"# settings file: {loaded.file or 'none'}")
     for line in lines(loaded):
         print(line)
-    count = sum(len(upstream.keys) for upstream in loaded.settings.upstreams)
+    count = sum(len(upstream.keys) or upstream.entra_id for upstream in loaded.settings.upstreams)
     print(f"# keys: {count or 'none (pass-through)'}")
+    prices = PriceTable()
+    print(f"# prices: of {prices.as_of}, {prices.age(datetime.now(UTC).date())} days old")
     for line in limit_lines(loaded.settings):
         print(f"# {line}")
     for warning in loaded.warnings:
@@ -85,7 +90,9 @@ async def _ask(session: aiohttp.ClientSession, upstream: Upstream, key: Key) -> 
 
     try:
         url, headers = models_url(upstream), credentials(upstream, key)
-        async with session.get(url, headers=headers, allow_redirects=False) as answer:
+        proxy = upstream.proxy.reveal() if upstream.proxy is not None else None
+        trust = ssl.create_default_context(cafile=upstream.ca_file) if upstream.ca_file is not None else True
+        async with session.get(url, headers=headers, allow_redirects=False, proxy=proxy, ssl=trust) as answer:
             status = answer.status
     except TimeoutError:
         return False, f"no answer within {_PATIENCE:g} s"

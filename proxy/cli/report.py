@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; 1 where there is no ledger. Raises SystemExit(2) for settings that cannot be used."""
     settings = load_from_args(args, upstream="").settings  # whatever is wrong with upstreams does not matter here
-    path, span = Path(settings.ledger.path).expanduser(), Span(args.since, args.until)
+    path, span = Path(os.path.expanduser(settings.ledger.path)), Span(args.since, args.until)
     by = list(dict.fromkeys(args.by or ["day"]))
     try:
         if args.what_if is not None:

@@ -86,6 +86,8 @@ def token(text: str) -> str:
 def cost_comment(cost: Cost | None, usage: Usage | None) -> bytes:
     """The SSE comment that carries a stream's cost: one line, one newline, so that no SDK takes it for an event."""
     parts = [f"x-proxy-cost-usd={usd(cost.usd)}" if cost is not None else "x-proxy-cost-status=unknown"]
+    if cost is not None and cost.status != "exact":
+        parts.append(f"x-proxy-cost-status={cost.status}")
     if usage is not None:
         parts.append(f"x-proxy-prompt-tokens={usage.prompt_tokens}")
         parts.append(f"x-proxy-completion-tokens={usage.completion_tokens}")

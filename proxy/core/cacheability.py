@@ -59,8 +59,8 @@ class StreamAudit:
 
     usage: the last usage object, wherever the provider puts it (a chunk of its own, beside choices, inside a
     choice, Groq's `x_groq`, a response); model: the answer's; service_tier; error: an error event was seen;
-    output, tools: of a response: they tell of calls that are billed; usage_span: where in the stream the usage chunk
-    lies (from, to), None where there is none.
+    output, tools: of a response: they tell of calls that are billed; said: UTF-8 bytes of text so far; usage_span:
+    where in the stream the usage chunk lies (from, to), None where there is none.
     """
 
     __slots__ = (
@@ -76,6 +76,7 @@ class StreamAudit:
         "error",
         "model",
         "output",
+        "said",
         "service_tier",
         "tools",
         "usage",
@@ -96,6 +97,7 @@ class StreamAudit:
         self.usage_span: tuple[int, int] | None = None
         self.model: str | None = None
         self.service_tier: str | None = None
+        self.said = 0
         self.output: object = None
         self.tools: object = None
         self.error = False
@@ -208,6 +210,7 @@ class StreamAudit:
                 self._filled.add(index)
             if type(choice.get("usage")) is dict:
                 self.usage = choice["usage"]
+            self.said += _said(choice)
 
     def _found_usage_chunk(self, start: int) -> None:
         if self.usage_span is None:
@@ -225,10 +228,30 @@ class StreamAudit:
             self._learn(response)
             if kind == "response.completed":
                 self._completed = response
+        elif type(delta := event.get("delta")) is str:
+            self.said += len(delta.encode("utf-8", "surrogatepass"))
         if kind in _TERMINAL:
             self._ended = True
         if kind in ("error", "response.failed"):
             self._fail_with_error()
+
+
+def _said(choice: Mapping[str, Any]) -> int:
+    """UTF-8 bytes of what a chunk's choice says: its text, or whatever of its delta is text, and calls of tools."""
+    delta = choice.get("delta")
+    if type(delta) is not dict:
+        text = choice.get("text")
+        return len(text.encode("utf-8", "surrogatepass")) if type(text) is str else 0
+    said = 0
+    for name, value in delta.items():
+        if type(value) is str and name != "role":
+            said += len(value.encode("utf-8", "surrogatepass"))
+        elif name == "tool_calls" and type(value) is list:
+            for call in value:
+                function = call.get("function") if type(call) is dict else None
+                if type(function) is dict:
+                    said += sum(len(part) for part in function.values() if type(part) is str)
+    return said
 
 
 def _plain_choices(endpoint: str, request: Mapping[str, Any], choices: object) -> str | None:

@@ -67,7 +67,10 @@ class Measure:
     def tokens(self, ratio: float = 1.0, expected_output: int = 0) -> int:
         """Tokens to reserve. ratio: of the text's tokens to its bytes / 4, learned; the limit is never scaled by it."""
         output = (expected_output if self.limit is None else self.limit) * self.choices
-        return min(math.ceil(self.text * ratio / 4) + self.counted + output, _MOST)
+        return min(self.prompt_tokens(ratio) + output, _MOST)
+
+    def prompt_tokens(self, ratio: float = 1.0) -> int:
+        return min(math.ceil(self.text * ratio / 4) + self.counted, _MOST)
 
 
 def measure(endpoint: str, document: Mapping[str, Any]) -> Measure:

@@ -6,6 +6,7 @@ code less), and how long an answer is where the request sets no limit. Only a re
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Final
 
@@ -44,6 +45,12 @@ class Habits:
     def estimate(self, model: str, measure: Measure) -> int:
         """Tokens to reserve for a request of this measure."""
         return measure.tokens(self.ratio(model), self.output(model))
+
+    def used(self, model: str, measure: Measure, said: int) -> Usage:
+        """What a request of this measure has used by estimate, with an answer of so many bytes of text."""
+        ratio = self.ratio(model)
+        prompt, completion = measure.prompt_tokens(ratio), math.ceil(said * ratio / 4)
+        return Usage(prompt, completion, prompt + completion)
 
     def ratio(self, model: str) -> float:
         """Tokens of text to its bytes / 4."""

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from decimal import Context, Decimal
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache
@@ -100,6 +101,10 @@ class PriceTable:
         self._names = {glob: _override(glob, rates) for glob, rates in overrides.items()}
         self._globs = _longest_first({glob: rates for glob, rates in self._names.items() if set(glob) & set("*?[")})
         self._memo: dict[tuple[str, ...], tuple[_Rates, Status] | None] = {}
+
+    def age(self, today: date) -> int:
+        """Days since the date of the built-in list."""
+        return (today - date.fromisoformat(self.as_of)).days
 
     def cost(self, kind: Kind, models: Sequence[str | None], usage: Usage, service_tier: object = None) -> Cost | None:
         """The cost of `usage` in USD, or None where it is not known; never raises, whatever the names are.

@@ -142,7 +142,7 @@ def labels(by: Sequence[str], kind: Kind, day: int) -> list[Label]:
             case "month":
                 choices.append((day_of(day)[:7],))
             case "tag":
-                choices.append(kind.tags or (None,))
+                choices.append(tuple(dict.fromkeys(kind.tags)) or (None,))
             case _:
                 choices.append((getattr(kind, name) or None,))
     return list(product(*choices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
@@ -184,7 +185,8 @@ class Ops:
     async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""
         world = self._world
-        settings = world.settings
+        settings, prices = world.settings, world.upstreams[0].prices
+        today = datetime.fromtimestamp(world.seams.wall(), UTC).date()
         return {
             "version": __version__,
             "address": self._traffic.address,
@@ -197,7 +199,7 @@ class Ops:
             "budgets": world.budgets.report(),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
-            "prices": {"as_of": world.upstreams[0].prices.as_of},
+            "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},
             "settings": plain(settings),
         }
 

@@ -8,6 +8,8 @@ times a second `flush` hands both to a thread, which writes them (`writer.py`). 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import threading
 from collections.abc import Sequence
 from decimal import Decimal
@@ -33,11 +35,14 @@ MOST: Final = 50_000
 """Receipts, and different hits, between two flushes; what is beyond is counted as lost."""
 
 
+log = logging.getLogger("proxy.ledger")
+
+
 class Ledger:
     """The records of one process. `hit`, `record` and `refused` are on the way of requests, on the event loop alone."""
 
     def __init__(self, path: str | None, seams: Seams) -> None:
-        self.path = Path(path).expanduser() if path is not None else None
+        self.path = _place(path) if path is not None else None
         self.since_start = Sums()
         self._seams = seams
         self._receipts: list[Receipt] = []
@@ -135,3 +140,12 @@ class Ledger:
         if self.path is None:
             return Decimal(0)
         return await asyncio.to_thread(reader.spent, self.path, since, client)
+
+
+def _place(path: str) -> Path | None:
+    """Where it is; None where `~` stands for nothing, as in a container without HOME."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        log.warning("ledger %s: there is no home directory; nothing is recorded", path)
+        return None
+    return Path(found)

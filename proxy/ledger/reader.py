@@ -48,6 +48,8 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         connection = files.open_to_read(path, BUSY)
         try:
+            if connection.execute("PRAGMA page_count").fetchone() == (0,):
+                raise NoLedger(f"the ledger {path} is still empty")
             if not is_ours(connection):
                 raise NoLedger(f"{path} is not a ledger")
             yield connection

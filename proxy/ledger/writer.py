@@ -36,7 +36,7 @@ BUSY: Final = 5.0
 """Seconds the writer waits for another process's transaction; nobody waits for the writer."""
 
 _RETRY: Final = 1.0
-_SAY_EVERY: Final = 60.0
+_SAY_EVERY: Final = 600.0
 _ASIDE_EVERY: Final = 600.0
 _KINDS_KNOWN: Final = 20_000
 _SUMMED: Final = ("requests", "attempts", "prompt", "cached", "completion", "total")
@@ -225,7 +225,7 @@ class Writer:
                 self._put_aside(was, error)
                 self._write()
                 return
-            except (sqlite3.Error, OSError, files.Foreign) as another:
+            except Exception as another:
                 self._disconnect()
                 error = another
         self.state = str(error) or type(error).__name__

@@ -78,6 +78,7 @@ def test_percentiles_are_of_the_nearest_rank(slots: list[int]) -> None:
         (["model", "client"], {"client": "anna"}, [("gpt-4o", "anna")]),
         (["client", "key", "run", "error"], {}, [(None, None, None, None)]),
         (["tag"], {}, [(None,)]),
+        (["tag"], {"tags": ("a:1", "a:1")}, [("a:1",)]),
         (["tag", "day"], {"tags": ("a:1", "b:2")}, [("a:1", "2024-10-04"), ("b:2", "2024-10-04")]),
         (["endpoint", "error"], {"error": "throttled"}, [("chat", "throttled")]),
     ],

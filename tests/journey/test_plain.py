@@ -341,3 +341,14 @@ async def test_every_ending_has_one_receipt() -> None:
         (502, "upstream_invalid_response", None),
     ]
     assert all(scene.world.receipts.get(r.id) is r for r in scene.receipts)
+
+
+@story
+async def test_a_model_without_a_price_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene(*[says(completion(model="mine\r\n"))] * 2)
+    for text in ("one", "two"):
+        told = await scene.ask(ask(text, model="mine\r\n"))
+        assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
+    assert [record.message for record in caplog.records if "no price" in record.message] == [
+        r"no price for what mine\x0d\x0a answered: its cost is unknown (cost.prices sets one)"
+    ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import re
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -12,11 +15,13 @@ from hypothesis import strategies as st
 
 from proxy.config.settings import Cost
 from proxy.core.options import Options
+from proxy.core.pricing import usd
 from proxy.relay import with_comment
 from tests.journey.clock import run, story
 from tests.journey.scene import Scene, ask, pool, settings
 from tests.journey.script import (
     DONE,
+    HANG,
     USAGE,
     Says,
     ScriptedWayUp,
@@ -72,7 +77,8 @@ async def test_usage_is_asked_for_only_where_the_client_left_it_open(options: An
     assert scene.way_up.sent[0].json()["stream_options"] == sent
     assert told.body == seen
     explicitly_not = isinstance(options, dict) and options.get("include_usage", 1) in (False, None)
-    assert scene.receipt.cost_usd == (None if explicitly_not else "0.002250")
+    assert scene.receipt.cost_status == ("estimated" if explicitly_not else "exact")
+    assert (scene.receipt.cost_usd == "0.002250") is not explicitly_not
 
 
 @story
@@ -88,7 +94,7 @@ async def test_switched_off_nothing_is_asked_for() -> None:
     scene = Scene(streams(events()), config=settings(cost=Cost(stream_usage="off")))
     await scene.ask(stream())
     assert "stream_options" not in scene.way_up.sent[0].json()
-    assert (scene.receipt.cost_usd, scene.receipt.cost_status) == (None, "unknown")
+    assert scene.receipt.cost_status == "estimated"
 
 
 @story
@@ -233,7 +239,48 @@ async def test_without_the_wish_there_is_no_comment() -> None:
 async def test_there_is_one_comment_and_it_goes_before_done(steps: list[bytes], expected: list[bytes]) -> None:
     scene = Scene(streams(steps))
     told = await scene.ask(stream(), COMMENT)
-    assert (told.body, told.broken) == (b"".join(expected), False)
+    comment = re.compile(rb": x-proxy-cost-usd=[0-9.]+ x-proxy-cost-status=estimated [^\n]*\n")
+    assert (comment.sub(UNKNOWN, told.body), told.broken) == (b"".join(expected), False)
+
+
+@story
+async def test_a_stream_without_usage_is_estimated_from_what_was_asked_and_said() -> None:
+    """gpt-4o: 2.5 and 10 USD per million tokens; text counts as its bytes / 4."""
+    said = events("x" * 4000, "y" * 4000)
+    scene = Scene(streams(said), config=settings(cost=Cost(stream_usage="off")))
+    await scene.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))
+    receipt = scene.receipt
+    assert receipt.cost_status == "estimated"
+    assert receipt.usage is not None
+    assert 10_000 <= receipt.usage.prompt_tokens <= 10_010
+    assert 2000 <= receipt.usage.completion_tokens <= 2010
+    tenths = receipt.usage.prompt_tokens * 25 + receipt.usage.completion_tokens * 100
+    assert receipt.cost_usd == usd(Decimal(tenths) / 10**7)
+    hit = (await scene.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))).hit
+    assert hit is not None
+    assert (hit.entry.usage, hit.entry.cost) == (None, None), "an estimate is no saving"
+
+
+@story
+async def test_a_stream_that_its_client_cuts_is_estimated_once() -> None:
+    scene = Scene(streams([event(chunk("x" * 4000)), HANG, *events()]))
+    task = asyncio.create_task(scene.ask(stream()))
+    await asyncio.sleep(1.0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(1.0)
+    [receipt] = scene.receipts
+    assert (receipt.status, receipt.error, receipt.cost_status) == (499, "client_gone", "estimated")
+    assert receipt.usage is not None
+    assert receipt.usage.completion_tokens == 1000
+
+
+@story
+async def test_what_nobody_has_a_price_for_stays_unknown() -> None:
+    scene = Scene(streams([event(chunk("x", model="unheard-of")), *events()[-1:]]))
+    await scene.ask(stream(model="unheard-of"))
+    assert (scene.receipt.cost_usd, scene.receipt.usage, scene.receipt.cost_status) == (None, None, "unknown")
 
 
 @story

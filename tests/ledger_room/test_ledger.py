@@ -196,6 +196,17 @@ def test_a_row_that_is_written_again_counts_once(path: Path, running: Writer) ->
     one._disconnect()
 
 
+async def test_without_a_home_there_is_no_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger("~nobody-of-this-name/usage.db", REAL)
+    ledger.open()
+    await ledger.close()
+    assert list(tmp_path.iterdir()) == []
+    assert any("no home directory" in record.getMessage() for record in caplog.records)
+
+
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +355,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(NoLedger, match="there is no ledger"):
         report(tmp_path / "none.db", ["day"], ALL)
     assert not (tmp_path / "none.db").exists()
+    (tmp_path / "new.db").touch()
+    with pytest.raises(NoLedger, match="still empty"):
+        report(tmp_path / "new.db", ["day"], ALL)
     (tmp_path / "text.db").write_bytes(b"text" * 1000)
     with pytest.raises(NoLedger, match="cannot be read"):
         report(tmp_path / "text.db", ["day"], ALL)
