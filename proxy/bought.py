@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 import msgspec
 
+from .core.answer import ZERO_COST
 from .core.headers import Raw
-from .core.pricing import Cost
+from .core.items import Saved
+from .core.pricing import Cost, usd
 from .core.usage import Usage
 from .flights import Share
 from .reel import Reel, View
@@ -15,12 +18,21 @@ from .relay import Dress, Flow
 
 
 class Purchase(msgspec.Struct):
-    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it."""
+    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; savings: of the
+    items of a batch that were cached."""
 
     usage: Usage | None = None
     cost: Cost | None = None
     answer_model: str | None = None
     error: str = ""
+    savings: Saved | None = None
+
+    def spared(self) -> Saved:
+        """What it spares whoever gets it, too: all of it, cached items and bought ones."""
+        cached = self.savings or Saved(None, ZERO_COST, estimated=False)
+        if self.cost is None or cached.cost is None:
+            return msgspec.structs.replace(cached, cost=None)
+        return msgspec.structs.replace(cached, cost=usd(self.cost.usd + Decimal(cached.cost)))
 
 
 class Bought(msgspec.Struct, frozen=True):

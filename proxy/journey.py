@@ -221,7 +221,7 @@ class Journey:
         self.tell.record(call, bought.plan, progress, 200, answer_model=bought.model, savings=savings)
         if not bought.stored:
             self.sharing.avoid(call, plan)
-        share, sale = Share.ALL if bought.stored else Share.OWN, Purchase(usage, cost, bought.model)
+        share, sale = Share.ALL if bought.stored else Share.OWN, Purchase(usage, cost, bought.model, savings=savings)
         return Bought(200, bought.reason, bought.headers, lines, bought.body, None, share, sale)
 
     async def _read_whole(self, answered: Answered, progress: Progress, most: int) -> bytes | None:

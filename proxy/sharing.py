@@ -226,7 +226,7 @@ class Sharing:
             refusal.lines = self._tell.lines(call, plan, progress, "", False)
             raise refusal
         sale = value.purchase or _NOTHING
-        saved = usd(sale.cost.usd) if sale.cost is not None else None
+        spared = sale.spared()
         self._tell.record(
             call,
             plan,
@@ -234,11 +234,11 @@ class Sharing:
             value.status,
             usage=sale.usage,
             cost=FREE,
-            saved=saved,
+            savings=spared,
             answer_model=sale.answer_model,
             error=sale.error,
         )
-        money = _saved_lines(sale.usage, saved)
+        money = cost_lines(FREE, sale.usage, spared)
         return Bought(
             value.status,
             value.reason,

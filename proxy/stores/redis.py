@@ -120,7 +120,7 @@ class RedisStore:
         names = [(key, form) for key in keys]
         entries = [self._pending.get(name) or self._writing.get(name) for name in names]
         left = [at for at, entry in enumerate(entries) if entry is None]
-        if left and not self.link.up:
+        if left and self.link.doubtful:  # the batch as a whole was asked for just now, and in vain: once is enough
             return None
         if left:
             # GETs in a pipeline, not an MGET: in a cluster their keys lie in different slots.

@@ -49,6 +49,11 @@ class Link:
         self._probing: asyncio.Task[None] | None = None
         self._complain_at = 0.0
 
+    @property
+    def doubtful(self) -> bool:
+        """The last command failed, or Redis is given up: what can be done without should be."""
+        return not self.up or self._in_a_row > 0
+
     async def open(self) -> None:
         """Returns after the first attempt, or after a second."""
         first = asyncio.get_running_loop().create_future()

@@ -54,17 +54,22 @@ class TieredStore:
         if self.slower is None or (entry is not None and entry.fresh(wall)):
             return entry
         purges = self._purges
-        return self._younger(entry, await self.slower.get(key, form, wall), purges)
+        found = await self.slower.get(key, form, wall)
+        self._promote(found, purges)
+        return self._younger(key, form, found)
 
-    def _younger(self, entry: Entry | None, found: Entry | None, purges: int) -> Entry | None:
-        """Of what is in memory and behind it; promotes what was `found`, asked for after so many purges."""
-        if found is None or (entry is not None and found.stored_at <= entry.stored_at):
-            return entry
-        if purges == self._purges:  # what was purged meanwhile must not come back
+    def _younger(self, key: str, form: str, found: Entry | None) -> Entry | None:
+        """Of what was `found` and what is in memory by now: what was stored while the slower store was asked is not to
+        be bought a second time."""
+        newest = self.memory.get(key, form)
+        return found if newest is None or (found is not None and found.stored_at > newest.stored_at) else newest
+
+    def _promote(self, found: Entry | None, purges: int) -> None:
+        """Puts into memory what was found behind it, asked for after so many purges, where it is the younger."""
+        if found is not None and purges == self._purges:  # what was purged meanwhile must not come back
             newest = self.memory.get(found.key, found.form)
             if newest is None or newest.stored_at < found.stored_at:
                 self._promotions += self.memory.put(found)
-        return found
 
     async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
         """By the bare key: of the slower store, which alone can search for it; in memory only where it is the key."""
@@ -77,7 +82,8 @@ class TieredStore:
             return entry, None
         if self.slower is None:
             return entry, self.peek(key, other)
-        return await asyncio.gather(self.get(key, form, wall), self.get(key, other, wall))
+        first, second = await asyncio.gather(self.get(key, form, wall), self.get(key, other, wall))
+        return self._younger(key, form, first), self._younger(key, other, second)
 
     async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
         """The entries of `keys`, as from `get`. Where the slower store is late or fails, it is not asked on."""
@@ -92,7 +98,10 @@ class TieredStore:
             if entries is None:
                 break
             for at, entry in zip(some, entries, strict=True):
-                found[at] = self._younger(found[at], entry, purges)
+                self._promote(entry, purges)
+                found[at] = entry or found[at]
+        for at in left:
+            found[at] = self._younger(keys[at], form, found[at])
         return found
 
     def put(self, entry: Entry) -> bool:

@@ -17,7 +17,7 @@ from tests.client import Client, Reply
 from tests.launch import Launch, ProxyProcess, settings
 from tests.ledger import Request
 from tests.stores.kit import valkey
-from tests.upstream import Answer, ScriptedUpstream
+from tests.upstream import ScriptedUpstream, Step, hold
 
 PATH = "/v1/embeddings"
 MODEL = "text-embedding-3-small"
@@ -31,7 +31,7 @@ def vector(text: object, encoding: object = "float") -> object:
     return base64.b64encode(struct.pack("<3f", *floats)).decode() if encoding == "base64" else floats
 
 
-def embed(request: Request) -> Answer:
+def embed(request: Request) -> list[Step]:
     """Out of order, four tokens a text."""
     asked = request.json()
     texts = asked["input"]
@@ -101,6 +101,29 @@ async def test_only_new_texts_go_up(proxy: ProxyProcess, upstream: ScriptedUpstr
     metrics = await client.get(proxy, "/metrics")
     assert b'cache="partial",endpoint="embeddings"' in metrics.body
     assert upstream.complaints == []
+
+
+async def test_who_shares_a_partial_call_saves_all_of_it(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
+) -> None:
+    a, b = texts(2)
+    await ask(client, proxy, [a])
+    gate = upstream.gate()
+    upstream.script = lambda request: [hold(gate), *embed(request)]
+    asking = [asyncio.create_task(ask(client, proxy, [a, b])) for _ in range(4)]
+    await upstream.until(lambda: upstream.count == 2)
+    await asyncio.sleep(0.2)
+    gate.open()
+    answers = await asyncio.gather(*asking)
+    assert sorted(str(answer.cache) for answer in answers) == ["coalesced"] * 3 + ["partial"]
+    assert len({answer.body for answer in answers}) == 1
+    assert upstream.count == 2
+    for answer in answers:
+        saved = "0.00000008" if answer.cache == "partial" else "0.00000016"
+        assert answer.headers["X-Proxy-Cost-Saved-USD"] == saved
+        assert answer.headers["X-Proxy-Saved-Tokens"] == "4"
+        receipt = await client.receipt(proxy, answer.headers["X-Proxy-Request-Id"])
+        assert receipt["saved_usd"] == saved
 
 
 async def test_every_mix_of_forms(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:

@@ -13,11 +13,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-from proxy.core.entry import Entry
 from proxy.core.envelope import encode
 from proxy.stores import ALL, Filter, StoreError, redis_link
 from proxy.stores.memory import MemoryStore
@@ -26,6 +25,7 @@ from proxy.stores.tiered import TieredStore
 from tests.stores.kit import NOW, Valkey, entry, valkey
 
 Open = Callable[..., Awaitable[RedisStore]]
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ async def written(store: RedisStore, *keys: str, **changes: Any) -> None:
     await store.flush()
 
 
-async def timed(work: Awaitable[Entry | None]) -> tuple[Entry | None, float]:
+async def timed(work: Awaitable[T]) -> tuple[T, float]:
     began = time.monotonic()
     return await work, time.monotonic() - began
 
@@ -202,6 +202,20 @@ class TestForeignValues:
 
 
 class TestTrouble:
+    async def test_a_batch_waits_once(self, opened: Open, server: Valkey) -> None:
+        """The read of its items is given up where the one of the whole was late."""
+        store = await opened()
+        server.signal(signal.SIGSTOP)
+        try:
+            assert await store.get("k", "json", NOW) is None
+            found, seconds = await timed(store.get_many(["a", "b"], "json", NOW))
+            assert found is None
+            assert seconds < 0.05
+        finally:
+            server.signal(signal.SIGCONT)
+        assert await store.get("k", "json", NOW) is None
+        assert await store.get_many(["a", "b"], "json", NOW) == [None, None]
+
     async def test_nobody_there(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """Starts without, serves without, and uses it when it comes."""
         server = Valkey()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -70,3 +72,14 @@ async def test_a_server_in_trouble_has_no_leases(leases: RedisLeases, server: Va
     assert await leases.take(NAME, "b", 5.0) == "open"
     assert not await leases.renew(NAME, "a", 5.0)
     await leases.release(NAME, "a", 0.0)
+
+
+async def test_nobody_waits_for_a_lease_after_another_command_has_failed(leases: RedisLeases, server: Valkey) -> None:
+    server.signal(signal.SIGSTOP)
+    try:
+        assert await leases.renew(NAME, "a", 5.0) is False
+        began = time.monotonic()
+        assert await leases.take(NAME, "a", 5.0) == "open"
+        assert time.monotonic() - began < 0.2
+    finally:
+        server.signal(signal.SIGCONT)

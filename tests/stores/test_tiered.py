@@ -138,8 +138,23 @@ async def test_an_answer_stored_meanwhile_is_not_replaced_by_an_older_one(slower
     await asyncio.sleep(0)
     store.put(entry("a", stored_at=NOW + 1))
     slower.gate.set()
-    assert await reading == entry("a")
+    assert await reading == entry("a", stored_at=NOW + 1)
     assert store.peek("a", "json") == entry("a", stored_at=NOW + 1)
+
+
+async def test_what_is_stored_while_the_slower_store_is_asked_is_found(slower: Slower) -> None:
+    store = tiered(slower)
+    slower.gate.clear()
+    one = asyncio.create_task(store.get("a", "json", NOW))
+    both = asyncio.create_task(store.get_both("a", "sse", "json", NOW))
+    many = asyncio.create_task(store.get_many(["b", "a"], "json", NOW))
+    while len(slower.asked) < 4:  # noqa: ASYNC110 - turns of the loop, no waiting
+        await asyncio.sleep(0)
+    store.put(entry("a"))
+    slower.gate.set()
+    assert await one == entry("a")
+    assert await both == (None, entry("a"))
+    assert await many == [None, entry("a")]
 
 
 async def test_what_is_purged_while_it_is_read_does_not_come_back(slower: Slower) -> None:
