@@ -257,10 +257,9 @@ def likely_cost(world: World, call: Call, measure: Measure) -> Decimal | None:
     """
     habits = world.habits
     ratio, expected = habits.ratio(call.model), habits.output(call.model)
-    prompt = max(Measure(measure.text, measure.counted, None, 0).tokens(ratio), 1)
-    output = Measure(0, 0, measure.limit, measure.choices).tokens(ratio, expected)
-    if measure.choices:
-        output = max(output, 1)
+    prompt = measure.prompt_tokens(ratio)
+    output = measure.tokens(ratio, expected) - prompt
+    prompt, output = max(prompt, 1), max(output, 1) if measure.choices else 0
     return dearest(world, call, Usage(prompt, output, prompt + output))
 
 

@@ -133,7 +133,7 @@ async def test_two_processes_on_one_ledger(
 async def test_two_processes_over_redis(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
-    shared = {"throttle": {"backend": "redis"}, "redis": {"url": server.url}}
+    shared: dict[str, Any] = {"throttle": {"backend": "redis"}, "redis": {"url": server.url}}
     proxies = [launch(with_budget(upstream.port, 0.02, **shared)) for _ in range(2)]
     answers: list[Reply] = []
     for number in range(20):  # one after the other: each knows at once what the other has spent

@@ -121,7 +121,7 @@ def test_a_stake_ends_once() -> None:
     mine.settle(D(7), NOON)
     mine.assume(NOON)
     mine.cancel()
-    assert (one.held, spent(one), spent(other)) == (0, {"day": "0.25"}, {"day": "0.25", "month": "0.25"})
+    assert (one.held, spent(one), spent(other)) == (D(0), {"day": "0.25"}, {"day": "0.25", "month": "0.25"})
     assert len(told) == 1
 
 
@@ -132,7 +132,7 @@ def test_what_nobody_knows_counts_with_its_estimate() -> None:
     assert (spent(one), one.held) == ({"day": "0.3"}, D("0.3"))
     mine.settle(None, NOON)
     (pot,) = one.at(NOON)
-    assert (str(pot.assumed), str(pot.settled), pot.unknown, one.held) == ("0.6", "0", 2, 0)
+    assert (str(pot.assumed), str(pot.settled), pot.unknown, one.held) == ("0.6", "0", 2, D(0))
 
 
 def test_midnight_begins_a_day_and_what_is_under_way_stays_held() -> None:

@@ -129,7 +129,7 @@ async def test_one_clients_budget_is_not_anothers() -> None:
     scene = Scene(config=config, way_up=endless(wait=1.0))
     told = await asyncio.gather(*[scene.ask(ask(**SMALL), client=one) for one in (ANNA, OTTO)])
     assert [one.refused for one in told] == ["budget_exceeded", ""]
-    assert (spent(scene, "anna"), spent(scene, "otto")) == (0, COST)
+    assert (spent(scene, "anna"), spent(scene, "otto")) == (D(0), COST)
     assert (await scene.ask(ask(**SMALL), client=ANNA)).cache == "hit"
     told_otto = await scene.ask(ask("b", **SMALL), client=OTTO)
     assert told_otto.headers["X-Proxy-Client-Limit"] == "usd_per_day=0.004500/1.000000"
@@ -162,11 +162,11 @@ async def test_a_client_beyond_its_other_limits_holds_nothing() -> None:
 CUT = TransportFailure("invalid", "cut")
 
 ENDS: dict[str, tuple[tuple[Move, ...], dict[str, Any], str]] = {
-    # what happens, and how the request is made -> what counts: cost, estimate or nothing
+    # what happens, and how the request is made -> what counts: cost, estimate, nothing or what the receipt says
     "a whole answer": ((says(),), {}, "cost"),
     "a whole stream": ((streams(),), {"stream": True}, "cost"),
-    "a stream without usage": ((streams(events()),), {"stream": True}, "estimate"),
-    "a stream that is cut": ((streams([*events("x")[:-2], CUT]),), {"stream": True}, "estimate"),
+    "a stream without usage": ((streams(events()),), {"stream": True}, "receipt"),
+    "a stream that is cut": ((streams([*events("x")[:-2], CUT]),), {"stream": True}, "receipt"),
     "an answer that is cut": ((Says(200, body=(b'{"a": ', CUT)),), {}, "estimate"),
     "broken JSON": ((Says(200, body=(b'{"a": ',)),), {}, "estimate"),
     "without usage": ((says({"choices": []}),), {}, "estimate"),
@@ -190,7 +190,9 @@ async def test_every_exit_settles(name: str) -> None:
         assert pot.settled == 0
         assert D("0.002") < pot.assumed < D("0.0021")  # 200 tokens out, and the prompt
     else:
-        assert (pot.settled, pot.assumed) == (COST if counts == "cost" else 0, 0)
+        costs = {"cost": COST, "nothing": D(0), "receipt": D(scene.receipt.cost_usd or 0)}
+        assert (pot.settled, pot.assumed) == (costs[counts], D(0))
+        assert pot.settled or counts == "nothing"
     assert pot.unknown == (counts == "estimate")
     over(scene)
 
@@ -216,7 +218,7 @@ async def test_another_models_answer_counts_at_its_own_price() -> None:
     config = replace(config, retry=Retry(max_retries=2, jitter=0.0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
     scene = Scene(*[error(500)] * 3, says(completion(model="gpt-4o-mini")), config=config)
     assert (await scene.ask(ask(**SMALL))).status == 200
-    assert (spent(scene), account(scene).held) == (D("0.000135"), 0)
+    assert (spent(scene), account(scene).held) == (D("0.000135"), D(0))
 
 
 @story

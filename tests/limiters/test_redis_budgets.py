@@ -153,7 +153,7 @@ async def test_what_is_said_twice_counts_once_and_old_news_not_at_all(start: Sta
     await one.shared.tell(early, NOW)
     one.shared._seq += 3
     await other.told()
-    assert (other.pot().spent, other.pot("month").spent) == (2, 2)
+    assert (other.pot().spent, other.pot("month").spent) == (D(2), D(2))
 
 
 async def test_a_new_day(start: Start, server: Valkey) -> None:
@@ -165,7 +165,7 @@ async def test_a_new_day(start: Start, server: Valkey) -> None:
     assert await other.spend("2")
     for proxy in (other, one):
         await proxy.told()
-    assert (one.pot().spent, one.pot("month").spent) == (2, 11)
+    assert (one.pot().spent, one.pot("month").spent) == (D(2), D(11))
     keys = [key for key in server.say("KEYS", "*").split(b"\r\n") if key.startswith(b"p:")]
     assert len(keys) == 4  # what is held, two days, a month
     assert len({key.split(b"}")[0] for key in keys}) == 1
