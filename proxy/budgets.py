@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .config import Settings
-from .core.budgets import ZERO, Account, Kind, Stake, refused
+from .core.budgets import ZERO, Account, Kind, Pot, Stake, refused
 from .core.call import Call, Client
 from .core.clients import CARRIES_NO_MODEL
 from .core.estimate import Measure
@@ -114,22 +114,38 @@ class Budgets:
             for account in accounts:
                 self._check(account, amount, wall)
             return Stake(accounts, amount, self._changed)
-        stake = Stake(accounts, amount, self._changed)
+        held: list[Account] = []
         try:
             for account in accounts:
-                fits = await self._shared.tell(account, wall, amount)
-                if fits is not True:
-                    account.release(amount)  # it is not to stand in its own way
-                    try:
-                        self._check(account, amount, wall, alone=fits is None)
-                        if fits is False:
-                            raise refused(account, _fullest(account, wall), amount, wall, self.cache_only)
-                    finally:
-                        account.hold(amount)
+                await self._reserve(self._shared, account, amount, wall)
+                held.append(account)
         except BaseException:
-            stake.cancel()
+            for account in held:
+                account.release(amount)
+            self._changed()
             raise
-        return stake
+        return Stake(accounts, amount, self._changed, held=True)
+
+    async def _reserve(self, shared: Shared, account: Account, amount: Decimal, wall: float) -> None:
+        """Holds `amount`, here and for all to know. Raises Refusal, and then nothing is held.
+
+        What does not fit by what is known here is not even held: else in a burst each would stand in the others' way.
+        """
+        if account.short(amount, wall) is not None:  # the others may have given back since they were heard last
+            heard = await shared.tell(account, wall)
+            self._check(account, amount, wall, alone=heard is None)
+        account.hold(amount)
+        try:
+            fits = await shared.tell(account, wall, amount)
+        except BaseException:
+            account.release(amount)
+            raise
+        if fits is not True:
+            account.release(amount)  # it is not to stand in its own way
+            self._check(account, amount, wall, alone=fits is None)
+            if fits is False:
+                raise refused(account, _fullest(account, wall), amount, wall, self.cache_only)
+            account.hold(amount)
 
     def _check(self, account: Account, amount: Decimal, wall: float, alone: bool = False) -> None:
         pot = account.short(amount, wall, alone)
@@ -210,7 +226,11 @@ class Budgets:
             self._known.add(account.name)
             for pot in account.at(self._seams.wall()):
                 kind, start = pot.kind, pot.start
-                total = await self._spent(start, account.name or None)
+                try:
+                    total = await self._spent(start, account.name or None)
+                except OSError as error:
+                    log.warning("budgets: the ledger cannot be read: %s", error)
+                    return
                 account.read(kind, start, total, self._seams.wall())
 
     async def _say(self) -> None:
@@ -263,6 +283,6 @@ def likely_cost(world: World, call: Call, measure: Measure) -> Decimal | None:
     return dearest(world, call, Usage(prompt, output, prompt + output))
 
 
-def _fullest(account: Account, wall: float) -> Any:
+def _fullest(account: Account, wall: float) -> Pot:
     """The pot to name where another proxy's last word was that there is no room."""
     return max(account.at(wall), key=lambda pot: (pot.spent / pot.limit if pot.limit else ZERO, pot.end))

@@ -309,7 +309,7 @@ class Exchange:
                 tokens = 0
             return answered
         except (TransportFailure, asyncio.CancelledError) as error:
-            charged = not isinstance(error, TransportFailure) or error.may_be_charged
+            charged = not isinstance(error, TransportFailure) or error.kind == "timeout"
             raise
         finally:
             progress.upstream_ms += (seams.monotonic() - began) * 1000

@@ -185,17 +185,20 @@ class Account:
 class Stake:
     """What one request holds of the budgets that it counts in; ended once, later calls do nothing.
 
-    estimate: USD, 0 where the model has no price; changed: called after every change, must not raise.
+    estimate: USD, 0 where the model has no price; changed: called after every change, must not raise; held: whether the
+    accounts hold it already.
     """
 
     __slots__ = ("_accounts", "_changed", "_estimate", "_open")
 
-    def __init__(self, accounts: Sequence[Account], estimate: Decimal, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, accounts: Sequence[Account], estimate: Decimal, changed: Callable[[], None], held: bool = False
+    ) -> None:
         self._accounts = accounts
         self._estimate = estimate
         self._changed = changed
         self._open = True
-        for account in accounts:
+        for account in () if held else accounts:
             account.hold(estimate)
 
     def settle(self, cost: Decimal | None, wall: float) -> None:

@@ -75,11 +75,6 @@ class TransportFailure(Exception):
         """The code of our own error that tells of it (contract 6)."""
         return _CODES.get(self.kind, "upstream_unreachable")
 
-    @property
-    def may_be_charged(self) -> bool:
-        """Whether the upstream may have done the work: it was slow, or something came of it."""
-        return self.kind in ("timeout", "invalid")
-
     def refusal(self, spent: bool = False) -> Refusal:
         """Our own answer in place of the one that did not come. spent: our retries are used up."""
         return Refusal(self.code, self.detail, should_retry=False if spent else None)

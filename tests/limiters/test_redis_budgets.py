@@ -120,6 +120,13 @@ async def test_one_budget_for_all(start: Start) -> None:
     assert {proxy.account.held for proxy in proxies} == {0}
 
 
+async def test_a_burst_at_one_proxy_gets_all_that_there_is(start: Start) -> None:
+    one = await start("1")
+    stakes = await asyncio.gather(*[one.hold("0.03") for _ in range(100)])
+    assert len([stake for stake in stakes if stake is not None]) == 33
+    assert one.account.held == D("0.99")
+
+
 async def test_what_one_holds_another_cannot_have(start: Start) -> None:
     one, other = await start("1"), await start("1")
     mine = await one.hold("0.7")
