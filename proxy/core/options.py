@@ -143,7 +143,8 @@ def _directive(options: Options, name: str, value: str | None, shown: str) -> Op
             try:
                 seconds = _natural((value or "").strip('"'))
             except ValueError as error:
-                raise Refusal("invalid_option", f"{shown}: {name}: expected {error}", param=shown) from None
+                where = name if shown == name else f"{shown}: {name}"
+                raise Refusal("invalid_option", f"{where}: expected {error}", param=shown) from None
             return replace(options, max_age=seconds) if name == "max-age" else replace(options, stale_if_error=seconds)
         case _:
             return options  # RFC 9111 section 5.2.3: unrecognised directives are ignored

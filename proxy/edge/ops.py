@@ -13,7 +13,7 @@ from aiohttp.web import BaseRequest
 from .. import __version__
 from ..config.render import plain
 from ..core.errors import Refusal
-from ..core.routes import Route, unknown_route
+from ..core.routes import Route, printable, unknown_route
 from ..ledger import Ledger
 from ..world import World
 from .cache_admin import CacheAdmin
@@ -171,15 +171,15 @@ class Ops:
             if not client.name:
                 self._gatekeeper.check_admin(request)
             if receipt is None or receipt.client != client.name:
-                raise unknown_route(f"/_proxy/requests/{id_}")
+                raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
         if receipt is None:
-            raise unknown_route(f"/_proxy/requests/{id_}")
+            raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
         return self._json(request, receipt.as_json())
 
     async def _run(self, visit: Visit) -> Whole:
         report = await self._world.runs.report(visit.rest)
         if report is None:
-            raise unknown_route(_RUNS + visit.rest)
+            raise Refusal("unknown_route", f"no run of this name is remembered: {printable(visit.rest)}")
         return self._json(visit.request, report)
 
     async def status(self) -> dict[str, Any]:
