@@ -274,6 +274,7 @@ async def _run(
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
     servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
     runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
+    await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
     background: list[asyncio.Task[None]] = []
     app.traffic.address = listeners.address
     try:
@@ -340,6 +341,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> No
     if app.world.limiter is not None:
         await app.world.limiter.close()
     await app.world.runs.close()
+    await app.world.budgets.close()
     await app.ledger.close()
     if app.world.store is not None:
         await app.world.store.close()
