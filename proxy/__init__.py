@@ -26,12 +26,13 @@ Rooms, and what goes where
   to many, `elsewhere.py` what another process buys.
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
   `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
-  `metrics`, `logs`, `server`.
+  `metrics`, `logs`, `tracing`, `server`.
 - `providers/`, `selection/`, `stores/`, `limiters/`: plugins. A dialect, a key strategy, a backend is one file and one
   line in the table of the package. They never import each other.
 - `ledger/`: what each request was and cost, in a SQLite file: a list on the loop, one thread that writes, reports that
   read beside it. `core/records.py` and `core/reporting.py` say what is written and what it adds up to.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
+- `workers/`: several processes on one port: the parent that keeps them, what they have in common, the wire between.
 - `app.py`: the composition root, the only file that knows everybody. `seams.py`: the only clock.
   `cli/`: one file a command.
 

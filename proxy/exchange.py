@@ -180,6 +180,7 @@ class Exchange:
                     if not (progress.exhausted and higher and now < progress.horizon.until):
                         return mine.given(progress, passthrough)
                     wish = structs.replace(wish, above=lease.key.priority)
+                self._world.tallies.retried(upstream.site.name, outcome.value)
                 if last is not None:
                     last.close()
                 last = mine

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Final
 
 NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
-    "server.workers": (),
     "server.client_keys.*.limits.usd_per_day": (),
     "cost.budget.usd_per_day": (),
     "cost.budget.usd_per_month": (),

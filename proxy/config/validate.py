@@ -21,6 +21,7 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_ops(settings, reading)
     _check_redis(settings, reading)
     _check_mode(settings, reading)
+    _warn_workers(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
@@ -37,6 +38,24 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
         reading.fail_at("redis.url", "expected redis://…, rediss://… or unix://…, found something else")
     if len(settings.redis.prefix.encode()) > LONGEST_REDIS_PREFIX:
         reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
+
+
+def _warn_workers(settings: Settings, reading: Reading) -> None:
+    """Says what each of several workers has for itself."""
+    workers, cache = settings.server.workers, settings.cache
+    if workers == 1 or cache.backend == "redis" or not reading.sound("server.workers", "cache.backend"):
+        return
+    start = f"server.workers: each of the {workers} workers"
+    if cache.backend == "memory":
+        reading.warn(
+            f"{start} keeps answers of its own, up to cache.memory_size each, and buys what only another has; "
+            "cache.backend sqlite or redis is one for all"
+        )
+    if cache.coalesce and cache.backend != "off":
+        reading.warn(
+            f"{start} joins identical requests at the same time for itself: there may be as many upstream calls; "
+            "with cache.backend redis it is one"
+        )
 
 
 def _check_mode(settings: Settings, reading: Reading) -> None:

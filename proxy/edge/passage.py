@@ -29,6 +29,7 @@ from ..core.outcome import Class, TransportFailure, ailment, classify, error_inf
 from ..core.ports import Trip, UpstreamReply, WayUp
 from ..core.receipt import Receipt
 from ..core.routes import Route
+from ..core.trace import traceparent
 from ..world import World
 from .wire import Stream, Streamed, Whole, continued, next_piece, raw_lines, read_body, status_line, too_large
 
@@ -166,6 +167,8 @@ class Passage:
                 other_key=self._choose(route, excluded | {key.label}, tied) is not None,
                 granted=lambda upstream=upstream: upstream.budget.take(seams.monotonic()),  # type: ignore[misc]
             )
+            if not isinstance(step, Deliver):
+                world.tallies.retried(upstream.site.name, outcome.value)
             match step:
                 case Deliver(spent):
                     trace.spent = spent
@@ -302,6 +305,7 @@ class _Trace:
         self._began = world.seams.monotonic()
         self._endpoint = route.segment
         self._client = client.name
+        self._headers = request._message.raw_headers
         self.upstream = self.key = self.code = ""
         self.attempts = 0
         self.first_byte: float | None = None
@@ -341,6 +345,7 @@ class _Trace:
             upstream_ms=self.elapsed(),
             total_ms=self.elapsed(),
             first_byte_ms=self.first_byte,
+            traceparent=traceparent(self._headers),
         )
 
 

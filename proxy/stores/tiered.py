@@ -36,6 +36,11 @@ class TieredStore:
         """How often something was thrown away by request: what is remembered of it elsewhere is out of date then."""
         return self._purges
 
+    @property
+    def errors(self) -> int:
+        """What failed of the slower store so far."""
+        return 0 if self.slower is None else self.slower.errors
+
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()
@@ -128,6 +133,13 @@ class TieredStore:
         if not dry_run:
             await self._forget(names)
         return count if self.slower is None else max(count, await self.slower.purge(which, dry_run))
+
+    async def forget(self, which: Filter, dry_run: bool = False) -> int:
+        """The same for memory alone: another process has purged what is behind it."""
+        names = self.memory.matching(which)
+        if not dry_run:
+            await self._forget(names)
+        return len(names)
 
     async def purged(self) -> list[Filter]:
         return [] if self.slower is None else await self.slower.purged()

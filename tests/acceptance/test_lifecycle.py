@@ -82,7 +82,6 @@ def test_every_settings_error_at_once_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        {"server": {"workers": 2}},
         {"cost": {"budget": {"usd_per_day": 5, "on_exceeded": "refuse"}}},
     ],
     ids=str,

@@ -7,7 +7,6 @@ from proxy.config.schema import leaves
 from tests.config.kit import Load, problems
 
 REFUSED = {
-    "server.workers": "server: {workers: 2}",
     "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
     "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
     "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
@@ -25,9 +24,8 @@ def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
 
 
 def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    assert problems(load, None, server__workers=4) == [
-        "command line: server.workers (--workers): '4' is not yet available (usable now: 1)",
-    ]
+    (problem,) = problems(load, "cost: {budget: {warn_at: 0.5}}")
+    assert problem.endswith("'0.5' is not yet available (usable now: 0.8)")
     assert "(PROXY__COST__BUDGET__WARN_AT)" in problems(load, None, {"PROXY__COST__BUDGET__WARN_AT": "0.5"})[0]
 
 
