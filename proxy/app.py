@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import pickle
 import signal
 import socket
@@ -33,6 +34,7 @@ from .edge.metrics import Metrics
 from .edge.ops import Ops
 from .edge.passage import Passage
 from .edge.server import ListeningServer
+from .edge.tracing import Tracing, tracing_from
 from .edge.traffic import Traffic
 from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
@@ -57,7 +59,9 @@ SWEEP: float = 60.0
 class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
-    def __init__(self, settings: Settings, seams: Seams = REAL, seat: Seat | None = None) -> None:
+    def __init__(
+        self, settings: Settings, seams: Seams = REAL, seat: Seat | None = None, tracing: Tracing | None = None
+    ) -> None:
         self._seat = seat
         self.metrics = Metrics()
         self.traffic = Traffic(started=seams.wall())
@@ -65,6 +69,8 @@ class App:
         self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
         sealed = settings.cache.mode == "replay"
         self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings), sealed)
+        self.tracing = tracing
+        self._traced_way_up = self.way_up if tracing is None else tracing.way_up(self.way_up)
         self._dates = Dates(seams.wall)
         self._renewals: list[asyncio.Task[None]] = []
         self._furnish(compile_world(settings, seams, commons=_commons(seat, seams)))
@@ -74,11 +80,11 @@ class App:
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
         self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
-        self.journey = Journey(world, self.way_up, self._observe)
+        self.journey = Journey(world, self._traced_way_up, self._observe)
         self.downstream = Downstream(
             world,
             self.journey,
-            Passage(world, self.way_up, self._keep),
+            Passage(world, self._traced_way_up, self._keep),
             self.ops,
             self.metrics,
             gatekeeper,
@@ -121,12 +127,16 @@ class App:
         self.metrics.observe(receipt)
         self.ledger.record(receipt)
         logs.log_receipt(receipt)
+        if self.tracing is not None:
+            self.tracing.observe(receipt, self.world)
 
     def _keep(self, receipt: Receipt) -> None:
         self.world.receipts.put(receipt)
         self._observe(receipt)
 
     async def handle(self, request: BaseRequest) -> Any:
+        if self.tracing is not None:
+            return await self.tracing.handle(request, self.world, self.downstream.handle)
         return await self.downstream.handle(request)
 
     async def handle_ops(self, request: BaseRequest) -> Any:
@@ -201,7 +211,7 @@ async def _alone(
     loaded: Loaded, read: Callable[[], Loaded], listeners: listening.Listeners, say: Callable[[list[str]], None]
 ) -> int:
     """All of the proxy in this process."""
-    app = App(loaded.settings)
+    app = App(loaded.settings, tracing=tracing_from(os.environ))
     reloader = Reloader(loaded, read, app.use, app.world.seams)
     stop, now = _on_signals(reloader.ask)
     reloading: list[asyncio.Task[None]] = []
@@ -228,7 +238,7 @@ async def work(fd: int) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
     sockets = [socket.socket(fileno=one) for one in orders.listeners]
     listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
-    app = App(orders.loaded.settings, seat=seat)
+    app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
     if isinstance(app.world.limiter, SeatLimiter):
         app.world.limiter.room = lambda: app.world.gate.notify()
     seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
@@ -279,6 +289,7 @@ async def _run(
             await listening.serve_on(one, listener, shared)
         app.ledger.open()
         background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
+        background.append(spawn(app.metrics.feel_loop(app.world.seams), "event loop lag"))
         say(start_up_text(loaded, listeners.address, listeners.ops_address, recorded))
         gc.collect()
         gc.freeze()
@@ -333,6 +344,8 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> No
     if app.world.store is not None:
         await app.world.store.close()
     await app.world.objects.close()
+    if app.tracing is not None:
+        await app.tracing.close()
 
 
 def _commons(seat: Seat | None, seams: Seams) -> Commons | None:

@@ -24,6 +24,7 @@ from .core.outcome import Class, TransportFailure
 from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
+from .core.tallies import Tallies
 from .gate import Gate
 from .limiters import RECHECK, Limiter
 from .objects import Objects, Shared
@@ -87,6 +88,7 @@ class World:
     clients: Clients = field(default_factory=lambda: Clients({}))
     limiter: Limiter | None = None
     habits: Habits = field(default_factory=Habits)
+    tallies: Tallies = field(default_factory=Tallies)
     _identities: dict[str, str] = field(default_factory=dict)
 
     def identity(self, model: str) -> str:
@@ -234,6 +236,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None, co
         habits=Habits() if old is None else old.habits,
         sites=tuple(upstream.site for upstream in upstreams),
         receipts=Receipts() if old is None else old.receipts,
+        tallies=Tallies() if old is None else old.tallies,
     )
 
 
