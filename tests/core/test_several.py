@@ -36,7 +36,7 @@ def test_samples_of_one_name_and_labels_add_up() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "labelled"),
     [("x", "counter", False), ("x", "histogram", False), ("x", "gauge", True), ("x", "unknown", True)]
-    + [(name, "gauge", False) for name in SUMMED],
+    + [(name, "gauge", False) for name in sorted(SUMMED)],
 )
 def test_what_does_not_add_up_says_whose_it_is(name: str, kind: str, labelled: bool) -> None:
     family = Family(name, "", kind, [(name, (("state", "ready"),), 1.0)]).of_worker(2)
