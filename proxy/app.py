@@ -60,7 +60,7 @@ class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
     def __init__(
-        self, settings: Settings, seams: Seams = REAL, tracing: Tracing | None = None, seat: Seat | None = None
+        self, settings: Settings, seams: Seams = REAL, seat: Seat | None = None, tracing: Tracing | None = None
     ) -> None:
         self._seat = seat
         self.metrics = Metrics()
@@ -238,7 +238,7 @@ async def work(fd: int) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
     sockets = [socket.socket(fileno=one) for one in orders.listeners]
     listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
-    app = App(orders.loaded.settings, tracing=tracing_from(os.environ), seat=seat)
+    app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
     if isinstance(app.world.limiter, SeatLimiter):
         app.world.limiter.room = lambda: app.world.gate.notify()
     seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
