@@ -26,7 +26,7 @@ Rooms, and what goes where
   to many, `elsewhere.py` what another process buys.
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
   `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
-  `metrics`, `logs`, `server`.
+  `metrics`, `logs`, `tracing`, `server`.
 - `providers/`, `selection/`, `stores/`, `limiters/`: plugins. A dialect, a key strategy, a backend is one file and one
   line in the table of the package. They never import each other.
 - `ledger/`: what each request was and cost, in a SQLite file: a list on the loop, one thread that writes, reports that

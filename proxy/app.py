@@ -35,6 +35,7 @@ from .edge.metrics import Metrics
 from .edge.ops import Ops
 from .edge.passage import Passage
 from .edge.server import ListeningServer
+from .edge.tracing import Tracing, tracing_from
 from .edge.traffic import Traffic
 from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
@@ -53,13 +54,15 @@ SWEEP: float = 60.0
 class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
-    def __init__(self, settings: Settings, seams: Seams = REAL) -> None:
+    def __init__(self, settings: Settings, seams: Seams = REAL, tracing: Tracing | None = None) -> None:
         self.metrics = Metrics()
         self.traffic = Traffic(started=seams.wall())
         ledger = settings.ledger
         self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
         sealed = settings.cache.mode == "replay"
         self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings), sealed)
+        self.tracing = tracing
+        self._traced_way_up = self.way_up if tracing is None else tracing.way_up(self.way_up)
         self._dates = Dates(seams.wall)
         self._renewals: list[asyncio.Task[None]] = []
         self._furnish(compile_world(settings, seams))
@@ -69,11 +72,11 @@ class App:
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
         self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger)
-        self.journey = Journey(world, self.way_up, self._observe)
+        self.journey = Journey(world, self._traced_way_up, self._observe)
         self.downstream = Downstream(
             world,
             self.journey,
-            Passage(world, self.way_up, self._keep),
+            Passage(world, self._traced_way_up, self._keep),
             self.ops,
             self.metrics,
             gatekeeper,
@@ -109,12 +112,16 @@ class App:
         self.metrics.observe(receipt)
         self.ledger.record(receipt)
         logs.log_receipt(receipt)
+        if self.tracing is not None:
+            self.tracing.observe(receipt, self.world)
 
     def _keep(self, receipt: Receipt) -> None:
         self.world.receipts.put(receipt)
         self._observe(receipt)
 
     async def handle(self, request: BaseRequest) -> Any:
+        if self.tracing is not None:
+            return await self.tracing.handle(request, self.world, self.downstream.handle)
         return await self.downstream.handle(request)
 
     async def handle_ops(self, request: BaseRequest) -> Any:
@@ -165,7 +172,7 @@ async def serve(
     SettingsError; extra_lines: told the base URL, more start-up text.
     """
     settings = loaded.settings
-    app = App(settings)
+    app = App(settings, tracing=tracing_from(os.environ))
     try:
         recorded = open_cassette(app.world.store, settings.cache.cassette)
     except Unusable as error:
@@ -201,6 +208,7 @@ async def serve(
         print("\n".join(lines), file=sys.stderr, flush=True)
         app.ledger.open()
         background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
+        background.append(spawn(app.metrics.feel_loop(app.world.seams), "event loop lag"))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -255,6 +263,8 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     if app.world.store is not None:
         await app.world.store.close()
     await app.world.objects.close()
+    if app.tracing is not None:
+        await app.tracing.close()
     _remove_socket(settings.server.socket)
 
 

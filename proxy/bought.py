@@ -19,7 +19,7 @@ from .relay import Dress, Flow
 
 class Purchase(msgspec.Struct):
     """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; savings: of the
-    items of a batch that were cached."""
+    items of a batch that were cached, or all of it to one who shares it."""
 
     usage: Usage | None = None
     cost: Cost | None = None

@@ -29,7 +29,7 @@ from .core.limits import Wait
 from .core.outcome import (
     Class,
     TransportFailure,
-    broken,
+    ailment,
 )
 from .core.ports import Trip, WayUp
 from .core.pricing import Cost
@@ -118,7 +118,7 @@ class Exchange:
         excluded: set[str] = set()
         limited: set[str] = set()
         visited: set[int] = set()
-        failing: set[int] = set()
+        failing: dict[int, int] = {}
         wish = Wish(self._prefix(call), only=tied)
         last: Last | None = None
         fresh = False
@@ -148,11 +148,12 @@ class Exchange:
                     self._remember_dislike(upstream, call.model)
                     continue
                 now = seams.monotonic()
-                if not broken(outcome, answered.status if answered is not None else None):
+                sick = ailment(outcome, (answered.status, answered.reply.headers) if answered is not None else None)
+                if sick is None:
                     upstream.breaker.succeeded()
-                    failing.discard(lease.key.upstream)
+                    failing.pop(lease.key.upstream, None)
                 elif now < progress.horizon.until:  # else it may be this request's impatience
-                    failing.add(lease.key.upstream)
+                    failing[lease.key.upstream] = sick
                 if answered is not None and outcome is Class.OK:
                     progress.exhausted = False
                     self._world.learn(lease.key, call.model, outcome, 0.0, "")
@@ -185,6 +186,7 @@ class Exchange:
                     if not (progress.exhausted and higher and now < progress.horizon.until):
                         return mine.given(progress, passthrough)
                     wish = structs.replace(wish, above=lease.key.priority)
+                self._world.tallies.retried(upstream.site.name, outcome.value)
                 if last is not None:
                     last.close()
                 last = mine
@@ -205,8 +207,11 @@ class Exchange:
         finally:
             if last is not None:
                 last.close()
-            for index in failing:  # once a request, and only where its retries did not help: one alone trips nothing
-                self._world.upstreams[index].breaker.failed(seams.monotonic())
+            for (
+                index,
+                sick,
+            ) in failing.items():  # once a request, and only where its retries did not help
+                self._world.upstreams[index].breaker.failed(seams.monotonic(), sick)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 

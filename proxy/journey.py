@@ -315,6 +315,8 @@ class Journey:
             dress=Dress(answered.injected and sse, comment if wants_comment and sse else None),
             ended=ended,
         )
+        if sse:
+            flow.read = world.tallies.reads(world.seams.monotonic)
         lines = self.tell.lines(call, plan, progress, "X-Proxy-Cost-Status: pending\r\n", stored=False)
         extra = progress.verdict()
         share = Share.ALL if storable and sse else Share.OWN

@@ -115,11 +115,16 @@ class Dress:
         return b"".join(out)
 
 
+def _nothing() -> None:
+    """Nobody counts the reads."""
+
+
 @dataclass(slots=True)
 class Flow:
     """One stream. dress: what the client gets of it; keep: bytes kept at most for the cache; ended: called exactly
     once, with what is to be settled, priced, stored and recorded; quiet: a failure is told to nobody here, because
-    those who read (`reel`) are told of it where they are."""
+    those who read (`reel`) are told of it where they are; read: called at each read of what follows the
+    first event."""
 
     answered: Answered
     audit: StreamAudit | None
@@ -127,6 +132,7 @@ class Flow:
     dress: Dress
     ended: Callable[[Ending], None]
     quiet: bool = False
+    read: Callable[[], None] = _nothing
     interrupted: str = ""
     _done: bool = False
     _dropped: bool = False
@@ -248,6 +254,7 @@ class Flow:
             yield chunk
         self.answered.first = []
         async for chunk in self.answered.more:
+            self.read()
             yield chunk
 
     def _examine(self, chunk: bytes) -> None:

@@ -18,7 +18,7 @@ from .bought import Bought, Purchase
 from .core.answer import cost_comment, cost_lines
 from .core.call import CachePlan, Call
 from .core.errors import Refusal
-from .core.pricing import Cost, usd
+from .core.pricing import Cost
 from .core.usage import Usage, usage_of
 from .elsewhere import Claim, Elsewhere
 from .exchange import Progress
@@ -282,18 +282,22 @@ class Sharing:
         progress.first_byte_ms = (self._world.seams.monotonic() - call.arrived) * 1000
         comment = partial(_free_comment, call.endpoint, reel) if self._wants_comment(call) else None
         dress = Dress(bought.usage_asked and not call.wants_usage, comment)
-        view = View(reel, dress, partial(self._done, call, plan, seat, bought))
+        mine = Purchase(cost=FREE)
+        view = View(reel, dress, partial(self._done, call, plan, seat, bought, mine))
         lines = self._tell.lines(call, plan, progress, cost_lines(FREE, None), False) + bought.extra
-        return Bought(bought.status, bought.reason, bought.headers, lines, None, view)
+        return Bought(bought.status, bought.reason, bought.headers, lines, None, view, purchase=mine)
 
     def _leader_done(self, bought: Bought, seat: Seat[Value], ending: Ending) -> None:
         if (ending.gone or ending.failure) and not seat.flight.over:
             seat.progress.gone = _status(ending, bought)
         seat.leave()
 
-    def _done(self, call: Call, plan: CachePlan, seat: Seat[Value], bought: Bought, ending: Ending) -> None:
+    def _done(
+        self, call: Call, plan: CachePlan, seat: Seat[Value], bought: Bought, mine: Purchase, ending: Ending
+    ) -> None:
         sale = bought.purchase or _NOTHING
         status, error = _status(ending, bought)
+        mine.usage, mine.savings = sale.usage, sale.spared()
         self._tell.record(
             call,
             plan,
@@ -301,7 +305,7 @@ class Sharing:
             status,
             usage=sale.usage,
             cost=FREE,
-            saved=usd(sale.cost.usd) if sale.cost is not None else None,
+            savings=mine.savings,
             answer_model=sale.answer_model,
             error=error,
         )

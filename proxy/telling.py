@@ -13,6 +13,7 @@ from .core.items import Saved
 from .core.pricing import Cost, usd
 from .core.receipt import Receipt
 from .core.routes import printable
+from .core.trace import traceparent
 from .core.usage import Usage
 from .exchange import Progress
 from .world import World
@@ -108,6 +109,7 @@ class Teller:
                 first_byte_ms=progress.first_byte_ms,
                 cache_key=plan.key,
                 sampled=not is_deterministic(call.endpoint, call.document),
+                traceparent=traceparent(call.headers),
             )
         )
 

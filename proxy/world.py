@@ -25,6 +25,7 @@ from .core.outcome import Class, TransportFailure
 from .core.ports import Leases
 from .core.pricing import PriceTable
 from .core.receipt import Receipts
+from .core.tallies import Tallies
 from .gate import Gate
 from .limiters import RECHECK, Limiter
 from .objects import Objects, Shared
@@ -79,6 +80,7 @@ class World:
     clients: Clients = field(default_factory=lambda: Clients({}))
     limiter: Limiter | None = None
     habits: Habits = field(default_factory=Habits)
+    tallies: Tallies = field(default_factory=Tallies)
     _identities: dict[str, str] = field(default_factory=dict)
 
     def identity(self, model: str) -> str:
@@ -229,6 +231,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         habits=Habits() if old is None else old.habits,
         sites=tuple(upstream.site for upstream in upstreams),
         receipts=Receipts() if old is None else old.receipts,
+        tallies=Tallies() if old is None else old.tallies,
     )
 
 

@@ -50,6 +50,13 @@ def cost_lines(cost: Cost | None, usage: Usage | None, savings: Saved | None = N
     return lines + usage_lines(usage)
 
 
+TRAILERS: Final = (
+    "X-Proxy-Cost-USD, X-Proxy-Cost-Status, X-Proxy-Cost-Saved-USD, X-Proxy-Prompt-Tokens, X-Proxy-Cached-Tokens, "
+    "X-Proxy-Completion-Tokens, X-Proxy-Total-Tokens"
+)
+"""What `cost_lines` may say of a stream, after its end."""
+
+
 def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:
     """`estimated` also where the cost is exact, but what was saved rests on apportioned token counts."""
     if cost is None:

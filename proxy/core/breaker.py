@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, get_args
 
 State = Literal["closed", "open", "half_open"]
+STATES: Final[tuple[State, ...]] = get_args(State)
 
 
 @dataclass(frozen=True, slots=True)
 class Trip:
-    """When it opens. failures: so many in a row, within `window` seconds; open_for: seconds until one request may
-    try again.
+    """When it opens. failures: so many of one kind, without a success between, within `window` seconds; open_for:
+    seconds until one request may try again.
     """
 
     failures: int = 5
@@ -21,14 +22,15 @@ class Trip:
 
 class Breaker:
     """One upstream's health. Failures count in a row, so that a busy upstream with a few errors in a thousand answers
-    never trips it. `now` is monotonic seconds.
+    never trips it; and each kind by itself: what is dead fails the same way every time, while different errors are
+    news, which the client should see. `now` is monotonic seconds.
     """
 
     __slots__ = ("_failed", "_open_until", "_probing", "trip")
 
     def __init__(self, trip: Trip | None = None) -> None:
         self.trip = trip or Trip()
-        self._failed: list[float] = []
+        self._failed: dict[int, list[float]] = {}
         self._open_until: float | None = None
         self._probing = False
 
@@ -51,16 +53,16 @@ class Breaker:
             self._open_until = None
             self._probing = False
 
-    def failed(self, now: float) -> None:
-        """No answer, or an answer that says that the upstream is broken."""
+    def failed(self, now: float, kind: int = 0) -> None:
+        """No answer, or an answer that says that the upstream is broken. kind: `outcome.ailment`."""
         if self._open_until is not None:
             if self._probing:
                 self._probing = False
                 self._open_until = now + self.trip.open_for
             return  # sent before it opened: it says nothing new
-        self._failed = [stamp for stamp in self._failed if now - stamp < self.trip.window]
-        self._failed.append(now)
-        if len(self._failed) >= self.trip.failures:
+        same = [stamp for stamp in self._failed.get(kind, ()) if now - stamp < self.trip.window]
+        self._failed[kind] = [*same, now]
+        if len(self._failed[kind]) >= self.trip.failures:
             self._failed.clear()
             self._open_until = now + self.trip.open_for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -22,6 +23,12 @@ def parse_duration(text: str) -> float:
 def parse_composite(text: str) -> float | None:
     """Seconds of a sum such as `6m0s` or `1h30m`, the form of OpenAI's `x-ratelimit-reset-*`; None if it is not one."""
     text = text.strip()
-    if len(text) > 64 or not _SUM.match(text):
+    return _sum_of(text) if len(text) <= 64 else None
+
+
+@lru_cache(1024)
+def _sum_of(text: str) -> float | None:
+    """Every answer tells two, mostly the same again."""
+    if not _SUM.match(text):
         return None
     return sum(float(number) * _UNITS[unit] for number, unit in _PARTS.findall(text))

@@ -21,6 +21,8 @@ _PROMPTS: Mapping[str, tuple[str, ...]] = {
     "moderations": ("input",),
 }
 _ANY_PROMPT = ("messages", "prompt", "suffix", "input", "instructions")
+# What is not simply read on.
+_MEDIA = frozenset({"image_url", "input_audio", "file_data", "result"})
 _DEFINITIONS = ("tools", "functions")
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _WITHOUT_OUTPUT = frozenset({"embeddings", "moderations"})
@@ -84,9 +86,12 @@ def measure(endpoint: str, document: Mapping[str, Any]) -> Measure:
     if endpoint in _WITHOUT_OUTPUT:
         return Measure(prompt.text_bytes, prompt.tokens, None, 0)
     for field in _DEFINITIONS:
-        prompt.read_definition(document.get(field))
-    prompt.read_definition(_inside(document, "response_format", "json_schema"))
-    prompt.read_definition(_inside(document, "text", "format", "schema"))
+        if field in document:
+            prompt.read_definition(document[field])
+    if "response_format" in document:
+        prompt.read_definition(_inside(document, "response_format", "json_schema"))
+    if "text" in document:
+        prompt.read_definition(_inside(document, "text", "format", "schema"))
     limits = [number for field in _OUTPUT_LIMITS if (number := _number(document.get(field))) is not None]
     return Measure(prompt.text_bytes, prompt.tokens, max(limits) if limits else None, _choices(endpoint, document))
 
@@ -172,7 +177,11 @@ class _Prompt:
         kind = part.get("type")
         inner: list[object] = []
         for key, value in part.items():
-            if key == "image_url":
+            if key in _STRUCTURE:
+                continue
+            if key not in _MEDIA:
+                inner.append(value)
+            elif key == "image_url":
                 # chat: {"url", "detail"}; responses: the URL itself, with "detail" beside it
                 nested = value if isinstance(value, dict) else {"url": value}
                 self._count_image(nested.get("url"), nested.get("detail") or part.get("detail"))
@@ -181,9 +190,9 @@ class _Prompt:
                 self._count_data(_inside(value, "data"), rate)
             elif key == "file_data":
                 self._count_data(value, _FILE_CHARACTERS)
-            elif key == "result" and kind == "image_generation_call":
+            elif kind == "image_generation_call":
                 self._count_image(None, None)
-            elif key not in _STRUCTURE:
+            else:
                 inner.append(value)
         if kind == "input_image" and "image_url" not in part:
             self._count_image(None, part.get("detail"))

@@ -195,6 +195,7 @@ def _main(endpoint: str, traits: str) -> str:
     return name + rest[:_DIGITS] if name else ""
 
 
+@lru_cache(1024)
 def _field_name(name: str) -> str:
     if name in _PARTS or name.startswith("body."):
         name = "body." + name

@@ -375,6 +375,15 @@ class KeyRing:
             rows.append(row)
         return rows
 
+    def free(self, now: float) -> dict[str, float]:
+        """By key label, the share still free of its tightest limit, of whichever model, 0..1; for metrics."""
+        shares: dict[str, float] = {}
+        for (quota, _), allowance in self._allowances.items():
+            shares[quota] = min(shares.get(quota, 1.0), allowance.headroom(now))
+        for quota, share in self._learned.free(now) if self._learned is not None else ():
+            shares[quota] = min(shares.get(quota, 1.0), share)
+        return {key.label: shares.get(key.quota or key.label, 1.0) for key in self.keys}
+
     def counts(self, now: float) -> dict[str, int]:
         """Keys by state over all models (the worst one counts), for metrics."""
         worst = {key.label: Status.READY for key in self.keys}

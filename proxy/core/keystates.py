@@ -97,6 +97,8 @@ class KeyStates:
 
     def of(self, label: str, model: str, now: float) -> tuple[KeyState | None, KeyState | None]:
         """What keeps a key from use at `now`: (exhausted, rejected or missing; cooling)."""
+        if not (self._resting or self._cooling):
+            return None, None
         resting = self._held(self._resting, (label, ANY_MODEL), now)
         if resting is None:
             resting = self._held(self._resting, (label, model), now)
@@ -118,6 +120,8 @@ class KeyStates:
 
     def leased(self, label: str, model: str, now: float) -> None:
         """A request takes the key: where its time had run out, this one tries it for the others."""
+        if not (self._resting or self._cooling):
+            return
         for where in ((label, ANY_MODEL), (label, model)):
             state = self._resting.get(where)
             if state is not None and state.until <= now:

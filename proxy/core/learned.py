@@ -75,6 +75,9 @@ def rooms_told(headers: Mapping[str, str], now: float) -> Iterator[tuple[Dimensi
         yield dimension, Room(max(limit, remaining) if limit else 0.0, remaining, min(reset or LONGEST, LONGEST), now)
 
 
+_NOTHING_TOLD: Final[Mapping[Dimension, Room]] = {}
+
+
 class Learned:
     """The room each (quota, model) was told of last. `tokens`: whether any answer spoke of tokens."""
 
@@ -95,20 +98,21 @@ class Learned:
             self._rooms.popitem(last=False)
 
     def _current(self, where: Where, now: float) -> Iterator[tuple[Dimension, Room]]:
-        for dimension, room in self._rooms.get(where, {}).items():
+        for dimension, room in self._rooms.get(where, _NOTHING_TOLD).items():
             if now - room.seen < LONGEST:
                 yield dimension, room
 
     def wait(self, where: Where, tokens: int, now: float) -> float:
         """Seconds until there is room for a request of so many tokens; 0.0 now."""
-        if where not in self._rooms:
-            return 0.0
-        waits = [room.wait(tokens if of == "tokens" else 1, now) for of, room in self._current(where, now)]
-        return max(waits, default=0.0)
+        longest = 0.0
+        for of, room in self._rooms.get(where, _NOTHING_TOLD).items():
+            if now - room.seen < LONGEST:
+                longest = max(longest, room.wait(tokens if of == "tokens" else 1, now))
+        return longest
 
     def take(self, where: Where, tokens: int) -> None:
         """A request goes up: until the next answer tells, it counts as taken."""
-        for dimension, room in self._rooms.get(where, {}).items():
+        for dimension, room in self._rooms.get(where, _NOTHING_TOLD).items():
             amount = tokens if dimension == "tokens" else 1
             if not 0 < room.limit < amount:
                 room.taken += amount
@@ -117,6 +121,10 @@ class Learned:
         """The smallest share still free, 0..1; 1.0 where nothing is known."""
         shares = [room.left(now) / room.limit for _, room in self._current(where, now) if room.limit]
         return min(max(min(shares, default=1.0), 0.0), 1.0)
+
+    def free(self, now: float) -> list[tuple[str, float]]:
+        """(quota, the smallest share still free) for each model that something is known of."""
+        return [(where[0], self.headroom(where, now)) for where in self._rooms]
 
     def usage(self, where: Where, now: float) -> dict[str, dict[str, int]]:
         """{"requests": {"limit": 500, "used": 12}} as upstream told, for people."""

@@ -170,11 +170,21 @@ def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
     return Class.FINAL
 
 
-def broken(outcome: Class, status: int | None) -> bool:
-    """Whether an outcome speaks against the upstream's health. status: None where no answer came."""
-    if status is None:
-        return outcome is not Class.STALE
-    return status >= 500 or (status < 400 and outcome is Class.RETRY)
+NO_ANSWER: Final = 0
+
+
+def ailment(outcome: Class, answer: tuple[int, Mapping[str, str]] | None) -> int | None:
+    """What speaks against the upstream's health: the status, or `NO_ANSWER`; None where nothing does.
+
+    answer: status and headers, None where none came. Who says when to come back is not dead, only busy (RFC 9110
+    section 15.6.4).
+    """
+    if answer is None:
+        return None if outcome is Class.STALE else NO_ANSWER
+    status, headers = answer
+    if status >= 500:
+        return None if "retry-after" in headers or "retry-after-ms" in headers else status
+    return status if status < 400 and outcome is Class.RETRY else None
 
 
 def may_be_stood_in_for(status: int, error: str) -> bool:

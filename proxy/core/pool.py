@@ -75,15 +75,14 @@ class NoKey:
     retry_after: float | None = None
 
 
-@dataclass(slots=True)
-class Search:
+class Search(msgspec.Struct):
     """What stood in the way of each key."""
 
-    cooling: list[float] = field(default_factory=list)
-    throttled: list[float] = field(default_factory=list)
-    open: list[float] = field(default_factory=list)
-    resting: list[str] = field(default_factory=list)
-    missing: list[PoolKey] = field(default_factory=list)
+    cooling: list[float] = msgspec.field(default_factory=list)
+    throttled: list[float] = msgspec.field(default_factory=list)
+    open: list[float] = msgspec.field(default_factory=list)
+    resting: list[str] = msgspec.field(default_factory=list)
+    missing: list[PoolKey] = msgspec.field(default_factory=list)
     too_large: str | None = None
 
     def answer(self) -> Held | NoKey:

@@ -19,7 +19,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
 
     cost_usd, saved_usd: plain decimals, None where unknown; times in milliseconds; first_byte_ms: to a stream's first
     event, None where the answer went in one piece; finished_at: Unix seconds; sampled: neither temperature 0 nor a
-    seed."""
+    seed; traceparent: of the trace it belongs to, where it names a valid one."""
 
     id: str
     client: str
@@ -47,6 +47,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     first_byte_ms: float | None = None
     cache_key: str = ""
     sampled: bool = False
+    traceparent: str = ""
 
     def as_json(self) -> dict[str, Any]:
         usage = self.usage
@@ -77,6 +78,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
             "first_byte_ms": round(self.total_ms if self.first_byte_ms is None else self.first_byte_ms, 3),
             "tags": list(self.tags),
             "run": self.run or None,
+            "traceparent": self.traceparent or None,
             "finished_at": round(self.finished_at, 3),
         }
 

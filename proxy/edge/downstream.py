@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp.web import BaseRequest
 
 from ..bought import Bought
-from ..core.answer import ZERO_COST, Timing, cost_comment, stale_lines, usage_lines
+from ..core.answer import TRAILERS, ZERO_COST, Timing, cost_comment, cost_lines, stale_lines, usage_lines
 from ..core.call import Call, Client
 from ..core.clients import check_model
 from ..core.entry import Entry
@@ -23,6 +23,7 @@ from ..core.lenient import parse_leniently
 from ..core.options import Options, from_headers
 from ..core.pricing import Cost
 from ..core.routes import Route, parse_target, printable
+from ..core.trace import traceparent
 from ..journey import LARGE, Journey
 from ..ledger import Ledger
 from ..providers import model_named, models_in_path
@@ -32,6 +33,7 @@ from ..shelf import Hit, Name, name_of
 from ..world import World
 from .browsers import METHODS, cors_lines, preflight
 from .gatekeeper import ANONYMOUS, Gatekeeper
+from .logs import HitLog, log_refusal
 from .metrics import Metrics
 from .ops import Ops
 from .passage import Passage
@@ -86,6 +88,7 @@ class Downstream:
         self._max_body = world.settings.server.max_body
         self.traffic = traffic
         self._ledger = ledger
+        self._hit_log = HitLog()
 
     # -- every request ------------------------------------------------------------------------------------------------
 
@@ -200,12 +203,13 @@ class Downstream:
         task = asyncio.current_task()
         assert task is not None
         self.traffic.flows[task] = flow
-        stream = Stream(request, head, bought.status)
+        stream = Stream(request, head, bought.status, trailers=TRAILERS if flow.audit is not None else "")
         if isinstance(flow, View):
             flow.push = stream.push
         try:
             await flow.pump(stream.write)
-            return await stream.finish()
+            sale = bought.purchase
+            return await stream.finish(cost_lines(sale.cost, sale.usage, sale.savings) if sale is not None else "")
         except StreamBroken as broken:
             return stream.abort(broken.at_once)
         finally:
@@ -284,6 +288,7 @@ class Downstream:
         body = with_comment(hit.body, comment) if comment else hit.body
         self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
         self._metrics.hit(entry)
+        self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request._message.raw_headers)
         self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
@@ -323,7 +328,8 @@ class Downstream:
                 self._ledger.refused(refusal.code, refusal.status, "", "")
             elif visit.route.kind != "own":
                 self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
-            log.info("refused %s %s: %s", request.method, printable(request.raw_path), refusal.code)
+            client, trace = visit.client.name if visit is not None else "", traceparent(request._message.raw_headers)
+            log_refusal(request_id, request.method, request.raw_path, refusal.code, refusal.status, client, trace)
         if visit is not None and visit.origin is not None:
             pairs = [line.split(": ", 1) for line in cors_lines(visit.origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))

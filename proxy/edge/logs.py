@@ -8,14 +8,16 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, TextIO
 
 import orjson
 
-from ..core.headers import Masker
+from ..core.entry import Entry
+from ..core.headers import Masker, Raw
 from ..core.receipt import Receipt
 from ..core.routes import printable
+from ..core.trace import traceparent
 
 _SECRET: Final = re.compile(r"sk-[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -53,10 +55,17 @@ class _Formatter(logging.Formatter):
         return "".join("\n" + self.clean(line) for line in text.splitlines())
 
 
+_SAID: Final = frozenset({"endpoint", "model", "status"})
+"""Fields that a line for people need not tell where its message does."""
+
+
 class Text(_Formatter):
     def line(self, created: float, level: str, name: str, message: str, fields: Mapping[str, object]) -> str:
+        def said(name: str, value: object) -> bool:
+            return name in _SAID and str(value) in message
+
         if fields:
-            message += "  " + " ".join([f"{name}={value}" for name, value in fields.items()])
+            message += "  " + " ".join([f"{name}={value}" for name, value in fields.items() if not said(name, value)])
         return self.clean(f"{self.time(created, '%H:%M:%S')} {level.lower():7} {message}")
 
     def format(self, record: logging.LogRecord) -> str:
@@ -153,12 +162,23 @@ def log_receipt(receipt: Receipt) -> None:
 
 
 def message(receipt: Receipt) -> str:
-    return f"{receipt.endpoint} {printable(receipt.model, 80) or '-'} -> {receipt.status}"
+    return _message(receipt.endpoint, receipt.model, receipt.status)
+
+
+def _message(endpoint: str, model: str, status: int) -> str:
+    return f"{endpoint} {printable(model, 80) or '-'} -> {status}"
+
+
+def _known(told: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in told.items() if value is not None and value != ""}
 
 
 def fields(receipt: Receipt) -> dict[str, object]:
     """What a log line tells of a receipt: only what is known."""
-    told: dict[str, object] = {
+    told = {
+        "endpoint": printable(receipt.endpoint, 80),
+        "model": printable(receipt.model, 80),
+        "status": receipt.status,
         "id": receipt.id,
         "client": receipt.client,
         "cache": receipt.cache,
@@ -167,12 +187,53 @@ def fields(receipt: Receipt) -> dict[str, object]:
         "key": receipt.key,
         "attempts": receipt.attempts,
         "queue_ms": round(receipt.queue_ms, 1),
+        "first_byte_ms": None if receipt.first_byte_ms is None else round(receipt.first_byte_ms, 1),
         "total_ms": round(receipt.total_ms, 1),
         "tokens": receipt.usage.total_tokens if receipt.usage else None,
         "cost_usd": receipt.cost_usd,
         "error": receipt.error,
+        "traceparent": receipt.traceparent,
     }
-    return {name: value for name, value in told.items() if value is not None and value != ""}
+    return _known(told)
+
+
+def log_refusal(id_: str, method: str, path: str, code: str, status: int, client: str, trace: str) -> None:
+    """The line of a request that was turned away before it became a call. trace: its `traceparent`."""
+    told = {"status": status, "id": id_, "client": client, "error": code, "traceparent": trace}
+    text = f"refused {printable(method, 20)} {printable(path)}: {code}"
+    _log.info("%s", text, extra={"fields": _known(told)})
+
+
+class HitLog:
+    """Hits are many and cheap, so one a second has its line, the first at once; `hits`: so many since the last one."""
+
+    __slots__ = ("_hits", "_next")
+
+    def __init__(self) -> None:
+        self._hits = 0
+        self._next = 0.0
+
+    def hit(self, id_: str, client: str, entry: Entry, wall: float, headers: Iterable[Raw]) -> None:
+        """wall: Unix seconds."""
+        self._hits += 1
+        if wall < self._next and self._next - wall <= 1.0:  # the clock may be set back
+            return
+        self._next = wall + 1.0
+        if _log.isEnabledFor(logging.INFO):
+            told = {
+                "endpoint": entry.endpoint,
+                "model": printable(entry.model, 80),
+                "status": entry.status,
+                "id": id_,
+                "client": client,
+                "cache": "hit",
+                "saved_usd": entry.cost,
+                "hits": self._hits,
+                "traceparent": traceparent(headers),
+            }
+            text = _message(entry.endpoint, entry.model, entry.status)
+            _log.info("%s", text, extra={"fields": _known(told)})
+        self._hits = 0
 
 
 def configure(level: str, format_: str, masker: Masker) -> None:

@@ -25,10 +25,11 @@ from ..core.keyring import PoolKey
 from ..core.lenient import parse_leniently
 from ..core.objects import Copy, ids_in_path, ids_named
 from ..core.options import Options
-from ..core.outcome import Class, TransportFailure, broken, classify, error_info, retry_after
+from ..core.outcome import Class, TransportFailure, ailment, classify, error_info, retry_after
 from ..core.ports import Trip, UpstreamReply, WayUp
 from ..core.receipt import Receipt
 from ..core.routes import Route
+from ..core.trace import traceparent
 from ..world import World
 from .wire import Stream, Streamed, Whole, continued, next_piece, raw_lines, read_body, status_line, too_large
 
@@ -73,8 +74,8 @@ class Passage:
             self._finish(trace, 499, "client_gone")
             raise
         finally:
-            for index in trace.failing:  # as in exchange: once a request
-                world.upstreams[index].breaker.failed(world.seams.monotonic())
+            for index, sick in trace.failing.items():  # as in exchange: once a request
+                world.upstreams[index].breaker.failed(world.seams.monotonic(), sick)
         if failed is not None:
             return self._error(request, trace, reply, failed, extra)
         return await self._stream(request, trace, reply, extra, self._copy(request, route, reply))
@@ -148,11 +149,13 @@ class Passage:
                 raise
             finally:
                 trace.went_up |= trip.connected
-            if not broken(outcome, reply.status if failure is None and reply is not None else None):
+            came = (reply.status, reply.headers) if reply is not None and failure is None else None
+            sick = ailment(outcome, came)
+            if sick is None:
                 upstream.breaker.succeeded()
-                trace.failing.discard(key.upstream)
+                trace.failing.pop(key.upstream, None)
             elif seams.monotonic() < deadline:
-                trace.failing.add(key.upstream)
+                trace.failing[key.upstream] = sick
             if outcome is Class.OK:
                 assert reply is not None
                 return reply, None
@@ -165,6 +168,8 @@ class Passage:
                 other_key=self._choose(route, excluded | {key.label}, tied) is not None,
                 granted=lambda upstream=upstream: upstream.budget.take(seams.monotonic()),  # type: ignore[misc]
             )
+            if not isinstance(step, Deliver):
+                world.tallies.retried(upstream.site.name, outcome.value)
             match step:
                 case Deliver(spent):
                     trace.spent = spent
@@ -301,6 +306,7 @@ class _Trace:
         self._began = world.seams.monotonic()
         self._endpoint = route.segment
         self._client = client.name
+        self._headers = request._message.raw_headers
         self.upstream = self.key = self.code = ""
         self.attempts = 0
         self.first_byte: float | None = None
@@ -308,7 +314,7 @@ class _Trace:
         self.hold: Hold | None = None
         self.went_up = False
         self._limits = partial(world.clients.line, client)
-        self.failing: set[int] = set()
+        self.failing: dict[int, int] = {}
 
     def elapsed(self) -> float:
         return (self._seams.monotonic() - self._began) * 1000
@@ -340,6 +346,7 @@ class _Trace:
             upstream_ms=self.elapsed(),
             total_ms=self.elapsed(),
             first_byte_ms=self.first_byte,
+            traceparent=traceparent(self._headers),
         )
 
 

@@ -52,11 +52,11 @@ class Dates:
 class Whole:
     """An answer in hand. head: status line and headers, without framing and the blank line."""
 
-    __slots__ = ("_body", "_head", "_request", "keep_alive", "status")
+    __slots__ = ("_body", "_request", "head", "keep_alive", "status")
 
     def __init__(self, request: BaseRequest, head: bytes, body: bytes, *, status: int, close: bool = False) -> None:
         self._request = request
-        self._head = head
+        self.head = head
         self._body = body
         self.status = status
         self.keep_alive = request.keep_alive and not close
@@ -76,7 +76,7 @@ class Whole:
             framing = b"Content-Length: %d\r\n" % len(body)
         else:
             body = b""
-        head = self._head + framing + connection_line(request, self.keep_alive) + b"\r\n"
+        head = self.head + framing + connection_line(request, self.keep_alive) + b"\r\n"
         if request.method == "HEAD":
             body = b""
         if len(body) < _SMALL:
@@ -109,9 +109,12 @@ class Stream:
     Every write waits until the client has taken enough: memory is held by back-pressure.
     """
 
-    __slots__ = ("_bare", "_head", "_protocol", "_request", "_status", "keep_alive", "started")
+    __slots__ = ("_bare", "_head", "_protocol", "_request", "_status", "_trailed", "keep_alive", "started")
 
-    def __init__(self, request: BaseRequest, head: bytes, status: int, length: int | None = None) -> None:
+    def __init__(
+        self, request: BaseRequest, head: bytes, status: int, length: int | None = None, trailers: str = ""
+    ) -> None:
+        """trailers: names of the fields that may follow the last chunk; announced to those who take them."""
         self._request = request
         self._protocol = request.protocol
         self._status = status
@@ -123,6 +126,9 @@ class Stream:
             framing = b"Content-Length: %d\r\n" % length
         if status in (204, 304):
             framing, self._bare = b"", True
+        self._trailed = bool(trailers) and not self._bare and takes_trailers(request)
+        if self._trailed:
+            framing += f"Trailer: {trailers}\r\n".encode()
         self._head = head + framing + connection_line(request, self.keep_alive) + b"\r\n"
 
     async def write(self, data: bytes) -> None:
@@ -145,13 +151,13 @@ class Stream:
             transport.write(framed)
         return not self._protocol.writing_paused
 
-    async def finish(self) -> Streamed:
-        """The clean end."""
+    async def finish(self, trailers: str = "") -> Streamed:
+        """The clean end; with the fields announced, where they are wanted (RFC 9112 section 7.1.2)."""
         if not self.started:
             await self.write(b"")
         transport = self._protocol.transport
         if not self._bare and transport is not None and not transport.is_closing():
-            transport.write(b"0\r\n\r\n")
+            transport.write(b"0\r\n%b\r\n" % (trailers.encode() if self._trailed else b""))
         return Streamed(self.keep_alive, self._status)
 
     def abort(self, at_once: bool = False) -> Streamed:
@@ -167,6 +173,14 @@ class Stream:
 async def drained(protocol: Any) -> None:
     """Waits while the client takes less than we write."""
     await protocol._drain_helper()
+
+
+def takes_trailers(request: BaseRequest) -> bool:
+    """Whether the client asked for trailer fields (RFC 9110 sections 6.5.1 and 10.1.4)."""
+    if "TE" not in request.headers:
+        return False
+    codings = ",".join(request.headers.getall("TE")).lower().split(",")
+    return any(coding.strip() == "trailers" for coding in codings)
 
 
 def connection_line(request: BaseRequest, keep_alive: bool) -> bytes:

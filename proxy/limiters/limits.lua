@@ -181,6 +181,15 @@ if verb == 'hello' then
         tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])}
 end
 
+if verb == 'look' then
+    -- KEYS: hash; ARGV: for each window: name, span, width. Their totals.
+    local totals = {}
+    for i = 3, #ARGV, 3 do
+        totals[#totals + 1] = (advance(KEYS[1], ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])))
+    end
+    return totals
+end
+
 if verb == 'learn' then
     -- KEYS: state; ARGV: milliseconds it lasts (0: it is over), text. A deadline is extended, never shortened.
     local lasts = tonumber(ARGV[3])

@@ -24,29 +24,22 @@ from ..core.limits import Allowance, Limits, Reservation
 from ..seams import spawn
 from ..stores.redis_link import LONGEST, Link
 from . import Adopt, State
+from .redis_look import look
 from .redis_names import Amount, digest, literal, shape
 from .redis_share import Asked, SharedAllowance, SharedReservation
+from .redis_silence import GLANCE, SHORT, Silence, loop_time
 from .redis_states import KeyStates
 
 log = logging.getLogger("proxy")
 
-DEADLINE: Final = 0.09
-"""Seconds a decision waits for Redis, at most."""
+DEADLINE: Final = 1.0
+"""Seconds a call waits for its answer; a late one is no loss (redis_silence)."""
 
 BEAT: Final = 1.0
 """Seconds between two signs of life."""
 
 GRACE: Final = 5.0
 """Seconds a proxy keeps to its share after Redis came back: longer than any other takes to notice (redis_link)."""
-
-SHORT: Final = 5.0
-"""Seconds without Redis after which nobody has forgotten anybody: who has been heard of since, has told everything."""
-
-BLIP: Final = 0.5
-"""Seconds without an answer after which Redis is lost: a machine that is busy for a moment is no reason to part."""
-
-SETTLING: Final = 3.0
-"""Seconds after the start until who else is there can be taken for known."""
 
 _PAUSE: Final = 0.02
 _LIFE: Final = 2 * 86_400_000
@@ -82,14 +75,12 @@ class RedisLimiter:
         self._offset = offset
         self._allowances: WeakValueDictionary[str, SharedAllowance] = WeakValueDictionary()
         self._phase = "alone"
-        self._lost_at = -math.inf
-        self._answered_at = self._settled_at = -math.inf
-        self._back_at = math.inf
+        self._lost_at, self._back_at = -math.inf, math.inf
+        self._silence = Silence()
         self._skew = 0.0  # server's ms less ours
         self._proxies, self._rank = 1, 0
-        self._epoch = b""
+        self._epoch = self._resets = b""
         self._forgotten = False
-        self._resets = b""
         self._sequence = 0
         self._outbox: deque[tuple[SharedAllowance, tuple[Amount, ...]]] = deque()
         self._flushing: asyncio.Task[None] | None = None
@@ -110,12 +101,13 @@ class RedisLimiter:
     async def open(self, adopt: Adopt) -> None:
         self._states.adopt = adopt
         await self.link.open()
-        if await self._beat():
+        if await self._beat() or not self.link.gone:  # late is not lost, and nobody knows yet of how many we are one
             self._phase = "shared"
-            self._settled_at = self._answered_at + SETTLING
+            self._silence.began()
             for allowance in self._allowances.values():
                 allowance.share()
         else:
+            self._lost_at, self._forgotten = self._clock(), True
             log.warning("redis limits: not reached; this proxy holds the limits by itself until it is")
         self._beating = spawn(self._beats(), "redis limits")
 
@@ -138,16 +130,18 @@ class RedisLimiter:
             return await self._confirm(reservation, key, model)
 
     async def _confirm(self, reservation: SharedReservation | None, key: str, model: str) -> bool:
+        until = loop_time() + DEADLINE
         while self.sound:
             if self.link.up:
-                asked = Asked()
+                asked, patience = Asked(), self._deadline if reservation is not None else GLANCE
                 try:
-                    await self.link.run(lambda asked=asked: self._ask(asked, reservation, key, model), self._deadline)  # type: ignore[misc]
+                    await self.link.run(lambda asked=asked: self._ask(asked, reservation, key, model), patience)  # type: ignore[misc]
                 except ResponseError as error:
                     self.link.complain(f"refuses a decision: {error}")
                     self._lose()
                     break
                 except _LOST:
+                    self._silence.failed()
                     self._abandon(asked, reservation)
                 except asyncio.CancelledError:
                     self._abandon(asked, reservation)
@@ -155,8 +149,14 @@ class RedisLimiter:
                 else:
                     assert asked.reply is not None
                     return await self._decided(asked.reply, reservation, key, model)
-            if self._is_lost():
+            if reservation is None:
+                return True  # what others know of the key can be learned the hard way
+            if self._silence.is_loss(self.link.gone):
                 self._lose()
+            elif key and loop_time() >= until:  # it can wait in the gate, as long as it may
+                reservation.allowance.refused(reservation, math.inf, self._clock())
+                reservation.cancel()
+                return False
             else:
                 await asyncio.sleep(_PAUSE)
         if reservation is None:
@@ -180,7 +180,7 @@ class RedisLimiter:
                 span, width = shape(window.span)
                 args += [window.name, window.limit, span, width, reservation.tokens if window.of_tokens else 1]
         reply: list[Any] = await self._script(keys=keys, args=args)
-        self._answered_at = asyncio.get_running_loop().time()
+        self._silence.answered()
         asked.reply = reply
         if asked.abandoned:
             self._undo(reply, reservation)
@@ -246,10 +246,12 @@ class RedisLimiter:
             try:
                 await self.link.run(lambda batch=batch: self._send(batch), LONGEST)  # type: ignore[misc]
             except _LOST as error:
-                self._outbox.extendleft(reversed(batch))
                 if isinstance(error, NoScriptError):
+                    self._outbox.extendleft(reversed(batch))
                     await self.link.redis.script_load(_SCRIPT)
                     continue
+                # It may have been done, only late: what is taken twice does no harm, what is given back twice does.
+                self._outbox.extendleft((who, tuple(one for one in each if one[-1] > 0)) for who, each in batch[::-1])
                 if isinstance(error, ResponseError):
                     self.link.complain(f"takes no settlement: {error}")
                 return
@@ -293,8 +295,9 @@ class RedisLimiter:
     async def _beat(self) -> bool:
         """Tells that we live, and learns who else does. Whether Redis answered."""
         if not self.link.up:
+            self._silence.failed()
             self._back_at = self._clock()  # where it had been back for a moment, that counts anew
-            if self.sound and self._is_lost():
+            if self.sound and self._silence.is_loss(self.link.gone):
                 self._lose()
             return False
         counted = [allowance for allowance in self._allowances.values() if allowance.most is not None]
@@ -310,8 +313,9 @@ class RedisLimiter:
                 self._lose()
             return False
         except _LOST:
+            self._silence.failed()
             return False
-        self._answered_at = asyncio.get_running_loop().time()
+        self._silence.answered()
         now = self._clock()
         server, self._proxies, self._rank, epoch, resets, heard = reply
         self._skew = server - now * 1000
@@ -326,11 +330,11 @@ class RedisLimiter:
                 allowance.reset()
         self._resets = resets
         self._come_back(now, heard)
+        if self.sound:
+            hashes = [(self._key("a", each.name), each) for each in self._allowances.values()]
+            with contextlib.suppress(*_LOST):
+                await look(self.link, self._script.sha, self._offset(), hashes, self._clock, self._deadline)
         return True
-
-    def _is_lost(self) -> bool:
-        """Whether it is time to part."""
-        return asyncio.get_running_loop().time() >= max(self._answered_at + BLIP, self._settled_at)
 
     def _lose(self) -> None:
         now = self._clock()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..core.limits import Allowance, Limits, Never, Reservation, Wait, _Slot, _Window
@@ -148,6 +148,20 @@ class SharedAllowance(Allowance):
         """What all proxies together hold."""
         self._known, self._known_at = totals, now
 
+    @property
+    def known_at(self) -> float:
+        """When that was."""
+        return self._known_at
+
+    def stale(self, now: float) -> bool:
+        """Whether it should be looked up again: it matters, and is not of just now."""
+        return RECHECK <= now - self._known_at < max((window.span for window in self._windows), default=0.0)
+
+    def looked(self, totals: Sequence[int], now: float) -> None:
+        """The same, but for requests at work."""
+        known = dict(zip((window.name for window in self._windows), totals, strict=False))
+        self.seen(self._known | known, now)
+
     def ended(self, reservation: SharedReservation, tokens: int, requests: int) -> None:
         """Tells the others of what a settlement changed, where they have counted it."""
         if reservation.stamp is not None and reservation.round != self.round:
@@ -190,7 +204,7 @@ class SharedAllowance(Allowance):
     # -- alone --------------------------------------------------------------------------------------------------------
 
     def lose(self, proxies: int, rank: int, now: float) -> None:
-        """From now on an equal share: of the limit, less what all held last, plus what is our own of it."""
+        """From now on an equal share: of the limit, less our part of what all held last, or what is our own of it."""
         self.shared = False
         self._among = proxies, rank
         self._blocked = _FREE
@@ -199,9 +213,10 @@ class SharedAllowance(Allowance):
             window.limit = part(full, proxies, rank)
             known = self._known.get(window.name)
             if known is not None and now - self._known_at < window.span:
-                # What others hold leaves our share, and what we hold beyond our part of it is not counted twice.
+                # What others hold leaves our share. Where we hold more than our part, that is not made good: perhaps
+                # they do not know of it yet.
                 ours = window.total - self._asking[window.of_tokens]
-                slot = window.add_alone(part(known, proxies, proxies - 1 - rank) - ours, now)
+                slot = window.add_alone(max(0, part(known, proxies, proxies - 1 - rank) - ours), now)
                 self._ghosts.append((window, slot))
         # For a moment only our part of what was free then, for it may be that only we have lost the others: they go on
         # filling the limit, and what leaves the windows meanwhile is theirs.

@@ -132,6 +132,10 @@ class Store(Protocol):
         Entries put or dropped between two pages may be missing; one that is there all along is listed.
         """
 
+    @property
+    def errors(self) -> int:
+        """Reads and writes that failed so far."""
+
     async def stats(self) -> dict[str, int | str]:
         """Counts so far, what there is, and `state`: "ok" or what is wrong. Never raises."""
 

@@ -293,6 +293,10 @@ class RedisStore:
         found = await self._heads(which, keys)
         return Page([Listed(entry, size) for _, entry, size in found], str(cursor) if cursor else "")
 
+    @property
+    def errors(self) -> int:
+        return self.link.failures
+
     async def stats(self) -> dict[str, int | str]:
         found: dict[str, int | str] = {**self._counts, "failures": self.link.failures}
         found["state"] = self._refused or self.link.state

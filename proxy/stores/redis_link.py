@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar, cast
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from ..seams import spawn
@@ -30,7 +31,8 @@ _PROBE_FIRST, _PROBE_LAST = 0.5, 2.5  # and LONGEST for the answer: a probe at l
 class Link:
     """Redis as long as it answers. deadline: seconds within which a probe must be answered; what, meanwhile: for logs.
 
-    up: whether it may be asked; state: "ok", or what is wrong. Raises ValueError, without the URL's text.
+    up: whether it may be asked; state: "ok", or what is wrong; gone: the last failure was no late answer, nobody is
+    there. Raises ValueError, without the URL's text.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Link:
         self._deadline = deadline
         self.up = False
         self.state = "not open"
+        self.gone = False
         self.failures = 0
         """All so far."""
         self._in_a_row = 0
@@ -94,13 +97,15 @@ class Link:
         if not task.done():
             late = True
             if began:  # else it only waited for its turn
+                self.gone = False
                 self._failed(f"no answer within {patience * 1000:.0f} ms")
             raise TimeoutError
         outcome: T | Exception = task.result()
         if not isinstance(outcome, Exception):
-            self._in_a_row = 0
+            self._in_a_row, self.gone = 0, False
             return outcome
         if not isinstance(outcome, ResponseError):
+            self.gone = _is_gone(outcome)
             self._failed(text_of(outcome))
         raise outcome
 
@@ -127,7 +132,7 @@ class Link:
                 if first is not None and not first.done():
                     log.warning("%s: %s; %s until it works", self._what, text_of(error), self._meanwhile)
                     first.set_result(None)
-                self.state = text_of(error)
+                self.state, self.gone = text_of(error), _is_gone(error)
                 await self._pool.disconnect()  # let the name be looked up anew
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PROBE_LAST)
@@ -167,6 +172,11 @@ def _pool(url: str) -> BlockingConnectionPool:
         ) from None
     pool.connection_kwargs["decode_responses"] = False  # whatever the URL says: values are bytes
     return pool
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether an error says that nobody listens, or that the connection was closed; not that an answer is late."""
+    return isinstance(error, ConnectionError | RedisConnectionError)
 
 
 def text_of(error: Exception) -> str:

@@ -188,6 +188,10 @@ class SQLiteStore:
             await self.flush()
         return await self._ask(lambda connection: _page(connection, which, int(after or 0), limit))
 
+    @property
+    def errors(self) -> int:
+        return self._counts["read_errors"] + self._writer.failures
+
     async def stats(self) -> dict[str, int | str]:
         found: dict[str, int | str] = {**self._counts, **self._writer.counts, "max_bytes": self._max_size}
         with contextlib.suppress(StoreError):

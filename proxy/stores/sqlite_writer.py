@@ -62,6 +62,7 @@ class Writer:
         self.path = path
         self.generation = 0
         self.state = "not open"
+        self.failures = 0
         self.counts = {"written": 0, "dropped": 0, "evictions": 0, "expirations": 0, "moved_aside": 0}
         self._max_size = max_size
         self._batch_bytes = min(_BATCH_BYTES, max_size // 16)
@@ -318,6 +319,7 @@ class Writer:
     def _failed(self, error: Exception) -> None:
         """Keeps what was being written for the next attempt, says what is wrong, and gets out of its way."""
         was = self._identity
+        self.failures += 1
         self._disconnect()
         if not isinstance(error, sqlite3.Error | OSError | files.Foreign):
             log.exception("cache file %s: unexpected", self.path, exc_info=error)

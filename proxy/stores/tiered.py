@@ -36,6 +36,11 @@ class TieredStore:
         """How often something was thrown away by request: what is remembered of it elsewhere is out of date then."""
         return self._purges
 
+    @property
+    def errors(self) -> int:
+        """What failed of the slower store so far."""
+        return 0 if self.slower is None else self.slower.errors
+
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()

@@ -591,11 +591,12 @@ async def test_nothing_is_left_behind(launch: Launch, upstream: ScriptedUpstream
     proxy = launch(settings(upstream.port, log={"level": "warning"}))
 
     async def storm() -> None:
-        question = ask(stream=True)
-        upstream.always(*canned.stream(canned.chat_events()[:2], end=False), sleep(0.1), send(_REST))
+        gate, question = upstream.gate(), ask(stream=True)
+        upstream.always(*canned.stream(canned.chat_events()[:2], end=False), hold(gate), send(_REST))
         asking = await together(proxy, upstream, client, question, 30)
         for task in asking[::2]:
             task.cancel()
+        gate.open()
         await asyncio.gather(*asking, return_exceptions=True)
         await in_flight(proxy, client, 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.limiters.redis import SETTLING
+from proxy.limiters.redis_silence import SETTLING
 from tests import canned
 from tests.client import Client, Reply, ask
 from tests.launch import Config, Launch, settings

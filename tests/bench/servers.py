@@ -16,15 +16,15 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from .wire import ANSWER_BODY, PATH
+from .wire import PATH, answer_body
 
 _NOT_PASSED: Final = frozenset({"host", "connection", "content-length", "transfer-encoding", "keep-alive"})
 
 
 async def empty(request: web.Request) -> web.Response:
-    """Reads the body, answers 1 KB."""
-    await request.read()
-    return web.Response(body=ANSWER_BODY, content_type="application/json")
+    """Reads the body, answers as much."""
+    body = await request.read()
+    return web.Response(body=answer_body(len(body)), content_type="application/json")
 
 
 class PassThrough:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tests.launch import ROOT
 
+from .backends import BACKENDS, EMPTY, SIZES
+
 
 def test_runs_from_its_one_command(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
@@ -25,3 +27,26 @@ def test_runs_from_its_one_command(tmp_path: Path) -> None:
     assert list(rows) == ["empty handler", "proxy, hit", "pass-through", "proxy, miss"]
     assert all(row["requests"] > 0 for row in rows.values())
     assert {row["against"] for row in rows.values() if "against" in row} == {"empty handler", "pass-through"}
+
+
+def test_backends_run_from_their_one_command(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    little = ["--seconds", "0.05", "--rounds", "1", "--entries", "50", "--many", "500"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.backends", *little, "--json", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "redis, memory in front" in done.stdout
+    told = json.loads(file.read_text())
+    assert {(row["backend"], row["size"] // 1024) for row in told["hits"]} == {
+        (name, size) for name in (EMPTY, *BACKENDS) for size in SIZES
+    }
+    assert all(row["hits_per_second"] > 0 and row["p99_ms"] >= row["p50_ms"] > 0 for row in told["hits"])
+    assert [(row["store"], row["size"]) for row in told["entries"]] == [
+        (store, size) for size in (1024, 2048) for store in ("sqlite", "redis", "memory")
+    ]
+    assert all(row["per_gib"] > 0 for row in told["entries"])

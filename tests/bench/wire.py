@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import cache
+from time import perf_counter
 from typing import Final, cast
 
 # What the openai Python SDK (2.x) sends and what OpenAI answers with: the number of headers is part of the cost.
@@ -58,35 +60,48 @@ NUMBER: Final = b"000000000000"
 """Stands in the prompt; a distinct request has another number of as many digits."""
 
 
-def _filled(start: bytes, end: bytes) -> bytes:
-    """1,024 bytes with letters between."""
-    return start + b"x" * (1024 - len(start) - len(end)) + end
+KB: Final = 1024
 
 
-REQUEST_BODY: Final = _filled(
-    b'{"model":"gpt-4o-mini","temperature":0,"messages":[{"role":"system","content":"You are brief."},'
-    b'{"role":"user","content":"Number ' + NUMBER + b" ",
-    b'"}]}',
-)
-ANSWER_BODY: Final = _filled(
-    b'{"id":"chatcmpl-0000000000000000000000000000","object":"chat.completion","created":1790000000,'
-    b'"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,"message":{"role":"assistant","content":"',
-    b'","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":234,"completion_tokens":567,'
-    b'"total_tokens":801,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},"completion_tokens_details":'
-    b'{"reasoning_tokens":0,"audio_tokens":0}},"service_tier":"default","system_fingerprint":"fp_0000000000"}',
-)
+def _filled(start: bytes, end: bytes, size: int) -> bytes:
+    """`size` bytes with letters between."""
+    return start + b"x" * (size - len(start) - len(end)) + end
+
+
+def request_body(size: int = KB) -> bytes:
+    return _filled(
+        b'{"model":"gpt-4o-mini","temperature":0,"messages":[{"role":"system","content":"You are brief."},'
+        b'{"role":"user","content":"Number ' + NUMBER + b" ",
+        b'"}]}',
+        size,
+    )
+
+
+@cache
+def answer_body(size: int = KB) -> bytes:
+    return _filled(
+        b'{"id":"chatcmpl-0000000000000000000000000000","object":"chat.completion","created":1790000000,'
+        b'"model":"gpt-4o-mini-2024-07-18","choices":[{"index":0,"message":{"role":"assistant","content":"',
+        b'","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":234,'
+        b'"completion_tokens":567,"total_tokens":801,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},'
+        b'"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0}},"service_tier":"default",'
+        b'"system_fingerprint":"fp_0000000000"}',
+        size,
+    )
 
 
 def _message(first: str, headers: tuple[str, ...], body: bytes) -> bytes:
     return "\r\n".join((first, *headers, f"Content-Length: {len(body)}", "", "")).encode() + body
 
 
-ANSWER: Final = _message("HTTP/1.1 200 OK", _ANSWERED, ANSWER_BODY)
+@cache
+def answer(size: int = KB) -> bytes:
+    return _message("HTTP/1.1 200 OK", _ANSWERED, answer_body(size))
 
 
-def request(port: int) -> bytes:
+def request(port: int, size: int = KB) -> bytes:
     """The request; another number in place of `NUMBER` makes it another request."""
-    return _message(f"POST {PATH} HTTP/1.1", (f"Host: 127.0.0.1:{port}", *_ASKED), REQUEST_BODY)
+    return _message(f"POST {PATH} HTTP/1.1", (f"Host: 127.0.0.1:{port}", *_ASKED), request_body(size))
 
 
 def end_of_message(data: bytes) -> int:
@@ -103,7 +118,7 @@ def end_of_message(data: bytes) -> int:
 
 
 class Upstream(asyncio.Protocol):
-    """Answers every request with `ANSWER` at once."""
+    """Answers every request at once, with a body as long as the request's."""
 
     def __init__(self) -> None:
         self._held = b""
@@ -117,7 +132,7 @@ class Upstream(asyncio.Protocol):
         end = end_of_message(data)
         self._held = data[end:] if end and len(data) >= end else data
         if self._held is not data:
-            self._transport.write(ANSWER)
+            self._transport.write(answer(end - data.index(b"\r\n\r\n") - 4))
 
 
 class Client(asyncio.Protocol):
@@ -126,6 +141,7 @@ class Client(asyncio.Protocol):
     def __init__(self, load: Load) -> None:
         self._load = load
         self._held = b""
+        self._sent = 0.0
         self.idle = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -133,6 +149,7 @@ class Client(asyncio.Protocol):
 
     def send(self) -> None:
         self.idle = False
+        self._sent = perf_counter()
         self._transport.write(self._load.next_request())
 
     def data_received(self, data: bytes) -> None:
@@ -151,6 +168,9 @@ class Client(asyncio.Protocol):
             self._load.fail(ValueError(f"an unexpected answer: {data[:200]!r}"))
             return
         self._load.answered += 1
+        self._load.waits.append(perf_counter() - self._sent)
+        if self._load.marker not in data:
+            self._load.strays += 1
         self._load.last = data
         if self._load.going:
             self.send()
@@ -164,11 +184,12 @@ class Client(asyncio.Protocol):
 
 
 class Load:
-    """`connections` closed loops against one server. distinct: every request differs from all others."""
+    """`connections` closed loops against one server. distinct: every request differs from all others; size: bytes of
+    its body; waits: seconds that each request of the last run took; strays: answers of that run without `marker`."""
 
-    def __init__(self, port: int, *, distinct: bool, connections: int) -> None:
+    def __init__(self, port: int, *, distinct: bool, connections: int, size: int = KB, marker: bytes = b"") -> None:
         self._port = port
-        whole = request(port)
+        whole = request(port, size)
         self._before, _, self._after = whole.partition(NUMBER)
         self.next_request: Callable[[], bytes] = self._numbered if distinct else lambda: whole
         self._sent = 0
@@ -177,6 +198,9 @@ class Load:
         self._idle: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self.answered = 0
+        self.waits: list[float] = []
+        self.marker = marker
+        self.strays = 0
         self.last = b""
         self.going = False
         self.closing = False
@@ -203,6 +227,7 @@ class Load:
             raise self._error
         answered, measured, began = self.answered, measure(), loop.time()
         self.going = True
+        self.waits, self.strays = [], 0
         for client in self._clients:
             client.send()
         while True:  # once, unless the machine is so busy that not even one answer came

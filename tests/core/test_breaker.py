@@ -33,6 +33,15 @@ def test_an_answer_in_between_starts_anew() -> None:
         assert breaker.state(float(now)) == "closed"
 
 
+def test_different_failures_do_not_add_up() -> None:
+    breaker = Breaker(Trip(failures=3))
+    for now, kind in enumerate([500, 502, 503, 504, 529, 0, 500, 502]):
+        breaker.failed(float(now), kind)
+        assert breaker.state(float(now)) == "closed"
+    breaker.failed(9.0, 500)
+    assert breaker.state(9.0) == "open"
+
+
 def test_failures_far_apart_do_not_add_up() -> None:
     breaker = Breaker(Trip(failures=3, window=30.0))
     for now in range(0, 600, 15):

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from proxy.core.outcome import (
     KEY_TROUBLE,
     MAX_WAIT,
+    NO_ANSWER,
     Class,
     ErrorInfo,
     TransportFailure,
-    broken,
+    ailment,
     classify,
     dimension_of,
     error_info,
@@ -181,21 +182,26 @@ def test_a_wrong_organisation_is_not_a_bad_key(code: str) -> None:
 @pytest.mark.parametrize(
     ("outcome", "status", "sick"),
     [
-        (Class.RETRY, 500, True),
-        (Class.FINAL, 503, True),  # x-should-retry: false
-        (Class.RETRY, 200, True),  # an error as the first event of a stream
-        (Class.RETRY, 408, False),
-        (Class.RATE_LIMITED, 429, False),
-        (Class.UNAUTHORIZED, 401, False),
-        (Class.OK, 200, False),
-        (Class.UNREACHED, None, True),
-        (Class.AMBIGUOUS, None, True),
-        (Class.TIMEOUT, None, True),
-        (Class.STALE, None, False),
+        (Class.RETRY, 500, 500),
+        (Class.FINAL, 503, 503),  # x-should-retry: false
+        (Class.RETRY, 200, 200),  # an error as the first event of a stream
+        (Class.RETRY, 408, None),
+        (Class.RATE_LIMITED, 429, None),
+        (Class.UNAUTHORIZED, 401, None),
+        (Class.OK, 200, None),
+        (Class.UNREACHED, None, NO_ANSWER),
+        (Class.AMBIGUOUS, None, NO_ANSWER),
+        (Class.TIMEOUT, None, NO_ANSWER),
+        (Class.STALE, None, None),
     ],
 )
-def test_what_speaks_against_an_upstream(outcome: Class, status: int | None, sick: bool) -> None:
-    assert broken(outcome, status) is sick
+def test_what_speaks_against_an_upstream(outcome: Class, status: int | None, sick: int | None) -> None:
+    assert ailment(outcome, None if status is None else (status, {"date": "now"})) == sick
+
+
+@pytest.mark.parametrize("header", ["retry-after", "retry-after-ms"])
+def test_who_says_when_to_come_back_is_not_dead(header: str) -> None:
+    assert ailment(Class.RETRY, (503, {header: "1"})) is None
 
 
 DEEP = b'{"error":{"code":"503","a":' + b"[" * 400 + b"]" * 400 + b"}}"

@@ -82,6 +82,7 @@ def test_everything_is_told() -> None:
     got = Receipt(reason="new", usage=Usage(100, 200, 300, 40), **fields, **times).as_json()  # type: ignore[arg-type]
     assert got == fields | {
         "cache_reason": "new",
+        "traceparent": None,
         "first_byte_ms": 3.457,
         "tags": ["team:search"],
         "prompt_tokens": 100,

@@ -48,6 +48,7 @@ class Answer:
     framing: str = "none"
     whole: bool = True
     chunks: list[bytes] = field(default_factory=list)
+    trailers: dict[str, str] = field(default_factory=dict)
 
     def get(self, name: str) -> str | None:
         """A header that stands at most once."""
@@ -104,7 +105,9 @@ class Wire:
                 answer.framing = "chunked"
                 while size := int(await self.reader.readuntil(b"\r\n"), 16):
                     answer.chunks.append((await self.reader.readexactly(size + 2))[:-2])
-                assert await self.reader.readexactly(2) == b"\r\n"
+                while line := (await self.reader.readuntil(b"\r\n"))[:-2]:
+                    name, _, value = line.decode().partition(": ")
+                    answer.trailers[name] = value
             else:
                 answer.framing = "close"
                 answer.body = await self.reader.read()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
 import re
-from typing import Any
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.config.settings import Cache
+from proxy.config.settings import Breaker, Cache, Retry, Throttle
 from proxy.core.entry import Entry
+from proxy.core.limits import Limits
 from proxy.core.receipt import Receipt
 from proxy.core.usage import Usage
 from proxy.edge.logs import fields, log_receipt
 from proxy.edge.metrics import MAX_MODELS, Metrics
-from proxy.seams import REAL
+from proxy.seams import REAL, Seams
+from proxy.stores.sqlite import SQLiteStore
 from proxy.world import World, compile_world
 from tests.edge.kit import house
-from tests.journey.scene import ask, pool, settings
-from tests.journey.script import error, says
+from tests.journey.clock import story, turned_loop
+from tests.journey.scene import LIMITS, Scene, ask, pool, settings
+from tests.journey.script import Fails, error, events, rate_limited, says, streams
 
 
 def world(**sections: Any) -> World:
@@ -126,6 +133,153 @@ def test_rendering_without_a_scrape_before_shows_every_state_of_keys() -> None:
     assert set(re.findall(r'openai_proxy_keys\{state="(\w+)"\}', text)) >= {"ready", "cooling", "exhausted", "rejected"}
 
 
+def test_the_registry_knows_the_world_that_was_rendered_last() -> None:
+    """Several workers' metrics are summed from there."""
+    metrics, of = Metrics(), world()
+    assert not [sample for family in metrics.registry.collect() for sample in family.samples if family.type == "gauge"]
+    metrics.render(of, 7)
+    of.tallies.retried("openai", "retry")
+    seen = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
+    assert (seen["openai_proxy_in_flight"], seen["openai_proxy_retries_total"]) == (7, 1)
+
+
+def test_how_long_and_what_of_it_was_ours() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(total_ms=1003.0, queue_ms=200.0, upstream_ms=800.0, attempts=1, upstream="openai"))
+    metrics.observe(receipt(total_ms=500.0, status=500, queue_ms=0.0, upstream_ms=501.0, attempts=1, upstream="openai"))
+    metrics.observe(receipt(total_ms=0.1, status=400, error="invalid_json"))
+    seen = samples(metrics)
+    assert seen["overhead_seconds_count"] == 2  # what made no call is not in it
+    assert seen["overhead_seconds_sum"] == pytest.approx(0.003)
+    assert seen["overhead_seconds_bucket{le=0.0005}"] == 1
+    assert seen["overhead_seconds_bucket{le=0.005}"] == 2
+    assert seen["time_to_first_byte_seconds_count{endpoint=chat}"] == 1  # of answers only
+    assert seen["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.003)
+    metrics.observe(receipt(total_ms=5000.0, first_byte_ms=97.0, stream=True))
+    assert samples(metrics)["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.1)
+
+
+def test_money_adds_up() -> None:
+    metrics, exact = Metrics(), Decimal(0)
+    dice = random.Random(7)
+    for _ in range(10_000):
+        cost = Decimal(dice.randrange(10_000_000)).scaleb(-9)
+        exact += cost
+        metrics.observe(receipt(cost_usd=f"{cost:f}"))
+    assert abs(Decimal(samples(metrics)["cost_usd_total{model=gpt-4o}"]) - exact) < Decimal("1e-9")
+
+
+@story
+async def test_retries_are_counted_by_reason() -> None:
+    scene = Scene(error(500), rate_limited(), Fails("unreached"), says(), config=settings(pool("k1", "k2")))
+    assert (await scene.ask()).status == 200
+    metrics = Metrics()
+    for one in scene.receipts:
+        metrics.observe(one)
+    seen = samples(metrics, of=scene.world)
+    reasons = {name: value for name, value in seen.items() if name.startswith("retries")}
+    assert reasons == {
+        f"retries_total{{reason={reason},upstream=openai}}": 1 for reason in ("retry", "rate_limited", "unreached")
+    }
+    assert seen["upstream_attempts_total{upstream=openai}"] == 4
+
+
+@story
+async def test_a_retry_that_does_not_come_is_none() -> None:
+    scene = Scene(error(400), *[error(500)] * 4)
+    await scene.ask()
+    await scene.ask()
+    assert sum(scene.world.tallies.retries.values()) == 3
+
+
+async def test_retries_on_other_routes() -> None:
+    async with house(error(500), says(), config=settings(pool("k1"), retry=Retry(base_delay=0, jitter=0))) as home:
+        assert (await home.ask("GET", "/v1/models")).status == 200
+        assert dict(home.world.tallies.retries) == {("openai", "retry"): 1}
+
+
+@story
+async def test_gaps_between_the_reads_of_a_stream() -> None:
+    first, *more = events(usage=True)
+    steps: list[Any] = [first]
+    for one in more:
+        steps += [0.2, one]
+    scene = Scene(streams(steps), says())
+    await scene.ask(ask(stream=True))
+    await scene.ask(ask("plain"))
+    seen = samples(Metrics(), of=scene.world)
+    assert seen["stream_chunk_gap_seconds_count"] == len(more)
+    assert seen["stream_chunk_gap_seconds_sum"] == pytest.approx(0.2 * len(more))
+    assert "stream_chunk_gap_seconds_bucket{le=0.1}" not in seen
+    assert seen["stream_chunk_gap_seconds_bucket{le=0.25}"] == len(more)
+
+
+@story
+async def test_headroom_of_keys_and_what_cools() -> None:
+    limits = {"gpt-4o": Limits(rpm=4), "*": LIMITS}
+    told = says(headers=[("x-ratelimit-limit-requests", "10"), ("x-ratelimit-remaining-requests", "1")])
+    config = settings(pool("k1", "k2"), throttle=Throttle(limits=limits), selection="round_robin")
+    scene = Scene(says(), told, rate_limited("60"), config=config)
+    for text in ("a", "b"):
+        await scene.ask(ask(text))
+    seen = samples(Metrics(), of=scene.world)
+    assert seen["key_headroom_ratio{key=k1}"] == 0.75
+    assert seen["key_headroom_ratio{key=k2}"] == pytest.approx(0.1)
+    assert seen["keys{state=ready}"] == 2
+
+
+@story
+async def test_where_no_limit_is_known_all_is_free() -> None:
+    seen = samples(Metrics(), of=world(throttle=Throttle()))
+    assert seen["key_headroom_ratio{key=k1}"] == 1
+
+
+@story
+async def test_breakers_by_state() -> None:
+    scene = Scene(*[error(500)] * 2, config=settings(breaker=Breaker(failures=1), retry=Retry(max_retries=0)))
+    states = "breaker_state{state=%s,upstream=openai}"
+    assert samples(Metrics(), of=scene.world)[states % "closed"] == 1
+    await scene.ask()
+    seen = samples(Metrics(), of=scene.world)
+    assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, 1, None]
+    await asyncio.sleep(16)
+    seen = samples(Metrics(), of=scene.world)
+    assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, None, 1]
+
+
+async def test_errors_of_the_store(tmp_path: Path) -> None:
+    file = tmp_path / "cache.db"
+    of = world(cache=Cache(backend="sqlite", path=str(file)))
+    assert of.store is not None
+    await of.store.open()
+    try:
+        assert "store_errors_total" not in samples(Metrics(), of=of)
+        assert of.store.slower is not None
+        cast("SQLiteStore", of.store.slower)._counts["read_errors"] += 2
+        cast("SQLiteStore", of.store.slower)._writer.failures += 1
+        assert samples(Metrics(), of=of)["store_errors_total"] == 3
+    finally:
+        await of.store.close()
+
+
+@story
+async def test_how_late_the_loop_is() -> None:
+    loop, metrics, late = turned_loop(), Metrics(), 0.0
+
+    def clock() -> float:
+        return loop.time() + late
+
+    feeling = asyncio.ensure_future(metrics.feel_loop(Seams(monotonic=clock)))
+    await asyncio.sleep(1.2)
+    late = 0.3
+    await asyncio.sleep(0.9)
+    feeling.cancel()
+    seen = samples(metrics)
+    assert seen["event_loop_lag_seconds_count"] == 4
+    assert seen["event_loop_lag_seconds_bucket{le=0.25}"] == 3
+    assert seen["event_loop_lag_seconds_sum"] == pytest.approx(0.3)
+
+
 # Labels.
 
 
@@ -153,6 +307,16 @@ def test_labels_stay_few_whatever_models_are_asked_for() -> None:
     assert seen["requests_total{cache=miss,endpoint=chat,model=other,status=2xx}"] == 5000 - (MAX_MODELS - 1)
     assert len(metrics._kinds) <= 10 * MAX_MODELS
     assert len(metrics._hits) <= 10 * MAX_MODELS
+
+
+def test_long_names_are_not_held() -> None:
+    """20 KB of name, ten thousand times, would be 200 MB."""
+    metrics = Metrics()
+    for n in range(50):
+        metrics.observe(receipt(model=f"{n}" + "x" * 20_000))
+        metrics.hit(entry(model=f"{n}" + "x" * 20_000))
+    assert (len(metrics._kinds), len(metrics._hits), len(metrics._models)) == (0, 0, 0)
+    assert len(metrics.render(world(), 0)) < 20_000
 
 
 async def test_labels_stay_few_whatever_routes_are_asked_for() -> None:
@@ -189,6 +353,9 @@ def test_the_line_says_what_is_known_and_nothing_else(caplog: pytest.LogCaptureF
     [record] = caplog.records
     assert (record.levelname, record.getMessage()) == ("INFO", "chat gpt-4o -> 200")
     assert record.__dict__["fields"] == {
+        "endpoint": "chat",
+        "model": "gpt-4o",
+        "status": 200,
         "id": "id-1",
         "cache": "miss",
         "reason": "new",

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import random
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from proxy.limiters import redis as module
 from proxy.limiters.redis import RedisLimiter
 from proxy.limiters.redis_names import SLOTS
 from proxy.limiters.redis_share import SharedAllowance, SharedReservation, part
+from proxy.limiters.redis_silence import HUNG
 from tests.core.test_limits import OF_TOKENS, SECONDS
 from tests.stores.kit import Valkey, redis_url, valkey
 
@@ -412,42 +414,153 @@ async def test_while_redis_is_lost_each_holds_its_share_and_nobody_comes_back_wi
             assert await drained(group, range(4)) == 100
 
 
+@pytest.mark.parametrize("beat", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_loss_admits_no_more_than_was_free_whoever_asked_last(beat: bool, first: int) -> None:
+    with own_server() as server:
+        async with proxies(server.url, Limits(rpm=60)) as group:
+            await group.beat()
+            for n in (first, 1 - first):  # so the first one's last answer is about itself alone
+                for _ in range(20):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            if beat:
+                group.now += 1
+                await group.beat()
+                assert [each._known["rpm"] for each in group.allowances] == [40, 40]
+            server.kill()
+            group.now += 1
+            admitted = await drained(group, range(2))
+            group.now += 10
+            admitted += await drained(group, range(2))
+            assert admitted == 20
+
+
+async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> None:
+    with own_server() as server:
+        server.kill()
+        async with proxies(server.url, Limits(rpm=100)) as group:
+            for n in range(2):
+                for _ in range(30):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            server.start()
+            for limiter in group.limiters:
+                await eventually_up(limiter)
+            for _ in range(2):
+                await group.beat()
+                await group.settled()
+            group.now += module.GRACE + 0.1
+            await group.beat()
+            assert all(limiter.sound for limiter in group.limiters)
+            assert await drained(group, range(2)) == 40, "what each admitted by itself is counted"
+
+
+async def test_who_starts_while_redis_is_late_waits_for_it() -> None:
+    with own_server() as server:
+        limiter = RedisLimiter(server.url, "t", "p0", asyncio.get_running_loop().time)
+        allowance = cast(SharedAllowance, limiter.allowance(WHERE, Limits(rpm=1000), 1.0))
+        server.signal(signal.SIGSTOP)
+        await limiter.open(lambda *_: None)
+        assert limiter.sound
+        answer = asyncio.create_task(asked(limiter, allowance, key=""))
+        await asyncio.sleep(0.3)
+        assert not answer.done()
+        server.signal(signal.SIGCONT)
+        assert await answer is False, "now it knows which Redis it is"
+        assert await asked(limiter, allowance) is True
+        assert limiter.sound
+        await limiter.close()
+
+
 async def eventually_up(limiter: RedisLimiter) -> None:
     async with asyncio.timeout(20):
         while not limiter.link.up:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
-async def test_a_server_that_hangs_costs_a_decision_a_tenth_of_a_second_and_then_nothing() -> None:
-    import signal
-
+@asynccontextmanager
+async def alone(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Valkey, RedisLimiter, SharedAllowance]]:
+    """One limiter with a server of its own, long enough there to lose it; a call waits a tenth of a second."""
+    monkeypatch.setattr(module, "DEADLINE", 0.1)
     with own_server() as server:
-        limiter = RedisLimiter(server.url, "t", "p0", asyncio.get_running_loop().time)
+        limiter = RedisLimiter(server.url, "t", "p0", asyncio.get_running_loop().time, deadline=0.1)
         await limiter.open(lambda *_: None)
-        allowance = limiter.allowance(WHERE, Limits(rpm=1000), 1.0)
-        loop = asyncio.get_running_loop()
-
-        async def ask() -> float:
-            began = loop.time()
-            for _ in range(2):
-                reservation = allowance.reserve(1, loop.time())
-                assert isinstance(reservation, Reservation)
-                if await limiter.confirm(reservation):
-                    break
-            else:
-                raise AssertionError
-            return loop.time() - began
-
-        await ask()
-        limiter._settled_at = 0.0
-        server.signal(signal.SIGSTOP)
+        limiter._silence.settled_at = 0.0
         try:
-            assert await ask() < 1.0  # half a second of patience, each try 90 ms
-            assert not limiter.sound
-            assert await ask() < 0.05
+            yield server, limiter, cast(SharedAllowance, limiter.allowance(WHERE, Limits(rpm=1000), 1.0))
         finally:
             server.signal(signal.SIGCONT)
-        await limiter.close()
+            await limiter.close()
+
+
+async def asked(limiter: RedisLimiter, allowance: SharedAllowance, key: str = "k1") -> bool | None:
+    """None where the allowance already says wait."""
+    reservation = allowance.reserve(1, asyncio.get_running_loop().time())
+    if not isinstance(reservation, Reservation):
+        return None
+    return await limiter.confirm(reservation, key, "m")
+
+
+async def test_a_late_answer_means_waiting_and_only_lasting_silence_going_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with alone(monkeypatch) as (server, limiter, allowance):
+        assert await asked(limiter, allowance) is True
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        server.signal(signal.SIGSTOP)
+        assert await asked(limiter, allowance) is False, "it waits in the gate"
+        assert limiter.sound
+        assert await asked(limiter, allowance) is None
+        assert await limiter.confirm(None, "k1", "m"), "without a limit there is nothing to wait for"
+        server.signal(signal.SIGCONT)
+        async with asyncio.timeout(10):
+            while not await asked(limiter, allowance):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert limiter.sound
+        server.signal(signal.SIGSTOP)
+        silent = loop.time()
+        async with asyncio.timeout(20):
+            while not await asked(limiter, allowance):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert not limiter.sound
+        assert loop.time() - silent >= HUNG
+        began = loop.time()
+        assert await asked(limiter, allowance) is True
+        assert loop.time() - began < 0.05
+
+
+async def test_what_waits_in_no_gate_waits_for_the_answer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with alone(monkeypatch) as (server, limiter, allowance):
+        server.signal(signal.SIGSTOP)
+        answer = asyncio.create_task(asked(limiter, allowance, key=""))
+        await asyncio.sleep(0.5)
+        assert not answer.done()
+        server.signal(signal.SIGCONT)
+        assert await answer is True
+        assert limiter.sound
+
+
+async def test_a_settlement_that_was_done_late_gives_nothing_back_twice(url: str) -> None:
+    async with proxies(url, Limits(tpm=1000), 2) as group:
+        first, second = await group.ask(0, 400), await group.ask(0, 600)
+        assert isinstance(first, SharedReservation)
+        assert isinstance(second, SharedReservation)
+        limiter, send = group.limiters[0], group.limiters[0]._send
+
+        async def late(batch: Any) -> None:
+            await send(batch)
+            raise TimeoutError
+
+        limiter._send = late  # type: ignore[method-assign]
+        first.settle(100)
+        assert limiter._flushing is not None
+        await asyncio.wait({limiter._flushing})
+        limiter._send = send  # type: ignore[method-assign]
+        await group.settled()
+        group.now += RECHECK
+        assert isinstance(await group.ask(1, 301), Wait)
+        group.now += RECHECK
+        assert isinstance(await group.ask(1, 300), SharedReservation)
 
 
 async def test_what_is_cancelled_on_its_way_is_taken_back(url: str) -> None:

@@ -397,11 +397,11 @@ class TestBounds:
         assert int(server.say("INFO", "clients").split(b"connected_clients:")[1].split(b"\r")[0]) <= 3
 
     async def test_waiting_for_a_turn_is_bounded_and_blames_nobody(self, opened: Open, server: Valkey) -> None:
-        async with between(server, lambda: 0.03) as port:
-            store = await opened(url=f"redis://127.0.0.1:{port}?max_connections=2")
+        async with between(server, lambda: 0.15) as port:  # so that a busy machine does not make it late
+            store = await opened(url=f"redis://127.0.0.1:{port}?max_connections=2", deadline=0.5)
             await written(store, "k")
             results = await asyncio.gather(*(timed(store.get("k", "json", NOW)) for _ in range(50)))
-            assert max(seconds for _, seconds in results) < 0.4
+            assert max(seconds for _, seconds in results) < 2.0  # not the 3.75 s that all of them take
             assert 0 < sum(found is not None for found, _ in results) < 50
             assert store.up
             await store.close()

@@ -66,6 +66,10 @@ class Slower:
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
         return Page([], "")
 
+    @property
+    def errors(self) -> int:
+        return 3
+
     async def stats(self) -> dict[str, int | str]:
         return {"entries": len(self.entries), "state": self.state}
 
