@@ -26,11 +26,7 @@ from .core.fallback import asking, fallbacks_for
 from .core.headers import upstream_headers
 from .core.keyring import Held, Lease, NoKey, Wish
 from .core.limits import Wait
-from .core.outcome import (
-    Class,
-    TransportFailure,
-    ailment,
-)
+from .core.outcome import Class, TransportFailure, ailment
 from .core.ports import Trip, WayUp
 from .core.pricing import Cost
 from .core.usage import Usage
@@ -327,9 +323,7 @@ class Exchange:
     def settle(
         self, call: Call, lease: Lease, tokens: int | None, went_up: bool = True, cost: Cost | None = None
     ) -> None:
-        """Ends a lease: with the tokens used and their cost, None where that is unknown; or as if it had never been
-        (contract 7, Client gone).
-        """
+        """Ends a lease: with tokens used and cost (None: unknown), or as if it had never been (contract 7, Client gone)."""
         if lease.stake is not None:
             lease.stake.settle(cost.usd if cost is not None else None, self._world.seams.wall())
         if lease.hold is not None:

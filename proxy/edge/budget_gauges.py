@@ -21,7 +21,7 @@ def budget_gauges(budgets: Budgets | None) -> Iterator[Metric]:
     warned = GaugeMetricFamily("openai_proxy_budget_warning", about, labels=_LABELS)
     if budgets is not None:
         wall = budgets.wall()
-        for account, pot in [(account, pot) for account in budgets.accounts for pot in account.at(wall)]:
+        for account, pot in ((one, pot) for one in budgets.accounts for pot in one.at(wall)):
             labels = account.name, pot.kind
             limit.add_metric(labels, float(pot.limit))
             spent.add_metric(labels, float(pot.spent))
