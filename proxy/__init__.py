@@ -32,6 +32,7 @@ Rooms, and what goes where
 - `ledger/`: what each request was and cost, in a SQLite file: a list on the loop, one thread that writes, reports that
   read beside it. `core/records.py` and `core/reporting.py` say what is written and what it adds up to.
 - `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
+- `workers/`: several processes on one port: the parent that keeps them, what they have in common, the wire between.
 - `app.py`: the composition root, the only file that knows everybody. `seams.py`: the only clock.
   `cli/`: one file a command.
 

@@ -9,25 +9,24 @@ import asyncio
 import gc
 import logging
 import os
+import pickle
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
-from aiohttp.web import BaseRequest, Server, ServerRunner, SockSite, UnixSite
+from aiohttp.web import BaseRequest, Server, ServerRunner
 
-from . import __version__
 from .cassettes import Unusable, open_cassette
 from .config import Loaded, Settings
 from .config.urls import parse_url
 from .core.errors import Refusal
+from .core.headers import Masker
 from .core.receipt import Receipt
-from .edge import logs
+from .edge import listening, logs
 from .edge.downstream import Downstream
 from .edge.entra import EntraTokens, default_identity
 from .edge.gatekeeper import Gatekeeper
@@ -39,11 +38,17 @@ from .edge.tracing import Tracing, tracing_from
 from .edge.traffic import Traffic
 from .edge.upstream import Outlet, Upstreams
 from .edge.wire import Dates, refused
+from .greeting import start_up_text
 from .journey import Journey
 from .ledger import Ledger
 from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
-from .world import World, compile_world, kept_past_end
+from .workers.channel import Lost
+from .workers.commons import pack
+from .workers.limiter import SeatLimiter
+from .workers.parent import lead
+from .workers.seat import Seat, SeatObjects, SeatRuns
+from .world import Commons, World, compile_world, kept_past_end
 
 log = logging.getLogger("proxy")
 
@@ -54,7 +59,10 @@ SWEEP: float = 60.0
 class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
-    def __init__(self, settings: Settings, seams: Seams = REAL, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self, settings: Settings, seams: Seams = REAL, tracing: Tracing | None = None, seat: Seat | None = None
+    ) -> None:
+        self._seat = seat
         self.metrics = Metrics()
         self.traffic = Traffic(started=seams.wall())
         ledger = settings.ledger
@@ -65,13 +73,13 @@ class App:
         self._traced_way_up = self.way_up if tracing is None else tracing.way_up(self.way_up)
         self._dates = Dates(seams.wall)
         self._renewals: list[asyncio.Task[None]] = []
-        self._furnish(compile_world(settings, seams))
+        self._furnish(compile_world(settings, seams, commons=_commons(seat, seams)))
 
     def _furnish(self, world: World) -> None:
         """Everything that stands in this world. What is in flight keeps the rooms it is in."""
         self.world = world
         gatekeeper = Gatekeeper(world.settings)
-        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger)
+        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
         self.journey = Journey(world, self._traced_way_up, self._observe)
         self.downstream = Downstream(
             world,
@@ -96,6 +104,13 @@ class App:
         logs.configure(settings.log.level, settings.log.format, world.masker)
         self.start_tokens()
         return [f"{name} takes effect at the next start" for name in fixed]
+
+    def told(self, loaded: Loaded) -> None:
+        """As `use`, by the parent, which has said already what is to be said."""
+        try:
+            self.use(loaded)
+        except OSError as error:
+            log.error("reload: a worker cannot use the new settings, the old ones stay: %s", error)
 
     def start_tokens(self) -> list[EntraTokens]:
         """Has the Entra ID tokens of this world renewed, and no longer those of the one before."""
@@ -172,29 +187,96 @@ async def serve(
     SettingsError; extra_lines: told the base URL, more start-up text.
     """
     settings = loaded.settings
-    app = App(settings, tracing=tracing_from(os.environ))
+    try:
+        listeners = listening.listen(settings.server)
+    except OSError as error:
+        print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+    def say(lines: list[str]) -> None:
+        more = extra_lines(listeners.address) if extra_lines is not None else []
+        print("\n".join([*lines, *more]), file=sys.stderr, flush=True)
+
+    try:
+        if settings.server.workers > 1:
+            logs.configure(settings.log.level, settings.log.format, Masker(()))
+            return await lead(loaded, read, listeners, REAL, say)
+        return await _alone(loaded, read, listeners, say)
+    finally:
+        listeners.close()
+        listeners.remove()
+
+
+async def _alone(
+    loaded: Loaded, read: Callable[[], Loaded], listeners: listening.Listeners, say: Callable[[list[str]], None]
+) -> int:
+    """All of the proxy in this process."""
+    app = App(loaded.settings, tracing=tracing_from(os.environ))
+    reloader = Reloader(loaded, read, app.use, app.world.seams)
+    stop, now = _on_signals(reloader.ask)
+    reloading: list[asyncio.Task[None]] = []
+
+    def begun(lines: list[str]) -> None:
+        say(lines)
+        reloading.append(spawn(reloader.run(), "reload"))
+
+    try:
+        return await _run(app, loaded, listeners, begun, stop, now, shared=False)
+    finally:
+        for task in reloading:
+            task.cancel()
+
+
+async def work(fd: int) -> int:
+    """One of several workers, whose parent is at the other end of `fd`; the exit status."""
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)  # the parent's: it tells us
+    try:
+        seat, orders = await Seat.take(fd)
+    except Lost:
+        return 1
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
+    sockets = [socket.socket(fileno=one) for one in orders.listeners]
+    listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
+    app = App(orders.loaded.settings, tracing=tracing_from(os.environ), seat=seat)
+    if isinstance(app.world.limiter, SeatLimiter):
+        app.world.limiter.room = lambda: app.world.gate.notify()
+    seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
+
+    def say(lines: list[str]) -> None:
+        seat.channel.note("ready", pack(lines))
+
+    try:
+        return await _run(app, orders.loaded, listeners, say, seat.stop, seat.now, shared=True)
+    finally:
+        listeners.close()
+        seat.channel.note("counted", pack(app.ops.counts()))
+        await seat.channel.flush()
+        seat.channel.close()
+
+
+async def _run(
+    app: App,
+    loaded: Loaded,
+    listeners: listening.Listeners,
+    say: Callable[[list[str]], None],
+    stop: asyncio.Event,
+    now: asyncio.Event,
+    shared: bool,
+) -> int:
+    """Serves until told to stop; the exit status. shared: others take connections from the same listeners."""
+    settings = loaded.settings
     try:
         recorded = open_cassette(app.world.store, settings.cache.cassette)
     except Unusable as error:
         print(error, file=sys.stderr)
         return 2
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
-    runner = ServerRunner(ListeningServer(app.handle), handle_signals=False, shutdown_timeout=0.1)
-    ops_runner = ServerRunner(ListeningServer(app.handle_ops), handle_signals=False, shutdown_timeout=0.1)
-    await runner.setup()
-    await ops_runner.setup()
-    await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
-    reloader = Reloader(loaded, read, app.use, app.world.seams)
-    stop, now = _on_signals(reloader.ask)
+    servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
+    runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
     background: list[asyncio.Task[None]] = []
+    app.traffic.address = listeners.address
     try:
-        try:
-            address = await _listen(settings, runner)
-            ops_address = await _listen_ops(settings, ops_runner)
-        except OSError as error:
-            print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
-            return 1
-        app.traffic.address = address
         if app.world.store is not None:
             await app.world.store.open()
         if app.world.limiter is not None:
@@ -202,13 +284,14 @@ async def serve(
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
         await app.world.runs.open()
         await app.world.objects.open()
-        lines = start_up_text(loaded, app.world, address, ops_address, recorded)
-        if extra_lines is not None:
-            lines += extra_lines(address)
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
+        for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
+            await one.setup()
+            await listening.serve_on(one, listener, shared)
         app.ledger.open()
-        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep"), spawn(reloader.run(), "reload")]
+        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
         background.append(spawn(app.metrics.feel_loop(app.world.seams), "event loop lag"))
+        say(start_up_text(loaded, listeners.address, listeners.ops_address, recorded))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -217,7 +300,7 @@ async def serve(
     finally:
         for task in background:
             task.cancel()
-        await _close(app, runner, ops_runner, settings)
+        await _close(app, runner, ops_runner)
 
 
 def _on_signals(reload: Callable[[], None]) -> tuple[asyncio.Event, asyncio.Event]:
@@ -250,7 +333,7 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
     await app.drain(runner.server, now)
 
 
-async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, settings: Settings) -> None:
+async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> None:
     for one in (runner, ops_runner):
         await one.cleanup()
     await app.journey.refresher.close()
@@ -265,75 +348,13 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner, setti
     await app.world.objects.close()
     if app.tracing is not None:
         await app.tracing.close()
-    _remove_socket(settings.server.socket)
 
 
-async def _listen(settings: Settings, runner: ServerRunner) -> str:
-    """Opens the main listener; the base address it answers at. Raises OSError."""
-    server = settings.server
-    if server.socket is not None:
-        path = _free_socket(server.socket)
-        mask = os.umask(0o177)  # mode 0600 from the first moment on
-        try:
-            await UnixSite(runner, path).start()
-        finally:
-            os.umask(mask)
-        return f"unix:{path}"
-    listener = _bind(server.host, server.port)
-    await SockSite(runner, listener, backlog=1024).start()
-    return _url(server.host, listener.getsockname()[1])
-
-
-async def _listen_ops(settings: Settings, runner: ServerRunner) -> str | None:
-    if settings.server.ops is None:
+def _commons(seat: Seat | None, seams: Seams) -> Commons | None:
+    """What a worker has in common with the others."""
+    if seat is None:
         return None
-    host, port = settings.server.ops
-    listener = _bind(host, port)
-    await SockSite(runner, listener).start()
-    return _url(host, listener.getsockname()[1])
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
-    listener.setblocking(False)
-    return listener
-
-
-def _free_socket(path: str) -> str:
-    """`path` made free where a process that is gone left its socket behind."""
-    path = os.path.expanduser(path)
-    with suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
-            os.unlink(path)
-    return path
-
-
-def _remove_socket(path: str | None) -> None:
-    if path is not None:
-        with suppress(OSError):
-            os.unlink(os.path.expanduser(path))
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return Commons(SeatLimiter(seat, seams.monotonic), SeatRuns(seat), SeatObjects(seat))
 
 
 def outlets(settings: Settings) -> dict[str, Outlet]:
@@ -343,55 +364,3 @@ def outlets(settings: Settings) -> dict[str, Outlet]:
         for spec in settings.upstreams
         if spec.proxy or spec.ca_file
     }
-
-
-def start_up_text(loaded: Loaded, world: World, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
-    """What a person wants to know at start (contract 1). recorded: answers in the cassette."""
-    settings = loaded.settings
-    count = sum(len(upstream.keys) or upstream.entra_id for upstream in settings.upstreams)
-    keys = str(count) if count else "none (pass-through)"
-    if world.replays:
-        keys = "none needed (replay: nothing is sent upstream)"
-    lines = [
-        f"openai-proxy {__version__}",
-        f"listening on {address}",
-        *([f"probes and metrics on {ops_address}"] if ops_address else []),
-        f"config file: {loaded.file or 'none'}",
-        *(
-            f"upstream {upstream.name}: {upstream.kind} {upstream.base_url}"
-            + (f" (priority {upstream.priority})" if upstream.priority else "")
-            for upstream in settings.upstreams
-        ),
-        f"keys: {keys}",
-        *([] if world.replays and settings.cache.cassette else [_cache_line(settings)]),
-        *_mode_lines(settings, recorded),
-        f"ledger: {os.path.expanduser(settings.ledger.path) if settings.ledger.enabled else 'off'}",
-    ]
-    if not address.startswith("unix:"):
-        lines.append(f"clients: OPENAI_BASE_URL={address}/v1")
-    return lines + [f"warning: {warning}" for warning in loaded.warnings]
-
-
-def _mode_lines(settings: Settings, recorded: int) -> list[str]:
-    mode, cassette = settings.cache.mode, settings.cache.cassette
-    lines = []
-    if mode != "normal":
-        lines.append(f"mode: {mode}" + (" (every answer is bought anew)" if mode == "refresh" else ""))
-    if cassette is not None:
-        verb = "replaying from" if mode == "replay" else "recording into"
-        lines.append(f"cassette: {verb} {cassette} ({recorded} answers there)")
-    return lines
-
-
-def _cache_line(settings: Settings) -> str:
-    cache = settings.cache
-    size = f"{cache.memory_size // (1024 * 1024)} MiB"
-    match cache.backend:
-        case "off":
-            return "cache: off"
-        case "sqlite":
-            return f"cache: sqlite {os.path.expanduser(cache.path)}, {size} of it in memory"
-        case "redis":
-            return f"cache: redis {urlsplit(settings.redis.url.reveal()).hostname if settings.redis.url else ''}"
-        case _:
-            return f"cache: memory ({size}); answers do not survive a restart, --cache sqlite keeps them"

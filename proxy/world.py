@@ -31,6 +31,7 @@ from .limiters import RECHECK, Limiter
 from .objects import Objects, Shared
 from .providers import DIALECTS, Dialect, Site
 from .runs import RunBook
+from .runs import Shared as SharedRuns
 from .seams import Seams
 from .selection import STRATEGIES
 from .stores import BACKENDS, Place
@@ -54,6 +55,15 @@ class Upstream:
 
     def identity(self, model: str) -> str:
         return self.cache_as or self.dialect.identity(self.site, model)
+
+
+@dataclass(frozen=True, slots=True)
+class Commons:
+    """What one of several workers has in common with the others, where no Redis is configured for it."""
+
+    limiter: Limiter
+    runs: SharedRuns
+    objects: Shared
 
 
 @dataclass(slots=True)
@@ -154,11 +164,11 @@ class World:
         return seconds
 
 
-def compile_world(settings: Settings, seams: Seams, old: World | None = None) -> World:
+def compile_world(settings: Settings, seams: Seams, old: World | None = None, commons: Commons | None = None) -> World:
     """The machinery for `settings`. Reads no file and opens nothing.
 
     old: the world it takes the place of, from which it has the store, the waiting room, the receipts, what is known
-    of keys that stay, and what counts against limits.
+    of keys that stay, and what counts against limits. commons: where there is no old one, of one of several workers.
     """
     upstreams, keys, secrets = [], [], []
     credentials: dict[str, tuple[tuple[str, str], ...]] = {}
@@ -186,7 +196,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
             limits = settings.limits_of(spec) if settings.throttle.tier else {}
             keys.append(PoolKey(label, index, spec.models, spec.priority, limits=limits))
     retry = settings.retry
-    limiter = _limiter(settings, seams) if old is None else old.limiter
+    limiter = _limiter(settings, seams, commons) if old is None else old.limiter
     make = limiter.allowance if limiter is not None else None
     ring = KeyRing(
         keys,
@@ -220,10 +230,10 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
         policy=Policy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         gate=gate,
         store=store,
-        objects=Objects(seams.wall, _shared_objects(settings, len(keys))) if old is None else old.objects,
+        objects=Objects(seams.wall, _shared_objects(settings, len(keys), commons)) if old is None else old.objects,
         masker=Masker(secrets),
         passthrough=settings.passthrough,
-        runs=_runs(settings, seams, store) if old is None else old.runs,
+        runs=_runs(settings, seams, store, commons) if old is None else old.runs,
         budgets=budgets,
         leases=_leases(settings, store) if old is None else old.leases,
         clients=clients,
@@ -235,10 +245,10 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None) ->
     )
 
 
-def _limiter(settings: Settings, seams: Seams) -> Limiter | None:
-    """Where limits are counted for several proxies; None: here, in memory."""
+def _limiter(settings: Settings, seams: Seams, commons: Commons | None) -> Limiter | None:
+    """Where limits are counted for several processes; None: here, in memory."""
     if settings.throttle.backend != "redis" or settings.redis.url is None:
-        return None
+        return commons.limiter if commons is not None else None
     from .limiters.redis import RedisLimiter
 
     return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
@@ -295,19 +305,19 @@ def _leases(settings: Settings, store: TieredStore | None) -> Leases | None:
     return RedisLeases(store.slower.link, settings.redis.prefix, DEADLINE)
 
 
-def _shared_objects(settings: Settings, keys: int) -> Shared | None:
+def _shared_objects(settings: Settings, keys: int, commons: Commons | None) -> Shared | None:
     """Redis, where something else of ours is in it already and there is more than one key to choose from."""
     if keys < 2 or settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
-        return None
+        return commons.objects if commons is not None else None
     from .stores.redis_objects import RedisObjects
 
     return RedisObjects(settings.redis.url.reveal(), settings.redis.prefix)
 
 
-def _runs(settings: Settings, seams: Seams, store: TieredStore | None) -> RunBook:
+def _runs(settings: Settings, seams: Seams, store: TieredStore | None, commons: Commons | None) -> RunBook:
     """Named runs, shared where a Redis is configured; over the cache's link where it has one."""
     if settings.redis.url is None or "redis" not in (settings.cache.backend, settings.throttle.backend):
-        return RunBook(seams)
+        return RunBook(seams, commons.runs if commons is not None else None)
     from .stores.redis import DEADLINE, RedisStore
     from .stores.redis_link import Link
     from .stores.redis_runs import RedisRuns

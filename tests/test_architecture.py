@@ -186,6 +186,7 @@ STORY = rest(
     "proxy.simulator",
     "proxy.config",
     "proxy.__main__",
+    "proxy.workers",
     "proxy.ledger",
     *(f"proxy.stores.{name}" for name in DRIVERS),
     *LIMITERS,
@@ -241,7 +242,14 @@ def test_one_room_reads_clocks_and_rolls_dice() -> None:
 
 def test_http_is_spoken_at_the_edges() -> None:
     drivers = ["proxy.ledger", *(f"proxy.stores.{name}" for name in DRIVERS), *LIMITERS]
-    assert offences(rest("proxy.app", "proxy.edge", "proxy.simulator", "proxy.cli", *drivers), HTTP_AND_STORES) == []
+    others = rest("proxy.app", "proxy.edge", "proxy.simulator", "proxy.cli", "proxy.workers", *drivers)
+    assert offences(others, HTTP_AND_STORES) == []
+    assert offences(rooms("proxy.workers"), HTTP_AND_STORES - {"socket"}) == []  # a pair of them is their wire
+
+
+def test_the_workers_are_known_to_the_root_and_the_edges() -> None:
+    assert offences(rest("proxy.workers", "proxy.app", "proxy.edge"), ["proxy.workers"]) == []
+    assert offences(rooms("proxy.workers"), ["proxy.app", "proxy.edge", "proxy.cli", "proxy.journey"]) == []
 
 
 def test_no_module_leads_back_to_itself() -> None:

@@ -10,6 +10,4 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
-    "server.workers": (),
-}
+NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {}

@@ -22,6 +22,7 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_redis(settings, reading)
     _check_mode(settings, reading)
     _check_budgets(settings, reading)
+    _warn_workers(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
@@ -41,12 +42,35 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
 
 
 def _check_budgets(settings: Settings, reading: Reading) -> None:
-    budget = settings.cost.budget
+    """Says what a budget does not know."""
+    budget, shared = settings.cost.budget, settings.throttle.backend == "redis"
     limited = budget.usd_per_day is not None or budget.usd_per_month is not None
     if not limited and all(client.usd_per_day is None for client in settings.server.client_keys):
         return
-    if not settings.ledger.enabled and settings.throttle.backend != "redis" and reading.sound("ledger.enabled"):
-        reading.warn("budgets without a ledger count from the start of the proxy: a restart forgets what was spent")
+    if settings.ledger.enabled or shared or not reading.sound("ledger.enabled", "server.workers", "throttle.backend"):
+        return
+    reading.warn("budgets without a ledger count from the start of the proxy: a restart forgets what was spent")
+    if settings.server.workers > 1:
+        workers = settings.server.workers
+        reading.warn(f"budgets without a ledger: each of the {workers} workers may spend the whole budget")
+
+
+def _warn_workers(settings: Settings, reading: Reading) -> None:
+    """Says what each of several workers has for itself."""
+    workers, cache = settings.server.workers, settings.cache
+    if workers == 1 or cache.backend == "redis" or not reading.sound("server.workers", "cache.backend"):
+        return
+    start = f"server.workers: each of the {workers} workers"
+    if cache.backend == "memory":
+        reading.warn(
+            f"{start} keeps answers of its own, up to cache.memory_size each, and buys what only another has; "
+            "cache.backend sqlite or redis is one for all"
+        )
+    if cache.coalesce and cache.backend != "off":
+        reading.warn(
+            f"{start} joins identical requests at the same time for itself: there may be as many upstream calls; "
+            "with cache.backend redis it is one"
+        )
 
 
 def _check_mode(settings: Settings, reading: Reading) -> None:

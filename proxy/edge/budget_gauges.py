@@ -26,5 +26,5 @@ def budget_gauges(budgets: Budgets | None) -> Iterator[Metric]:
             limit.add_metric(labels, float(pot.limit))
             spent.add_metric(labels, float(pot.spent))
             held.add_metric(labels, float(account.held + account.others_held))
-            warned.add_metric(labels, pot.warned)
+            warned.add_metric(labels, float(pot.warned))
     yield from (limit, spent, held, warned)

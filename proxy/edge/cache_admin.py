@@ -17,11 +17,13 @@ from ..core.errors import Refusal
 from ..core.headers import Raw
 from ..core.listing import listing
 from ..core.routes import printable
+from ..core.several import pages_joined
 from ..explaining import call_of, client_named, explained
 from ..stores import Filter, StoreError
 from ..stores.intake import take_in
 from ..stores.tiered import TieredStore
 from ..world import World
+from .siblings import Local, Siblings
 
 _TEXTS: Final = ("model", "endpoint", "namespace", "tag", "key", "prefix")
 _MOST_LISTED: Final = 1000
@@ -30,11 +32,32 @@ _MOST_LISTED: Final = 1000
 class CacheAdmin:
     """What the routes below `/_proxy/cache` do. Every method raises Refusal."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, siblings: Siblings | None = None) -> None:
         self._world = world
+        self._siblings = siblings or Siblings(None)
+
+    def for_siblings(self) -> dict[str, Local]:
+        """What other workers may ask: of our memory."""
+        return {
+            "list": lambda query: self._own_list(query.decode("utf-8", "surrogateescape")),
+            "entries": lambda key: self._read(key.decode("utf-8", "surrogateescape")),
+            "forget": self._forget,
+            "import": self._own_take,
+        }
+
+    @property
+    def _scattered(self) -> bool:
+        """Each worker has entries of its own, and only there."""
+        return self._siblings.any and self._store().slower is None
 
     async def list(self, query: str) -> dict[str, Any]:
         """A page: `after` is the `next` of the page before, "" at the end; the filters are those of a purge."""
+        page = await self._own_list(query)
+        if not self._scattered:
+            return page
+        return pages_joined([page, *await self._siblings.ask("list", query.encode("utf-8", "surrogateescape"))])
+
+    async def _own_list(self, query: str) -> dict[str, Any]:
         asked = _query(query, (*_TEXTS, "older_than", "after", "limit"))
         after = asked.pop("after", "")
         limit = asked.pop("limit", "100")
@@ -56,10 +79,10 @@ class CacheAdmin:
         for name, value in asked.items():
             if value not in ("0", "1"):
                 raise _wrong(name, "0 or 1")
-        try:
-            found = sorted(await self._store().read([(key, "json"), (key, "sse")]), key=lambda entry: entry.form)
-        except StoreError as error:
-            raise _broken(error) from None
+        found = await self._read(key)
+        if self._scattered and len(found) < 2:
+            there = {entry.form: entry for entry in [*await self._siblings.entries(key), *found]}
+            found = [there[form] for form in sorted(there)]
         if not found:
             raise Refusal("unknown_route", f"no stored answer has the key {printable(key)!r}")
         if asked.get("cassette") == "1":
@@ -69,7 +92,27 @@ class CacheAdmin:
         forms = [listing(entry, entry.size, wall) | (_body(entry) if with_body else {}) for entry in found]
         return {"key": key, "forms": forms}
 
+    async def _read(self, key: str) -> Sequence[Entry]:
+        try:
+            return sorted(await self._store().read([(key, "json"), (key, "sse")]), key=lambda entry: entry.form)
+        except StoreError as error:
+            raise _broken(error) from None
+
     async def purge(self, body: bytes) -> dict[str, Any]:
+        """Every worker's memory follows at once; what is only there is counted where it is."""
+        which, dry_run = self._purged(body)
+        try:
+            count = await self._store().purge(which, dry_run)
+        except StoreError as error:
+            raise _broken(error) from None
+        elsewhere = await self._siblings.ask("forget", body)
+        return {"purged": count + (sum(elsewhere) if self._scattered else 0), "dry_run": dry_run}
+
+    async def _forget(self, body: bytes) -> int:
+        return await self._store().forget(*self._purged(body))
+
+    def _purged(self, body: bytes) -> tuple[Filter, bool]:
+        """What shall be dropped, and whether only counted."""
         asked = _object(body)
         given = set(asked)
         flags = {name: asked.pop(name, False) for name in ("all", "dry_run")}
@@ -82,14 +125,16 @@ class CacheAdmin:
             raise Refusal("invalid_option", 'a purge needs a filter, or "all": true', param="all")
         if filters and flags["all"]:
             raise Refusal("invalid_option", '"all" goes without filters', param="all")
-        try:
-            count = await self._store().purge(which, flags["dry_run"])
-        except StoreError as error:
-            raise _broken(error) from None
-        return {"purged": count, "dry_run": flags["dry_run"]}
+        return which, flags["dry_run"]
 
     async def take(self, body: bytes) -> dict[str, Any]:
         """Entries as lines of a cassette; a bad line changes nothing."""
+        taken = await self._own_take(body)
+        if self._scattered:
+            await self._siblings.ask("import", body)
+        return taken
+
+    async def _own_take(self, body: bytes) -> dict[str, Any]:
         try:
             entries = list(read("line", body.split(b"\n")))
         except BadLine as error:

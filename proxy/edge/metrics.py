@@ -274,11 +274,11 @@ def _standing(world: World | None, in_flight: int) -> list[Metric]:
             keys.add_metric([state], count)
         for label, share in world.ring.free(now).items():
             free.add_metric([label], share)
-        sound.add_metric([], world.limiter is None or world.limiter.sound)
+        sound.add_metric([], float(world.limiter is None or world.limiter.sound))
         for upstream in world.upstreams:
             current = upstream.breaker.state(now)
             for state in STATES:
-                breaker.add_metric([upstream.site.name, state], current == state)
+                breaker.add_metric([upstream.site.name, state], float(current == state))
         if world.store is not None:
             stats = world.store.memory.stats()
             entries.add_metric([], stats["entries"])

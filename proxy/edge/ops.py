@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
@@ -13,12 +14,16 @@ from aiohttp.web import BaseRequest
 from .. import __version__
 from ..config.render import plain
 from ..core.errors import Refusal
+from ..core.receipt import Receipt
 from ..core.routes import Route, printable, unknown_route
+from ..core.several import Family, pools_joined, statuses_joined, usages_joined
 from ..ledger import Ledger
+from ..workers.seat import Seat
 from ..world import World
 from .cache_admin import CacheAdmin
 from .gatekeeper import Gatekeeper
 from .metrics import Metrics
+from .siblings import Siblings
 from .traffic import Traffic
 from .usage import usage
 from .wire import Dates, Whole, read_body, status_line
@@ -51,14 +56,21 @@ class Ops:
     """Answers `own` routes."""
 
     def __init__(
-        self, world: World, metrics: Metrics, gatekeeper: Gatekeeper, traffic: Traffic, ledger: Ledger
+        self,
+        world: World,
+        metrics: Metrics,
+        gatekeeper: Gatekeeper,
+        traffic: Traffic,
+        ledger: Ledger,
+        seat: Seat | None = None,
     ) -> None:
         self._world = world
         self._ledger = ledger
         self._metrics = metrics
         self._gatekeeper = gatekeeper
         self._dates = Dates(world.seams.wall)
-        self._cache = CacheAdmin(world)
+        self.siblings = siblings = Siblings(seat)
+        self._cache = CacheAdmin(world, siblings)
         self._pages: dict[str, Page] = {
             "/metrics": Page(self._metrics_text),
             "/_proxy/status": Page(self._status),
@@ -74,6 +86,17 @@ class Ops:
             "/_proxy/cache/explain": Page(self._explain, "POST"),
         }
         self._traffic = traffic
+        siblings.answer(
+            {
+                "receipt": self._own_receipt,
+                "counts": self._own_counts,
+                "status": self._own_status,
+                "pool": self._own_pool,
+                "reset": self._reset,
+                "totals": self._own_totals,
+                **self._cache.for_siblings(),
+            }
+        )
 
     async def handle(self, request: BaseRequest, route: Route) -> Whole:
         """One request to an `own` route of the main listener. Raises Refusal."""
@@ -106,7 +129,7 @@ class Ops:
         if path in _PROBES:
             return self._probe(request, path)
         if path == "/metrics":
-            return self._metrics_page(request)
+            return await self._metrics_page(request)
         raise unknown_route(path)
 
     def _probe(self, request: BaseRequest, path: str) -> Whole:
@@ -118,24 +141,34 @@ class Ops:
         """Every window starts afresh, those of clients too; what is at work keeps its permits. Budgets are not reset:
         money spent is spent.
         """
-        self._world.ring.reset()
-        self._world.clients.reset()
         if self._world.limiter is not None:
             self._world.limiter.reset()
-        self._world.gate.notify()
+        await self._reset()
+        await self.siblings.ask("reset")
         return self._json(visit.request, {"reset": True})
 
+    async def _reset(self, _: bytes = b"") -> None:
+        self._world.ring.reset()
+        self._world.clients.reset()
+        self._world.gate.notify()
+
     async def _metrics_text(self, visit: Visit) -> Whole:
-        return self._metrics_page(visit.request)
+        return await self._metrics_page(visit.request)
 
     async def _status(self, visit: Visit) -> Whole:
-        return self._json(visit.request, await self.status())
+        status, others = await self._own_status(), await self.siblings.ask("status")
+        if self.siblings.any:
+            store = self._world.store
+            status = statuses_joined([status, *others], store is not None and store.slower is not None)
+        return self._json(visit.request, status)
 
     async def _keys(self, visit: Visit) -> Whole:
-        return self._json(visit.request, self._pool())
+        return self._json(visit.request, pools_joined([self._pool(), *await self.siblings.ask("pool")]))
 
     async def _usage(self, visit: Visit) -> Whole:
-        return self._json(visit.request, await usage(self._ledger, visit.query, self._world.seams.wall()))
+        others = await self.siblings.ask("totals")  # first: they write down what they have not yet
+        mine = await usage(self._ledger, visit.query, self._world.seams.wall())
+        return self._json(visit.request, usages_joined(mine, others) if others else mine)
 
     async def _cached(self, visit: Visit) -> Whole:
         return self._json(visit.request, await self._cache.list(visit.query))
@@ -159,13 +192,21 @@ class Ops:
     async def _body(self, visit: Visit) -> bytes:
         return await read_body(visit.request, self._world.settings.server.max_body)
 
-    def _metrics_page(self, request: BaseRequest) -> Whole:
-        return self._answer(request, self._metrics.render(self._world, self._traffic.in_flight), _TEXT)
+    async def _metrics_page(self, request: BaseRequest) -> Whole:
+        text = self._metrics.render(self._world, self._traffic.in_flight)
+        if self.siblings.any:  # its gauges are set by now
+            text = await self.siblings.metrics(self._metrics.registry)
+        return self._answer(request, text, _TEXT)
+
+    def counts(self) -> list[Family]:
+        """This worker's metrics."""
+        self._metrics.render(self._world, self._traffic.in_flight)
+        return self.siblings.counts(self._metrics.registry)
 
     async def _receipt(self, visit: Visit) -> Whole:
         """A receipt is for operators and for the client key that made the request."""
         request, id_ = visit.request, visit.rest
-        receipt = self._world.receipts.get(id_)
+        receipt = self._world.receipts.get(id_) or await self.siblings.receipt(id_)
         if not self._gatekeeper.is_admin(request):
             client = self._gatekeeper.client(request)
             if not client.name:
@@ -181,6 +222,24 @@ class Ops:
         if report is None:
             raise Refusal("unknown_route", f"no run of this name is remembered: {printable(visit.rest)}")
         return self._json(visit.request, report)
+
+    # -- for the other workers ----------------------------------------------------------------------------------------
+
+    async def _own_receipt(self, id_: bytes) -> Receipt | None:
+        return self._world.receipts.get(id_.decode("utf-8", "surrogateescape"))
+
+    async def _own_counts(self, _: bytes) -> list[Family]:
+        return self.counts()
+
+    async def _own_totals(self, _: bytes) -> dict[str, Any]:
+        return await self._ledger.totals()
+
+    async def _own_pool(self, _: bytes) -> dict[str, Any]:
+        return self._pool()
+
+    async def _own_status(self, _: bytes = b"") -> dict[str, Any]:
+        status = await self.status()
+        return status | {"worker": self.siblings.number, "pid": os.getpid()} if self.siblings.any else status
 
     async def status(self) -> dict[str, Any]:
         """Settings in force, without secrets, and how things stand."""

@@ -119,15 +119,21 @@ class Ledger:
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
-    async def usage(self, by: Sequence[str], span: Span) -> dict[str, Any]:
-        """Totals since the start of this process, and what the file says of all that write to it."""
+    async def totals(self) -> dict[str, Any]:
+        """Since the start of this process, once they are in the file."""
         done = threading.Event()
         self.flush(done)
         await asyncio.to_thread(done.wait, 1.0)
         answer: dict[str, Any] = {"since_start": self.since_start.as_json(), "ledger": None}
+        if self.path is not None and self._writer is not None:
+            answer["ledger"] = {"path": str(self.path), **self._writer.facts()}
+        return answer
+
+    async def usage(self, by: Sequence[str], span: Span) -> dict[str, Any]:
+        """Totals since the start of this process, and what the file says of all that write to it."""
+        answer = await self.totals()
         if self.path is None or self._writer is None:
             return answer
-        answer["ledger"] = {"path": str(self.path), **self._writer.facts()}
         async with self._reading:  # one at a time: a large file takes seconds, which the event loop feels
             try:
                 rows, total = await asyncio.to_thread(reader.report, self.path, by, span)

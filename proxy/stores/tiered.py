@@ -134,6 +134,13 @@ class TieredStore:
             await self._forget(names)
         return count if self.slower is None else max(count, await self.slower.purge(which, dry_run))
 
+    async def forget(self, which: Filter, dry_run: bool = False) -> int:
+        """The same for memory alone: another process has purged what is behind it."""
+        names = self.memory.matching(which)
+        if not dry_run:
+            await self._forget(names)
+        return len(names)
+
     async def purged(self) -> list[Filter]:
         return [] if self.slower is None else await self.slower.purged()
 

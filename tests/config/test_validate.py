@@ -114,3 +114,20 @@ def test_a_replay_needs_something_to_replay(load: Load) -> None:
         ("cache: {when: never, cassette: c}", "cache.cassette: expected a cache to go with it, found when: never"),
     ):
         assert problems(load, text) == [f"settings.yaml:1: {found}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("server: {workers: 1}", []),
+        ("server: {workers: 2}", ["keeps answers of its own", "joins identical requests"]),
+        ("server: {workers: 2}\ncache: {backend: sqlite}", ["joins identical requests"]),
+        ("server: {workers: 2}\ncache: {coalesce: false}", ["keeps answers of its own"]),
+        ("server: {workers: 2}\ncache: {backend: off}", []),
+        ("server: {workers: 2}\ncache: {backend: redis}\nredis: {url: 'redis://a'}", []),
+    ],
+)
+def test_what_each_of_several_workers_has_for_itself_is_said(load: Load, text: str, said: list[str]) -> None:
+    warnings = load(text).warnings
+    assert len(warnings) == len(said)
+    assert all(part in warning for part, warning in zip(said, warnings, strict=True))

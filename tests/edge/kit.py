@@ -11,11 +11,11 @@ from typing import Any
 import orjson
 from aiohttp.web import ServerRunner, SockSite
 
-import proxy.app
 from proxy.config import Settings
 from proxy.core.receipt import Receipt
 from proxy.edge.downstream import Downstream
 from proxy.edge.gatekeeper import Gatekeeper
+from proxy.edge.listening import bind
 from proxy.edge.metrics import Metrics
 from proxy.edge.ops import Ops
 from proxy.edge.passage import Passage
@@ -182,7 +182,7 @@ async def served(handler: Callable[[Any], Awaitable[Any]]) -> AsyncIterator[int]
     """The port of a server that runs `handler` as the proxy's listeners do."""
     runner = ServerRunner(ListeningServer(handler), handle_signals=False, shutdown_timeout=0.1)
     await runner.setup()
-    listener = proxy.app._bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     await SockSite(runner, listener).start()
     try:
         yield listener.getsockname()[1]
