@@ -274,7 +274,6 @@ async def _run(
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
     servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
     runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
-    await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
     background: list[asyncio.Task[None]] = []
     app.traffic.address = listeners.address
     try:
@@ -285,6 +284,7 @@ async def _run(
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
         await app.world.runs.open()
         await app.world.objects.open()
+        await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
         for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
             await one.setup()
             await listening.serve_on(one, listener, shared)
