@@ -137,3 +137,8 @@ async def _first_event(answered: Answered) -> tuple[int, ErrorInfo] | None:
     if not held:
         raise TransportFailure("invalid", "the upstream ended its stream before the first event")
     return None
+
+
+def dislikes_stream_options(answered: Answered) -> bool:
+    """Whether an upstream refuses what we asked for on our own account."""
+    return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body

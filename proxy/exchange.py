@@ -6,16 +6,19 @@ a Refusal. Whatever happens in between, each lease is settled exactly once.
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Final
 
 import orjson
 from msgspec import structs
 
-from .answered import Answered, seen, understand
+from .answered import Answered, dislikes_stream_options, seen, understand
+from .budgets import stake_for
 from .core.affinity import HEAD, prefix_of
 from .core.attempts import Attempts, ChangeKey, Deliver, Fresh, Pause
 from .core.call import Call
+from .core.clients import Hold
 from .core.edit import set_field, want_usage
 from .core.errors import Refusal
 from .core.estimate import measure
@@ -23,12 +26,9 @@ from .core.fallback import asking, fallbacks_for
 from .core.headers import upstream_headers
 from .core.keyring import Held, Lease, NoKey, Wish
 from .core.limits import Wait
-from .core.outcome import (
-    Class,
-    TransportFailure,
-    ailment,
-)
+from .core.outcome import Class, TransportFailure, ailment
 from .core.ports import Trip, WayUp
+from .core.pricing import Cost
 from .core.usage import Usage
 from .gate import QueueFull, TimedOut
 from .horizon import Horizon
@@ -55,20 +55,22 @@ class Exchange:
         whole: the answer is all the client gets; to a part of one no other model may answer.
         """
         tokens = self._estimate(call, progress)
-        hold = await self._world.hold(call.client, tokens)
-        if hold is None:
-            return await self._with_fallbacks(call, tokens, progress, whole)
+        stake = progress.stake = await stake_for(self._world, call, progress.measure)
+        hold: Hold | None = None
         used: int | None = None
         try:
+            hold = await self._world.hold(call.client, tokens)
             answered = await self._with_fallbacks(call, tokens, progress, whole)
-            if answered.outcome is Class.OK:
-                answered.lease = structs.replace(answered.lease, hold=hold)
-                hold = None
+            if answered.outcome is Class.OK and (hold is not None or stake is not None):
+                answered.lease = structs.replace(answered.lease, hold=hold, stake=stake)
+                hold = stake = None
             used = 0
             return answered
         finally:
             if hold is not None:
                 hold.settle(used) if progress.went_up else hold.cancel()
+            if stake is not None:
+                stake.cancel()
 
     async def _with_fallbacks(self, call: Call, tokens: int, progress: Progress, whole: bool) -> Answered:
         """What the call's own model answers, or one of those that stand in for it."""
@@ -138,7 +140,7 @@ class Exchange:
                 except TransportFailure as error:
                     failure, outcome = error, error.outcome
                 fresh = False
-                if answered is not None and answered.injected and _dislikes_stream_options(answered):
+                if answered is not None and answered.injected and dislikes_stream_options(answered):
                     self._remember_dislike(upstream, call.model)
                     continue
                 now = seams.monotonic()
@@ -210,15 +212,15 @@ class Exchange:
     # -- keys ---------------------------------------------------------------------------------------------------------
 
     def _estimate(self, call: Call, progress: Progress) -> int:
-        if not (self._world.ring.counts_tokens or self._world.clients.counts_tokens):
+        world = self._world
+        if not (world.ring.counts_tokens or world.clients.counts_tokens or world.budgets.active):
             return 0
         progress.measure = measure(call.endpoint, call.document)
         return self._world.habits.estimate(call.model, progress.measure)
 
     def used(self, call: Call, progress: Progress, said: int) -> Usage:
         """What an answer has used by estimate that said so many bytes of text."""
-        asked = progress.measure or measure(call.endpoint, call.document)
-        return self._world.habits.used(call.model, asked, said)
+        return self._world.habits.used(call.model, progress.measure or measure(call.endpoint, call.document), said)
 
     def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
         """What an answer used makes the next estimate for its model better."""
@@ -293,7 +295,7 @@ class Exchange:
         """Sends once. The lease is settled here unless a good answer is returned with it. Raises TransportFailure."""
         seams = self._world.seams
         began = seams.monotonic()
-        kept = False
+        kept = charged = False
         tokens: int | None = None
         try:
             if progress.horizon.until <= began:
@@ -306,16 +308,25 @@ class Exchange:
             else:
                 tokens = 0
             return answered
+        except (TransportFailure, asyncio.CancelledError) as error:
+            charged = not isinstance(error, TransportFailure) or error.kind == "timeout"
+            raise
         finally:
             progress.upstream_ms += (seams.monotonic() - began) * 1000
             progress.went_up |= trip.connected
             if not kept:
                 self.settle(call, lease, tokens, went_up=trip.connected)
+                if charged and trip.connected and progress.stake is not None:
+                    progress.stake.assume(seams.wall())
 
-    def settle(self, call: Call, lease: Lease, tokens: int | None, went_up: bool = True) -> None:
-        """Ends a lease: with the tokens used, None where that is unknown; or as if it had never been (contract 7,
-        Client gone).
+    def settle(
+        self, call: Call, lease: Lease, tokens: int | None, went_up: bool = True, cost: Cost | None = None
+    ) -> None:
+        """Ends a lease: with the tokens used and their cost, None where that is unknown; or as if it had never been
+        (contract 7, Client gone).
         """
+        if lease.stake is not None:
+            lease.stake.settle(cost.usd if cost is not None else None, self._world.seams.wall())
         if lease.hold is not None:
             lease.hold.settle(tokens) if went_up else lease.hold.cancel()
         if lease.reservation is not None:
@@ -387,7 +398,3 @@ class Exchange:
         if len(self._no_stream_options) >= 1000:
             self._no_stream_options.clear()  # not: stop learning, for then a request would go round in circles
         self._no_stream_options.add((upstream.site.name, model))
-
-
-def _dislikes_stream_options(answered: Answered) -> bool:
-    return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body

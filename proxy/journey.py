@@ -194,7 +194,7 @@ class Journey:
             document = await self._understand(call, answered, body)
             progress.upstream_ms += (self.world.seams.monotonic() - began) * 1000
             usage, cost = self._price(call, answered, document)
-            self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None)
+            self.exchange.settle(call, answered.lease, usage.total_tokens if usage else None, cost=cost)
             self.exchange.learn(call, progress, usage)
             settled = True
             self.world.objects.note(self.world.ring, call, answered.lease.key, document)
@@ -288,7 +288,7 @@ class Journey:
             usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
             known, price_of_it = (usage, cost) if audit is not None and audit.usage is not None else (None, None)
-            self.exchange.settle(call, answered.lease, known.total_tokens if known else None)
+            self.exchange.settle(call, answered.lease, known.total_tokens if known else None, cost=cost)
             self.exchange.learn(call, progress, known)
             sale.usage, sale.cost, sale.answer_model = usage, cost, model
             stored = False

@@ -283,12 +283,22 @@ def likely_cost(world: World, call: Call, expected_output: int) -> Decimal:
     tokens = estimate_tokens(call.endpoint, call.document, expected_output)
     without = {name: value for name, value in call.document.items() if not name.startswith("max_")}  # output limits
     prompt = min(tokens, estimate_tokens(call.endpoint, without))
-    usage = Usage(prompt, tokens - prompt, tokens)
+    return dearest(world, call, Usage(prompt, tokens - prompt, tokens)) or _ZERO
+
+
+def dearest(world: World, call: Call, usage: Usage) -> Decimal | None:
+    """USD of `usage` at the dearest of the upstreams and service tiers that may serve the call; None: no price known.
+
+    Of tiers: the one asked for, where it has a price, and the default one, which it may be served by instead.
+    """
     serving = {key.upstream for group in world.ring.serving(call.model) for key in group}
+    tiers = {None, tier} if isinstance(tier := call.document.get("service_tier"), str) else {None}
     costs = [
-        world.upstreams[index].prices.cost(world.upstreams[index].site.kind, (call.model,), usage) for index in serving
+        world.upstreams[index].prices.cost(world.upstreams[index].site.kind, (call.model,), usage, tier)
+        for index in serving
+        for tier in tiers
     ]
-    return max([cost.usd for cost in costs if cost is not None], default=_ZERO)
+    return max([cost.usd for cost in costs if cost is not None], default=None)
 
 
 def _is_retry(call: Call) -> bool:

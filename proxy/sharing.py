@@ -43,9 +43,11 @@ _AGAIN: Final = frozenset(
         "throttled",
         "queue_full",
         "keys_cooling",
+        "client_limit",
+        "budget_exceeded",
     }
 )
-"""Refusals that another request, with its own patience and retries, may be spared."""
+"""Refusals that another request, with its own patience, retries and client, may be spared."""
 
 _JSON: Final = "json"
 _SSE: Final = "sse"

@@ -29,7 +29,7 @@ from .core.pricing import Cost, usd
 from .core.routes import printable
 from .core.usage import Usage
 from .stores import Filter, StoreError
-from .world import World
+from .world import World, kept_past_end
 
 LARGE: Final = 256 * 1024
 """Stored answers above this are converted in a thread (bytes)."""
@@ -213,10 +213,19 @@ class Shelf:
             return float(call.options.stale_if_error)
         return self._world.settings.cache.stale_if_error if plan.read else 0.0
 
-    async def stand_in(self, call: Call, plan: CachePlan, why: str, attempts: int) -> Hit | None:
-        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be."""
+    def patience_with_budgets(self, plan: CachePlan) -> float:
+        """The same where a budget is used up: as long as answers are kept, where only the cache is to serve then."""
+        world = self._world
+        if world.store is None or not (plan.key and plan.read and world.budgets.active and world.budgets.cache_only):
+            return 0.0
+        return kept_past_end(world.settings.cache)
+
+    async def stand_in(self, call: Call, plan: CachePlan, why: str, attempts: int, patience: float = 0.0) -> Hit | None:
+        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be, or
+        `patience` seconds past its lifetime.
+        """
         wall = self._world.seams.wall()
-        store, seconds = self._world.store, self.patience_with_errors(call, plan)
+        store, seconds = self._world.store, max(self.patience_with_errors(call, plan), patience)
         if store is None or seconds <= 0:
             return None
         form: Form = "sse" if call.stream else "json"

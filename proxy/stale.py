@@ -5,6 +5,7 @@
   own fault is told to its sender, and so is what our own limits refuse (`throttled`, `queue_full`): those say when to
   come back, and are no failure of the upstream. (As nginx has it: `proxy_cache_use_stale` knows errors, timeouts, 5xx
   and 429 of the upstream, but nothing of `limit_req`.)
+- `cost.budget.on_exceeded: cache_only`: what a budget has no room for is served as old as it is still kept.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class StandIns(Generic[A]):
 
     async def buy(self, call: Call, plan: CachePlan) -> A | Hit:
         """The answer from upstream, or the stale one in its place. Raises Refusal."""
-        if self._shelf.patience_with_errors(call, plan) <= 0:
+        if self._shelf.patience_with_errors(call, plan) <= 0 and not self._shelf.patience_with_budgets(plan):
             return await self._buy(call, plan)
         self._held[call.id] = None
         try:
@@ -81,9 +82,10 @@ class StandIns(Generic[A]):
             failed = self._held[call.id]
             if failed is not None and failed.error:
                 why = failed.error
-            if why and may_be_stood_in_for(status, why):
+            spent = why == "budget_exceeded" and self._shelf.patience_with_budgets(plan)
+            if why and (spent or may_be_stood_in_for(status, why)):
                 attempts = failed.attempts if failed is not None else 0
-                hit = await self._shelf.stand_in(call, plan, why, attempts)
+                hit = await self._shelf.stand_in(call, plan, why, attempts, spent or 0.0)
                 if hit is not None:
                     self._held[call.id] = None
                     self.served(call, hit, failed)

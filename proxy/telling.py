@@ -52,7 +52,7 @@ class Teller:
         return (
             f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
             f"Cache-Status: {forward_status(plan.forward, detail, stored, plan.collapsed)}\r\n{key}"
-            f"{world.clients.line(call.client, world.seams.monotonic())}"
+            f"{world.clients.line(call.client, world.seams.monotonic(), world.budgets.told(call.client))}"
             f"{progress.went()}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
         )
 
@@ -128,5 +128,6 @@ class Teller:
     def finish(self, receipt: Receipt) -> None:
         """A request is over: its receipt is kept, counted and logged."""
         self._world.runs.finished(receipt)
+        self._world.budgets.recorded(receipt)
         self._world.receipts.put(receipt)
         self._observe(receipt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .answered import Answered
+from .core.budgets import Stake
 from .core.errors import Refusal
 from .core.estimate import Measure
 from .core.outcome import (
@@ -31,7 +32,7 @@ class Progress:
     usage, cost: of the calls that ended well, where several are needed for one answer; horizon: until when it may take;
     gone: (status, error) of a client who left while the answer is still read, for others or for the cache; unread: for
     the cache alone; elsewhere: it waits for what another process is buying; measure: what the estimate was made of;
-    first_byte_ms: until a stream could begin.
+    first_byte_ms: until a stream could begin; stake: what is held of the budgets.
     """
 
     horizon: Horizon
@@ -40,6 +41,7 @@ class Progress:
     elsewhere: bool = False
     went_up: bool = False
     measure: Measure | None = None
+    stake: Stake | None = None
     attempts: int = 0
     queue_ms: float = 0.0
     paused_ms: float = 0.0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from .budgets import Budgets
 from .cassettes import RecordingStore, ReplayStore
 from .config import Settings
 from .config.settings import Cache
@@ -82,6 +83,7 @@ class World:
     masker: Masker
     passthrough: bool
     runs: RunBook
+    budgets: Budgets
     leases: Leases | None = None
     receipts: Receipts = field(default_factory=Receipts)
     sites: tuple[Site, ...] = ()
@@ -211,12 +213,14 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None, co
         unchanged = {label for label, headers in credentials.items() if old.credentials.get(label) == headers}
         ring.inherit(old.ring, unchanged, seams.monotonic())
         clients.inherit(old.clients)
+        old.budgets.change(settings)
         gate = old.gate
         gate.max_queue = settings.throttle.max_queue
         for spec in settings.upstreams:
             if spec.entra_id and spec.name in old.credentials:
                 credentials[spec.name] = old.credentials[spec.name]
     store = _store(settings, seams) if old is None else old.store
+    budgets = _budgets(settings, seams) if old is None else old.budgets
     return World(
         settings=settings,
         seams=seams,
@@ -230,6 +234,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None, co
         masker=Masker(secrets),
         passthrough=settings.passthrough,
         runs=_runs(settings, seams, store, commons) if old is None else old.runs,
+        budgets=budgets,
         leases=_leases(settings, store) if old is None else old.leases,
         clients=clients,
         limiter=limiter,
@@ -247,6 +252,15 @@ def _limiter(settings: Settings, seams: Seams, commons: Commons | None) -> Limit
     from .limiters.redis import RedisLimiter
 
     return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
+
+
+def _budgets(settings: Settings, seams: Seams) -> Budgets:
+    """Shared where limits are."""
+    if settings.throttle.backend != "redis" or settings.redis.url is None:
+        return Budgets(settings, seams)
+    from .limiters.redis_budgets import RedisBudgets
+
+    return Budgets(settings, seams, RedisBudgets(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id()))
 
 
 def store_place(settings: Settings, wall: Callable[[], float]) -> Place:

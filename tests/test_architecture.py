@@ -41,7 +41,7 @@ DRIVERS = (
 )
 """Rooms of `stores` that are edges of their own: they speak to a store, wait for it and time it. Loaded when named."""
 
-LIMITERS = ("proxy.limiters.redis", "proxy.limiters.redis_states")
+LIMITERS = ("proxy.limiters.redis", "proxy.limiters.redis_budgets", "proxy.limiters.redis_states")
 """The same among the limiters."""
 
 REDIS_LINK = {"limiters": "proxy.stores.redis_link"}

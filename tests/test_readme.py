@@ -11,7 +11,6 @@ import yaml
 
 from proxy.cli.cache import SUBCOMMANDS
 from proxy.config import FLAGS, Settings, load
-from proxy.config.later import NOT_YET
 from proxy.config.schema import leaves
 from proxy.core.errors import CODES
 from proxy.core.options import NONE, Options, from_headers, from_segment
@@ -77,12 +76,6 @@ def test_the_example_upstreams_are_valid(tmp_path: Path) -> None:
     environ = {"OPENAI_API_KEY": "sk-1,sk-2", "AZURE_OPENAI_API_KEY": "azure-1"}
     settings = load(file, {}, environ, tmp_path).settings
     assert [(u.kind, len(u.keys)) for u in settings.upstreams] == [("openai", 3), ("azure", 1)]
-
-
-def test_what_is_not_built_is_marked_as_planned() -> None:
-    paths = {path for path in NOT_YET if "*" not in path and not path.endswith(".key_command")}
-    lines = {path: LINES.get(path) or LINES[path.rpartition(".")[0]] for path in paths}
-    assert {path for path, line in lines.items() if "planned" not in line} == set()
 
 
 def test_commands_and_flags_are_those_of_the_program(tmp_path: Path) -> None:

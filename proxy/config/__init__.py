@@ -3,7 +3,7 @@
     file, variables, flags         tree.py, environment.py: trees of texts that know their place
     -> read by a table of readers  schema.py over values.py, keys.py, upstreams.py; machinery: reading.py
     -> values                      settings.py
-    -> rules over several values   validate.py; later.py refuses what is not built yet
+    -> rules over several values   validate.py
 
 Own readers rather than msgspec or pydantic: the type of a setting decides how its text is read (`off` may be
 a word or false), every mistake carries the line of its value, and no secret may get into a message.

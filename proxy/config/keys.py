@@ -262,25 +262,27 @@ class ClientKeys:
         if written.key_sha256 is not None:
             if written.key is not None or written.key_file is not None or written.key_command:
                 raise Invalid("expected one of key, key_file, key_command and key_sha256, found several")
-            return ClientKey(name, written.key_sha256, written.namespace, written.models, limits)
+            return ClientKey(name, written.key_sha256, written.namespace, written.models, limits, own.usd_per_day)
         key = usable(f"the key of {name}", given_key(written, node.where, reading).strip())
         if len(key) < SHORT_CLIENT_KEY:
             reading.warn(f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess")
         digest = hashlib.sha256(key.encode()).digest()
-        return ClientKey(name, digest, written.namespace, written.models, limits)
+        return ClientKey(name, digest, written.namespace, written.models, limits, own.usd_per_day)
 
     def show(self, value: Any) -> object:
         return [
             {"name": client.name, "key": "***"}
             | ({"namespace": client.namespace} if client.namespace else {})
             | ({"models": list(client.models)} if client.models else {})
-            | ({"limits": shown} if (shown := _given(client.limits)) else {})
+            | ({"limits": shown} if (shown := _given(client)) else {})
             for client in value
         ]
 
 
-def _given(limits: Limits) -> dict[str, int]:
-    return {name: limit for name, limit in asdict(limits).items() if limit is not None}
+def _given(client: ClientKey) -> dict[str, object]:
+    money = None if client.usd_per_day is None else MONEY.show(client.usd_per_day)
+    limits = asdict(client.limits) | {"usd_per_day": money}
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True, slots=True)

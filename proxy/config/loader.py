@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 from . import environment
-from .later import NOT_YET
 from .problems import COMMAND_LINE, Invalid, Problem, SettingsError, Where
 from .reading import Reading
 from .schema import KNOWN, SCHEMA
@@ -87,7 +86,6 @@ def _read(
         folder=(cwd / file).parent,
         cwd=cwd,
         file=str(file),
-        later=NOT_YET,
         defaults=environment.defaults(environ),
         known=KNOWN,
         automatic=config is None,

@@ -22,7 +22,6 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _VARIABLE: Final = re.compile(r"\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\})?")
-_INDEX: Final = re.compile(r"\.\d+(?=\.|\Z)")
 
 
 class Reader(Protocol[T_co]):
@@ -36,7 +35,6 @@ class Reader(Protocol[T_co]):
 class Reading:
     """One run over the settings: what it may read, and what it found out.
 
-    `later`: pattern of a path -> values usable besides the default, for settings whose feature is not built.
     `defaults`: path -> a default that the environment gives. `folder` is that of the settings file.
     `automatic`: nobody named that file, it merely lay there. `watched`: files whose
     change is a reason to read everything again.
@@ -46,7 +44,6 @@ class Reading:
     folder: Path
     cwd: Path
     file: str = ""
-    later: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     defaults: Mapping[str, tuple[object, Where]] = field(default_factory=dict)
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -252,7 +249,6 @@ def _strongest(nodes: Sequence[Node], path: str, reader: Reader[T], default: T, 
     value, where = default, DEFAULT
     if path in reading.defaults:
         value, where = cast(tuple[T, Where], reading.defaults[path])
-    usable = (default, value)
     for node in nodes:
         where = node.where
         try:
@@ -260,20 +256,7 @@ def _strongest(nodes: Sequence[Node], path: str, reader: Reader[T], default: T, 
         except Invalid as error:
             reading.fail(where, path, str(error))
     reading.places[path] = where
-    others = reading.later.get(_INDEX.sub(".*", path))
-    if nodes and others is not None and value not in (*usable, *others) and reading.sound(path):
-        reading.fail(where, path, not_yet(nodes[-1], reader, default, others))
     return value
-
-
-def not_yet(node: Node, reader: Reader[Any], default: object, others: Iterable[object]) -> str:
-    """The refusal of a setting whose feature is still to be built."""
-    found = "this setting"
-    if isinstance(node, Scalar) and isinstance(reader, One) and not reader.leaf.secret:
-        found = shown(node.text)
-    now = [shown_now for value in (default, *others) if (shown_now := reader.show(value))]
-    usable = f" (usable now: {', '.join(map(str, now))})" if now else ""
-    return f"{found} is not yet available{usable}"
 
 
 def unknown(name: str, names: Iterable[str], reading: Reading) -> str:

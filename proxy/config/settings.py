@@ -26,7 +26,7 @@ Prices = Mapping[str, Mapping[str, Decimal]]
 class ClientKey:
     """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it.
 
-    `models`: globs, none for all; `limits`: of what goes upstream for this client.
+    `models`: globs, none for all; `limits`, `usd_per_day`: of what goes upstream for this client.
     """
 
     name: str
@@ -34,6 +34,7 @@ class ClientKey:
     namespace: str | None = None
     models: tuple[str, ...] = ()
     limits: Limits = Limits()  # noqa: RUF009 (frozen)
+    usd_per_day: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_redis(settings, reading)
     _check_mode(settings, reading)
     _warn_workers(settings, reading)
+    _check_budgets(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
@@ -56,6 +57,15 @@ def _warn_workers(settings: Settings, reading: Reading) -> None:
             f"{start} joins identical requests at the same time for itself: there may be as many upstream calls; "
             "with cache.backend redis it is one"
         )
+
+
+def _check_budgets(settings: Settings, reading: Reading) -> None:
+    budget = settings.cost.budget
+    limited = budget.usd_per_day is not None or budget.usd_per_month is not None
+    if not limited and all(client.usd_per_day is None for client in settings.server.client_keys):
+        return
+    if not settings.ledger.enabled and settings.throttle.backend != "redis" and reading.sound("ledger.enabled"):
+        reading.warn("budgets without a ledger count from the start of the proxy: a restart forgets what was spent")
 
 
 def _check_mode(settings: Settings, reading: Reading) -> None:

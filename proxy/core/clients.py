@@ -127,13 +127,16 @@ class Clients:
         message = f"client {client.name} has used up its own limits ; {seconds:.1f} s to go"
         return Refusal("client_limit", message, retry_after=seconds)
 
-    def line(self, client: Client, now: float) -> str:
-        """The header line that tells used and limit of each of a client's limits; "" for one without limits."""
+    def line(self, client: Client, now: float, money: str = "") -> str:
+        """The header line that tells used and limit of each of a client's limits; "" for one without limits. money: the
+        same of its budget.
+        """
         allowance = self._allowances.get(client.name)
-        if allowance is None:
+        if allowance is None and not money:
             return ""
-        parts = (f"{name}={level['used']}/{level['limit']}" for name, level in allowance.usage(now).items())
-        return f"X-Proxy-Client-Limit: {', '.join(parts)}\r\n"
+        levels = allowance.usage(now) if allowance is not None else {}
+        parts = [f"{name}={level['used']}/{level['limit']}" for name, level in levels.items()]
+        return f"X-Proxy-Client-Limit: {', '.join([*parts, money] if money else parts)}\r\n"
 
     def report(self, now: float) -> dict[str, dict[str, Any]]:
         """For `GET /_proxy/status`: by client name."""

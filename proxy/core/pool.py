@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from .budgets import Stake
 from .clients import Hold
 from .limits import Limits, Reservation, Wait
 
@@ -31,12 +32,13 @@ class PoolKey:
 
 class Lease(msgspec.Struct, frozen=True):
     """A key with its share of the limits reserved; `reservation` is None where no limit applies; hold: of its client's
-    own limits."""
+    own limits; stake: of the budgets."""
 
     key: PoolKey
     reservation: Reservation | None
     tokens: int = 0
     hold: Hold | None = None
+    stake: Stake | None = None
 
 
 class Wish(msgspec.Struct, frozen=True):

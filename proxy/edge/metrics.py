@@ -22,6 +22,7 @@ from ..core.routes import ENDPOINTS, SEGMENTS
 from ..core.tallies import GAPS, Tallies, Tally
 from ..seams import Seams
 from ..world import World
+from .budget_gauges import BudgetGauges
 
 MAX_MODELS: Final = 100
 FEEL: Final = 0.5
@@ -131,6 +132,7 @@ class Metrics(Collector):
         self._now: tuple[World, int] | None = None
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        self._budgets = BudgetGauges(self.registry)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -221,6 +223,7 @@ class Metrics(Collector):
     def render(self, world: World, in_flight: int) -> bytes:
         """The text for one scrape (Prometheus exposition format 0.0.4)."""
         self._now = world, in_flight
+        self._budgets.show(world.budgets)
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:

@@ -138,7 +138,9 @@ class Ops:
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
     async def _reset_limits(self, visit: Visit) -> Whole:
-        """Every window starts afresh, those of clients too; what is at work keeps its permits."""
+        """Every window starts afresh, those of clients too; what is at work keeps its permits. Budgets are not reset:
+        money spent is spent.
+        """
         if self._world.limiter is not None:
             self._world.limiter.reset()
         await self._reset()
@@ -253,6 +255,7 @@ class Ops:
             "in_flight": self._traffic.in_flight,
             "queue": {"waiting": world.gate.depth},
             "clients": world.clients.report(world.seams.monotonic()),
+            "budgets": world.budgets.report(),
             "keys": world.ring.counts(world.seams.monotonic()),
             "cache": await world.store.stats() if world.store is not None else None,
             "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},

@@ -55,6 +55,7 @@ class Passage:
         if world.replays:
             raise Refusal("not_cached", "replay: this route is never cached, and nothing is sent upstream")
         check_passage(client, request.method, route.segment)
+        world.budgets.check_passage(client, request.method, route.segment)
         if options.only_if_cached:
             raise Refusal("not_cached", "this route is never cached, and only-if-cached asks for no other")
         limit = world.settings.server.max_body

@@ -38,7 +38,7 @@ DEADLINE: Final = 1.0
 BEAT: Final = 1.0
 """Seconds between two signs of life."""
 
-GRACE: Final = 5.0
+GRACE: Final = 8.0
 """Seconds a proxy keeps to its share after Redis came back: longer than any other takes to notice (redis_link)."""
 
 _PAUSE: Final = 0.02
@@ -79,8 +79,7 @@ class RedisLimiter:
         self._silence = Silence()
         self._skew = 0.0  # server's ms less ours
         self._proxies, self._rank = 1, 0
-        self._epoch = self._resets = b""
-        self._forgotten = False
+        self._epoch, self._resets, self._forgotten = b"", b"", False
         self._sequence = 0
         self._outbox: deque[tuple[SharedAllowance, tuple[Amount, ...]]] = deque()
         self._flushing: asyncio.Task[None] | None = None
@@ -352,6 +351,7 @@ class RedisLimiter:
         if self._phase == "alone" and self._lost_at > -math.inf:
             self._phase, self._back_at = "back", now
             if self._forgotten:
+                self._lost_at = now - SHORT  # it does not even know who else is there: all are given time
                 self._outbox.clear()
             since = -math.inf if self._forgotten else self._lost_at
             self._forgotten = False

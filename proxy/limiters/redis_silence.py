@@ -11,14 +11,14 @@ from typing import Final
 GONE: Final = 0.5
 """Seconds after which it is lost where connections are refused or closed."""
 
-HUNG: Final = 2.0
+HUNG: Final = 5.0
 """Seconds after which it is lost where answers do not come, since it was seen that one did not: perhaps it is for us
 alone, and perhaps only because this machine is busy."""
 
 SETTLING: Final = 3.0
 """Seconds after the start until who else is there can be taken for known: before, it is not lost."""
 
-GLANCE: Final = 0.09
+GLANCE: Final = 0.5
 """Seconds a request of no limit waits for what others know of its key."""
 
 SHORT: Final = 5.0

@@ -79,19 +79,6 @@ def test_every_settings_error_at_once_with_its_line(tmp_path: Path) -> None:
         assert any(word in text for text in found), (line, found)
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"cost": {"budget": {"usd_per_day": 5, "on_exceeded": "refuse"}}},
-    ],
-    ids=str,
-)
-def test_what_a_later_issue_builds_is_refused(tmp_path: Path, section: dict[str, object]) -> None:
-    done = run_command(tmp_path, ["serve", "--port", "0"], settings(1, **section))
-    assert done.returncode == 2, done.stderr
-    assert "not yet available" in done.stderr
-
-
 def test_the_proxys_own_address_as_upstream_is_an_error(tmp_path: Path) -> None:
     port = free_port()
     done = run_command(tmp_path, ["serve", "--port", str(port)], settings(port))

@@ -17,12 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.core.limits import Limits, Never, Reservation, Wait
-from proxy.limiters import RECHECK
+from proxy.limiters import RECHECK, redis_silence
 from proxy.limiters import redis as module
 from proxy.limiters.redis import RedisLimiter
 from proxy.limiters.redis_names import SLOTS
 from proxy.limiters.redis_share import SharedAllowance, SharedReservation, part
-from proxy.limiters.redis_silence import HUNG
 from tests.core.test_limits import OF_TOKENS, SECONDS
 from tests.stores.kit import Valkey, redis_url, valkey
 
@@ -454,6 +453,35 @@ async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> N
             assert await drained(group, range(2)) == 40, "what each admitted by itself is counted"
 
 
+async def test_who_finds_a_redis_without_memory_first_does_not_share_before_the_others_have_told() -> None:
+    with own_server() as server:
+        async with proxies(server.url, Limits(rpm=60)) as group:
+            await group.beat()
+            for n in range(2):
+                for _ in range(30):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            server.kill()
+            group.now += 1
+            assert await drained(group, range(2)) == 0
+            assert not any(limiter.sound for limiter in group.limiters)
+            server.start()
+            for limiter in group.limiters:
+                await eventually_up(limiter)
+            first = group.limiters[0]
+            for _ in range(3):  # within seconds of the loss
+                group.now += 0.2
+                await first._beat()
+                await group.settled()
+            assert not first.sound
+            assert await drained(group, range(2)) == 0
+            group.now += module.GRACE
+            for _ in range(2):
+                await group.beat()
+                await group.settled()
+            assert first.sound
+            assert await drained(group, range(2)) == 0
+
+
 async def test_who_starts_while_redis_is_late_waits_for_it() -> None:
     with own_server() as server:
         limiter = RedisLimiter(server.url, "t", "p0", asyncio.get_running_loop().time)
@@ -481,6 +509,8 @@ async def eventually_up(limiter: RedisLimiter) -> None:
 async def alone(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Valkey, RedisLimiter, SharedAllowance]]:
     """One limiter with a server of its own, long enough there to lose it; a call waits a tenth of a second."""
     monkeypatch.setattr(module, "DEADLINE", 0.1)
+    monkeypatch.setattr(module, "GLANCE", 0.1)
+    monkeypatch.setattr(redis_silence, "HUNG", 1.5)
     with own_server() as server:
         limiter = RedisLimiter(server.url, "t", "p0", asyncio.get_running_loop().time, deadline=0.1)
         await limiter.open(lambda *_: None)
@@ -523,7 +553,7 @@ async def test_a_late_answer_means_waiting_and_only_lasting_silence_going_alone(
             while not await asked(limiter, allowance):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert not limiter.sound
-        assert loop.time() - silent >= HUNG
+        assert loop.time() - silent >= redis_silence.HUNG
         began = loop.time()
         assert await asked(limiter, allowance) is True
         assert loop.time() - began < 0.05

@@ -2,31 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.config.later import NOT_YET
-from proxy.config.schema import leaves
 from tests.config.kit import Load, problems
-
-REFUSED = {
-    "server.client_keys.*.limits.usd_per_day": "server: {client_keys: [{name: a, key: abc, limits: {usd_per_day: 1}}]}",
-    "cost.budget.usd_per_day": "cost: {budget: {usd_per_day: 5}}",
-    "cost.budget.usd_per_month": "cost: {budget: {usd_per_month: 5}}",
-    "cost.budget.on_exceeded": "cost: {budget: {on_exceeded: cache_only}}",
-    "cost.budget.warn_at": "cost: {budget: {warn_at: 0.5}}",
-}
-
-
-@pytest.mark.parametrize("path", NOT_YET)
-def test_what_is_not_built_is_refused(load: Load, path: str) -> None:
-    (problem,) = problems(load, REFUSED[path])
-    assert problem.startswith(f"settings.yaml:1: {path.replace('*', '0')}: ")
-    assert " is not yet available" in problem
-    assert "hunter2" not in problem
-
-
-def test_what_can_be_used_instead_is_said(load: Load) -> None:
-    (problem,) = problems(load, "cost: {budget: {warn_at: 0.5}}")
-    assert problem.endswith("'0.5' is not yet available (usable now: 0.8)")
-    assert "(PROXY__COST__BUDGET__WARN_AT)" in problems(load, None, {"PROXY__COST__BUDGET__WARN_AT": "0.5"})[0]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +52,3 @@ def test_a_cache_in_redis_needs_an_address(load: Load, text: str, found: str) ->
     assert problem.startswith(found)
     assert "hunter2" not in problem
     assert problems(load, "cache: {backend: redis}\nredis: {url: 'rediss://a:6380/1'}") == []
-
-
-def test_every_line_of_the_table_is_a_setting() -> None:
-    inner = ("server.admin_key.", "server.client_keys.*.", "upstreams.*.")
-    assert {path for path in NOT_YET if not path.startswith(inner)} <= {path for path, _ in leaves()}
