@@ -61,7 +61,7 @@ class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
     def __init__(
-        self, settings: Settings, seams: Seams = REAL, tracing: Tracing | None = None, seat: Seat | None = None
+        self, settings: Settings, seams: Seams = REAL, seat: Seat | None = None, tracing: Tracing | None = None
     ) -> None:
         self._seat = seat
         self.metrics = Metrics()
@@ -239,7 +239,7 @@ async def work(fd: int) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
     sockets = [socket.socket(fileno=one) for one in orders.listeners]
     listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
-    app = App(orders.loaded.settings, tracing=tracing_from(os.environ), seat=seat)
+    app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
     if isinstance(app.world.limiter, SeatLimiter):
         app.world.limiter.room = lambda: app.world.gate.notify()
     seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
@@ -275,7 +275,6 @@ async def _run(
     logs.configure(settings.log.level, settings.log.format, app.world.masker)
     servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
     runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
-    await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
     background: list[asyncio.Task[None]] = []
     app.traffic.address = listeners.address
     try:
@@ -286,6 +285,7 @@ async def _run(
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
         await app.world.runs.open()
         await app.world.objects.open()
+        await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
         for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
             await one.setup()
             await listening.serve_on(one, listener, shared)

@@ -322,9 +322,7 @@ class Exchange:
     def settle(
         self, call: Call, lease: Lease, tokens: int | None, went_up: bool = True, cost: Cost | None = None
     ) -> None:
-        """Ends a lease: with the tokens used and their cost, None where that is unknown; or as if it had never been
-        (contract 7, Client gone).
-        """
+        """Ends a lease: with tokens used and cost (None: unknown), or as if it had never been (contract 7)."""
         if lease.stake is not None:
             lease.stake.settle(cost.usd if cost is not None else None, self._world.seams.wall())
         if lease.hold is not None:

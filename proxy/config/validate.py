@@ -21,8 +21,8 @@ def check(settings: Settings, reading: Reading) -> None:
     _check_ops(settings, reading)
     _check_redis(settings, reading)
     _check_mode(settings, reading)
-    _warn_workers(settings, reading)
     _check_budgets(settings, reading)
+    _warn_workers(settings, reading)
     if settings.cache.shared and len(settings.server.client_keys) > 1:
         reading.warn("cache.shared: clients with different keys read each other's answers")
 
@@ -41,6 +41,20 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
         reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
 
 
+def _check_budgets(settings: Settings, reading: Reading) -> None:
+    """Says what a budget does not know."""
+    budget, shared = settings.cost.budget, settings.throttle.backend == "redis"
+    limited = budget.usd_per_day is not None or budget.usd_per_month is not None
+    if not limited and all(client.usd_per_day is None for client in settings.server.client_keys):
+        return
+    if settings.ledger.enabled or shared or not reading.sound("ledger.enabled", "server.workers", "throttle.backend"):
+        return
+    reading.warn("budgets without a ledger count from the start of the proxy: a restart forgets what was spent")
+    if settings.server.workers > 1:
+        workers = settings.server.workers
+        reading.warn(f"budgets without a ledger: each of the {workers} workers may spend the whole budget")
+
+
 def _warn_workers(settings: Settings, reading: Reading) -> None:
     """Says what each of several workers has for itself."""
     workers, cache = settings.server.workers, settings.cache
@@ -57,15 +71,6 @@ def _warn_workers(settings: Settings, reading: Reading) -> None:
             f"{start} joins identical requests at the same time for itself: there may be as many upstream calls; "
             "with cache.backend redis it is one"
         )
-
-
-def _check_budgets(settings: Settings, reading: Reading) -> None:
-    budget = settings.cost.budget
-    limited = budget.usd_per_day is not None or budget.usd_per_month is not None
-    if not limited and all(client.usd_per_day is None for client in settings.server.client_keys):
-        return
-    if not settings.ledger.enabled and settings.throttle.backend != "redis" and reading.sound("ledger.enabled"):
-        reading.warn("budgets without a ledger count from the start of the proxy: a restart forgets what was spent")
 
 
 def _check_mode(settings: Settings, reading: Reading) -> None:

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from ..budgets import Budgets
 
 _LABELS: Final = ("client", "period")
 
 
-class BudgetGauges:
-    """client: '' for the whole proxy; period: day or month."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._limit = Gauge("openai_proxy_budget_limit_usd", "What may be spent.", _LABELS, registry=registry)
-        self._spent = Gauge(
-            "openai_proxy_budget_spent_usd", "What has been spent, as far as known.", _LABELS, registry=registry
-        )
-        self._held = Gauge(
-            "openai_proxy_budget_held_usd", "What requests under way may cost.", _LABELS, registry=registry
-        )
-        self._warned = Gauge(
-            "openai_proxy_budget_warning", "1 once cost.budget.warn_at is reached.", _LABELS, registry=registry
-        )
-
-    def show(self, budgets: Budgets) -> None:
-        """As they stand now."""
-        for gauge in (self._limit, self._spent, self._held, self._warned):
-            gauge.clear()  # a reload may have taken some away
+def budget_gauges(budgets: Budgets | None) -> Iterator[Metric]:
+    """As they stand now. client: '' for the whole proxy; period: day or month."""
+    limit = GaugeMetricFamily("openai_proxy_budget_limit_usd", "What may be spent.", labels=_LABELS)
+    spent = GaugeMetricFamily("openai_proxy_budget_spent_usd", "What has been spent, as far as known.", labels=_LABELS)
+    held = GaugeMetricFamily("openai_proxy_budget_held_usd", "What requests under way may cost.", labels=_LABELS)
+    about = "1 once cost.budget.warn_at is reached."
+    warned = GaugeMetricFamily("openai_proxy_budget_warning", about, labels=_LABELS)
+    if budgets is not None:
         wall = budgets.wall()
-        for account in budgets.accounts:
-            for pot in account.at(wall):
-                labels = account.name, pot.kind
-                self._limit.labels(*labels).set(float(pot.limit))
-                self._spent.labels(*labels).set(float(pot.spent))
-                self._held.labels(*labels).set(float(account.held + account.others_held))
-                self._warned.labels(*labels).set(pot.warned)
+        for account, pot in ((one, pot) for one in budgets.accounts for pot in one.at(wall)):
+            labels = account.name, pot.kind
+            limit.add_metric(labels, float(pot.limit))
+            spent.add_metric(labels, float(pot.spent))
+            held.add_metric(labels, float(account.held + account.others_held))
+            warned.add_metric(labels, float(pot.warned))
+    yield from (limit, spent, held, warned)

@@ -22,7 +22,7 @@ from ..core.routes import ENDPOINTS, SEGMENTS
 from ..core.tallies import GAPS, Tallies, Tally
 from ..seams import Seams
 from ..world import World
-from .budget_gauges import BudgetGauges
+from .budget_gauges import budget_gauges
 
 MAX_MODELS: Final = 100
 FEEL: Final = 0.5
@@ -132,7 +132,6 @@ class Metrics(Collector):
         self._now: tuple[World, int] | None = None
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._budgets = BudgetGauges(self.registry)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -223,7 +222,6 @@ class Metrics(Collector):
     def render(self, world: World, in_flight: int) -> bytes:
         """The text for one scrape (Prometheus exposition format 0.0.4)."""
         self._now = world, in_flight
-        self._budgets.show(world.budgets)
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -250,6 +248,7 @@ class Metrics(Collector):
         ):
             yield one.family()
         yield from _standing(world, in_flight)
+        yield from budget_gauges(world.budgets if world is not None else None)
 
 
 def _standing(world: World | None, in_flight: int) -> list[Metric]:
@@ -275,11 +274,11 @@ def _standing(world: World | None, in_flight: int) -> list[Metric]:
             keys.add_metric([state], count)
         for label, share in world.ring.free(now).items():
             free.add_metric([label], share)
-        sound.add_metric([], world.limiter is None or world.limiter.sound)
+        sound.add_metric([], float(world.limiter is None or world.limiter.sound))
         for upstream in world.upstreams:
             current = upstream.breaker.state(now)
             for state in STATES:
-                breaker.add_metric([upstream.site.name, state], current == state)
+                breaker.add_metric([upstream.site.name, state], float(current == state))
         if world.store is not None:
             stats = world.store.memory.stats()
             entries.add_metric([], stats["entries"])

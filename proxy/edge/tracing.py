@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Thread
@@ -193,7 +194,8 @@ class Tracing:
 
         def shut() -> None:
             self._provider.shutdown()
-            loop.call_soon_threadsafe(done.set)
+            with suppress(RuntimeError):  # too late: the loop is closed
+                loop.call_soon_threadsafe(done.set)
 
         Thread(target=shut, name="tracing", daemon=True).start()
         try:

@@ -156,3 +156,18 @@ async def test_counting_from_the_start_is_said(launch: Launch, upstream: Scripte
     proxy = launch(with_budget(upstream.port, 1))
     assert (await client.send(proxy, ask())).status == 200
     assert "a restart forgets what was spent" in proxy.stderr_so_far()
+
+
+async def test_several_workers_share_a_budget_over_their_ledger(
+    launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
+) -> None:
+    """A few seconds late: by then every worker refuses, whichever takes the connection."""
+    config = with_budget(upstream.port, 0.006, tmp_path / "usage.db", server={"workers": 2})
+    proxy = launch(config)
+    for number in range(8):
+        await client.send(proxy, ask(f"one {number}", **SMALL), {"Connection": "close"})
+    await asyncio.sleep(5.0)
+    before = upstream.count
+    later = [await client.send(proxy, ask(f"two {n}", **SMALL), {"Connection": "close"}) for n in range(8)]
+    assert {answer.error for answer in later} == {"budget_exceeded"}
+    assert upstream.count == before <= 8

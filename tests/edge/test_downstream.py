@@ -318,7 +318,7 @@ async def test_those_who_wait_are_not_in_flight() -> None:
 async def test_the_answer_comes_before_the_client_gives_up(headers: Headers, seconds: float) -> None:
     async with house(says()) as home:
         await home.ask(body=ask(), headers=headers)
-        assert home.way_up.sent[0].first_byte == pytest.approx(seconds, abs=0.05)
+        assert max(0.0, seconds - 1.0) < home.way_up.sent[0].first_byte <= seconds
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,8 @@ async def test_how_long_it_may_wait_for_a_place(
 
         monkeypatch.setattr(home.world.gate, "admit", noted)
         await home.ask(body=ask(), headers=headers)
-        assert seen == [pytest.approx(min(seconds, 20.0), abs=0.05)]
+        [patience] = seen
+        assert max(0.0, min(seconds, 20.0) - 1.0) <= patience <= min(seconds, 20.0)
 
 
 # Upstream errors on the wire.

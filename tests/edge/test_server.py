@@ -40,15 +40,14 @@ async def test_a_header_that_is_not_complete_in_time(sent: bytes) -> None:
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
-    loop = asyncio.get_running_loop()
     async with served(echo) as port, wire(port) as line:
-        began = loop.time()
-        for byte in b"GET /" + b"x" * 100:
+        for byte in b"GET /" + b"x" * 500:
             line.send(bytes([byte]))
             await asyncio.sleep(0.01)
             if line.reader.at_eof():
                 break
-        assert loop.time() - began < 0.9
+        else:
+            pytest.fail("it may drip as long as it likes")
         assert await line.ended() == b""
 
 
