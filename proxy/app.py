@@ -43,6 +43,7 @@ from .journey import Journey
 from .ledger import Ledger
 from .reload import Reloader, with_fixed
 from .seams import REAL, Seams, spawn
+from .workers.budgets import SeatBudgets
 from .workers.channel import Lost
 from .workers.commons import pack
 from .workers.limiter import SeatLimiter
@@ -354,7 +355,7 @@ def _commons(seat: Seat | None, seams: Seams) -> Commons | None:
     """What a worker has in common with the others."""
     if seat is None:
         return None
-    return Commons(SeatLimiter(seat, seams.monotonic), SeatRuns(seat), SeatObjects(seat))
+    return Commons(SeatLimiter(seat, seams.monotonic), SeatRuns(seat), SeatObjects(seat), SeatBudgets(seat))
 
 
 def outlets(settings: Settings) -> dict[str, Outlet]:

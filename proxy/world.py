@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from .budgets import Budgets
+from .budgets import Shared as SharedBudgets
 from .cassettes import RecordingStore, ReplayStore
 from .config import Settings
 from .config.settings import Cache
@@ -64,6 +65,7 @@ class Commons:
     limiter: Limiter
     runs: SharedRuns
     objects: Shared
+    budgets: SharedBudgets
 
 
 @dataclass(slots=True)
@@ -220,7 +222,7 @@ def compile_world(settings: Settings, seams: Seams, old: World | None = None, co
             if spec.entra_id and spec.name in old.credentials:
                 credentials[spec.name] = old.credentials[spec.name]
     store = _store(settings, seams) if old is None else old.store
-    budgets = _budgets(settings, seams) if old is None else old.budgets
+    budgets = _budgets(settings, seams, commons) if old is None else old.budgets
     return World(
         settings=settings,
         seams=seams,
@@ -254,10 +256,10 @@ def _limiter(settings: Settings, seams: Seams, commons: Commons | None) -> Limit
     return RedisLimiter(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id(), seams.monotonic)
 
 
-def _budgets(settings: Settings, seams: Seams) -> Budgets:
+def _budgets(settings: Settings, seams: Seams, commons: Commons | None) -> Budgets:
     """Shared where limits are."""
     if settings.throttle.backend != "redis" or settings.redis.url is None:
-        return Budgets(settings, seams)
+        return Budgets(settings, seams, commons.budgets if commons is not None else None)
     from .limiters.redis_budgets import RedisBudgets
 
     return Budgets(settings, seams, RedisBudgets(settings.redis.url.reveal(), settings.redis.prefix, seams.new_id()))

@@ -18,6 +18,7 @@ from ..config import Loaded
 from ..core.several import Family, summed
 from ..reload import Reloader, with_fixed
 from ..seams import Seams, spawn
+from .budgets import Purses
 from .channel import Channel, Lost
 from .commons import Commons, pack, unpack
 from .seat import Orders
@@ -84,6 +85,7 @@ class _Parent:
         self._listeners = listeners
         self._seams = seams
         self._commons = Commons(seams.monotonic, seams.wall)
+        self._purses = Purses()
         self._reloader = Reloader(loaded, read, self._use, seams)
         self._workers: dict[int, _Worker] = {}
         self._started = 0
@@ -162,6 +164,7 @@ class _Parent:
         channel.handlers.update(self._commons.handlers(worker.id, channel.note))
         channel.handlers |= {
             "ready": lambda body: None if ready.done() else ready.set_result(unpack(body, list[str])[0]),
+            "budget": partial(self._purses.tell, worker.id),
             "ask": partial(self._asked, worker),
             "tell": partial(self._tell, worker),
             "metrics": partial(self._metrics, worker),
@@ -180,6 +183,7 @@ class _Parent:
         status = await worker.process.wait()
         del self._workers[worker.id]
         self._commons.left(worker.id)
+        self._purses.left(worker.id)
         return status
 
     async def _is_ready(self, worker: _Worker) -> list[str] | None:
