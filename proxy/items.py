@@ -22,7 +22,7 @@ from .core.outcome import TransportFailure
 from .core.pricing import Cost, total_cost
 from .core.usage import Usage
 from .exchange import Exchange, Progress
-from .shelf import LARGE, Shelf
+from .shelf import LARGE, Goods, Shelf
 from .world import World
 
 SPILL_OF_ITEMS: Final = 256 * 1024 * 1024
@@ -85,9 +85,8 @@ class Items:
             model = named
             leaked = leaked or answered.leaked
             if plan.write and not answered.leaked:
-                stored |= await self._shelf.keep_items(
-                    call, plan, numbers, answered, read.headers, vectors, read.usage, read.cost, model
-                )
+                goods = Goods(answered, read.headers, read.usage, read.cost, model)
+                stored |= await self._shelf.keep_items(call, plan, goods, numbers, vectors)
             bought.update(zip(numbers, vectors, strict=True))
             if any(found.entry.answer_model != model for found in batch.found.values()):
                 batch = msgspec.structs.replace(batch, found={})  # vectors of two models cannot be compared

@@ -37,7 +37,7 @@ from .planning import Planner
 from .relay import Dress, Ending, Flow
 from .runs import run_headers, run_lines
 from .sharing import Sharing
-from .shelf import Hit, Name, Shelf
+from .shelf import Goods, Hit, Name, Shelf
 from .stale import Refresher, StandIns
 from .telling import Teller
 from .world import World
@@ -164,12 +164,11 @@ class Journey:
                     vectors = vectors_of(document) if plan.batch is not None else None
                     if vectors is not None and plan.batch is not None and not in_order(document):
                         body = join(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
-                    stored = self.shelf.keep(call, plan, answered, read.headers, body, None, usage, cost, answer_model)
+                    goods = Goods(answered, read.headers, usage, cost, answer_model)
+                    stored = self.shelf.keep(call, plan, goods, body)
                     if vectors is not None:
                         numbers = range(len(vectors))
-                        stored |= await self.shelf.keep_items(
-                            call, plan, numbers, answered, read.headers, vectors, usage, cost, answer_model
-                        )
+                        stored |= await self.shelf.keep_items(call, plan, goods, numbers, vectors)
             else:
                 why_not = "not a JSON answer"
         if not stored:
@@ -294,7 +293,8 @@ class Journey:
             stored = False
             if ending.why is None and ending.body is not None and not world.masker.found_in(ending.body):
                 span = audit.usage_span if audit else None
-                stored = self.shelf.keep(call, plan, answered, headers, ending.body, span, known, price_of_it, model)
+                goods = Goods(answered, headers, known, price_of_it, model)
+                stored = self.shelf.keep(call, plan, goods, ending.body, span)
             if not (stored or ending.failure or ending.gone or (audit is not None and audit.error)):
                 self.sharing.avoid(call, plan)
             error = ending.failure or ("client_gone" if ending.gone else "")

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -58,6 +58,16 @@ class Hit(msgspec.Struct, frozen=True):
     stale: str = ""
     attempts: int = 0
     forwarded: bool = False
+
+
+class Goods(NamedTuple):
+    """What was bought, less its body. model: as the answer names it."""
+
+    answered: Answered
+    headers: Sequence[Raw]
+    usage: Usage | None
+    cost: Cost | None
+    model: object
 
 
 Name = tuple[str, str, bytes]
@@ -257,45 +267,26 @@ class Shelf:
         return entry
 
     def keep(
-        self,
-        call: Call,
-        plan: CachePlan,
-        answered: Answered,
-        headers: Sequence[Raw],
-        body: bytes,
-        usage_span: tuple[int, int] | None,
-        usage: Usage | None,
-        cost: Cost | None,
-        answer_model: object,
+        self, call: Call, plan: CachePlan, goods: Goods, body: bytes, usage_span: tuple[int, int] | None = None
     ) -> bool:
+        """Stores an answer. Whether it was."""
         assert self._world.store is not None
-        entry = self._entry(call, plan, answered, headers, body, usage_span, usage, cost, answer_model)
+        entry = self._entry(call, plan, goods, body, usage_span)
         return entry.ttl > 0 and self._put(call.client.scope, entry)
 
     async def keep_items(
-        self,
-        call: Call,
-        plan: CachePlan,
-        numbers: Sequence[int],
-        answered: Answered,
-        headers: Sequence[Raw],
-        vectors: Sequence[bytes],
-        usage: Usage | None,
-        cost: Cost | None,
-        answer_model: object,
+        self, call: Call, plan: CachePlan, goods: Goods, numbers: Sequence[int], vectors: Sequence[bytes]
     ) -> bool:
         """Stores each of the items of these `numbers` under its own key. Whether any was."""
         store, batch = self._world.store, plan.batch
         assert store is not None
         assert batch is not None
         plan = msgspec.structs.replace(plan, traits="")  # those of the whole batch say nothing of one item
-        template = self._entry(call, plan, answered, headers, b"", None, usage, None, answer_model)
+        template = self._entry(call, plan, goods._replace(cost=None), b"", None)
         if template.ttl <= 0:
             return False
-        models = (template.answer_model, call.model)
-        price = (
-            partial(answered.upstream.prices.cost, answered.upstream.site.kind, models) if cost is not None else None
-        )
+        upstream, models = goods.answered.upstream, (template.answer_model, call.model)
+        price = partial(upstream.prices.cost, upstream.site.kind, models) if goods.cost is not None else None
         if sum(map(len, vectors)) > LARGE:
             entries = await asyncio.to_thread(item_entries, template, batch, numbers, vectors, price)
         else:
@@ -307,36 +298,27 @@ class Shelf:
         return any(stored)
 
     def _entry(
-        self,
-        call: Call,
-        plan: CachePlan,
-        answered: Answered,
-        headers: Sequence[Raw],
-        body: bytes,
-        usage_span: tuple[int, int] | None,
-        usage: Usage | None,
-        cost: Cost | None,
-        answer_model: object,
+        self, call: Call, plan: CachePlan, goods: Goods, body: bytes, usage_span: tuple[int, int] | None
     ) -> Entry:
         ttl = call.options.ttl if call.options.ttl is not None else self._world.ttl(call.endpoint)
         return Entry(
             key=plan.key,
             form="sse" if call.stream else "json",
-            status=answered.status,
-            headers=storable_headers(headers),
+            status=goods.answered.status,
+            headers=storable_headers(goods.headers),
             body=body,
             usage_span=usage_span,
             stored_at=self._world.seams.wall(),
             ttl=ttl,
             endpoint=call.endpoint,
             model=call.model,
-            answer_model=answer_model if isinstance(answer_model, str) else None,
-            usage=usage,
-            cost=usd(cost.usd) if cost is not None else None,
+            answer_model=goods.model if isinstance(goods.model, str) else None,
+            usage=goods.usage,
+            cost=usd(goods.cost.usd) if goods.cost is not None else None,
             namespace=call.options.namespace,
             tags=call.options.tags,
             sampled=not is_deterministic(call.endpoint, call.document),
-            usage_asked=call.wants_usage or answered.injected,
+            usage_asked=call.wants_usage or goods.answered.injected,
             traits=plan.traits,
             request=plan.request,
             bare=plan.bare,
