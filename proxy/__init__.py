@@ -23,7 +23,9 @@ Rooms, and what goes where
 - `journey.py` and its rooms (`planning.py`, `shelf.py`, `exchange.py`, `items.py`, `relay.py`, `gate.py`, `runs.py`,
   `telling.py`): the story, on the ports of `core/ports.py` alone. They wait, but know neither aiohttp nor a store's
   driver. `sharing.py` says what equal requests share, `flights.py` who buys and who waits, `reel.py` how a stream flows
-  to many, `elsewhere.py` what another process buys.
+  to many, `elsewhere.py` what another process buys. Beside them: `stale.py` (what stands in), `cassettes.py` (record
+  and replay), `budgets.py` (what may be spent), `objects.py` (stored objects and their keys), `verdict.py` (what an
+  attempt came to), `explaining.py` (why it was not a hit).
 - `edge/`: the only rooms that know aiohttp: `downstream` (requests in), `upstream` (requests out, the exception table),
   `passage` (all other routes), `wire` (ready bytes), `gatekeeper` (Host, Origin, keys), `ops`, `cache_admin`,
   `metrics`, `logs`, `tracing`, `server`.
@@ -31,7 +33,7 @@ Rooms, and what goes where
   line in the table of the package. They never import each other.
 - `ledger/`: what each request was and cost, in a SQLite file: a list on the loop, one thread that writes, reports that
   read beside it. `core/records.py` and `core/reporting.py` say what is written and what it adds up to.
-- `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once.
+- `config/`: text to frozen settings, all errors at once. `world.py`: settings to machinery, once. `reload.py`: again.
 - `workers/`: several processes on one port: the parent that keeps them, what they have in common, the wire between.
 - `app.py`: the composition root, the only file that knows everybody. `seams.py`: the only clock.
   `cli/`: one file a command.
