@@ -41,13 +41,14 @@ async def one_each(proxy: ProxyProcess, workers: int = 2, count: int = 1) -> Asy
     one request at a time.
     """
     async with AsyncExitStack() as stack:
-        found: dict[int, list[Client]] = {}
-        for _ in range(200 * count):
-            client = await stack.enter_async_context(Client())
-            found.setdefault((await status(client, proxy))["worker"], []).append(client)
-            if len(found) == workers and all(len(each) >= count for each in found.values()):
-                break
-        assert sorted(found) == list(range(1, workers + 1))
+        found: dict[int, list[Client]] = {number: [] for number in range(1, workers + 1)}
+        end = time.monotonic() + 30  # the last worker may still be starting
+        while any(len(each) < count for each in found.values()):
+            assert time.monotonic() < end, {number: len(each) for number, each in found.items()}
+            batch = [await stack.enter_async_context(Client()) for _ in range(2 * workers)]
+            told = await asyncio.gather(*(status(client, proxy) for client in batch))
+            for client, one in zip(batch, told, strict=True):
+                found[one["worker"]].append(client)
         yield [client for number in sorted(found) for client in found[number][:count]]
 
 
