@@ -110,10 +110,6 @@ class Journey:
 
     # -- from upstream -------------------------------------------------------------------------------------------------
 
-    async def buy(self, call: Call, plan: CachePlan) -> Bought:
-        """The answer from upstream, shared with whoever asks the same now. Raises Refusal."""
-        return await self.sharing.buy(call, plan)
-
     async def buy_alone(self, call: Call, plan: CachePlan, progress: Progress) -> Bought:
         """The answer from upstream. Raises Refusal."""
         try:

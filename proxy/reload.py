@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -54,11 +54,6 @@ def with_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
         value: Any = attrgetter(path)(old)
         new = replace(new, **{section: replace(getattr(new, section), **{name: value})})
     return new, changed
-
-
-def differing(old: Settings, new: Settings) -> list[str]:
-    """The top-level sections that are not the same."""
-    return [field.name for field in fields(old) if getattr(old, field.name) != getattr(new, field.name)]
 
 
 Stamp = tuple[int, ...] | None

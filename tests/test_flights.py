@@ -451,7 +451,7 @@ async def test_a_slow_follower_slows_nobody() -> None:
     call = scene.call(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
     plan = await scene.journey.planner.plan(call)
-    bought = await scene.journey.buy(call, plan)
+    bought = await scene.journey.sharing.buy(call, plan)
     got = []
 
     async def write(data: bytes) -> None:
@@ -473,7 +473,7 @@ async def test_a_follower_that_falls_too_far_behind_is_cut_off() -> None:
     scene = Scene(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
     call = scene.call(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
-    bought = await scene.journey.buy(call, await scene.journey.planner.plan(call))
+    bought = await scene.journey.sharing.buy(call, await scene.journey.planner.plan(call))
     told = Told(200)
 
     async def write(data: bytes) -> None:
@@ -501,7 +501,10 @@ async def _pumped(flow: Flow | View | None, write: Write, told: Told) -> None:
 async def test_at_the_stop_each_stream_is_told_and_the_upstream_closed() -> None:
     scene = Scene(streams([*SLOW[:4], HANG]))
     calls = [scene.call(STREAM) for _ in range(3)]
-    buying = [scene.loop.create_task(scene.journey.buy(call, await scene.journey.planner.plan(call))) for call in calls]
+    buying = [
+        scene.loop.create_task(scene.journey.sharing.buy(call, await scene.journey.planner.plan(call)))
+        for call in calls
+    ]
     bought = await asyncio.gather(*buying)
     told = [Told(200) for _ in calls]
     pumps = [scene.loop.create_task(scene.pump(each, one)) for each, one in zip(bought, told, strict=True)]

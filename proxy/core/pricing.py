@@ -283,10 +283,3 @@ def _section(models: Mapping[str, Mapping[str, Any]]) -> _Section:
         names |= dict.fromkeys((model, *entry.get("names", ())), rates)
         patterns |= dict.fromkeys(entry.get("patterns", ()), rates)
     return _Section(names, _longest_first(patterns))
-
-
-def standard_tier(service_tier: object) -> bool:
-    """Whether the table's prices hold: flex, priority and other tiers cost something else (unknown until it has their
-    rates).
-    """
-    return service_tier in (None, "auto", "default", "standard")

@@ -135,7 +135,7 @@ async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None
 async def test_a_client_gone_before_the_first_byte() -> None:
     scene = Scene(streams([*events()[:1], HANG]), error(400))
     call = scene.call(STREAM)
-    bought = await scene.journey.buy(call, await scene.journey.planner.plan(call))
+    bought = await scene.journey.sharing.buy(call, await scene.journey.planner.plan(call))
     assert bought.flow is not None
     bought.flow.abandon()
     bought.flow.abandon()
