@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.core.errors import Refusal
@@ -116,14 +116,25 @@ def test_the_deployment_of_a_model(model: str, deployment: str) -> None:
 
 
 @given(st.text())
-def test_no_model_leaves_the_deployments(model: str) -> None:
-    """The model is the client's text: it stays one segment of the path."""
+@example(".")
+@example("..")
+@example("...")
+@example("../..")
+def test_model_stays_one_segment_of_the_path_or_is_refused(model: str) -> None:
+    """The model is the client's text. A dot segment is refused: percent-encoding does not take its meaning away
+    (RFC 3986 section 5.2.4)."""
+    if model in (".", ".."):
+        with pytest.raises(Refusal) as refused:
+            azure.url(site(), parse_target("/v1/chat/completions"), model)
+        assert (refused.value.code, refused.value.param) == ("bad_request", "model")
+        return
     got = urlsplit(azure.url(site(), parse_target("/v1/chat/completions"), model))
     assert f"{got.scheme}://{got.netloc}" == ROOT
     if model:
         assert got.path.startswith("/openai/deployments/")
         assert got.path.endswith("/chat/completions")
         assert got.path.count("/") == 5
+        assert not {".", ".."} & set(got.path.split("/"))
     assert got.query == "api-version=2024-10-21"
     assert not got.fragment
 
@@ -142,7 +153,9 @@ def test_no_target_leaves_the_resource(text: str) -> None:
         except Refusal:
             continue
         for api_version in ("2024-10-21", None):
-            assert azure.url(site(api_version), route, "m").startswith(f"{ROOT}/openai/")
+            whole = azure.url(site(api_version), route, "m")
+            assert whole.startswith(f"{ROOT}/openai/")
+            assert not {".", ".."} & set(urlsplit(whole).path.split("/"))
 
 
 @pytest.mark.parametrize(
@@ -200,11 +213,3 @@ def test_the_identity_is_address_version_and_deployment() -> None:
         azure.identity(site(**{"gpt-4o": "new"}), "gpt-4o"),
     ]
     assert len({azure.identity(here, "gpt-4o"), *others}) == 6
-
-
-@pytest.mark.parametrize("model", [".", ".."])
-def test_no_model_leads_out_of_the_deployments(model: str) -> None:
-    """Percent-encoding does not take the meaning from dots."""
-    with pytest.raises(Refusal) as refused:
-        url("/v1/chat/completions", model)
-    assert refused.value.code == "bad_request"
