@@ -74,6 +74,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Verdict]]] = {
     "moderations": _in("input model"),
     "responses": {
         **_in("input instructions model", _MODEL, "access_programs context_management image include"),
+        **_in("background_options"),  # how soon: says nothing without `background`, which bypasses
         # What these two name is fixed, or the provider's to change, as a model's alias is: lifetimes end.
         **_in("previous_response_id prompt"),
         **_in("max_output_tokens max_tool_calls reasoning text truncation"),

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import json
-import typing
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai.types import completion_create_params, embedding_create_params, moderation_create_params
-from openai.types.chat import completion_create_params as chat_create_params
-from openai.types.responses import response_create_params, tool_param
 
 from proxy.config.settings import Cache
 from proxy.core.fields import FIELDS, HOSTED_TOOLS, LABELS, dropped_fields, request_bypass
 from proxy.core.fingerprint import canonical
 from tests.core.test_fingerprint import json_values
+from tests.sdk_schema import CLIENT_RUN, SDK, fields_of, tool_types
 
-SDK: dict[str, tuple[Any, ...]] = {
-    "chat": (
-        chat_create_params.CompletionCreateParamsNonStreaming,
-        chat_create_params.CompletionCreateParamsStreaming,
-    ),
-    "completions": (
-        completion_create_params.CompletionCreateParamsNonStreaming,
-        completion_create_params.CompletionCreateParamsStreaming,
-    ),
-    "embeddings": (embedding_create_params.EmbeddingCreateParams,),
-    "moderations": (moderation_create_params.ModerationCreateParams,),
-    "responses": (
-        response_create_params.ResponseCreateParamsNonStreaming,
-        response_create_params.ResponseCreateParamsStreaming,
-    ),
-}
 LINES = [(endpoint, name, verdict) for endpoint, fields in FIELDS.items() for name, verdict in fields.items()]
 IGNORED = Cache().ignore_fields
 
@@ -55,8 +36,6 @@ HARMLESS: dict[str, Any] = {
     "background": False,
     "conversation": None,
 }
-CLIENT_RUN = {"function", "custom", "local_shell", "shell", "namespace", "tool_search", "apply_patch"}
-"""Types of tools that the client runs, or that only point at others."""
 
 
 def key_of(endpoint: str, document: dict[str, Any]) -> bytes:
@@ -65,23 +44,13 @@ def key_of(endpoint: str, document: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize("endpoint", SDK)
 def test_every_field_of_the_sdk_has_a_line(endpoint: str) -> None:
-    fields = {name for params in SDK[endpoint] for name in typing.get_type_hints(params)}
-    assert fields <= FIELDS[endpoint].keys()
+    assert fields_of(endpoint) <= FIELDS[endpoint].keys()
 
 
 def test_every_tool_of_the_sdk_is_judged() -> None:
-    kinds = {
-        kind
-        for tool in typing.get_args(tool_param.ToolParam)
-        for kind in typing.get_args(_bare(typing.get_type_hints(tool)["type"]))
-    }
+    kinds = tool_types()
     assert kinds >= {"function", "mcp", "custom"}
     assert {kind for kind in kinds if not kind.startswith(HOSTED_TOOLS)} == CLIENT_RUN
-
-
-def _bare(hint: Any) -> Any:
-    """`Literal[…]` without `Required[…]` around it."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is not typing.Literal else hint
 
 
 def test_what_is_ignored_by_default() -> None:
