@@ -12,10 +12,16 @@ ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
+# Every dependency by its hash, the build backend too, which stays out of the image. `.ci/lock` renews them.
+COPY requirements.txt requirements-build.txt ./
+RUN python3 -m venv /opt/build \
+    && /opt/build/bin/python -m pip install --no-cache-dir --require-hashes -r requirements-build.txt \
+    && python3 -m venv /opt/openai-proxy \
+    && /opt/openai-proxy/bin/python -m pip install --no-cache-dir --require-hashes -r requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY proxy ./proxy
-RUN python3 -m venv /opt/openai-proxy \
-    && /opt/openai-proxy/bin/python -m pip install --no-cache-dir .
+RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
+    && /opt/openai-proxy/bin/python -m pip install --no-cache-dir --no-deps --no-index /dist/*.whl
 
 FROM ${BASE}
 COPY --from=build /opt/openai-proxy /opt/openai-proxy

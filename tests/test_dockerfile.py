@@ -40,3 +40,10 @@ def test_everything_it_copies_passes_dockerignore() -> None:
     }
     assert copied == named
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_nothing_is_fetched_without_its_hash() -> None:
+    commands = [line for line in TEXT.splitlines() if "pip install" in line or "pip wheel" in line]
+    alone = ("--require-hashes", "pip wheel --no-deps --no-build-isolation", "--no-deps --no-index")
+    assert [sum(part in line for line in commands) for part in alone] == [2, 1, 1]
+    assert len(commands) == 4
