@@ -41,7 +41,7 @@ from .edge.wire import Dates, refused
 from .greeting import start_up_text
 from .journey import Journey
 from .ledger import Ledger
-from .reload import Reloader, with_fixed
+from .reload import Read, Reloader
 from .seams import REAL, Seams, spawn
 from .workers.budgets import SeatBudgets
 from .workers.channel import Lost
@@ -93,21 +93,17 @@ class App:
             self.ledger,
         )
 
-    def use(self, loaded: Loaded) -> list[str]:
-        """Puts other settings in force, in one step; what is to be said about them. Raises OSError, and then nothing
-        has changed.
-        """
-        old = self.world
-        settings, fixed = with_fixed(old.settings, loaded.settings)
+    def use(self, loaded: Loaded) -> None:
+        """Puts other settings in force, in one step. Raises OSError, and then nothing has changed."""
+        old, settings = self.world, loaded.settings
         world, found = compile_world(settings, old.seams, old), outlets(settings)
         self.way_up.set(settings.timeouts.connect, settings.timeouts.idle, found)
         self._furnish(world)
         logs.configure(settings.log.level, settings.log.format, world.masker)
         self.start_tokens()
-        return [f"{name} takes effect at the next start" for name in fixed]
 
     def told(self, loaded: Loaded) -> None:
-        """As `use`, by the parent, which has said already what is to be said."""
+        """As `use`, by the parent, which has checked them and logged what is to be logged."""
         try:
             self.use(loaded)
         except OSError as error:
@@ -181,11 +177,9 @@ class App:
             await asyncio.wait(tasks, timeout=0.5)
 
 
-async def serve(
-    loaded: Loaded, read: Callable[[], Loaded], *, extra_lines: Callable[[str], list[str]] | None = None
-) -> int:
-    """Runs the proxy until SIGTERM or SIGINT; the exit status. read: the settings anew, for a reload, raises
-    SettingsError; extra_lines: told the base URL, more start-up text.
+async def serve(loaded: Loaded, read: Read, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
+    """Runs the proxy until SIGTERM or SIGINT; the exit status. read: as `Reloader`; extra_lines: told the base URL,
+    more start-up text.
     """
     settings = loaded.settings
     try:
@@ -208,9 +202,7 @@ async def serve(
         listeners.remove()
 
 
-async def _alone(
-    loaded: Loaded, read: Callable[[], Loaded], listeners: listening.Listeners, say: Callable[[list[str]], None]
-) -> int:
+async def _alone(loaded: Loaded, read: Read, listeners: listening.Listeners, say: Callable[[list[str]], None]) -> int:
     """All of the proxy in this process."""
     app = App(loaded.settings, tracing=tracing_from(os.environ))
     reloader = Reloader(loaded, read, app.use, app.world.seams)

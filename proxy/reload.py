@@ -1,20 +1,20 @@
 """New settings for a running proxy: on SIGHUP, or when a file that holds a key changed.
 
 The new world is compiled beside the old one and takes its place in one step; requests in flight end in the world they
-began in. What cannot be read or used changes nothing, and the log says why.
+began in. A reload is no first start: what is validated is what will be in force, the new settings with what cannot
+change (the listener). What cannot be read or used changes nothing, and the log says why.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from .config import Loaded, Settings, SettingsError
+from .config import Loaded, SettingsError, with_fixed
 from .seams import Seams
 
 log = logging.getLogger("proxy")
@@ -22,39 +22,14 @@ log = logging.getLogger("proxy")
 LOOK: Final = 2.0
 """Seconds between two looks at the files that are watched."""
 
-FIXED: Final = (
-    "server.host",
-    "server.port",
-    "server.workers",
-    "server.socket",
-    "server.ops",
-    "cache.backend",
-    "cache.path",
-    "cache.memory_size",
-    "cache.max_size",
-    "cache.max_entry",
-    "cache.mode",
-    "cache.cassette",
-    "cache.stale_while_revalidate",
-    "cache.stale_if_error",
-    "throttle.backend",
-    "redis.url",
-    "redis.prefix",
-    "ledger.path",
-    "ledger.enabled",
-)
-"""Settings that hold until the next start: what they describe is open, bound or allocated."""
+SETTLE: Final = 0.1
+"""Seconds for which the settings file must not have changed when it is read: it may be written in several steps."""
 
+UNSETTLED: Final = 50
+"""So many times in a row it may have changed before the reload is given up."""
 
-def with_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
-    """`new` with what is fixed taken from `old`; and the names of those that would have been other."""
-    changed = [path for path in FIXED if attrgetter(path)(old) != attrgetter(path)(new)]
-    for path in changed:
-        section, name = path.split(".")
-        value: Any = attrgetter(path)(old)
-        new = replace(new, **{section: replace(getattr(new, section), **{name: value})})
-    return new, changed
-
+Read = Callable[[Loaded], Loaded]
+"""Reads the settings again, to be put in force instead of those given. Raises SettingsError."""
 
 Stamp = tuple[int, ...] | None
 
@@ -69,11 +44,10 @@ def stamp(path: Path) -> Stamp:
 
 
 class Reloader:
-    """read: the settings anew, raises SettingsError; use: takes them, and returns what it has to say about them."""
+    """loaded: what is in force; use: puts other settings in force, raises OSError if it cannot."""
 
-    def __init__(
-        self, loaded: Loaded, read: Callable[[], Loaded], use: Callable[[Loaded], Sequence[str]], seams: Seams
-    ) -> None:
+    def __init__(self, loaded: Loaded, read: Read, use: Callable[[Loaded], None], seams: Seams) -> None:
+        self._in_force = loaded
         self._read = read
         self._use = use
         self._seams = seams
@@ -101,23 +75,52 @@ class Reloader:
                 await self.reload(f"{changed[0]} changed")
 
     async def reload(self, why: str) -> bool:
-        """Whether new settings are in force. Reading may run commands for keys, so it is done beside the loop."""
+        """Whether new settings are in force."""
         self._stamps = {path: stamp(path) for path in self._stamps}  # a bad file is complained about once
         try:
-            loaded = await asyncio.to_thread(self._read)
-        except SettingsError as error:
-            for problem in error.problems:
+            loaded = await self._settled()
+            settings, fixed = with_fixed(self._in_force.settings, loaded.settings)
+            loaded = replace(loaded, settings=settings)
+            self._use(loaded)
+        except (SettingsError, OSError) as error:
+            for problem in error.problems if isinstance(error, SettingsError) else [error]:
                 log.error("%s", problem)
             log.error("reload (%s): these settings cannot be used; the old ones stay", why)
             return False
-        said = self._use(loaded)
+        except Exception:
+            log.exception("reload (%s): failed inside the proxy; the old settings stay", why)
+            return False
+        self._in_force = loaded
         self._stamps = self._look(loaded)
-        for line in said:
-            log.warning("reload (%s): %s", why, line)
+        for name in fixed:
+            log.warning("reload (%s): %s takes effect at the next start", why, name)
         for warning in loaded.warnings:
             log.warning("%s", warning)
         log.info("reload (%s): new settings in force", why)
         return True
+
+    async def _settled(self) -> Loaded:
+        """The settings of a file that nobody is writing. Raises SettingsError, OSError.
+
+        They are read beside the loop, as reading may run commands for keys.
+        """
+        for _ in range(UNSETTLED):
+            before = self._written()
+            await self._seams.sleep(SETTLE)
+            if self._written() != before:
+                continue
+            try:
+                loaded = await asyncio.to_thread(self._read, self._in_force)
+            except SettingsError:
+                if self._written() == before:
+                    raise
+            else:
+                if self._written() == before:
+                    return loaded
+        raise OSError(f"{self._in_force.file} does not stop changing")
+
+    def _written(self) -> Stamp:
+        return stamp(self._in_force.file) if self._in_force.file is not None else None
 
     @staticmethod
     def _look(loaded: Loaded) -> dict[Path, Stamp]:

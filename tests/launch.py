@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 Config = dict[str, Any]
 
-LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:(\d+))")
+LISTENING = re.compile(r"listening on (http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+))")
 # Signs that the program broke, whatever the client saw.
 BROKEN = (
     "Traceback",

@@ -59,10 +59,11 @@ def read_from_args(
     *,
     cwd: Path | None = None,
     upstream: str | None = None,
+    in_force: Loaded | None = None,
 ) -> Loaded:
-    """The settings in force; with `upstream` that one stands for all configured upstreams and their keys.
+    """The settings to be put in force; with `upstream` that one stands for all configured upstreams and their keys.
 
-    Raises SettingsError when they cannot be used.
+    `in_force`: as `load`. Raises SettingsError when they cannot be used.
     """
     loaded = load(
         getattr(args, "config", None),
@@ -70,6 +71,7 @@ def read_from_args(
         os.environ if environ is None else environ,
         Path.cwd() if cwd is None else cwd,
         use_upstreams=upstream is None,
+        in_force=in_force,
     )
     if upstream is None:
         return loaded

@@ -33,7 +33,7 @@ async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
 
         return await serve(
             before_it(loaded),
-            lambda: before_it(read_from_args(args, upstream="")),
+            lambda in_force: before_it(read_from_args(args, upstream="", in_force=in_force)),
             extra_lines=lambda address: introduction(address, guarded, SPECIAL_PROMPTS),
         )
 

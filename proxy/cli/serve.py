@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from functools import partial
 
 from .common import add_config_arguments, load_from_args, read_from_args
 
@@ -17,4 +16,4 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_from_args(args)
     from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
 
-    return asyncio.run(serve(loaded, partial(read_from_args, args)))
+    return asyncio.run(serve(loaded, lambda in_force: read_from_args(args, in_force=in_force)))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from . import environment
-from .problems import COMMAND_LINE, Invalid, Problem, SettingsError, Where
+from .fixed import with_fixed
+from .problems import COMMAND_LINE, DEFAULT, Invalid, Problem, SettingsError, Where
 from .reading import Reading
 from .schema import KNOWN, SCHEMA
 from .settings import Settings
@@ -38,7 +40,7 @@ _SUBSTITUTED: Final = re.compile(r"\$\{[^}]*\}")
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """Settings that may be used. `sources`: dotted path -> where the value comes from. `watched`: key files and the
-    like, whose change counts.
+    like, whose change counts. `sections`: those of the file that say anything.
     """
 
     settings: Settings
@@ -46,6 +48,7 @@ class Loaded:
     warnings: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     watched: tuple[Path, ...] = ()
+    sections: frozenset[str] = frozenset()
 
 
 def load(
@@ -55,17 +58,20 @@ def load(
     cwd: Path,
     *,
     use_upstreams: bool = True,
+    in_force: Loaded | None = None,
 ) -> Loaded:
-    """The settings in force. Raises SettingsError with every problem there is.
+    """The settings to be put in force. Raises SettingsError with every problem there is.
 
     Replay needs no key, so that a CI without the secrets of `upstreams` can use the file that recorded: none is read.
 
     `config` None: `config.yaml` in `cwd`, if it is there and ours. `flags`: the paths of `FLAGS` -> values,
     None for a flag not given. `use_upstreams` False: no upstream and no upstream key is read from anywhere.
+    `in_force`: what a running proxy has; the settings must also be usable with what it keeps of that (`with_fixed`).
     """
-    reading, loaded = _read(config, flags, environ, cwd, use_upstreams, with_keys=True)
-    if use_upstreams and loaded.settings.cache.mode == "replay":
-        reading, loaded = _read(config, flags, environ, cwd, use_upstreams, with_keys=False)
+    read = partial(_read, config, flags, environ, cwd, use_upstreams, in_force)
+    reading, loaded = read(with_keys=True)
+    if use_upstreams and (in_force or loaded).settings.cache.mode == "replay":
+        reading, loaded = read(with_keys=False)
     if reading.problems:
         raise SettingsError(_in_order(reading.problems, reading.file))
     return loaded
@@ -77,6 +83,7 @@ def _read(
     environ: Mapping[str, str],
     cwd: Path,
     use_upstreams: bool,
+    in_force: Loaded | None,
     with_keys: bool,
 ) -> tuple[Reading, Loaded]:
     """One reading; what came of it may be used where it has no problems."""
@@ -91,6 +98,9 @@ def _read(
         automatic=config is None,
     )
     from_file, used = _file_layer(cwd / file, config is None, reading)
+    sections = _sections(from_file)
+    if in_force is not None and not reading.problems:
+        _check_lost(in_force, sections, reading)
     from_environment = environment.settings_layers(environ, reading)
     upstream_flag, from_flags = _flag_layer(flags)
     layers = [from_file, *from_environment, from_flags]
@@ -109,9 +119,39 @@ def _read(
         check_upstreams(settings, reading)
     if listing is not None and config is None:
         _check_automatic(settings, listing, reading)
+    if in_force is not None and not reading.problems:
+        _check_kept(in_force.settings, settings, reading)
     environment.warn_unread(environ, reading)
     sources = {path: where.label for path, where in reading.places.items()}
-    return reading, Loaded(settings, file if used else None, tuple(reading.warnings), sources, tuple(reading.watched))
+    warnings, watched = tuple(reading.warnings), tuple(reading.watched)
+    return reading, Loaded(settings, file if used else None, warnings, sources, watched, sections)
+
+
+def _check_lost(in_force: Loaded, sections: frozenset[str], reading: Reading) -> None:
+    """A file that is being written, or was emptied by mistake, is no wish to go on with the defaults."""
+    if in_force.sections and not sections:
+        reading.fail(Where(reading.file), "", "expected the sections that it had, found none of them")
+    elif "upstreams" in in_force.sections - sections:
+        reading.fail(Where(reading.file), "upstreams", "expected the section that it had, found none")
+
+
+def _check_kept(in_force: Settings, settings: Settings, reading: Reading) -> None:
+    """The rules over several values hold for what will be in force: the new settings beside those that stay."""
+    merged, kept = with_fixed(in_force, settings)
+    if merged.passthrough and not in_force.passthrough:
+        reading.fail_at("upstreams", "expected a key, as before, found none; without keys it must be started anew")
+    check(merged, reading)
+    check_upstreams(merged, reading)
+    stays = f" ({', '.join(kept)} can only change at a start)" if kept else ""
+    for i, problem in enumerate(reading.problems):
+        file = reading.file if problem.file == DEFAULT.file else problem.file
+        reading.problems[i] = replace(problem, file=file, message=problem.message + stays)
+
+
+def _sections(layer: Node) -> frozenset[str]:
+    """The sections of a file that say anything."""
+    entries = layer.entries if isinstance(layer, Table) else ()
+    return frozenset(name for name, node in entries if not _is_empty(node) and node != Table((), node.where))
 
 
 def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:
@@ -164,10 +204,13 @@ def _highest(layers: list[Node], name: str) -> Node | None:
     """The strongest layer's `upstreams` that says anything."""
     for layer in reversed(layers):
         node = layer.get(name) if isinstance(layer, Table) else None
-        empty = (isinstance(node, Listing) and not node.items) or (isinstance(node, Scalar) and node.null)
-        if node is not None and not empty:
+        if node is not None and not _is_empty(node):
             return node
     return None
+
+
+def _is_empty(node: Node) -> bool:
+    return (isinstance(node, Listing) and not node.items) or (isinstance(node, Scalar) and node.null)
 
 
 def _without_upstreams(layer: Node) -> Node:

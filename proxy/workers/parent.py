@@ -9,14 +9,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ..config import Loaded
 from ..core.several import Family, summed
-from ..reload import Reloader, with_fixed
+from ..reload import Read, Reloader
 from ..seams import Seams, spawn
 from .budgets import Purses
 from .channel import Channel, Lost
@@ -70,7 +70,7 @@ class _Worker:
 
 async def lead(
     loaded: Loaded,
-    read: Callable[[], Loaded],
+    read: Read,
     listeners: Listeners,
     seams: Seams,
     say: Callable[[list[str]], None],
@@ -80,7 +80,7 @@ async def lead(
 
 
 class _Parent:
-    def __init__(self, loaded: Loaded, read: Callable[[], Loaded], listeners: Listeners, seams: Seams) -> None:
+    def __init__(self, loaded: Loaded, read: Read, listeners: Listeners, seams: Seams) -> None:
         self._loaded = loaded
         self._listeners = listeners
         self._seams = seams
@@ -220,12 +220,10 @@ class _Parent:
                     log.error("worker %d cannot be started: %s", number, error)
                     soon += 1
 
-    def _use(self, loaded: Loaded) -> list[str]:
+    def _use(self, loaded: Loaded) -> None:
         """Hands out new settings; those to come get them, too."""
-        settings, fixed = with_fixed(self._loaded.settings, loaded.settings)
-        self._loaded = replace(loaded, settings=settings)
-        self._note("settings", pickle.dumps(self._loaded))
-        return [f"{name} takes effect at the next start" for name in fixed]
+        self._loaded = loaded
+        self._note("settings", pickle.dumps(loaded))
 
     # -- between workers ----------------------------------------------------------------------------------------------
 

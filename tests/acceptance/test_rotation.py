@@ -91,6 +91,98 @@ async def test_nothing_in_flight_is_dropped(
     assert [reply.status for reply in await asyncio.gather(*answers)] == [200] * 31
 
 
+CLIENT_KEY = secret("client")
+PUBLIC = {"host": "0.0.0.0", "client_keys": [{"name": "a", "key": CLIENT_KEY}]}
+
+
+def public(port: int, **sections: Any) -> Config:
+    """Open to other machines, for those who have a client key."""
+    return settings(port, server=PUBLIC, **sections)
+
+
+def text_of(config: Config) -> str:
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def cut(config: Config, before: str) -> str:
+    """The file as a writer leaves it that has come so far."""
+    head, found, _ = text_of(config).partition(before)
+    assert found
+    return head
+
+
+async def guarded(proxy: ProxyProcess, client: Client, times: int = 1) -> None:
+    """It serves those who have a key, and nobody else; with the pool's key."""
+    for _ in range(times):
+        assert (await client.send(proxy, ask())).status == 401
+        assert (await client.send(proxy, ask(), {"Authorization": "Bearer another"})).status == 401
+        assert (await client.send(proxy, ask(), {"Authorization": f"Bearer {CLIENT_KEY}"})).status == 200
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_no_reload_opens_what_a_start_would_refuse(
+    launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path, workers: int
+) -> None:
+    config = public(upstream.port, throttle={"limits": {"*": {"rpm": 1000}}})
+    proxy = await asyncio.to_thread(launch, config, args=("--workers", str(workers)))
+    await guarded(proxy, client)
+    exposed = "server.host: expected a loopback address, or client_keys"
+    emptied = "expected the sections that it had, found none of them"
+    keyless = "upstreams: expected a key, as before, found none"
+    inner, text = settings(upstream.port), text_of(config)
+    broken = {
+        text_of({name: section for name, section in config.items() if name != "server"}): exposed,
+        text_of(inner | {"server": {"host": "127.0.0.1"}}): exposed,
+        text_of(inner | {"server": {"socket": str(tmp_path / "socket")}}): exposed,
+        "": emptied,
+        "# to be written\n\n# later\n": emptied,
+        "server:\n": emptied,
+        "{}": emptied,
+        text[:3]: "found a single value",
+        cut(config, "  client_keys:"): exposed,
+        cut(config, "upstreams:"): "upstreams: expected the section that it had, found none",
+        cut(config, "  base_url:"): keyless,
+        cut(config, "  - name: k1"): keyless,
+        cut(config, "    key: " + secret("k1")): "upstreams.0.keys.0",
+        cut(config, "'*'") + "'*": "settings.yaml:",
+    }
+    for turn, (written, words) in enumerate(broken.items(), 1):
+        before = len(proxy.stderr_so_far())
+        write_config(tmp_path, written)
+        proxy.signal(signal.SIGHUP)
+        await said(proxy, "the old ones stay", turn)
+        assert words in proxy.stderr_so_far()[before:], written
+        await guarded(proxy, client, workers)
+    (tmp_path / "settings.yaml").unlink()
+    proxy.signal(signal.SIGHUP)
+    await said(proxy, "the old ones stay", len(broken) + 1)
+    await guarded(proxy, client, workers)
+    assert upstream.last.key == secret("k1")
+    assert "new settings in force" not in proxy.stderr_so_far()
+    config["upstreams"][0]["keys"][0]["key"] = secret("k2")
+    write_config(tmp_path, config)
+    proxy.signal(signal.SIGHUP)
+    await said(proxy, "new settings in force")
+    await guarded(proxy, client)
+    assert upstream.last.key == secret("k2")
+
+
+async def test_a_changed_key_file_puts_no_emptied_file_in_force(
+    launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text(secret("old"))
+    key.chmod(0o600)
+    config = public(upstream.port)
+    config["upstreams"][0]["keys"] = [{"name": "file", "key_file": str(key)}]
+    proxy = launch(config)
+    write_config(tmp_path, "# nothing any more\n")
+    key.write_text(secret("newer"))
+    await said(proxy, "the old ones stay")
+    await guarded(proxy, client)
+    assert upstream.last.key == secret("old")
+
+
 def file_key(port: int, path: Path) -> Config:
     config = settings(port)
     config["upstreams"][0]["keys"] = [{"name": "file", "key_file": str(path)}]

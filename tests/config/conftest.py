@@ -17,6 +17,7 @@ def _load(tmp_path: Path) -> Load:
         *,
         automatic: bool = False,
         use_upstreams: bool = True,
+        in_force: Loaded | None = None,
         **flags: object,
     ) -> Loaded:
         name = "config.yaml" if automatic else "settings.yaml"
@@ -24,6 +25,6 @@ def _load(tmp_path: Path) -> Load:
             write(tmp_path / name, text)
         config = None if automatic or text is None else Path(name)
         dotted = {flag.replace("__", "."): value for flag, value in flags.items()}
-        return load(config, dotted, environ or {}, tmp_path, use_upstreams=use_upstreams)
+        return load(config, dotted, environ or {}, tmp_path, use_upstreams=use_upstreams, in_force=in_force)
 
     return run

@@ -17,6 +17,7 @@ class Load(Protocol):
         *,
         automatic: bool = False,
         use_upstreams: bool = True,
+        in_force: Loaded | None = None,
         **flags: object,
     ) -> Loaded:
         """Settings of `settings.yaml` with this text (`automatic`: of a `config.yaml` lying about)."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.config.kit import Load, problems
@@ -131,3 +133,64 @@ def test_what_each_of_several_workers_has_for_itself_is_said(load: Load, text: s
     warnings = load(text).warnings
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
+
+
+PUBLIC = f"server: {{host: 0.0.0.0, {CLIENT}}}\n{KEYED}"
+STAYS = "(server.host can only change at a start)"
+
+
+def test_a_reload_is_checked_with_the_listener_that_stays(load: Load) -> None:
+    in_force = load(PUBLIC)
+    for text, place in ((KEYED, "settings.yaml"), (f"{KEYED}\nserver:\n  host: 127.0.0.1", "settings.yaml:3")):
+        assert load(text).settings.server.host == "127.0.0.1"  # at a start, nothing is wrong with it
+        (problem,) = problems(load, text, in_force=in_force)
+        assert problem.startswith(f"{place}: server.host: expected a loopback address, or client_keys")
+        assert problem.endswith(f"found 0.0.0.0 without them {STAYS}")
+    (problem,) = problems(load, f"server: {{socket: /tmp/s}}\n{KEYED}", in_force=in_force)
+    assert problem.endswith("(server.host, server.socket can only change at a start)")
+    anonymous = load(f"server: {{allow_anonymous: true}}\n{KEYED}", in_force=in_force)
+    assert "everybody who reaches it may use it" in anonymous.warnings[0]
+    other = load(f"server: {{port: 9000, {CLIENT}}}\n{KEYED}", in_force=in_force)
+    assert other.settings.server.host == "127.0.0.1"  # what the file says: `with_fixed` says what is in force
+    assert len(problems(load, f"server: {{host: 0.0.0.0}}\n{KEYED}", in_force=load(KEYED))) == 1  # as at a start
+
+
+def test_a_reload_is_checked_with_the_port_the_store_and_the_mode_that_stay(load: Load) -> None:
+    upstream = "upstreams: [{base_url: 'http://127.0.0.1:8484', keys: [abc]}]"
+    (problem,) = problems(load, f"server: {{port: 9000}}\n{upstream}", in_force=load(KEYED))
+    assert problem.startswith("settings.yaml:2: upstreams.0.base_url: expected an upstream, found the proxy's own")
+    (problem,) = problems(load, f"cache: {{when: never}}\n{KEYED}", in_force=load(f"cache: {{cassette: c}}\n{KEYED}"))
+    assert problem.startswith("settings.yaml: cache.cassette: expected a cache to go with it, found when: never")
+    found = problems(load, f"cache: {{mode: replay, cassette: c}}\n{UPSTREAM}", in_force=load(KEYED))
+    assert any("NOBODY" in problem for problem in found)  # the proxy would need them: it goes on in mode normal
+    frozen = load(f"cache: {{mode: replay, cassette: c}}\n{UPSTREAM}")
+    assert load(f"cache: {{cassette: c}}\n{UPSTREAM}", in_force=frozen).settings.upstreams[0].keys == ()
+
+
+@pytest.mark.parametrize("text", ["", "# later\n", "server:\n", "server: {}\nupstreams: []\n", "{}"])
+def test_a_reload_takes_no_file_that_has_lost_its_sections(load: Load, text: str) -> None:
+    said = "expected the sections that it had, found none of them"
+    assert problems(load, text, in_force=load(KEYED)) == [f"settings.yaml: {said}"]
+    assert load(text, in_force=load(text)).sections == frozenset()  # it had none
+    automatic = load(KEYED, automatic=True)
+    assert problems(load, text, automatic=True, in_force=automatic) == [f"config.yaml: {said}"]
+
+
+def test_a_reload_takes_no_missing_file(load: Load, tmp_path: Path) -> None:
+    automatic = load(KEYED, automatic=True)
+    (tmp_path / "config.yaml").unlink()
+    (problem,) = problems(load, automatic=True, in_force=automatic)
+    assert problem == "config.yaml: expected the sections that it had, found none of them"
+
+
+def test_a_reload_takes_no_file_without_the_upstreams_or_any_key(load: Load) -> None:
+    in_force = load(KEYED)
+    environ = {"OPENAI_API_KEY": "sk-proj-0123456789abcdef"}
+    assert problems(load, "log: {level: debug}", environ, in_force=in_force) == [
+        "settings.yaml: upstreams: expected the section that it had, found none"
+    ]
+    (problem,) = problems(load, "upstreams: [{name: a}]", in_force=in_force)
+    assert problem.startswith("settings.yaml:1: upstreams: expected a key, as before, found none")
+    keyless = load("upstreams: [{name: a}]")
+    assert load("upstreams: [{name: b}]", in_force=keyless).settings.passthrough
+    assert not load(KEYED, in_force=keyless).settings.passthrough

@@ -1,0 +1,139 @@
+"""When a running proxy takes new settings, and when it keeps the old ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from proxy.config import Loaded, Problem, SettingsError
+from proxy.config.settings import Cache, Server, Settings
+from proxy.reload import SETTLE, UNSETTLED, Reloader
+from proxy.seams import Seams
+from tests.journey.clock import story
+
+PUBLIC = Settings(server=Server(host="0.0.0.0", port=9000))
+
+
+class Running:
+    """A proxy that does nothing but reload. `file`: its settings file, whose whole text is the cache's `when`."""
+
+    def __init__(self, file: Path) -> None:
+        file.write_text("always")
+        self.file = file
+        self.in_force = Loaded(PUBLIC, file)
+        self.told: list[Loaded] = []
+        self.read: Callable[[], None] = lambda: None  # called while the file is being read
+        self.use: Callable[[], None] = lambda: None  # called when settings are put in force
+        self.reloader = Reloader(self.in_force, self._read, self._use, Seams())
+
+    def _read(self, in_force: Loaded) -> Loaded:
+        self.told.append(in_force)
+        text = self.file.read_text()
+        self.read()
+        if text not in ("always", "never"):
+            raise SettingsError((Problem(str(self.file), 1, "cache.when", f"found {text}"),))
+        return Loaded(Settings(cache=Cache(when=text)), self.file)
+
+    def _use(self, loaded: Loaded) -> None:
+        self.use()
+        self.in_force = loaded
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Callable[[], Running]:
+    return lambda: Running(tmp_path / "settings.yaml")
+
+
+@story
+async def test_new_settings_come_with_what_stays_and_are_read_beside_it(
+    running: Callable[[], Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = running()
+    proxy.file.write_text("never")
+    assert await proxy.reloader.reload("SIGHUP")
+    assert proxy.in_force.settings == Settings(server=PUBLIC.server, cache=Cache(when="never"))
+    assert [name for name in ("server.host", "server.port", "cache.when") if f"{name} takes effect" in caplog.text] == [
+        "server.host",
+        "server.port",
+    ]
+    proxy.file.write_text("always")
+    assert await proxy.reloader.reload("SIGHUP")
+    assert [told.settings.server.host for told in proxy.told] == ["0.0.0.0"] * 2
+    assert [told.settings.cache.when for told in proxy.told] == ["always", "never"]
+
+
+@pytest.mark.parametrize("error", [OSError("no such file"), RuntimeError("nobody expected this")])
+def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(
+    running: Callable[[], Running], caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    @story
+    async def told() -> None:
+        proxy = running()
+        before = proxy.in_force
+
+        def fail() -> None:
+            raise error
+
+        proxy.file.write_text("never")
+        proxy.use = fail
+        assert not await proxy.reloader.reload("SIGHUP")
+        assert proxy.in_force is before
+        assert str(error) in caplog.text
+        assert "stay" in caplog.text
+        proxy.use = lambda: None
+        assert await proxy.reloader.reload("SIGHUP")
+        assert proxy.told[-1] is before
+
+    told()
+
+
+@story
+async def test_a_file_is_read_once_nobody_writes_it(running: Callable[[], Running]) -> None:
+    proxy = running()
+    reload = asyncio.create_task(proxy.reloader.reload("SIGHUP"))
+    for text in ("", "n", "neve", "never"):
+        proxy.file.write_text(text)
+        await asyncio.sleep(SETTLE * 0.9)
+        assert not proxy.told
+    assert await reload
+    assert proxy.in_force.settings.cache.when == "never"
+    assert len(proxy.told) == 1
+
+
+@pytest.mark.parametrize("half", ["ne", "always"])
+def test_what_changed_while_it_was_read_is_read_again(running: Callable[[], Running], half: str) -> None:
+    @story
+    async def told() -> None:
+        proxy = running()
+        proxy.file.write_text(half)
+
+        def write_on() -> None:
+            proxy.read = lambda: None
+            proxy.file.write_text("never")
+
+        proxy.read = write_on
+        assert await proxy.reloader.reload("SIGHUP")
+        assert proxy.in_force.settings.cache.when == "never"
+        assert len(proxy.told) == 2
+
+    told()
+
+
+@story
+async def test_a_file_that_never_stands_still_is_given_up(
+    running: Callable[[], Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = running()
+    lengths = iter(range(1, 10 * UNSETTLED))
+
+    def write_on() -> None:
+        proxy.file.write_text("x" * next(lengths))
+
+    proxy.read = write_on
+    proxy.file.write_text("never")
+    assert not await proxy.reloader.reload("SIGHUP")
+    assert "does not stop changing" in caplog.text
+    assert proxy.in_force.settings is PUBLIC
