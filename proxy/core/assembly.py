@@ -37,6 +37,8 @@ from typing import Any, Final, TypeGuard
 
 import orjson
 
+from .lenient import is_deeper
+
 Json = dict[str, Any]
 Rule = Callable[[Sequence[Any]], Any]
 Rules = Mapping[str, Rule]
@@ -117,9 +119,11 @@ _DECODER: Final = json.JSONDecoder(
 
 
 def decode(data: bytes) -> Json:
-    """A JSON object. Raises ValueError for what is no JSON, Uncertain for duplicate keys, NaN and other documents;
-    RecursionError.
+    """A JSON object. Raises ValueError for what is no JSON, Uncertain for duplicate keys, NaN, great depth and other
+    documents.
     """
+    if is_deeper(data):
+        raise Uncertain("depth")
     document = _DECODER.decode(data.decode())
     if type(document) is not dict:
         raise Uncertain("not an object")

@@ -28,6 +28,7 @@ from .assembly import (
     is_text,
 )
 from .cacheability import plain_complete
+from .lenient import is_deeper
 from .sse import Splitter, data_of
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -85,7 +86,7 @@ def stream_from_plain(
     return stream + DONE, span
 
 
-_UNCERTAIN: Final = (Uncertain, ValueError, TypeError, RecursionError)
+_UNCERTAIN: Final = (Uncertain, ValueError, TypeError, LookupError)
 """What `decode`, `encode` and unlikely shapes raise."""
 
 
@@ -142,6 +143,8 @@ def _completed_response(payloads: Iterable[bytes]) -> bytes:
     for data in payloads:
         if data.strip() == b"[DONE]":
             break
+        if is_deeper(data):
+            raise Uncertain("depth")
         event = _EVENTS.decode(data)
         if event.type == "response.output_item.done":
             told.add(event.output_index)

@@ -34,11 +34,10 @@ from typing import Any, Final
 import msgspec
 import orjson
 
+from .lenient import DEEPEST, is_deeper
+
 FORMAT_VERSION: Final = "1"
 """Part of every key: when keys are made otherwise or entries mean something else, old ones are not read."""
-
-DEEPEST: Final = 64
-"""Containers within containers, the body itself counted, that still have a key."""
 
 
 class NotCacheable(Exception):
@@ -77,13 +76,12 @@ def canonical(raw: bytes, drop: frozenset[str]) -> bytes:
     """
     text = raw.decode()
     try:
-        try:
-            document = _DECODER.decode(text)
-        except NotCacheable:
-            _SYNTAX.decode(text)
-            raise
-    except RecursionError:
-        raise NotCacheable("depth") from None
+        document = _DECODER.decode(text)
+    except (NotCacheable, ValueError, RecursionError):
+        if is_deeper(raw):
+            raise NotCacheable("depth") from None
+        _SYNTAX.decode(text)
+        raise
     if type(document) is not dict:
         raise NotCacheable("not an object")
     if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deeper(document, DEEPEST):

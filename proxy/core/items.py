@@ -27,7 +27,7 @@ import orjson
 from .edit import set_field
 from .entry import Entry
 from .fingerprint import KeyParts, canonical, item_keys
-from .lenient import parse_leniently
+from .lenient import DEEPEST, parse_leniently
 from .pricing import Cost, usd
 from .usage import Usage
 
@@ -178,10 +178,12 @@ def read_answer(body: bytes) -> Any:
     if body.isascii():  # the decoder does not look into the texts it passes over
         try:
             answer = _ANSWER.decode(body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return parse_leniently(body)
         vectors = [bytes(datum.embedding) for datum in answer.data]
-        if all(map(_is_vector, vectors)):
+        brackets = len(vectors) + sum(vector[:1] == b"[" for vector in vectors)
+        deep = body.count(b"[") + body.count(b"{") > brackets + DEEPEST  # only perhaps, which is enough
+        if not deep and all(map(_is_vector, vectors)):
             data = [
                 {"index": datum.index, "embedding": vector} for datum, vector in zip(answer.data, vectors, strict=True)
             ]

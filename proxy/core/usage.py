@@ -124,11 +124,12 @@ def _calls(answer: dict[str, Any]) -> tuple[int, int, int]:
                 searches += 1
         elif kind == "file_search_call":
             files += 1
-        elif kind in _UNPRICED_CALLS:
+        elif isinstance(kind, str) and kind in _UNPRICED_CALLS:
             others += 1
     tools = answer.get("tools")
     preview = isinstance(tools, list) and any(
-        isinstance(tool, dict) and str(tool.get("type")).startswith("web_search_preview") for tool in tools
+        isinstance(tool, dict) and isinstance(kind := tool.get("type"), str) and kind.startswith("web_search_preview")
+        for tool in tools
     )
     return (0, files, others + searches) if preview else (searches, files, others)
 

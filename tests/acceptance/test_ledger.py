@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import stat
 from collections import Counter
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ async def test_a_killed_proxy_loses_at_most_the_last_second(
     [row] = rows(tmp_path)
     assert 3 <= row["requests"] <= 23
     assert row["hits"] == 2
-    with sqlite3.connect(tmp_path / DEFAULT) as connection:
+    with closing(sqlite3.connect(tmp_path / DEFAULT)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 

@@ -444,6 +444,16 @@ class TestPlainFromStream:
     def test_what_is_no_complete_stream(self, stream: bytes) -> None:
         assert plain_from_stream("chat", {}, stream) is None
 
+    @pytest.mark.parametrize("depth", [40, 100, 990, 1200, 5000])
+    def test_what_is_dropped_is_not_too_deep_either(self, depth: int) -> None:
+        """On every version of Python."""
+        padding = b'{"obfuscation":' + b"[" * depth + b"]" * depth + b","
+        streams = {"chat": PAIRS["tools"][0], "responses": response_events(json.dumps(RESPONSE).encode())}
+        for endpoint, stream in streams.items():
+            assert plain_from_stream(endpoint, {}, stream) is not None
+            found = plain_from_stream(endpoint, {}, stream.replace(b"{", padding, 1))
+            assert (found is not None) == (depth == 40)
+
     @pytest.mark.parametrize("endpoint", ["embeddings", "moderations", "x"])
     def test_other_endpoints_have_one_form(self, endpoint: str) -> None:
         assert plain_from_stream(endpoint, {}, PAIRS["content"][0]) is None
@@ -617,6 +627,13 @@ class TestStreamFromPlain:
     )
     def test_what_is_no_answer(self, body: bytes) -> None:
         assert stream_from_plain("chat", {}, body) is None
+
+    @pytest.mark.parametrize("text", [{"a": None}, [], ["x"], 7])
+    def test_a_text_that_is_none(self, text: object) -> None:
+        document = json.loads(dump(TEXT_PAIRS["text"][1]))
+        assert stream_from_plain("completions", {}, dump(document)) is not None
+        document["choices"][0]["text"] = text
+        assert stream_from_plain("completions", {}, dump(document)) is None
 
     def test_duplicate_keys(self) -> None:
         body = dump(plain({"content": "x"})).replace(b'"content": "x"', b'"content": "y", "content": "x"')

@@ -15,7 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from proxy.core.fields import dropped_fields
-from proxy.core.fingerprint import DEEPEST, KeyParts, NotCacheable, cache_key, canonical
+from proxy.core.fingerprint import KeyParts, NotCacheable, cache_key, canonical
+from proxy.core.lenient import DEEPEST
 
 IGNORED = ["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
 NONE: frozenset[str] = frozenset()
@@ -229,6 +230,11 @@ class TestNoKey:
             (nested(100_000), "depth"),
             (b'{"a":NaN,"b":' + nested(100_000) + b"}", "depth"),
             (b"[" * 100_000, "depth"),
+            *((b'{"b":%b,"a":NaN}' % nested(depth), "depth") for depth in (DEEPEST, 5000)),
+            *((b'{"a":1,"a":%b}' % nested(depth), "depth") for depth in (DEEPEST, 5000)),
+            *((b'{"a":NaN,"b":%b}' % nested(depth), "depth") for depth in (DEEPEST, 5000)),
+            (b'{"a":NaN,"b":"' + b"[" * 5000 + b'"}', "NaN"),
+            (b"[" * 5000, "depth"),
         ],
     )
     def test_reasons(self, body: bytes, reason: str) -> None:

@@ -198,6 +198,17 @@ class TestAnswers:
         body = b'{"data":[' + datum + b"]}"
         assert read_answer(body) == orjson.loads(body)
 
+    @pytest.mark.parametrize("vector", [b"[1]", b'"AA"'])
+    def test_nor_is_what_is_deep(self, vector: bytes) -> None:
+        """No version of Python may be the one that decides how deep that is."""
+        data = b'"data":[' + b",".join(b'{"index":%d,"embedding":%b}' % (n, vector) for n in range(2000)) + b"]"
+        assert read_answer(b"{%b}" % data)["data"][7]["embedding"] == vector
+        for deep in (b"[" * 900 + b"]" * 900, b"[" * 1020 + b"]" * 1020):
+            for body in (b'{%b,"x":%b}' % (data, deep), b'{"data":[{"index":0,"embedding":%b}]}' % deep):
+                assert type(read_answer(body)["data"][0]["embedding"]) is not bytes  # not taken apart
+        for deep in (b"[" * 5000 + b"]" * 5000, b"[" * 100_000 + b"]" * 100_000):
+            assert read_answer(b'{%b,"x":%b}' % (data, deep)) == {}
+
     @pytest.mark.parametrize("body", [b"", b"{", b'{"data":[{"index":0,"embedding":[1,,2]}]}', b'{"data":[]', b"\xff"])
     def test_what_is_no_json_says_so(self, body: bytes) -> None:
         with pytest.raises(ValueError, match=r"\w"):

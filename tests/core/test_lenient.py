@@ -11,13 +11,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.core.lenient import parse_leniently, sayable
+from proxy.core.lenient import DEEPEST, is_deeper, parse_leniently, sayable
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
+
+
+def nested(lists: int, inmost: bytes) -> bytes:
+    return b'{"a":' + b"[" * lists + inmost + b"]" * lists + b"}"
 
 
 @given(JSON)
@@ -46,9 +50,45 @@ def test_a_huge_integer_costs_no_time_and_is_a_number() -> None:
         assert parse_leniently(body)["a"] > 1e18
 
 
-@pytest.mark.parametrize("deep", [b'{"a":' * 5000 + b"1" + b"}" * 5000, b"[" * 100_000, b"[" * 5000 + b"]" * 5000])
-def test_too_deep_stands_as_an_empty_object(deep: bytes) -> None:
-    assert parse_leniently(deep) == {}
+def test_what_strict_parsing_takes_is_read_to_the_depth_that_it_takes() -> None:
+    assert parse_leniently(nested(1023, b"1"))["a"]
+    assert parse_leniently(nested(1024, b"1")) == {}
+
+
+@pytest.mark.parametrize("odd", [b"NaN", b'"\\ud800"'])
+def test_what_only_others_take_is_read_to_the_depth_that_has_a_key(odd: bytes) -> None:
+    assert parse_leniently(nested(DEEPEST - 1, odd))["a"]
+    assert parse_leniently(nested(DEEPEST, odd)) == {}
+
+
+# Where the standard library stops: at 990 (Python 3.11), 1,500 (3.12), 10,000 (3.13), or by the size of the stack.
+@pytest.mark.parametrize("depth", [DEEPEST + 1, 500, 995, 1200, 5000, 12_000, 100_000])
+def test_too_deep_stands_as_an_empty_object_on_every_python(depth: int) -> None:
+    for deep in (b'{"a":' * depth + b"NaN" + b"}" * depth, b"[" * depth, b"[" * depth + b"NaN" + b"]" * depth):
+        assert parse_leniently(deep) == {}
+
+
+@given(JSON)
+@example({"[[": '{"]\\'})
+@example([[], {}, [[{"a": []}]]])
+def test_depth_is_that_of_the_document(document: Any) -> None:
+    depth = deepest(document)
+    for text in (json.dumps(document).encode(), json.dumps(document, ensure_ascii=False, indent=1).encode()):
+        assert depth == 0 or is_deeper(text, depth - 1)
+        assert not is_deeper(text, depth)
+
+
+def deepest(document: Any) -> int:
+    if isinstance(document, dict):
+        return 1 + max(map(deepest, document.values()), default=0)
+    return 1 + max(map(deepest, document), default=0) if isinstance(document, list) else 0
+
+
+def test_brackets_in_texts_are_not_counted() -> None:
+    text = b'{"a":NaN,"b":"' + b"[" * 1000 + b'\\"{"}'
+    assert parse_leniently(text)["b"] == "[" * 1000 + '"{'
+    with pytest.raises(ValueError):  # its end is missing
+        parse_leniently(text[:-3])
 
 
 @given(st.text() | st.text(st.sampled_from("a\ud800\udfff\u20ac")))

@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 
 from proxy.core.usage import MOST_TOKENS, Usage, usage_of
 
+DEEP: list[Any] = []
+for _ in range(1000):
+    DEEP = [DEEP]
+
 ENDPOINTS = ("chat", "completions", "embeddings", "responses", "moderations")
 
 
@@ -144,6 +148,7 @@ def test_any_json_value_gives_a_usable_answer_or_none(endpoint: str, answer: obj
             0,
         ),
         ([{"type": "web_search_call"}], [{"type": "web_search_preview_2025_03_11"}], 0, 0, 1),
+        ([{"type": []}, {"type": "web_search_call"}], [{"type": DEEP}], 1, 0, 0),
         ([{"type": "file_search_call"}] * 3, [], 0, 3, 0),
         ([{"type": "code_interpreter_call"}, {"type": "image_generation_call"}], [], 0, 0, 2),
     ],

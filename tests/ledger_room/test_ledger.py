@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ async def test_hits_misses_and_refusals(path: Path) -> None:
     assert (by_client["ben"]["hits"], by_client["ben"]["saved_usd"]) == (1, "0.000000")
     assert (by_client[None]["errors"], by_client[None]["requests"]) == (5, 5)
     await ledger.close()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM rows_v1").fetchone() == (4,)
 
 
@@ -213,10 +214,9 @@ async def test_without_a_home_there_is_no_ledger(
 def test_a_locked_file_is_waited_for(path: Path, running: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BUSY", 0.05)
     put(running, receipt())
-    running._wake.acquire()  # it holds still
-    running._disconnect()
-    running._wake.release()
-    with sqlite3.connect(path, isolation_level=None) as other:
+    with running._wake:
+        running._identity = None  # it opens the file anew
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         put(running, receipt())
         assert "locked" in running.state
@@ -224,7 +224,6 @@ def test_a_locked_file_is_waited_for(path: Path, running: Writer, monkeypatch: p
         other.execute("ROLLBACK")
     until(lambda: running.facts()["waiting"] == 0)
     assert total(path)["requests"] == 2
-    other.close()
 
 
 def test_a_full_disk(path: Path, running: Writer, caplog: pytest.LogCaptureFixture) -> None:
@@ -317,9 +316,8 @@ def test_a_damaged_file_is_moved_aside(path: Path, content: bytes | None, caplog
 
 
 def test_another_programs_database_is_left_alone(path: Path) -> None:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE theirs (a)")
-    connection.close()
     before = path.read_bytes()
     one = Writer(path, 1, Sums())
     one.start()
@@ -367,13 +365,12 @@ def test_a_stop_that_takes_too_long_says_so(path: Path, caplog: pytest.LogCaptur
     one = Writer(path, 1, Sums())
     one.start()
     put(one, receipt())
-    with sqlite3.connect(path, isolation_level=None) as other:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         one.put([(receipt(), 1)], ())
         one.close(0.2)
         assert any("not written in time" in record.getMessage() for record in caplog.records)
         other.execute("ROLLBACK")
-    other.close()
     one._thread.join(10)
     assert total(path)["requests"] == 2
 
@@ -420,9 +417,8 @@ def test_killed_while_writing_beside_another(path: Path, running: Writer, tmp_pa
     for number, batches in zip((1, 2), said, strict=True):
         assert counts[f"c{number}"] % 10 == 0
         assert batches * 10 <= counts[f"c{number}"] <= (batches + 1) * 10
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    connection.close()
 
 
 def test_the_file_says_whose_it_is(path: Path) -> None:
