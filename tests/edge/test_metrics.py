@@ -195,6 +195,7 @@ async def test_a_retry_that_does_not_come_is_none() -> None:
 async def test_retries_on_other_routes() -> None:
     async with house(error(500), says(), config=settings(pool("k1"), retry=Retry(base_delay=0, jitter=0))) as home:
         assert (await home.ask("GET", "/v1/models")).status == 200
+        await home.settled()
         assert dict(home.world.tallies.retries) == {("openai", "retry"): 1}
 
 
@@ -324,6 +325,7 @@ async def test_labels_stay_few_whatever_routes_are_asked_for() -> None:
     async with house(*[error(404)] * 50) as home:
         for n in range(50):
             assert (await home.ask("GET", f"/v1/invented-{n}/x")).status == 404
+        await home.settled()  # the last receipt may come after its answer
         text = home.metrics.render(home.world, 0).decode()
         endpoints = set(re.findall(r'endpoint="([^"]*)"', text))
         assert endpoints == {"other"}
@@ -334,6 +336,7 @@ async def test_known_routes_have_their_names() -> None:
     async with house(says(), says(), config=settings(pool("k1"))) as home:
         await home.ask("GET", "/v1/models")
         await home.ask(body=ask())
+        await home.settled()
         text = home.metrics.render(home.world, 0).decode()
         assert set(re.findall(r'endpoint="([^"]*)"', text)) == {"models", "chat"}
 

@@ -20,7 +20,7 @@ from proxy.limiters import redis_budgets as module
 from proxy.limiters.redis_budgets import RedisBudgets
 from proxy.seams import Seams
 from proxy.stores import redis_link
-from tests.stores.kit import NOW, Valkey, valkey
+from tests.stores.kit import HASTY, NOW, PATIENT, Valkey, until, valkey
 
 D = Decimal
 NOBODY = Client()
@@ -53,6 +53,10 @@ class Proxy:
             stake.settle(D(cost or amount), self.budgets.wall())
         return stake is not None
 
+    def waits(self, seconds: float) -> None:
+        """For each answer, from now on."""
+        self.shared._deadline = self.shared._link._deadline = seconds
+
     async def told(self) -> None:
         """All is said, and the others are heard."""
         await self.budgets._tell_all()
@@ -80,14 +84,17 @@ class Clock:
 
 @pytest.fixture
 async def start(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    monkeypatch.setattr(redis_link, "LONGEST", 0.5)
-    monkeypatch.setattr(module, "HELD_FOR", 1.0)
+    monkeypatch.setattr(redis_link, "LONGEST", PATIENT)
+    monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.5)
+    monkeypatch.setattr(module, "HELD_FOR", 10 * PATIENT)
     Clock.wall = NOW
     started: list[Proxy] = []
 
     async def one(day: str = "10", month: str = "100", before: str = "0", prefix: str = "p") -> Proxy:
         settings = Settings(cost=Cost(budget=Budget(D(day), D(month))))
-        link = RedisBudgets(server.url, prefix, f"p{len(started)}", deadline=0.5)
+        link = RedisBudgets(server.url, prefix, f"p{len(started)}", deadline=PATIENT)
+        await link.open()
+        await until(lambda: link._link.up)
         proxy = Proxy(Budgets(settings, Seams(wall=lambda: Clock.wall), link), link)
 
         async def spent(since: float, client: str | None) -> Decimal:
@@ -185,11 +192,13 @@ async def test_keys_are_short(start: Start) -> None:
     assert len(proxy.shared.key(Account("c" * 200), "month", int(NOW)).encode()) <= 160
 
 
-async def test_what_a_killed_proxy_held_comes_back(start: Start) -> None:
+async def test_what_a_killed_proxy_held_comes_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = await start("1"), await start("1")
     assert await one.hold("0.9") is not None
     assert not await other.spend("0.5")
-    await asyncio.sleep(1.1)
+    monkeypatch.setattr(module, "HELD_FOR", 0.1)
+    await one.told()
+    await asyncio.sleep(0.2)
     assert await other.spend("0.5")
 
 
@@ -225,6 +234,7 @@ async def test_alone_each_keeps_to_its_share_of_what_was_left(
         await proxy.told()
     server.signal(signal.SIGSTOP)
     for proxy in (one, other):
+        proxy.waits(HASTY)
         for _ in range(3):  # then Redis is taken for lost
             await proxy.told()
             proxy.budgets._unsaid.clear()
@@ -234,12 +244,11 @@ async def test_alone_each_keeps_to_its_share_of_what_was_left(
         assert not await proxy.spend("0.01")
     assert "each proxy holds its share of what was left of the budgets" in caplog.text
     server.signal(signal.SIGCONT)
-    for _ in range(100):
-        await asyncio.sleep(0.1)
-        await one.told()
-        await other.told()
-        if one.pot().spent == other.pot().spent == 10:
-            break
+    for proxy in (one, other):
+        proxy.waits(PATIENT)
+    await until(lambda: one.shared._link.up and other.shared._link.up)
+    for proxy in (one, other) * 2:
+        await proxy.told()
     assert one.pot().spent == other.pot().spent == 10
 
 

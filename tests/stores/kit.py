@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -9,10 +10,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -44,6 +45,20 @@ def entry(key: str = "k", body: bytes = b'{"a": 1}', **changes: Any) -> Entry:
         "usage_asked": True,
     }
     return Entry(**{**values, **changes})
+
+
+PATIENT: Final = 60.0
+"""Seconds that no answer takes on a busy machine: where a server answers, deadlines decide nothing."""
+
+HASTY: Final = 0.05
+"""Seconds until an answer that does not come is given up."""
+
+
+async def until(condition: Callable[[], object], seconds: float = PATIENT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
 
 
 class Valkey:

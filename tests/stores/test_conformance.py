@@ -18,7 +18,7 @@ from proxy.stores import ALL, BACKENDS, Filter, Listed, Place, Store
 from proxy.stores.memory import MemoryStore
 from proxy.stores.redis import RedisStore
 from proxy.stores.tiered import TieredStore
-from tests.stores.kit import NOW, entry, redis_url
+from tests.stores.kit import NOW, PATIENT, entry, redis_url, until
 
 MAX_ENTRY = 4 * 2**20
 Make = Callable[[], Awaitable[Store]]
@@ -36,14 +36,16 @@ BEHIND = [name for name, make in BACKENDS.items() if make is not None]
 @pytest.fixture(params=["memory", *BEHIND, *(f"tiered {name}" for name in BEHIND)])
 async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Opens the same store again and again; what is still open at the end is closed."""
-    monkeypatch.setattr("proxy.stores.sqlite.DEADLINE", 5.0)  # patience, for a busy machine
+    monkeypatch.setattr("proxy.stores.sqlite.DEADLINE", PATIENT)
+    for module in ("redis", "redis_link"):
+        monkeypatch.setattr(f"proxy.stores.{module}.LONGEST", PATIENT)
     kind = request.param
     prefix, opened = f"test-{uuid.uuid4().hex}", list[Store]()
 
     def behind() -> Store:
         name = kind.removeprefix("tiered ")
-        if name == "redis":  # with patience too
-            return RedisStore(request.getfixturevalue("server"), prefix, MAX_ENTRY, wall=lambda: NOW, deadline=5.0)
+        if name == "redis":
+            return RedisStore(request.getfixturevalue("server"), prefix, MAX_ENTRY, wall=lambda: NOW, deadline=PATIENT)
         factory = BACKENDS[name]
         assert factory is not None
         return factory(Place(str(tmp_path / "d" / "cache.db"), 2**28, MAX_ENTRY, "", "", lambda: NOW))
@@ -56,6 +58,9 @@ async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
             store = TieredStore(MemoryStore(2**28, MAX_ENTRY), behind()) if kind.startswith("tiered") else behind()
         await store.open()
         opened.append(store)
+        slower = getattr(store, "slower", store)
+        if isinstance(slower, RedisStore):
+            await until(lambda: slower.up)
         return store
 
     yield make
@@ -286,7 +291,7 @@ async def test_a_purge_empties_the_memory_of_other_processes(
     for key in ("a", "b"):
         assert await two.get(key, "json", NOW) == entry(key)
     assert await one.purge(Filter(key="a")) == 1
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENT):
         while two.peek("a", "json") is not None:  # noqa: ASYNC110 - a look is what is tested
             await asyncio.sleep(0.01)
     assert await two.get("a", "json", NOW) is None

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from proxy.core.objects import KEPT
+from proxy.stores import redis_objects
 from proxy.stores.redis_objects import RedisObjects
-from tests.stores.kit import valkey
+from tests.stores.kit import PATIENT, until, valkey
 
 
-async def test_one_proxy_tells_another() -> None:
+async def test_one_proxy_tells_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DEADLINE", "_PUT_DEADLINE"):
+        monkeypatch.setattr(redis_objects, name, PATIENT)
     with valkey() as server:
         await told(server.url)
 
@@ -17,6 +22,7 @@ async def test_one_proxy_tells_another() -> None:
 async def told(url: str) -> None:
     one, other = RedisObjects(url, "t"), RedisObjects(url, "t")
     await asyncio.gather(one.open(), other.open())
+    await until(lambda: one.link.up and other.link.up)
     try:
         assert await other.get(["file-1"]) is None
         await one.put(["file-1", "vs_\ud800"], "k1")
