@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import yaml
 
@@ -29,6 +29,10 @@ BROKEN = (
     "was destroyed but",
     "Exception ignored",
 )
+AT_ONCE: Final = 15.0
+"""Seconds in which everything happens that waits for nothing, on a busy machine too; what a test must not see waits
+longer.
+"""
 CANARY = re.compile(r"c0ffee[0-9a-f]{24}")
 
 

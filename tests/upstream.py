@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeAlias
 
+from tests.launch import AT_ONCE
 from tests.ledger import Request, complaints_about
 
 Step: TypeAlias = Callable[["Connection"], Awaitable[None]]
@@ -375,7 +376,7 @@ class ScriptedUpstream:
         """The credential of each request, in order of arrival."""
         return [request.key for request in self.requests]
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 10.0, what: str = "") -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = AT_ONCE, what: str = "") -> None:
         """Waits for something to be true of the ledger. Raises AssertionError after `seconds`."""
         end = time.monotonic() + seconds
         while not condition():

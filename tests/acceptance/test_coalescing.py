@@ -14,7 +14,7 @@ import pytest
 
 from tests import canned
 from tests.client import Client, Reply, ask, raw_request, read_until_broken
-from tests.launch import Launch, ProxyProcess, secret, settings
+from tests.launch import AT_ONCE, Launch, ProxyProcess, secret, settings
 from tests.ledger import Request
 from tests.stores.kit import valkey
 from tests.upstream import Answer, ScriptedUpstream, Step, hold, send, sleep, stall
@@ -214,7 +214,7 @@ async def test_a_leader_that_leaves_in_mid_stream(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_when_all_have_left_the_upstream_is_closed_within_1_s(
+async def test_when_all_have_left_the_upstream_is_closed_at_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, stream: bool
 ) -> None:
     question = ask(stream=stream)
@@ -224,10 +224,8 @@ async def test_when_all_have_left_the_upstream_is_closed_within_1_s(
         task.cancel()
     await in_flight(proxy, client, 1)
     assert not upstream.last.peer_gone
-    left = time.monotonic()
     asking[-1].cancel()
-    await upstream.until(lambda: upstream.last.peer_gone, 2)
-    assert time.monotonic() - left < 1
+    await upstream.until(lambda: upstream.last.peer_gone)
     await asyncio.gather(*asking, return_exceptions=True)
     upstream.script = canned.behave
     assert (await client.send(proxy, question)).cache == "miss"
@@ -236,15 +234,16 @@ async def test_when_all_have_left_the_upstream_is_closed_within_1_s(
 async def test_each_keeps_his_own_deadline(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     hurried = {"X-Proxy-Timeout": "400ms"}
     for first, second in ((hurried, {}), ({}, hurried)):
-        question, before = ask(), upstream.count
-        upstream.always(sleep(1.0), canned.chat())
+        question, before, gate = ask(), upstream.count, upstream.gate()
+        upstream.always(hold(gate), canned.chat())
         asking = tasks(client.send(proxy, question, first))
         await upstream.until(lambda before=before: upstream.count == before + 1)  # type: ignore[misc]
         asking += tasks(client.send(proxy, question, second))
-        answers = await asyncio.gather(*asking)
-        late, served = sorted(answers, key=lambda answer: -answer.status)
-        assert (late.status, late.error, served.status) == (504, "upstream_timeout", 200)
-        assert late.seconds < 0.9
+        done, [patient] = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        late = done.pop().result()
+        assert (late.status, late.error) == (504, "upstream_timeout")
+        gate.open()
+        assert (await patient).status == 200
         assert upstream.count == before + 1
 
 
@@ -338,10 +337,10 @@ async def test_what_turns_out_uncacheable_is_not_serialised(
     upstream.always(sleep(0.5), canned.chat(finish_reason="content_filter"))
     began = time.monotonic()
     answers = await asyncio.gather(*(client.send(proxy, question) for _ in range(100)))
-    assert time.monotonic() - began < 4  # in a line: 50 s
+    assert time.monotonic() - began < AT_ONCE  # in a line: 50 s
     assert (set(caches(answers)), upstream.count) == ({"miss"}, 100)
     answers = await asyncio.gather(*(client.send(proxy, question) for _ in range(100)))  # it is remembered
-    assert max(answer.seconds for answer in answers) < 2
+    assert max(answer.seconds for answer in answers) < AT_ONCE
     assert upstream.count == 200
 
 
@@ -473,7 +472,7 @@ async def test_a_lone_reader_that_stalls_stops_the_upstream(
         await asyncio.sleep(0.5)
     assert seen < 20 * 2**20
     slow.close()
-    await upstream.until(lambda: upstream.last.peer_gone, 2)
+    await upstream.until(lambda: upstream.last.peer_gone)
 
 
 async def test_at_the_stop_everybody_is_told(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
@@ -493,7 +492,7 @@ async def test_at_the_stop_everybody_is_told(launch: Launch, upstream: ScriptedU
         assert b'"draining"' in body
         assert not clean
     assert proxy.wait() == 0
-    await upstream.until(lambda: upstream.last.peer_gone, 2)
+    await upstream.until(lambda: upstream.last.peer_gone)
 
 
 # Plain and streamed, and several processes.

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import itertools
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,12 @@ async def test_others_are_served_while_a_large_batch_is_taken_apart(
     body = f'{{"object":"list","data":[{rows}],"model":"m","usage":{{"prompt_tokens":9,"total_tokens":9}}}}'.encode()
     upstream.always(canned.reply(200, body))
     waits: list[float] = []
+    began = time.monotonic()
     asked = asyncio.create_task(ask(client, proxy, given))
     while not asked.done():
         waits.append((await client.get(proxy, "/healthz")).seconds)
         await asyncio.sleep(0.005)
+    seconds = time.monotonic() - began
     assert (await asked).body == body
     assert (await ask(client, proxy, given[:3])).cache == "hit"
-    assert max(waits) < 1.0, "here and now it is some 50 ms"
+    assert max(waits) < max(1.0, seconds / 2), "here and now it is some 50 ms"

@@ -9,7 +9,7 @@ import pytest
 
 from tests import canned
 from tests.client import Client, ask
-from tests.launch import Config, Launch, secret, settings
+from tests.launch import AT_ONCE, Config, Launch, secret, settings
 from tests.ledger import Request
 from tests.upstream import Answer, ScriptedUpstream
 
@@ -52,7 +52,7 @@ async def test_when_all_are_open_it_says_so_at_once(launch: Launch, upstream: Sc
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.error, upstream.count) == (503, "circuit_open", 2)
     assert 1 <= int(answer.headers["Retry-After"]) <= 15
-    assert answer.seconds < 0.5
+    assert answer.seconds < 10  # not the 15 s until the upstream is tried again
 
 
 async def test_another_model_answers_and_is_not_stored(
@@ -110,4 +110,4 @@ async def test_nonsense_in_headers_freezes_nobody(
         bad = canned.reply(status, canned.error_body("No.", None), headers) if status != 200 else good
         upstream.queue(CHAT, bad, good)
         answer = await client.send(proxy, ask())
-        assert (answer.status, answer.seconds < 2) == (200, True)
+        assert (answer.status, answer.seconds < AT_ONCE) == (200, True)

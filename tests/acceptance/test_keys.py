@@ -9,7 +9,7 @@ import pytest
 
 from tests import canned
 from tests.client import Address, Client, ask
-from tests.launch import CANARY, Launch, secret, settings
+from tests.launch import AT_ONCE, CANARY, Launch, secret, settings
 from tests.ledger import Request
 from tests.upstream import Answer, ScriptedUpstream, Step
 
@@ -45,12 +45,12 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 async def test_a_bad_key_is_invisible(launch: Launch, upstream: ScriptedUpstream, client: Client, bad: Step) -> None:
-    proxy = launch(settings(upstream.port, NAMES, retry={"max_retries": 0, "base_delay": "5s", "max_delay": "9s"}))
+    proxy = launch(settings(upstream.port, NAMES, retry={"max_retries": 0, "base_delay": "60s", "max_delay": "90s"}))
     upstream.script = by_key(k1=bad, k2=bad)
     answers = [await client.send(proxy, ask()) for _ in range(4)]
     assert [a.status for a in answers] == [200] * 4
     assert [a.headers["X-Proxy-Key"] for a in answers] == ["k3"] * 4
-    assert all(a.seconds < 2 for a in answers)  # changing key costs no wait
+    assert all(a.seconds < AT_ONCE for a in answers)  # changing key costs no wait
     asked = keys_asked(upstream)
     assert asked.count("k1") <= 1
     assert asked.count("k2") <= 1  # each was found out once
@@ -88,9 +88,7 @@ async def test_a_429_cools_for_retry_after(launch: Launch, upstream: ScriptedUps
     cooled, since = keys_asked(upstream)[0], upstream.requests[0].at
     for _ in range(4):
         await client.send(proxy, ask())
-    early = keys_asked(upstream)[1:]
-    assert time.monotonic() - since < 0.9, "too slow to judge"
-    assert cooled not in early
+    assert cooled not in [request.key for request in upstream.requests[1:] if request.at - since < 1.0]
     while time.monotonic() - since < 1.1:
         await client.send(proxy, ask())
     for _ in range(2):
@@ -152,16 +150,16 @@ async def test_when_no_key_is_left_to_ask_it_is_still_no_usable_key(
 async def test_when_all_are_cooling_beyond_patience_it_is_429_with_the_soonest(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    config = settings(upstream.port, NAMES[:2], throttle={"max_wait": "1s"}, retry={"max_retries": 0})
+    config = settings(upstream.port, NAMES[:2], throttle={"max_wait": "20s"}, retry={"max_retries": 0})
     proxy = launch(config)
-    upstream.queue("/v1/chat/completions", canned.rate_limited("60"), canned.rate_limited("30"))
+    upstream.queue("/v1/chat/completions", canned.rate_limited("90"), canned.rate_limited("60"))
     first = await client.send(proxy, ask())
     assert first.status == 429
     second = await client.send(proxy, ask())
     assert (second.status, second.error) == (429, "keys_cooling")
-    assert 25 <= float(second.headers["Retry-After"]) <= 31
-    assert 25_000 <= float(second.headers["retry-after-ms"]) <= 31_000
-    assert second.seconds < 1
+    assert 40 <= float(second.headers["Retry-After"]) <= 61
+    assert 40_000 <= float(second.headers["retry-after-ms"]) <= 61_000
+    assert second.seconds < AT_ONCE
     assert upstream.count == 2
 
 
@@ -172,7 +170,7 @@ async def test_when_all_are_cooling_for_a_moment_it_waits(
     upstream.queue("/v1/chat/completions", canned.rate_limited("0.7"))
     answer = await client.send(proxy, ask())
     assert answer.status == 200
-    assert 0.65 < answer.seconds < 3
+    assert 0.65 < answer.seconds < AT_ONCE
 
 
 async def test_exhausted_keys_alone_pass_the_429_on(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:

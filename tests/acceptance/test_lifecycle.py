@@ -15,7 +15,7 @@ import pytest
 
 from tests import canned
 from tests.client import Client, Server, ask, raw, raw_request, read_until_broken, status_of
-from tests.launch import CANARY, LISTENING, Launch, ProxyProcess, run_command, secret, settings, write_config
+from tests.launch import AT_ONCE, CANARY, LISTENING, Launch, ProxyProcess, run_command, secret, settings, write_config
 from tests.upstream import ScriptedUpstream, hold, stall
 
 
@@ -202,10 +202,8 @@ def test_an_idle_proxy_stops_at_once_with_0(launch: Launch, upstream: ScriptedUp
     with socket.create_connection(("127.0.0.1", proxy.port)) as idle:
         idle.sendall(raw_request("GET", "/healthz"))
         assert idle.recv(1000).startswith(b"HTTP/1.1 200")
-        start = time.monotonic()
         proxy.terminate()
-        assert proxy.wait(5) == 0
-        assert time.monotonic() - start < 3
+        assert proxy.wait(AT_ONCE) == 0
 
 
 async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
@@ -216,7 +214,7 @@ async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: Sc
     async with client.open(proxy, question) as answer:
         got = await answer.content.readexactly(len(b"".join(events[:2])))
         proxy.terminate()
-        end = time.monotonic() + 5
+        end = time.monotonic() + AT_ONCE
         refused = False
         while not refused and time.monotonic() < end:
             try:
@@ -230,7 +228,7 @@ async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: Sc
         gate.open()
         got += await answer.content.read()
     assert got == b"".join(events)
-    assert await asyncio.to_thread(proxy.wait, 5) == 0
+    assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
 
 
 async def test_sigterm_lets_a_plain_answer_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
@@ -242,7 +240,7 @@ async def test_sigterm_lets_a_plain_answer_finish(launch: Launch, upstream: Scri
     await asyncio.sleep(0.2)
     gate.open()
     assert (await asking).status == 200
-    assert await asyncio.to_thread(proxy.wait, 5) == 0
+    assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
 
 
 async def test_beyond_drain_timeout_a_stream_ends_in_an_error_event(
@@ -260,7 +258,7 @@ async def test_beyond_drain_timeout_a_stream_ends_in_an_error_event(
     got += rest
     assert b'data: {"error"' in got.removeprefix(b"".join(events))
     assert b"[DONE]" not in got
-    assert await asyncio.to_thread(proxy.wait, 5) == 0
+    assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
 
 
 async def test_a_second_sigterm_means_now(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
@@ -271,19 +269,17 @@ async def test_a_second_sigterm_means_now(launch: Launch, upstream: ScriptedUpst
     proxy.terminate()
     await asyncio.sleep(0.3)
     assert proxy.alive()
-    start = time.monotonic()
     proxy.terminate()
-    await asyncio.to_thread(proxy.wait, 5)
-    assert time.monotonic() - start < 2
+    await asyncio.to_thread(proxy.wait, AT_ONCE)
     (outcome,) = await asyncio.gather(asking, return_exceptions=True)
     assert isinstance(outcome, BaseException) or outcome.status >= 500
 
 
 async def test_while_draining_readyz_says_503(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
-    proxy = launch(settings(upstream.port, server={"drain_delay": "3s"}))
+    proxy = launch(settings(upstream.port, server={"drain_delay": "30s"}))
     assert (await client.get(proxy, "/readyz")).status == 200
     proxy.terminate()
-    end = time.monotonic() + 2
+    end = time.monotonic() + AT_ONCE
     while (await client.get(proxy, "/readyz")).status != 503:
         assert time.monotonic() < end
     assert (await client.get(proxy, "/healthz")).status == 200

@@ -10,7 +10,7 @@ import pytest
 
 from tests import canned
 from tests.client import Client, ask
-from tests.launch import Launch, ProxyProcess, settings
+from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.ledger import Request
 from tests.upstream import Answer, ScriptedUpstream, Step, cut, reset, send, sleep, stall
 
@@ -120,7 +120,7 @@ async def test_beyond_the_deadline_the_429_is_passed_on_at_once(
     assert (answer.status, upstream.count) == (429, 1)
     assert answer.json()["error"]["code"] == "rate_limit_exceeded"
     assert answer.headers["Retry-After"] == told
-    assert answer.seconds < 2
+    assert answer.seconds < AT_ONCE
 
 
 @pytest.mark.parametrize("told", ["-5", "soon", "1e400", ""])
@@ -131,7 +131,7 @@ async def test_nonsense_in_retry_after_is_ignored(
     upstream.queue(CHAT, canned.error(503, "later", None, "server_error", retry_after=told))
     answer = await client.send(proxy, ask())
     assert (answer.status, upstream.count) == (200, 2)
-    assert answer.seconds < 3
+    assert answer.seconds < AT_ONCE
 
 
 # One deadline.
@@ -143,8 +143,8 @@ async def test_a_silent_upstream_is_a_504_at_the_deadline(
     upstream.always(stall())
     answer = await client.send(proxy, ask(), {"X-Proxy-Timeout": "500ms"})
     assert (answer.status, answer.error) == (504, "upstream_timeout")
-    assert 0.4 < answer.seconds < 1.5
-    await upstream.until(lambda: upstream.last.peer_gone, 2)
+    assert 0.4 < answer.seconds < AT_ONCE
+    await upstream.until(lambda: upstream.last.peer_gone)
 
 
 @pytest.mark.parametrize("header", ["X-Stainless-Read-Timeout", "X-Stainless-Timeout"])
@@ -152,9 +152,9 @@ async def test_the_answer_comes_before_the_client_gives_up(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, header: str
 ) -> None:
     upstream.always(stall())
-    answer = await client.send(proxy, ask(), {header: "2"})
+    answer = await client.send(proxy, ask(), {header: "5"})
     assert (answer.status, answer.error) == (504, "upstream_timeout")
-    assert answer.seconds < 2
+    assert answer.seconds < 5
 
 
 async def test_the_deadline_spans_attempts_and_pauses(
@@ -164,7 +164,7 @@ async def test_the_deadline_spans_attempts_and_pauses(
     upstream.always(sleep(0.2), canned.server_error())
     answer = await client.send(proxy, ask(), {"X-Proxy-Timeout": "1s"})
     assert answer.status in (500, 504)
-    assert answer.seconds < 1.6
+    assert answer.seconds < AT_ONCE  # all pauses together: more than twice as long
 
 
 async def test_first_byte_and_total_timeouts(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
@@ -174,7 +174,7 @@ async def test_first_byte_and_total_timeouts(launch: Launch, upstream: ScriptedU
         for stream in (False, True):
             answer = await client.send(proxy, ask(stream=stream))
             assert (answer.status, answer.error) == (504, "upstream_timeout")
-            assert answer.seconds < 2
+            assert answer.seconds < AT_ONCE
 
 
 async def test_total_bounds_a_plain_body(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import canned
 from tests.client import Client, ask, read_until_broken
-from tests.launch import Launch, ProxyProcess, settings
+from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.upstream import ScriptedUpstream, Step, cut, drip, hold, reset, send, sleep, stall
 
 
@@ -197,22 +197,22 @@ async def test_a_stalled_stream_ends_after_timeouts_idle(
     start = time.monotonic()
     async with client.open(proxy, ask(stream=True)) as answer:
         got, clean = await read_until_broken(answer)
-    assert 0.4 < time.monotonic() - start < 3
+    assert 0.4 < time.monotonic() - start < AT_ONCE
     assert not clean
     assert got.startswith(b"".join(events))
     assert b'"error"' in got.removeprefix(b"".join(events))
-    await upstream.until(lambda: upstream.last.peer_gone, 2)
+    await upstream.until(lambda: upstream.last.peer_gone)
 
 
 async def test_a_slow_stream_outlives_idle_and_total(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    proxy = launch(settings(upstream.port, timeouts={"idle": "600ms", "total": "500ms", "first_byte": "500ms"}))
+    proxy = launch(settings(upstream.port, timeouts={"idle": "2s", "total": "1500ms", "first_byte": "1500ms"}))
     events = canned.chat_events(["a", "b", "c", "d"])
-    upstream.always(*canned.stream([*events[:-1], b": ping\n\n", events[-1]], sleep(0.2)))
+    upstream.always(*canned.stream([*events[:-1], b": ping\n\n", events[-1]], sleep(0.4)))
     answer = await client.send(proxy, ask(stream=True))
     assert answer.body.endswith(canned.DONE)
-    assert answer.seconds > 1
+    assert answer.seconds > 2
 
 
 async def test_an_error_as_the_first_event_is_retried(
@@ -283,12 +283,12 @@ async def test_a_slow_reader_does_not_fill_memory(
         assert last < 60_000_000, "no back-pressure"
         assert (proxy.rss() or 0) - before < 40_000_000
         answer.close()
-    await upstream.until(lambda: upstream.last.peer_gone, 2)
+    await upstream.until(lambda: upstream.last.peer_gone)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("phase", ["before the head", "in the body"])
-async def test_a_client_that_leaves_closes_the_upstream_within_a_second(
+async def test_a_client_that_leaves_closes_the_upstream_at_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream, stream: bool, phase: str
 ) -> None:
     if phase == "before the head":
@@ -302,11 +302,8 @@ async def test_a_client_that_leaves_closes_the_upstream_within_a_second(
         task = asyncio.create_task(client.send(proxy, question))
         await upstream.until(lambda: upstream.count == 1 and upstream.last.complete_at is not None)
         await asyncio.sleep(0.1)
-        left = time.monotonic()
         task.cancel()
-        await upstream.until(lambda: upstream.last.peer_gone, 2)
-    assert upstream.last.peer_closed_at is not None
-    assert upstream.last.peer_closed_at - left < 1
+        await upstream.until(lambda: upstream.last.peer_gone)
     upstream.script = canned.behave
     async with Client() as client:
         assert (await client.send(proxy, question)).cache == "miss"  # nothing was stored
@@ -319,10 +316,8 @@ async def test_a_client_that_leaves_in_a_passed_through_download_closes_the_upst
     upstream.always(send(head + b"x" * 10), stall())
     async with Client() as client, client.open(proxy, path="/v1/files/f/content") as answer:
         await answer.content.readany()
-        left = time.monotonic()
         answer.close()
-        await upstream.until(lambda: upstream.last.peer_gone, 2)
-    assert time.monotonic() - left < 1.1
+        await upstream.until(lambda: upstream.last.peer_gone)
 
 
 async def test_a_hundred_leaving_clients_leave_the_log_quiet(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
@@ -333,7 +328,7 @@ async def test_a_hundred_leaving_clients_leave_the_log_quiet(proxy: ProxyProcess
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await upstream.until(lambda: all(r.peer_gone for r in upstream.requests), 5)
+        await upstream.until(lambda: all(r.peer_gone for r in upstream.requests))
         answer = await client.get(proxy, "/healthz")
     assert answer.status == 200
     assert "Cannot write to closing transport" not in proxy.stderr_so_far()

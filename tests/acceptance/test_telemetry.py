@@ -15,7 +15,7 @@ import pytest
 from tests import canned
 from tests.client import Client, ask
 from tests.launch import Launch, settings
-from tests.upstream import ScriptedUpstream
+from tests.upstream import ScriptedUpstream, hold
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -91,9 +91,14 @@ async def test_a_collector_that_is_not_there_harms_nobody(
 
 async def test_metrics_of_what_happened(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, ("k1", "k2"), throttle={"limits": {"gpt-4o": {"rpm": 10}}}))
-    upstream.queue("/v1/chat/completions", [canned.server_error()])
+    events, gate = canned.chat_events(), upstream.gate()
+    begun, rest = canned.stream(events[:1], end=False), canned.stream(events[1:])[1:]
+    upstream.queue("/v1/chat/completions", [canned.server_error()], canned.chat(), [*begun, hold(gate), *rest])
     await client.send(proxy, ask("retried"))
-    await client.send(proxy, ask("streamed", stream=True))
+    async with client.open(proxy, ask("streamed", stream=True)) as answer:
+        await answer.content.readexactly(len(events[0]))
+        gate.open()  # only now, or all of it may be read at once
+        await answer.content.read()
     await client.send(proxy, ask("retried"))
     text = (await client.send(proxy, method="GET", path="/metrics")).body.decode()
     seen = {name: float(value) for name, value in re.findall(r"^openai_proxy_(\S+) (\S+)$", text, re.MULTILINE)}

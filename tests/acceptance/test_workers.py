@@ -19,7 +19,7 @@ import pytest
 from tests import canned
 from tests.acceptance.test_lifecycle import free_port
 from tests.client import Client, ask
-from tests.launch import Config, Launch, ProxyProcess, run_command, secret, settings, write_config
+from tests.launch import AT_ONCE, Config, Launch, ProxyProcess, run_command, secret, settings, write_config
 from tests.upstream import ScriptedUpstream, hold, sleep, stall
 
 CHAT = "/v1/chat/completions"
@@ -188,7 +188,7 @@ async def test_counts_outlive_a_worker(launch: Launch, upstream: ScriptedUpstrea
     assert f"worker 2 (process {processes[2]}) ended with status -9" in log
     assert f"worker 1 (process {processes[1]}) ended with status 0" in log
     proxy.terminate()
-    assert await asyncio.to_thread(proxy.wait, 5) == 0
+    assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
 
 
 async def test_a_killed_worker_harms_only_what_it_was_serving(
@@ -235,7 +235,7 @@ async def test_sigterm_drains_all(launch: Launch, upstream: ScriptedUpstream) ->
         gate.open()
         for head, answer in zip(heads, answers, strict=True):
             assert head + await answer.content.read() == b"".join(events)
-    assert await asyncio.to_thread(proxy.wait, 5) == 0
+    assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
 
 
 async def test_a_second_signal_means_now(launch: Launch, upstream: ScriptedUpstream) -> None:
@@ -249,7 +249,7 @@ async def test_a_second_signal_means_now(launch: Launch, upstream: ScriptedUpstr
         await asyncio.sleep(0.5)
         assert proxy.alive()
         proxy.terminate()
-        assert await asyncio.to_thread(proxy.wait, 5) == 0
+        assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
         await asyncio.gather(*asking, return_exceptions=True)
         assert not any(is_there(pid) for pid in processes.values())
 

@@ -28,10 +28,16 @@ from proxy.world import World, compile_world
 from tests.journey.scene import settings
 from tests.journey.script import Move, ScriptedWayUp
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 """Seconds after which a test no longer believes that anything will happen."""
 
 CHAT = "/v1/chat/completions"
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 @dataclass(slots=True)
@@ -238,9 +244,7 @@ class House:
 
     async def settled(self) -> None:
         """Waits until nothing is in flight and every connection up is given back."""
-        async with asyncio.timeout(PATIENCE):
-            while self.traffic.in_flight or not all(reply.given_back for reply in self.way_up.replies):  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await until(lambda: not self.traffic.in_flight and all(reply.given_back for reply in self.way_up.replies))
         assert self.world.gate.depth == 0
         assert self.traffic.flows == {}
 
@@ -266,6 +270,7 @@ class Raw:
         self.connections = 0
         self.heads: list[bytes] = []
         self.port = 0
+        self._at_work: set[asyncio.Task[Any]] = set()
 
     @property
     def url(self) -> str:
@@ -273,12 +278,21 @@ class Raw:
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._at_work.add(task)
         try:
             await self._turn(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            self._at_work.discard(task)
             writer.close()
+
+    def hang_up(self) -> None:
+        """Ends all connections, whatever they were waiting for."""
+        for task in self._at_work:
+            task.cancel()
 
     async def read_request(self, reader: asyncio.StreamReader) -> bytes:
         """A request with its body; the head is kept."""
@@ -310,4 +324,5 @@ async def raw_upstream(
         yield upstream
     finally:
         server.close()
+        upstream.hang_up()  # from Python 3.12 on, the server waits for them
         await server.wait_closed()

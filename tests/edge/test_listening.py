@@ -17,6 +17,7 @@ from proxy.core.errors import Refusal
 from proxy.edge import listening
 from proxy.edge.server import ListeningServer
 from proxy.edge.wire import refused
+from tests.edge.kit import until
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ async def serve(request: BaseRequest) -> object:
 async def test_one_connection_at_a_time_for_each_and_a_pause_when_the_system_is_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(listening, "_PAUSE", 0.05)
+    monkeypatch.setattr(listening, "_PAUSE", 0.5)
     listeners = listening.listen(Server(port=0))
     twin = listeners.sockets[0].dup()
     runners = [ServerRunner(ListeningServer(serve), handle_signals=False, shutdown_timeout=0.1) for _ in range(2)]
@@ -64,9 +65,12 @@ async def test_one_connection_at_a_time_for_each_and_a_pause_when_the_system_is_
         await listening.serve_on(runner, one, shared=True)
     port = twin.getsockname()[1]
     peers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
-    await asyncio.sleep(0.1)
-    shares = [len(runner.server.connections) for runner in runners if runner.server is not None]
-    assert sum(shares) == 20
+
+    def taken() -> list[int]:
+        return [len(runner.server.connections) for runner in runners if runner.server is not None]
+
+    await until(lambda: sum(taken()) == 20)
+    shares = taken()
     assert min(shares) >= 5
     site = next(iter(runners[1].sites))
     assert isinstance(site, listening.SharedSite)
@@ -85,12 +89,10 @@ async def test_one_connection_at_a_time_for_each_and_a_pause_when_the_system_is_
     await next(iter(runners[0].sites)).stop()
     full = site._listener = Full(twin)  # type: ignore[assignment]
     peers.append(await asyncio.open_connection("127.0.0.1", port))
-    await asyncio.sleep(0.01)
+    await until(lambda: full.tries)
     assert full.tries == 1
     site._listener = twin
-    await asyncio.sleep(0.2)
-    assert runners[1].server is not None
-    assert len(runners[1].server.connections) == shares[1] + 1
+    await until(lambda: taken()[1] == shares[1] + 1)
     for _, writer in peers:
         writer.close()
     for runner in runners:

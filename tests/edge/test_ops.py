@@ -17,7 +17,7 @@ from proxy.config import Secret
 from proxy.config.settings import Cache, ClientKey, Server, Upstream
 from proxy.core.errors import Refusal
 from proxy.edge.wire import refused
-from tests.edge.kit import Answer, House, house, request, served, wire
+from tests.edge.kit import Answer, House, house, request, served, until, wire
 from tests.journey.scene import ask, pool, settings
 from tests.journey.script import HANG, Says, error, rate_limited, says, streams
 
@@ -244,7 +244,7 @@ async def test_the_second_listener_has_probes_and_metrics_only() -> None:
 async def test_probes_answer_while_everything_else_is_busy() -> None:
     async with house(Says(body=(b"{", HANG))) as home:
         task = asyncio.create_task(home.ask(body=ask()))
-        await asyncio.sleep(0.02)
+        await until(lambda: home.way_up.sent)
         assert (await home.ask("GET", "/healthz")).status == 200
         assert (await home.ask("GET", "/_proxy/status")).json()["in_flight"] == 2
         task.cancel()

@@ -13,7 +13,7 @@ import pytest
 import proxy.edge.wire
 from proxy.config.settings import Breaker, Retry, Server, Timeouts, Upstream
 from proxy.core.outcome import TransportFailure
-from tests.edge.kit import Answer, House, chunked, house, request, wire
+from tests.edge.kit import PATIENCE, Answer, House, chunked, house, request, wire
 from tests.journey.scene import pool, settings
 from tests.journey.script import HANG, JSON, Fails, Move, Says, error, rate_limited, says
 
@@ -108,7 +108,7 @@ async def test_compressed_answers_are_none_of_our_business() -> None:
 async def test_each_read_goes_on_at_once() -> None:
     async with house(Says(200, (), (b"first", HANG))) as home, wire(home.port) as line:
         line.send(request("GET", FILES))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             assert b"first" in await line.reader.readuntil(b"first")
 
 
@@ -358,7 +358,7 @@ async def test_a_client_that_leaves_closes_the_upstream() -> None:
             line.send(request("GET", FILES))
             await line.reader.readuntil(b"abc")
             await line.gone()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             await home.settled()
         assert home.way_up.replies[0].closed
         assert (home.receipts[0].status, home.receipts[0].error) == (499, "client_gone")
@@ -371,7 +371,7 @@ async def test_a_client_that_leaves_before_there_is_an_answer(slow: Move) -> Non
             line.send(request("GET", FILES))
             await asyncio.sleep(0.05)
             await line.gone()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             await home.settled()
         assert (home.receipts[0].status, home.receipts[0].error) == (499, "client_gone")
 

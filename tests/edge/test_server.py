@@ -11,7 +11,7 @@ from aiohttp.web import BaseRequest
 
 import proxy.edge.server
 from proxy.edge.wire import Whole, read_body, status_line
-from tests.edge.kit import request, served, wire
+from tests.edge.kit import PATIENCE, request, served, wire
 
 OK = status_line(200)
 
@@ -51,7 +51,6 @@ async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
         assert await line.ended() == b""
 
 
-@pytest.mark.usefixtures("hurried")
 async def test_a_header_in_pieces_that_is_in_time() -> None:
     async with served(echo) as port, wire(port) as line:
         for byte in request("GET", "/a"):
@@ -204,7 +203,7 @@ async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
             line.send(request("GET", "/"))
             await began.wait()
             await line.gone()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             await told.wait()
 
 

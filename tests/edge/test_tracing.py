@@ -19,7 +19,7 @@ from proxy.app import App
 from proxy.config.settings import Ledger, Retry
 from proxy.core.outcome import TransportFailure
 from proxy.edge.tracing import Tracing, tracing_from
-from tests.edge.kit import CHAT, Answer, request, served, wire
+from tests.edge.kit import CHAT, PATIENCE, Answer, request, served, wire
 from tests.journey.scene import ask, pool, settings
 from tests.journey.script import Fails, Move, ScriptedWayUp, completion, error, events, rate_limited, says, streams
 
@@ -48,7 +48,7 @@ class Stage:
 
     async def spans(self, count: int) -> tuple[Any, list[Any]]:
         """The one request's span and those of its calls, once there are so many."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while len(found := self._memory.get_finished_spans()) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert len(found) == count
@@ -191,7 +191,7 @@ async def test_errors() -> None:
 async def test_who_shares_a_call_has_a_span_of_his_own() -> None:
     async with stage(says(wait=0.1)) as scene:
         await asyncio.gather(scene.ask(body=ask()), scene.ask(body=ask()))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while len(found := scene._memory.get_finished_spans()) < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     own = sorted(span.attributes["openai_proxy.cache"] for span in found if span.kind.name == "SERVER")

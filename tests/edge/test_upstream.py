@@ -10,7 +10,7 @@ import pytest
 from proxy.core.outcome import TransportFailure
 from proxy.core.ports import Trip
 from proxy.edge.upstream import Upstreams
-from tests.edge.kit import Raw, raw_upstream
+from tests.edge.kit import PATIENCE, Raw, raw_upstream
 from tests.edge.wayup import OK, says, send, whole
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -173,7 +173,7 @@ async def test_closing_in_the_middle_ends_the_connection(up: Upstreams) -> None:
             break
         answer.close()
         answer.close()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             await ended.wait()
 
 
@@ -195,5 +195,5 @@ async def test_cancelling_ends_the_connection_at_once(up: Upstreams, answering: 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             await ended.wait()

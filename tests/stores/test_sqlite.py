@@ -23,7 +23,7 @@ import pytest
 
 from proxy.stores import ALL, Filter, StoreError, sqlite, sqlite_file, sqlite_writer
 from proxy.stores.sqlite import SQLiteStore
-from tests.stores.kit import NOW, entry
+from tests.stores.kit import NOW, entry, until
 from tests.stores.writer_process import body_of
 
 ROUNDS = int(os.environ.get("KILLS", "3"))
@@ -59,13 +59,6 @@ async def opened(path: Path) -> AsyncIterator[Open]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again after a second is tried again at once."""
     monkeypatch.setattr(sqlite_writer, "_RETRY", 0.05)
-
-
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 async def written(store: SQLiteStore, *keys: str, **changes: Any) -> None:
@@ -166,7 +159,7 @@ class TestRoom:
         await large.close()
         monkeypatch.setattr(sqlite_writer, "_LONGEST_EVICTION", 50)
         small = await opened(max_size=2**20)
-        await until(lambda: path.stat().st_size <= 1.1 * 2**20, 10)
+        await until(lambda: path.stat().st_size <= 1.1 * 2**20)
         assert await kept(small, "k0", "k399") == ["k399"]
 
     async def test_purged_room_goes_back_to_the_disk(
