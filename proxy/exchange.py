@@ -105,7 +105,7 @@ class Exchange:
         try:
             return await self._attempts(call, tokens, progress, tied)
         except Refusal as refusal:
-            return refusal
+            return refusal.again(refusal.lines)
 
     async def _attempts(self, call: Call, tokens: int, progress: Progress, tied: str) -> Answered:
         seams, ring, passthrough = self._world.seams, self._world.ring, self._world.passthrough
@@ -138,7 +138,7 @@ class Exchange:
                     answered = await self._attempt(call, lease, upstream, Trip(fresh), progress)
                     outcome = answered.outcome
                 except TransportFailure as error:
-                    failure, outcome = error, error.outcome
+                    failure, outcome = error.again(), error.outcome
                 fresh = False
                 if answered is not None and answered.injected and dislikes_stream_options(answered):
                     self._remember_dislike(upstream, call.model)

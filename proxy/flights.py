@@ -26,6 +26,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -86,7 +87,6 @@ class Seat(Generic[T]):
 
     __slots__ = (
         "_landed",
-        "_left",
         "_patient",
         "_timer",
         "deadline",
@@ -108,14 +108,14 @@ class Seat(Generic[T]):
         self.progress = Progress(flight.horizon)
         self.led = False
         self.taken = False
-        self._landed: asyncio.Future[Landing[T] | None] = flight.loop.create_future()
-        self._left = False
+        self._landed: asyncio.Future[Landing[T] | None] | None = flight.loop.create_future()
         self._patient = False  # it has waited as long as it would for the queue, and the queue was over
         self._timer: asyncio.TimerHandle | None = None
 
     async def landing(self) -> Landing[T] | None:
         """What became of it; for guests None, when there is no more to wait for. Raises Refusal(throttled,
         upstream_timeout) where this seat's own time is over first."""
+        assert self._landed is not None, "left already"
         landing = await self._landed
         self.taken = True
         return landing
@@ -144,25 +144,25 @@ class Seat(Generic[T]):
 
     @property
     def waiting(self) -> bool:
-        return not self._landed.done()
+        return self._landed is not None and not self._landed.done()
 
     def give(self, landing: Landing[T] | None) -> None:
-        if self.waiting:
+        if self._landed is not None and not self._landed.done():
             self._landed.set_result(landing)
         elif self.led and landing is not None:
             _drop(landing)
 
     def fail(self, error: BaseException) -> None:
-        self._landed.set_exception(error)
+        if self._landed is not None:
+            self._landed.set_exception(error)
 
     def leave(self) -> None:
-        """Waits for nothing any more. The last one to leave ends the flight."""
-        if self._left:
+        """Waits for nothing any more, and lets go of the outcome. The last one to leave ends the flight."""
+        landed, self._landed = self._landed, None
+        if landed is None:
             return
-        self._left = True
         if self._timer is not None:
             self._timer.cancel()
-        landed = self._landed
         if not landed.done():
             landed.cancel()
         elif not landed.cancelled() and landed.exception() is None and self.led and not self.taken:
@@ -176,7 +176,9 @@ class Flight(Generic[T]):
     """One answer on its way, for all who are aboard. finish: it is read to its end when all have left, if it went
     up."""
 
-    def __init__(self, horizon: Horizon, clock: Callable[[], float], closed: Callable[[], None], finish: bool) -> None:
+    def __init__(
+        self, horizon: Horizon, clock: Callable[[], float], closed: Callable[[], object], finish: bool
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.horizon = horizon
         self.clock = clock
@@ -190,7 +192,8 @@ class Flight(Generic[T]):
         self._leader: Seat[T] | None = None
         self._landing: Landing[T] | None = None
         self._last_call: asyncio.TimerHandle | None = None
-        self._task = self.loop.create_task(self._fly(), name="flight")
+        self._task: asyncio.Task[None] | None = self.loop.create_task(self._fly(), name="flight")
+        self._task.add_done_callback(self._let_go)
 
     @property
     def queued(self) -> bool:
@@ -264,11 +267,16 @@ class Flight(Generic[T]):
         self.close()
         if self._landing is not None and self._landing.drop is not None:
             self._landing.drop()  # a stream: the upstream is closed here, not in some later turn of the loop
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _let_go(self, _: object) -> None:
+        """It has ended. Those who were aboard may still hold it: it holds none of them, nor what it brought."""
+        self._task = self._leader = self._landing = self.emptied = None
 
     async def ended(self) -> None:
         """Returns when a flight that is over has put everything back."""
-        if self.over:
+        if self.over and self._task is not None:
             await asyncio.wait([self._task])
 
     def _next(self) -> Seat[T] | None:
@@ -295,6 +303,8 @@ class Flight(Generic[T]):
             self._land(leader, landing)
             if landing.rest is not None:
                 await landing.rest()
+        except asyncio.CancelledError:
+            pass  # by `_end`, and it ends here: a task that ends cancelled keeps the frames, and they may hold the task
         except Exception as error:
             waiting = [seat for seat in self._aboard if seat.waiting and not seat.guest]
             for seat in waiting:
@@ -351,11 +361,8 @@ class Flights(Generic[T]):
         return self._start(first, deadline).board(lead, deadline, patience)
 
     def _start(self, name: Name, deadline: float) -> Flight[T]:
-        def closed() -> None:
-            if self._aloft.get(name) is flight:
-                del self._aloft[name]
-
-        flight: Flight[T] = Flight(Horizon(deadline, self._clock), self._clock, closed, self._finish)
+        horizon, closed = Horizon(deadline, self._clock), partial(self._aloft.pop, name, None)
+        flight: Flight[T] = Flight(horizon, self._clock, closed, self._finish)
         self._aloft[name] = flight
         return flight
 

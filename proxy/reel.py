@@ -83,7 +83,7 @@ class Reel:
             await self.flow.pump(self.append)
             failure = None
         except StreamBroken as broken:
-            failure = broken.failure
+            failure = broken.failure.again()
         finally:
             self._failure = failure
             self._closed = True
@@ -127,6 +127,7 @@ class Reel:
                     ready = True
                     del self._asleep[reader]
                     future.set_exception(error)
+                    del future  # it holds the error, which holds this frame
                 if not ready:
                     del self._asleep[reader]
                     future.set_result(None)
@@ -151,11 +152,11 @@ class Reel:
         what it took; None at the end. Raises TransportFailure."""
         while reader.at == self.end:
             if self._failure is not None:
-                raise TransportFailure(self._failure.kind, self._failure.detail)
+                raise self._failure.again()
             if self._closed:
                 return None
-            news = self._asleep[reader] = asyncio.get_running_loop().create_future()
-            await news
+            self._asleep[reader] = asyncio.get_running_loop().create_future()
+            await self._asleep[reader]  # from no variable: it may end with an error, which holds this frame
             if reader.behind:
                 return b"", reader.at
         at = reader.at
@@ -231,14 +232,16 @@ class Reader:
         return self.at == self._reel.end
 
     def drop(self) -> None:
+        told = self.too_slow
         self.close()
         self._dropped = True
-        if self.too_slow is not None:
-            self.too_slow()
+        if told is not None:
+            told()
 
     def close(self) -> None:
         """Reads no more."""
         self._reel.forget(self)
+        self.take = self.too_slow = None
 
 
 class View:
@@ -330,5 +333,6 @@ class View:
     def _end(self, ending: Ending) -> None:
         if not self._done:
             self._done = True
+            self._task = None
             self._reader.close()
             self._ended(ending)

@@ -120,7 +120,7 @@ class Sharing:
                 seat.leave()
         if seat.led:
             if isinstance(value, Refusal):
-                raise value
+                raise value.again(value.lines)
             return value
         return self._given(call, plan, seat, value) if _suits(call, value) else None
 
@@ -193,7 +193,8 @@ class Sharing:
         try:
             bought = await self._buy_alone(call, plan, seat.progress)
         except Refusal as refusal:
-            return Landing(refusal, Share.AGAIN if refusal.code in _AGAIN else Share.ALL)
+            share = Share.AGAIN if refusal.code in _AGAIN else Share.ALL
+            return Landing(refusal.again(refusal.lines), share)
         flow, flight = bought.flow, seat.flight
         if flow is None:
             return Landing(bought, bought.share)
@@ -222,9 +223,7 @@ class Sharing:
         plan, progress = self._waited(call, plan, seat)
         if isinstance(value, Refusal):
             self._tell.record(call, plan, progress, value.status, error=value.code)
-            refusal = value.again()
-            refusal.lines = self._tell.lines(call, plan, progress, "", False)
-            raise refusal
+            raise value.again(self._tell.lines(call, plan, progress, "", False))
         sale = value.purchase or _NOTHING
         spared = sale.spared()
         self._tell.record(

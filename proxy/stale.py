@@ -78,7 +78,7 @@ class StandIns(Generic[A]):
                 bought = await self._buy(call, plan)
                 status, why = bought.status, ""
             except Refusal as error:
-                refusal, status, why = error, error.status, error.code
+                refusal, status, why = error.again(error.lines), error.status, error.code
             failed = self._held[call.id]
             if failed is not None and failed.error:
                 why = failed.error
@@ -91,7 +91,7 @@ class StandIns(Generic[A]):
                     self.served(call, hit, failed)
                     return hit
             if refusal is not None:
-                raise refusal
+                raise refusal.again(refusal.lines)
             assert bought is not None
             return bought
         finally:

@@ -119,7 +119,7 @@ class Last:
 
 def given(result: Answered | Refusal) -> Answered:
     if isinstance(result, Refusal):
-        raise result
+        raise result.again(result.lines)
     return result
 
 

@@ -87,9 +87,12 @@ class Refusal(Exception):
         self.lines = ""
         """Header lines of the call it ended, request id included; '' where no call was made of the request."""
 
-    def again(self) -> Refusal:
-        """The same for somebody else."""
-        return Refusal(
+    def again(self, lines: str = "") -> Refusal:
+        """The same anew, with these `lines`: for another request, or to be kept or raised without a reference cycle.
+
+        A raised exception holds the frames that it came through, and with them each variable that holds it.
+        """
+        refusal = Refusal(
             self.code,
             self.message,
             param=self.param,
@@ -97,6 +100,8 @@ class Refusal(Exception):
             should_retry=self.should_retry,
             headers=self.headers,
         )
+        refusal.lines = lines
+        return refusal
 
     def body(self) -> bytes:
         return envelope(self.message, CODES[self.code].type, self.param, self.code)

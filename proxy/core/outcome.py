@@ -75,6 +75,10 @@ class TransportFailure(Exception):
         """The code of our own error that tells of it (contract 6)."""
         return _CODES.get(self.kind, "upstream_unreachable")
 
+    def again(self) -> TransportFailure:
+        """The same anew, to be kept or raised: without the frames that this one holds."""
+        return TransportFailure(self.kind, self.detail)
+
     def refusal(self, spent: bool = False) -> Refusal:
         """Our own answer in place of the one that did not come. spent: our retries are used up."""
         return Refusal(self.code, self.detail, should_retry=False if spent else None)

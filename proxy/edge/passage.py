@@ -142,7 +142,7 @@ class Passage:
                     reply.close()
                 if upload.too_large:
                     raise too_large(world.settings.server.max_body) from None
-                failure, outcome = error, error.outcome
+                failure, outcome = error.again(), error.outcome
             except BaseException:
                 if reply is not None:
                     reply.close()
@@ -281,8 +281,8 @@ class Passage:
             error = failure.code
             if not stream.started:
                 refusal = failure.refusal()
-                status, refusal.lines = refusal.status, trace.lines()
-                raise refusal from None
+                status = refusal.status
+                raise refusal.again(trace.lines()) from None
             return stream.abort()
         except BaseException:
             status, error = 499, "client_gone"

@@ -180,9 +180,9 @@ class UpstreamAnswer:
                 if not chunk:
                     break
                 yield chunk
-        except TimeoutError:
-            raise TransportFailure("timeout", "the upstream fell silent") from None
         except (aiohttp.ClientError, OSError) as error:
+            if isinstance(_unframed(error), TimeoutError):
+                raise TransportFailure("timeout", "the upstream fell silent") from None
             raise TransportFailure("invalid", f"the upstream cut its answer short ({_name(error)})") from None
 
     def close(self) -> None:
@@ -192,6 +192,8 @@ class UpstreamAnswer:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+            if not self._content.is_eof():  # it has no end any more, and lets go of `_ended`, which it would call
+                self._content.set_exception(aiohttp.ClientConnectionError("closed"))
 
 
 class Upstreams:
@@ -232,7 +234,7 @@ class Upstreams:
         try:
             return await self._send(method, url, headers, body, first_byte, trip)
         except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
-            raise _failure(error, trip) from None
+            raise _failure(_unframed(error), trip) from None
 
     async def _send(
         self,
@@ -350,6 +352,14 @@ async def _sliced(body: bytes) -> AsyncIterator[bytes]:
     view = memoryview(body)
     for start in range(0, len(view), _LARGE):
         yield bytes(view[start : start + _LARGE])
+
+
+def _unframed(error: Exception) -> Exception:
+    """The same error without the frames it came through: aiohttp's objects keep it, and those frames keep them."""
+    chain: BaseException | None = error
+    while chain is not None:
+        chain.__traceback__, chain = None, chain.__cause__ or chain.__context__
+    return error
 
 
 def _name(error: BaseException) -> str:

@@ -107,7 +107,10 @@ class Link:
         if not isinstance(outcome, ResponseError):
             self.gone = _is_gone(outcome)
             self._failed(text_of(outcome))
-        raise outcome
+        try:
+            raise outcome
+        finally:
+            del task, outcome  # an error and the frame it is raised in would hold each other
 
     def _failed(self, reason: str) -> None:
         self.failures += 1

@@ -64,10 +64,11 @@ class Channel:
             raise Lost
         self._calls += 1
         number = self._calls
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = asyncio.get_running_loop().create_future()
         self._send(_Frame(kind, number, body))
         try:
-            return await asyncio.wait_for(answer, patience)
+            async with asyncio.timeout(patience):
+                return await self._waiting[number]  # from no variable: its error would hold this frame, and be held
         except TimeoutError:
             raise Lost from None
         finally:

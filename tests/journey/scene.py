@@ -184,7 +184,7 @@ class Scene:
             served = await self.journey.serve(call, lambda: None)
         except Refusal as refusal:
             lines = header_lines(refusal.lines) if refusal.lines else {}
-            return Told(refusal.status, refusal.body(), lines, refusal=refusal)
+            return Told(refusal.status, refusal.body(), lines, refusal=refusal.again(refusal.lines))
         if isinstance(served, Hit):
             return Told(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
         bought = served

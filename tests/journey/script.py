@@ -108,7 +108,7 @@ class ScriptedReply:
                 yield step
             elif isinstance(step, TransportFailure):
                 self.finished = True
-                raise step
+                raise step.again()
             elif step == HANG:
                 self.left.appendleft(HANG)  # for whoever reads on, should this reader leave
                 await asyncio.sleep(IDLE)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from contextlib import suppress
 
 import pytest
 
 from proxy.workers.channel import Channel, Lost
+from tests.garbage import uncollected
 from tests.workers.kit import wire
 
 
@@ -69,3 +72,19 @@ async def test_who_is_gone_answers_nobody() -> None:
         one.note("nobody hears")
         await one.flush()
         assert isinstance(one, Channel)
+
+
+async def test_a_failed_call_leaves_no_reference_cycle() -> None:
+    found: Counter[str] = Counter()
+
+    async def never(_: bytes) -> bytes:
+        await asyncio.sleep(3600)
+        return b""
+
+    async with wire() as (one, other):
+        other.handlers = {"never": never}
+        with uncollected(found, ours=True):
+            for kind in ("unknown", "never"):
+                with suppress(Lost):
+                    await one.call(kind, b"", 0.01 if kind == "never" else 2.0)
+    assert not found
