@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -86,3 +87,20 @@ def proxy(_shared_proxy: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[P
 async def client() -> AsyncIterator[Client]:
     async with Client() as session:
         yield session
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    names = (None, "proxy", "asyncio")
+    levels = [logging.getLogger(name).level for name in names]
+    kept = (logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing)
+    handlers = root.handlers[:]
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.flush()
+    root.handlers[:] = handlers
+    for name, level in zip(names, levels, strict=True):
+        logging.getLogger(name).setLevel(level)
+    logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = kept

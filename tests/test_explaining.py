@@ -90,6 +90,7 @@ async def stored(path: Path) -> None:
     await scene.world.store.close()
 
 
+@pytest.mark.usefixtures("logging_as_it_was")
 class TestCommand:
     @pytest.fixture
     def run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:

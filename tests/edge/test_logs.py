@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -103,23 +102,6 @@ def test_times_follow_the_records() -> None:
 
 
 # Where it goes.
-
-
-@pytest.fixture
-def logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    names = (None, "proxy", "asyncio")
-    levels = [logging.getLogger(name).level for name in names]
-    kept = (logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing)
-    handlers = root.handlers[:]
-    yield
-    for handler in root.handlers:
-        if handler not in handlers:
-            handler.flush()
-    root.handlers[:] = handlers
-    for name, level in zip(names, levels, strict=True):
-        logging.getLogger(name).setLevel(level)
-    logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = kept
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
