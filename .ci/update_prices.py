@@ -1,9 +1,9 @@
-"""Writes proxy/prices.json from the installed genai-prices library (MIT). No build and no run needs it.
+"""Writes proxy/cost/prices.json from the installed genai-prices library (MIT). No build and no run needs it.
 
     python .ci/update_prices.py --as-of 2026-11-10
 
 `--as-of` is the release date of the installed library version; where a price changes by date, the one in
-force on that day is taken. Review the diff, run tests/core/test_pricing.py (it prices every model with the
+force on that day is taken. Review the diff, run tests/cost/test_pricing.py (it prices every model with the
 library again), and note the new date in CHANGELOG.md.
 
 What is taken: OpenAI's and Azure's models priced by token: input, cached input, cache write, output, audio, images in
@@ -29,7 +29,7 @@ from typing import Any
 from genai_prices import types
 from genai_prices.data import providers
 
-TARGET = Path(__file__).resolve().parent.parent / "proxy" / "prices.json"
+TARGET = Path(__file__).resolve().parent.parent / "proxy" / "cost" / "prices.json"
 KINDS = ("openai", "azure")
 RATES = {
     "input": "input_mtok",

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from .config import Loaded, SettingsError, with_fixed
-from .seams import Seams
+from .config.fixed import with_fixed
+from .config.loader import Loaded
+from .config.problems import SettingsError
+from .system.clock import Seams
 
 log = logging.getLogger("proxy")
 

@@ -9,14 +9,23 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.canned import behave
 from tests.client import Client
 from tests.launch import Config, Launch, ProxyProcess, settings, write_config
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
+from tests.upstream_answers import behave
 
 # The machine may be busy with another worker: how long an example takes says nothing about what it proves.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> Iterator[None]:
+    """Commands set the level of the package's log: the next test finds it as it was."""
+    logger = logging.getLogger("proxy")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

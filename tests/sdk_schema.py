@@ -23,7 +23,7 @@ from openai.types import completion_create_params, embedding_create_params, mode
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params, tool_param
 
-from proxy.core.fields import FIELDS, HOSTED_TOOLS
+from proxy.cache.fields import FIELDS, HOSTED_TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 SDK: dict[str, tuple[Any, ...]] = {
@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     missing = undecided()
     if missing:
-        print(f"WARNING: openai {openai.__version__} has fields or tools that proxy/core/fields.py does not name.")
+        print(f"WARNING: openai {openai.__version__} has fields or tools that proxy/cache/fields.py does not name.")
         print("Until it does, such a field is part of the key, and such a tool counts as run by the client:")
         print("\n".join(f"  {line}" for line in missing))
     else:
-        print(f"openai {openai.__version__}: proxy/core/fields.py names every field and tool")
+        print(f"openai {openai.__version__}: proxy/cache/fields.py names every field and tool")
     return 0
 
 

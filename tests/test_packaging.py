@@ -80,4 +80,4 @@ def test_wheel_holds_the_data_files(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "proxy").rglob("*") if p.suffix in {".json", ".typed", ".lua"}}
-    assert {"proxy/py.typed", "proxy/prices.json"} <= data <= names
+    assert {"proxy/py.typed", "proxy/cost/prices.json"} <= data <= names

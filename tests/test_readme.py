@@ -10,11 +10,12 @@ from pathlib import Path
 import yaml
 
 from proxy.cli.cache import SUBCOMMANDS
-from proxy.config import FLAGS, Settings, load
+from proxy.config.loader import FLAGS, load
 from proxy.config.schema import leaves
-from proxy.core.errors import CODES
-from proxy.core.options import NONE, Options, from_headers, from_segment
-from proxy.edge.metrics import Metrics
+from proxy.config.settings import Settings
+from proxy.observability.metrics import Metrics
+from proxy.protocol.errors import CODES
+from proxy.protocol.options import NONE, Options, from_headers, from_segment
 from tests.launch import environment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import Loaded, Problem, SettingsError
+from proxy.config.loader import Loaded
+from proxy.config.problems import Problem, SettingsError
 from proxy.config.settings import Cache, Server, Settings
 from proxy.reload import SETTLE, UNSETTLED, Reloader
-from proxy.seams import Seams
-from tests.journey.clock import story
+from proxy.system.clock import Seams
+from tests.pipeline.clock import story
 
 PUBLIC = Settings(server=Server(host="0.0.0.0", port=9000))
 

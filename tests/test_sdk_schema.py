@@ -7,13 +7,13 @@ from pathlib import Path
 import openai
 import pytest
 
-from proxy.core.fields import FIELDS
+from proxy.cache.fields import FIELDS
 from tests import sdk_schema
 
 
 def test_complete_table_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert sdk_schema.main([]) == 0
-    assert capsys.readouterr().out == f"openai {openai.__version__}: proxy/core/fields.py names every field and tool\n"
+    assert capsys.readouterr().out == f"openai {openai.__version__}: proxy/cache/fields.py names every field and tool\n"
 
 
 def test_missing_lines_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from ..config.render import lines
-from ..core.pricing import PriceTable
+from ..cost.pricing import PriceTable
 from .common import add_config_arguments, load_from_args
 
 if TYPE_CHECKING:
     import aiohttp
 
-    from ..config import Key, Settings, Upstream
+    from ..config.settings import Key, Settings, Upstream
 
 _PATIENCE: Final = 10.0
 _MEANINGS: Final = {

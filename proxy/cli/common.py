@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from ..config import FLAGS, Loaded, SettingsError, Upstream, load
+from ..config.loader import FLAGS, Loaded, load
+from ..config.problems import SettingsError
+from ..config.settings import Upstream
 
 USAGE_ERROR: Final = 2
 

@@ -7,7 +7,9 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..config import Key, Loaded, Secret, Settings, Upstream
+from ..config.loader import Loaded
+from ..config.secret import Secret
+from ..config.settings import Key, Settings, Upstream
 from .common import add_config_arguments, load_from_args, read_from_args
 
 
@@ -22,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
-    from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
-    from ..simulator import SPECIAL_PROMPTS, running_simulator
+    from ..lifecycle import serve
+    from ..simulator.server import SPECIAL_PROMPTS, running_simulator
 
     async with running_simulator() as base_url:
         guarded = bool(loaded.settings.server.client_keys)

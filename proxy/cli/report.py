@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import orjson
 
-from ..core.reporting import BY, WhatIf, moment
-from ..ledger.reader import NoLedger, Span, report, what_if
-from ..seams import REAL
+from ..accounting.ledger.reader import NoLedger, Span, report, what_if
+from ..accounting.ledger.reporting import BY, WhatIf, moment
+from ..system.clock import REAL
 from .cache.text import cut, table
 from .common import add_config_arguments, load_from_args
 

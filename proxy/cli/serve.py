@@ -14,6 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loaded = load_from_args(args)
-    from ..app import serve  # after the settings: a wrong one is told without waiting for aiohttp
+    from ..lifecycle import serve
 
     return asyncio.run(serve(loaded, lambda in_force: read_from_args(args, in_force=in_force)))

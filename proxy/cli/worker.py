@@ -8,6 +8,6 @@ import sys
 
 def main() -> int:
     """The exit status. The one argument: the file descriptor of our end of the wire to the parent."""
-    from ..app import work
+    from ..lifecycle import work
 
     return asyncio.run(work(int(sys.argv[1])))

@@ -8,26 +8,13 @@ from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from ..core.limits import Limits
+from .limits import Limits
 from .problems import Invalid, Where
 from .reading import ByGlob, Many, One, Reader, Reading, Section, kind_of, scalar
 from .secret import Secret, read_key_file, unusable_key
 from .settings import ClientKey
 from .tree import Listing, Node, Scalar, Table
-from .values import (
-    GLOB,
-    HEADER_ID,
-    MONEY,
-    NAME,
-    PATH,
-    SECRET_TEXT,
-    SHA256,
-    TEXT,
-    VISIBLE,
-    integer,
-    number,
-    optional,
-)
+from .values import GLOB, HEADER_ID, MONEY, NAME, PATH, SECRET_TEXT, SHA256, TEXT, VISIBLE, integer, number, optional
 
 SHORT_CLIENT_KEY = 16
 

@@ -8,21 +8,7 @@ from typing import Any, Final
 from .keys import LIMITS_BY_GLOB, AdminKey, ClientKeys
 from .problems import Invalid
 from .reading import ByGlob, Many, One, Reader, Reading, Section
-from .settings import (
-    Breaker,
-    Budget,
-    Cache,
-    Cost,
-    Ledger,
-    Log,
-    Redis,
-    Retry,
-    Server,
-    Settings,
-    Throttle,
-    Timeouts,
-    Ttl,
-)
+from .settings import Breaker, Budget, Cache, Cost, Ledger, Log, Redis, Retry, Server, Settings, Throttle, Timeouts, Ttl
 from .tree import Node
 from .upstreams import PRICES, Upstreams
 from .values import (

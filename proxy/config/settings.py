@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from ..core.limits import Limits
-from ..core.pricing import Kind
-from ..core.tiers import with_tier
+from ..cost.pricing import Kind
+from .limits import Limits
 from .secret import Secret
+from .tiers import with_tier
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..core.pricing import Kind
+from ..cost.pricing import Kind
 from .keys import Draft, Keys, usable
 from .problems import Invalid
 from .reading import ByGlob, Many, One, Reading, Section, items_of
@@ -16,20 +16,7 @@ from .secret import Secret
 from .settings import DEFAULT_API_VERSION, Key, Prices, Upstream
 from .tree import Node, Table
 from .urls import azure_url, openai_url, parse_url, proxy_url
-from .values import (
-    BOOLEAN,
-    DEPLOYMENT,
-    GLOB,
-    MONEY,
-    NAME,
-    PATH,
-    VISIBLE,
-    Leaf,
-    choice,
-    integer,
-    optional,
-    pattern,
-)
+from .values import BOOLEAN, DEPLOYMENT, GLOB, MONEY, NAME, PATH, VISIBLE, Leaf, choice, integer, optional, pattern
 
 API_VERSION: Final = pattern(
     "an api-version such as 2024-10-21 or 2025-04-01-preview, or v1, preview or latest",

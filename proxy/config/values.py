@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from ..core.durations import parse_duration
+from ..protocol.durations import parse_duration
 from .secret import Secret
 
 T = TypeVar("T")

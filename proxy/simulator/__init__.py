@@ -4,9 +4,3 @@
 `server` says it over HTTP. Ids, times and `x-request-id` are new with every answer, as OpenAI's are, so that
 a cached answer can be told from a second one.
 """
-
-from __future__ import annotations
-
-from .server import SPECIAL_PROMPTS, running_simulator
-
-__all__ = ["SPECIAL_PROMPTS", "running_simulator"]

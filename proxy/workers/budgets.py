@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
 
-from ..core.budgets import EXACT, ZERO, Account, Kind
-from .channel import Answer, Lost
-from .commons import pack, unpack
-from .seat import Seat
+from ..accounting.budgets.account import EXACT, ZERO, Account, Kind
+from .ipc import Answer, Lost
+from .shared_state import pack, unpack
+from .worker import Seat
 
 _PERIODS: Final = 4
 """A day, a month, and those before, of which a late word may still come."""

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Final
 from weakref import WeakSet
 
-from ..core.limits import Allowance, Limits, Never, Reservation, Wait
-from ..limiters import RECHECK, Adopt, State
-from .channel import Lost
-from .commons import pack, unpack
-from .seat import Seat
+from ..config.limits import Limits
+from ..upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
+from ..upstream.limits.shared import RECHECK, Adopt, State
+from .ipc import Lost
+from .shared_state import pack, unpack
+from .worker import Seat
 
 _KNOWN_FOR: Final = 5.0
 """Seconds for which what the parent said of use is shown."""

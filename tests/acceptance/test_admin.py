@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import Config, Launch, ProxyProcess, run_command, secret, settings
-from tests.stores.kit import Valkey, valkey
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 PURGED_WITHIN = 4.0
 """Seconds: two are promised; the rest is for a busy machine."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Config, Launch, secret, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 AZURE_PATH = "/openai/deployments/my-gpt4o/chat/completions"
 

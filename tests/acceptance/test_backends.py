@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, ask
 from tests.launch import Config, Launch, ProxyProcess, settings
-from tests.stores.kit import Valkey, valkey
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
-from tests import canned  # noqa: E402
-from tests.core.test_conversion import ITEM, PAIRS, RESPONSE, TEXT_PAIRS, _bare  # noqa: E402
+from tests import upstream_answers as canned  # noqa: E402
+from tests.cache.test_convert import ITEM, PAIRS, RESPONSE, TEXT_PAIRS, _bare  # noqa: E402
 from tests.launch import ProxyProcess  # noqa: E402
-from tests.upstream import ScriptedUpstream  # noqa: E402
+from tests.scripted_upstream import ScriptedUpstream  # noqa: E402
 
 FORMS = ["plain", "stream"]
 WITH_USAGE: Any = {"include_usage": True}

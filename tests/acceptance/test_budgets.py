@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
+from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import Config, Launch, ProxyProcess, merge, settings
 from tests.ledger import Request
-from tests.stores.kit import Valkey, valkey
-from tests.upstream import Answer, ScriptedUpstream
+from tests.scripted_upstream import Answer, ScriptedUpstream
 
 SMALL = {"max_tokens": 10}
 KEYS = [

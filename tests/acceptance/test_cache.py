@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, secret, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 HIT = re.compile(r"openai-proxy; hit; ttl=(\d+)(; detail=sampled)?")
 

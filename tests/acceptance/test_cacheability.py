@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import ProxyProcess
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 AUDIO = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
 CHAT_BYPASS = [{"store": True}, {"web_search_options": {}}, AUDIO]

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
+from tests.cache.stores.kit import valkey
 from tests.client import Client, Reply, ask, raw_request, read_until_broken
 from tests.launch import AT_ONCE, Launch, ProxyProcess, secret, settings
 from tests.ledger import Request
-from tests.stores.kit import valkey
-from tests.upstream import Answer, ScriptedUpstream, Step, hold, send, sleep, stall
+from tests.scripted_upstream import Answer, ScriptedUpstream, Step, hold, send, sleep, stall
 
 T = TypeVar("T")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 SUMS = [
     ("gpt-4o", 100, 200, "0.002250"),

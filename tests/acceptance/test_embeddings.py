@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
+from tests.cache.stores.kit import valkey
 from tests.client import Client, Reply
 from tests.launch import Launch, ProxyProcess, settings
 from tests.ledger import Request
-from tests.stores.kit import valkey
-from tests.upstream import ScriptedUpstream, Step, hold
+from tests.scripted_upstream import ScriptedUpstream, Step, hold
 
 PATH = "/v1/embeddings"
 MODEL = "text-embedding-3-small"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.client import Client, Reply, ask, raw, raw_request, status_of
 from tests.launch import Launch, ProxyProcess, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 
 def assert_ours(answer: Reply, status: int, code: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Config, Launch, secret, settings
 from tests.ledger import Request
-from tests.upstream import Answer, ScriptedUpstream
+from tests.scripted_upstream import Answer, ScriptedUpstream
 
 CHAT = "/v1/chat/completions"
 

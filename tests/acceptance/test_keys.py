@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Address, Client, ask
 from tests.launch import AT_ONCE, CANARY, Launch, secret, settings
 from tests.ledger import Request
-from tests.upstream import Answer, ScriptedUpstream, Step
+from tests.scripted_upstream import Answer, ScriptedUpstream, Step
 
 NAMES = ("k1", "k2", "k3")
 

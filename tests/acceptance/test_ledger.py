@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, run_command, secret, settings
 from tests.ledger import Request
-from tests.upstream import Answer, ScriptedUpstream, stall
+from tests.scripted_upstream import Answer, ScriptedUpstream, stall
 
 REQUESTS = int(os.environ.get("LEDGER_REQUESTS", "600"))
 """10,000 as a measurement."""

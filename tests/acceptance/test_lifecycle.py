@@ -13,10 +13,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, Server, ask, raw, raw_request, read_until_broken, status_of
 from tests.launch import AT_ONCE, CANARY, LISTENING, Launch, ProxyProcess, run_command, secret, settings, write_config
-from tests.upstream import ScriptedUpstream, hold, stall
+from tests.scripted_upstream import ScriptedUpstream, hold, stall
 
 
 def free_port() -> int:

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.ledger import Request
-from tests.upstream import Answer, ScriptedUpstream, hold, stall
+from tests.scripted_upstream import Answer, ScriptedUpstream, hold, stall
 
 
 async def test_300_slow_requests_are_all_in_flight(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, Reply, ask
 from tests.launch import Config, Launch, ProxyProcess, merge, run_command, secret, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 EMBEDDINGS = {"model": "text-embedding-3-small", "input": ["one", "two"]}
 UNREACHABLE = "http://127.0.0.1:9/v1"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask, raw, raw_request, status_of
 from tests.launch import Launch, ProxyProcess, settings
-from tests.upstream import ScriptedUpstream, cut, send
+from tests.scripted_upstream import ScriptedUpstream, cut, send
 
 # Requests.
 

@@ -8,11 +8,11 @@ from email.utils import formatdate
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.ledger import Request
-from tests.upstream import Answer, ScriptedUpstream, Step, cut, reset, send, sleep, stall
+from tests.scripted_upstream import Answer, ScriptedUpstream, Step, cut, reset, send, sleep, stall
 
 CHAT = "/v1/chat/completions"
 

@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Config, Launch, ProxyProcess, run_command, secret, settings, write_config
-from tests.upstream import ScriptedUpstream, hold
+from tests.scripted_upstream import ScriptedUpstream, hold
 
 
 async def said(proxy: ProxyProcess, text: str, times: int = 1) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
+from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import AT_ONCE, Config, Launch, ProxyProcess, merge, secret, settings
 from tests.ledger import Request
-from tests.stores.kit import Valkey, valkey
-from tests.upstream import Answer, ScriptedUpstream
+from tests.scripted_upstream import Answer, ScriptedUpstream
 
 CHAT = "/v1/chat/completions"
 

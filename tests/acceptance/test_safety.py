@@ -9,10 +9,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask, raw, raw_request, status_of
 from tests.launch import CANARY, Config, Launch, ProxyProcess, run_command, secret, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 BODY = b'{"model":"gpt-4o","messages":[{"role":"user","content":"raw"}]}'
 JSON = {"Content-Type": "application/json"}

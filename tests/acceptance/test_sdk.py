@@ -11,10 +11,10 @@ openai = pytest.importorskip("openai")
 
 from pydantic import BaseModel  # noqa: E402
 
-from tests import canned  # noqa: E402
+from tests import upstream_answers as canned  # noqa: E402
 from tests.launch import Launch, ProxyProcess, secret, settings  # noqa: E402
 from tests.ledger import Request  # noqa: E402
-from tests.upstream import Answer, ScriptedUpstream, cut, sleep  # noqa: E402
+from tests.scripted_upstream import Answer, ScriptedUpstream, cut, sleep  # noqa: E402
 
 
 def messages(text: str) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.limiters.redis_silence import SETTLING
-from tests import canned
+from proxy.upstream.limits.redis_loss import SETTLING
+from tests import upstream_answers as canned
+from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import AT_ONCE, Config, Launch, settings
-from tests.stores.kit import Valkey, valkey
-from tests.upstream import ScriptedUpstream, hold
+from tests.scripted_upstream import ScriptedUpstream, hold
 
 CHAT = "/v1/chat/completions"
 

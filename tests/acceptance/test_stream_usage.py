@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, settings
-from tests.upstream import ScriptedUpstream
+from tests.scripted_upstream import ScriptedUpstream
 
 
 def wants_usage() -> dict[str, object]:

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask, read_until_broken
 from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
-from tests.upstream import ScriptedUpstream, Step, cut, drip, hold, reset, send, sleep, stall
+from tests.scripted_upstream import ScriptedUpstream, Step, cut, drip, hold, reset, send, sleep, stall
 
 
 def wants_usage() -> dict[str, object]:

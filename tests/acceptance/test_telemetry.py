@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Launch, settings
-from tests.upstream import ScriptedUpstream, hold
+from tests.scripted_upstream import ScriptedUpstream, hold
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

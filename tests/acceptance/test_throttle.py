@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, Reply, ask
 from tests.launch import AT_ONCE, Config, Launch, secret, settings
 from tests.ledger import Request
-from tests.upstream import Answer, ScriptedUpstream, hold
+from tests.scripted_upstream import Answer, ScriptedUpstream, hold
 
 
 def limited(port: int, max_wait: str = "200ms", max_queue: int = 1000, **limits: int) -> Config:

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, secret
-from tests.upstream import ScriptedUpstream, hold, send
+from tests.scripted_upstream import ScriptedUpstream, hold, send
 
 SAY = '"messages":[{"role":"user","content":"%s"}]'
 ODD_BODIES = {

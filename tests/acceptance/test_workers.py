@@ -16,11 +16,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.acceptance.test_lifecycle import free_port
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Config, Launch, ProxyProcess, run_command, secret, settings, write_config
-from tests.upstream import ScriptedUpstream, hold, sleep, stall
+from tests.scripted_upstream import ScriptedUpstream, hold, sleep, stall
 
 CHAT = "/v1/chat/completions"
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from tests.cache.stores.kit import Valkey
 from tests.launch import settings, write_config
-from tests.stores.kit import Valkey
 
 from . import stored
 from .measure import CONNECTIONS, Case, Row, Server, cores, free_port, pin, ratios

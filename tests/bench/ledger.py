@@ -11,14 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from proxy.core.entry import Entry
-from proxy.core.receipt import Receipt
-from proxy.core.reporting import Sums, WhatIf
-from proxy.core.usage import Usage
-from proxy.ledger import Ledger
-from proxy.ledger.reader import Span, report, spent, what_if
-from proxy.ledger.writer import Writer
-from proxy.seams import REAL
+from proxy.accounting.ledger.ledger import Ledger
+from proxy.accounting.ledger.reader import Span, report, spent, what_if
+from proxy.accounting.ledger.reporting import Sums, WhatIf
+from proxy.accounting.ledger.writer import Writer
+from proxy.accounting.receipt import Receipt
+from proxy.cache.entry import Entry
+from proxy.cost.usage import Usage
+from proxy.system.clock import REAL
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o3", "text-embedding-3-small")
 

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from proxy.core.limits import Allowance, Limits, Never, Reservation, Wait
-from proxy.gate import Gate
-from proxy.limiters import RECHECK
-from proxy.limiters.redis import RedisLimiter
-from proxy.limiters.redis_share import SharedReservation
-from tests.stores.kit import redis_url
+from proxy.config.limits import Limits
+from proxy.upstream.limits.queue import Gate
+from proxy.upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
+from proxy.upstream.limits.redis import RedisLimiter
+from proxy.upstream.limits.redis_limiter import SharedReservation
+from proxy.upstream.limits.shared import RECHECK
+from tests.cache.stores.kit import redis_url
 
 TOKENS = 100
 ASKERS = 8

@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 import msgspec
 
-from proxy.core.entry import Entry
-from proxy.core.receipt import Receipt
-from proxy.core.tallies import Tallies
-from proxy.core.trace import traceparent
-from proxy.core.usage import Usage
-from proxy.edge.logs import HitLog
-from proxy.edge.metrics import Metrics
-from proxy.seams import REAL
-from proxy.world import compile_world
-from tests.journey.scene import settings
+from proxy.accounting.receipt import Receipt
+from proxy.cache.entry import Entry
+from proxy.cost.usage import Usage
+from proxy.observability.logs import HitLog
+from proxy.observability.metrics import Metrics
+from proxy.protocol.traceparent import traceparent
+from proxy.services import compile_world
+from proxy.system.clock import REAL
+from proxy.upstream.counters import Tallies
+from tests.pipeline.fixture import settings
 
 TRACE = (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
 HEADERS = [(b"X-Stainless-%d" % number, b"1") for number in range(12)]

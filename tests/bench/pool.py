@@ -14,15 +14,16 @@ import statistics
 import time
 from typing import Any, Final
 
+from proxy.config.limits import Limits
 from proxy.config.settings import Breaker, Retry, Settings, Throttle, Timeouts
-from proxy.core.affinity import prefix_of
-from proxy.core.keyring import KeyRing, Lease, PoolKey, Wish
-from proxy.core.limits import Limits
-from proxy.selection import STRATEGIES
-from tests.edge.kit import house
-from tests.journey.clock import story
-from tests.journey.scene import Scene, ask, pool, settings
-from tests.journey.script import ScriptedWayUp, error, says
+from proxy.upstream.keys.lease import Lease, PoolKey, Wish
+from proxy.upstream.keys.pool import KeyRing
+from proxy.upstream.keys.prompt_affinity import prefix_of
+from proxy.upstream.keys.selection import STRATEGIES
+from tests.pipeline.clock import story
+from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.script import ScriptedWayUp, error, says
+from tests.server.kit import house
 
 RATE, SECONDS = 200, 60
 

@@ -17,15 +17,15 @@ from typing import Any, Final
 
 import msgspec
 
-from proxy.core.entry import Entry
-from proxy.core.envelope import decode, encode
-from proxy.core.usage import Usage
-from proxy.stores import Store
-from proxy.stores.memory import MemoryStore
-from proxy.stores.redis import RedisStore
-from proxy.stores.sqlite import SQLiteStore
+from proxy.cache.codec import decode, encode
+from proxy.cache.entry import Entry
+from proxy.cache.stores.interface import Store
+from proxy.cache.stores.memory import MemoryStore
+from proxy.cache.stores.redis import RedisStore
+from proxy.cache.stores.sqlite import SQLiteStore
+from proxy.cost.usage import Usage
+from tests.cache.stores.kit import Valkey
 from tests.launch import ROOT
-from tests.stores.kit import Valkey
 
 from .wire import answer_body
 

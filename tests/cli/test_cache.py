@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from proxy.cache.entry import Entry
+from proxy.cache.listing import timestamp
+from proxy.cache.stores.intake import Taken
+from proxy.cache.stores.interface import Name
 from proxy.cli.cache import SUBCOMMANDS
-from proxy.cli.cache.cabinet import Card, Trouble, Wanted, find_key
 from proxy.cli.cache.export import replacing
+from proxy.cli.cache.interface import Card, Trouble, Wanted, find_key
 from proxy.cli.cache.text import Progress, cut, duration, size, table
-from proxy.core.entry import Entry
-from proxy.core.listing import timestamp
-from proxy.stores import Name
-from proxy.stores.intake import Taken
 
 
 def test_the_subcommands_of_the_contract() -> None:

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 
 from proxy.cli import check
-from proxy.config import Key, Secret, Upstream
-from proxy.config.settings import Settings
+from proxy.config.secret import Secret
+from proxy.config.settings import Key, Settings, Upstream
 
 
 def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, cwd: Path, text: str | None = None, **environ: str) -> int:

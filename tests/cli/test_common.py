@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from proxy.cli.common import add_config_arguments, load_from_args
-from proxy.config import FLAGS, Loaded, Upstream
+from proxy.config.loader import FLAGS, Loaded
+from proxy.config.settings import Upstream
 
 
 def load(argv: list[str], cwd: Path, upstream: str | None = None, **environ: str) -> Loaded:

@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from proxy.cli.demo import introduction, simulated
-from proxy.config import Settings
-from proxy.simulator import SPECIAL_PROMPTS
+from proxy.config.settings import Settings
+from proxy.simulator.server import SPECIAL_PROMPTS
 from tests.client import Client, ask
 from tests.launch import ProxyProcess, environment
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from proxy.accounting.ledger.reporting import Sums
 from proxy.cli.report import _cell, _count, _dollars, _name, _tables, _time
-from proxy.core.reporting import Sums
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import Loaded, load
+from proxy.config.loader import Loaded, load
 from tests.config.kit import Load, write
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from proxy.config import Loaded, SettingsError
+from proxy.config.loader import Loaded
+from proxy.config.problems import SettingsError
 
 
 class Load(Protocol):

@@ -4,8 +4,9 @@ import hashlib
 
 import pytest
 
-from proxy.config import Secret, Upstream
-from proxy.core.limits import Limits
+from proxy.config.limits import Limits
+from proxy.config.secret import Secret
+from proxy.config.settings import Upstream
 from tests.config.kit import Load, problems
 
 AZURE = {"AZURE_OPENAI_ENDPOINT": "https://n.openai.azure.com/", "AZURE_OPENAI_API_KEY": "az1, az2"}

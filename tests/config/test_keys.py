@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import Key, Secret
-from proxy.core.limits import Limits
+from proxy.config.limits import Limits
+from proxy.config.secret import Secret
+from proxy.config.settings import Key
 from tests.config.kit import Load, problems, write
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config import FLAGS, Settings, SettingsError, Upstream
-from proxy.config import load as load_settings
+from proxy.config.loader import FLAGS
+from proxy.config.loader import load as load_settings
+from proxy.config.problems import SettingsError
 from proxy.config.schema import leaves
+from proxy.config.settings import Settings, Upstream
 from tests.config.kit import Load, problems, write
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,10 @@ from dataclasses import fields, is_dataclass
 import pytest
 import yaml
 
-from proxy.config import Settings
 from proxy.config.reading import Section
 from proxy.config.render import lines, plain
 from proxy.config.schema import SCHEMA
+from proxy.config.settings import Settings
 from tests.config.kit import Load
 
 FULL = """

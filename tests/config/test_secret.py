@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import Secret
 from proxy.config.problems import Invalid
-from proxy.config.secret import read_key_file, unusable_key
+from proxy.config.secret import Secret, read_key_file, unusable_key
 from tests.config.kit import write
 
 

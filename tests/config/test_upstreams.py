@@ -4,8 +4,8 @@ from decimal import Decimal
 
 import pytest
 
-from proxy.config import Upstream
-from proxy.core.pricing import PriceTable
+from proxy.config.settings import Upstream
+from proxy.cost.pricing import PriceTable
 from tests.config.kit import Load, problems
 
 

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 
-from proxy.config import Settings
-from proxy.config.settings import Breaker, Retry
-from proxy.core.outcome import TransportFailure
-from proxy.core.ports import Trip
-from proxy.edge.upstream import Upstreams
-from tests.edge.kit import House, Raw, Say, Wire, house, raw_upstream, request, wire
-from tests.edge.wayup import OK, send, whole
-from tests.edge.wayup import says as upstream_says
+from proxy.config.settings import Breaker, Retry, Settings
+from proxy.upstream.client import Upstreams
+from proxy.upstream.interfaces import Trip
+from proxy.upstream.retry.outcome import TransportFailure
 from tests.garbage import uncollected
-from tests.journey.scene import ask, settings
-from tests.journey.script import JSON, Fails, Move, Says, error, events, says, streams
+from tests.pipeline.fixture import ask, settings
+from tests.pipeline.script import JSON, Fails, Move, Says, error, events, says, streams
+from tests.server.kit import House, Raw, Say, Wire, house, raw_upstream, request, wire
+from tests.upstream.transport import OK, send, whole
+from tests.upstream.transport import says as upstream_says
 
 TIMES = 5
 CUT = TransportFailure("invalid", "cut")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
 from tests.launch import ProxyProcess, settings, write_config
 from tests.ledger import Request
+from tests.scripted_upstream import Answer, ScriptedUpstream
 from tests.sdk.kit import KINDS, Job, Kind, Outcome, Sdk, start
-from tests.upstream import Answer, ScriptedUpstream
 
 # Node has no other flavour than async.
 FLAVOURS = [(kind, name) for kind in KINDS for name in (["sync", "async"] if kind.language == "python" else ["async"])]

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
+from tests.scripted_upstream import ScriptedUpstream
 from tests.sdk.conftest import Caller
-from tests.upstream import ScriptedUpstream
 
 CHAT = "/v1/chat/completions"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests import canned
+from tests import upstream_answers as canned
+from tests.scripted_upstream import ScriptedUpstream, cut, send, sleep
 from tests.sdk.conftest import Caller
-from tests.upstream import ScriptedUpstream, cut, send, sleep
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])

@@ -7,9 +7,9 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy.workers.channel import Channel
-from proxy.workers.commons import Commons
-from proxy.workers.seat import Seat
+from proxy.workers.ipc import Channel
+from proxy.workers.shared_state import Commons
+from proxy.workers.worker import Seat
 
 
 @asynccontextmanager

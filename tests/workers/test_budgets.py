@@ -6,7 +6,7 @@ import random
 from decimal import Decimal
 from functools import partial
 
-from proxy.core.budgets import Account
+from proxy.accounting.budgets.account import Account
 from proxy.workers.budgets import Purses, SeatBudgets
 from tests.workers.kit import Clock, wire
 

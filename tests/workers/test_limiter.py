@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from proxy.core.limits import Allowance, Limits, Never, Reservation, Wait
+from proxy.config.limits import Limits
+from proxy.upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
 from proxy.workers.limiter import SeatLimiter
-from proxy.workers.seat import Seat
+from proxy.workers.worker import Seat
 from tests.workers.kit import Clock, seats
 
 WHERE = ("quota", "gpt-4o")

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-from ...stores import StoreError
+from ...cache.stores.interface import StoreError
 from ..common import USAGE_ERROR, add_config_arguments, load_from_args
-from .cabinet import Misused, Trouble
-from .session import Session
+from .interface import Misused, Trouble
+from .local import Session
 
 SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "stats": ("stats", "how many answers are stored, of which models, and what hits on them save"),

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from ...config import Settings
-from ...core.errors import Refusal
-from ...core.headers import Raw
-from ...core.routes import ENDPOINTS
-from ...explaining import call_of, client_named, explained
-from ...seams import REAL
-from ...world import compile_world
+from ...config.settings import Settings
+from ...pipeline.explain import call_of, client_named, explained
+from ...protocol.errors import Refusal
+from ...protocol.headers import Raw
+from ...protocol.routes import ENDPOINTS
+from ...services import compile_world
+from ...system.clock import REAL
 from ..common import load_from_args
-from .cabinet import Misused, Trouble
-from .session import Session
+from .interface import Misused, Trouble
+from .local import Session
 from .text import Progress, cut, duration, say
 
 _TARGETS: Final = {endpoint: f"/v1{path}" for path, endpoint in ENDPOINTS.items()}
@@ -58,7 +58,7 @@ async def run(args: argparse.Namespace, session: Session) -> int:
 
 async def _asked(session: Session, url: str, target: str, args: argparse.Namespace, body: bytes) -> dict[str, Any]:
     """By the running proxy."""
-    from .remote import asking  # here: aiohttp takes its time to load
+    from .remote import asking
 
     headers = {name.decode(): value.decode() for name, value in args.header}
     async with asking(url, session.settings.server.admin_key) as remote:

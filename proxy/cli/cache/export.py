@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import IO
 
-from ...core.cassette import write
-from ...stores import Name
-from .cabinet import Cabinet, Trouble
-from .session import Session
+from ...cache.cassette import write
+from ...cache.stores.interface import Name
+from .interface import Cabinet, Trouble
+from .local import Session
 from .text import Progress, add_filters, say, wanted_of
 
 _FEW = 500

@@ -10,9 +10,9 @@ from typing import IO
 
 import msgspec
 
-from ...core.cassette import BadLine, read
-from .cabinet import Trouble
-from .session import Session
+from ...cache.cassette import BadLine, read
+from .interface import Trouble
+from .local import Session
 from .text import Progress, say
 
 

@@ -6,8 +6,8 @@ import argparse
 import heapq
 from decimal import Decimal
 
-from .cabinet import Card
-from .session import Session
+from .interface import Card
+from .local import Session
 from .text import Progress, add_filters, cut, duration, say, size, table, wanted_of
 
 _HEADS = ("KEY", "FORM", "ENDPOINT", "MODEL", "AGE", "LEFT", "SIZE", "SAVES")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .cabinet import Misused, find_key
-from .session import Session
+from .interface import Misused, find_key
+from .local import Session
 from .text import add_filters, add_key, say, wanted_of
 
 

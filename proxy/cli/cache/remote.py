@@ -10,15 +10,15 @@ from urllib.parse import quote
 
 import aiohttp
 
-from ...config import Secret
+from ...cache.cassette import BadLine, name_of, read, write_line
+from ...cache.entry import Entry
+from ...cache.stores.intake import Taken
+from ...cache.stores.interface import Name
 from ...config.problems import Invalid
+from ...config.secret import Secret
 from ...config.urls import parse_url
 from ...config.values import is_loopback
-from ...core.cassette import BadLine, name_of, read, write_line
-from ...core.entry import Entry
-from ...stores import Name
-from ...stores.intake import Taken
-from .cabinet import PAGE, Card, Misused, Trouble, Wanted
+from .interface import PAGE, Card, Misused, Trouble, Wanted
 
 _PATIENCE: Final = aiohttp.ClientTimeout(total=600, sock_connect=5, sock_read=120)
 _SENT_AT_ONCE: Final = 1024 * 1024

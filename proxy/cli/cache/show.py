@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...core.entry import Entry
-from ...core.listing import listing
-from ...seams import REAL
-from .cabinet import Trouble, find_key
-from .session import Session
+from ...cache.entry import Entry
+from ...cache.listing import listing
+from ...system.clock import REAL
+from .interface import Trouble, find_key
+from .local import Session
 from .text import add_key, cut, duration, say, size
 
 

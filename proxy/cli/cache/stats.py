@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .cabinet import Card
-from .session import Session
+from .interface import Card
+from .local import Session
 from .text import Progress, cut, say, size, table
 
 _RIGHT = ("ENTRIES", "SIZE", "OVER", "SAVES USD")

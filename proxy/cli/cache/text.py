@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.durations import parse_duration
-from ...core.routes import ENDPOINTS, printable
-from ...seams import REAL
-from .cabinet import Wanted
+from ...protocol.durations import parse_duration
+from ...protocol.routes import ENDPOINTS, printable
+from ...system.clock import REAL
+from .interface import Wanted
 
 _BAR: Final = 24
 _EVERY: Final = 0.1

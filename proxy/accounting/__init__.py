@@ -1,0 +1,1 @@
+"""What is counted of each request: receipts, the ledger, budgets and runs."""

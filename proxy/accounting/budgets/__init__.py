@@ -1,0 +1,1 @@
+"""Spending limits a day and a month: reserved before a call, settled after it."""

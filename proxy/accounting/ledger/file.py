@@ -1,0 +1,77 @@
+"""The ledger's file: one row a request in `rows_v1`, and what requests share in `kinds_v1`.
+
+A row is named by its time and a number that its process alone gives, so that writing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ...system import sqlite as files
+from .records import Kind, Record
+
+ROWS: Final = "rows_v1"
+KINDS: Final = "kinds_v1"
+
+LAYOUT: Final = files.Layout(
+    mark=0x4F43506C,  # "OCPl"
+    schema=f"""
+CREATE TABLE IF NOT EXISTS {KINDS} (
+  id INTEGER PRIMARY KEY,    -- core/records.py: kind_id()
+  client TEXT NOT NULL, endpoint TEXT NOT NULL, model TEXT NOT NULL, answer_model TEXT NOT NULL,
+  status INTEGER NOT NULL, error TEXT NOT NULL, cache TEXT NOT NULL, stream INTEGER NOT NULL,
+  upstream TEXT NOT NULL, key TEXT NOT NULL, cost_status TEXT NOT NULL, sampled INTEGER NOT NULL,
+  tags TEXT NOT NULL,        -- a JSON array
+  run TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS {ROWS} (
+  time INTEGER NOT NULL,     -- Unix milliseconds
+  place INTEGER NOT NULL,    -- within a process; the first is drawn by lot
+  kind INTEGER NOT NULL,
+  requests INTEGER NOT NULL, -- equal hits within a moment are one row
+  attempts INTEGER NOT NULL,
+  prompt INTEGER NOT NULL, cached INTEGER NOT NULL, completion INTEGER NOT NULL, total INTEGER NOT NULL,  -- tokens
+  other TEXT,                -- tokens and calls of rarer kinds, as JSON
+  cost INTEGER, saved INTEGER,  -- 1e-12 USD; NULL: unknown
+  rest TEXT,                 -- what these two leave out: `cost saved` in USD
+  queue INTEGER NOT NULL, upstream INTEGER NOT NULL, duration INTEGER NOT NULL, first INTEGER NOT NULL,  -- microseconds
+  digest INTEGER,            -- the first 60 bits of the cache key
+  PRIMARY KEY (time, place)
+) WITHOUT ROWID;
+""",
+    names=frozenset({ROWS, KINDS}),
+)
+
+PUT_KIND: Final = f"INSERT OR IGNORE INTO {KINDS} VALUES ({', '.join('?' * (1 + len(Kind._fields)))})"
+PUT_ROW: Final = (
+    f"INSERT OR IGNORE INTO {ROWS} (time, place, {', '.join(Record._fields[1:])}) "
+    f"VALUES ({', '.join('?' * (1 + len(Record._fields)))})"
+)
+
+
+def is_ours(connection: sqlite3.Connection) -> bool:
+    mark: int = connection.execute("PRAGMA application_id").fetchone()[0]
+    return mark == LAYOUT.mark
+
+
+def open_to_write(path: Path, busy: float) -> sqlite3.Connection:
+    """Raises sqlite3.Error, OSError or files.Foreign."""
+    return files.open_to_write(path, busy, LAYOUT)
+
+
+def kind_row(number: int, kind: Kind) -> tuple[object, ...]:
+    return number, *kind[:-2], msgspec.json.encode(kind.tags).decode(), kind.run
+
+
+def kinds(connection: sqlite3.Connection) -> dict[int, Kind]:
+    """By number, every kind that there is."""
+    found = {}
+    for number, *fields in connection.execute(f"SELECT id, {', '.join(Kind._fields)} FROM {KINDS}"):
+        kind = Kind._make(fields)
+        tags = tuple(msgspec.json.decode(fields[-2]))
+        found[number] = kind._replace(stream=bool(kind.stream), sampled=bool(kind.sampled), tags=tags)
+    return found

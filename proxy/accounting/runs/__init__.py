@@ -1,0 +1,1 @@
+"""Named runs: sample numbers and sums."""

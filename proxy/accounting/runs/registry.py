@@ -1,0 +1,314 @@
+"""Named runs as the journey sees them: a ticket for each request, numbered, paid for, and given back on every exit.
+
+What is decided stands in `core/runs.py`. Where a Redis is configured, numbers and sums are shared through it
+(`stores/redis_runs.py`); while it has troubles, each process goes on alone with what it knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from ...cache.entry import Entry
+from ...cost.pricing import usd
+from ...cost.usage import Usage
+from ...protocol.errors import Refusal
+from ...protocol.request import Call
+from ...system.clock import Seams, spawn
+from ...upstream.limits.estimate import estimate_tokens
+from ..receipt import Receipt
+from .run import NOTHING, Run, Runs, Share, Sums, as_json, joined
+
+if TYPE_CHECKING:
+    from ...services import World
+
+log = logging.getLogger("proxy")
+
+HELD_FOR: Final = 3600.0
+"""Seconds after which another process's reservations no longer count: it died, or it would have said something."""
+
+_ZERO: Final = Decimal(0)
+_PAID_FOR: Final = frozenset({"client_gone", "upstream_timeout", "upstream_invalid_response", "draining"})
+"""How a request can end that the upstream may well charge for, though no usage came."""
+
+
+class Known(Protocol):
+    """What is shared of one client's run. shares: by process."""
+
+    @property
+    def client(self) -> str: ...
+
+    @property
+    def shares(self) -> Mapping[str, Share]: ...
+
+    @property
+    def keys(self) -> int:
+        """Distinct requests."""
+
+
+class Shared(Protocol):
+    """What processes share. None: it could not be asked, and the caller goes on alone. Nothing here raises."""
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def number(self, run: Run, key: str, retry: bool) -> int | None:
+        """The number of a request that has just arrived."""
+
+    async def ended(self, run: Run, key: str, number: int, delivered: bool) -> None:
+        """The request with this number is over."""
+
+    async def share(self, run: Run, share: Share, before: Decimal = _ZERO, limit: Decimal | None = None) -> bool | None:
+        """Publishes this process's share and hears the others'; with `limit`: only where there is room for all of it,
+        False where not. before: USD of it that this request does not add.
+        """
+
+    async def read(self, name: str) -> Mapping[str, Known] | None:
+        """All clients' runs of this name, by owner."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request in a run. number: None where it is not numbered; held: USD reserved; buying: it may have gone
+    upstream, so that a receipt will tell what it cost.
+    """
+
+    run: Run
+    key: str = ""
+    number: int | None = None
+    held: Decimal = _ZERO
+    buying: bool = False
+
+
+class RunBook:
+    """The runs of one world."""
+
+    def __init__(self, seams: Seams, shared: Shared | None = None) -> None:
+        self._seams = seams
+        self._shared = shared
+        self._runs = Runs()
+        self._tickets: dict[str, Ticket] = {}
+        self._publishing: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        if self._shared is not None:
+            await self._shared.open()
+
+    async def close(self) -> None:
+        """Waits a moment for what is still to be told to the others."""
+        if self._publishing:
+            await asyncio.wait(set(self._publishing), timeout=1.0)
+        if self._shared is not None:
+            await self._shared.close()
+
+    # -- one request, from its arrival to its end ----------------------------------------------------------------------
+
+    def enter(self, call: Call) -> Run | None:
+        """A request arrives; None where it is in no run. Raises Refusal(invalid_option)."""
+        name, max_cost = call.options.run, call.options.max_cost
+        if not name:
+            if max_cost is not None:
+                raise Refusal("invalid_option", "max-cost is a run's: name it with X-Proxy-Run", param="max-cost")
+            return None
+        owner = f"{call.client.name}\n{call.client.scope}"
+        run = self._runs.get(owner, name)
+        if run is None:
+            run = Run(self._seams.new_id()[:16], _digest(owner), call.client.name, name, self._seams.wall())
+            self._runs.begin(owner, run)
+        if max_cost is not None:
+            run.max_cost = max_cost
+        self._tickets[call.id] = Ticket(run)
+        return run
+
+    async def sample(self, call: Call, key: str) -> str:
+        """What stands for the sample in the key of this request, whose key without one is `key`."""
+        ticket = self._tickets.get(call.id)
+        if ticket is None or call.options.sample:
+            return call.options.sample
+        run, retry = ticket.run, _is_retry(call)
+        number = None
+        if self._shared is not None:
+            number, _ = await asyncio.gather(
+                self._shared.number(run, key, retry), self._shared.share(run, run.share(self._until()))
+            )
+        forgot = run.forgot
+        number = run.number(key, retry) if number is None else run.took(key, number)
+        if run.forgot and not forgot:
+            log.warning("a run has too many different requests: the oldest are forgotten and start at 0 again")
+        self._runs.numbered()
+        ticket.key, ticket.number = key, number
+        return str(number)
+
+    async def admit(self, world: World, call: Call) -> None:
+        """Reserves what the request may cost, before anything goes upstream. Raises Refusal(budget_exceeded)."""
+        ticket, limit = self._tickets.get(call.id), call.options.max_cost
+        if ticket is None:
+            return
+        run = ticket.run
+        amount = likely_cost(world, call, run.completion_mean)
+        before, fits = run.committed, limit is None or run.room_for(amount, limit)
+        run.hold(amount)
+        ticket.held = amount
+        if self._shared is not None and limit is not None:
+            answer = await self._shared.share(run, run.share(self._until()), before, limit)
+            fits = fits if answer is None else answer
+        if not fits and limit is not None:
+            run.release(amount)
+            ticket.held = _ZERO
+            message = (
+                f"the run {run.name!r} has cost {usd(run.cost)} USD and this request might cost {usd(amount)}, with "
+                f"those under way more than its max-cost of {usd(limit)}; stored answers are still given"
+            )
+            raise Refusal("budget_exceeded", message, param="max-cost")
+        ticket.buying = True
+
+    def hit(self, call: Call, entry: Entry) -> None:
+        """It was answered from the cache."""
+        ticket = self._tickets.pop(call.id, None)
+        if ticket is not None:
+            saved = Decimal(entry.cost) if entry.cost is not None else _ZERO
+            self._end(ticket, Sums(requests=1, hits=1, saved=saved), call.model, delivered=True)
+
+    def finished(self, receipt: Receipt) -> None:
+        """It is over, as its receipt says."""
+        ticket = self._tickets.pop(receipt.id, None)
+        if ticket is None:
+            return
+        good = receipt.status < 400 and not receipt.error
+        from_cache = receipt.cache in ("hit", "stale", "coalesced")
+        bought = good and not from_cache
+        cost = Decimal(receipt.cost_usd) if receipt.cost_usd is not None else None
+        charged = bought or receipt.error in _PAID_FOR
+        usage = receipt.usage if not from_cache else None
+        sums = Sums(
+            requests=1,
+            hits=good and from_cache,
+            misses=bought,
+            errors=not good,
+            unpriced=bought and cost is None,
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            completion_tokens=usage.completion_tokens if usage else 0,
+            cost=cost or _ZERO,
+            saved=Decimal(receipt.saved_usd) if good and receipt.saved_usd is not None else _ZERO,
+            assumed=ticket.held if cost is None and charged and receipt.attempts else _ZERO,
+        )
+        self._end(ticket, sums, receipt.model, delivered=good)
+
+    def left(self, call: Call, gone: bool) -> None:
+        """It ended without an answer. gone: its client is; what it bought may go on for others, and its receipt comes
+        when that is over.
+        """
+        ticket = self._tickets.get(call.id)
+        if ticket is None:
+            return
+        if gone and ticket.buying:
+            if ticket.number is not None:
+                ticket.run.ended(ticket.key, ticket.number, False)
+            return
+        del self._tickets[call.id]
+        self._end(ticket, Sums(requests=1, errors=1), call.model, delivered=False)
+
+    def _end(self, ticket: Ticket, sums: Sums, model: str, *, delivered: bool) -> None:
+        run = ticket.run
+        run.release(ticket.held)
+        run.add(sums, self._seams.wall(), model[:128])
+        if ticket.number is not None:
+            run.ended(ticket.key, ticket.number, delivered)
+        if self._shared is not None:
+            task = spawn(self._publish(self._shared, ticket, delivered), "run sums")
+            self._publishing.add(task)
+            task.add_done_callback(self._publishing.discard)
+
+    async def _publish(self, shared: Shared, ticket: Ticket, delivered: bool) -> None:
+        run = ticket.run
+        if ticket.number is not None:
+            await asyncio.gather(
+                shared.ended(run, ticket.key, ticket.number, delivered), shared.share(run, run.share(self._until()))
+            )
+        else:
+            await shared.share(run, run.share(self._until()))
+
+    def _until(self) -> float:
+        return self._seams.wall() + HELD_FOR
+
+    # -- what is told --------------------------------------------------------------------------------------------------
+
+    async def report(self, name: str) -> dict[str, Any] | None:
+        """What `GET /_proxy/runs/{run}` says: all clients' runs of this name together, and each; None: none is known.
+
+        Alone, what other processes did is what was heard of them last.
+        """
+        known = await self._shared.read(name) if self._shared is not None else None
+        clients: dict[str, tuple[str, list[Share], int]] = {}
+        for owner, one in (known or {}).items():
+            clients[owner] = one.client, list(one.shares.values()), one.keys
+        for run in self._runs.named(name):
+            mine = run.share(self._until())
+            if known is None or run.owner not in known:
+                others = [] if run.others_sums is NOTHING else [Share(0, run.others_sums, first=mine.first)]
+                clients[run.owner] = run.client, [mine, *others], run.keys
+            else:
+                shares = {**known[run.owner].shares, run.id: mine}
+                clients[run.owner] = run.client, list(shares.values()), max(run.keys, known[run.owner].keys)
+        if not clients:
+            return None
+        each = [(client, joined(shares), keys) for client, shares, keys in clients.values()]
+        total = joined([share for _, share, _ in each])
+        return {
+            "run": name,
+            **as_json(total, sum(keys for _, _, keys in each)),
+            "clients": [{"client": client or None, **as_json(share, keys)} for client, share, keys in each],
+        }
+
+
+def run_headers(run: Run) -> tuple[tuple[str, str], ...]:
+    """What a run's answers carry (contract 5)."""
+    return ("X-Proxy-Run-Cost-USD", usd(run.cost)), ("X-Proxy-Run-Saved-USD", usd(run.saved))
+
+
+def run_lines(run: Run) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in run_headers(run)])
+
+
+def likely_cost(world: World, call: Call, expected_output: int) -> Decimal:
+    """USD the request may cost, by estimate at the dearest of the upstreams that serve its model; 0 where no price is
+    known. expected_output: tokens of an answer where the request sets no limit.
+    """
+    tokens = estimate_tokens(call.endpoint, call.document, expected_output)
+    without = {name: value for name, value in call.document.items() if not name.startswith("max_")}  # output limits
+    prompt = min(tokens, estimate_tokens(call.endpoint, without))
+    return dearest(world, call, Usage(prompt, tokens - prompt, tokens)) or _ZERO
+
+
+def dearest(world: World, call: Call, usage: Usage) -> Decimal | None:
+    """USD of `usage` at the dearest of the upstreams and service tiers that may serve the call; None: no price known.
+
+    Of tiers: the one asked for, where it has a price, and the default one, which it may be served by instead.
+    """
+    serving = {key.upstream for group in world.ring.serving(call.model) for key in group}
+    tiers = {None, tier} if isinstance(tier := call.document.get("service_tier"), str) else {None}
+    costs = [
+        world.upstreams[index].prices.cost(world.upstreams[index].site.kind, (call.model,), usage, tier)
+        for index in serving
+        for tier in tiers
+    ]
+    return max([cost.usd for cost in costs if cost is not None], default=None)
+
+
+def _is_retry(call: Call) -> bool:
+    """Whether an official SDK says that it asks again."""
+    for name, value in call.headers:
+        if len(name) == 23 and name.lower() == b"x-stainless-retry-count":
+            return value.strip().isdigit() and int(value[:9]) > 0
+    return False
+
+
+def _digest(owner: str) -> str:
+    """An owner's name in Redis: it may hold the digest of a credential, which is nobody else's business."""
+    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -1,0 +1,297 @@
+"""Named runs (contract 5, `X-Proxy-Run`): which number a request gets, what a run has cost, and what it may still cost.
+
+Identical requests within a run are numbered 0, 1, 2 … in order of arrival, and each number is a sample of its own in
+the cache. An SDK's retry takes the lowest number that was not delivered: first one whose request has ended, since one
+that is still under way belongs to another caller; only where there is none, one under way (its client gave up, and we
+have not seen it yet).
+
+Bounds: `MOST_RUNS` runs, the least recently used forgotten first; `MOST_KEYS` distinct requests in a run, the least
+recently asked forgotten first (asked again it is number 0 again); `MOST_KEYS_IN_ALL` in all runs together, beyond which
+whole runs are forgotten; `MOST_OPEN` numbers not delivered in a run, `MOST_MODELS` model names.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from decimal import ROUND_CEILING, Context, Decimal
+from typing import Any, Final
+
+import msgspec
+
+from ...cost.pricing import usd
+
+MOST_RUNS: Final = 1000
+MOST_KEYS: Final = 100_000
+MOST_KEYS_IN_ALL: Final = 200_000
+MOST_OPEN: Final = 10_000
+MOST_MODELS: Final = 32
+
+_TRIM_EVERY: Final = 256
+_ZERO: Final = Decimal(0)
+_EXACT: Final = Context(prec=60)  # as in pricing: nothing is ever rounded
+
+
+class Sums(msgspec.Struct, frozen=True):
+    """What requests have come to. assumed: USD of those that went up and whose true cost nobody knows, by estimate: it
+    counts against `max_cost` only. unpriced: answers without a known cost. Money is in USD.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    misses: int = 0
+    errors: int = 0
+    unpriced: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: Decimal = _ZERO
+    saved: Decimal = _ZERO
+    assumed: Decimal = _ZERO
+
+    def plus(self, other: Sums) -> Sums:
+        return Sums(*[_add(getattr(self, name), getattr(other, name)) for name in Sums.__struct_fields__])
+
+
+def _add(one: Any, other: Any) -> Any:
+    return _EXACT.add(one, other) if isinstance(one, Decimal) else one + other
+
+
+NOTHING: Final = Sums()
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What one process has done in a run, all of it: of two states of the same process the one with the larger `seq`
+    holds. held: USD reserved for requests under way, true until `until` (Unix seconds: a process may die).
+    """
+
+    seq: int
+    sums: Sums
+    held: Decimal = _ZERO
+    until: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    max_cost: Decimal | None = None
+    models: tuple[str, ...] = ()
+
+    def held_at(self, wall: float) -> Decimal:
+        return self.held if wall < self.until else _ZERO
+
+
+def joined(shares: list[Share]) -> Share:
+    """Several processes' (or clients') shares as one: sums added; the latest `max_cost`."""
+    if len(shares) == 1:
+        return shares[0]
+    sums = NOTHING
+    for share in shares:
+        sums = sums.plus(share.sums)
+    latest = max(shares, key=lambda share: share.last)
+    models = dict.fromkeys(model for share in shares for model in share.models)
+    return Share(
+        seq=0,
+        sums=sums,
+        held=sum((share.held for share in shares), _ZERO),
+        first=min(share.first for share in shares),
+        last=latest.last,
+        max_cost=latest.max_cost,
+        models=tuple(models)[:MOST_MODELS],
+    )
+
+
+def as_json(share: Share, keys: int) -> dict[str, Any]:
+    """What `GET /_proxy/runs/{run}` says. keys: distinct requests."""
+    sums = share.sums
+    return {
+        "requests": sums.requests,
+        "hits": sums.hits,
+        "misses": sums.misses,
+        "errors": sums.errors,
+        "unpriced": sums.unpriced,
+        "distinct_keys": keys,
+        "cost_usd": usd(sums.cost),
+        "saved_usd": usd(sums.saved),
+        "max_cost": usd(share.max_cost) if share.max_cost is not None else None,
+        "prompt_tokens": sums.prompt_tokens,
+        "completion_tokens": sums.completion_tokens,
+        "total_tokens": sums.prompt_tokens + sums.completion_tokens,
+        "first_at": round(share.first, 3),
+        "last_at": round(share.last, 3),
+        "models": sorted(share.models),
+    }
+
+
+class Run:
+    """One client's run of one name, as this process knows it. id: of this very object, in no other process either."""
+
+    def __init__(self, id_: str, owner: str, client: str, name: str, wall: float) -> None:
+        self.id = id_
+        self.owner = owner
+        self.client = client
+        self.name = name
+        self.sums = NOTHING
+        self.held = _ZERO
+        self.max_cost: Decimal | None = None
+        self.others = _ZERO
+        """USD that other processes have spent in this run or hold, as of the last time they were asked."""
+        self.others_sums = NOTHING
+        self._first = self._last = wall
+        self._seq = 0
+        self._models: dict[str, None] = {}
+        self._counts: OrderedDict[bytes, int] = OrderedDict()
+        self._open: OrderedDict[tuple[bytes, int], bool] = OrderedDict()
+        """Numbers not delivered: whether their request has ended."""
+        self.forgot = 0
+        """Distinct requests forgotten, because there were more than `MOST_KEYS`."""
+
+    # -- numbers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> int:
+        """Distinct requests numbered and remembered."""
+        return len(self._counts)
+
+    def count(self, key: str) -> int:
+        """How many numbers of this request have been given, as far as known here."""
+        return self._counts.get(_short(key), 0)
+
+    def number(self, key: str, retry: bool) -> int:
+        """The number of a request that has just arrived."""
+        short = _short(key)
+        if retry:
+            mine = [(not ended, number) for (one, number), ended in self._open.items() if one == short]
+            if mine:
+                number = min(mine)[1]
+                self._open[short, number] = False
+                self._counts.move_to_end(short)
+                return number
+        return self._give(short, self._counts.get(short, 0))
+
+    def took(self, key: str, number: int) -> int:
+        """Takes note of a number that was given elsewhere."""
+        return self._give(_short(key), number)
+
+    def _give(self, short: bytes, number: int) -> int:
+        self._counts[short] = max(number + 1, self._counts.get(short, 0))
+        self._counts.move_to_end(short)
+        if len(self._counts) > MOST_KEYS:
+            self._counts.popitem(last=False)
+            self.forgot += 1
+        self._open[short, number] = False
+        if len(self._open) > MOST_OPEN:
+            self._open.popitem(last=False)
+        return number
+
+    def ended(self, key: str, number: int, delivered: bool) -> None:
+        """The request with this number is over."""
+        name = _short(key), number
+        if delivered:
+            self._open.pop(name, None)
+        elif name in self._open:
+            self._open[name] = True
+
+    # -- money --------------------------------------------------------------------------------------------------------
+
+    @property
+    def cost(self) -> Decimal:
+        """USD so far, every process's."""
+        return _EXACT.add(self.sums.cost, self.others_sums.cost)
+
+    @property
+    def saved(self) -> Decimal:
+        return _EXACT.add(self.sums.saved, self.others_sums.saved)
+
+    @property
+    def committed(self) -> Decimal:
+        """USD that this process has spent or holds."""
+        return _EXACT.add(_EXACT.add(self.sums.cost, self.sums.assumed), self.held)
+
+    def room_for(self, amount: Decimal, limit: Decimal) -> bool:
+        """Whether another `amount` stays within `limit`. Once the limit is reached, not even nothing does; as long as
+        nothing is taken the first request may try, for an estimate by `max_tokens` alone must not keep a run from
+        beginning.
+        """
+        taken = _EXACT.add(self.committed, self.others)
+        return taken < limit and (not taken or _EXACT.add(taken, amount) <= limit)
+
+    def hold(self, amount: Decimal) -> None:
+        self.held = _EXACT.add(self.held, amount)
+
+    def release(self, amount: Decimal) -> None:
+        self.held = _EXACT.subtract(self.held, amount)
+
+    def add(self, sums: Sums, wall: float, model: str = "") -> None:
+        """A request's sums."""
+        self.sums = self.sums.plus(sums)
+        self._last = max(self._last, wall)
+        if model and len(self._models) < MOST_MODELS:
+            self._models[model] = None
+
+    @property
+    def completion_mean(self) -> int:
+        """Completion tokens of an answer bought here so far, on average: what to expect where no limit is asked."""
+        bought = self.sums.misses
+        return -(-self.sums.completion_tokens // bought) if bought else 0
+
+    def share(self, until: float) -> Share:
+        """This process's share, newer than all before."""
+        self._seq += 1
+        return Share(
+            self._seq, self.sums, self.held, until, self._first, self._last, self.max_cost, tuple(self._models)
+        )
+
+    def heard(self, shares: list[Share], wall: float) -> None:
+        """What the other processes have done."""
+        sums, taken = NOTHING, _ZERO
+        for share in shares:
+            sums = sums.plus(share.sums)
+            taken = _EXACT.add(taken, share.held_at(wall))
+        self.others_sums = sums
+        self.others = _EXACT.add(taken, _EXACT.add(sums.cost, sums.assumed))
+
+
+class Runs:
+    """The runs this process remembers, of all clients."""
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[tuple[str, str], Run] = OrderedDict()
+        self._given = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def get(self, owner: str, name: str) -> Run | None:
+        """The run, which counts as used just now."""
+        run = self._runs.get((owner, name))
+        if run is not None:
+            self._runs.move_to_end((owner, name))
+        return run
+
+    def begin(self, owner: str, run: Run) -> None:
+        """Remembers a new run, and forgets others for it."""
+        self._runs[owner, run.name] = run
+        self._trim()
+
+    def numbered(self) -> None:
+        """A number was given: now and then the bounds are looked after."""
+        self._given += 1
+        if self._given % _TRIM_EVERY == 0:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Holds the bounds; the run used last always stays."""
+        keys = sum(run.keys for run in self._runs.values()) if len(self._runs) > 1 else 0
+        while len(self._runs) > MOST_RUNS or (keys > MOST_KEYS_IN_ALL and len(self._runs) > 1):
+            _, forgotten = self._runs.popitem(last=False)
+            keys -= forgotten.keys
+
+    def named(self, name: str) -> list[Run]:
+        """All clients' runs of this name."""
+        return [run for (_, one), run in self._runs.items() if one == name]
+
+
+def rounded_up(amount: Decimal, places: int) -> int:
+    """`amount` in units of 10^-places, rounded up: for sums that another program compares."""
+    return int(_EXACT.scaleb(amount, places).to_integral_value(ROUND_CEILING))
+
+
+def _short(key: str) -> bytes:
+    """Half of the key's digest is as good as all of it, and is kept many times."""
+    return bytes.fromhex(key[:32])

@@ -1,0 +1,1 @@
+"""The response cache: key, plan, entry, completeness, the two forms, lookup."""

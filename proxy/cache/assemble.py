@@ -1,0 +1,309 @@
+"""The chunks of a chat or completions stream, put together to the one answer that they tell. Nothing is guessed.
+
+How a field of the answer is made of its values in the chunks (null is always neutral, "" where it says so):
+
+| field                                                    | rule                                                     |
+|----------------------------------------------------------|----------------------------------------------------------|
+| top level: `id`, `model`, `service_tier`,                | the same in all chunks that have it ("" neutral: Azure's |
+| `system_fingerprint`                                     | first chunk has an empty id and model)                   |
+| `created`                                                | the first that is not 0 (some servers restamp each chunk)|
+| `object`                                                 | `chat.completion.chunk` becomes `chat.completion`        |
+| `usage`                                                  | the last object, as in the SDKs                          |
+| `obfuscation`                                            | dropped: padding of the stream                           |
+| `x_groq`                                                 | its members united; its `usage` the last                 |
+| any other (`prompt_filter_results`, `moderation`, …)     | the same in all chunks that have it                      |
+| a choice's `finish_reason`                               | the same wherever it is set ("" neutral)                 |
+| `logprobs`: `content`, `refusal`; those of completions   | lists joined                                             |
+| `content_filter_results` (Azure)                         | categories united; a category told twice must agree      |
+| `text` of completions                                    | joined                                                   |
+| any other field of a choice                              | told once                                                |
+| a delta's `role`                                         | the same wherever it is set ("" neutral)                 |
+| `content`, `refusal`, `reasoning`, `reasoning_content`   | joined                                                   |
+| `tool_calls`                                             | by `index` from 0 on: `id` and `type` the same, name told|
+|                                                          | once, `arguments` and a custom tool's `input` joined     |
+| `function_call` (legacy)                                 | name told once, `arguments` joined                       |
+| `annotations`                                            | told once (an empty list is neutral)                     |
+| any other field of a delta, tool call or function        | told once: told twice it could be a delta or a constant  |
+
+Otherwise there is no certain answer. Numbers keep their spelling, members their order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final, TypeGuard
+
+import orjson
+
+from ..protocol.json_parse import is_deeper
+
+Json = dict[str, Any]
+Rule = Callable[[Sequence[Any]], Any]
+Rules = Mapping[str, Rule]
+
+OBJECTS: Final[Mapping[str, tuple[str, str]]] = {
+    "chat": ("chat.completion.chunk", "chat.completion"),
+    "completions": ("text_completion", "text_completion"),
+}
+"""Endpoint -> the `object` of a chunk and of a whole answer."""
+
+
+class Uncertain(Exception):
+    """There is no certain rule for this: the answer has no other form."""
+
+
+def assemble(endpoint: str, chunks: Sequence[Json]) -> Json:
+    """The plain answer that parsed chunks (see `decode`) tell. Raises Uncertain."""
+    tops: list[Json] = []
+    choices: dict[int, list[Json]] = {}
+    for chunk in chunks:
+        tops.append({name: value for name, value in chunk.items() if name not in ("choices", "obfuscation")})
+        for position, choice in enumerate(chunk.get("choices") or ()):
+            if type(choice) is not dict:
+                raise Uncertain("malformed choices")
+            index = _position(choice["index"]) if "index" in choice else position
+            choices.setdefault(index, []).append(choice)
+    answer = _merge(tops, _TOP, _same)
+    of_chunk, of_answer = OBJECTS[endpoint]
+    if answer.get("object") != of_chunk:
+        raise Uncertain("not made of chunks")
+    lead: Json = {name: answer.pop(name) for name in ("id", "object", "created", "model") if name in answer}
+    lead["object"] = of_answer
+    lead["choices"] = [_choice(endpoint, index, choices[index]) for index in sorted(choices)]
+    return lead | answer
+
+
+def _choice(endpoint: str, index: int, parts: Sequence[Json]) -> Json:
+    merged = _merge(({**part, "index": None} for part in parts), _CHOICES[endpoint], _once)
+    merged["index"] = Number(index)
+    if endpoint == "completions":
+        return merged
+    if "message" in merged:
+        raise Uncertain("a message beside the deltas")
+    return {"index": merged.pop("index"), "message": merged.pop("delta", None)} | merged
+
+
+# -- JSON whose numbers keep their spelling ---------------------------------------------------------------------------
+
+
+class Number(str):
+    """A JSON number as it was written: never equal to a string, nor to another spelling."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Number and str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _unique(members: list[tuple[str, Any]]) -> Json:
+    document = dict(members)
+    if len(document) != len(members):
+        raise Uncertain("duplicate keys")
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise Uncertain(name)
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=Number, parse_float=Number, parse_constant=_no_constant
+)
+
+
+def decode(data: bytes) -> Json:
+    """A JSON object. Raises ValueError for what is no JSON, Uncertain for duplicate keys, NaN, great depth and other
+    documents.
+    """
+    if is_deeper(data):
+        raise Uncertain("depth")
+    document = _DECODER.decode(data.decode())
+    if type(document) is not dict:
+        raise Uncertain("not an object")
+    return document
+
+
+def _spelling(number: Number) -> orjson.Fragment:
+    return orjson.Fragment(str(number))
+
+
+def encode(document: Json) -> bytes:
+    """Compact JSON. Raises TypeError where orjson writes none: half a surrogate pair, great depth."""
+    # Subclasses go to `default`, which is how a Number is told from text.
+    return orjson.dumps(document, default=_spelling, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
+
+
+def _position(value: object) -> int:
+    """A list index as JSON; only the shortest spelling is one."""
+    if type(value) is not Number or not value.isdigit() or len(value) > 6:
+        raise Uncertain("index")
+    return int(value)
+
+
+# -- rules: all values of a field, in order -> its value in the answer ------------------------------------------------
+
+
+def _same(values: Sequence[Any]) -> Any:
+    told = [value for value in values if value is not None]
+    if any(value != told[0] for value in told):
+        raise Uncertain("differs between chunks")
+    return told[0] if told else None
+
+
+def _same_or_empty(values: Sequence[Any]) -> Any:
+    return _same([value for value in values if value != ""] or values)
+
+
+def _once(values: Sequence[Any]) -> Any:
+    told = [value for value in values if value is not None]
+    if len(told) > 1:
+        raise Uncertain("no rule to join it")
+    return told[0] if told else None
+
+
+def _once_or_empty(values: Sequence[Any]) -> Any:
+    """`_once`, empty strings and lists being neutral."""
+    return _once([value for value in values if value not in ("", [])] or values[:1])
+
+
+def _first_stamp(values: Sequence[Any]) -> Any:
+    return next((value for value in values if value not in (None, Number("0"))), values[0])
+
+
+def _last_object(values: Sequence[Any]) -> Any:
+    return next((value for value in reversed(values) if type(value) is dict), None)
+
+
+def _joined_text(values: Sequence[Any]) -> Any:
+    told = [value for value in values if value is not None]
+    if told and all(map(is_text, told)):
+        return "".join(told)
+    return _once(told)
+
+
+def _joined_lists(values: Sequence[Any]) -> Any:
+    told = [value for value in values if value is not None]
+    if told and all(type(value) is list for value in told):
+        return [item for value in told for item in value]
+    return _once(told)
+
+
+def _merge(parts: Iterable[Any], rules: Rules, other: Rule) -> Json:
+    """The objects `parts` as one, each field by its rule."""
+    fields: dict[str, list[Any]] = {}
+    for part in parts:
+        if type(part) is not dict:
+            raise Uncertain("not an object")
+        for name, value in part.items():
+            fields.setdefault(name, []).append(value)
+    return {name: rules.get(name, other)(values) for name, values in fields.items()}
+
+
+def _object(rules: Rules, other: Rule) -> Rule:
+    """The rule for a field that is an object, or null."""
+
+    def merged(values: Sequence[Any]) -> Any:
+        told = [value for value in values if value is not None]
+        return _merge(told, rules, other) if told else None
+
+    return merged
+
+
+def _columns(values: Sequence[Any]) -> Any:
+    """The log probabilities of completions: lists side by side, offsets counted from the start of the whole text."""
+    told = [value for value in values if value is not None]
+    if len(told) < 2:
+        return _once(told)
+    merged = _merge(told, dict.fromkeys(_COLUMNS, _joined_lists), _once)
+    if len({len(column) for column in merged.values() if type(column) is list}) > 1:
+        raise Uncertain("columns of unlike length")
+    offsets = [_position(offset) for offset in merged.get("text_offset") or ()]
+    if any(later <= earlier for earlier, later in pairwise(offsets)):
+        raise Uncertain("offsets that begin anew")
+    return merged
+
+
+def _calls(values: Sequence[Any]) -> Any:
+    """Tool calls, told in pieces that name their index."""
+    pieces = _joined_lists(values)
+    if type(pieces) is not list:
+        return pieces
+    calls: dict[int, list[Json]] = {}
+    for piece in pieces:
+        if type(piece) is not dict:
+            raise Uncertain("malformed tool call")
+        rest = dict(piece)
+        calls.setdefault(_position(rest.pop("index", None)), []).append(rest)
+    if sorted(calls) != list(range(len(calls))):
+        raise Uncertain("tool calls missing")
+    merged = [_merge(calls[index], _CALL, _once) for index in range(len(calls))]
+    for call in merged:
+        name, text = KINDS_OF_CALL.get(call.get("type"), ("", ""))
+        called = call.get(name)
+        if type(called) is not dict or not all(map(is_text, (call.get("id"), called.get("name"), called.get(text)))):
+            raise Uncertain("incomplete tool call")
+    return merged
+
+
+def _legacy_call(values: Sequence[Any]) -> Any:
+    call = _object(_FUNCTION, _once)(values)
+    if call and not (is_text(call.get("name")) and is_text(call.get("arguments"))):
+        raise Uncertain("incomplete function call")
+    return call
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """A string, and no Number."""
+    return type(value) is str
+
+
+_COLUMNS: Final = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+KINDS_OF_CALL: Final[Mapping[Any, tuple[str, str]]] = {
+    "function": ("function", "arguments"),
+    "custom": ("custom", "input"),
+}
+"""A tool call's type -> the member that says what is called, and that one's text."""
+
+_FUNCTION: Final[Rules] = {"name": _once_or_empty, "arguments": _joined_text}
+_CALL: Final[Rules] = {
+    "id": _same_or_empty,
+    "type": _same_or_empty,
+    "function": _object(_FUNCTION, _once),
+    "custom": _object({"name": _once_or_empty, "input": _joined_text}, _once),
+}
+TEXTS: Final[Sequence[str]] = ("reasoning", "reasoning_content", "content", "refusal")
+"""The texts of a message, in the order in which they are streamed. `reasoning_content`: DeepSeek, vLLM, Qwen;
+`reasoning`: OpenRouter, Groq, Ollama, newer vLLM."""
+
+_DELTA: Final[Rules] = dict.fromkeys(TEXTS, _joined_text) | {
+    "role": _same_or_empty,
+    "tool_calls": _calls,
+    "function_call": _legacy_call,
+    "annotations": _once_or_empty,
+}
+LOGPROBS: Final[Rules] = {"content": _joined_lists, "refusal": _joined_lists}
+_CHOICE: Final[Rules] = {
+    "finish_reason": _same_or_empty,
+    "content_filter_results": _object({}, _same),
+}
+_CHOICES: Final[Mapping[str, Rules]] = {
+    "chat": {**_CHOICE, "delta": _object(_DELTA, _once), "logprobs": _object(LOGPROBS, _once)},
+    "completions": {**_CHOICE, "text": _joined_text, "logprobs": _columns},
+}
+_TOP: Final[Rules] = {
+    "id": _same_or_empty,
+    "object": _same_or_empty,
+    "created": _first_stamp,
+    "model": _same_or_empty,
+    "service_tier": _same_or_empty,
+    "system_fingerprint": _same_or_empty,
+    "usage": _last_object,
+    "x_groq": _object({"usage": _last_object}, _same),
+}

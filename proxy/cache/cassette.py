@@ -1,0 +1,166 @@
+"""Stored answers as text: one entry, one line of JSON. What exports, imports and cassettes are made of.
+
+    {"cassette": 1, "key": …, "form": …, … , "request": …, "body": …}
+
+The lines of a file are sorted by key, then form, their members have one order, and each line says its version: the same
+entries are the same bytes, and what git shows as changed has changed. A body is text (`body`), or base64 where it is no
+UTF-8 (`body_base64`): either way it comes back byte for byte. All other members are the fields of `Entry`, under their
+names; one that has its default is left out, so that a new field with a default changes no line there is.
+
+A file is made to be committed: no header in it belongs to one request, one key or one credential.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import msgspec
+import orjson
+
+from ..protocol.headers import Raw, downstream_headers, storable_headers
+from .entry import Entry
+
+VERSION: Final = 1
+"""The member `cassette` of every line. Raise it when an old line would be misread."""
+
+Name = tuple[str, str]
+
+_DEFAULTS: Final = {field.name: field.default for field in msgspec.structs.fields(Entry)}
+_CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"cookie", b"www-authenticate"})
+_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")  # RFC 9110 section 5.6.2
+_BREAKS: Final = re.compile(rb"[\r\n\0]")
+
+
+class BadLine(ValueError):
+    """A line that is no entry; says why, and in a file where."""
+
+
+def name_of(entry: Entry) -> Name:
+    """What a file is sorted by, and holds once."""
+    return entry.key, entry.form
+
+
+def shareable_headers(headers: Iterable[Raw]) -> tuple[Raw, ...]:
+    """Those that may be written down: what a hit gives out, less what names an account."""
+    kept = storable_headers(downstream_headers(tuple(headers), pooled=True, decoded=True))
+    return tuple(pair for pair in kept if pair[0].lower() not in _CREDENTIALS)
+
+
+def write_line(entry: Entry) -> bytes:
+    """The line, line feed included. Raises ValueError for an entry that no JSON can hold."""
+    if not (math.isfinite(entry.stored_at) and math.isfinite(entry.ttl)):
+        raise ValueError("stored_at and ttl must be numbers")
+    fields: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(entry, headers=(), body=b""))
+    del fields["body"]
+    line = {name: value for name, value in fields.items() if value != _DEFAULTS[name]}
+    # In their place, between `status` and `usage_span`.
+    line["headers"] = [[part.decode("latin-1") for part in pair] for pair in shareable_headers(entry.headers)]
+    try:
+        line["body"] = entry.body.decode()
+    except UnicodeDecodeError:
+        line["body_base64"] = base64.b64encode(entry.body).decode()
+    try:
+        return orjson.dumps({"cassette": VERSION} | line, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:  # a lone surrogate
+        raise ValueError(str(error)) from None
+
+
+def write(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """The lines of a file."""
+    return map(write_line, sorted(entries, key=name_of))
+
+
+def read_line(line: bytes) -> Entry:
+    """The entry in a line. Raises BadLine, which never repeats what the line holds."""
+    try:
+        members = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise BadLine(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(members, dict):
+        raise BadLine("not an entry: expected a JSON object")
+    version = members.pop("cassette", None)
+    if version != VERSION or type(version) is not int:
+        found = "none" if version is None else version if type(version) is int else "something else"
+        raise BadLine(f"expected an entry of cassette version {VERSION}, found {found}")
+    body = _body(members)
+    headers = _headers(members.pop("headers", None))
+    if unknown := sorted(members.keys() - _DEFAULTS.keys()):
+        raise BadLine(f"unknown member {unknown[0][:40]!r}: was it written by a newer version?")
+    try:
+        entry = msgspec.convert(members | {"headers": headers, "body": body}, Entry)
+    except msgspec.ValidationError as error:
+        raise BadLine(str(error)) from None
+    _check(entry)
+    return entry
+
+
+def read(file: str, lines: Iterable[bytes]) -> Iterator[Entry]:
+    """The entries of a file, in its order; empty lines are passed over. Raises BadLine: `file:line: why`."""
+    seen: dict[Name, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = read_line(line)
+            first = seen.setdefault(name_of(entry), number)
+            if first != number:
+                raise BadLine(f"the same key and form as line {first}")
+        except BadLine as error:
+            raise BadLine(f"{file}:{number}: {error}") from None
+        yield entry
+
+
+def _body(members: dict[str, Any]) -> bytes:
+    given = [name for name in ("body", "body_base64") if name in members]
+    if len(given) != 1:
+        raise BadLine("expected one of `body` and `body_base64`")
+    text = members.pop(given[0])
+    if not isinstance(text, str):
+        raise BadLine(f"`{given[0]}`: expected a text")
+    if given[0] == "body":
+        return text.encode()
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadLine("`body_base64`: expected base64") from None
+
+
+def _headers(pairs: object) -> tuple[Raw, ...]:
+    """What a line says of headers is given out on a hit, so it must be what an upstream could have said."""
+    if not isinstance(pairs, list):
+        raise BadLine("`headers`: expected a list of [name, value]")
+    found = []
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise BadLine("`headers`: expected a list of [name, value]")
+        try:
+            name, value = pair[0].encode("latin-1"), pair[1].encode("latin-1")
+        except UnicodeEncodeError:
+            raise BadLine("`headers`: expected bytes as Latin-1") from None
+        if not _TOKEN.match(name) or _BREAKS.search(value):
+            raise BadLine("`headers`: not a header")
+        found.append((name, value))
+    if shareable_headers(found) != tuple(found):
+        raise BadLine("`headers`: has one that no stored answer has (of one request, a connection or a credential)")
+    return tuple(found)
+
+
+def _check(entry: Entry) -> None:
+    """What the types do not say."""
+    if not 200 <= entry.status <= 599:
+        raise BadLine("`status`: expected 200 to 599")
+    if not (math.isfinite(entry.stored_at) and math.isfinite(entry.ttl)):
+        raise BadLine("`stored_at`, `ttl`: expected numbers")
+    if entry.usage_span is not None:
+        start, end = entry.usage_span
+        if not 0 <= start <= end <= len(entry.body):
+            raise BadLine("`usage_span`: outside the body")
+    if entry.usage is not None and min(msgspec.structs.astuple(entry.usage)) < 0:
+        raise BadLine("`usage`: expected counts")
+    if entry.cost is not None and not re.fullmatch(r"\d{1,12}(\.\d{1,40})?", entry.cost, re.ASCII):
+        raise BadLine("`cost`: expected a plain decimal of USD")

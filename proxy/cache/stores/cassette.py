@@ -1,0 +1,222 @@
+"""Record and replay: the stores behind `cache.cassette` and `cache.mode: replay`, and the file itself.
+
+A cassette belongs to nobody: its lines (core/cassette.py) go by the bare key, which is less the client's scope, so that
+what one developer recorded answers another, and nothing in the file is made of a credential.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ...system.clock import Seams
+from ..cassette import BadLine, read, write
+from ..entry import Entry
+from .interface import Name, Store
+from .memory import MemoryStore
+from .tiered import TieredStore
+
+log = logging.getLogger("proxy.cache")
+
+Entries = Mapping[Name, Entry]
+
+_LOCK_TRIES: Final = 200
+_LOCK_PAUSE: Final = 0.05
+
+
+class Unusable(Exception):
+    """A cassette that cannot be used. Says which file, where in it, and why."""
+
+
+class ReplayStore(TieredStore):
+    """Answers by the bare key, and keeps what it found for ever. Nothing is written to the slower store, or removed."""
+
+    async def get(self, key: str, form: str, wall: float) -> Entry | None:
+        entry = self.memory.get(key, form)
+        if entry is None:
+            found = await self.newest(key, form, wall)
+            if found is not None:
+                entry = without_scope(found)
+                self.memory.put(entry)
+        return entry
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
+        return [await self.get(key, form, wall) for key in keys]
+
+    async def get_both(self, key: str, form: str, other: str, wall: float) -> tuple[Entry | None, Entry | None]:
+        entry = await self.get(key, form, wall)
+        return (entry, None) if entry is not None else (None, await self.get(key, other, wall))
+
+    def peek(self, key: str, form: str) -> Entry | None:
+        return self.memory.get(key, form)
+
+    def put(self, entry: Entry) -> bool:
+        return self.memory.put(entry)
+
+    def sweep(self, wall: float, limit: int = 1000, grace: float = 0.0) -> int:
+        return 0
+
+    def load(self, entries: Entries) -> None:
+        """Takes over what a cassette holds."""
+        for entry in entries.values():
+            self.memory.put(entry)
+
+
+class RecordingStore(TieredStore):
+    """Notes which entries are found and stored, and merges them into the cassette `file` when it is closed."""
+
+    def __init__(self, memory: MemoryStore, slower: Store | None, file: str, seams: Seams) -> None:
+        super().__init__(memory, slower)
+        self._file = file
+        self._seams = seams
+        self._used: dict[Name, Entry] = {}
+
+    def load(self, entries: Entries) -> None:
+        """What the cassette holds need not be asked again while it is fresh."""
+        for entry in entries.values():
+            self.memory.put(entry)
+
+    def peek(self, key: str, form: str) -> Entry | None:
+        return self._noted(super().peek(key, form))
+
+    async def get(self, key: str, form: str, wall: float) -> Entry | None:
+        return self._noted(await super().get(key, form, wall))
+
+    async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
+        return [self._noted(entry) for entry in await super().get_many(keys, form, wall)]
+
+    def put(self, entry: Entry) -> bool:
+        kept = super().put(entry)
+        if kept:
+            self._noted(entry)
+        return kept
+
+    def _noted(self, entry: Entry | None) -> Entry | None:
+        if entry is not None:
+            self._used[entry.bare or entry.key, entry.form] = entry
+        return entry
+
+    async def close(self) -> None:
+        await super().close()
+        used = {name: without_scope(entry) for name, entry in self._used.items()}
+        try:
+            async with alone(self._file, self._seams):
+                count = await asyncio.to_thread(merge_into, self._file, used)
+            log.info("cassette %s: %d answers", self._file, count)
+        except (Unusable, OSError, ValueError) as error:
+            log.error("cassette %s: what this run used could not be merged into it: %s", self._file, error)
+
+
+def without_scope(entry: Entry) -> Entry:
+    """The entry under its bare key."""
+    return msgspec.structs.replace(entry, key=entry.bare, bare="") if entry.bare else entry
+
+
+def open_cassette(store: TieredStore | None, file: str | None) -> int:
+    """Reads the cassette into the store; how many answers it holds. Raises Unusable.
+
+    One to be recorded may be missing, but it must be possible to write it.
+    """
+    if file is None:
+        return 0
+    if isinstance(store, ReplayStore):
+        held = read_file(file, must_exist=True)
+        store.load(held)
+        return len(held)
+    held = read_file(file)
+    folder = _path(file).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Unusable(f"{file}: cache.cassette: expected a place to write it to, found none ({folder})")
+    if isinstance(store, RecordingStore):
+        store.load(held)
+    return len(held)
+
+
+def read_file(file: str, *, must_exist: bool = False) -> dict[Name, Entry]:
+    """What the cassette holds, by bare key; of several clients' answers the newest. Raises Unusable."""
+    try:
+        with _path(file).open("rb") as lines:
+            return _newest(without_scope(entry) for entry in read(file, lines))
+    except FileNotFoundError:
+        if must_exist:
+            raise Unusable(f"{file}: cache.cassette: expected a file of recorded answers, found none") from None
+        return {}
+    except OSError as error:
+        raise Unusable(f"{file}: cache.cassette: expected a readable file, found: {error.strerror}") from None
+    except BadLine as error:
+        raise Unusable(str(error)) from None
+
+
+def merge_into(file: str, used: Entries) -> int:
+    """Merges entries into the file, which is replaced as a whole or not at all; how many it holds then.
+
+    Nothing it holds is dropped; a newer answer replaces an older one. A line whose answer has not changed stays as it
+    is, and a file that would not change is not touched: what git shows has changed. Raises Unusable, OSError, or
+    ValueError for what no line can hold.
+    """
+    held = read_file(file)
+    merged = held | {name: entry for name, entry in used.items() if _news(held.get(name), entry)}
+    content = b"".join(write(merged.values()))
+    path = _path(file)
+    if not path.exists() or path.read_bytes() != content:
+        _replace(path, content)
+    return len(merged)
+
+
+@contextlib.asynccontextmanager
+async def alone(file: str, seams: Seams) -> AsyncIterator[None]:
+    """One process at a time: a lock on the folder, so that no lock file is left beside the cassette. Raises OSError."""
+    handle = os.open(_path(file).parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for _ in range(_LOCK_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            await seams.sleep(_LOCK_PAUSE)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _news(held: Entry | None, entry: Entry) -> bool:
+    if held is None:
+        return True
+    same = msgspec.structs.replace(entry, stored_at=held.stored_at) == held
+    return not same and entry.stored_at > held.stored_at
+
+
+def _newest(entries: Iterable[Entry]) -> dict[Name, Entry]:
+    found: dict[Name, Entry] = {}
+    for entry in entries:
+        name = (entry.key, entry.form)
+        if name not in found or entry.stored_at > found[name].stored_at:
+            found[name] = entry
+    return found
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Mode 0600, as of all files the proxy writes (contract 7, Secrets)."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _path(file: str) -> Path:
+    """The real name: where the cassette is a link, what it leads to is replaced."""
+    return Path(os.path.realpath(os.path.expanduser(file)))

@@ -1,0 +1,27 @@
+"""`Limits` (rpm, tpm, rpd, tpd, concurrency), and how model globs choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one (quota, model) allows: requests and tokens a minute and a day, requests at once. None: any."""
+
+    rpm: int | None = None
+    tpm: int | None = None
+    rpd: int | None = None
+    tpd: int | None = None
+    concurrency: int | None = None
+
+
+def limits_for(table: Mapping[str, Limits], model: str) -> Limits:
+    """The limits under the exact name, else the longest matching glob (the first of equals), else none."""
+    exact = table.get(model)
+    if exact is not None:
+        return exact
+    globs = [glob for glob in table if fnmatchcase(model, glob)]
+    return table[max(globs, key=len)] if globs else Limits()

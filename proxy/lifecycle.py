@@ -1,0 +1,198 @@
+"""Run, drain and stop the proxy: signals, listeners, background tasks, one process or several."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from aiohttp.web import ServerRunner
+
+from .app import App, log
+from .banner import start_up_text
+from .cache.stores.cassette import Unusable, open_cassette
+from .config.loader import Loaded
+from .observability import logs
+from .protocol.masking import Masker
+from .reload import Read, Reloader
+from .server import listeners as listening
+from .server.connections import ListeningServer
+from .server.tracing import tracing_from
+from .system.clock import REAL, spawn
+from .workers.ipc import Lost
+from .workers.limiter import SeatLimiter
+from .workers.shared_state import pack
+from .workers.supervisor import lead
+from .workers.worker import Seat
+
+
+async def serve(loaded: Loaded, read: Read, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
+    """Runs the proxy until SIGTERM or SIGINT; the exit status. read: as `Reloader`; extra_lines: told the base URL,
+    more start-up text.
+    """
+    settings = loaded.settings
+    try:
+        listeners = listening.listen(settings.server)
+    except OSError as error:
+        print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+    def say(lines: list[str]) -> None:
+        more = extra_lines(listeners.address) if extra_lines is not None else []
+        print("\n".join([*lines, *more]), file=sys.stderr, flush=True)
+
+    try:
+        if settings.server.workers > 1:
+            logs.configure(settings.log.level, settings.log.format, Masker(()))
+            return await lead(loaded, read, listeners, REAL, say)
+        return await _alone(loaded, read, listeners, say)
+    finally:
+        listeners.close()
+        listeners.remove()
+
+
+async def _alone(loaded: Loaded, read: Read, listeners: listening.Listeners, say: Callable[[list[str]], None]) -> int:
+    """All of the proxy in this process."""
+    app = App(loaded.settings, tracing=tracing_from(os.environ))
+    reloader = Reloader(loaded, read, app.use, app.world.seams)
+    stop, now = _on_signals(reloader.ask)
+    reloading: list[asyncio.Task[None]] = []
+
+    def begun(lines: list[str]) -> None:
+        say(lines)
+        reloading.append(spawn(reloader.run(), "reload"))
+
+    try:
+        return await _run(app, loaded, listeners, begun, stop, now, shared=False)
+    finally:
+        for task in reloading:
+            task.cancel()
+
+
+async def work(fd: int) -> int:
+    """One of several workers, whose parent is at the other end of `fd`; the exit status."""
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)  # the parent's: it tells us
+    try:
+        seat, orders = await Seat.take(fd)
+    except Lost:
+        return 1
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
+    sockets = [socket.socket(fileno=one) for one in orders.listeners]
+    listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
+    app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
+    if isinstance(app.world.limiter, SeatLimiter):
+        app.world.limiter.room = lambda: app.world.gate.notify()
+    seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
+
+    def say(lines: list[str]) -> None:
+        seat.channel.note("ready", pack(lines))
+
+    try:
+        return await _run(app, orders.loaded, listeners, say, seat.stop, seat.now, shared=True)
+    finally:
+        listeners.close()
+        seat.channel.note("counted", pack(app.ops.counts()))
+        await seat.channel.flush()
+        seat.channel.close()
+
+
+async def _run(
+    app: App,
+    loaded: Loaded,
+    listeners: listening.Listeners,
+    say: Callable[[list[str]], None],
+    stop: asyncio.Event,
+    now: asyncio.Event,
+    shared: bool,
+) -> int:
+    """Serves until told to stop; the exit status. shared: others take connections from the same listeners."""
+    settings = loaded.settings
+    try:
+        recorded = open_cassette(app.world.store, settings.cache.cassette)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
+    logs.configure(settings.log.level, settings.log.format, app.world.masker)
+    servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
+    runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
+    background: list[asyncio.Task[None]] = []
+    app.traffic.address = listeners.address
+    try:
+        if app.world.store is not None:
+            await app.world.store.open()
+        if app.world.limiter is not None:
+            await app.world.limiter.open(lambda *state: app.world.adopt(*state))
+        await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
+        await app.world.runs.open()
+        await app.world.objects.open()
+        await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
+        for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
+            await one.setup()
+            await listening.serve_on(one, listener, shared)
+        app.ledger.open()
+        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
+        background.append(spawn(app.metrics.feel_loop(app.world.seams), "event loop lag"))
+        say(start_up_text(loaded, listeners.address, listeners.ops_address, recorded))
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
+        await _until_stopped(app, runner, stop, now)
+        return 0
+    finally:
+        for task in background:
+            task.cancel()
+        await _close(app, runner, ops_runner)
+
+
+def _on_signals(reload: Callable[[], None]) -> tuple[asyncio.Event, asyncio.Event]:
+    """(stop, now): set by the first and the second SIGTERM or SIGINT. `reload` is called at SIGHUP."""
+    loop = asyncio.get_running_loop()
+    stop, now = asyncio.Event(), asyncio.Event()
+
+    def told() -> None:
+        (now if stop.is_set() else stop).set()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, told)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    return stop, now
+
+
+async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, now: asyncio.Event) -> None:
+    """Waits for a signal, then drains. A second signal: now."""
+    await stop.wait()
+    settings = app.world.settings.server
+    log.info("stopping: %d requests in flight", app.traffic.in_flight)
+    app.traffic.draining = True
+    if settings.drain_delay:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(now.wait(), settings.drain_delay)
+    for site in list(runner.sites):
+        await site.stop()
+    assert runner.server is not None
+    runner.server.pre_shutdown()  # idle connections close now, busy ones after their request
+    await app.drain(runner.server, now)
+
+
+async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> None:
+    for one in (runner, ops_runner):
+        await one.cleanup()
+    await app.journey.refresher.close()
+    await app.way_up.close()
+    if app.world.limiter is not None:
+        await app.world.limiter.close()
+    await app.world.runs.close()
+    await app.world.budgets.close()
+    await app.ledger.close()
+    if app.world.store is not None:
+        await app.world.store.close()
+    await app.world.objects.close()
+    if app.tracing is not None:
+        await app.tracing.close()

@@ -1,0 +1,1 @@
+"""One request from plan to reply. Start with `handler.py`."""

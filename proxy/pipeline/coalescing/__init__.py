@@ -1,0 +1,1 @@
+"""Identical concurrent requests make one upstream call."""

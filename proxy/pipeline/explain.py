@@ -1,0 +1,144 @@
+"""What an operator wants to know of a request: its key and what that is made of, whether it would be cached, and how it
+differs from the nearest stored one (`POST /_proxy/cache/explain`, `openai-proxy cache explain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from ..cache.fields import dropped_fields
+from ..cache.key import NotCacheable
+from ..cache.miss_reason import nearest, reason_of
+from ..cache.planner import Planner
+from ..config.settings import Settings
+from ..protocol.errors import Refusal
+from ..protocol.headers import Raw
+from ..protocol.json_parse import parse_leniently
+from ..protocol.options import from_headers
+from ..protocol.request import Call, Client
+from ..protocol.routes import ENDPOINTS, Route, parse_target, printable
+from ..services import World, configured_clients
+from ..upstream.providers.registry import model_named
+
+Card = Mapping[str, Any]
+"""A stored answer as `core.listing` shows it."""
+
+CLIENT: Final = "client"
+"""What differs where nothing else does and the keys are not the same."""
+
+
+def client_named(settings: Settings, name: str | None) -> Client:
+    """The client of that name; of None: the only one there is, or nobody. Raises Refusal."""
+    clients = configured_clients(settings)
+    for client in clients:
+        if client.name == name:
+            return client
+    if name is not None:
+        raise Refusal("invalid_option", f"no client key has the name {printable(name)!r}", param="client")
+    return clients[0] if len(clients) == 1 else Client()
+
+
+def call_of(world: World, target: str, headers: Sequence[Raw], body: bytes, client: Client) -> Call:
+    """The request that `body` would be, sent to `target`. Raises Refusal."""
+    route: Route = parse_target(target)
+    if route.endpoint not in ENDPOINTS.values():
+        raise Refusal("bad_request", f"never cached: only {', '.join(ENDPOINTS)} are", param="target")
+    try:
+        document = parse_leniently(body)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise Refusal("invalid_json", "the request must be a JSON object")
+    named = document.get("model")
+    model = named if isinstance(named, str) else None
+    texts = ((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in headers)
+    return Call(
+        id="",
+        route=route,
+        headers=headers,
+        body=body,
+        document=document,
+        model=model_named(world.sites, route, model),
+        body_model=model,
+        stream=document.get("stream") is True,
+        wants_usage=False,
+        options=replace(from_headers(route.options, texts), run=""),  # which would count it
+        client=client,
+        arrived=0.0,
+        deadline=0.0,
+        patience=0.0,
+    )
+
+
+async def explained(
+    world: World, call: Call, pages: AsyncIterator[Sequence[Card]], told: Callable[[int], object] = lambda _: None
+) -> dict[str, Any]:
+    """All of it, for JSON. pages: the stored answers of the call's endpoint; told: how many of them were looked at.
+
+    Raises what the pages raise.
+    """
+    planner = Planner(world)
+    plan = await planner.plan(call)
+    dropped = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
+    explanation: dict[str, Any] = {
+        "endpoint": call.endpoint,
+        "cacheable": bool(plan.key),
+        "reason": plan.reason,
+        "key": plan.key or None,
+        "parts": None,
+        "fields": {},
+        "left_out": sorted(dropped.intersection(call.document)),
+        "stored": [],
+        "nearest": None,
+        "differs": [],
+        "compared": 0,
+    }
+    try:
+        parts = planner.parts(call, dropped)
+    except NotCacheable:
+        return explanation
+    explanation["parts"] = {
+        "namespace": call.options.namespace,
+        "model": call.model,
+        "deployment": call.route.deployment or "",
+        "upstreams": parts.upstreams.split("\n"),
+        "OpenAI-Beta": parts.beta,
+        "sample": call.options.sample,
+        "query": parts.query,
+    }
+    if not plan.key:
+        return explanation
+    explanation["fields"] = _fields(plan.traits)
+    ageless = world.settings.cache.mode == "replay"
+    best: tuple[Card, list[str]] | None = None
+    async for page in pages:
+        explanation["stored"] += [dict(card) for card in page if card["key"] == plan.key]
+        others = [card for card in page if card["key"] != plan.key and (ageless or card["ttl_left_s"] > 0)]
+        if best is not None:
+            others.append(best[0])
+        best = nearest(((card, card["traits"]) for card in sorted(others, key=_age)), plan.traits)
+        explanation["compared"] += len(page)
+        told(len(page))
+    if best is not None:
+        explanation["nearest"], explanation["differs"] = dict(best[0]), best[1] or [CLIENT]
+    if plan.read:
+        explanation["reason"] = _reason(call.endpoint, explanation["stored"], explanation["differs"], ageless)
+    return explanation
+
+
+def _age(card: Card) -> int:
+    age: int = card["age_s"]
+    return age
+
+
+def _reason(endpoint: str, stored: Iterable[Card], differs: Sequence[str], ageless: bool) -> str:
+    left = [card["ttl_left_s"] for card in stored]
+    if left:
+        return "hit" if ageless or max(left) > 0 else "expired"
+    return reason_of(endpoint, differs)
+
+
+def _fields(traits: str) -> dict[str, str]:
+    return {name: digest for name, _, digest in (trait.partition(":") for trait in traits.split())}

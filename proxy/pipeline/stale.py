@@ -1,0 +1,200 @@
+"""Answers past their lifetime: served while a fresh one is fetched, or in place of a failure (RFC 5861).
+
+- stale-while-revalidate: the client has the old answer at once, and a new one is bought in the background.
+- stale-if-error: only when every key, upstream and fallback has failed, or all keys are cooling. What is the request's
+  own fault is told to its sender, and so is what our own limits refuse (`throttled`, `queue_full`): those say when to
+  come back, and are no failure of the upstream. (As nginx has it: `proxy_cache_use_stale` knows errors, timeouts, 5xx
+  and 429 of the upstream, but nothing of `limit_req`.)
+- `cost.budget.on_exceeded: cache_only`: what a budget has no room for is served as old as it is still kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final, Generic, Protocol, TypeVar
+
+import msgspec
+
+from ..accounting.receipt import Receipt
+from ..cache.lookup import Hit, Shelf
+from ..cache.plan import CachePlan
+from ..protocol.errors import Refusal
+from ..protocol.request import Call
+from ..services import World
+from ..system.clock import spawn
+from ..upstream.interfaces import Write
+from ..upstream.retry.outcome import may_be_stood_in_for
+from .response_headers import ZERO_COST
+
+log = logging.getLogger("proxy.cache")
+
+REFRESHES: Final = 100
+"""So many answers are refreshed in the background at once, at most."""
+
+PAUSE: Final = 10.0
+"""Seconds before an answer whose refresh failed is tried again: it is asked for again and again meanwhile."""
+
+
+class Flow(Protocol):
+    async def pump(self, write: Write) -> None: ...
+
+
+class Answer(Protocol):
+    """What is bought upstream: as much of it as is looked at here."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def flow(self) -> Flow | None: ...
+
+
+A = TypeVar("A", bound=Answer)
+Buy = Callable[[Call, CachePlan], Awaitable[A]]
+
+
+class StandIns(Generic[A]):
+    """Buys, and serves what is stored where that fails. finish: takes the receipt that a request ends with."""
+
+    def __init__(self, world: World, shelf: Shelf, buy: Buy[A], finish: Callable[[Receipt], None]) -> None:
+        self._world = world
+        self._shelf = shelf
+        self._buy = buy
+        self._finish = finish
+        self._held: dict[str, Receipt | None] = {}
+
+    async def buy(self, call: Call, plan: CachePlan) -> A | Hit:
+        """The answer from upstream, or the stale one in its place. Raises Refusal."""
+        if self._shelf.patience_with_errors(call, plan) <= 0 and not self._shelf.patience_with_budgets(plan):
+            return await self._buy(call, plan)
+        self._held[call.id] = None
+        try:
+            bought: A | None = None
+            refusal: Refusal | None = None
+            try:
+                bought = await self._buy(call, plan)
+                status, why = bought.status, ""
+            except Refusal as error:
+                refusal, status, why = error.again(error.lines), error.status, error.code
+            failed = self._held[call.id]
+            if failed is not None and failed.error:
+                why = failed.error
+            spent = why == "budget_exceeded" and self._shelf.patience_with_budgets(plan)
+            if why and (spent or may_be_stood_in_for(status, why)):
+                attempts = failed.attempts if failed is not None else 0
+                hit = await self._shelf.stand_in(call, plan, why, attempts, spent or 0.0)
+                if hit is not None:
+                    self._held[call.id] = None
+                    self.served(call, hit, failed)
+                    return hit
+            if refusal is not None:
+                raise refusal.again(refusal.lines)
+            assert bought is not None
+            return bought
+        finally:
+            receipt = self._held.pop(call.id)
+            if receipt is not None:
+                self._finish(receipt)
+
+    def holds(self, receipt: Receipt) -> bool:
+        """Whether it is not the last word yet: another may take its place."""
+        if receipt.id not in self._held:
+            return False
+        self._held[receipt.id] = receipt
+        return True
+
+    def served(self, call: Call, hit: Hit, failed: Receipt | None = None) -> None:
+        """A stale answer was served: its receipt, which has no error. failed: that of the call it stands in for."""
+        seams, entry = self._world.seams, hit.entry
+        self._finish(
+            Receipt(
+                id=hit.id,
+                client=call.client.name,
+                endpoint=call.endpoint,
+                model=call.model,
+                status=entry.status,
+                cache="stale",
+                finished_at=seams.wall(),
+                reason=hit.stale,
+                answer_model=entry.answer_model,
+                stream=call.stream,
+                upstream=failed.upstream if failed is not None else "",
+                key=failed.key if failed is not None else "",
+                attempts=hit.attempts,
+                cost_usd=ZERO_COST,
+                saved_usd=entry.cost,
+                cost_status="exact",
+                usage=entry.usage,
+                queue_ms=failed.queue_ms if failed is not None else 0.0,
+                upstream_ms=failed.upstream_ms if failed is not None else 0.0,
+                total_ms=(seams.monotonic() - call.arrived) * 1000,
+                tags=call.options.tags,
+                run=call.options.run,
+                cache_key=entry.key,
+                sampled=entry.sampled,
+            )
+        )
+
+
+class Refresher(Generic[A]):
+    """Buys what was served stale, in the background: one call for each answer at a time."""
+
+    def __init__(self, world: World, buy: Buy[A]) -> None:
+        self._world = world
+        self._buy = buy
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._paused: OrderedDict[str, float] = OrderedDict()
+
+    def refresh(self, call: Call, plan: CachePlan) -> bool:
+        """Starts it, under an id of its own and in nobody's name: it is not the client's cost. False: no need to."""
+        seams, key = self._world.seams, plan.key
+        now = seams.monotonic()
+        if not plan.write or key in self._running or len(self._running) >= REFRESHES or now < self._paused.get(key, 0):
+            return False
+        own = msgspec.structs.replace(
+            call,
+            id=seams.new_id(),
+            client=replace(call.client, name=""),
+            options=replace(call.options, run=""),
+            arrived=now,
+            deadline=now + self._world.settings.timeouts.total,
+        )
+        why = msgspec.structs.replace(plan, reason="stale-while-revalidate", forward="stale")
+        self._running[key] = spawn(self._refresh(own, why), "refresh")
+        return True
+
+    async def close(self) -> None:
+        """Gives up what is running."""
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+
+    async def _refresh(self, call: Call, plan: CachePlan) -> None:
+        failed = ""
+        try:
+            bought = await self._buy(call, plan)
+            if bought.flow is not None:
+                await bought.flow.pump(_nowhere)
+            elif bought.status != 200:
+                failed = f"upstream_{bought.status}"
+        except Refusal as refusal:
+            failed = refusal.code
+        except Exception as error:
+            failed = type(error).__name__
+        finally:
+            del self._running[plan.key]
+        if failed:
+            log.warning("refreshing a stale answer (%s) failed: %s; served on meanwhile", call.endpoint, failed)
+            self._paused[plan.key] = self._world.seams.monotonic() + PAUSE
+            while len(self._paused) > REFRESHES:
+                self._paused.popitem(last=False)
+
+
+async def _nowhere(data: bytes) -> None:
+    """Stored is all it shall be."""

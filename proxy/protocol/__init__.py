@@ -1,0 +1,1 @@
+"""The OpenAI API and HTTP as values. Everything here is pure."""

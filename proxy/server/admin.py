@@ -1,0 +1,287 @@
+"""The routes for operators: health, metrics, and what the proxy knows of itself, its keys and a finished request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
+
+import orjson
+from aiohttp.web import BaseRequest
+
+from .. import __version__
+from ..accounting.ledger.ledger import Ledger
+from ..accounting.receipt import Receipt
+from ..config.render import plain
+from ..observability.aggregate import Family, pools_joined, statuses_joined, usages_joined
+from ..observability.metrics import Metrics
+from ..protocol.errors import Refusal
+from ..protocol.routes import Route, printable, unknown_route
+from ..services import World
+from ..workers.worker import Seat
+from .access import Gatekeeper
+from .admin_cache import CacheAdmin
+from .admin_usage import usage
+from .in_flight import Traffic
+from .peers import Siblings
+from .responses import Dates, Whole, read_body, status_line
+
+_PROBES: Final = ("/healthz", "/readyz")
+_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+_LINES: Final = "application/x-ndjson"
+_RUNS: Final = "/_proxy/runs/"
+
+
+class Visit(NamedTuple):
+    """One request to a page. rest: the last segment of the path where the page is for many, decoded; query: raw."""
+
+    request: BaseRequest
+    rest: str
+    query: str
+
+
+class Page(NamedTuple):
+    """A route, by its path; one that ends in `/` has one more segment. guarded: for operators alone, else its own
+    matter.
+    """
+
+    answer: Callable[[Visit], Awaitable[Whole]]
+    method: str = "GET"
+    guarded: bool = True
+
+
+class Ops:
+    """Answers `own` routes."""
+
+    def __init__(
+        self,
+        world: World,
+        metrics: Metrics,
+        gatekeeper: Gatekeeper,
+        traffic: Traffic,
+        ledger: Ledger,
+        seat: Seat | None = None,
+    ) -> None:
+        self._world = world
+        self._ledger = ledger
+        self._metrics = metrics
+        self._gatekeeper = gatekeeper
+        self._dates = Dates(world.seams.wall)
+        self.siblings = siblings = Siblings(seat)
+        self._cache = CacheAdmin(world, siblings)
+        self._pages: dict[str, Page] = {
+            "/metrics": Page(self._metrics_text),
+            "/_proxy/status": Page(self._status),
+            "/_proxy/keys": Page(self._keys),
+            "/_proxy/usage": Page(self._usage),
+            "/_proxy/requests/": Page(self._receipt, guarded=False),
+            "/_proxy/limits/reset": Page(self._reset_limits, "POST"),
+            _RUNS: Page(self._run),
+            "/_proxy/cache": Page(self._cached),
+            "/_proxy/cache/": Page(self._cached_one),
+            "/_proxy/cache/purge": Page(self._purge, "POST"),
+            "/_proxy/cache/import": Page(self._import, "POST"),
+            "/_proxy/cache/explain": Page(self._explain, "POST"),
+        }
+        self._traffic = traffic
+        siblings.answer(
+            {
+                "receipt": self._own_receipt,
+                "counts": self._own_counts,
+                "status": self._own_status,
+                "pool": self._own_pool,
+                "reset": self._reset,
+                "totals": self._own_totals,
+                **self._cache.for_siblings(),
+            }
+        )
+
+    async def handle(self, request: BaseRequest, route: Route) -> Whole:
+        """One request to an `own` route of the main listener. Raises Refusal."""
+        path = route.path
+        page, rest = self._pages.get(path), ""
+        if page is None:
+            stem, _, rest = path.rpartition("/")
+            if path.startswith(_RUNS):
+                stem, rest = _RUNS[:-1], path.removeprefix(_RUNS)  # a run's name may hold slashes
+            page = self._pages.get(stem + "/") if rest else None
+        method = "POST" if page is not None and page.method == "POST" else "GET"
+        if request.method != method and not (method == "GET" and request.method == "HEAD"):
+            allowed = "GET, HEAD" if method == "GET" else method
+            message = f"only {method} is allowed here"
+            raise Refusal("method_not_allowed", message, headers=(("Allow", allowed),))
+        if path in _PROBES:
+            return self._probe(request, path)
+        self._gatekeeper.check_host(request)
+        self._gatekeeper.check_origin(request)
+        if page is None or page.guarded:
+            self._gatekeeper.check_admin(request)
+        if page is None:
+            raise unknown_route(path)
+        return await page.answer(Visit(request, unquote(rest), route.query))
+
+    async def handle_probe(self, request: BaseRequest, path: str) -> Whole:
+        """One request to the second listener, `server.ops`: probes and metrics only, any Host, no key."""
+        if request.method not in ("GET", "HEAD"):
+            raise Refusal("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
+        if path in _PROBES:
+            return self._probe(request, path)
+        if path == "/metrics":
+            return await self._metrics_page(request)
+        raise unknown_route(path)
+
+    def _probe(self, request: BaseRequest, path: str) -> Whole:
+        if path == "/readyz" and self._traffic.draining:
+            return self._json(request, {"status": "draining"}, status=503)
+        return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
+
+    async def _reset_limits(self, visit: Visit) -> Whole:
+        """Every window starts afresh, those of clients too; what is at work keeps its permits. Budgets are not reset:
+        money spent is spent.
+        """
+        if self._world.limiter is not None:
+            self._world.limiter.reset()
+        await self._reset()
+        await self.siblings.ask("reset")
+        return self._json(visit.request, {"reset": True})
+
+    async def _reset(self, _: bytes = b"") -> None:
+        self._world.ring.reset()
+        self._world.clients.reset()
+        self._world.gate.notify()
+
+    async def _metrics_text(self, visit: Visit) -> Whole:
+        return await self._metrics_page(visit.request)
+
+    async def _status(self, visit: Visit) -> Whole:
+        status, others = await self._own_status(), await self.siblings.ask("status")
+        if self.siblings.any:
+            store = self._world.store
+            status = statuses_joined([status, *others], store is not None and store.slower is not None)
+        return self._json(visit.request, status)
+
+    async def _keys(self, visit: Visit) -> Whole:
+        return self._json(visit.request, pools_joined([self._pool(), *await self.siblings.ask("pool")]))
+
+    async def _usage(self, visit: Visit) -> Whole:
+        others = await self.siblings.ask("totals")  # first: they write down what they have not yet
+        mine = await usage(self._ledger, visit.query, self._world.seams.wall())
+        return self._json(visit.request, usages_joined(mine, others) if others else mine)
+
+    async def _cached(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.list(visit.query))
+
+    async def _cached_one(self, visit: Visit) -> Whole:
+        found = await self._cache.show(visit.rest, visit.query)
+        if isinstance(found, bytes):
+            return self._answer(visit.request, found, _LINES)
+        return self._json(visit.request, found)
+
+    async def _purge(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.purge(await self._body(visit)))
+
+    async def _import(self, visit: Visit) -> Whole:
+        return self._json(visit.request, await self._cache.take(await self._body(visit)))
+
+    async def _explain(self, visit: Visit) -> Whole:
+        body, raw = await self._body(visit), visit.request._message.raw_headers
+        return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
+
+    async def _body(self, visit: Visit) -> bytes:
+        return await read_body(visit.request, self._world.settings.server.max_body)
+
+    async def _metrics_page(self, request: BaseRequest) -> Whole:
+        text = self._metrics.render(self._world, self._traffic.in_flight)
+        if self.siblings.any:  # its gauges are set by now
+            text = await self.siblings.metrics(self._metrics.registry)
+        return self._answer(request, text, _TEXT)
+
+    def counts(self) -> list[Family]:
+        """This worker's metrics."""
+        self._metrics.render(self._world, self._traffic.in_flight)
+        return self.siblings.counts(self._metrics.registry)
+
+    async def _receipt(self, visit: Visit) -> Whole:
+        """A receipt is for operators and for the client key that made the request."""
+        request, id_ = visit.request, visit.rest
+        receipt = self._world.receipts.get(id_) or await self.siblings.receipt(id_)
+        if not self._gatekeeper.is_admin(request):
+            client = self._gatekeeper.client(request)
+            if not client.name:
+                self._gatekeeper.check_admin(request)
+            if receipt is None or receipt.client != client.name:
+                raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
+        if receipt is None:
+            raise Refusal("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
+        return self._json(request, receipt.as_json())
+
+    async def _run(self, visit: Visit) -> Whole:
+        report = await self._world.runs.report(visit.rest)
+        if report is None:
+            raise Refusal("unknown_route", f"no run of this name is remembered: {printable(visit.rest)}")
+        return self._json(visit.request, report)
+
+    # -- for the other workers ----------------------------------------------------------------------------------------
+
+    async def _own_receipt(self, id_: bytes) -> Receipt | None:
+        return self._world.receipts.get(id_.decode("utf-8", "surrogateescape"))
+
+    async def _own_counts(self, _: bytes) -> list[Family]:
+        return self.counts()
+
+    async def _own_totals(self, _: bytes) -> dict[str, Any]:
+        return await self._ledger.totals()
+
+    async def _own_pool(self, _: bytes) -> dict[str, Any]:
+        return self._pool()
+
+    async def _own_status(self, _: bytes = b"") -> dict[str, Any]:
+        status = await self.status()
+        return status | {"worker": self.siblings.number, "pid": os.getpid()} if self.siblings.any else status
+
+    async def status(self) -> dict[str, Any]:
+        """Settings in force, without secrets, and how things stand."""
+        world = self._world
+        settings, prices = world.settings, world.upstreams[0].prices
+        today = datetime.fromtimestamp(world.seams.wall(), UTC).date()
+        return {
+            "version": __version__,
+            "address": self._traffic.address,
+            "uptime_s": round(world.seams.wall() - self._traffic.started, 1),
+            "state": "draining" if self._traffic.draining else "ready",
+            "pass_through": world.passthrough,
+            "in_flight": self._traffic.in_flight,
+            "queue": {"waiting": world.gate.depth},
+            "clients": world.clients.report(world.seams.monotonic()),
+            "budgets": world.budgets.report(),
+            "keys": world.ring.counts(world.seams.monotonic()),
+            "cache": await world.store.stats() if world.store is not None else None,
+            "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},
+            "settings": plain(settings),
+        }
+
+    def _pool(self) -> dict[str, Any]:
+        """The pool: keys by their labels, never the keys; and which upstreams are left alone."""
+        world = self._world
+        now = world.seams.monotonic()
+        return {
+            "keys": world.ring.report(now),
+            "upstreams": [
+                {
+                    "name": upstream.site.name,
+                    "state": upstream.breaker.state(now),
+                    "until_s": round(upstream.breaker.wait(now), 3),
+                }
+                for upstream in world.upstreams
+            ],
+        }
+
+    def _json(self, request: BaseRequest, document: object, status: int = 200) -> Whole:
+        return self._answer(request, orjson.dumps(document), "application/json", status)
+
+    def _answer(self, request: BaseRequest, body: bytes, content_type: str, status: int = 200) -> Whole:
+        head = status_line(status) + self._dates.line()
+        head += f"Content-Type: {content_type}\r\nCache-Control: no-store\r\n".encode()
+        return Whole(request, head, body, status=status)

@@ -1,0 +1,386 @@
+"""Requests come in here: the fast lane for hits, the way through the house for all else, errors into envelopes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from operator import itemgetter
+from typing import Final
+
+from aiohttp.web import BaseRequest
+
+from ..accounting.ledger.ledger import Ledger
+from ..cache.entry import Entry
+from ..cache.lookup import Hit, Name, name_of
+from ..cost.pricing import Cost
+from ..observability.logs import HitLog, log_refusal
+from ..observability.metrics import Metrics
+from ..pipeline.coalescing.broadcast import View
+from ..pipeline.coalescing.reply import Bought
+from ..pipeline.handler import LARGE, Journey
+from ..pipeline.relay import StreamBroken, with_comment
+from ..pipeline.response_headers import TRAILERS, ZERO_COST, Timing, cost_comment, cost_lines, stale_lines, usage_lines
+from ..protocol.errors import Refusal
+from ..protocol.headers import asks_something
+from ..protocol.json_parse import parse_leniently
+from ..protocol.options import Options, from_headers
+from ..protocol.request import Call, Client
+from ..protocol.routes import Route, parse_target, printable
+from ..protocol.traceparent import traceparent
+from ..services import World
+from ..upstream.limits.clients import check_model
+from ..upstream.providers.registry import model_named, models_in_path
+from .access import ANONYMOUS, Gatekeeper
+from .admin import Ops
+from .cors import METHODS, cors_lines, preflight
+from .in_flight import Traffic
+from .passthrough import Passage
+from .responses import Dates, Stream, Streamed, Whole, raw_lines, read_body, refused, status_line
+
+log = logging.getLogger("proxy")
+
+Answer = Whole | Streamed
+
+_POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
+_KEEP: Final = 2048
+
+
+@dataclass(slots=True)
+class _Visit:
+    """One request on its way through the house. origin: the browser origin that may call; began: monotonic seconds."""
+
+    request: BaseRequest
+    target: str
+    route: Route
+    began: float
+    origin: str | None = None
+    client: Client = ANONYMOUS
+
+
+class Downstream:
+    """The handler of the main listener."""
+
+    def __init__(
+        self,
+        world: World,
+        journey: Journey,
+        passage: Passage,
+        ops: Ops,
+        metrics: Metrics,
+        gatekeeper: Gatekeeper,
+        traffic: Traffic,
+        ledger: Ledger,
+    ) -> None:
+        self._world = world
+        self._journey = journey
+        self._passage = passage
+        self._ops = ops
+        self._metrics = metrics
+        self._gatekeeper = gatekeeper
+        self._dates = Dates(world.seams.wall)
+        self._routes: dict[str, Route] = {}
+        self._heads: dict[tuple[str, str], tuple[Entry, bytes]] = {}
+        self._show_key = len(world.settings.server.client_keys) < 2
+        self._fast = not world.settings.cost.stream_comment
+        self._max_body = world.settings.server.max_body
+        self.traffic = traffic
+        self._ledger = ledger
+        self._hit_log = HitLog()
+
+    # -- every request ------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: BaseRequest) -> Answer:
+        """One request. Never raises but for a client that is gone."""
+        self.traffic.in_flight += 1
+        began = self._world.seams.monotonic()
+        visit = None
+        try:
+            target = request.raw_path
+            route = self._routes.get(target)
+            if route is None:
+                route = self._parse(request, target)
+            visit = _Visit(request, target, route, began)
+            if route.kind == "own":
+                return await self._ops.handle(request, route)
+            self._gatekeeper.check_host(request)
+            headers = request.headers
+            if "Origin" in headers or "Sec-Fetch-Site" in headers:
+                origin = visit.origin = self._gatekeeper.check_origin(request)
+                if origin is not None and request.method == "OPTIONS":
+                    return preflight(request, origin, self._dates.line())
+            answer = await self._serve(visit)
+        except Refusal as refusal:
+            answer = self._refused(request, refusal, visit)
+        except ConnectionError as error:
+            log.debug("%s %s: %s", request.method, printable(request.raw_path), error)
+            return Streamed(False, 499)
+        except Exception:
+            log.exception("a request failed inside the proxy")
+            failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
+            answer = self._refused(request, failed, visit)
+        finally:
+            self.traffic.in_flight -= 1
+        return answer
+
+    def _parse(self, request: BaseRequest, target: str) -> Route:
+        if request.method in ("TRACE", "CONNECT"):
+            raise _not_allowed(request.method, "GET, POST")
+        route = parse_target(target)
+        if len(target) <= 256:
+            if len(self._routes) >= _KEEP:
+                self._routes.clear()
+            self._routes[target] = route
+        return route
+
+    async def _serve(self, visit: _Visit) -> Answer:
+        request, route = visit.request, visit.route
+        method = request.method
+        visit.client = self._gatekeeper.client(request)
+        if self.traffic.closing:
+            raise Refusal("draining", "the proxy is shutting down", retry_after=1.0)
+        if route.kind == "endpoint" and method == "POST":
+            headers = request.headers
+            content_type = headers.get("Content-Type", "")
+            if not content_type.startswith("application/json") or "Content-Encoding" in headers:
+                _check_media_type(content_type, headers.get("Content-Encoding"))
+            body = await read_body(request, self._max_body)
+            raw = request._message.raw_headers
+            name = None
+            plain = self._fast and not visit.client.models  # whose model must be read first
+            if plain and _leaves_hits_alone(route.options) and not _asks_something(raw):
+                name = name_of(visit.target, visit.client.scope, body)
+                hit = self._journey.shelf.peek(name)
+                if hit is not None:
+                    return self._hit(visit, hit, b"", route.options.tags)
+            return await self._endpoint(visit, body, name)
+        if method not in METHODS or (route.endpoint in _POST_ONLY):
+            raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
+        if route.endpoint == "chat" and method not in ("GET", "HEAD"):
+            raise _not_allowed(method, "GET, POST")
+        options = from_headers(route.options, _text(request._message.raw_headers))
+        self._check_room()
+        return await self._passage.carry(request, route, visit.client, options, cors_lines(visit.origin))
+
+    # -- the five endpoints -------------------------------------------------------------------------------------------
+
+    async def _endpoint(self, visit: _Visit, body: bytes, name: Name | None) -> Answer:
+        """name: where no header asks for anything, by which the answer may be found again."""
+        request = visit.request
+        call = await self._call(visit, body, plain=name is not None)
+        if visit.client.models:
+            check_model(visit.client, call.model, *models_in_path(self._world.sites, visit.route))
+        served = await self._journey.serve(call, self._check_room, name)
+        if isinstance(served, Hit):
+            comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
+            zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
+            if served.stale:
+                return self._stale(visit, served, zero)
+            return self._hit(visit, served, zero, call.options.tags)
+        bought = served
+        head = (
+            status_line(bought.status, bought.reason)
+            + raw_lines(bought.headers)
+            + bought.lines.encode("latin-1", "replace")
+            + cors_lines(visit.origin)
+        )
+        if bought.body is not None:
+            return Whole(request, head, bought.body, status=bought.status)
+        return await self._pump(request, head, bought)
+
+    async def _pump(self, request: BaseRequest, head: bytes, bought: Bought) -> Streamed:
+        """Lets a stream flow to the client."""
+        flow = bought.flow
+        assert flow is not None
+        names = {name.lower() for name, _ in bought.headers}
+        if flow.audit is not None:
+            if b"cache-control" not in names:
+                head += b"Cache-Control: no-cache\r\n"
+            if b"x-accel-buffering" not in names:
+                head += b"X-Accel-Buffering: no\r\n"
+        task = asyncio.current_task()
+        assert task is not None
+        self.traffic.flows[task] = flow
+        stream = Stream(request, head, bought.status, trailers=TRAILERS if flow.audit is not None else "")
+        if isinstance(flow, View):
+            flow.push = stream.push
+        try:
+            await flow.pump(stream.write)
+            sale = bought.purchase
+            return await stream.finish(cost_lines(sale.cost, sale.usage, sale.savings) if sale is not None else "")
+        except StreamBroken as broken:
+            return stream.abort(broken.at_once)
+        finally:
+            flow.abandon()
+            del self.traffic.flows[task]
+
+    async def _call(self, visit: _Visit, body: bytes, plain: bool) -> Call:
+        """The request, read and understood. Raises Refusal(invalid_json, invalid_option)."""
+        world, request, route = self._world, visit.request, visit.route
+        raw = request._message.raw_headers
+        options = route.options if plain else from_headers(route.options, _text(raw))
+        try:
+            if len(body) > LARGE:
+                document = await asyncio.to_thread(parse_leniently, body)
+            else:
+                document = parse_leniently(body)
+        except ValueError:
+            raise Refusal("invalid_json", "the request body is not valid JSON") from None
+        if not isinstance(document, dict):
+            raise Refusal("invalid_json", "the request body must be a JSON object")
+        named = document.get("model")
+        body_model = named if isinstance(named, str) else None
+        options_asked = document.get("stream_options")
+        now = world.seams.monotonic()
+        total = world.settings.timeouts.total if options.timeout is None else options.timeout
+        own = _client_timeout(request)
+        if own is not None:
+            total = min(total, own - min(1.0, own / 10))
+        patience = options.max_wait if options.max_wait is not None else world.settings.throttle.max_wait
+        if patience is None:
+            patience = max(0.0, (own if own is not None else total) - 5.0)
+        return Call(
+            id=world.seams.new_id(),
+            route=route,
+            headers=raw,
+            body=body,
+            document=document,
+            model=model_named(world.sites, route, body_model),
+            body_model=body_model,
+            stream=document.get("stream") is True,
+            wants_usage=isinstance(options_asked, dict) and options_asked.get("include_usage") is True,
+            options=options,
+            client=visit.client,
+            arrived=now,
+            deadline=now + total,
+            patience=patience,
+        )
+
+    def _check_room(self) -> None:
+        """Refuses early and cheaply when too much is going on; those who wait in the queue are counted there."""
+        limit = self._world.settings.server.max_in_flight
+        if self.traffic.in_flight - self._world.gate.depth > limit:
+            message = f"{limit} requests are being served already (server.max_in_flight)"
+            raise Refusal("overloaded", message, retry_after=1.0)
+
+    # -- hits ---------------------------------------------------------------------------------------------------------
+
+    def _hit(self, visit: _Visit, hit: Hit, comment: bytes, tags: tuple[str, ...]) -> Whole:
+        entry = hit.entry
+        cached = self._heads.get((entry.key, entry.form))
+        if cached is not None and cached[0] is entry:
+            head = cached[1]
+        else:
+            head = self._render(entry)
+            if len(self._heads) >= _KEEP:
+                self._heads.clear()
+            self._heads[entry.key, entry.form] = entry, head
+        wall = self._world.seams.wall()
+        spent = (self._world.seams.monotonic() - visit.began) * 1000
+        sampled = "; detail=sampled" if entry.sampled else ""
+        lines = (
+            f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
+            f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
+            f"{hit.lines}"
+        )
+        body = with_comment(hit.body, comment) if comment else hit.body
+        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
+        self._metrics.hit(entry)
+        self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request._message.raw_headers)
+        self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
+        head = head + self._dates.line() + lines.encode()
+        if visit.origin is not None:
+            head += cors_lines(visit.origin)
+        return Whole(visit.request, head, body, status=entry.status)
+
+    def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+        """An answer past its lifetime. Its receipt is written."""
+        lines = hit.lines + stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
+        spent = Timing(total=(self._world.seams.monotonic() - visit.began) * 1000)
+        lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
+        head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
+        body = with_comment(hit.body, comment) if comment else hit.body
+        return Whole(visit.request, head + cors_lines(visit.origin), body, status=hit.entry.status)
+
+    def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
+        """The part of a hit's head that is the same every time."""
+        lines = f"X-Proxy-Cache: {cache}\r\nX-Proxy-Attempts: {attempts}\r\n"
+        if self._show_key:
+            lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
+        lines += (
+            f"X-Proxy-Cost-USD: {ZERO_COST}\r\nX-Proxy-Cost-Status: {'estimated' if entry.estimated else 'exact'}\r\n"
+        )
+        if entry.cost is not None:
+            lines += f"X-Proxy-Cost-Saved-USD: {entry.cost}\r\n"
+        lines += usage_lines(entry.usage)
+        return status_line(entry.status) + raw_lines(entry.headers) + lines.encode()
+
+    # -- refusals and browsers ----------------------------------------------------------------------------------------
+
+    def _refused(self, request: BaseRequest, refusal: Refusal, visit: _Visit | None) -> Whole:
+        """visit: None where not even the target can be read."""
+        request_id = self._world.seams.new_id()
+        if not refusal.lines:  # else its receipt was counted and logged
+            self._metrics.refusal(refusal.code)
+            if visit is None:
+                self._ledger.refused(refusal.code, refusal.status, "", "")
+            elif visit.route.kind != "own":
+                self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
+            client, trace = visit.client.name if visit is not None else "", traceparent(request._message.raw_headers)
+            log_refusal(request_id, request.method, request.raw_path, refusal.code, refusal.status, client, trace)
+        if visit is not None and visit.origin is not None:
+            pairs = [line.split(": ", 1) for line in cors_lines(visit.origin).decode().splitlines()]
+            refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
+        unread = not request.content.is_eof()
+        return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
+
+
+_ZERO: Final = Decimal(0)
+
+
+def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether any header may change what we do: then the fast lane is closed."""
+    return True in map(asks_something, map(itemgetter(0), raw))
+
+
+def _leaves_hits_alone(options: Options) -> bool:
+    """Whether a hit is the same with these options of the base URL as without; the others choose which entry it is."""
+    return options.max_age is None and not (options.stream_cost or options.run or options.max_cost is not None)
+
+
+def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in raw]
+
+
+def _check_media_type(content_type: str, encoding: str | None) -> None:
+    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests
+    out.
+    """
+    essence = content_type.partition(";")[0].strip().lower()
+    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
+        raise Refusal("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
+    if encoding is not None and encoding.strip().lower() != "identity":
+        raise Refusal("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
+
+
+def _client_timeout(request: BaseRequest) -> float | None:
+    """Seconds after which the SDK gives up, as it says itself."""
+    found = []
+    for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
+        text = request.headers.get(name)
+        if text is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            continue
+        if 0 < seconds < 1e6:
+            found.append(seconds)
+    return min(found) if found else None
+
+
+def _not_allowed(method: str, allow: str) -> Refusal:
+    message = f"method {printable(method, 20)} is not allowed here"
+    return Refusal("method_not_allowed", message, headers=(("Allow", allow),))

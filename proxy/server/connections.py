@@ -1,0 +1,97 @@
+"""The listening side: aiohttp's low-level server, with what it lacks against slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from aiohttp.web import BaseRequest, Server
+from aiohttp.web_protocol import RequestHandler
+
+from ..protocol.errors import Refusal
+from ..system.clock import REAL
+from ..system.sockets import read_in_small_pieces
+from .responses import refused
+
+log = logging.getLogger("proxy")
+
+HEADER_TIMEOUT: Final = 10.0
+"""Seconds for a request's header to be complete (contract 7, Slow and hostile peers)."""
+
+KEEPALIVE: Final = 3630.0
+"""Seconds an idle connection is kept; longer than SDK pools keep theirs, so that they close first."""
+
+
+class _Connection(RequestHandler):
+    """Closes a connection whose request header is not complete in time."""
+
+    __slots__ = ("_header_timer",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        read_in_small_pieces(transport)
+        self._header_timer = self._loop.call_later(HEADER_TIMEOUT, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._messages and (current := self._current_request) is not None and not current.content.is_eof():
+            self.force_close()  # broken chunks: the parser gave up inside this body, and nobody else will end it
+        if self._waiter is None or self._waiter.done():  # a whole header is in, or a body is being read
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
+        elif self._header_timer is None:
+            self._header_timer = self._loop.call_later(HEADER_TIMEOUT, self._too_slow)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> Any:
+        """What aiohttp's parser refuses, in OpenAI's shape; its message may quote the offending bytes, so it stays
+        here.
+        """
+        code, text = "bad_request", "this is not an acceptable HTTP/1.1 request"
+        if status != 400:
+            code, text = "internal_error", "the proxy failed on this request"
+        log.info("refused a request: %s (%s)", code, type(exc).__name__)
+        # What could not be parsed stands in as an HTTP/1.0 request, for which `close` would go without saying.
+        extra = (("Connection", "close"),) if status == 400 else ()
+        return refused(request, Refusal(code, text, headers=extra), REAL.new_id(), b"", close=True)
+
+    def _too_slow(self) -> None:
+        self._header_timer = None
+        if self._waiter is not None and not self._waiter.done():
+            self.force_close()
+
+
+class ListeningServer(Server):
+    """Makes the connections above, cancels handlers whose client has gone, and leaves bodies as they come."""
+
+    def __init__(self, handler: Callable[[BaseRequest], Awaitable[Any]]) -> None:
+        super().__init__(
+            handler,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=KEEPALIVE,
+            max_line_size=16 * 1024,
+            max_field_size=32 * 1024,
+        )
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)

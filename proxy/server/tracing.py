@@ -1,0 +1,252 @@
+"""OpenTelemetry spans, where the extra `tracing` is installed and the environment asks for them: one for each request,
+one for each call upstream, named and described by the GenAI semantic conventions. No prompt, no answer, no key.
+
+Nobody else knows of this room: the composition root puts it round the handler and round the way up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from aiohttp.web import BaseRequest
+
+from .. import __version__
+from ..accounting.receipt import Receipt
+from ..protocol.headers import Raw
+from ..protocol.routes import printable
+from ..protocol.traceparent import traceparent
+from ..services import World
+from ..upstream.interfaces import Trip, UpstreamReply, WayUp
+from ..upstream.retry.outcome import TransportFailure
+from .responses import Whole
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+log = logging.getLogger("proxy")
+
+LAST_WORDS: Final = 3.0
+"""Seconds that spans have to get out when the proxy stops."""
+
+_OPERATIONS: Final = {"chat": "chat", "responses": "chat", "completions": "text_completion", "embeddings": "embeddings"}
+"""`gen_ai.operation.name`; other routes have their own name."""
+
+_PROVIDERS: Final = {"openai": "openai", "azure": "azure.ai.openai"}
+_OWN: Final = ("/_proxy", "/healthz", "/readyz", "/metrics")
+_CONTEXT: Final = ("traceparent", "tracestate")
+_ID: Final = re.compile(rb"\r\nX-Proxy-Request-Id: ([^\r]+)\r\n")
+
+
+@dataclass(slots=True)
+class _Request:
+    """The request that the current task serves. context: with its span; calls: made upstream; told: its receipt was."""
+
+    span: Span
+    context: Context
+    calls: int = 0
+    told: bool = False
+
+
+_current: ContextVar[_Request | None] = ContextVar("request", default=None)
+
+
+class Tracing:
+    """Makes spans with `provider` and hands them to it."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider = provider
+        self._tracer = provider.get_tracer("openai-caching-proxy", __version__)
+        self._within = set_span_in_context
+        self._propagator = TraceContextTextMapPropagator()
+        self._server, self._client = SpanKind.SERVER, SpanKind.CLIENT
+        self._failed = Status(StatusCode.ERROR)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: BaseRequest, world: World, handler: Callable[[BaseRequest], Awaitable[Any]]) -> Any:
+        """One request, within a span of its own; but for the proxy's own pages."""
+        if request.raw_path.startswith(_OWN):
+            return await handler(request)
+        method = printable(request.method, 20)
+        span = self._tracer.start_span(
+            method, self._parent(request._message.raw_headers), self._server, {"http.request.method": method}
+        )
+        current = _Request(span, self._within(span))
+        token = _current.set(current)
+        try:
+            answer = await handler(request)
+            if span.is_recording():
+                self._answered(current, world, answer)
+            return answer
+        finally:
+            _current.reset(token)
+            span.end()
+
+    def _parent(self, raw: Sequence[Raw]) -> Context | None:
+        parent = traceparent(raw)
+        if not parent:
+            return None
+        states = [value.decode("latin-1") for name, value in raw if name.lower() == b"tracestate"]
+        return self._propagator.extract({"traceparent": parent, **({"tracestate": ",".join(states)} if states else {})})
+
+    def _answered(self, current: _Request, world: World, answer: Any) -> None:
+        current.span.set_attribute("http.response.status_code", answer.status)
+        if not current.told and isinstance(answer, Whole) and (found := _ID.search(answer.head)) is not None:
+            receipt = world.receipts.get(found[1].decode("latin-1"))
+            if receipt is not None:
+                self._tell(current, receipt, world)
+        if answer.status >= 500:
+            current.span.set_status(self._failed)
+
+    def observe(self, receipt: Receipt, world: World) -> None:
+        """Takes a receipt; the first one that is written within a request is that request's."""
+        current = _current.get()
+        if current is not None and not current.told and current.span.is_recording():
+            self._tell(current, receipt, world)
+
+    def _tell(self, current: _Request, receipt: Receipt, world: World) -> None:
+        current.told = True
+        operation = _OPERATIONS.get(receipt.endpoint, printable(receipt.endpoint, 40))
+        upstream = world.upstream_named(receipt.upstream or world.upstreams[0].site.name)
+        usage = receipt.usage
+        told = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": _PROVIDERS[upstream.site.kind] if upstream is not None else None,
+            "gen_ai.request.model": printable(receipt.model, 120),
+            "gen_ai.response.model": printable(receipt.answer_model or "", 120),
+            "gen_ai.usage.input_tokens": usage.prompt_tokens if usage is not None else None,
+            "gen_ai.usage.output_tokens": usage.completion_tokens if usage is not None else None,
+            "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens if usage is not None else None,
+            "error.type": receipt.error,
+            "openai_proxy.request_id": receipt.id,
+            "openai_proxy.client": receipt.client,
+            "openai_proxy.cache": receipt.cache,
+            "openai_proxy.cache_reason": receipt.reason,
+            "openai_proxy.upstream": receipt.upstream,
+            "openai_proxy.key": receipt.key,
+            "openai_proxy.attempts": receipt.attempts,
+            "openai_proxy.queue_ms": receipt.queue_ms,
+            "openai_proxy.cost_usd": receipt.cost_usd,
+            "openai_proxy.saved_usd": receipt.saved_usd,
+        }
+        current.span.set_attributes({name: value for name, value in told.items() if value is not None and value != ""})
+        current.span.update_name(f"{operation} {printable(receipt.model, 120)}".rstrip())
+        if receipt.status >= 500 or (receipt.error and receipt.status < 400):  # a stream that broke
+            current.span.set_status(self._failed)
+
+    # -- calls upstream ------------------------------------------------------------------------------------------------
+
+    def way_up(self, way_up: WayUp) -> WayUp:
+        """The same way, with a span for each call, which the upstream is told of."""
+        return _TracedWayUp(self, way_up)
+
+    async def call(
+        self, way_up: WayUp, method: str, url: str, headers: Sequence[tuple[str, str]], **rest: Any
+    ) -> UpstreamReply:
+        current = _current.get()
+        if current is None:  # nobody's: a refresh after a reload, a probe
+            return await way_up.send(method, url, headers, **rest)
+        target = urlsplit(url)
+        attributes: dict[str, str | int] = {"http.request.method": method, "server.address": target.hostname or ""}
+        if target.port is not None:
+            attributes["server.port"] = target.port
+        if current.calls:
+            attributes["http.request.resend_count"] = current.calls
+        current.calls += 1
+        span = self._tracer.start_span(method, current.context, self._client, attributes)
+        carrier: dict[str, str] = {}
+        self._propagator.inject(carrier, self._within(span))
+        headers = [pair for pair in headers if pair[0].lower() not in _CONTEXT] + list(carrier.items())
+        failure = "cancelled"
+        try:
+            reply = await way_up.send(method, url, headers, **rest)
+            span.set_attribute("http.response.status_code", reply.status)
+            failure = str(reply.status) if reply.status >= 400 else ""
+            return reply
+        except TransportFailure as error:
+            failure = error.code
+            raise
+        finally:
+            if failure:
+                span.set_attribute("error.type", failure)
+                span.set_status(self._failed)
+            span.end()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Lets the last spans out, as long as that takes no longer than `LAST_WORDS`."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # too late: the loop is closed
+                loop.call_soon_threadsafe(done.set)
+
+        Thread(target=shut, name="tracing", daemon=True).start()
+        try:
+            async with asyncio.timeout(LAST_WORDS):
+                await done.wait()
+        except TimeoutError:
+            log.warning("tracing: the last spans could not be delivered")
+
+
+class _TracedWayUp:
+    """WayUp."""
+
+    def __init__(self, tracing: Tracing, way_up: WayUp) -> None:
+        self._tracing = tracing
+        self._way_up = way_up
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes | AsyncIterator[bytes] | None,
+        *,
+        first_byte: float,
+        trip: Trip,
+    ) -> UpstreamReply:
+        call = self._tracing.call
+        return await call(self._way_up, method, url, headers, body=body, first_byte=first_byte, trip=trip)
+
+
+def tracing_from(environ: Mapping[str, str]) -> Tracing | None:
+    """What the OTEL_* variables ask for; None: nothing, or it cannot be had, and then the log says why."""
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none"
+    if off or not (exporter or endpoint):
+        return None
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    if exporter not in ("", "otlp") or protocol not in (None, "", "http/protobuf"):
+        log.warning("tracing is off: only OTEL_TRACES_EXPORTER=otlp over http/protobuf is built in")
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        log.warning("tracing is off: OTEL_* asks for it, but it needs pip install 'openai-caching-proxy[tracing]'")
+        return None
+    named = environ.get("OTEL_SERVICE_NAME") or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    resource = Resource.create({} if named else {SERVICE_NAME: "openai-caching-proxy"})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Tracing(provider)

@@ -1,0 +1,1 @@
+"""Clock, Redis connection, SQLite file, sockets: what touches the machine."""

@@ -1,0 +1,1 @@
+"""From a request to an upstream response: key, limits, attempt, retry."""

@@ -1,0 +1,91 @@
+"""Entra ID: an Azure upstream is called with tokens of the proxy's own identity, renewed ahead of time.
+
+The identity is found as Microsoft's SDKs find it (`DefaultAzureCredential`: environment, workload identity, managed
+identity, `az login`); the package comes with the extra `azure`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from ..system.clock import Seams
+
+log = logging.getLogger("proxy")
+
+SCOPE: Final = "https://cognitiveservices.azure.com/.default"
+"""What tokens are asked for (Microsoft: *Azure OpenAI REST API reference*, Authentication)."""
+
+AHEAD: Final = 300.0
+"""Seconds before its end that a token is renewed, or half of its time, where that is less."""
+
+SHORTEST: Final = 1.0
+LONGEST: Final = 60.0
+"""Seconds between two tries after a failure, at first and at most."""
+
+FIRST: Final = 15.0
+"""Seconds that a start waits for the first token."""
+
+
+class Token(Protocol):
+    """expires_on: Unix seconds."""
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def expires_on(self) -> int: ...
+
+
+class Identity(Protocol):
+    """azure.identity's credentials, as far as they are used here."""
+
+    async def get_token(self, *scopes: str) -> Token: ...
+    async def close(self) -> None: ...
+
+
+def default_identity() -> Identity:
+    """The identity of this process. Raises ImportError without the extra `azure`."""
+    from azure.identity.aio import DefaultAzureCredential
+
+    identity: Identity = DefaultAzureCredential(exclude_interactive_browser_credential=True)
+    return identity
+
+
+class EntraTokens:
+    """Keeps one token fresh. put: told each new one."""
+
+    def __init__(self, put: Callable[[str], None], seams: Seams, identity: Callable[[], Identity]) -> None:
+        self._put = put
+        self._seams = seams
+        self._make = identity
+        self._had = asyncio.Event()
+
+    async def first(self) -> None:
+        """Returns with the first token, or after `FIRST` seconds without one; then calls fail until there is one."""
+        try:
+            await asyncio.wait_for(self._had.wait(), FIRST)
+        except TimeoutError:
+            log.error("no Entra ID token yet; its upstreams are called as soon as there is one")
+
+    async def run(self) -> None:
+        """For as long as the proxy runs. A failure is logged and tried again; the last token serves until its end."""
+        pause = SHORTEST
+        identity = self._make()
+        try:
+            while True:
+                try:
+                    token = await identity.get_token(SCOPE)
+                except Exception as error:  # the library's own, of many kinds: none may end the renewal
+                    log.warning("no Entra ID token: %s", str(error).splitlines()[0] if str(error) else repr(error))
+                    await self._seams.sleep(pause)
+                    pause = min(2 * pause, LONGEST)
+                    continue
+                pause = SHORTEST
+                self._put(token.token)
+                self._had.set()
+                left = max(0.0, token.expires_on - self._seams.wall())
+                await self._seams.sleep(max(SHORTEST, left - min(AHEAD, left / 2)))
+        finally:
+            await identity.close()

@@ -1,0 +1,1 @@
+"""The pool of keys: their states, which one serves a request, who made a stored object."""

@@ -1,0 +1,61 @@
+"""Which key made which stored object, in Redis: what proxies that share a pool of keys tell each other.
+
+An id is stored as a digest, its value is a key's label: neither is a secret. One key an operation, so any cluster will
+do. Imported only where Redis is configured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from redis.exceptions import RedisError
+
+from ...system.redis import Link
+from .stored_objects import KEPT
+
+DEADLINE: Final = 0.09
+"""Seconds a request waits for an answer, at most; a label that comes too late is one that nobody knows."""
+
+_PUT_DEADLINE: Final = 2.0
+_MOST_ASKED: Final = 8
+
+
+class RedisObjects:
+    """`objects.Shared`. url: a secret; prefix: of every key. Raises ValueError, without the URL's text."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self.link = Link(url, DEADLINE)
+        self._start = f"{prefix}:o1:"
+
+    async def open(self) -> None:
+        await self.link.open()
+
+    async def close(self) -> None:
+        await self.link.close()
+
+    def _key(self, id_: str) -> str:
+        return self._start + hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+    async def put(self, ids: list[str], label: str) -> None:
+        for id_ in ids:
+            if not self.link.up:
+                return
+            key = self._key(id_)
+            try:
+                await self.link.run(lambda key=key: self.link.redis.set(key, label, ex=int(KEPT)), _PUT_DEADLINE)  # type: ignore[misc]
+            except (RedisError, OSError, TimeoutError):
+                return
+
+    async def get(self, ids: list[str]) -> str | None:
+        for id_ in ids[:_MOST_ASKED]:
+            if not self.link.up:
+                return None
+            key = self._key(id_)
+            try:
+                value = await self.link.run(lambda key=key: self.link.redis.get(key), DEADLINE)  # type: ignore[misc]
+            except (RedisError, OSError, TimeoutError):
+                return None
+            if isinstance(value, bytes):
+                return value.decode("utf-8", "replace")
+        return None

@@ -1,0 +1,21 @@
+"""Keys by `weight`, evenly interleaved: the smooth weighted round robin of nginx (ngx_http_upstream_round_robin.c).
+A key of weight 0 is used when no other will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..lease import PoolKey
+from ..pool import KeyRing
+
+
+def weighted(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
+    if len(ring.credit) >= 4096:
+        ring.credit.clear()
+    credit = ring.credit.setdefault(model, {})
+    for key in keys:
+        credit[key.label] = credit.get(key.label, 0.0) + key.weight
+    order = sorted(keys, key=lambda key: (key.weight > 0, credit[key.label]), reverse=True)
+    credit[order[0].label] -= sum(key.weight for key in keys)
+    return order

@@ -1,0 +1,38 @@
+"""The OpenAI API and its many lookalikes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...protocol.routes import Route
+
+if TYPE_CHECKING:
+    from .interface import Site
+
+
+def url(site: Site, route: Route, model: str) -> str:
+    query = route.query
+    if route.shape != "openai" and query:  # an Azure client's api-version means nothing here
+        query = "&".join(part for part in query.split("&") if not part.startswith("api-version="))
+    return site.base_url + route.path + (f"?{query}" if query else "")
+
+
+def body_model(site: Site, route: Route, model: str, body_model: str | None) -> str | None:
+    return model if body_model is None and model else None
+
+
+def auth(secret: str, organization: str | None, project: str | None) -> tuple[tuple[str, str], ...]:
+    headers = [("Authorization", f"Bearer {secret}")]
+    if organization:
+        headers.append(("OpenAI-Organization", organization))
+    if project:
+        headers.append(("OpenAI-Project", project))
+    return tuple(headers)
+
+
+def client_auth(scheme: str, token: str) -> tuple[tuple[str, str], ...]:
+    return (("Authorization", f"Bearer {token}"),)
+
+
+def identity(site: Site, model: str) -> str:
+    return f"openai {site.base_url}"

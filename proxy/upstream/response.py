@@ -1,0 +1,144 @@
+"""An upstream's answer in hand: what it is, found out with as little reading as possible.
+
+An error is read whole. A stream is read to its first event, which may be an error, too: until then no byte has gone to
+the
+client, and everything may still be retried. Any other answer is not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from ..cost.pricing import Cost
+from ..cost.usage import Usage
+from ..protocol.headers import Raw
+from ..protocol.sse import Splitter, data_of
+from .decompress import Inflater
+from .interfaces import UpstreamReply
+from .keys.lease import Lease
+from .retry.outcome import Class, ErrorInfo, TransportFailure, classify, error_info, stream_error
+from .target import Upstream
+
+MAX_ERROR_BODY: Final = 8 * 1024 * 1024
+FIRST_EVENT_HELD: Final = 64 * 1024
+"""A stream's first bytes are held back at most so far for its first event to be complete."""
+
+
+class Read(msgspec.Struct, frozen=True):
+    """A plain answer that was read whole, its lease settled. headers, body: for the client; document: it, parsed."""
+
+    headers: Sequence[Raw]
+    body: bytes
+    document: Any
+    usage: Usage | None
+    cost: Cost | None
+
+
+@dataclass(slots=True)
+class Answered:
+    """An upstream's answer in hand. body: bytes of what was read whole (errors), else None; first: what was read of a
+    stream so far, decoded; leaked: it repeats a pool key; more: the rest of the body, decoded; injected: its usage
+    chunk was only our wish."""
+
+    status: int
+    reply: UpstreamReply
+    upstream: Upstream
+    lease: Lease
+    injected: bool
+    is_stream: bool
+    opaque: bool
+    decoded: bool
+    more: AsyncIterator[bytes]
+    outcome: Class = Class.OK
+    body: bytes | None = None
+    first: list[bytes] = field(default_factory=list)
+    sent_at: float = 0.0
+    leaked: bool = False
+
+    @property
+    def is_event_stream(self) -> bool:
+        """Its events can be read: not compressed in a way we do not know."""
+        return self.is_stream and not self.opaque
+
+
+def seen(reply: UpstreamReply, upstream: Upstream, lease: Lease, injected: bool, sent_at: float) -> Answered:
+    """What the head alone tells. Raises TransportFailure(invalid) for a redirect: none is followed (contract 6)."""
+    if 300 <= reply.status < 400:
+        raise TransportFailure("invalid", f"the upstream answered with a redirect ({reply.status})")
+    encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
+    decoded = Inflater.knows(encoding)
+    return Answered(
+        status=reply.status,
+        reply=reply,
+        upstream=upstream,
+        lease=lease,
+        injected=injected,
+        is_stream=reply.headers.get("Content-Type", "").lower().startswith("text/event-stream"),
+        opaque=not decoded and encoding not in ("", "identity"),
+        decoded=decoded,
+        more=decoded_chunks(reply.chunks(), encoding) if decoded else reply.chunks(),
+        sent_at=sent_at,
+    )
+
+
+async def understand(answered: Answered) -> None:
+    """Reads what must be read to know the outcome. Raises TransportFailure."""
+    should_retry = answered.reply.headers.get("x-should-retry")
+    if answered.status >= 400:
+        answered.body = await read_error(answered.more)
+        answered.outcome = classify(answered.status, error_info(answered.body), should_retry)
+        return
+    error = await _first_event(answered)
+    if error is not None:
+        outcome = classify(*error, should_retry)
+        answered.outcome = Class.OK if outcome is Class.FINAL else outcome
+
+
+async def read_error(chunks: AsyncIterator[bytes]) -> bytes:
+    """An error's body, whole. Raises TransportFailure(invalid) beyond `MAX_ERROR_BODY`."""
+    parts, size = [], 0
+    async for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_ERROR_BODY:
+            raise TransportFailure("invalid", "the upstream's error answer is too large")
+    return b"".join(parts)
+
+
+async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
+    """`chunks`, decompressed piece by piece. Raises TransportFailure(invalid) where they are broken, cut or too
+    much.
+    """
+    inflater = Inflater(encoding)
+    async for chunk in chunks:
+        out = inflater.feed(chunk)
+        if out:
+            yield out
+    inflater.finish()
+
+
+async def _first_event(answered: Answered) -> tuple[int, ErrorInfo] | None:
+    """Reads up to the first event that carries data, into `answered.first`; the error it is, if it is one."""
+    splitter = Splitter()
+    held = 0
+    async for chunk in answered.more:
+        answered.first.append(chunk)
+        held += len(chunk)
+        for event in splitter.feed(chunk):
+            data = data_of(event)
+            if data is not None:
+                return stream_error(data)
+        if held > FIRST_EVENT_HELD:
+            return None
+    if not held:
+        raise TransportFailure("invalid", "the upstream ended its stream before the first event")
+    return None
+
+
+def dislikes_stream_options(answered: Answered) -> bool:
+    """Whether an upstream refuses what we asked for on our own account."""
+    return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body

@@ -1,0 +1,1 @@
+"""Whether a failed attempt is repeated: outcome, policy, circuit breaker, fallback."""

@@ -1,0 +1,37 @@
+"""Other models for a request that its own cannot answer (contract 3, `retry.fallbacks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import msgspec
+import orjson
+
+from ...protocol.json_edit import set_field
+from ...protocol.request import Call
+
+
+def fallbacks_for(table: Mapping[str, tuple[str, ...]], model: str) -> tuple[str, ...]:
+    """The models to try instead: under the exact name, else the longest matching glob; never the model itself."""
+    found = table.get(model)
+    if found is None:
+        globs = [glob for glob in table if fnmatchcase(model, glob)]
+        found = table[max(globs, key=len)] if globs else ()
+    return tuple(other for other in found if other != model)
+
+
+def asking(call: Call, model: str) -> Call:
+    """The same request for another model; a deployment in the path gives way to it."""
+    route = call.route
+    if route.deployment is not None:
+        route = replace(route, deployment=None, shape="openai")
+    return msgspec.structs.replace(
+        call,
+        route=route,
+        body=set_field(call.body, "model", orjson.dumps(model)),
+        document={**call.document, "model": model},
+        model=model,
+        body_model=model,
+    )

@@ -1,0 +1,171 @@
+"""The log: one line an event, whatever is in it; no key in it; and it never stands in the way of serving."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import sys
+from typing import Any
+
+import pytest
+
+import proxy.observability.logs
+from proxy.observability.logs import FLUSH, Json, Text, configure
+from proxy.protocol.masking import Masker
+
+MASKER = Masker(["pool-key-one", "sk-pool-key-two"])
+NASTY = "a\nb\rc\x00d\x1b[31me\x85f\u2028g\ud800h"
+
+
+def record(message: str, *args: object, level: int = logging.INFO, fields: Any = None, error: bool = False) -> Any:
+    info = None
+    if error:
+        try:
+            raise ValueError("pool-key-one\nsecond line")
+        except ValueError:
+            info = sys.exc_info()
+    made = logging.LogRecord("proxy", level, __file__, 1, message, args, info)
+    if fields is not None:
+        made.fields = fields
+    return made
+
+
+def test_a_line_for_people() -> None:
+    text = Text(MASKER).format(record("%s -> %d", "chat", 200, fields={"id": "x", "cost_usd": "0.1"}))
+    assert text[2] == text[5] == ":"
+    assert text[8:] == " info    chat -> 200  id=x cost_usd=0.1"
+
+
+def test_a_line_for_machines() -> None:
+    line = json.loads(Json(MASKER).format(record("%s", "ä“\n", fields={"id": "x", "attempts": 2})))
+    assert {name: line[name] for name in ("level", "logger", "message", "id", "attempts")} == {
+        "level": "info",
+        "logger": "proxy",
+        "message": "ä“\n",
+        "id": "x",
+        "attempts": 2,
+    }
+    assert len(line["time"]) == 24
+
+
+@pytest.mark.parametrize("formatter", [Text(MASKER), Json(MASKER)], ids=["text", "json"])
+@pytest.mark.parametrize("text", ["pool-key-one", "sk-pool-key-two", "sk-" + "x" * 20, "Bearer abc.def"])
+def test_no_key_shows_wherever_it_is(formatter: logging.Formatter, text: str) -> None:
+    secret = text.removeprefix("Bearer ")
+    for made in (
+        record(f"this is {text}!"),
+        record("this is %s", text),
+        record("x", fields={"key": f"- {text}"}),
+        record("x", error=True),
+    ):
+        line = formatter.format(made)
+        assert secret not in line
+        assert "pool-key-one" not in line
+    assert "***" in formatter.format(record(f"this is {text}"))
+
+
+@pytest.mark.parametrize("formatter", [Text(MASKER), Json(MASKER)], ids=["text", "json"])
+def test_one_event_is_one_line_without_control_characters(formatter: logging.Formatter) -> None:
+    for made in (record(NASTY), record("%s", NASTY), record("x", fields={"model": NASTY})):
+        line = formatter.format(made)
+        assert len(line.splitlines()) == 1
+        assert line.isprintable()
+        assert "a" in line
+        assert "h" in line
+        line.encode()
+
+
+def test_a_traceback_is_shown_line_by_line() -> None:
+    """The only text of several lines; nothing in it can look like a line of ours."""
+    lines = Text(MASKER).format(record("it failed", error=True)).split("\n")
+    assert lines[0].endswith("it failed")
+    assert lines[1] == "Traceback (most recent call last):"
+    assert lines[-2:] == ["ValueError: ***", "second line"]
+    assert all(line.isprintable() for line in lines)
+    assert "ValueError: ***" in json.loads(Json(MASKER).format(record("x", error=True)))["exception"]
+
+
+def test_what_is_no_json_is_told_as_text() -> None:
+    line = json.loads(Json(MASKER).format(record("x", fields={"where": {1, 2}, "big": 2**70})))
+    assert line["where"] == "{1, 2}"
+
+
+def test_times_follow_the_records() -> None:
+    formatter = Text(MASKER)
+    made = [record("x") for _ in range(3)]
+    for each, second in zip(made, (1_790_000_000.1, 1_790_000_000.9, 1_790_000_001.0), strict=True):
+        each.created = second
+    first, same, next_ = (formatter.format(each)[:8] for each in made)
+    assert (first == same, same == next_) == (True, False)
+
+
+# Where it goes.
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_levels_and_formats(capsys: pytest.CaptureFixture[str], format_: str) -> None:
+    configure("info", format_, MASKER)
+    logging.getLogger("proxy").debug("hidden")
+    logging.getLogger("proxy").info("shown")
+    logging.getLogger("proxy.request").info("shown, too")
+    logging.getLogger("aiohttp.access").info("hidden")
+    logging.getLogger("aiohttp").warning("shown as well")
+    logging.getLogger("asyncio").warning("hidden")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all("shown" in line for line in lines)
+    assert all(line.startswith("{") is (format_ == "json") for line in lines)
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_debug_shows_more_and_still_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("debug", "text", MASKER)
+    logging.getLogger("proxy").debug("with pool-key-one")
+    assert capsys.readouterr().err.endswith("debug   with ***\n")
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+async def test_lines_are_gathered_for_a_moment_and_written_in_order(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy.observability.logs, "FLUSH", 0.02)
+    configure("info", "text", MASKER)
+    log = logging.getLogger("proxy")
+    log.info("one")
+    log.info("two")
+    assert capsys.readouterr().err == ""
+    await asyncio.sleep(0.05)
+    assert [line[-3:] for line in capsys.readouterr().err.splitlines()] == ["one", "two"]
+    log.info("three")
+    log.warning("four")  # at once, and what was gathered goes before it
+    assert [line.rsplit(" ", 1)[1] for line in capsys.readouterr().err.splitlines()] == ["three", "four"]
+    await asyncio.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    assert FLUSH < 1
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_what_cannot_be_formatted_disturbs_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    configure("info", "text", MASKER)
+    log = logging.getLogger("proxy")
+    log.info("%d", "no number")
+    log.info("next")
+    assert capsys.readouterr().err.endswith("next\n")
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+@pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])
+def test_a_log_that_nobody_reads_stops_nobody(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    configure("info", "text", MASKER)
+    logging.getLogger("proxy").warning("into the void")

@@ -1,0 +1,395 @@
+"""Metrics and the log line of a request: what is counted, and that labels stay few whatever clients send."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.accounting.receipt import Receipt
+from proxy.cache.entry import Entry
+from proxy.cache.stores.sqlite import SQLiteStore
+from proxy.config.limits import Limits
+from proxy.config.settings import Breaker, Cache, Retry, Throttle
+from proxy.cost.usage import Usage
+from proxy.observability.logs import fields, log_receipt
+from proxy.observability.metrics import MAX_MODELS, Metrics
+from proxy.services import World, compile_world
+from proxy.system.clock import REAL, Seams
+from tests.pipeline.clock import story, turned_loop
+from tests.pipeline.fixture import LIMITS, Scene, ask, pool, settings
+from tests.pipeline.script import Fails, error, events, rate_limited, says, streams
+from tests.server.kit import house
+
+
+def world(**sections: Any) -> World:
+    return compile_world(settings(**sections), REAL)
+
+
+def receipt(**fields: Any) -> Receipt:
+    given: dict[str, Any] = {
+        "id": "id-1",
+        "client": "",
+        "endpoint": "chat",
+        "model": "gpt-4o",
+        "status": 200,
+        "cache": "miss",
+        "finished_at": 0.0,
+    }
+    return Receipt(**(given | fields))
+
+
+def entry(model: str = "gpt-4o", cost: str | None = "0.002250") -> Entry:
+    return Entry("k", "json", 200, (), b"{}", None, 0.0, 60.0, "chat", model, None, None, cost, "", (), False)
+
+
+def samples(metrics: Metrics, in_flight: int = 0, of: World | None = None) -> dict[str, float]:
+    """`name{label=value,…}` without the prefix, as scraped; those that are 0 left out."""
+    text = metrics.render(of or world(), in_flight).decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            if sample.value and not sample.name.endswith("_created"):
+                found[sample.name.removeprefix("openai_proxy_") + (f"{{{labels}}}" if labels else "")] = sample.value
+    return found
+
+
+def test_a_miss() -> None:
+    metrics = Metrics()
+    usage = Usage(100, 200, 300, cached_tokens=40)
+    metrics.observe(
+        receipt(usage=usage, cost_usd="0.002250", attempts=2, upstream="openai", total_ms=300.0, queue_ms=50.0)
+    )
+    seen = samples(metrics)
+    assert seen["requests_total{cache=miss,endpoint=chat,model=gpt-4o,status=2xx}"] == 1
+    assert seen["tokens_total{kind=prompt,model=gpt-4o}"] == 100
+    assert seen["tokens_total{kind=cached,model=gpt-4o}"] == 40
+    assert seen["tokens_total{kind=completion,model=gpt-4o}"] == 200
+    assert seen["cost_usd_total{model=gpt-4o}"] == 0.00225
+    assert seen["upstream_attempts_total{upstream=openai}"] == 2
+    assert seen["request_duration_seconds_sum{cache=miss,endpoint=chat}"] == 0.3
+    assert seen["queue_wait_seconds_sum"] == 0.05
+    assert not any(name.startswith(("errors", "cost_unknown", "cost_saved")) for name in seen)
+
+
+def test_a_hit_saves_and_is_not_in_the_durations() -> None:
+    metrics = Metrics()
+    for cost in ("0.002250", "0.002250", None):
+        metrics.hit(entry(cost=cost))
+    seen = samples(metrics)
+    assert seen["requests_total{cache=hit,endpoint=chat,model=gpt-4o,status=2xx}"] == 3
+    assert seen["cost_saved_usd_total{model=gpt-4o}"] == 0.0045
+    assert not any(name.startswith("request_duration") for name in seen)
+
+
+def test_a_batch_of_embeddings_may_cost_and_save() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(endpoint="embeddings", cache="partial", cost_usd="0.000004", saved_usd="0.000002"))
+    seen = samples(metrics)
+    assert seen["requests_total{cache=partial,endpoint=embeddings,model=gpt-4o,status=2xx}"] == 1
+    assert (seen["cost_usd_total{model=gpt-4o}"], seen["cost_saved_usd_total{model=gpt-4o}"]) == (0.000004, 0.000002)
+
+
+def test_errors_by_code_and_unknown_costs() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(status=502, error="upstream_unreachable", upstream="openai", attempts=4))
+    metrics.observe(receipt(status=200, model="mystery"))
+    metrics.refusal("invalid_json")
+    seen = samples(metrics)
+    assert seen["errors_total{code=upstream_unreachable}"] == 1
+    assert seen["errors_total{code=invalid_json}"] == 1
+    assert seen["cost_unknown_total{model=mystery}"] == 1
+    assert "cost_unknown_total{model=gpt-4o}" not in seen  # an error has no cost to be unknown
+    assert seen["requests_total{cache=miss,endpoint=chat,model=gpt-4o,status=5xx}"] == 1
+
+
+def test_a_short_wait_is_no_wait() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(queue_ms=0.5))
+    assert not any(name.startswith("queue_wait") for name in samples(metrics))
+
+
+def test_gauges_are_read_at_each_scrape() -> None:
+    metrics, of = Metrics(), world()
+    assert of.store is not None
+    of.store.put(entry())
+    seen = samples(metrics, 7, of)
+    assert (seen["in_flight"], seen["cache_entries"], seen["keys{state=ready}"]) == (7, 1, 1)
+    assert seen["cache_bytes"] > 100
+    assert "in_flight" not in samples(metrics, 0, of)
+    assert samples(metrics, 1, world(cache=Cache(backend="off")))["in_flight"] == 1
+
+
+def test_rendering_without_a_scrape_before_shows_every_state_of_keys() -> None:
+    text = Metrics().render(world(), 0).decode()
+    assert set(re.findall(r'openai_proxy_keys\{state="(\w+)"\}', text)) >= {"ready", "cooling", "exhausted", "rejected"}
+
+
+def test_the_registry_knows_the_world_that_was_rendered_last() -> None:
+    """Several workers' metrics are summed from there."""
+    metrics, of = Metrics(), world()
+    assert not [sample for family in metrics.registry.collect() for sample in family.samples if family.type == "gauge"]
+    metrics.render(of, 7)
+    of.tallies.retried("openai", "retry")
+    seen = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
+    assert (seen["openai_proxy_in_flight"], seen["openai_proxy_retries_total"]) == (7, 1)
+
+
+def test_how_long_and_what_of_it_was_ours() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(total_ms=1003.0, queue_ms=200.0, upstream_ms=800.0, attempts=1, upstream="openai"))
+    metrics.observe(receipt(total_ms=500.0, status=500, queue_ms=0.0, upstream_ms=501.0, attempts=1, upstream="openai"))
+    metrics.observe(receipt(total_ms=0.1, status=400, error="invalid_json"))
+    seen = samples(metrics)
+    assert seen["overhead_seconds_count"] == 2  # what made no call is not in it
+    assert seen["overhead_seconds_sum"] == pytest.approx(0.003)
+    assert seen["overhead_seconds_bucket{le=0.0005}"] == 1
+    assert seen["overhead_seconds_bucket{le=0.005}"] == 2
+    assert seen["time_to_first_byte_seconds_count{endpoint=chat}"] == 1  # of answers only
+    assert seen["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.003)
+    metrics.observe(receipt(total_ms=5000.0, first_byte_ms=97.0, stream=True))
+    assert samples(metrics)["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.1)
+
+
+def test_money_adds_up() -> None:
+    metrics, exact = Metrics(), Decimal(0)
+    dice = random.Random(7)
+    for _ in range(10_000):
+        cost = Decimal(dice.randrange(10_000_000)).scaleb(-9)
+        exact += cost
+        metrics.observe(receipt(cost_usd=f"{cost:f}"))
+    assert abs(Decimal(samples(metrics)["cost_usd_total{model=gpt-4o}"]) - exact) < Decimal("1e-9")
+
+
+@story
+async def test_retries_are_counted_by_reason() -> None:
+    scene = Scene(error(500), rate_limited(), Fails("unreached"), says(), config=settings(pool("k1", "k2")))
+    assert (await scene.ask()).status == 200
+    metrics = Metrics()
+    for one in scene.receipts:
+        metrics.observe(one)
+    seen = samples(metrics, of=scene.world)
+    reasons = {name: value for name, value in seen.items() if name.startswith("retries")}
+    assert reasons == {
+        f"retries_total{{reason={reason},upstream=openai}}": 1 for reason in ("retry", "rate_limited", "unreached")
+    }
+    assert seen["upstream_attempts_total{upstream=openai}"] == 4
+
+
+@story
+async def test_a_retry_that_does_not_come_is_none() -> None:
+    scene = Scene(error(400), *[error(500)] * 4)
+    await scene.ask()
+    await scene.ask()
+    assert sum(scene.world.tallies.retries.values()) == 3
+
+
+async def test_retries_on_other_routes() -> None:
+    async with house(error(500), says(), config=settings(pool("k1"), retry=Retry(base_delay=0, jitter=0))) as home:
+        assert (await home.ask("GET", "/v1/models")).status == 200
+        await home.settled()
+        assert dict(home.world.tallies.retries) == {("openai", "retry"): 1}
+
+
+@story
+async def test_gaps_between_the_reads_of_a_stream() -> None:
+    first, *more = events(usage=True)
+    steps: list[Any] = [first]
+    for one in more:
+        steps += [0.2, one]
+    scene = Scene(streams(steps), says())
+    await scene.ask(ask(stream=True))
+    await scene.ask(ask("plain"))
+    seen = samples(Metrics(), of=scene.world)
+    assert seen["stream_chunk_gap_seconds_count"] == len(more)
+    assert seen["stream_chunk_gap_seconds_sum"] == pytest.approx(0.2 * len(more))
+    assert "stream_chunk_gap_seconds_bucket{le=0.1}" not in seen
+    assert seen["stream_chunk_gap_seconds_bucket{le=0.25}"] == len(more)
+
+
+@story
+async def test_headroom_of_keys_and_what_cools() -> None:
+    limits = {"gpt-4o": Limits(rpm=4), "*": LIMITS}
+    told = says(headers=[("x-ratelimit-limit-requests", "10"), ("x-ratelimit-remaining-requests", "1")])
+    config = settings(pool("k1", "k2"), throttle=Throttle(limits=limits), selection="round_robin")
+    scene = Scene(says(), told, rate_limited("60"), config=config)
+    for text in ("a", "b"):
+        await scene.ask(ask(text))
+    seen = samples(Metrics(), of=scene.world)
+    assert seen["key_headroom_ratio{key=k1}"] == 0.75
+    assert seen["key_headroom_ratio{key=k2}"] == pytest.approx(0.1)
+    assert seen["keys{state=ready}"] == 2
+
+
+@story
+async def test_where_no_limit_is_known_all_is_free() -> None:
+    seen = samples(Metrics(), of=world(throttle=Throttle()))
+    assert seen["key_headroom_ratio{key=k1}"] == 1
+
+
+@story
+async def test_breakers_by_state() -> None:
+    scene = Scene(*[error(500)] * 2, config=settings(breaker=Breaker(failures=1), retry=Retry(max_retries=0)))
+    states = "breaker_state{state=%s,upstream=openai}"
+    assert samples(Metrics(), of=scene.world)[states % "closed"] == 1
+    await scene.ask()
+    seen = samples(Metrics(), of=scene.world)
+    assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, 1, None]
+    await asyncio.sleep(16)
+    seen = samples(Metrics(), of=scene.world)
+    assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, None, 1]
+
+
+async def test_errors_of_the_store(tmp_path: Path) -> None:
+    file = tmp_path / "cache.db"
+    of = world(cache=Cache(backend="sqlite", path=str(file)))
+    assert of.store is not None
+    await of.store.open()
+    try:
+        assert "store_errors_total" not in samples(Metrics(), of=of)
+        assert of.store.slower is not None
+        cast("SQLiteStore", of.store.slower)._counts["read_errors"] += 2
+        cast("SQLiteStore", of.store.slower)._writer.failures += 1
+        assert samples(Metrics(), of=of)["store_errors_total"] == 3
+    finally:
+        await of.store.close()
+
+
+@story
+async def test_how_late_the_loop_is() -> None:
+    loop, metrics, late = turned_loop(), Metrics(), 0.0
+
+    def clock() -> float:
+        return loop.time() + late
+
+    feeling = asyncio.ensure_future(metrics.feel_loop(Seams(monotonic=clock)))
+    await asyncio.sleep(1.2)
+    late = 0.3
+    await asyncio.sleep(0.9)
+    feeling.cancel()
+    seen = samples(metrics)
+    assert seen["event_loop_lag_seconds_count"] == 4
+    assert seen["event_loop_lag_seconds_bucket{le=0.25}"] == 3
+    assert seen["event_loop_lag_seconds_sum"] == pytest.approx(0.3)
+
+
+# Labels.
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "a\nb", "\ud800", "a\x00", "\u2028"])
+def test_names_that_are_no_label(name: str) -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(model=name))
+    metrics.hit(entry(model=name))
+    seen = samples(metrics)
+    assert seen["requests_total{cache=miss,endpoint=chat,model=other,status=2xx}"] == 1
+    assert seen["requests_total{cache=hit,endpoint=chat,model=other,status=2xx}"] == 1
+
+
+def test_labels_stay_few_whatever_models_are_asked_for() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(model="gpt-4o"))
+    for n in range(5000):
+        metrics.observe(receipt(model=f"model-{n}"))
+        metrics.hit(entry(model=f"model-{n}"))
+    metrics.observe(receipt(model="gpt-4o"))
+    seen = samples(metrics)
+    models = {re.search(r"model=([^,}]*)", name) for name in seen if name.startswith("requests_total")}
+    assert len({found[1] for found in models if found}) == MAX_MODELS + 1
+    assert seen["requests_total{cache=miss,endpoint=chat,model=gpt-4o,status=2xx}"] == 2
+    assert seen["requests_total{cache=miss,endpoint=chat,model=other,status=2xx}"] == 5000 - (MAX_MODELS - 1)
+    assert len(metrics._kinds) <= 10 * MAX_MODELS
+    assert len(metrics._hits) <= 10 * MAX_MODELS
+
+
+def test_long_names_are_not_held() -> None:
+    """20 KB of name, ten thousand times, would be 200 MB."""
+    metrics = Metrics()
+    for n in range(50):
+        metrics.observe(receipt(model=f"{n}" + "x" * 20_000))
+        metrics.hit(entry(model=f"{n}" + "x" * 20_000))
+    assert (len(metrics._kinds), len(metrics._hits), len(metrics._models)) == (0, 0, 0)
+    assert len(metrics.render(world(), 0)) < 20_000
+
+
+async def test_labels_stay_few_whatever_routes_are_asked_for() -> None:
+    """Any path below /v1 is passed on; its first segment must not become a label of its own."""
+    async with house(*[error(404)] * 50) as home:
+        for n in range(50):
+            assert (await home.ask("GET", f"/v1/invented-{n}/x")).status == 404
+        await home.settled()  # the last receipt may come after its answer
+        text = home.metrics.render(home.world, 0).decode()
+        endpoints = set(re.findall(r'endpoint="([^"]*)"', text))
+        assert endpoints == {"other"}
+        assert {receipt.endpoint for receipt in home.receipts} == {f"invented-{n}" for n in range(50)}
+
+
+async def test_known_routes_have_their_names() -> None:
+    async with house(says(), says(), config=settings(pool("k1"))) as home:
+        await home.ask("GET", "/v1/models")
+        await home.ask(body=ask())
+        await home.settled()
+        text = home.metrics.render(home.world, 0).decode()
+        assert set(re.findall(r'endpoint="([^"]*)"', text)) == {"models", "chat"}
+
+
+async def test_a_refused_request_names_no_upstream() -> None:
+    metrics = Metrics()
+    metrics.observe(receipt(status=429, error="throttled"))
+    assert 'upstream=""' not in metrics.render(world(), 0).decode()
+
+
+# The log line.
+
+
+def test_the_line_says_what_is_known_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "proxy.request")
+    log_receipt(receipt(usage=Usage(1, 2, 3), cost_usd="0.1", attempts=1, upstream="openai", key="k1", reason="new"))
+    [record] = caplog.records
+    assert (record.levelname, record.getMessage()) == ("INFO", "chat gpt-4o -> 200")
+    assert record.__dict__["fields"] == {
+        "endpoint": "chat",
+        "model": "gpt-4o",
+        "status": 200,
+        "id": "id-1",
+        "cache": "miss",
+        "reason": "new",
+        "upstream": "openai",
+        "key": "k1",
+        "attempts": 1,
+        "queue_ms": 0.0,
+        "total_ms": 0.0,
+        "tokens": 3,
+        "cost_usd": "0.1",
+    }
+
+
+@pytest.mark.parametrize(("status", "level"), [(200, "INFO"), (499, "INFO"), (429, "INFO"), (500, "WARNING")])
+def test_only_failures_are_warnings(status: int, level: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "proxy.request")
+    log_receipt(receipt(status=status, error="x"))
+    assert caplog.records[0].levelname == level
+
+
+def test_no_line_where_nobody_reads_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "proxy.request")
+    log_receipt(receipt())
+    assert caplog.records == []
+
+
+def test_a_model_name_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "proxy.request")
+    log_receipt(receipt(model="gpt\n12:00:00 info    all is well\ud800\u2028" + "x" * 1000))
+    text = caplog.records[0].getMessage()
+    assert len(text.splitlines()) == 1
+    assert text.isascii()
+    assert len(text) < 200
+    assert fields(receipt(model=""))["id"] == "id-1"

@@ -1,0 +1,270 @@
+"""One stream for several readers: all get all of it, each at his own pace, and memory stays bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.pipeline.coalescing.broadcast import LAG, WINDOW, Reader, Reel
+from proxy.pipeline.relay import Dress, Flow
+from proxy.upstream.keys.lease import Lease
+from proxy.upstream.response import Answered
+from proxy.upstream.retry.outcome import TransportFailure
+from proxy.upstream.target import Upstream
+from tests.pipeline.clock import run, settled, story, turned_loop
+from tests.pipeline.script import ScriptedReply
+
+READ = b"x" * 65536
+
+
+class Told:
+    def __init__(self) -> None:
+        self.full = 0
+        self.here = True
+        self.unread = False
+
+
+def reel(keep: int = 2**20) -> tuple[Reel, Told]:
+    told = Told()
+
+    def full() -> None:
+        told.full += 1
+
+    return Reel(flow(), keep, full, lambda: told.here, lambda: told.unread), told
+
+
+def flow() -> Flow:
+    reply = ScriptedReply(200, "OK", (), {}, deque(), at_once=False)
+    lease = cast("Lease", None)
+    answered = Answered(200, reply, cast("Upstream", None), lease, False, True, False, False, steps())
+    return Flow(answered, None, 0, Dress(False, None), lambda ending: None)
+
+
+def record(stream: Reel, reads: AsyncIterator[bytes]) -> Coroutine[Any, Any, None]:
+    stream.flow.answered.more = reads
+    return stream.record()
+
+
+async def steps(*steps: bytes | float | TransportFailure) -> AsyncIterator[bytes]:
+    for step in steps:
+        if isinstance(step, TransportFailure):
+            raise step
+        if isinstance(step, bytes):
+            yield step
+        else:
+            await asyncio.sleep(step)
+
+
+async def reads(reader: Reader) -> AsyncIterator[bytes]:
+    while (data := await reader.next()) is not None:
+        yield data
+
+
+async def all_of(reader: Reader, pause: float = 0.0) -> list[bytes]:
+    got = []
+    async for data in reads(reader):
+        got.append(data)
+        await asyncio.sleep(pause)
+    reader.close()
+    return got
+
+
+@story
+async def test_each_read_reaches_everybody_at_once_and_the_late_one_gets_what_was() -> None:
+    stream, told = reel()
+    times: dict[str, list[float]] = {"early": [], "late": []}
+
+    async def follow(name: str) -> bytes:
+        got = b""
+        async for data in reads(reader := stream.reader()):
+            times[name].append(loop.time() - began)
+            got += data
+        reader.close()
+        return got
+
+    loop = turned_loop()
+    began = loop.time()
+    early = loop.create_task(follow("early"))
+    recording = loop.create_task(record(stream, steps(1.0, b"a", 1.0, b"b", 1.0, b"c")))
+    await asyncio.sleep(2.5)
+    late = loop.create_task(follow("late"))
+    assert (await early, await late) == (b"abc", b"abc")
+    await recording
+    assert times == {"early": [1.0, 2.0, 3.0], "late": [2.5, 2.5, 3.0]}
+    assert told.full == 0
+
+
+@story
+async def test_a_failure_is_everybodys_after_all_that_came() -> None:
+    stream, _ = reel()
+    readers = [stream.reader(), stream.reader()]
+    await record(stream, steps(b"a", b"b", TransportFailure("timeout", "silent")))
+    for reader in readers:
+        assert [await reader.next(), await reader.next()] == [b"a", b"b"]
+        with pytest.raises(TransportFailure, match="silent") as caught:
+            await reader.next()
+        assert caught.value.kind == "timeout"
+
+
+@story
+async def test_a_lone_reader_exerts_back_pressure() -> None:
+    stream, told = reel(keep=LAG)
+    reader = stream.reader()
+    recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
+    await settled()
+    assert stream.held <= WINDOW + len(READ)
+    for number in range(50):
+        await reader.next()
+        await settled(3)
+        assert stream.held <= (number + 1) * len(READ) + WINDOW
+    assert sum(map(len, await all_of(reader))) == 50 * len(READ)
+    await recording
+    assert told.full == 0
+
+
+@story
+async def test_what_all_have_read_is_let_go_once_nobody_new_may_come() -> None:
+    stream, told = reel(keep=10 * len(READ))
+    reader = stream.reader()
+    recording = asyncio.create_task(record(stream, steps(*[READ] * 1000)))
+    total = 0
+    async for data in reads(reader):
+        total += len(data)
+        assert stream.held <= 10 * len(READ) + WINDOW + len(READ)
+    await recording
+    assert (total, told.full) == (1000 * len(READ), 1)
+
+
+@story
+async def test_nothing_is_let_go_before_all_who_may_come_are_there() -> None:
+    stream, told = reel(keep=10)
+    told.here = False
+    recording = asyncio.create_task(record(stream, steps(*[b"0123456789"] * 5)))
+    await settled()
+    assert told.full == 1
+    reader = stream.reader()
+    told.here = True
+    assert b"".join(await all_of(reader)) == b"0123456789" * 5
+    await recording
+
+
+@story
+async def test_a_slow_reader_holds_up_nobody_and_is_dropped_beyond_the_bound() -> None:
+    stream, _ = reel(keep=2**20)
+    slow, fast = stream.reader(), stream.reader()
+    dropped = []
+    slow.too_slow = lambda: dropped.append(turned_loop().time())
+    await anext_later(slow)
+    most = 0
+    recording = asyncio.create_task(record(stream, steps(*[READ] * 400)))
+    total = 0
+    async for data in reads(fast):
+        total += len(data)
+        most = max(most, stream.held)
+    await recording
+    assert total == 400 * len(READ)
+    assert LAG - 2 * WINDOW < most <= LAG
+    assert len(dropped) == 1
+    with pytest.raises(TransportFailure, match="slow"):
+        await slow.next()
+
+
+async def anext_later(reader: Reader) -> None:
+    """It waits for its first read, and never takes a second."""
+    task = asyncio.create_task(reader.next())
+    await settled()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@story
+async def test_a_slow_reader_within_the_bound_gets_everything() -> None:
+    stream, _ = reel(keep=2**20)
+    slow, fast = stream.reader(), stream.reader()
+    recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
+    began = turned_loop().time()
+    await all_of(fast)
+    assert turned_loop().time() == began
+    got = await all_of(slow, 1.0)
+    await recording
+    assert b"".join(got) == READ * 100
+    assert stream.held <= LAG
+
+
+@story
+async def test_who_is_far_behind_gets_several_reads_as_one() -> None:
+    stream, _ = reel()
+    first = stream.reader()
+    recording = asyncio.create_task(record(stream, steps(*[b"%04d" % n for n in range(1000)])))
+    await all_of(first)
+    await recording
+    got = await all_of(stream.reader())
+    assert b"".join(got) == b"".join(b"%04d" % n for n in range(1000))
+    assert len(got) < 20
+
+
+@given(
+    reads=st.lists(st.tuples(st.binary(min_size=1, max_size=50), st.sampled_from([0.0, 1.0])), max_size=40),
+    readers=st.lists(st.tuples(st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from([0.0, 2.0])), min_size=1, max_size=5),
+)
+def test_everybody_gets_all_of_it(reads: list[tuple[bytes, float]], readers: list[tuple[float, float]]) -> None:
+    async def tell() -> None:
+        stream, _ = reel()
+        script: list[bytes | float] = [part for data, pause in reads for part in (pause, data)]
+        recording = asyncio.create_task(record(stream, steps(*script)))
+
+        async def read(after: float, pause: float) -> bytes:
+            await asyncio.sleep(after)
+            return b"".join(await all_of(stream.reader(), pause))
+
+        got = await asyncio.gather(*(read(*each) for each in readers))
+        await recording
+        assert set(got) == {b"".join(data for data, _ in reads)}
+
+    run(tell())
+
+
+@story
+async def test_who_takes_reads_at_once_is_woken_only_where_he_must_wait() -> None:
+    stream, _ = reel()
+    reader = stream.reader()
+    got: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        got.append(data)
+        return data != b"b"
+
+    reader.take = take
+    waiting = asyncio.create_task(reader.next())
+    await settled(3)
+    await stream.append(b"a")
+    await settled(3)
+    assert not waiting.done()
+    await stream.append(b"b")
+    assert (await waiting, got, reader.caught_up) == (b"", [b"a", b"b"], True)
+    await stream.append(b"c")
+    assert await reader.next() == b"c"  # while nobody sleeps, reads are kept as ever
+    assert got == [b"a", b"b"]
+
+
+@story
+async def test_a_client_that_is_gone_is_its_readers_trouble_alone() -> None:
+    stream, _ = reel()
+    gone, other = stream.reader(), stream.reader()
+
+    def take(data: bytes) -> bool:
+        raise ConnectionResetError
+
+    gone.take = take
+    waiting = asyncio.create_task(gone.next())
+    await settled(3)
+    await stream.append(b"a")
+    with pytest.raises(ConnectionResetError):
+        await waiting
+    assert await other.next() == b"a"

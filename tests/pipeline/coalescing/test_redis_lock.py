@@ -1,0 +1,87 @@
+"""Leases in a real Valkey: whoever holds the token, and nobody else, renews and gives back; trouble means none."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from proxy.pipeline.coalescing.redis_lock import RedisLeases
+from proxy.system.redis import Link
+from tests.cache.stores.kit import HASTY, PATIENT, Valkey, until, valkey
+
+NAME = "k" * 64 + ":sse without usage"
+
+
+@pytest.fixture
+def server() -> Iterator[Valkey]:
+    with valkey() as running:
+        yield running
+
+
+@pytest.fixture
+async def leases(server: Valkey) -> AsyncIterator[RedisLeases]:
+    link = Link(server.url, PATIENT)
+    await link.open()
+    await until(lambda: link.up)
+    yield RedisLeases(link, "p" * 64, PATIENT)
+    await link.close()
+
+
+async def test_one_has_it_until_it_is_given_back(leases: RedisLeases) -> None:
+    taken = [await leases.take(NAME, token, 1000.0) for token in ("a", "b", "a")]
+    assert taken == ["mine", "theirs", "mine"]
+    assert not await leases.renew(NAME, "b", 1000.0)
+    await leases.release(NAME, "b", 0.0)
+    assert await leases.renew(NAME, "a", 1000.0)
+    await leases.release(NAME, "a", 0.0)
+    assert await leases.take(NAME, "b", 1000.0) == "mine"
+    assert await leases.take("other", "c", 1000.0) == "mine"
+
+
+async def test_it_ends_by_itself(leases: RedisLeases) -> None:
+    assert await leases.take(NAME, "a", 0.05) == "mine"
+    await asyncio.sleep(0.2)
+    assert not await leases.renew(NAME, "a", 1000.0)
+    assert await leases.take(NAME, "b", 1000.0) == "mine"
+
+
+async def test_what_need_not_be_waited_for_is_open_for_all(leases: RedisLeases, server: Valkey) -> None:
+    await leases.take(NAME, "a", 1000.0)
+    await leases.release(NAME, "a", 500.0)
+    assert [await leases.take(NAME, token, 1000.0) for token in ("a", "b")] == ["open", "open"]
+    key = leases.key_of(NAME)
+    assert 0 < int(server.say("PTTL", key).strip(b":\r\n")) <= 500_000
+    server.say("PEXPIRE", key, "0")
+    assert await leases.take(NAME, "b", 1000.0) == "mine"
+
+
+async def test_every_key_is_short_and_has_a_lifetime(leases: RedisLeases, server: Valkey) -> None:
+    await leases.take(NAME * 10, "a", 1000.0)
+    await leases.take(NAME, "a", 1000.0)
+    await leases.release(NAME, "a", 1000.0)
+    for name in (NAME, NAME * 10):
+        key = leases.key_of(name)
+        assert len(key.encode()) <= 160
+        assert 0 < int(server.say("PTTL", key).strip(b":\r\n")) <= 1_000_000
+
+
+async def test_a_server_in_trouble_has_no_leases(leases: RedisLeases, server: Valkey) -> None:
+    assert await leases.take(NAME, "a", 1000.0) == "mine"
+    server.kill()
+    assert await leases.take(NAME, "b", 1000.0) == "open"
+    assert not await leases.renew(NAME, "a", 1000.0)
+    await leases.release(NAME, "a", 0.0)
+
+
+async def test_nobody_waits_for_a_lease_after_another_command_has_failed(leases: RedisLeases, server: Valkey) -> None:
+    server.signal(signal.SIGSTOP)
+    leases._deadline = HASTY
+    try:
+        assert await leases.renew(NAME, "a", 1000.0) is False
+        assert await leases.take(NAME, "a", 1000.0) == "open"
+        assert leases._link.failures == 1  # it was not asked again
+    finally:
+        server.signal(signal.SIGCONT)

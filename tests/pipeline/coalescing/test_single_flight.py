@@ -1,0 +1,748 @@
+"""Equal requests at the same time make one upstream call (contract 7, Cache; RELIABILITY P6, E4, E27; C33)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from proxy.config.limits import Limits
+from proxy.config.settings import Cache, Cost, Settings, Throttle, Timeouts
+from proxy.pipeline.coalescing.broadcast import View
+from proxy.pipeline.coalescing.single_flight import AVOID_FOR, AVOIDED, Flights, Landing, Lead, Seat, Share
+from proxy.pipeline.relay import Flow, StreamBroken
+from proxy.protocol.options import Options
+from proxy.protocol.request import Client
+from proxy.upstream.interfaces import Write
+from proxy.upstream.retry.outcome import TransportFailure
+from tests.pipeline.clock import run, settled, story, turned_loop
+from tests.pipeline.fixture import Scene, Told, ask, pool, settings
+from tests.pipeline.script import (
+    HANG,
+    JSON,
+    USAGE,
+    Fails,
+    Move,
+    Says,
+    ScriptedWayUp,
+    chunk,
+    completion,
+    dump,
+    error,
+    event,
+    events,
+    rate_limited,
+    says,
+    streams,
+)
+
+STREAM = ask(stream=True)
+USAGE_TOO = ask(stream=True, stream_options={"include_usage": True})
+SLOW = [step for part in events(usage=True) for step in (1.0, part)]
+"""One event a second: 3 of text, the finish, usage, [DONE]."""
+WHOLE = b"".join(events(usage=True))
+UNFINISHED = completion(choices=[{"index": 0, "message": {"content": "Hel"}, "finish_reason": "length"}])
+"""Cut by the model's own limit: passed on, never stored."""
+
+
+def begin(scene: Scene, count: int, document: Any = None, options: Options | None = None, **more: Any) -> list[Any]:
+    return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
+
+
+async def leave(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def over(scene: Scene) -> None:
+    """Nothing is left: no flight, no task, no lease, no connection; and every upstream call is on one receipt."""
+    assert len(scene.journey.sharing.flights) == 0
+    assert {task.get_name() for task in asyncio.all_tasks()} & {"flight"} == set()
+    scene.balanced()
+    assert sum(receipt.attempts for receipt in scene.receipts) == len(scene.way_up.sent)
+
+
+def caches(tolds: Sequence[Told]) -> list[str]:
+    return [told.cache for told in tolds]
+
+
+# Plain answers.
+
+
+@story
+async def test_one_call_for_all_who_ask_the_same() -> None:
+    scene = Scene(says(wait=2.0))
+    first = begin(scene, 1)
+    await asyncio.sleep(1.5)
+    told = await asyncio.gather(*first, *begin(scene, 49))
+    assert caches(told) == ["miss"] + ["coalesced"] * 49
+    assert {(each.status, each.body) for each in told} == {(200, dump(completion()))}
+    assert [each.at for each in told] == [2.0] + [0.5] * 49
+    assert len({each.headers["X-Proxy-Request-Id"] for each in told}) == 50
+    leader, follower = told[0].headers, told[1].headers
+    assert leader["X-Proxy-Cost-USD"] == "0.002250"
+    assert "X-Proxy-Cost-Saved-USD" not in leader
+    assert follower["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
+    assert follower["X-Proxy-Attempts"] == "0"
+    assert (follower["X-Proxy-Cost-USD"], follower["X-Proxy-Cost-Status"]) == ("0.000000", "exact")
+    assert follower["X-Proxy-Cost-Saved-USD"] == "0.002250"
+    assert follower["X-Proxy-Total-Tokens"] == "300"
+    assert "X-Proxy-Key" not in follower
+    assert "X-Proxy-Cache-Reason" not in follower
+    receipts = {receipt.id: receipt for receipt in scene.receipts}
+    mine = receipts[follower["X-Proxy-Request-Id"]]
+    assert (mine.cache, mine.cost_usd, mine.saved_usd, mine.attempts) == ("coalesced", "0.000000", "0.002250", 0)
+    assert (await scene.ask()).cache == "hit"
+    over(scene)
+
+
+@story
+async def test_what_is_not_the_same_is_not_shared() -> None:
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says(wait=1.0)))
+    asked = begin(scene, 1)
+    asked += begin(scene, 1, ask("other"))
+    asked += begin(scene, 1, None, Options(namespace="n"))
+    asked += begin(scene, 1, client=Client("c", "scope"))
+    asked += begin(scene, 1, None, Options(sample="1"))
+    assert caches(await asyncio.gather(*asked)) == ["miss"] * 5
+    assert len(scene.way_up.sent) == 5
+    over(scene)
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [(Options(no_cache=True), "miss"), (Options(ttl=0.0), "miss"), (Options(no_store=True), "bypass")],
+)
+def test_who_wants_no_cached_answer_shares_nothing(options: Options, cache: str) -> None:
+    async def tell() -> None:
+        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says(wait=1.0)))
+        assert caches(await asyncio.gather(*begin(scene, 3, None, options))) == [cache] * 3
+        assert len(scene.way_up.sent) == 3
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_coalesce_false() -> None:
+    scene = Scene(says(wait=1.0), says(wait=1.0), config=settings(cache=Cache(coalesce=False)))
+    assert caches(await asyncio.gather(*begin(scene, 2))) == ["miss", "miss"]
+    over(scene)
+
+
+@pytest.mark.parametrize("gone", [0, 1, 25, 49])
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_leaves_the_others_are_served(gone: int, stream: bool) -> None:
+    async def tell() -> None:
+        scene = Scene(streams([2.0, *SLOW]) if stream else says(wait=3.0))
+        tasks = begin(scene, 50, ask(stream=stream))
+        await asyncio.sleep(1.0)
+        await leave(tasks.pop(gone))
+        told = await asyncio.gather(*tasks)
+        assert {each.status for each in told} == {200}
+        assert not any(each.broken for each in told)
+        assert len(scene.way_up.sent) == 1
+        left = [receipt for receipt in scene.receipts if receipt.status == 499]
+        assert [(receipt.error, receipt.attempts) for receipt in left] == [("client_gone", int(gone == 0))]
+        assert sum(receipt.cost_usd == "0.002250" for receipt in scene.receipts) == 1
+        over(scene)
+
+    run(tell())
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.5, 3.5])
+def test_with_the_last_one_the_upstream_is_closed(after: float) -> None:
+    async def tell() -> None:
+        scene = Scene(streams([1.0, *SLOW[1:4], HANG]))
+        tasks = begin(scene, 20, STREAM)
+        await asyncio.sleep(after)
+        await leave(*tasks[:10])
+        await leave(*tasks[10:])
+        assert scene.receipt.total_ms == pytest.approx(after * 1000)
+        assert [receipt.status for receipt in scene.receipts] == [499] * 20
+        over(scene)
+        assert scene.world.store is not None
+        assert scene.world.store.memory.stats()["entries"] == 0
+
+    run(tell())
+
+
+@story
+async def test_who_asks_in_the_turn_in_which_the_last_one_leaves_gets_a_flight_of_his_own() -> None:
+    scene = Scene(says(wait=9.0), says(wait=1.0))
+    (first,) = begin(scene, 1)
+    await asyncio.sleep(1.0)
+    first.cancel()
+    (second,) = begin(scene, 1)
+    assert (await second).cache == "miss"
+    assert len(scene.way_up.sent) == 2
+    over(scene)
+
+
+# Deadlines and patience.
+
+
+@story
+async def test_a_follower_with_less_time_leaves_alone() -> None:
+    scene = Scene(says(wait=5.0))
+    asked = begin(scene, 1) + begin(scene, 1, total=2.0)
+    leader, follower = await asyncio.gather(*asked)
+    assert (leader.status, leader.at, leader.cache) == (200, 5.0, "miss")
+    assert (follower.refused, follower.at, follower.cache) == ("upstream_timeout", 2.0, "coalesced")
+    over(scene)
+
+
+@story
+async def test_a_leader_with_less_time_leaves_alone() -> None:
+    scene = Scene(Says(200, (JSON,), (dump(completion())[:9], 2.0, dump(completion())[9:]), wait=3.0))
+    asked = begin(scene, 1, total=2.0) + begin(scene, 1, total=4.0) + begin(scene, 1)
+    leader, second, third = await asyncio.gather(*asked)
+    assert (leader.refused, leader.at, leader.cache) == ("upstream_timeout", 2.0, "miss")
+    assert (second.refused, second.at) == ("upstream_timeout", 4.0)
+    assert (third.status, third.at, third.cache) == (200, 5.0, "coalesced")
+    bought = next(receipt for receipt in scene.receipts if receipt.attempts)
+    assert (bought.status, bought.error, bought.cost_usd) == (504, "upstream_timeout", "0.002250")
+    over(scene)
+
+
+@story
+async def test_the_time_of_whoever_has_most_is_the_flights() -> None:
+    scene = Scene(Fails("hang"))
+    told = await asyncio.gather(*begin(scene, 1, total=2.0), *begin(scene, 1, total=7.0))
+    assert [(each.refused, each.at) for each in told] == [("upstream_timeout", 2.0), ("upstream_timeout", 7.0)]
+    assert len(scene.way_up.sent) == 1
+    over(scene)
+
+
+@story
+async def test_each_waits_for_the_queue_as_long_as_he_said() -> None:
+    config = settings(throttle=Throttle(limits={"*": Limits(rpm=1000, concurrency=1)}, max_wait=1000.0))
+    scene = Scene(says(wait=20.0), says(), config=config)
+    other = begin(scene, 1, ask("other"))
+    await asyncio.sleep(1.0)
+    leader, short, none = begin(scene, 1) + begin(scene, 1, patience=3.0) + begin(scene, 1, patience=0.0)
+    assert ((await none).refused, (await none).at) == ("throttled", 0.0)
+    assert ((await short).refused, (await short).at) == ("throttled", 3.0)
+    assert (await leader).at == 19.0
+    await asyncio.gather(*other)
+    over(scene)
+
+
+@story
+async def test_an_impatient_leader_is_followed_by_a_patient_one() -> None:
+    config = settings(throttle=Throttle(limits={"*": Limits(rpm=1000, concurrency=1)}))
+    scene = Scene(says(wait=20.0), says(wait=1.0), config=config)
+    other = begin(scene, 1, ask("other"))
+    await asyncio.sleep(1.0)
+    told = await asyncio.gather(*begin(scene, 1, patience=2.0), *begin(scene, 3))
+    assert [(each.status, each.at) for each in told] == [(429, 2.0)] + [(200, 20.0)] * 3
+    assert caches(told) == ["miss", "miss", "coalesced", "coalesced"]
+    await asyncio.gather(*other)
+    over(scene)
+
+
+# Failures.
+
+ONCE = Options(max_retries=0)
+AGAIN: dict[str, Move] = {
+    "500": error(500, wait=1.0),
+    "503": error(503, wait=1.0),
+    "429": rate_limited(wait=1.0),
+    "408": error(408, wait=1.0),
+    "unreached": Fails("unreached", 1.0),
+    "ambiguous": Fails("ambiguous", 1.0),
+    "timeout": Fails("timeout", 1.0),
+    "cut": Says(200, (JSON,), (b"{", TransportFailure("invalid", "cut")), wait=1.0),
+    "a stream's first event": streams([1.0, event({"error": {"message": "busy", "type": "server_error"}})]),
+}
+
+
+@pytest.mark.parametrize("move", AGAIN.values(), ids=AGAIN.keys())
+def test_a_failure_that_may_not_come_again_is_its_leaders_alone(move: Move) -> None:
+    async def tell() -> None:
+        scene = Scene(move, says(wait=1.0))
+        document = ask(stream=isinstance(move, Says) and move.headers[0] != JSON)
+        if document["stream"]:
+            scene.way_up.queue[1] = streams(SLOW)
+        told = await asyncio.gather(*begin(scene, 5, document, ONCE))
+        assert told[0].status != 200 or told[0].broken or b"busy" in told[0].body
+        assert told[0].cache == "miss"
+        assert [each.status for each in told[1:]] == [200] * 4
+        assert caches(told[1:]) == ["miss"] + ["coalesced"] * 3
+        assert len(scene.way_up.sent) == 2
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_at_most_two_try_then_the_failure_is_everybodys() -> None:
+    scene = Scene(error(503, wait=1.0), error(500, wait=1.0))
+    told = await asyncio.gather(*begin(scene, 10, None, ONCE))
+    assert [(each.status, each.at) for each in told] == [(503, 1.0)] + [(500, 2.0)] * 9
+    assert caches(told) == ["miss"] * 2 + ["coalesced"] * 8
+    assert len(scene.way_up.sent) == 2
+    assert [receipt.error for receipt in scene.receipts].count("upstream_500") == 9
+    over(scene)
+
+
+@story
+async def test_a_refusal_is_shared_with_each_ones_own_id() -> None:
+    scene = Scene(*[Fails("unreached", 1.0)] * 2)
+    told = await asyncio.gather(*begin(scene, 4, None, ONCE))
+    assert [each.refused for each in told] == ["upstream_unreachable"] * 4
+    assert len({each.headers["X-Proxy-Request-Id"] for each in told}) == 4
+    assert caches(told) == ["miss", "miss", "coalesced", "coalesced"]
+    over(scene)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_deterministic_error_is_everybodys(status: int) -> None:
+    async def tell() -> None:
+        scene = Scene(error(status, wait=1.0))
+        told = await asyncio.gather(*begin(scene, 5))
+        assert {each.status for each in told} == {status}
+        assert len({each.body for each in told}) == 1
+        assert caches(told) == ["miss"] + ["coalesced"] * 4
+        assert (told[0].headers.get("X-Should-Retry"), told[0].headers.get("X-Proxy-Error")) == (
+            told[1].headers.get("X-Should-Retry"),
+            told[1].headers.get("X-Proxy-Error"),
+        )
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_a_leader_may_be_gone_when_its_failure_comes() -> None:
+    scene = Scene(error(500, wait=2.0), says(wait=1.0))
+    tasks = begin(scene, 3, None, ONCE)
+    await asyncio.sleep(1.0)
+    await leave(tasks.pop(0))
+    assert caches(await asyncio.gather(*tasks)) == ["miss", "coalesced"]
+    over(scene)
+
+
+# What cannot be shared.
+
+
+@story
+async def test_what_turns_out_uncacheable_is_not_serialised() -> None:
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says(UNFINISHED, wait=1.0)))
+    told = await asyncio.gather(*begin(scene, 100))
+    assert caches(told) == ["miss"] * 100
+    assert [each.at for each in told] == [1.0] + [2.0] * 99  # all at the same time, not one after the other
+    assert len(scene.way_up.sent) == 100
+    told = await asyncio.gather(*begin(scene, 100))  # and the next ones wait for nobody
+    assert [each.at for each in told] == [1.0] * 100
+    over(scene)
+    await asyncio.sleep(AVOID_FOR)
+    scene.way_up.otherwise = lambda sent: says(wait=1.0)
+    assert caches(await asyncio.gather(*begin(scene, 3))) == ["miss", "coalesced", "coalesced"]
+
+
+@story
+async def test_a_stream_that_grows_too_large_for_the_cache_takes_nobody_new_aboard() -> None:
+    big = [event(chunk("x" * 30_000)) for _ in range(8)]
+    script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
+    scene = Scene(streams(script), streams(script), config=settings(cache=Cache(max_entry=100_000)))
+    early = begin(scene, 2, STREAM)
+    await asyncio.sleep(2.5)
+    early += begin(scene, 1, STREAM)
+    await asyncio.sleep(3.0)
+    late = begin(scene, 1, STREAM)
+    told = await asyncio.gather(*early, *late)
+    assert caches(told) == ["miss", "coalesced", "coalesced", "miss"]
+    assert len({each.body for each in told}) == 1
+    over(scene)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [says(wait=1.0), Says(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?"))],
+)
+def test_what_came_in_another_form_than_asked_is_its_leaders(move: Says) -> None:
+    async def tell() -> None:
+        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: move))
+        assert caches(await asyncio.gather(*begin(scene, 3, STREAM))) == ["miss"] * 3
+        assert len(scene.way_up.sent) == 3
+        over(scene)
+
+    run(tell())
+
+
+# Streams.
+
+
+@story
+async def test_a_running_stream_is_joined_with_all_events_so_far() -> None:
+    scene = Scene(streams(SLOW))
+    early = begin(scene, 2, STREAM)
+    await asyncio.sleep(2.5)
+    late = begin(scene, 1, STREAM) + begin(scene, 1, USAGE_TOO)
+    told = await asyncio.gather(*early, *late)
+    assert caches(told) == ["miss", "coalesced", "coalesced", "coalesced"]
+    assert [each.at for each in told] == [6.0, 6.0, 3.5, 3.5]
+    assert [each.body for each in told[:3]] == [WHOLE.replace(USAGE, b"")] * 3
+    assert told[3].body == WHOLE  # the usage chunk only for who asked
+    follower = told[1].headers
+    assert follower["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
+    assert (follower["X-Proxy-Cost-USD"], follower["X-Proxy-Cost-Status"]) == ("0.000000", "exact")
+    assert "X-Proxy-Cost-Saved-USD" not in follower  # known at the end: in its receipt
+    assert [receipt.saved_usd for receipt in scene.receipts] == ["0.000000"] + ["0.002250"] * 3
+    assert (await scene.ask(STREAM)).body == told[0].body
+    assert (await scene.ask(USAGE_TOO)).body == WHOLE
+    over(scene)
+
+
+@story
+async def test_each_gets_the_cost_comment_he_asked_for() -> None:
+    scene = Scene(streams(SLOW))
+    asked = begin(scene, 1, STREAM, Options(stream_cost=True)) + begin(scene, 1, STREAM)
+    told = await asyncio.gather(*asked, *begin(scene, 1, STREAM, Options(stream_cost=True)))
+    assert b": x-proxy-cost-usd=0.002250 " in told[0].body
+    assert b"x-proxy" not in told[1].body
+    assert b": x-proxy-cost-usd=0.000000 x-proxy-prompt-tokens=100 " in told[2].body
+    over(scene)
+
+
+@pytest.mark.parametrize("inject", ["inject", "off"])
+def test_who_wants_usage_never_shares_a_stream_without(inject: str) -> None:
+    async def tell() -> None:
+        def answer(sent: Any) -> Move:
+            asked = (sent.json().get("stream_options") or {}).get("include_usage")
+            return streams([step for part in events(usage=bool(asked)) for step in (1.0, part)])
+
+        scene = Scene(way_up=ScriptedWayUp(otherwise=answer), config=settings(cost=Cost(stream_usage=inject)))
+        without = ask(stream=True, stream_options={"include_usage": False})
+        told = await asyncio.gather(
+            *begin(scene, 2, without), *begin(scene, 2, USAGE_TOO), *begin(scene, 2, STREAM), *begin(scene, 1, without)
+        )
+        assert [USAGE in each.body for each in told] == [False, False, True, True, False, False, False]
+        assert len(scene.way_up.sent) == 2
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_a_stream_that_breaks_breaks_for_all_and_is_told_once() -> None:
+    scene = Scene(streams([*SLOW[:4], 1.0, TransportFailure("timeout", "silent")]))
+    told = await asyncio.gather(*begin(scene, 3, STREAM))
+    assert [(each.broken, each.at) for each in told] == [(True, 3.0)] * 3
+    assert all(each.body.count(b'"upstream_timeout"') == 1 for each in told)
+    assert [receipt.error for receipt in scene.receipts] == ["upstream_timeout"] * 3
+    over(scene)
+    scene.way_up.queue.append(streams())
+    assert (await scene.ask(STREAM)).cache == "miss"  # nothing was stored, and nobody avoids anything
+    assert len(scene.journey.sharing.flights._avoided) == 0
+
+
+@story
+async def test_a_slow_follower_slows_nobody() -> None:
+    scene = Scene(streams(SLOW))
+    call = scene.call(STREAM)
+    leader, *fast = begin(scene, 3, STREAM)
+    plan = await scene.journey.planner.plan(call)
+    bought = await scene.journey.sharing.buy(call, plan)
+    got = []
+
+    async def write(data: bytes) -> None:
+        got.append(data)
+        await asyncio.sleep(5.0)
+
+    assert bought.flow is not None
+    slow = scene.loop.create_task(bought.flow.pump(write))
+    told = await asyncio.gather(leader, *fast)
+    assert [each.at for each in told] == [6.0] * 3
+    await slow
+    assert b"".join(got) == told[0].body
+    over(scene)
+
+
+@story
+async def test_a_follower_that_falls_too_far_behind_is_cut_off() -> None:
+    big = event(chunk("x" * 1_000_000))
+    scene = Scene(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
+    call = scene.call(STREAM)
+    leader, *fast = begin(scene, 3, STREAM)
+    bought = await scene.journey.sharing.buy(call, await scene.journey.planner.plan(call))
+    told = Told(200)
+
+    async def write(data: bytes) -> None:
+        await asyncio.Event().wait()
+
+    scene_pump = scene.loop.create_task(_pumped(bought.flow, write, told))
+    done = await asyncio.gather(leader, *fast)
+    assert [each.broken for each in done] == [False] * 3
+    await scene_pump
+    assert told.broken
+    late = next(receipt for receipt in scene.receipts if receipt.id == call.id)
+    assert late.error == "client_too_slow"
+    over(scene)
+
+
+async def _pumped(flow: Flow | View | None, write: Write, told: Told) -> None:
+    assert flow is not None
+    try:
+        await flow.pump(write)
+    except StreamBroken as broken:
+        told.broken = broken.at_once
+
+
+@story
+async def test_at_the_stop_each_stream_is_told_and_the_upstream_closed() -> None:
+    scene = Scene(streams([*SLOW[:4], HANG]))
+    calls = [scene.call(STREAM) for _ in range(3)]
+    buying = [
+        scene.loop.create_task(scene.journey.sharing.buy(call, await scene.journey.planner.plan(call)))
+        for call in calls
+    ]
+    bought = await asyncio.gather(*buying)
+    told = [Told(200) for _ in calls]
+    pumps = [scene.loop.create_task(scene.pump(each, one)) for each, one in zip(bought, told, strict=True)]
+    await asyncio.sleep(5.0)
+    for each, pump in zip(bought, pumps, strict=True):
+        assert each.flow is not None
+        each.flow.interrupted = "draining"
+        pump.cancel()
+    await asyncio.wait(pumps)
+    assert [one.broken for one in told] == [True] * 3
+    assert all(b'"draining"' in one.body for one in told)
+    await settled(3)
+    assert {receipt.error for receipt in scene.receipts} == {"draining"}
+    over(scene)
+
+
+# Flights themselves.
+
+
+def lead_of(*landings: Landing[str] | Exception, wait: float = 1.0) -> tuple[Lead[str], list[float]]:
+    left, began = list(landings), []
+
+    async def lead(seat: Seat[str]) -> Landing[str]:
+        began.append(turned_loop().time())
+        await asyncio.sleep(wait)
+        landing = left.pop(0)
+        if isinstance(landing, Exception):
+            raise landing
+        return landing
+
+    return lead, began
+
+
+def far() -> tuple[float, float]:
+    return turned_loop().time() + 60.0, turned_loop().time() + 60.0
+
+
+@story
+async def test_a_mistake_of_ours_fails_everybody_once_and_leaves_nothing() -> None:
+    flights: Flights[str] = Flights(turned_loop().time)
+    lead, began = lead_of(RuntimeError("a bug"))
+    seats = [flights.board([("k", "json")], lead, *far()) for _ in range(3)]
+    assert len(flights) == 1
+    for seat in seats:
+        assert seat is not None
+        with pytest.raises(RuntimeError, match="a bug"):
+            await seat.landing()
+        seat.leave()
+    assert (len(flights), len(began)) == (0, 1)
+
+
+@story
+async def test_all_leave_before_it_took_off() -> None:
+    flights: Flights[str] = Flights(turned_loop().time)
+    lead, began = lead_of(Landing("a", Share.ALL))
+    first, second = (flights.board([("k", "json")], lead, *far()) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    first.leave()
+    assert len(flights) == 1
+    second.leave()
+    second.leave()
+    assert (len(flights), began) == (0, [])
+    await settled()
+    assert began == []
+
+
+@story
+async def test_who_was_first_and_left_before_it_took_off_does_not_lead() -> None:
+    flights: Flights[str] = Flights(turned_loop().time)
+    lead, began = lead_of(Landing("a", Share.ALL))
+    first, second = (flights.board([("k", "json")], lead, *far()) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    first.leave()
+    landing = await second.landing()
+    assert landing is not None
+    assert landing.value == "a"
+    assert (first.led, second.led, len(began)) == (False, True, 1)
+
+
+@story
+async def test_what_nobody_takes_is_dropped() -> None:
+    flights: Flights[str] = Flights(turned_loop().time)
+    dropped: list[str] = []
+    landing = Landing("mine", Share.OWN, drop=lambda: dropped.append("mine"))
+    lead, _ = lead_of(landing, landing)
+    first, second = (flights.board([("k", "json")], lead, *far()) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    await asyncio.sleep(0.5)
+    first.leave()
+    landed = await second.landing()
+    assert landed is not None
+    assert landed.share is Share.OWN
+    assert dropped == ["mine"]
+    third = flights.board([("k", "json")], lead, *far())
+    assert third is not None
+    await asyncio.sleep(2.0)
+    third.leave()  # it landed, and its request was gone in the same turn
+    assert dropped == ["mine", "mine"]
+
+
+@story
+async def test_what_is_avoided_is_bounded_and_ends() -> None:
+    flights: Flights[str] = Flights(turned_loop().time)
+    lead, _ = lead_of()
+    for number in range(AVOIDED + 5):
+        flights.avoid([(str(number), "json")])
+    assert len(flights._avoided) == AVOIDED
+    assert flights.board([(str(AVOIDED), "json")], lead, *far()) is None
+    seat = flights.board([("0", "json")], lead, *far())
+    assert seat is not None
+    seat.leave()
+    await asyncio.sleep(AVOID_FOR)
+    seat = flights.board([(str(AVOIDED), "json")], lead, *far())
+    assert seat is not None
+    seat.leave()
+    assert len(flights._avoided) == AVOIDED - 1
+
+
+@story
+async def test_a_thousand() -> None:
+    scene = Scene(says(wait=1.0), streams(SLOW), config=settings(throttle=Throttle()))
+    told = await asyncio.gather(*begin(scene, 1000))
+    assert caches(told).count("coalesced") == 999
+    told = await asyncio.gather(*begin(scene, 1000, ask("other", stream=True)))
+    assert caches(told).count("coalesced") == 999
+    assert len({each.body for each in told}) == 1
+    assert len(scene.way_up.sent) == 2
+    over(scene)
+
+
+# Anything, and anybody may leave at any time.
+
+_CUT = TransportFailure("invalid", "cut")
+_GOOD: list[Move] = [says(wait=1.0), says(wait=3.0), streams(SLOW), streams(SLOW), streams([0.5, *events(usage=True)])]
+_BAD: list[Move] = [
+    *AGAIN.values(),
+    says(UNFINISHED, wait=1.0),
+    streams([*SLOW[:5], _CUT]),
+    streams([*SLOW[:3], 5.0, TransportFailure("timeout", "silent")]),
+    error(400, wait=1.0),
+    error(401, wait=1.0),
+    Fails("hang"),
+    Says(200, (JSON,), (b"{", HANG)),
+]
+_REQUEST = st.tuples(
+    st.integers(0, 1),  # which prompt
+    st.booleans(),  # streaming
+    st.booleans(),  # with usage
+    st.sampled_from([0.0, 0.0, 0.5, 1.5, 4.0]),  # when it comes
+    st.none() | st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.5]),  # after how long it leaves
+    st.sampled_from([2.0, 10.0, 40.0]),  # its deadline
+)
+
+
+@examples(max_examples=300)
+@given(
+    moves=st.lists(st.sampled_from(_GOOD + _BAD), min_size=1, max_size=8),
+    requests=st.lists(_REQUEST, min_size=1, max_size=12),
+    concurrency=st.sampled_from([1, 2, 100]),
+    retries=st.integers(0, 2),
+)
+def test_storms_leave_nothing_behind(
+    moves: list[Move],
+    requests: list[tuple[int, bool, bool, float, float | None, float]],
+    concurrency: int,
+    retries: int,
+) -> None:
+    config: Settings = settings(
+        pool("k1", "k2"),
+        throttle=Throttle(limits={"*": Limits(rpm=1000, tpm=1_000_000, concurrency=concurrency)}),
+        timeouts=Timeouts(total=60.0, first_byte=15.0),
+    )
+
+    async def tell() -> None:
+        script = iter([*moves] * 100)
+        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: next(script)), config=config)
+
+        async def one(prompt: int, stream: bool, usage: bool, after: float, total: float) -> Told:
+            await asyncio.sleep(after)
+            document = ask(str(prompt), stream=stream) | ({"stream_options": {"include_usage": True}} if usage else {})
+            return await scene.ask(document, Options(max_retries=retries), total=total)
+
+        tasks = []
+        for prompt, stream, usage, after, leaves, total in requests:
+            task = scene.loop.create_task(one(prompt, stream, usage and stream, after, total))
+            tasks.append(task)
+            if leaves is not None:
+                scene.loop.call_later(after + leaves, task.cancel)
+        await asyncio.wait(tasks)
+        await settled(3)
+        over(scene)
+        served = [task.result() for task in tasks if not task.cancelled()]
+        hits = sum(told.hit is not None for told in served)
+        assert len(served) <= len(scene.receipts) + hits <= len(tasks)
+        for told in served:
+            assert told.at <= 60.0 or told.flow is not None
+            if (
+                told.flow is not None
+                and not told.broken
+                and b'"error"' not in told.body
+                and told.flow.audit is not None
+            ):
+                assert told.body in (WHOLE, WHOLE.replace(USAGE, b""))
+
+    run(tell())
+
+
+def test_the_story_of_a_flight_left_in_every_turn() -> None:
+    """Three share a stream, and then a plain answer whose first leader fails; one of them leaves in each turn."""
+
+    def tell(gone: int, at: int | None, stream: bool) -> int:
+        turns = 0
+
+        async def tell() -> None:
+            nonlocal turns
+            scene = Scene(*([streams(SLOW)] if stream else [error(500, wait=1.0), says(wait=1.0)]))
+            began = scene.loop.steps
+            tasks = begin(scene, 3, ask(stream=stream), ONCE)
+            if at is not None:
+                scene.loop.at_step(at, tasks[gone].cancel)
+            await asyncio.wait(tasks)
+            turns = scene.loop.steps - began
+            await settled(3)
+            over(scene)
+            for n, task in enumerate(tasks):
+                assert n == gone or not task.cancelled()
+            told = [task.result() for task in tasks if not task.cancelled()]
+            assert not any(each.broken for each in told)
+            assert [each.status for each in told].count(200) >= (len(told) if stream else len(told) - 1)
+            assert len(scene.way_up.sent) <= 2
+
+        run(tell())
+        return turns
+
+    for stream in (True, False):
+        turns = tell(0, None, stream)
+        for gone in range(3):
+            for at in range(turns):
+                tell(gone, at, stream)

@@ -1,0 +1,264 @@
+"""A world on a stage: settings, a scripted way up, turned time; and books that must balance when the story is over."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from proxy.accounting.receipt import Receipt
+from proxy.cache.lookup import Hit, name_of
+from proxy.cache.plan import CachePlan
+from proxy.config.limits import Limits
+from proxy.config.secret import Secret
+from proxy.config.settings import Key, Retry, Settings, Throttle, Timeouts, Upstream
+from proxy.pipeline.coalescing.broadcast import View
+from proxy.pipeline.coalescing.reply import Bought
+from proxy.pipeline.handler import Journey
+from proxy.pipeline.relay import Flow, StreamBroken
+from proxy.protocol.errors import Refusal
+from proxy.protocol.headers import Raw
+from proxy.protocol.options import Options
+from proxy.protocol.request import Call, Client
+from proxy.protocol.routes import parse_target
+from proxy.services import World, compile_world
+from proxy.system.clock import Seams
+from proxy.upstream.interfaces import Write
+from proxy.upstream.limits.rate_limiter import MARGIN
+from proxy.upstream.providers.registry import model_named
+from tests.pipeline.clock import START, WALL, turned_loop
+from tests.pipeline.script import Move, ScriptedWayUp
+
+CHAT = "/v1/chat/completions"
+LIMITS = Limits(rpm=1000, tpm=1_000_000, concurrency=100)
+"""Wide limits: nothing waits, everything is counted."""
+
+
+def pool(*names: str, **fields: Any) -> Upstream:
+    """One upstream with a key `sk-NAME` for each name."""
+    keys = tuple(Key(name, Secret(f"sk-{name}"), quota=name) for name in names)
+    return Upstream(base_url="http://up.test/v1", keys=keys, **fields)
+
+
+def settings(*upstreams: Upstream, **sections: Any) -> Settings:
+    """One pool with one key where no upstream is given; no dice, 1 s of pause, everything counted."""
+    base = Settings(
+        upstreams=upstreams or (pool("k1"),),
+        retry=Retry(jitter=0.0),
+        throttle=Throttle(limits={"*": LIMITS}),
+        timeouts=Timeouts(total=60.0),
+    )
+    return replace(base, **sections)
+
+
+def ask(text: str = "Hi", **fields: Any) -> dict[str, Any]:
+    return {"model": "gpt-4o", "messages": [{"role": "user", "content": text}]} | fields
+
+
+@dataclass(slots=True)
+class Told:
+    """What the client saw of one request. refused: our error code; broken: the stream had no clean end."""
+
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    raw_headers: Sequence[Raw] = ()
+    hit: Hit | None = None
+    refusal: Refusal | None = None
+    broken: bool = False
+    reads: list[bytes] = field(default_factory=list)
+    flow: Flow | View | None = None
+    at: float = 0.0
+
+    @property
+    def refused(self) -> str:
+        return self.refusal.code if self.refusal is not None else ""
+
+    @property
+    def cache(self) -> str:
+        return "hit" if self.hit is not None else self.headers["X-Proxy-Cache"]
+
+    @property
+    def reason(self) -> str:
+        return self.headers["X-Proxy-Cache-Reason"]
+
+    @property
+    def attempts(self) -> int:
+        return int(self.headers["X-Proxy-Attempts"])
+
+    @property
+    def cost(self) -> str | None:
+        return self.headers.get("X-Proxy-Cost-USD")
+
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+
+def header_lines(lines: str) -> dict[str, str]:
+    """Our own header lines, each of which must be whole and stand once."""
+    pairs = [line.partition(": ") for line in lines.split("\r\n")]
+    assert pairs.pop() == ("", "", ""), lines
+    names = [name for name, _, _ in pairs]
+    assert len({name.lower() for name in names}) == len(names), lines
+    assert all(name and value for name, _, value in pairs), lines
+    return {name: value for name, _, value in pairs}
+
+
+class Scene:
+    """One proxy without its edges, in turned time. `moves`: what the upstream does, in order."""
+
+    def __init__(self, *moves: Move, config: Settings | None = None, way_up: ScriptedWayUp | None = None) -> None:
+        self.loop = turned_loop()
+        numbers = itertools.count(1)
+        self.seams = Seams(
+            monotonic=self.loop.time,
+            wall=lambda: WALL + self.loop.time() - START,
+            random=lambda: 0.5,
+            new_id=lambda: f"id-{next(numbers)}",
+        )
+        self.way_up = way_up or ScriptedWayUp(*moves)
+        self.world: World = compile_world(config or settings(), self.seams)
+        self.receipts: list[Receipt] = []
+        self.journey = Journey(self.world, self.way_up, self.receipts.append)
+        self.flows: list[Flow | View] = []
+        self.write: Write | None = None  # a client that is slow, or gone
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        document: Any = None,
+        options: Options | None = None,
+        *,
+        body: bytes | None = None,
+        target: str = CHAT,
+        headers: Sequence[Raw] = ((b"Content-Type", b"application/json"),),
+        client: Client | None = None,
+        total: float | None = None,
+        patience: float | None = None,
+    ) -> Call:
+        """A request, understood as the edge does it."""
+        document = ask() if document is None else document
+        route = parse_target(target)
+        config = self.world.settings
+        options = options or route.options
+        now = self.loop.time()
+        asked = document.get("stream_options")
+        if total is None:
+            total = config.timeouts.total if options.timeout is None else options.timeout
+        if patience is None:
+            patience = options.max_wait if options.max_wait is not None else config.throttle.max_wait
+        assert patience is not None
+        named = document.get("model")
+        return Call(
+            id=self.seams.new_id(),
+            route=route,
+            headers=headers,
+            body=orjson.dumps(document) if body is None else body,
+            document=document,
+            model=model_named(self.world.sites, route, named),
+            body_model=named,
+            stream=document.get("stream") is True,
+            wants_usage=isinstance(asked, dict) and asked.get("include_usage") is True,
+            options=options,
+            client=client or Client(),
+            arrived=now,
+            deadline=now + total,
+            patience=patience,
+        )
+
+    async def ask(self, document: Any = None, options: Options | None = None, **more: Any) -> Told:
+        """One request to the end of its answer."""
+        return await self.serve(self.call(document, options, **more))
+
+    async def serve(self, call: Call) -> Told:
+        told = await self.answer(call)
+        told.at = round(self.loop.time() - call.arrived, 6)
+        return told
+
+    async def answer(self, call: Call) -> Told:
+        """As `edge.downstream` goes about it: serve, let flow."""
+        try:
+            served = await self.journey.serve(call, lambda: None)
+        except Refusal as refusal:
+            lines = header_lines(refusal.lines) if refusal.lines else {}
+            return Told(refusal.status, refusal.body(), lines, refusal=refusal.again(refusal.lines))
+        if isinstance(served, Hit):
+            return Told(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
+        bought = served
+        told = Told(bought.status, bought.body or b"", header_lines(bought.lines), bought.headers, flow=bought.flow)
+        if bought.flow is not None:
+            await self.pump(bought, told)
+        return told
+
+    async def pump(self, bought: Bought, told: Told) -> None:
+        assert bought.flow is not None
+        assert bought.body is None
+        self.flows.append(bought.flow)
+
+        async def write(data: bytes) -> None:
+            assert data
+            told.reads.append(data)
+            if self.write is not None:
+                await self.write(data)
+
+        try:
+            await bought.flow.pump(write)
+        except StreamBroken:
+            told.broken = True
+        finally:
+            bought.flow.abandon()
+            told.body = b"".join(told.reads)
+
+    def peek(self, target: str, scope: str, body: bytes) -> Hit | None:
+        return self.journey.shelf.peek(name_of(target, scope, body))
+
+    async def planned(self, document: Any = None, options: Options | None = None, **more: Any) -> CachePlan:
+        return await self.journey.planner.plan(self.call(document, options, **more))
+
+    async def interrupt(self, told: asyncio.Task[Told]) -> Told:
+        """The drain's last word to a stream, as `app` speaks it."""
+        self.flows[-1].interrupted = "draining"
+        told.cancel()
+        return await told
+
+    # -- judging ------------------------------------------------------------------------------------------------------
+
+    @property
+    def receipt(self) -> Receipt:
+        """The last one."""
+        return self.receipts[-1]
+
+    def used(self, name: str = "k1", model: str = "gpt-4o") -> dict[str, int]:
+        """What is held of each limit of a key."""
+        key = next(key for key in self.world.ring.keys if key.label == name)
+        allowance = self.world.ring.allowance(key, model, self.loop.time())
+        assert allowance is not None
+        return {limit: row["used"] for limit, row in allowance.usage(self.loop.time()).items()}
+
+    def state(self, name: str = "k1", model: str = "gpt-4o") -> tuple[str, float] | None:
+        """(state, seconds left), None where the key is ready."""
+        state = self.world.ring.state(name, model, self.loop.time())
+        return None if state is None else (state.status.value, round(state.until - self.loop.time(), 3))
+
+    def balanced(self, model: str = "gpt-4o") -> None:
+        """Nothing is held any more: no place in the queue, no permit, no connection; and what went up was counted."""
+        assert self.world.gate.depth == 0
+        assert self.world.gate.depths() == {}
+        went_up: dict[str, int] = {}
+        for sent in self.way_up.sent:
+            if self.loop.time() - sent.at < 60 * MARGIN:
+                went_up[sent.key] = went_up.get(sent.key, 0) + sent.trip.connected
+            assert sent.reply is None or sent.reply.given_back, sent
+        for key in self.world.ring.keys:
+            allowance = self.world.ring.allowance(key, model, self.loop.time())
+            if allowance is not None:
+                used = self.used(key.label, model)
+                assert used.get("concurrency", 0) == 0
+                if "rpm" in used:
+                    assert used["rpm"] == went_up.get(key.label, 0), (key.label, used, went_up)
+        assert len(self.receipts) == len({receipt.id for receipt in self.receipts})

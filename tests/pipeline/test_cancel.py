@@ -1,0 +1,226 @@
+"""Client gone, at any moment: nothing stays held, nothing is kept, and the others go on (contract 7, Client gone).
+
+A story is told once undisturbed, to count the turns of its loop; then once for each turn, cancelled there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import proxy.cache.planner
+from proxy.config.limits import Limits
+from proxy.config.settings import Retry, Throttle
+from proxy.protocol.options import Options
+from proxy.upstream.retry.outcome import TransportFailure
+from tests.pipeline.clock import run, settled
+from tests.pipeline.fixture import Scene, Told, ask, pool
+from tests.pipeline.fixture import settings as config
+from tests.pipeline.script import (
+    HANG,
+    JSON,
+    SSE,
+    Fails,
+    Move,
+    Says,
+    ScriptedWayUp,
+    Sent,
+    chunk,
+    completion,
+    dump,
+    error,
+    event,
+    events,
+    rate_limited,
+    says,
+    streams,
+)
+
+CUT = TransportFailure("invalid", "cut")
+SLOW = [step for part in events(usage=True) for step in (1.0, part)]
+NARROW = Throttle(limits={"*": Limits(rpm=50, tpm=100_000, concurrency=1)}, max_wait=1000.0)
+STALLED = Says(200, (JSON,), (b"{", HANG))
+
+STORIES: dict[str, tuple[Sequence[Move], bool]] = {
+    "a plain answer": ([Says(200, (JSON,), (dump(completion())[:9], 1.0, dump(completion())[9:]), 1.0, 1.0)], False),
+    "a stream": ([streams(SLOW, connect=1.0, wait=1.0)], True),
+    "a stream that waits for its first event": ([streams([b": ping\n\n", 1.0, b": ping\n\n", HANG])], True),
+    "retries": ([error(500, wait=1.0), Fails("unreached", 1.0), Fails("ambiguous", 1.0), says(wait=1.0)], False),
+    "changes of key": ([error(401, wait=1.0), rate_limited("9", wait=1.0), streams(SLOW)], True),
+    "refused by a stream": (
+        [streams([1.0, event({"error": {"code": "insufficient_quota", "message": "no"}})]), says(wait=1.0)],
+        False,
+    ),
+    "all keys refuse": ([error(401, wait=1.0), error(403, wait=1.0), error(401, wait=1.0)], False),
+    "an error body in pieces": ([Says(400, (JSON,), (b'{"error":', 1.0, b"{}}"))], False),
+    "a stale connection": ([Fails("stale", 1.0), streams(SLOW)], True),
+    "connecting for ever": ([Fails("hang connecting")], False),
+    "waiting for ever": ([Fails("hang")], False),
+    "a body that stalls": ([STALLED], False),
+    "a cut stream": ([streams([*SLOW[:4], CUT])], True),
+    "stream_options disliked": ([error(400, message="stream_options?", wait=1.0), streams(SLOW)], True),
+}
+
+
+def told_once(moves: Sequence[Move], stream: bool, at: int | None, landed: list[int | None]) -> int:
+    """Tells it, cancelled in turn `at`; how many turns it took. landed: turns too late for anything but the answer."""
+    turns = 0
+
+    async def tell() -> None:
+        nonlocal turns
+        upstream = pool("k1", "k2", "k3")
+        scene = Scene(*moves, config=config(upstream, throttle=NARROW, retry=Retry(jitter=0.0)))
+        began = scene.loop.steps
+        task = scene.loop.create_task(scene.ask(ask(stream=stream, max_tokens=50)))
+        if at is not None:
+            scene.loop.at_step(at, task.cancel)
+        await asyncio.wait([task])
+        turns = scene.loop.steps - began
+        await settled(3)
+        scene.balanced()
+        tokens = sum(scene.used(name)["tpm"] for name in ("k1", "k2", "k3"))
+        assert 0 <= tokens <= 400 * len(scene.way_up.sent)
+        if task.cancelled():
+            assert len(scene.receipts) <= 1
+            assert scene.world.store is not None
+            entries = scene.world.store.memory.stats()["entries"]
+            if scene.way_up.sent and (scene.receipt.status, scene.receipt.error) != (499, "client_gone"):
+                landed.append(at)  # what it waited for came in the very turn in which it left
+            else:
+                assert entries == 0
+        else:
+            assert task.exception() is None
+            assert len(scene.receipts) == 1
+        assert all(sent.reply is None or sent.reply.closed <= 2 for sent in scene.way_up.sent)
+
+    run(tell())
+    return turns
+
+
+@pytest.mark.parametrize(("moves", "stream"), STORIES.values(), ids=STORIES.keys())
+def test_cancelled_in_every_turn(moves: Sequence[Move], stream: bool) -> None:
+    landed: list[int | None] = []
+    turns = told_once(moves, stream, None, landed)
+    assert turns > 2
+    for at in range(turns + 1):
+        told_once(moves, stream, at, landed)
+    assert len(landed) <= 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
+    """Four at a concurrency of one, the n-th of them gone in any turn: the other three are served, in order."""
+
+    def upstream(sent: Sent) -> Move:
+        return streams([*SLOW[:4], *events(usage=True)[2:]]) if stream else says(wait=2.0)
+
+    def tell(gone: int, at: int | None) -> int:
+        turns = 0
+
+        async def tell() -> None:
+            nonlocal turns
+            scene = Scene(way_up=ScriptedWayUp(otherwise=upstream), config=config(throttle=NARROW))
+            began = scene.loop.steps
+            tasks = [scene.loop.create_task(scene.ask(ask(str(n), stream=stream))) for n in range(4)]
+            if at is not None:
+                scene.loop.at_step(at, tasks[gone].cancel)
+            await asyncio.wait(tasks)
+            turns = scene.loop.steps - began
+            for n, task in enumerate(tasks):
+                assert task.cancelled() or (task.result().status, task.result().broken) == (200, False)
+                assert n == gone or not task.cancelled()
+            order = [sent.json()["messages"][0]["content"] for sent in scene.way_up.sent]
+            assert order == sorted(order)
+            scene.balanced()
+
+        run(tell())
+        return turns
+
+    turns = tell(0, None)
+    for gone in range(4):
+        for at in range(turns):
+            tell(gone, at)
+
+
+def test_a_large_request_that_leaves_while_it_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.cache.planner, "LARGE", 10)
+
+    async def tell() -> None:
+        scene = Scene(says())
+        for leave in (True, False):
+            task = scene.loop.create_task(scene.ask())
+            await asyncio.sleep(0)
+            if leave:
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert scene.way_up.sent == []
+        assert (await task).status == 200
+        scene.balanced()
+
+    run(tell())
+
+
+# Anything, in any order, and anybody may leave at any time.
+
+_WAIT = st.sampled_from([0.0, 0.5, 3.0])
+_BODY = st.sampled_from(
+    [tuple(events(usage=True)), tuple(SLOW), (*SLOW[:5], CUT), (*SLOW[:3], HANG), (), (b": hi\n\n",)]
+)
+_PLAIN = st.sampled_from([(dump(completion()),), (b"{", 2.0, b"}"), (b"{",), (b"{", CUT), (b"{", HANG)])
+_MOVES = st.one_of(
+    st.builds(Says, st.just(200), st.just((SSE,)), _BODY, _WAIT, _WAIT, at_once=st.booleans()),
+    st.builds(Says, st.just(200), st.just((JSON,)), _PLAIN, _WAIT, _WAIT, at_once=st.booleans()),
+    st.builds(Says, st.sampled_from([302, 400, 401, 403, 404, 429, 500, 503]), st.just((JSON,)), _PLAIN, _WAIT, _WAIT),
+    st.builds(Fails, st.sampled_from(["unreached", "stale", "ambiguous", "timeout", "hang", "hang connecting"]), _WAIT),
+    st.sampled_from([error(429, "insufficient_quota"), rate_limited("2"), rate_limited("500")]),
+    st.just(streams([event(chunk("a")), event({"error": {"message": "no"}})])),
+)
+
+
+@settings(max_examples=300)
+@given(
+    moves=st.lists(_MOVES, min_size=1, max_size=12),
+    keys=st.integers(1, 3),
+    requests=st.lists(st.tuples(st.booleans(), st.none() | st.integers(0, 120)), min_size=1, max_size=5),
+    limits=st.sampled_from([Limits(), Limits(rpm=200, tpm=200_000, concurrency=1), Limits(concurrency=2)]),
+    retries=st.integers(0, 3),
+)
+def test_whatever_happens_the_books_balance(
+    moves: list[Move], keys: int, requests: list[tuple[bool, int | None]], limits: Limits, retries: int
+) -> None:
+    names = [f"k{n}" for n in range(keys)]
+
+    async def tell() -> None:
+        script = iter([*moves] * 50)
+        scene = Scene(
+            way_up=ScriptedWayUp(otherwise=lambda sent: next(script)),
+            config=config(pool(*names), throttle=Throttle(limits={"*": limits})),
+        )
+        tasks: list[asyncio.Task[Told]] = []
+        for n, (stream, cancel_at) in enumerate(requests):
+            document = ask(str(n // 2), stream=stream)  # some are asked twice
+            task = scene.loop.create_task(scene.ask(document, Options(max_retries=retries)))
+            tasks.append(task)
+            if cancel_at is not None:
+                canceller: Callable[[], object] = task.cancel
+                scene.loop.call_later(cancel_at / 10, canceller)
+        await asyncio.wait(tasks)
+        await settled(3)
+        hits = 0
+        for task in tasks:
+            if not task.cancelled():
+                told = task.result()
+                hits += told.hit is not None
+                assert told.at <= 60.0 or told.flow is not None
+                if told.broken:
+                    assert b"[DONE]" not in told.body or told.flow is not None
+        assert len(scene.receipts) + hits <= len(tasks)
+        assert len(scene.receipts) + hits >= sum(not task.cancelled() for task in tasks)
+        scene.balanced()
+
+    run(tell())

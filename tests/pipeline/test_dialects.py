@@ -1,0 +1,88 @@
+"""Whichever shape the client speaks and the upstream knows: path, credential and the body's model (contract 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from proxy.config.secret import Secret
+from proxy.config.settings import Key, Upstream
+from tests.pipeline.clock import story
+from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.script import says
+
+ROOT = "https://res.test"
+AZURE = Upstream(
+    "azure",
+    kind="azure",
+    base_url=ROOT,
+    api_version="2024-10-21",
+    deployments={"gpt-4o": "my-gpt4o"},
+    keys=(Key("az", Secret("sk-az"), quota="az"),),
+)
+AZURE_V1 = Upstream("azure", "azure", ROOT, deployments={"gpt-4o": "my-gpt4o"}, keys=AZURE.keys)
+CHAT, DEPLOYED = "/v1/chat/completions", "/openai/deployments/d1/chat/completions?api-version=2024-06-01"
+WITHOUT_MODEL = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("upstream", "target", "document", "url", "model"),
+    [
+        (pool("k1"), CHAT, ask(), "http://up.test/v1/chat/completions", "gpt-4o"),
+        (pool("k1"), DEPLOYED, ask(), "http://up.test/v1/chat/completions", "gpt-4o"),
+        (pool("k1"), DEPLOYED, WITHOUT_MODEL, "http://up.test/v1/chat/completions", "d1"),
+        (pool("k1"), "/openai/v1/chat/completions", ask(), "http://up.test/v1/chat/completions", "gpt-4o"),
+        (
+            AZURE,
+            CHAT,
+            ask(),
+            f"{ROOT}/openai/deployments/my-gpt4o/chat/completions?api-version=2024-10-21",
+            "gpt-4o",
+        ),
+        (AZURE, DEPLOYED, ask(), f"{ROOT}{DEPLOYED}", "gpt-4o"),
+        (AZURE, DEPLOYED, WITHOUT_MODEL, f"{ROOT}{DEPLOYED}", None),
+        (AZURE_V1, CHAT, ask(), f"{ROOT}/openai/v1/chat/completions", "my-gpt4o"),
+        (AZURE_V1, CHAT, ask(model="other"), f"{ROOT}/openai/v1/chat/completions", "other"),
+    ],
+)
+@story
+async def test_where_it_goes_and_which_model_it_names(
+    upstream: Upstream, target: str, document: Any, url: str, model: str | None
+) -> None:
+    scene = Scene(says(), config=settings(upstream))
+    body = orjson.dumps(document, option=orjson.OPT_INDENT_2)
+    told = await scene.ask(document, target=target, body=body)
+    [sent] = scene.way_up.sent
+    assert (told.status, sent.url, sent.json().get("model")) == (200, url, model)
+    assert sent.headers.get("api-key") == ("sk-az" if upstream.kind == "azure" else None)
+    if document.get("model") == model:
+        assert sent.body == body  # byte for byte, unless the model must change
+    elif "model" in document:
+        assert sent.body == body.replace(b'"gpt-4o"', b'"my-gpt4o"')
+
+
+@story
+async def test_the_receipt_names_the_model_that_was_asked_for() -> None:
+    scene = Scene(says(), config=settings(AZURE_V1))
+    await scene.ask()
+    assert scene.receipt.model == "gpt-4o"
+
+
+@pytest.mark.parametrize("upstream", [pool("k1"), AZURE, AZURE_V1], ids=["openai", "azure", "azure v1"])
+@pytest.mark.parametrize("name", ["", "\ud800", "a\nb", "a/../b", "ä" * 9, "%2e%2e"], ids=ascii)
+@story
+async def test_model_names_that_nobody_has(upstream: Upstream, name: str) -> None:
+    """They reach the upstream as they are, or they are refused; they lead nowhere else and break nothing."""
+    scene = Scene(says(), config=settings(upstream))
+    document = ask(model=name)
+    body = b'{"model":"\\ud800","messages":[]}' if name == "\ud800" else orjson.dumps(document)
+    told = await scene.ask(document, body=body)
+    assert told.status in (200, 400, 502)
+    for sent in scene.way_up.sent:
+        assert sent.url.startswith((f"{ROOT}/openai/", "http://up.test/v1/chat/completions"))
+        assert not {"..", ".", ""} & set(sent.url.partition("?")[0].split("/")[3:])
+        assert sent.url.isascii()
+    assert scene.receipt.model == name
+    scene.balanced(name)

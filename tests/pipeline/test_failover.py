@@ -1,0 +1,295 @@
+"""When an upstream fails: the next priority, the breaker, another model (contract 3; contract 7, Retry)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from proxy.config.settings import Breaker, Retry, Settings
+from proxy.protocol.options import Options
+from tests.pipeline.clock import story
+from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.script import Fails, Move, Says, ScriptedWayUp, Sent, error, event, rate_limited, says, streams
+
+QUICK = Retry(jitter=0.0, base_delay=1.0, max_delay=1.0)
+
+
+def two(**sections: object) -> Settings:
+    """Provisioned capacity first, then pay-as-you-go."""
+    return settings(pool("ptu"), pool("payg", name="spare", priority=1), **{"retry": QUICK, **sections})
+
+
+def by_key(**moves: Move) -> ScriptedWayUp:
+    return ScriptedWayUp(otherwise=lambda sent: moves.get(sent.key) or says())
+
+
+def by_model(**moves: Move) -> Callable[[Sent], Move]:
+    return lambda sent: moves.get(sent.json()["model"].replace("-", "_")) or says()
+
+
+# Priorities.
+
+
+@story
+async def test_the_next_tier_has_its_turn_when_the_retries_are_spent() -> None:
+    scene = Scene(way_up=by_key(ptu=error(500)), config=two())
+    told = await scene.ask()
+    assert (told.status, told.headers["X-Proxy-Key"], told.at) == (200, "payg", 3.0)
+    assert scene.way_up.keys == ["ptu"] * 4 + ["payg"]
+    assert "X-Should-Retry" not in told.headers
+    scene.balanced()
+
+
+@pytest.mark.parametrize("trouble", [Fails("unreached"), Fails("ambiguous"), error(503), error(408)])
+@story
+async def test_whatever_may_be_sent_again_may_be_sent_elsewhere(trouble: Move) -> None:
+    scene = Scene(way_up=by_key(ptu=trouble), config=two())
+    told = await scene.ask(None, Options(max_retries=0))
+    assert (told.status, scene.way_up.keys, told.at) == (200, ["ptu", "payg"], 0.0)
+    scene.balanced()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status"), [(error(400), 400), (Fails("timeout"), 504), (Fails("invalid"), 502), (error(422), 422)]
+)
+@story
+async def test_what_is_sent_once_is_sent_once(trouble: Move, status: int) -> None:
+    scene = Scene(way_up=by_key(ptu=trouble), config=two())
+    told = await scene.ask()
+    assert (told.status, scene.way_up.keys) == (status, ["ptu"])
+    scene.balanced()
+
+
+@story
+async def test_ambiguous_off_holds_for_other_tiers_too() -> None:
+    scene = Scene(way_up=by_key(ptu=Fails("ambiguous")), config=two(retry=Retry(ambiguous=False)))
+    told = await scene.ask()
+    assert (told.refused, scene.way_up.keys) == ("upstream_unreachable", ["ptu"])
+    scene.balanced()
+
+
+@story
+async def test_a_limited_tier_gives_way_at_once() -> None:
+    scene = Scene(way_up=by_key(ptu=rate_limited("30")), config=two())
+    for number in range(3):
+        told = await scene.ask(ask(str(number)), Options(max_retries=0))
+        assert (told.status, told.headers["X-Proxy-Key"]) == (200, "payg")
+    assert scene.way_up.keys == ["ptu", "payg", "payg", "payg"]
+
+
+@story
+async def test_when_every_tier_fails_the_last_answer_says_stop() -> None:
+    scene = Scene(way_up=by_key(ptu=error(500), payg=error(503)), config=two())
+    told = await scene.ask()
+    assert (told.status, told.headers["X-Should-Retry"]) == (503, "false")
+    assert scene.way_up.keys == ["ptu"] * 4 + ["payg"]  # the retries are the request's, not each tier's
+    scene.balanced()
+
+
+@story
+async def test_a_tier_that_cools_too_long_leaves_the_answer_in_hand() -> None:
+    scene = Scene(rate_limited("1"), rate_limited("600"), says(), error(500), config=two())
+    assert (await scene.ask()).status == 200  # ptu, after its second; payg cools for ten minutes
+    told = await scene.ask(ask("next"), Options(max_retries=0))
+    assert (told.status, scene.way_up.keys) == (500, ["ptu", "payg", "ptu", "ptu"])
+    scene.balanced()
+
+
+@story
+async def test_two_regions_of_one_pool_take_over_from_each_other() -> None:
+    regions = settings(pool("east", name="east"), pool("west", name="west"), retry=QUICK)
+    scene = Scene(way_up=by_key(east=error(503)), config=regions)
+    for number in range(8):
+        told = await scene.ask(ask(str(number)))
+        assert (told.status, told.headers["X-Proxy-Key"]) == (200, "west")
+    # A retry goes to the other region, and after five requests in a row nobody asks the first any more.
+    assert scene.way_up.keys.count("east") == 5
+    scene.balanced()
+
+
+# The breaker.
+
+
+def one(**breaker: float) -> Settings:
+    return settings(retry=Retry(max_retries=0), breaker=Breaker(**{"failures": 3, **breaker}))  # type: ignore[arg-type]
+
+
+@story
+async def test_an_upstream_that_fails_is_left_alone() -> None:
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500)), config=one())
+    assert [(await scene.ask(ask(str(n)))).status for n in range(3)] == [500] * 3
+    told = await scene.ask()
+    assert (told.status, told.refused) == (503, "circuit_open")
+    assert told.refusal is not None
+    assert told.refusal.retry_after == 15.0
+    assert told.refusal.should_retry is None
+    assert len(scene.way_up.sent) == 3
+    scene.balanced()
+
+
+@pytest.mark.parametrize(("answer", "after"), [(says(), 200), (error(500), 503), (error(400), 200)])
+@story
+async def test_then_one_request_tries_it(answer: Says, after: int) -> None:
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500)), config=one())
+    for n in range(3):
+        await scene.ask(ask(str(n)))
+    scene.way_up.otherwise = lambda sent: says()
+    await scene.world.seams.sleep(15.0)
+    slow = Says(answer.status, answer.headers, answer.body, wait=2.0)
+    scene.way_up.queue.append(slow)
+    probe = scene.loop.create_task(scene.ask(ask("probe")))
+    await scene.world.seams.sleep(1.0)
+    assert (await scene.ask(ask("meanwhile"))).refused == "circuit_open"
+    assert (await probe).status == answer.status
+    assert (await scene.ask(ask("after"))).status == after
+    scene.balanced()
+
+
+@story
+async def test_one_request_alone_trips_nothing() -> None:
+    config = settings(retry=QUICK, breaker=Breaker(failures=2))
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500)), config=config)
+    assert (await scene.ask(None, Options(max_retries=10))).attempts == 11
+    assert scene.world.upstreams[0].breaker.state(scene.loop.time()) == "closed"
+
+
+@story
+async def test_failures_that_a_retry_mends_trip_nothing() -> None:
+    scene = Scene(*[error(500)] * 10, *[says()] * 10, config=settings(retry=QUICK))
+    tasks = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(10)]
+    assert [(await task).status for task in tasks] == [200] * 10
+    assert scene.world.upstreams[0].breaker.state(scene.loop.time()) == "closed"
+
+
+@story
+async def test_an_impatient_client_trips_nothing() -> None:
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: Fails("hang")), config=one())
+    for n in range(5):
+        told = await scene.ask(ask(str(n)), total=1.0)
+        assert told.refused == "upstream_timeout"
+
+
+@story
+async def test_whoever_is_retrying_when_it_opens_gets_the_upstreams_own_answer() -> None:
+    config = settings(retry=Retry(jitter=0.0, base_delay=5.0), breaker=Breaker(failures=3))
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500, message="ours")), config=config)
+    waiting = scene.loop.create_task(scene.ask(ask("waits")))
+    await scene.world.seams.sleep(1.0)
+    for n in range(3):
+        await scene.ask(ask(str(n)), Options(max_retries=0))
+    told = await waiting
+    assert (told.status, told.attempts, told.headers["X-Should-Retry"]) == (500, 1, "false")
+    assert told.json()["error"]["message"] == "ours"
+    scene.balanced()
+
+
+@story
+async def test_an_open_upstream_gives_way_to_the_next_tier_at_once() -> None:
+    config = two(retry=Retry(max_retries=0), breaker=Breaker(failures=2))
+    scene = Scene(way_up=by_key(ptu=error(500)), config=config)
+    for n in range(5):
+        assert (await scene.ask(ask(str(n)))).headers["X-Proxy-Key"] == "payg"
+    assert scene.way_up.keys.count("ptu") == 2
+
+
+# The last answer of a stream.
+
+
+@story
+async def test_a_stream_whose_first_event_stays_an_error_says_stop() -> None:
+    told_off = streams([event({"error": {"message": "overloaded", "type": "server_error"}})])
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: told_off), config=settings(retry=QUICK))
+    told = await scene.ask(ask(stream=True))
+    assert (told.status, told.attempts, told.headers["X-Should-Retry"]) == (200, 4, "false")
+    assert b"overloaded" in told.body
+    scene.balanced()
+
+
+# Other models.
+
+
+def fallback(*models: str, **sections: object) -> Settings:
+    retry = Retry(max_retries=0, fallbacks={"gpt-4o": models})
+    return settings(pool("k1"), **{"retry": retry, **sections})
+
+
+def given_back(scene: Scene) -> None:
+    """As `balanced`, which counts one model's requests only."""
+    assert all(reply.given_back for reply in scene.way_up.replies)
+    for model in ("gpt-4o", "gpt-4o-mini", "a", "b"):
+        assert scene.used(model=model)["concurrency"] == 0
+
+
+FAILURES = {
+    "500": error(500),
+    "429": rate_limited("600"),
+    "401": error(401),
+    "404": error(404, "model_not_found"),
+    "unreachable": Fails("unreached"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize("stream", [False, True])
+@story
+async def test_another_model_answers_and_says_so(failure: Move, stream: bool) -> None:
+    scene = Scene(failure, config=fallback("gpt-4o-mini"))
+    scene.way_up.otherwise = lambda sent: streams() if stream else says()
+    told = await scene.ask(ask(stream=stream))
+    assert (told.status, told.headers["X-Proxy-Model"], told.attempts) == (200, "gpt-4o-mini", 2)
+    assert [sent.json()["model"] for sent in scene.way_up.sent] == ["gpt-4o", "gpt-4o-mini"]
+    assert "stored" not in told.headers["Cache-Status"]
+    assert scene.receipt.model == "gpt-4o-mini"
+    scene.way_up.queue.clear()
+    again = await scene.ask(ask(stream=stream), Options(max_wait=0.0))
+    assert again.cache == "miss"  # nothing was stored under the name that was asked for
+    given_back(scene)
+
+
+@pytest.mark.parametrize("failure", [error(400), error(422), Fails("timeout"), Fails("invalid")])
+@story
+async def test_what_is_no_ones_fault_falls_back_on_nobody(failure: Move) -> None:
+    scene = Scene(failure, config=fallback("gpt-4o-mini"))
+    told = await scene.ask()
+    assert "X-Proxy-Model" not in told.headers
+    assert len(scene.way_up.sent) == 1
+
+
+@story
+async def test_one_after_the_other_and_else_the_first_failure() -> None:
+    scene = Scene(config=fallback("a", "b"))
+    scene.way_up.otherwise = by_model(gpt_4o=error(503, message="asked for"), a=error(500), b=error(400))
+    told = await scene.ask()
+    assert (told.status, told.json()["error"]["message"], told.attempts) == (503, "asked for", 3)
+    assert "X-Proxy-Model" not in told.headers
+    scene.way_up.otherwise = by_model(gpt_4o=error(503), a=error(500))
+    assert (await scene.ask()).headers["X-Proxy-Model"] == "b"
+    given_back(scene)
+
+
+@story
+async def test_the_next_tier_comes_before_another_model() -> None:
+    config = two(retry=Retry(max_retries=0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
+    scene = Scene(way_up=by_key(ptu=error(500)), config=config)
+    told = await scene.ask()
+    assert (told.headers["X-Proxy-Key"], told.attempts) == ("payg", 2)
+    assert "X-Proxy-Model" not in told.headers
+    scene.balanced()
+
+
+@story
+async def test_a_refusal_of_ours_falls_back_too() -> None:
+    scene = Scene(rate_limited("600"), config=fallback("gpt-4o-mini"))
+    scene.way_up.otherwise = lambda sent: says()
+    await scene.ask()
+    told = await scene.ask(ask("next"), Options(max_wait=0.0))  # the key cools for gpt-4o: not even asked
+    assert (told.headers["X-Proxy-Model"], told.attempts) == ("gpt-4o-mini", 1)
+
+
+@story
+async def test_nobody_is_asked_when_the_time_is_over() -> None:
+    scene = Scene(Fails("unreached", wait=5.0), config=fallback("gpt-4o-mini"))
+    told = await scene.ask(total=5.0)
+    assert len(scene.way_up.sent) == 1
+    assert told.status in (502, 504)

@@ -1,0 +1,312 @@
+"""Plain and streamed requests for the same make one call; and an answer that nobody waits for may still be finished."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from proxy.config.limits import Limits
+from proxy.config.settings import Cache, Throttle
+from proxy.pipeline.coalescing.single_flight import FINISH_FOR
+from proxy.protocol.options import Options
+from tests.pipeline.clock import run, settled, story
+from tests.pipeline.fixture import Scene, Told, ask, settings
+from tests.pipeline.script import HANG, Fails, Says, ScriptedWayUp, chunk, error, event, events, says, streams
+
+STREAM = ask(stream=True)
+USAGE_TOO = ask(stream=True, stream_options={"include_usage": True})
+SLOW = [step for part in events(usage=True) for step in (1.0, part)]
+FINISH = settings(cache=Cache(on_disconnect="finish"))
+
+
+def begin(scene: Scene, count: int, document: Any = None, options: Options | None = None, **more: Any) -> list[Any]:
+    return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
+
+
+def over(scene: Scene) -> None:
+    assert len(scene.journey.sharing.flights) == 0
+    assert "flight" not in {task.get_name() for task in asyncio.all_tasks()}
+    scene.balanced()
+
+
+def caches(tolds: Sequence[Told]) -> list[str]:
+    return [told.cache for told in tolds]
+
+
+# Plain and streamed.
+
+
+@story
+async def test_plain_ones_wait_for_a_running_stream_and_get_their_form_of_it() -> None:
+    scene = Scene(streams(SLOW))
+    asked = begin(scene, 2, STREAM)
+    await asyncio.sleep(1.5)
+    told = await asyncio.gather(*asked, *begin(scene, 3))
+    assert caches(told) == ["miss"] + ["coalesced"] * 4
+    assert [each.at for each in told] == [6.0] * 2 + [4.5] * 3
+    plain = told[2]
+    assert plain.json()["choices"][0]["message"]["content"] == "Hello wörld 🌍"
+    assert plain.headers["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
+    assert (plain.cost, plain.headers["X-Proxy-Cost-Saved-USD"]) == ("0.000000", "0.002250")
+    assert plain.headers["X-Proxy-Total-Tokens"] == "300"
+    assert dict(plain.raw_headers)[b"Content-Type"] == b"application/json"
+    assert [receipt.saved_usd for receipt in scene.receipts].count("0.002250") == 4
+    assert len({receipt.id for receipt in scene.receipts}) == 5
+    assert (await scene.ask()).cache == "hit"
+    over(scene)
+
+
+@story
+async def test_streaming_ones_wait_for_a_plain_answer_and_get_a_stream_of_it() -> None:
+    scene = Scene(says(wait=2.0))
+    asked = begin(scene, 2)
+    await asyncio.sleep(1.0)
+    told = await asyncio.gather(
+        *asked,
+        *begin(scene, 2, STREAM),
+        *begin(scene, 1, USAGE_TOO),
+        *begin(scene, 1, STREAM, Options(stream_cost=True)),
+    )
+    assert caches(told) == ["miss"] + ["coalesced"] * 5
+    assert [each.at for each in told] == [2.0] * 2 + [1.0] * 4
+    assert all(b"[DONE]" in each.body for each in told[2:])
+    assert [b'"usage":{' in each.body for each in told[2:5]] == [False, False, True]
+    assert b": x-proxy-cost-usd=0.000000 " in told[5].body
+    assert len(scene.way_up.sent) == 1
+    over(scene)
+
+
+@pytest.mark.parametrize("stream_first", [True, False])
+def test_whoever_leaves_a_mixed_flight_the_others_are_served(stream_first: bool) -> None:
+    """The one who bought leaves while only those in the other form are left: it goes on for them."""
+
+    async def tell() -> None:
+        scene = Scene(streams(SLOW) if stream_first else says(wait=3.0))
+        (first,) = begin(scene, 1, ask(stream=stream_first))
+        await asyncio.sleep(0.5)
+        others = begin(scene, 3, ask(stream=not stream_first))
+        await asyncio.sleep(0.5)
+        first.cancel()
+        told = await asyncio.gather(*others)
+        assert caches(told) == ["coalesced"] * 3
+        assert len(scene.way_up.sent) == 1
+        assert [receipt.status for receipt in scene.receipts].count(499) == 1
+        over(scene)
+
+    run(tell())
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        error(500, wait=1.0),
+        error(400, wait=1.0),  # it may be about streaming itself
+        Fails("unreached", 1.0),
+        streams([1.0, *events(usage=True)[:2]]),  # cut
+        streams([1.0, event(chunk("a")), event(chunk(None, "content_filter")), *events(usage=True)[-2:]]),
+        Says(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?")),
+    ],
+    ids=["500", "400", "unreached", "cut", "not stored", "opaque"],
+)
+def test_what_does_not_end_in_the_cache_sends_the_others_their_own_way(first: Says | Fails) -> None:
+    async def tell() -> None:
+        scene = Scene(first, says(wait=1.0), says(wait=1.0))
+        asked = begin(scene, 1, STREAM, Options(max_retries=0))
+        await asyncio.sleep(0.5)
+        told = await asyncio.gather(*asked, *begin(scene, 3))
+        assert sorted(caches(told[1:])) == ["coalesced", "coalesced", "miss"]
+        assert {each.status for each in told[1:]} == {200}
+        assert len(scene.way_up.sent) == 2
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_what_cannot_be_converted_is_bought_in_each_form() -> None:
+    odd = event({**chunk("Hel"), "choices": [{"index": 0, "delta": {"content": "Hel", "unheard_of": ["?"]}}]})
+    scene = Scene(streams([1.0, odd, odd, *events(usage=True)[1:]]), says(wait=1.0))
+    asked = begin(scene, 1, STREAM)
+    await asyncio.sleep(0.5)
+    told = await asyncio.gather(*asked, *begin(scene, 2))
+    assert len(scene.way_up.sent) == 2
+    assert caches(told) == ["miss", "miss", "coalesced"]
+    over(scene)
+
+
+@story
+async def test_a_responses_stream_does_not_wait_for_a_plain_answer() -> None:
+    document = {"model": "gpt-4o", "input": "Hi"}
+    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(400, wait=2.0)))
+    asked = begin(scene, 1, document, target="/v1/responses")
+    await asyncio.sleep(1.0)
+    told = await asyncio.gather(*asked, *begin(scene, 1, {**document, "stream": True}, target="/v1/responses"))
+    assert [each.at for each in told] == [2.0, 2.0]
+    assert len(scene.way_up.sent) == 2
+    over(scene)
+
+
+@story
+async def test_a_guests_own_time_is_his_own() -> None:
+    scene = Scene(streams([*SLOW[:2], 30.0, *SLOW[2:]]))
+    asked = begin(scene, 1, STREAM)
+    await asyncio.sleep(0.5)
+    told = await asyncio.gather(*asked, *begin(scene, 1, total=3.0))
+    assert (told[1].refused, told[1].at, told[1].cache) == ("upstream_timeout", 3.0, "coalesced")
+    assert told[0].status == 200
+    over(scene)
+
+
+@story
+async def test_a_stream_too_large_for_the_cache_lets_its_guests_go_at_once() -> None:
+    big = [event(chunk("x" * 30_000)) for _ in range(8)]
+    script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
+    scene = Scene(streams(script), says(wait=1.0), config=settings(cache=Cache(max_entry=100_000)))
+    asked = begin(scene, 1, STREAM)
+    await asyncio.sleep(0.5)
+    told = await asyncio.gather(*asked, *begin(scene, 1))
+    assert (told[1].cache, told[1].at) == ("miss", 4.5)
+    over(scene)
+
+
+@story
+async def test_a_thousand_mixed() -> None:
+    scene = Scene(streams(SLOW), config=settings(throttle=Throttle()))
+    asked = begin(scene, 1, STREAM)
+    await asyncio.sleep(0.5)
+    for number in range(999):
+        asked += begin(scene, 1, (ask(), STREAM, USAGE_TOO)[number % 3])
+    told = await asyncio.gather(*asked)
+    assert caches(told).count("coalesced") == 999
+    assert len(scene.way_up.sent) == 1
+    over(scene)
+
+
+# An answer that nobody waits for any more (on_disconnect: finish).
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("after", [0.5, 2.5])
+def test_finish_reads_it_to_its_end_and_stores_it(stream: bool, after: float) -> None:
+    async def tell() -> None:
+        scene = Scene(streams(SLOW) if stream else says(wait=5.0), config=FINISH)
+        tasks = begin(scene, 2, ask(stream=stream))
+        await asyncio.sleep(after)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await asyncio.sleep(10.0)
+        assert sorted((receipt.status, receipt.error) for receipt in scene.receipts) == [(499, "client_gone")] * 2
+        assert [receipt.cost_usd for receipt in scene.receipts if receipt.attempts] == ["0.002250"]
+        assert scene.used()["tpm"] == 300
+        assert (await scene.ask(ask(stream=stream))).cache == "hit"
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_who_comes_meanwhile_boards_it() -> None:
+    scene = Scene(streams(SLOW), config=FINISH)
+    (task,) = begin(scene, 1, STREAM)
+    await asyncio.sleep(2.5)
+    task.cancel()
+    await settled()
+    (told,) = await asyncio.gather(*begin(scene, 1, STREAM))
+    assert (told.cache, told.at, told.broken) == ("coalesced", 3.5, False)
+    over(scene)
+
+
+@story
+async def test_finish_lasts_a_minute_at_most() -> None:
+    scene = Scene(streams([*SLOW[:4], HANG]), config=FINISH)
+    (task,) = begin(scene, 1, STREAM)
+    await asyncio.sleep(3.0)
+    task.cancel()
+    await settled()
+    assert len(scene.journey.sharing.flights) == 1
+    await asyncio.sleep(FINISH_FOR + 0.1)
+    assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
+    over(scene)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_finish_reads_no_more_than_the_cache_takes(stream: bool) -> None:
+    async def tell() -> None:
+        cache = Cache(on_disconnect="finish", max_entry=100_000)
+        big = b"x" * 60_000
+        steps = [step for _ in range(20) for step in (1.0, event(chunk("x" * 60_000)) if stream else big)]
+        move = streams(steps) if stream else Says(200, (("Content-Type", "application/json"),), tuple(steps))
+        scene = Scene(move, config=settings(cache=cache))
+        (task,) = begin(scene, 1, ask(stream=stream))
+        await asyncio.sleep(1.5)
+        task.cancel()
+        await asyncio.sleep(2.0)
+        assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_what_never_went_up_is_not_finished() -> None:
+    limits = Throttle(limits={"*": Limits(rpm=1000, concurrency=1)})
+    scene = Scene(says(wait=9.0), config=settings(cache=Cache(on_disconnect="finish"), throttle=limits))
+    other = begin(scene, 1, ask("other"))
+    await asyncio.sleep(1.0)
+    (task,) = begin(scene, 1)
+    await asyncio.sleep(1.0)
+    task.cancel()
+    await asyncio.gather(*other)
+    await settled()
+    assert len(scene.way_up.sent) == 1
+    over(scene)
+
+
+@story
+async def test_finish_without_coalesce() -> None:
+    config = settings(cache=Cache(on_disconnect="finish", coalesce=False))
+    scene = Scene(says(wait=2.0), says(wait=2.0), config=config)
+    tasks = begin(scene, 2)
+    await asyncio.sleep(1.0)
+    tasks[0].cancel()
+    assert (await tasks[1]).cache == "miss"
+    assert len(scene.way_up.sent) == 2
+    await settled()
+    assert (await scene.ask()).cache == "hit"
+    over(scene)
+
+
+# In the background.
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_refresh_buys_once_and_stores(stream: bool) -> None:
+    async def tell() -> None:
+        scene = Scene(streams(SLOW) if stream else says(wait=2.0))
+        call = scene.call(ask(stream=stream))
+        plan = await scene.journey.planner.plan(call)
+        assert [scene.journey.refresher.refresh(call, plan) for _ in range(3)] == [True, False, False]
+        await asyncio.sleep(1.0)
+        assert not scene.journey.refresher.refresh(call, plan)
+        await asyncio.sleep(10.0)
+        assert len(scene.way_up.sent) == 1
+        assert [(receipt.status, receipt.cost_usd) for receipt in scene.receipts] == [(200, "0.002250")]
+        assert scene.receipt.id != call.id
+        assert (await scene.ask(ask(stream=stream))).cache == "hit"
+        over(scene)
+
+    run(tell())
+
+
+@story
+async def test_a_refresh_that_fails_harms_nobody() -> None:
+    scene = Scene(error(500, wait=1.0))
+    call = scene.call(None, Options(max_retries=0))
+    assert scene.journey.refresher.refresh(call, await scene.journey.planner.plan(call))
+    await asyncio.sleep(5.0)
+    assert scene.receipt.error == "upstream_500"
+    over(scene)

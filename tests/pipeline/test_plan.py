@@ -1,0 +1,201 @@
+"""What the cache may do for a request, under which key, and how that is told (contract 5, 6 and 7, Cache)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import proxy.cache.planner
+from proxy.cache.plan import CachePlan
+from proxy.config.settings import Cache, ClientKey, Server, Upstream
+from proxy.protocol.options import Options
+from proxy.protocol.request import Client
+from tests.pipeline.clock import story
+from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.script import says
+
+SAMPLED = ask()
+FIXED = ask(temperature=0)
+SEEDED = ask(seed=7)
+STORED = ask(store=True)
+KEY = "<key>"
+
+# backend, when, request, options -> (key, reason, read, write, fwd)
+PLANS: list[tuple[str, str, Any, Options, tuple[str, str, bool, bool, str]]] = [
+    ("memory", "always", SAMPLED, Options(), (KEY, "new", True, True, "uri-miss")),
+    ("memory", "always", SAMPLED, Options(no_cache=True), (KEY, "no-cache", False, True, "request")),
+    ("memory", "always", SAMPLED, Options(no_store=True), ("", "no-store", False, False, "bypass")),
+    ("memory", "always", SAMPLED, Options(no_store=True, no_cache=True), ("", "no-store", False, False, "bypass")),
+    ("memory", "always", SAMPLED, Options(max_age=5), (KEY, "new", True, True, "uri-miss")),
+    ("memory", "always", SAMPLED, Options(only_if_cached=True), (KEY, "new", True, True, "uri-miss")),
+    ("memory", "always", STORED, Options(), ("", "uncacheable: store=true", False, False, "bypass")),
+    ("memory", "always", STORED, Options(no_cache=True), ("", "uncacheable: store=true", False, False, "bypass")),
+    ("memory", "deterministic", SAMPLED, Options(), ("", "uncacheable: sampled", False, False, "bypass")),
+    ("memory", "deterministic", FIXED, Options(), (KEY, "new", True, True, "uri-miss")),
+    ("memory", "deterministic", SEEDED, Options(), (KEY, "new", True, True, "uri-miss")),
+    ("memory", "deterministic", STORED, Options(), ("", "uncacheable: store=true", False, False, "bypass")),
+    ("memory", "deterministic", FIXED, Options(no_cache=True), (KEY, "no-cache", False, True, "request")),
+    ("memory", "never", FIXED, Options(), ("", "when=never", False, False, "bypass")),
+    ("memory", "never", FIXED, Options(no_cache=True), ("", "when=never", False, False, "bypass")),
+    ("off", "always", FIXED, Options(), ("", "off", False, False, "bypass")),
+    ("off", "deterministic", SAMPLED, Options(no_store=True), ("", "off", False, False, "bypass")),
+    ("off", "never", FIXED, Options(), ("", "off", False, False, "bypass")),
+]
+
+
+@pytest.mark.parametrize(("backend", "when", "document", "options", "expected"), PLANS)
+@story
+async def test_the_plan(
+    backend: str, when: str, document: Any, options: Options, expected: tuple[str, str, bool, bool, str]
+) -> None:
+    scene = Scene(says(), says(), config=settings(cache=Cache(backend=backend, when=when)))
+    plan = await scene.planned(document, options)
+    assert (bool(plan.key), plan.reason, plan.read, plan.write, plan.forward) == (expected[0] == KEY, *expected[1:])
+    if options.only_if_cached:
+        return
+    told = await scene.ask(document, options)
+    assert (told.cache, told.reason) == ("miss" if plan.key else "bypass", plan.reason)
+    status = f"openai-proxy; fwd={plan.forward}" + ("; stored" if plan.write else "")
+    detail = plan.reason if plan.forward != "uri-miss" else ""
+    shown = f'"{detail}"' if set(detail) & set(" =") else detail
+    assert told.headers["Cache-Status"] == status + (f"; detail={shown}" if detail else "")
+    assert ("X-Proxy-Cache-Key" in told.headers) is bool(plan.key)
+    again = await scene.ask(document)
+    assert again.cache == ("hit" if plan.write else "miss" if (await scene.planned(document)).key else "bypass")
+
+
+@pytest.mark.parametrize(
+    ("target", "document", "ttl"),
+    [
+        ("/v1/embeddings", {"model": "text-embedding-3-small", "input": "Hi"}, 604_800),
+        ("/v1/moderations", {"input": "Hi"}, 86_400),
+    ],
+)
+@story
+async def test_embeddings_and_moderations_are_always_deterministic(target: str, document: Any, ttl: int) -> None:
+    answer = {"data": [{"index": 0, "embedding": [1.0]}], "results": [{"flagged": False}], "model": "m"}
+    scene = Scene(says(answer), config=settings(cache=Cache(when="deterministic")))
+    await scene.ask(document, target=target)
+    hit = (await scene.ask(document, target=target)).hit
+    assert hit is not None
+    assert (hit.entry.ttl, hit.entry.sampled) == (ttl, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"model":"gpt-4o","model":"gpt-4o","messages":[]}', "uncacheable: duplicate keys"),
+        (b'{"model":"gpt-4o","x":NaN}', "uncacheable: NaN"),
+        (b'{"model":"gpt-4o","x":' + b"[" * 70 + b"]" * 70 + b"}", "uncacheable: depth"),
+    ],
+)
+@story
+async def test_bodies_that_have_no_one_meaning_pass_uncached(body: bytes, why: str) -> None:
+    scene = Scene(says(), says())
+    for _ in range(2):
+        told = await scene.ask(body=body)
+        assert (told.status, told.cache, told.reason) == (200, "bypass", why)
+        assert scene.way_up.sent[-1].body == body
+
+
+# The key: what may change the answer is in it, what may not is not.
+
+
+async def key(scene: Scene, document: Any = None, options: Options | None = None, **more: Any) -> str:
+    plan = await scene.planned(document, options, **more)
+    assert plan.key
+    return plan.key
+
+
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "model": {"document": ask(model="gpt-4o-mini")},
+    "an unknown field": {"document": ask(x_new_field=1)},
+    "null is not absent": {"document": ask(seed=None)},
+    "endpoint": {"target": "/v1/completions"},
+    "query": {"target": "/v1/chat/completions?x=1"},
+    "deployment": {"target": "/openai/deployments/d/chat/completions?x=1"},
+    "namespace": {"options": Options(namespace="ci")},
+    "sample": {"options": Options(sample="1")},
+    "client": {"client": Client("a", "name a")},
+    "OpenAI-Beta": {"headers": [(b"OpenAI-Beta", b"assistants=v2")]},
+}
+SAME: dict[str, dict[str, Any]] = {
+    "user": {"document": ask(user="u", metadata={"a": "b"}, safety_identifier="x", prompt_cache_key="y")},
+    "stream": {"document": ask(stream=True, stream_options={"include_usage": True})},
+    "spelling": {"body": b'{ "messages":[{"content":"\\u0048i","role":"user"}],"model":"gpt-4o" }'},
+    "what SDKs say of themselves": {"headers": [(b"X-Stainless-Retry-Count", b"1"), (b"User-Agent", b"x")]},
+    "options that change no answer": {
+        "options": Options(ttl=5.0, tags=("a:b",), max_age=1, max_wait=1.0, timeout=9.0, max_retries=1)
+    },
+    "without /v1": {"target": "/chat/completions"},
+    "options in the URL": {"target": "/_/ttl=1h/v1/chat/completions"},
+    "a client's name": {"client": Client("a", "")},
+}
+
+
+@pytest.mark.parametrize("more", DIFFERENT.values(), ids=DIFFERENT.keys())
+@story
+async def test_another_key(more: dict[str, Any]) -> None:
+    scene = Scene()
+    assert await key(scene, **more) != await key(scene)
+
+
+@pytest.mark.parametrize("more", SAME.values(), ids=SAME.keys())
+@story
+async def test_the_same_key(more: dict[str, Any]) -> None:
+    scene = Scene()
+    assert await key(scene, **more) == await key(scene)
+
+
+@story
+async def test_namespace_and_client_do_not_run_into_each_other() -> None:
+    scene = Scene()
+    keys = [
+        await key(scene, None, Options(namespace=namespace), client=Client("", scope))
+        for scope, namespace in (("a", "b"), ("a\nb", ""), ("", "a\nb"), ("", "ab"), ("ab", ""))
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+@story
+async def test_sample_zero_is_a_request_without_a_sample() -> None:
+    """Contract 5: number 0 of a run is the entry of a request without a sample."""
+    scene = Scene()
+    none, zero, one, minus = [await key(scene, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
+    assert none == zero
+    assert len({none, one, minus}) == 3
+
+
+@story
+async def test_other_upstreams_are_other_keys_unless_they_stand_for_the_same() -> None:
+    def scene(*upstreams: Upstream) -> Scene:
+        return Scene(config=settings(*upstreams))
+
+    here, there = pool("k1"), replace(pool("k1"), base_url="http://there.test/v1")
+    one, other = await key(scene(here)), await key(scene(there))
+    both = await key(scene(here, replace(there, name="b", keys=pool("k2").keys)))
+    assert len({one, other, both}) == 3
+    region = [replace(upstream, cache_as="gpt") for upstream in (here, there)]
+    assert await key(scene(region[0])) == await key(scene(region[1]))
+    assert await key(scene(replace(here, keys=pool("k9").keys))) == one  # the key in use does not matter
+    elsewhere = replace(there, name="b", models=("o1*",), keys=pool("k2").keys)
+    assert await key(scene(here, elsewhere)) == one  # it does not serve this model
+
+
+@story
+async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    small = await scene.planned()
+    monkeypatch.setattr(proxy.cache.planner, "LARGE", 10)
+    assert await scene.planned() == small
+    assert isinstance(small, CachePlan)
+
+
+@story
+async def test_the_key_is_not_shown_where_several_clients_share_the_proxy() -> None:
+    clients = tuple(ClientKey(name, b"x" * 32) for name in "ab")
+    for known, shown in ((clients[:1], True), (clients, False)):
+        scene = Scene(says(), config=replace(settings(), server=Server(client_keys=known)))
+        assert ("X-Proxy-Cache-Key" in (await scene.ask()).headers) is shown

@@ -1,0 +1,130 @@
+"""Every miss and every bypass says why (issue 3, Explain): one line each, at the end of the story it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.cache.stores.interface import ALL
+from proxy.config.settings import Cache, Ttl
+from proxy.protocol.options import Options
+from proxy.protocol.request import Client
+from tests.pipeline.clock import story
+from tests.pipeline.fixture import CHAT, Scene, Told, ask, settings
+from tests.pipeline.script import events, says, streams
+
+STREAM = ask(stream=True)
+WHOLE = events("Hi")
+
+
+async def why(scene: Scene, *args: Any, **more: Any) -> tuple[str, str]:
+    told: Told = await scene.ask(*args, **more)
+    return told.cache, told.reason
+
+
+MISSES: dict[str, tuple[tuple[Any, Options], str]] = {
+    "a field": ((ask(temperature=0.5), Options()), "differs: temperature"),
+    "a new field": ((ask(vendor={"x": 1}), Options()), "differs: vendor"),
+    "null is not absent": ((ask(seed=None), Options()), "differs: seed"),
+    "the question": ((ask("Bye"), Options()), "new"),
+    "model": ((ask(model="gpt-4o-mini"), Options()), "differs: model"),
+    "namespace": ((ask(), Options(namespace="ci")), "differs: namespace"),
+    "sample": ((ask(), Options(sample="1")), "differs: sample"),
+    "four": ((ask(n=1, seed=1, top_p=1, stop="x"), Options()), "differs: n, seed, stop, ..."),
+    "everything": ((ask("Bye", temperature=0), Options()), "new"),
+}
+
+
+@pytest.mark.parametrize(("asked", "reason"), MISSES.values(), ids=MISSES.keys())
+@story
+async def test_what_differs(asked: tuple[Any, Options], reason: str) -> None:
+    scene = Scene(says(), says())
+    assert await why(scene) == ("miss", "new")
+    assert await why(scene, *asked) == ("miss", reason)
+    assert scene.receipt.reason == reason
+
+
+@story
+async def test_of_another_client_nothing_is_told() -> None:
+    scene = Scene(says(), says())
+    await scene.ask(client=Client("a", "name a"))
+    assert await why(scene, ask(seed=1), client=Client("b", "name b")) == ("miss", "new")
+
+
+@story
+async def test_what_was_not_stored_is_no_neighbour() -> None:
+    scene = Scene(says(), says())
+    await scene.ask(None, Options(no_store=True))
+    assert await why(scene, ask(seed=1)) == ("miss", "new")
+
+
+@story
+async def test_headers_and_query() -> None:
+    scene = Scene(says(), says(), says())
+    await scene.ask()
+    assert await why(scene, headers=[(b"OpenAI-Beta", b"v2")]) == ("miss", "differs: OpenAI-Beta")
+    assert await why(scene, target=f"{CHAT}?api-version=1") == ("miss", "differs: query")
+
+
+@story
+async def test_its_time_is_over_whether_it_was_swept_or_not() -> None:
+    for swept in (False, True):
+        scene = Scene(says(), says(), says(), config=settings(cache=Cache(ttl=Ttl(chat=10.0))))
+        await scene.ask()
+        await scene.seams.sleep(11.0)
+        if swept:
+            assert scene.world.store is not None
+            assert scene.world.store.sweep(scene.seams.wall()) == 1
+        assert await why(scene, ask(seed=1)) == ("miss", "new")
+        assert await why(scene) == ("miss", "expired")
+
+
+@story
+async def test_it_had_to_make_room() -> None:
+    scene = Scene(says(), says(), config=settings(cache=Cache(memory_size=2000)))
+    await scene.ask()
+    assert scene.world.store is not None
+    scene.world.store.memory.remove(scene.world.store.memory.matching(ALL))
+    assert await why(scene) == ("miss", "gone")
+
+
+@story
+async def test_after_a_purge_all_is_new() -> None:
+    scene = Scene(says(), says())
+    await scene.ask()
+    assert scene.world.store is not None
+    await scene.world.store.purge(ALL)
+    assert await why(scene, ask(seed=1)) == ("miss", "new")
+
+
+@story
+async def test_one_found_in_the_store_is_a_neighbour_too() -> None:
+    """After a restart: nothing is remembered, but what is asked again is."""
+    first, again = Scene(says()), Scene(says())
+    await first.ask()
+    again.world.store = first.world.store
+    assert (await again.ask()).cache == "hit"
+    assert await why(again, ask(seed=1)) == ("miss", "differs: seed")
+
+
+@story
+async def test_stored_in_the_other_form_only() -> None:
+    scene = Scene(streams(WHOLE), says())
+    await scene.ask(STREAM)  # without usage there is no certain plain answer
+    assert await why(scene) == ("miss", "stored in the other form")
+
+
+@story
+async def test_too_old_in_either_form() -> None:
+    scene = Scene(says(), streams(WHOLE), streams(WHOLE))
+    await scene.ask()
+    await scene.seams.sleep(9.0)
+    assert await why(scene, STREAM, Options(max_age=5)) == ("miss", "max-age")
+
+
+@story
+async def test_replaced_settings_replace_nothing_else() -> None:
+    scene = Scene(says(), config=replace(settings(), cache=Cache(backend="off")))
+    assert await why(scene) == ("bypass", "off")

@@ -1,0 +1,249 @@
+"""Stale answers: served while a fresh one is fetched, or where none is to be had (RFC 5861)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from proxy.config.limits import Limits
+from proxy.config.settings import Cache, Retry, Throttle, Ttl
+from proxy.pipeline.stale import PAUSE
+from proxy.protocol.options import Options
+from proxy.upstream.retry.outcome import may_be_stood_in_for
+from tests.pipeline.clock import settled, story
+from tests.pipeline.fixture import Scene, Told, ask, pool, settings
+from tests.pipeline.script import Fails, Move, completion, error, rate_limited, says, streams
+
+QUICK = {"retry": Retry(max_retries=0, jitter=0.0)}
+
+
+def scene(*moves: Move, revalidate: float = 0.0, on_error: float = 0.0) -> Scene:
+    cache = Cache(ttl=Ttl(chat=100.0), stale_while_revalidate=revalidate, stale_if_error=on_error)
+    return Scene(*moves, config=settings(cache=cache, **QUICK))
+
+
+def content(told: Told) -> str:
+    found: str = told.json()["choices"][0]["message"]["content"]
+    return found
+
+
+def stale(told: Told) -> str:
+    return told.hit.stale if told.hit is not None else "no hit"
+
+
+@story
+async def test_a_stale_answer_is_served_at_once_and_renewed_behind_it() -> None:
+    play = scene(says(completion("old")), says(completion("new"), wait=5.0), revalidate=50.0)
+    await play.ask()
+    await play.seams.sleep(120.0)
+    for _ in range(3):  # one call, however often it is asked for
+        told = await play.ask()
+        assert (told.at, content(told), stale(told)) == (0.0, "old", "stale-while-revalidate")
+        assert (play.receipt.cache, play.receipt.cost_usd, play.receipt.saved_usd) == ("stale", "0.000000", "0.002250")
+    await play.seams.sleep(6.0)
+    told = await play.ask()
+    assert (content(told), stale(told)) == ("new", "")
+    assert len(play.way_up.sent) == 2
+    bought = play.receipts[-1]
+    assert (bought.client, bought.reason, bought.cost_usd) == ("", "stale-while-revalidate", "0.002250")
+    play.balanced()
+
+
+@story
+async def test_a_stale_stream_is_renewed_too() -> None:
+    play = scene(streams(), streams(), revalidate=50.0)
+    first = await play.ask(ask(stream=True))
+    await play.seams.sleep(120.0)
+    told = await play.ask(ask(stream=True))
+    assert (told.body, stale(told)) == (first.body, "stale-while-revalidate")
+    await settled(50)
+    assert stale(await play.ask(ask(stream=True))) == ""
+    play.balanced()
+
+
+@pytest.mark.parametrize(
+    ("age", "options", "cache"),
+    [
+        (149.0, Options(), "hit"),
+        (150.0, Options(), "miss"),
+        (120.0, Options(no_cache=True), "miss"),
+        (120.0, Options(max_age=110), "miss"),
+        (120.0, Options(max_age=130), "hit"),
+        (120.0, Options(no_store=True), "bypass"),
+    ],
+)
+@story
+async def test_how_stale_it_may_be(age: float, options: Options, cache: str) -> None:
+    play = scene(says(), says(), revalidate=50.0)
+    await play.ask()
+    await play.seams.sleep(age)
+    assert (await play.ask(None, options)).cache == cache
+    await settled(50)
+
+
+@story
+async def test_only_if_cached_takes_a_stale_one_and_calls_nobody() -> None:
+    play = scene(says(), revalidate=50.0)
+    await play.ask()
+    await play.seams.sleep(120.0)
+    assert stale(await play.ask(None, Options(only_if_cached=True))) == "stale-while-revalidate"
+    await settled(50)
+    assert len(play.way_up.sent) == 1
+
+
+@story
+async def test_a_refresh_that_failed_is_not_tried_again_at_once() -> None:
+    play = scene(says(completion("old")), error(500), says(completion("new")), revalidate=500.0)
+    await play.ask()
+    await play.seams.sleep(120.0)
+    for _ in range(3):
+        assert content(await play.ask()) == "old"
+        await settled(50)
+    assert len(play.way_up.sent) == 2
+    await play.seams.sleep(PAUSE + 1)
+    await play.ask()
+    await settled(50)
+    assert content(await play.ask()) == "new"
+    play.balanced()
+
+
+@story
+async def test_what_is_renewed_when_the_proxy_stops_is_given_up() -> None:
+    play = scene(says(), says(wait=1000.0), revalidate=50.0)
+    await play.ask()
+    await play.seams.sleep(120.0)
+    await play.ask()
+    await settled()
+    await play.journey.refresher.close()
+    play.balanced()
+
+
+@pytest.mark.parametrize(
+    ("move", "why"),
+    [
+        (error(500), "upstream_500"),
+        (error(503), "upstream_503"),
+        (rate_limited(), "upstream_429"),
+        (error(429, "insufficient_quota"), "no_usable_key"),
+        (error(401), "no_usable_key"),
+        (Fails("unreached"), "upstream_unreachable"),
+        (Fails("timeout"), "upstream_timeout"),
+        (says({"cut": True}, headers=[("Content-Encoding", "gzip")]), "upstream_invalid_response"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@story
+async def test_a_stale_answer_stands_in_for_a_failure(move: Move, why: str) -> None:
+    play = scene(says(completion("old")), move, on_error=50.0)
+    await play.ask()
+    await play.seams.sleep(120.0)
+    told = await play.ask()
+    assert (told.status, stale(told), content(told)) == (200, f"stale-if-error: {why}", "old")
+    assert told.hit is not None
+    assert (told.hit.forwarded, told.hit.attempts) == (True, 1)
+    assert len(play.receipts) == 2  # one for each request: the failure is in the second
+    receipt = play.receipt
+    assert (receipt.id, receipt.cache, receipt.status, receipt.error) == (told.hit.id, "stale", 200, "")
+    assert receipt.reason == f"stale-if-error: {why}"
+    assert (receipt.cost_usd, receipt.saved_usd, receipt.attempts) == ("0.000000", "0.002250", 1)
+    play.balanced()
+
+
+@pytest.mark.parametrize("move", [error(400), error(404), error(422), error(413)])
+@story
+async def test_what_is_the_requests_own_fault_is_told(move: Move) -> None:
+    play = scene(says(), move, on_error=50.0)
+    await play.ask()
+    await play.seams.sleep(120.0)
+    told = await play.ask()
+    assert told.status in (400, 404, 413, 422)
+    assert (len(play.receipts), play.receipt.cache) == (2, "miss")
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "age", "status"),
+    [
+        (0.0, None, 101.0, 500),
+        (50.0, None, 149.0, 200),
+        (50.0, None, 150.0, 500),
+        (50.0, Options(stale_if_error=10), 111.0, 500),  # the request's word goes before the setting's
+        (50.0, Options(stale_if_error=0), 101.0, 500),
+        (0.0, Options(stale_if_error=1000), 1000.0, 200),
+        (50.0, Options(no_cache=True), 101.0, 500),
+        (0.0, Options(no_cache=True, stale_if_error=60), 101.0, 200),
+        (0.0, Options(no_cache=True, stale_if_error=60), 10.0, 200),
+        (50.0, Options(max_age=10), 110.0, 500),
+        (50.0, Options(no_store=True, stale_if_error=60), 101.0, 500),
+    ],
+)
+@story
+async def test_how_stale_it_may_be_in_place_of_a_failure(
+    setting: float, asked: Options | None, age: float, status: int
+) -> None:
+    play = scene(says(), error(500), on_error=setting)
+    await play.ask()
+    await play.seams.sleep(age)
+    assert (await play.ask(None, asked)).status == status
+    play.balanced()
+
+
+@story
+async def test_it_stands_in_in_either_form() -> None:
+    play = scene(streams(), error(502), error(502), on_error=50.0)
+    first = await play.ask(ask(stream=True))
+    await play.seams.sleep(120.0)
+    told = await play.ask(ask(stream=True))
+    assert (told.body, stale(told)) == (first.body, "stale-if-error: upstream_502")
+    told = await play.ask()
+    assert (content(told), stale(told)) == ("Hello wörld 🌍", "stale-if-error: upstream_502")
+
+
+@story
+async def test_every_key_is_tried_first() -> None:
+    cache = Cache(ttl=Ttl(chat=100.0), stale_if_error=5000.0)
+    config = settings(pool("k1", "k2"), cache=cache, retry=Retry(jitter=0.0))
+    play = Scene(says(), rate_limited("9000"), rate_limited("9000"), config=replace(config))
+    await play.ask()
+    await play.seams.sleep(120.0)
+    assert stale(await play.ask()) == "stale-if-error: upstream_429"
+    assert len(play.way_up.sent) == 3
+    told = await play.ask(None, None, patience=0.0)  # now both are cooling
+    assert stale(told) == "stale-if-error: keys_cooling"
+    assert len(play.way_up.sent) == 3
+
+
+@story
+async def test_our_own_limits_are_no_failure_of_the_upstream() -> None:
+    cache = Cache(ttl=Ttl(chat=10.0), stale_if_error=5000.0)
+    config = settings(cache=cache, throttle=Throttle(limits={"*": Limits(rpm=1)}, max_wait=0.0))
+    play = Scene(says(), config=config)
+    await play.ask()
+    await play.seams.sleep(11.0)
+    assert (await play.ask()).refused == "throttled"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "may"),
+    [
+        (502, "upstream_unreachable", True),
+        (504, "upstream_timeout", True),
+        (503, "circuit_open", True),
+        (429, "keys_cooling", True),
+        (401, "no_usable_key", True),
+        (529, "upstream_529", True),
+        (408, "upstream_408", False),
+        (401, "upstream_401", False),
+        (429, "throttled", False),
+        (429, "queue_full", False),
+        (429, "client_limit", False),
+        (429, "budget_exceeded", False),
+        (429, "request_exceeds_limit", False),
+        (503, "overloaded", False),
+        (503, "draining", False),
+        (504, "not_cached", False),
+        (499, "client_gone", False),
+    ],
+)
+def test_what_may_be_stood_in_for(status: int, error: str, may: bool) -> None:
+    assert may_be_stood_in_for(status, error) is may

@@ -1,0 +1,200 @@
+"""How streams end: drained, broken, deserted, or well, and what may still come then (contract 6 and 7)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+import pytest
+
+import proxy.pipeline.relay
+from proxy.config.settings import Cost
+from proxy.pipeline.relay import READ_ON
+from proxy.protocol.options import Options
+from proxy.protocol.sse import data_of
+from proxy.upstream.retry.outcome import TransportFailure
+from tests.pipeline.clock import settled, story
+from tests.pipeline.fixture import Scene, Told, ask, settings
+from tests.pipeline.script import DONE, HANG, Step, chunk, error, event, events, streams
+
+CUT = TransportFailure("invalid", "the upstream cut its answer short")
+SILENT = TransportFailure("timeout", "the upstream fell silent")
+STREAM = ask(stream=True)
+ASKED = ask(stream=True, stream_options={"include_usage": True})
+WHOLE = b"".join(events())
+OFF = settings(cost=Cost(stream_usage="off"))
+
+
+def last_error(body: bytes) -> Any:
+    """The error event a stream ends with."""
+    told = data_of(body[body.rindex(b"data: ") :])
+    assert told is not None
+    return orjson.loads(told)["error"]
+
+
+# Drain, silence, and clients that leave.
+
+
+async def started(scene: Scene, document: dict[str, Any], options: Options | None = None) -> asyncio.Task[Told]:
+    task = scene.loop.create_task(scene.ask(document, options))
+    await settled()
+    return task
+
+
+@pytest.mark.parametrize("config", [OFF, settings()], ids=["as it comes", "through the usage filter"])
+@pytest.mark.parametrize("comment", [True, False])
+@pytest.mark.parametrize("extra", [b"", event(chunk("b"))[:30], event(chunk("b"))[:-1]])
+@story
+async def test_the_drain_interrupts_with_an_error_event_where_one_can_stand(
+    config: Any, comment: bool, extra: bytes
+) -> None:
+    first = event(chunk("a"))
+    scene = Scene(streams([first, *([extra] if extra else []), HANG]), config=config)
+    told = await scene.interrupt(await started(scene, STREAM, Options(stream_cost=comment)))
+    assert told.broken
+    if told.body.startswith(first + extra) and extra:
+        assert told.body == first + extra  # inside an event: the abort alone
+    else:
+        assert told.body.startswith(first + b"data: ")
+        assert last_error(told.body)["code"] == "draining"
+    assert (scene.receipt.status, scene.receipt.error) == (200, "draining")
+    scene.balanced()
+
+
+@story
+async def test_the_drain_interrupts_an_event_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.pipeline.relay, "MAX_EVENT", 100)
+    first, big = event(chunk("a")), event(chunk("x" * 1000))[:500]
+    scene = Scene(streams([first, big, HANG]))
+    told = await scene.interrupt(await started(scene, STREAM, Options(stream_cost=True)))
+    assert (told.broken, told.body) == (True, first + big)
+
+
+@story
+async def test_the_drain_interrupts_what_has_not_begun_to_flow() -> None:
+    """The client is slow to take the first event."""
+    scene = Scene(streams([event(chunk("a")), HANG]), config=OFF)
+
+    async def stuck(data: bytes) -> None:
+        if b"error" not in data:
+            await asyncio.Event().wait()
+
+    scene.write = stuck
+    told = await scene.interrupt(await started(scene, STREAM))
+    assert (told.broken, last_error(told.body)["code"]) == (True, "draining")
+    scene.balanced()
+
+
+@pytest.mark.parametrize(("failure", "code"), [(CUT, "upstream_invalid_response"), (SILENT, "upstream_timeout")])
+@story
+async def test_a_failure_in_the_middle_is_told_and_has_no_clean_end(failure: TransportFailure, code: str) -> None:
+    scene = Scene(streams([*events()[:2], failure]), streams())
+    told = await scene.ask(STREAM)
+    assert told.broken
+    assert told.body.startswith(b"".join(events()[:2]))
+    problem = last_error(told.body)
+    assert (problem["code"], problem["type"]) == (code, "server_error")
+    assert (scene.receipt.status, scene.receipt.error) == (200, code)
+    assert (await scene.ask(STREAM)).cache == "miss"
+    scene.balanced()
+
+
+@story
+async def test_an_upstream_that_told_of_its_failure_is_not_talked_over() -> None:
+    steps = [event(chunk("a")), event({"error": {"message": "theirs"}})]
+    scene = Scene(streams([*steps, CUT]), config=OFF)
+    told = await scene.ask(STREAM)
+    assert (told.broken, told.body) == (True, b"".join(steps))
+
+
+@pytest.mark.parametrize("how", [ConnectionResetError("the client is gone"), None], ids=["a failed write", "cancelled"])
+@story
+async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None:
+    scene = Scene(streams([*events()[:2], 1.0, *events()[2:-1], 9.0, DONE]), streams())
+    task = await started(scene, STREAM)
+
+    async def fail(data: bytes) -> None:
+        if how is not None:
+            raise how
+        task.cancel()
+        await asyncio.sleep(0)
+
+    scene.write = fail
+    with pytest.raises(asyncio.CancelledError if how is None else ConnectionResetError):
+        await task
+    assert scene.loop.time() - scene.way_up.sent[0].at == 1.0  # not 10: the upstream was closed at once
+    assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
+    assert scene.used()["tpm"] > 0  # what went up keeps the estimate
+    scene.balanced()
+    scene.write = None
+    assert (await scene.ask(STREAM)).cache == "miss"
+
+
+@story
+async def test_a_client_gone_before_the_first_byte() -> None:
+    scene = Scene(streams([*events()[:1], HANG]), error(400))
+    call = scene.call(STREAM)
+    bought = await scene.journey.sharing.buy(call, await scene.journey.planner.plan(call))
+    assert bought.flow is not None
+    bought.flow.abandon()
+    bought.flow.abandon()
+    assert [receipt.status for receipt in scene.receipts] == [499]
+    scene.balanced()
+
+
+# The end, and what comes after it.
+
+
+@pytest.mark.parametrize("how", [ConnectionResetError("the client is gone"), None], ids=["a failed write", "cancelled"])
+@pytest.mark.parametrize(
+    ("after", "kept"),
+    [((), True), ((0.5, b"\n"), True), ((HANG,), False), ((CUT,), True)],
+    ids=["", "late", "never", "cut"],
+)
+@story
+async def test_a_client_that_hangs_up_at_done_got_all_there_is(
+    how: Exception | None, after: tuple[Step, ...], kept: bool
+) -> None:
+    """Most SDKs do. The answer is stored, priced and whole; what is left upstream is read for a second at most."""
+    scene = Scene(streams([1.0, *events(usage=True), *after]))
+    task = await started(scene, STREAM)
+
+    async def write(data: bytes) -> None:
+        if DONE in data:
+            if how is not None:
+                raise how
+            task.cancel()
+            await asyncio.sleep(0)
+
+    scene.write = write
+    with pytest.raises(asyncio.CancelledError if how is None else ConnectionResetError):
+        await task
+    assert (scene.receipt.status, scene.receipt.error, scene.receipt.cost_usd) == (200, "", "0.002250")
+    scene.write = None
+    assert (await scene.ask(STREAM)).cache == "hit"
+    await scene.seams.sleep(READ_ON)
+    await settled()
+    [reply] = scene.way_up.replies
+    assert (reply.finished, reply.closed > 0) == (kept, True)
+    scene.balanced()
+
+
+@story
+async def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
+    for failure in (CUT, SILENT):
+        scene = Scene(streams([*events(), failure]), config=OFF)
+        told = await scene.ask(STREAM)
+        assert (told.body, told.broken) == (WHOLE, False)
+        assert [(receipt.status, receipt.error) for receipt in scene.receipts] == [(200, "")]
+        assert (await scene.ask(STREAM)).cache == "hit"
+        scene.balanced()
+
+
+@story
+async def test_what_has_been_said_is_a_hit_before_the_upstream_hangs_up() -> None:
+    scene = Scene(streams([*events(), 5.0]), config=OFF)
+    task = await started(scene, STREAM)
+    assert (await scene.ask(STREAM)).cache == "hit"
+    assert (await task).at == 5.0
+    scene.balanced()

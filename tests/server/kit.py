@@ -1,0 +1,328 @@
+"""Real sockets, in one process: a raw client, a server for a handler, an upstream made of bytes, and a whole house."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from aiohttp.web import ServerRunner, SockSite
+
+from proxy.accounting.ledger.ledger import Ledger
+from proxy.accounting.receipt import Receipt
+from proxy.config.settings import Settings
+from proxy.observability.metrics import Metrics
+from proxy.pipeline.handler import Journey
+from proxy.server.access import Gatekeeper
+from proxy.server.admin import Ops
+from proxy.server.api import Downstream
+from proxy.server.connections import ListeningServer
+from proxy.server.in_flight import Traffic
+from proxy.server.listeners import bind
+from proxy.server.passthrough import Passage
+from proxy.services import World, compile_world
+from proxy.system.clock import REAL, Seams
+from tests.pipeline.fixture import settings
+from tests.pipeline.script import Move, ScriptedWayUp
+
+PATIENCE = 30.0
+"""Seconds after which a test no longer believes that anything will happen."""
+
+CHAT = "/v1/chat/completions"
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer off the wire. body: unframed; framing: how its end was told (`length`, `chunked`, `close`, `none`);
+    whole: it had the end that its framing promises.
+    """
+
+    version: str
+    status: int
+    reason: str
+    headers: list[tuple[str, str]]
+    body: bytes = b""
+    framing: str = "none"
+    whole: bool = True
+    chunks: list[bytes] = field(default_factory=list)
+    trailers: dict[str, str] = field(default_factory=dict)
+
+    def get(self, name: str) -> str | None:
+        """A header that stands at most once."""
+        values = [value for key, value in self.headers if key.lower() == name.lower()]
+        assert len(values) <= 1, (name, values)
+        return values[0] if values else None
+
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    @property
+    def error(self) -> str | None:
+        """Our error code, with the body in OpenAI's shape."""
+        code = self.get("X-Proxy-Error")
+        if code is not None and self.body:
+            assert self.get("Content-Type") == "application/json"
+            shape = self.json()["error"]
+            assert set(shape) == {"message", "type", "param", "code"}
+            assert shape["code"] == code
+            assert isinstance(shape["message"], str)
+        return code
+
+
+class Wire:
+    """A client's end of a connection: bytes out, answers in."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def answer(self, *, head: bool = False) -> Answer:
+        """The next answer; head: to a HEAD request, so that it has no body."""
+        async with asyncio.timeout(PATIENCE):
+            raw = await self.reader.readuntil(b"\r\n\r\n")
+            first, *lines = raw.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
+            version, status, reason = first.split(" ", 2)
+            headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
+            answer = Answer(version, int(status), reason, headers)
+            if not head and answer.status >= 200 and answer.status not in (204, 304):
+                await self._body(answer)
+            return answer
+
+    async def _body(self, answer: Answer) -> None:
+        length = answer.get("Content-Length")
+        assert (length is None) or (answer.get("Transfer-Encoding") is None)
+        try:
+            if length is not None:
+                answer.framing = "length"
+                answer.body = await self.reader.readexactly(int(length))
+            elif answer.get("Transfer-Encoding") == "chunked":
+                answer.framing = "chunked"
+                while size := int(await self.reader.readuntil(b"\r\n"), 16):
+                    answer.chunks.append((await self.reader.readexactly(size + 2))[:-2])
+                while line := (await self.reader.readuntil(b"\r\n"))[:-2]:
+                    name, _, value = line.decode().partition(": ")
+                    answer.trailers[name] = value
+            else:
+                answer.framing = "close"
+                answer.body = await self.reader.read()
+        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+            answer.whole = False
+            answer.body = getattr(error, "partial", b"")
+        answer.body = b"".join(answer.chunks) + answer.body
+
+    async def ended(self) -> bytes:
+        """What comes until the other side ends the connection."""
+        async with asyncio.timeout(PATIENCE):
+            try:
+                return await self.reader.read()
+            except ConnectionResetError:
+                return b""
+
+    async def silent(self, seconds: float = 0.05) -> bool:
+        """Whether nothing comes, not even the end."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.reader.read(1)
+        except TimeoutError:
+            return True
+        return False
+
+    async def gone(self) -> None:
+        """Hangs up."""
+        self.writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def wire(port: int) -> AsyncIterator[Wire]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield Wire(reader, writer)
+    finally:
+        writer.close()
+        try:
+            await writer.wait_closed()
+        except ConnectionError:
+            pass
+
+
+def request(
+    method: str = "POST",
+    target: str = CHAT,
+    body: bytes | object | None = None,
+    headers: Iterable[tuple[str, str]] = (),
+    version: str = "1.1",
+) -> bytes:
+    """A request as bytes. A body that is not bytes goes as JSON; `headers` stand over the usual ones; '' as value: the
+    header is not sent at all.
+    """
+    raw = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
+    usual = {"host": ("Host", "127.0.0.1")}
+    if body is not None:
+        usual["content-type"] = ("Content-Type", "application/json")
+        usual["content-length"] = ("Content-Length", str(len(raw)))
+    for name, _ in headers:
+        usual.pop(name.lower(), None)
+    lines = [f"{name}: {value}" for name, value in (*usual.values(), *headers) if value]
+    return "\r\n".join([f"{method} {target} HTTP/{version}", *lines, "", ""]).encode("latin-1") + raw
+
+
+def chunked(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
+
+
+@asynccontextmanager
+async def served(handler: Callable[[Any], Awaitable[Any]]) -> AsyncIterator[int]:
+    """The port of a server that runs `handler` as the proxy's listeners do."""
+    runner = ServerRunner(ListeningServer(handler), handle_signals=False, shutdown_timeout=0.1)
+    await runner.setup()
+    listener = bind("127.0.0.1", 0)
+    await SockSite(runner, listener).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        await runner.cleanup()
+
+
+class House:
+    """All rooms but the way up, which is scripted: what `App` puts together."""
+
+    def __init__(self, *moves: Move, config: Settings | None = None, seams: Seams = REAL) -> None:
+        config = config or settings()
+        self.world: World = compile_world(config, seams)
+        self.way_up = ScriptedWayUp(*moves)
+        self.metrics = Metrics()
+        self.receipts: list[Receipt] = []
+        gatekeeper = Gatekeeper(config)
+        self.traffic = Traffic(started=seams.wall())
+        self.ledger = Ledger(None, seams)
+        self.ops = Ops(self.world, self.metrics, gatekeeper, self.traffic, self.ledger)
+        self.downstream = Downstream(
+            self.world,
+            Journey(self.world, self.way_up, self._observe),
+            Passage(self.world, self.way_up, self._keep),
+            self.ops,
+            self.metrics,
+            gatekeeper,
+            self.traffic,
+            self.ledger,
+        )
+        self.port = 0
+
+    def _observe(self, receipt: Receipt) -> None:
+        self.receipts.append(receipt)
+        self.ledger.record(receipt)
+        self.metrics.observe(receipt)
+
+    def _keep(self, receipt: Receipt) -> None:
+        self.world.receipts.put(receipt)
+        self._observe(receipt)
+
+    async def ask(
+        self,
+        method: str = "POST",
+        target: str = CHAT,
+        body: bytes | object | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> Answer:
+        """One request on a connection of its own."""
+        async with wire(self.port) as line:
+            line.send(request(method, target, body, headers))
+            return await line.answer(head=method == "HEAD")
+
+    async def settled(self) -> None:
+        """Waits until nothing is in flight and every connection up is given back."""
+        await until(lambda: not self.traffic.in_flight and all(reply.given_back for reply in self.way_up.replies))
+        assert self.world.gate.depth == 0
+        assert self.traffic.flows == {}
+
+
+@asynccontextmanager
+async def house(*moves: Move, config: Settings | None = None, seams: Seams = REAL) -> AsyncIterator[House]:
+    """A house that listens. At the end nothing may be held any more."""
+    built = House(*moves, config=config, seams=seams)
+    async with served(built.downstream.handle) as built.port:
+        yield built
+        await built.settled()
+
+
+Turn = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Say = Callable[["Raw", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Raw:
+    """An upstream made of bytes. turn: what it does with each connection; connections: how many came."""
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+        self.connections = 0
+        self.heads: list[bytes] = []
+        self.port = 0
+        self._at_work: set[asyncio.Task[Any]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._at_work.add(task)
+        try:
+            await self._turn(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._at_work.discard(task)
+            writer.close()
+
+    def hang_up(self) -> None:
+        """Ends all connections, whatever they were waiting for."""
+        for task in self._at_work:
+            task.cancel()
+
+    async def read_request(self, reader: asyncio.StreamReader) -> bytes:
+        """A request with its body; the head is kept."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(head)
+        for line in head.lower().split(b"\r\n"):
+            if line.startswith(b"content-length:"):
+                return await reader.readexactly(int(line.partition(b":")[2]))
+        if b"transfer-encoding: chunked" in head.lower():
+            body = b""
+            while size := int(await reader.readuntil(b"\r\n"), 16):
+                body += (await reader.readexactly(size + 2))[:-2]
+            await reader.readexactly(2)
+            return body
+        return b""
+
+
+@asynccontextmanager
+async def raw_upstream(
+    turn: Callable[[Raw, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[Raw]:
+    async def bound(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await turn(upstream, reader, writer)
+
+    upstream = Raw(bound)
+    server = await asyncio.start_server(upstream.connected, "127.0.0.1", 0)
+    upstream.port = server.sockets[0].getsockname()[1]
+    try:
+        yield upstream
+    finally:
+        server.close()
+        upstream.hang_up()  # from Python 3.12 on, the server waits for them
+        await server.wait_closed()

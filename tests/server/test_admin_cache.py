@@ -1,0 +1,272 @@
+"""The routes below `/_proxy/cache`: what is stored, one answer, purging, lines in and out; what is refused, and how."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.cache.cassette import read_line, write_line
+from proxy.cache.entry import Entry
+from proxy.cache.stores.interface import StoreError
+from proxy.cache.stores.sqlite import SQLiteStore
+from proxy.config.secret import Secret
+from proxy.config.settings import Cache, Server
+from proxy.system.clock import REAL
+from tests.cache.stores import kit
+from tests.cache.stores.kit import NOW
+from tests.pipeline.fixture import ask, settings
+from tests.pipeline.script import says
+from tests.server.kit import House, house
+
+WALL = NOW + 100
+
+
+def entry(key: str, body: bytes = b'{"a": 1}', **changes: Any) -> Entry:
+    """One that a line can hold."""
+    plain: dict[str, Any] = {"headers": ((b"content-type", b"application/json"),), "usage_span": None}
+    return kit.entry(key, body, **(plain | changes))
+
+
+ENTRIES = [
+    entry("aa11", tags=("team:ads",)),
+    entry("aa11", form="sse", body=b"data: [DONE]\n\n", tags=("team:ads",)),
+    entry("aa22", model="gpt-4o-mini", endpoint="completions", stored_at=NOW - 1000, namespace=""),
+    entry("bb33", body=b"\xff", answer_model=None, usage=None, cost=None),
+]
+
+
+@pytest.fixture
+async def home() -> AsyncIterator[House]:
+    async with house(seams=replace(REAL, wall=lambda: WALL)) as built:
+        assert built.world.store is not None
+        for one in ENTRIES:
+            built.world.store.put(one)
+        yield built
+
+
+def left(home: House) -> list[str]:
+    assert home.world.store is not None
+    return sorted(entry.key + entry.form for entry, _ in home.world.store.memory.listed(NAMES))
+
+
+NAMES = [(one.key, one.form) for one in ENTRIES]
+
+
+async def purge(home: House, document: Any) -> Any:
+    answer = await home.ask("POST", "/_proxy/cache/purge", document)
+    assert answer.status == 200, answer.body
+    return answer.json()
+
+
+# Purge.
+
+
+@pytest.mark.parametrize(
+    ("which", "wanted"),
+    [
+        ({"all": True}, ["aa11json", "aa11sse", "aa22json", "bb33json"]),
+        ({"key": "aa11"}, ["aa11json", "aa11sse"]),
+        ({"key": "aa"}, []),
+        ({"model": "gpt-4o-mini"}, ["aa22json"]),
+        ({"endpoint": "chat"}, ["aa11json", "aa11sse", "bb33json"]),
+        ({"namespace": ""}, ["aa22json"]),
+        ({"tag": "team:ads"}, ["aa11json", "aa11sse"]),
+        ({"older_than": "10m"}, ["aa22json"]),
+        ({"older_than": 600}, ["aa22json"]),
+        ({"older_than": 0.5, "tag": "run:7"}, ["aa22json", "bb33json"]),
+        ({"older_than": "99", "all": False}, ["aa11json", "aa11sse", "aa22json", "bb33json"]),
+        ({"prefix": "aa"}, ["aa11json", "aa11sse", "aa22json"]),
+    ],
+)
+async def test_purge(home: House, which: dict[str, Any], wanted: list[str]) -> None:
+    before = left(home)
+    assert await purge(home, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True}
+    assert left(home) == before
+    assert await purge(home, which) == {"purged": len(wanted), "dry_run": False}
+    assert left(home) == sorted(set(before) - set(wanted))
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (b"", "invalid_json", None),
+        (b"{", "invalid_json", None),
+        (b"[]", "invalid_json", None),
+        ({}, "invalid_option", "all"),
+        ({"dry_run": True}, "invalid_option", "all"),
+        ({"all": False}, "invalid_option", "all"),
+        ({"all": True, "model": "gpt-4o"}, "invalid_option", "all"),
+        ({"all": 1}, "invalid_option", "all"),
+        ({"all": True, "dry_run": "yes"}, "invalid_option", "dry_run"),
+        ({"models": "gpt-4o"}, "invalid_option", "models"),
+        ({"stored_before": 1}, "invalid_option", "stored_before"),
+        ({"model": None}, "invalid_option", "model"),
+        ({"tag": ["a:b"]}, "invalid_option", "tag"),
+        ({"older_than": "a week"}, "invalid_option", "older_than"),
+        ({"older_than": -1}, "invalid_option", "older_than"),
+        ({"older_than": True}, "invalid_option", "older_than"),
+    ],
+)
+async def test_a_purge_that_is_not_clear_is_refused(home: House, body: Any, code: str, param: str | None) -> None:
+    before = left(home)
+    answer = await home.ask("POST", "/_proxy/cache/purge", body)
+    assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, code, param)
+    assert left(home) == before
+
+
+async def test_what_is_purged_is_asked_for_anew() -> None:
+    async with house(says(), says()) as home:
+        first = await home.ask(body=ask())
+        key = first.get("X-Proxy-Cache-Key")
+        assert (await home.ask(body=ask())).get("X-Proxy-Cache") == "hit"
+        assert await purge(home, {"key": key}) == {"purged": 1, "dry_run": False}
+        again = await home.ask(body=ask())
+        assert (again.get("X-Proxy-Cache"), again.get("X-Proxy-Cache-Key")) == ("miss", key)
+
+
+# Looking.
+
+
+async def test_one_answer_in_all_its_forms(home: House) -> None:
+    shown = (await home.ask("GET", "/_proxy/cache/aa11")).json()
+    assert (shown["key"], [form["form"] for form in shown["forms"]]) == ("aa11", ["json", "sse"])
+    form = shown["forms"][0]
+    assert form["size"] > 0
+    assert {name: form[name] for name in form if name != "size"} == {
+        "key": "aa11",
+        "form": "json",
+        "endpoint": "chat",
+        "model": "gpt-4o",
+        "answer_model": "gpt-4o-2024-08-06",
+        "namespace": "ci",
+        "tags": ["team:ads"],
+        "stored_at": "2027-01-15T08:00:00Z",
+        "age_s": 100,
+        "ttl_left_s": 3500,
+        "status": 200,
+        "usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 20,
+            "total_tokens": 30,
+            "cached_tokens": 4,
+            "cache_write_tokens": 5,
+            "heard_tokens": 6,
+        },
+        "saves_usd": "0.002250",
+        "sampled": True,
+        "traits": "",
+    }
+    assert "body" not in form
+    shown = (await home.ask("GET", "/_proxy/cache/aa11?body=1")).json()
+    assert [form["body"] for form in shown["forms"]] == ['{"a": 1}', "data: [DONE]\n\n"]
+    assert (await home.ask("GET", "/_proxy/cache/bb33?body=1")).json()["forms"][0]["body_base64"] == "/w=="
+
+
+async def test_the_lines_of_a_cassette(home: House) -> None:
+    answer = await home.ask("GET", "/_proxy/cache/aa11?cassette=1")
+    assert answer.get("Content-Type") == "application/x-ndjson"
+    assert [read_line(line).body for line in answer.body.splitlines()] == [b'{"a": 1}', b"data: [DONE]\n\n"]
+
+
+async def test_a_key_that_is_not_there(home: House) -> None:
+    answer = await home.ask("GET", "/_proxy/cache/aa")
+    assert (answer.status, answer.error) == (404, "unknown_route")
+    assert "'aa'" in answer.json()["error"]["message"]
+    assert (await home.ask("GET", "/_proxy/cache/")).status == 404
+
+
+async def test_a_list_comes_in_pages(home: House) -> None:
+    keys, after = [], ""
+    while True:
+        page = (await home.ask("GET", f"/_proxy/cache?limit=1&after={after}")).json()
+        keys += [one["key"] + one["form"] for one in page["entries"]]
+        if not page["next"]:
+            break
+        after = page["next"].replace("\n", "%0A")
+    assert keys == left(home)
+    page = (await home.ask("GET", "/_proxy/cache?prefix=aa&older_than=5m&model=gpt-4o-mini")).json()
+    assert ([one["key"] for one in page["entries"]], page["next"]) == (["aa22"], "")
+
+
+@pytest.mark.parametrize(
+    ("target", "param"),
+    [
+        ("?limit=0", "limit"),
+        ("?limit=x", "limit"),
+        ("?limit=1001", "limit"),
+        ("?nothing=1", "nothing"),
+        ("?older_than=soon", "older_than"),
+        ("/aa11?body=yes", "body"),
+        ("/aa11?form=json", "form"),
+    ],
+)
+async def test_what_is_asked_wrongly(home: House, target: str, param: str) -> None:
+    answer = await home.ask("GET", f"/_proxy/cache{target}")
+    assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, "invalid_option", param)
+
+
+# Lines in.
+
+
+async def test_lines_are_stored(home: House) -> None:
+    lines = [write_line(entry("new", stored_at=WALL)), write_line(ENTRIES[0]), write_line(entry("old", ttl=1.0))]
+    answer = await home.ask("POST", "/_proxy/cache/import", b"".join(lines))
+    assert answer.json() == {"new": 1, "replaced": 1, "expired": 1, "refused": 0}
+    assert (await home.ask("GET", "/_proxy/cache/new")).status == 200
+
+
+async def test_a_bad_line_changes_nothing(home: House) -> None:
+    answer = await home.ask("POST", "/_proxy/cache/import", write_line(entry("new")) + b"{}\n")
+    assert (answer.status, answer.error) == (400, "bad_request")
+    assert "line:2: " in answer.json()["error"]["message"]
+    assert (await home.ask("GET", "/_proxy/cache/new")).status == 404
+
+
+# Who, and with what.
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/_proxy/cache"),
+        ("GET", "/_proxy/cache/aa11"),
+        ("POST", "/_proxy/cache/purge"),
+        ("POST", "/_proxy/cache/import"),
+    ],
+)
+async def test_only_the_operator_may(method: str, path: str) -> None:
+    config = replace(settings(), server=Server(admin_key=Secret("the-admin-key")))
+    async with house(config=config) as home:
+        for headers in ([], [("Authorization", "Bearer wrong")]):
+            assert (await home.ask(method, path, {"all": True}, headers)).status == 401
+    async with house() as home:
+        for headers in ([("Origin", "http://evil.test")], [("Sec-Fetch-Site", "cross-site")]):
+            assert (await home.ask(method, path, {"all": True}, headers)).status == 403
+        assert (await home.ask(method, path, {"all": True}, [("Host", "evil.test")])).status == 421
+        other = "POST" if method == "GET" else "GET"
+        answer = await home.ask(other, path)
+        assert (answer.status, answer.get("Allow")) == (405, "GET, HEAD" if method == "GET" else "POST")
+
+
+async def test_without_a_cache_there_is_nothing_to_do() -> None:
+    async with house(config=replace(settings(), cache=Cache(backend="off"))) as home:
+        answer = await home.ask("POST", "/_proxy/cache/purge", {"all": True})
+        assert (answer.status, answer.error) == (400, "bad_request")
+
+
+async def test_a_store_in_trouble_is_said_to_be(home: House) -> None:
+    class Broken(SQLiteStore):
+        async def fail(self, *_: Any, **__: Any) -> Any:
+            raise StoreError("the disk is gone")
+
+        purge = list = read = fail
+
+    assert home.world.store is not None
+    home.world.store.slower = Broken("nowhere", 2**20, 2**20)
+    for method, path in (("POST", "/purge"), ("GET", ""), ("GET", "/aa11")):
+        answer = await home.ask(method, f"/_proxy/cache{path}", {"all": True} if method == "POST" else None)
+        assert (answer.status, answer.error) == (500, "internal_error")
+        assert "the disk is gone" in answer.json()["error"]["message"]

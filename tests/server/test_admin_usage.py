@@ -1,0 +1,62 @@
+"""What reaches the ledger from the edge, and the page that shows it; the file is the matter of tests/ledger_room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.config.settings import ClientKey, Server
+from tests.pipeline.fixture import ask, settings
+from tests.pipeline.script import error, says
+from tests.server.kit import House, house
+
+
+async def sums(home: House) -> dict[str, Any]:
+    answer = await home.ask("GET", "/_proxy/usage?by=model,client&by=day&since=7d&until=2100-01-01")
+    assert answer.status == 200, answer.body
+    found: dict[str, Any] = answer.json()["since_start"]
+    return found
+
+
+async def test_everything_is_counted_once() -> None:
+    async with house(says(), error(404), says()) as home:
+        for _ in range(3):
+            await home.ask(body=ask())
+        await home.ask(body=ask("other"))
+        await home.ask("GET", "/v1/models")
+        await home.ask(body=b"{")
+        await home.ask("GET", "/nowhere")
+        found = await sums(home)
+        assert (found["requests"], found["hits"], found["errors"]) == (7, 2, 3)
+        assert (await sums(home))["requests"] == 7  # the operators' own pages are not counted
+
+
+async def test_a_hit_bears_the_tags_of_who_asked_not_of_who_stored() -> None:
+    async with house(says()) as home:
+        await home.ask(body=ask(), headers=[("X-Proxy-Tag", "team:a")])
+        hits = [
+            await home.ask(body=ask(), headers=[("X-Proxy-Tag", "team:b")]),
+            await home.ask(target="/_/tag=team:c/v1/chat/completions", body=ask()),
+            await home.ask(target="/_/tag=team:c/v1/chat/completions", body=ask()),  # the fast lane
+            await home.ask(body=ask()),
+        ]
+        assert [hit.get("X-Proxy-Cache") for hit in hits] == ["hit"] * 4
+        receipts = [await home.ask("GET", f"/_proxy/requests/{hit.get('X-Proxy-Request-Id')}") for hit in hits]
+        assert [receipt.json()["tags"] for receipt in receipts] == [["team:b"], ["team:c"], ["team:c"], []]
+        assert sorted(one.tags for one in home.ledger._hits.values()) == [(), ("team:b",), ("team:c",)]
+
+
+async def test_refusals_of_strangers_take_little_room() -> None:
+    config = settings(server=Server(client_keys=(ClientKey("anna", b"x" * 32),)))
+    async with house(config=config) as home:
+        for number in range(20):
+            got = await home.ask(body=ask(), headers=[("Authorization", f"Bearer stranger-{number}")])
+            assert got.status == 401
+            await home.ask("GET", f"/nowhere/{number}", headers=[("Host", f"evil-{number}")])
+        assert len(home.ledger._refused) == 2
+        assert sum(home.ledger._refused.values()) == 40
+
+
+async def test_the_page_is_for_operators() -> None:
+    async with house(config=settings(server=Server(client_keys=(ClientKey("anna", b"x" * 32),)))) as home:
+        assert (await home.ask("GET", "/_proxy/usage", headers=[("Host", "evil")])).status == 421
+        assert (await home.ask("POST", "/_proxy/usage", body={})).status == 405

@@ -1,0 +1,226 @@
+"""Who and what is refused at the door, in OpenAI's shape; client keys and browsers (contract 6 and 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import proxy.pipeline.handler
+import proxy.server.api
+from proxy.config.settings import ClientKey, Server, Settings
+from proxy.upstream.retry.outcome import TransportFailure
+from tests.pipeline.fixture import ask, settings
+from tests.pipeline.script import dump, error, says, streams
+from tests.server.kit import Answer, House, house, request, wire
+
+CUT = TransportFailure("invalid", "cut")
+CHAT = "/v1/chat/completions"
+Headers = Iterable[tuple[str, str]]
+
+
+def server(**fields: Any) -> Settings:
+    return replace(settings(), server=Server(**fields))
+
+
+# What is refused, and how.
+
+REFUSED: dict[str, tuple[tuple[Any, ...], Headers, int, str]] = {
+    # (method, target, body), headers -> status, code
+    "no JSON": (("POST", CHAT, b"{nope"), (), 400, "invalid_json"),
+    "nothing": (("POST", CHAT, b""), (), 400, "invalid_json"),
+    "no object": (("POST", CHAT, b"[1]"), (), 400, "invalid_json"),
+    "no text": (("POST", CHAT, b"\xff{}"), (), 400, "invalid_json"),
+    "a bad option": (("POST", CHAT, b"{}"), [("X-Proxy-Sample", "x")], 400, "invalid_option"),
+    "a bad option in the URL": (("POST", f"/_/ttl=soon{CHAT}", b"{}"), (), 400, "invalid_option"),
+    "a bad option elsewhere": (("GET", "/v1/models", None), [("X-Proxy-Timeout", "0")], 400, "invalid_option"),
+    "a limit of no run": (("POST", CHAT, b"{}"), [("X-Proxy-Max-Cost", "1")], 400, "invalid_option"),
+    "no content type": (("POST", CHAT, b"{}"), [("Content-Type", "")], 415, "unsupported_media_type"),
+    "a form": (("POST", CHAT, b"a=b"), [("Content-Type", "text/plain")], 415, "unsupported_media_type"),
+    "compressed": (("POST", CHAT, b"{}"), [("Content-Encoding", "gzip")], 415, "unsupported_media_type"),
+    "GET": (("GET", "/v1/embeddings", None), (), 405, "method_not_allowed"),
+    "PUT": (("PUT", CHAT, b"{}"), (), 405, "method_not_allowed"),
+    "DELETE": (("DELETE", "/v1/responses", None), (), 405, "method_not_allowed"),
+    "TRACE": (("TRACE", "/v1/models", None), (), 405, "method_not_allowed"),
+    "OPTIONS": (("OPTIONS", CHAT, None), (), 405, "method_not_allowed"),
+    "another protocol's method": (("PROPFIND", "/v1/models", None), (), 405, "method_not_allowed"),
+    "nowhere": (("GET", "/nowhere", None), (), 404, "unknown_route"),
+    "the root": (("GET", "/", None), (), 404, "unknown_route"),
+    "upwards": (("POST", "/v1/../admin", b"{}"), (), 404, "unknown_route"),
+    "upwards in disguise": (("GET", "/v1/%2e%2e/admin", None), (), 404, "unknown_route"),
+    "absolute": (("GET", "http://127.0.0.1/v1/models", None), (), 404, "unknown_route"),
+    "a foreign Host": (("POST", CHAT, b"{}"), [("Host", "evil.test")], 421, "host_not_allowed"),
+    "a foreign origin": (("POST", CHAT, b"{}"), [("Origin", "https://evil.test")], 403, "origin_not_allowed"),
+    "another site": (("POST", CHAT, b"{}"), [("Sec-Fetch-Site", "cross-site")], 403, "origin_not_allowed"),
+    "too large": (("POST", CHAT, b"x" * 101), (), 413, "request_too_large"),
+}
+
+
+@pytest.mark.parametrize(("what", "headers", "status", "code"), REFUSED.values(), ids=REFUSED.keys())
+async def test_refusals_have_openais_shape(
+    what: tuple[str, str, Any], headers: Headers, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with house(config=server(max_body=100)) as home:
+        answer = await home.ask(*what, headers)
+        assert (answer.status, answer.error) == (status, code)
+        assert answer.get("X-Should-Retry") == "false"
+        assert len(answer.get("X-Proxy-Request-Id") or "") == 32
+        assert answer.get("Date")
+        assert answer.get("Access-Control-Allow-Origin") is None
+        assert (answer.get("Allow") is not None) is (status == 405)
+        assert home.way_up.sent == []
+        assert f'openai_proxy_errors_total{{code="{code}"}} 1.0' in home.metrics.render(home.world, 0).decode()
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("head", [b"GET /v1/models\r\n\r\n", b"GET /v1/models HTTP/1.0\r\n\r\n"], ids=["0.9", "1.0"])
+async def test_old_http_without_a_host(head: bytes) -> None:
+    async with house() as home, wire(home.port) as line:
+        line.send(head)
+        assert (await line.answer()).error == "host_not_allowed"
+
+
+@pytest.mark.parametrize("target", ["evil.test:443", "*"])
+async def test_targets_that_are_no_path(target: str) -> None:
+    async with house() as home, wire(home.port) as line:
+        for method in ("CONNECT", "OPTIONS", "GET"):
+            async with wire(home.port) as line:
+                line.send(request(method, target))
+                assert (await line.answer()).status in (400, 404, 405)
+
+
+async def test_connections_outlive_refusals() -> None:
+    """One client's mistakes cost it no connection, except where a body was refused unread."""
+    async with house(says()) as home, wire(home.port) as line:
+        for body in (b"{nope", b"[]", dump(ask())):
+            line.send(request(body=body))
+            answer = await line.answer()
+        assert answer.status == 200
+
+
+async def test_a_failure_inside_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("sk-k1 is broken")
+
+    async with house(says()) as home:
+        monkeypatch.setattr(home.downstream, "_check_room", fails)
+        answer = await home.ask(body=ask())
+        assert (answer.status, answer.error) == (500, "internal_error")
+        assert b"sk-k1" not in answer.body
+        assert "RuntimeError" in caplog.text
+        monkeypatch.undo()
+        assert (await home.ask(body=ask())).status == 200
+
+
+async def test_what_passes_for_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other content types that are JSON, charsets, odd bodies that an upstream may take: all go up as they are."""
+    monkeypatch.setattr(proxy.server.api, "LARGE", 50)
+    bodies: list[tuple[str, bytes]] = [
+        ("application/json; charset=utf-8", b'{"model":"gpt-4o","messages":[]}'),
+        ("Application/JSON", b'{"model":"gpt-4o","messages":[],"a":1}'),
+        ("application/vnd.api+json", b'{"model":"gpt-4o","messages":[],"b":1}'),
+        ("application/json", b'{"model":"gpt-4o","x":NaN}'),
+        ("application/json", b'{"model":"gpt-4o","x":"\\ud800"}'),
+        ("application/json", b'{"model":"gpt-4o","x":' + b"9" * 100 + b"}"),
+        ("application/json", b'{"a":' * 5000 + b"1" + b"}" * 5000),
+        ("application/json", b'{"model":7,"messages":[]}'),
+        ("application/json", b"{}"),
+    ]
+    async with house(*[says()] * len(bodies)) as home:
+        for content_type, body in bodies:
+            answer = await home.ask("POST", CHAT, body, [("Content-Type", content_type)])
+            assert answer.status == 200, body[:100]
+            assert home.way_up.sent[-1].body == body
+
+
+# Clients.
+
+
+def client_key(name: str) -> ClientKey:
+    return ClientKey(name, hashlib.sha256(f"key-of-{name}".encode()).digest())
+
+
+async def test_client_keys() -> None:
+    config = server(client_keys=(client_key("a"), client_key("b")))
+    async with house(says(), says(), config=config) as home:
+
+        async def asked(*headers: tuple[str, str]) -> Answer:
+            return await home.ask(body=ask(), headers=headers)
+
+        nobody = await asked()
+        assert (nobody.status, nobody.error, nobody.get("WWW-Authenticate")) == (401, "invalid_client_key", "Bearer")
+        assert (await asked(("Authorization", "Bearer nope"))).status == 401
+        mine = await asked(("Authorization", "Bearer key-of-a"))
+        assert (mine.get("X-Proxy-Cache"), mine.get("X-Proxy-Cache-Key")) == ("miss", None)
+        assert home.receipts[0].client == "a"
+        theirs = await asked(("api-key", "key-of-b"))
+        assert theirs.get("X-Proxy-Cache") == "miss"
+        for _ in range(2):
+            hit = await asked(("Authorization", "Bearer key-of-a"))
+            assert (hit.get("X-Proxy-Cache"), hit.get("X-Proxy-Cache-Key")) == ("hit", None)
+        receipt = home.world.receipts.get(hit.get("X-Proxy-Request-Id") or "")
+        assert receipt is not None
+        assert receipt.client == "a"
+
+
+async def test_no_key_no_answer_not_even_a_stored_one() -> None:
+    async with house(says(), config=server(client_keys=(client_key("a"),))) as home:
+        for _ in range(3):
+            assert (await home.ask(body=ask(), headers=[("Authorization", "Bearer key-of-a")])).status == 200
+        assert (await home.ask(body=ask())).status == 401
+
+
+# Browsers.
+
+APP = "http://app.test"
+
+
+async def browser(home: House, method: str, *headers: tuple[str, str], body: Any = None) -> Answer:
+    return await home.ask(method, CHAT, body, [("Origin", APP), *headers])
+
+
+async def test_an_origin_that_may_call() -> None:
+    async with house(says(), error(400), streams(), config=server(allowed_origins=(APP,))) as home:
+        answers = [await browser(home, "POST", body=ask()) for _ in range(3)]
+        answers += [await browser(home, "POST", body=ask("b")), await browser(home, "POST", body=b"{nope")]
+        answers += [await browser(home, "POST", body=ask(stream=True))]
+        assert [answer.status for answer in answers] == [200, 200, 200, 400, 400, 200]
+        for answer in answers:
+            assert answer.get("Access-Control-Allow-Origin") == APP
+            assert answer.get("Vary") == "Origin"
+            assert "X-Proxy-Cost-USD" in (answer.get("Access-Control-Expose-Headers") or "")
+            assert answer.get("Access-Control-Allow-Credentials") is None
+
+
+async def test_passed_on_answers_name_the_origin_too() -> None:
+    async with house(says(), config=server(allowed_origins=(APP,))) as home:
+        answer = await home.ask("GET", "/v1/models", headers=[("Origin", APP)])
+        assert answer.get("Access-Control-Allow-Origin") == APP
+
+
+async def test_a_preflight() -> None:
+    async with house(config=server(allowed_origins=(APP,), client_keys=(client_key("a"),))) as home:
+        wanted = ("Access-Control-Request-Headers", "authorization, content-type,, x y, <b>, x-stainless-os")
+        answer = await browser(home, "OPTIONS", ("Access-Control-Request-Method", "POST"), wanted)
+        assert (answer.status, answer.get("Access-Control-Allow-Origin")) == (204, APP)
+        assert answer.get("Access-Control-Allow-Headers") == "authorization, content-type, x-stainless-os"
+        assert "POST" in (answer.get("Access-Control-Allow-Methods") or "")
+        assert answer.get("Access-Control-Max-Age") == "600"
+        assert (await browser(home, "OPTIONS")).get("Access-Control-Allow-Headers") is None
+        assert home.way_up.sent == []
+
+
+async def test_no_cors_header_without_a_browser() -> None:
+    async with house(
+        says(headers=[("Access-Control-Allow-Origin", "*")]), config=server(allowed_origins=(APP,))
+    ) as home:
+        for _ in range(3):
+            answer = await home.ask(body=ask())
+            assert not [name for name, _ in answer.headers if name.lower().startswith("access-control")]

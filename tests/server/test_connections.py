@@ -1,0 +1,216 @@
+"""The listening side: slow clients, what is not HTTP, and clients that leave (contract 7, Slow and hostile peers)."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+
+import pytest
+from aiohttp.web import BaseRequest
+
+import proxy.server.connections
+from proxy.server.responses import Whole, read_body, status_line
+from tests.server.kit import PATIENCE, request, served, wire
+
+OK = status_line(200)
+
+
+async def echo(request: BaseRequest) -> Whole:
+    body = await read_body(request, 10**6)
+    return Whole(request, OK, request.raw_path.encode() + b" " + body, status=200)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers must be complete in a tenth of a second."""
+    monkeypatch.setattr(proxy.server.connections, "HEADER_TIMEOUT", 0.1)
+
+
+# Slow headers.
+
+
+@pytest.mark.parametrize("sent", [b"", b"P", b"POST / HTTP/1.1\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nHost: x\r\n\r"])
+@pytest.mark.usefixtures("hurried")
+async def test_a_header_that_is_not_complete_in_time(sent: bytes) -> None:
+    async with served(echo) as port, wire(port) as line:
+        line.send(sent)
+        assert await line.ended() == b""
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
+    async with served(echo) as port, wire(port) as line:
+        for byte in b"GET /" + b"x" * 500:
+            line.send(bytes([byte]))
+            await asyncio.sleep(0.01)
+            if line.reader.at_eof():
+                break
+        else:
+            pytest.fail("it may drip as long as it likes")
+        assert await line.ended() == b""
+
+
+async def test_a_header_in_pieces_that_is_in_time() -> None:
+    async with served(echo) as port, wire(port) as line:
+        for byte in request("GET", "/a"):
+            line.send(bytes([byte]))
+            await asyncio.sleep(0)
+        assert (await line.answer()).body == b"/a "
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_between_requests_nobody_is_hurried() -> None:
+    """An idle connection is kept; its next header has its own time, from its first byte on."""
+    async with served(echo) as port, wire(port) as line:
+        for _ in range(2):
+            line.send(request("GET", "/a"))
+            assert (await line.answer()).status == 200
+            assert await line.silent(0.2)
+        line.send(b"GET /b HTT")
+        assert await line.ended() == b""
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_while_a_body_or_an_answer_is_under_way_nobody_is_hurried() -> None:
+    async def slow(request: BaseRequest) -> Whole:
+        await asyncio.sleep(0.2)
+        return await echo(request)
+
+    async with served(slow) as port, wire(port) as line:
+        line.send(request(headers=[("Content-Length", "4")]) + b"ab")
+        await asyncio.sleep(0.25)
+        line.send(b"cd")
+        assert (await line.answer()).body.endswith(b"abcd")
+
+
+async def test_slow_clients_hold_up_nobody_else() -> None:
+    async with served(echo) as port:
+        idlers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+        for _, writer in idlers:
+            writer.write(b"GET / HT")
+        async with wire(port) as line:
+            line.send(request("GET", "/a"))
+            assert (await line.answer()).status == 200
+        for _, writer in idlers:
+            writer.close()
+            await writer.wait_closed()
+
+
+# What is not HTTP.
+
+BAD = {
+    "noise": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+    "HTTP/3": b"GET / HTTP/3.0\r\nHost: x\r\n\r\n",
+    "a bad method": b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a header without a name": b"GET / HTTP/1.1\r\nHost: x\r\n: y\r\n\r\n",
+    "a space before the colon": b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
+    "a folded header": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n",
+    "no Host": b"GET / HTTP/1.1\r\n\r\n",
+    "an unknown method": b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a null byte": b"GET / HTTP/1.1\r\nHost: x\r\nA: \x00sk-secret\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "a signed length": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\na",
+    "a negative length": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\na",
+    "length and chunks": b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "an unknown coding": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, sk-secret\r\n\r\n0\r\n\r\n",
+    "a long line": b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a long header": b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 80_000 + b"\r\n\r\n",
+    "very many headers": b"GET / HTTP/1.1\r\nHost: x\r\n"
+    + b"".join(b"A%d: b\r\n" % n for n in range(100_000))
+    + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", BAD.values(), ids=BAD.keys())
+async def test_what_is_not_http_is_told_so_in_openais_shape(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """400, without a traceback, without repeating what was sent, and the connection ends."""
+    caplog.set_level(logging.DEBUG)
+    async with served(echo) as port, wire(port) as line:
+        line.send(sent)
+        answer = await line.answer()
+        assert (answer.status, answer.error, answer.get("Connection")) == (400, "bad_request", "close")
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert answer.get("X-Should-Retry") == "false"
+        assert answer.get("X-Proxy-Request-Id")
+        assert b"secret" not in answer.body
+        assert await line.ended() == b""
+        async with wire(port) as other:
+            other.send(request("GET", "/a"))
+            assert (await other.answer()).status == 200
+    assert "Traceback" not in caplog.text
+    assert "secret" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING or record.exc_info]
+
+
+@pytest.mark.parametrize("after", [b"zz\r\n", b"5\r\nhelloXX", b"-1\r\n", b"5 5\r\nhello\r\n"])
+async def test_chunks_that_are_none(after: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """At once they are no HTTP; behind a good beginning the connection ends, without waiting for the rest."""
+    caplog.set_level(logging.DEBUG)
+    head = request(headers=[("Transfer-Encoding", "chunked")])
+    async with served(echo) as port, wire(port) as line, wire(port) as other:
+        line.send(head + after)
+        assert (await line.answer()).error == "bad_request"
+        other.send(head + b"3\r\nabc\r\n")
+        await asyncio.sleep(0.01)
+        other.send(after)
+        assert await other.ended() == b""
+    assert "Traceback" not in caplog.text
+
+
+async def test_good_requests_before_a_bad_one_are_answered() -> None:
+    async with served(echo) as port, wire(port) as line:
+        line.send(request("GET", "/a"))
+        assert (await line.answer()).body == b"/a "
+        line.send(b"\x00\x01\r\n\r\n")
+        assert (await line.answer()).error == "bad_request"
+
+
+async def test_a_handler_that_fails_is_told_as_our_fault() -> None:
+    async def fails(request: BaseRequest) -> Whole:
+        raise RuntimeError("sk-secret")
+
+    async with served(fails) as port, wire(port) as line:
+        line.send(request("GET", "/"))
+        answer = await line.answer()
+        assert (answer.status, answer.error, answer.get("Connection")) == (500, "internal_error", "close")
+        assert b"secret" not in answer.body
+
+
+async def test_bodies_come_as_they_are() -> None:
+    """Nobody decodes here: a compressed body is refused by its header, and no bomb goes off before that."""
+    packed = gzip.compress(b"hello")
+    async with served(echo) as port, wire(port) as line:
+        line.send(request(body=packed, headers=[("Content-Encoding", "gzip")]))
+        assert (await line.answer()).body.endswith(packed)
+
+
+async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
+    told = asyncio.Event()
+    began = asyncio.Event()
+
+    async def waits(request: BaseRequest) -> Whole:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            told.set()
+            raise
+        raise AssertionError
+
+    async with served(waits) as port:
+        async with wire(port) as line:
+            line.send(request("GET", "/"))
+            await began.wait()
+            await line.gone()
+        async with asyncio.timeout(PATIENCE):
+            await told.wait()
+
+
+async def test_what_is_sent_ahead_does_not_pile_up() -> None:
+    """A thousand requests in one go, and a client that reads late: all are answered, in order."""
+    async with served(echo) as port, wire(port) as line:
+        line.send(b"".join(request("GET", f"/{n}") for n in range(1000)))
+        await asyncio.sleep(0.05)
+        for n in range(1000):
+            assert (await line.answer()).body == b"/%d " % n

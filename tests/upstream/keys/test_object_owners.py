@@ -1,0 +1,51 @@
+"""Who made which stored object, alone and with other proxies (contract 7, Keys)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from proxy.upstream.keys.object_owners import Objects
+
+
+class Board:
+    """Where two proxies tell each other."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+        self.asked = 0
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def put(self, ids: list[str], label: str) -> None:
+        self.known |= dict.fromkeys(ids, label)
+
+    async def get(self, ids: list[str]) -> str | None:
+        self.asked += 1
+        return next((self.known[id_] for id_ in ids if id_ in self.known), None)
+
+
+async def test_alone() -> None:
+    objects = Objects(lambda: 0.0)
+    await objects.open()
+    objects.made(["file-1"], "k1")
+    assert await objects.maker(["x", "file-1"]) == "k1"
+    assert await objects.maker(["x"]) is None
+    assert await objects.maker([]) is None
+    await objects.close()
+
+
+async def test_in_common() -> None:
+    board = Board()
+    one, other = Objects(lambda: 0.0, board), Objects(lambda: 0.0, board)
+    one.made(["file-1"], "k1")
+    await asyncio.sleep(0)
+    assert await other.maker(["file-1"]) == "k1"
+    assert await other.maker(["file-1"]) == "k1"
+    assert await one.maker(["file-1"]) == "k1"
+    assert board.asked == 1  # afterwards it is known here
+    board.known.clear()
+    one.made(["file-1"], "k1")
+    await asyncio.sleep(0)
+    assert board.known == {}  # no news

@@ -1,0 +1,144 @@
+"""What upstreams say of the room they have left (contract 7, Limits; FIELD_REPORTS R13)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.upstream.limits.learned import LONGEST, Learned, Room, rooms_told
+
+A = ("a", "gpt-4o")
+
+
+def headers(limit: object, remaining: object, reset: object, of: str = "requests") -> dict[str, str]:
+    told = {"limit": limit, "remaining": remaining, "reset": reset}
+    return {f"x-ratelimit-{name}-{of}": str(value) for name, value in told.items() if value is not None}
+
+
+def learned(*told: dict[str, str]) -> Learned:
+    room = Learned()
+    for one in told:
+        room.tell(A, one, 0.0)
+    return room
+
+
+def test_what_is_left_may_go_and_then_one_waits() -> None:
+    room = learned(headers(60, 2, "58s"))
+    for wait in (0.0, 0.0, 1.0):
+        assert room.wait(A, 0, 0.0) == pytest.approx(wait)
+        room.take(A, 0)
+
+
+def test_it_comes_back_evenly() -> None:
+    room = learned(headers(60, 0, "60s"))
+    assert room.wait(A, 0, 0.0) == pytest.approx(1.0)
+    assert room.wait(A, 0, 1.0) == 0.0
+    assert room.headroom(A, 30.0) == pytest.approx(0.5)
+
+
+def test_tokens_are_counted_as_tokens() -> None:
+    room = learned(headers(30_000, 500, "59s", "tokens"))
+    assert room.wait(A, 400, 0.0) == 0.0
+    assert room.wait(A, 1000, 0.0) == pytest.approx(1.0)
+    assert room.tokens
+    assert room.wait(A, 10**9, 0.0) == 0.0  # more than the limit: upstream may judge it
+    room.take(A, 10**9)
+    assert room.wait(A, 400, 0.0) == 0.0
+
+
+def test_the_tighter_dimension_decides() -> None:
+    room = learned(headers(500, 499, "120ms") | headers(30_000, 3_000, "54s", "tokens"))
+    assert room.headroom(A, 0.0) == pytest.approx(0.1)
+    assert room.usage(A, 0.0) == {
+        "requests": {"limit": 500, "used": 1},
+        "tokens": {"limit": 30_000, "used": 27_000},
+    }
+
+
+def test_a_later_answer_takes_the_place_of_the_earlier() -> None:
+    room = learned(headers(60, 0, "60s"), headers(60, 30, "30s"))
+    assert room.wait(A, 0, 0.0) == 0.0
+    assert room.headroom(A, 0.0) == pytest.approx(0.5)
+
+
+def test_keys_and_models_are_apart() -> None:
+    room = learned(headers(60, 0, "60s"))
+    assert room.wait(("b", "gpt-4o"), 0, 0.0) == room.wait(("a", "o1"), 0, 0.0) == 0.0
+    assert room.models("a") == ["gpt-4o"]
+
+
+NONSENSE = [
+    headers(-1, -1, -1),
+    headers(0, 0, 0),
+    headers(10, 0, 0),  # Azure, and lookalikes: nothing left, and never again
+    headers(10, 0, None),
+    headers("many", "some", "soon"),
+    headers("", "", ""),
+    headers("1e400", "1e400", "1s"),
+    headers(10**30, 10**30, "1s"),
+    headers("nan", "nan", "nan"),
+    headers(10, None, "60s"),
+    {},
+]
+
+
+@pytest.mark.parametrize("told", NONSENSE)
+def test_nonsense_is_as_if_it_were_not_there(told: dict[str, str]) -> None:
+    room = learned(told)
+    assert room.wait(A, 1000, 0.0) == 0.0
+    assert room.headroom(A, 0.0) == 1.0
+    assert room.usage(A, 0.0) == {}
+
+
+def test_azure_tells_no_limit_and_no_reset() -> None:
+    room = learned({"x-ratelimit-remaining-requests": "2", "x-ratelimit-remaining-tokens": "900"})
+    assert room.wait(A, 900, 0.0) == 0.0
+    assert room.wait(A, 901, 0.0) == LONGEST
+    assert room.headroom(A, 0.0) == 1.0  # a share of what?
+
+
+@pytest.mark.parametrize("reset", ["9999h", "999999999", "1e30"])
+def test_no_header_freezes_a_key(reset: str) -> None:
+    room = learned(headers(1, 0, reset))
+    assert 0 < room.wait(A, 0, 0.0) <= LONGEST
+    assert room.wait(A, 0, LONGEST) == 0.0
+
+
+TEXT = st.one_of(
+    st.none(), st.text(max_size=12), st.floats().map(str), st.integers(-5, 10**6).map(str), st.just("6m0s")
+)
+
+
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT, st.sampled_from(["requests", "tokens"]), st.floats(0, 90)), max_size=8))
+def test_whatever_is_told_nobody_waits_longer_than_a_minute(
+    story: list[tuple[object, object, object, str, float]],
+) -> None:
+    room, now = Learned(), 0.0
+    for limit, remaining, reset, of, step in story:
+        now += step
+        room.tell(A, headers(limit, remaining, reset, of), now)
+        room.take(A, 100)
+        assert 0.0 <= room.wait(A, 1000, now) <= LONGEST + 0.001
+        assert 0.0 <= room.headroom(A, now) <= 1.0
+        room.usage(A, now)
+
+
+@given(st.integers(1, 1000), st.integers(0, 1000), st.floats(0.1, 60), st.integers(0, 2000), st.floats(0, 60))
+def test_after_the_wait_there_is_room(limit: int, remaining: int, reset: float, amount: int, taken: float) -> None:
+    room = Room(max(limit, remaining), remaining, reset, 0.0, min(taken, remaining))
+    wait = room.wait(amount, 0.0)
+    assert room.wait(amount, wait + 1e-6) <= 1e-3
+
+
+def test_memory_is_bounded() -> None:
+    room = Learned()
+    for number in range(10_500):
+        room.tell(("a", f"m{number}"), headers(10, 1, "1s"), 0.0)
+    assert len(room.models("a")) == 10_000
+
+
+def test_both_dimensions_of_one_answer() -> None:
+    told = dict(rooms_told(headers(5, 4, "1s") | headers(100, 50, "6m0s", "tokens"), 7.0))
+    assert told["requests"] == Room(5.0, 4.0, 1.0, 7.0)
+    assert told["tokens"] == Room(100.0, 50.0, LONGEST, 7.0)

@@ -1,0 +1,683 @@
+"""Limits over Redis: the promise against a brute-force reference in turned time, and what happens when things break."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxy.config.limits import Limits
+from proxy.system import redis as redis_link
+from proxy.system.redis_keys import SLOTS
+from proxy.upstream.limits import redis as module
+from proxy.upstream.limits import redis_loss as redis_silence
+from proxy.upstream.limits.rate_limiter import Never, Reservation, Wait
+from proxy.upstream.limits.redis import RedisLimiter
+from proxy.upstream.limits.redis_limiter import SharedAllowance, SharedReservation, part
+from proxy.upstream.limits.shared import RECHECK
+from tests.cache.stores.kit import HASTY, PATIENT, Valkey, redis_url, until, valkey
+from tests.upstream.limits.test_rate_limiter import OF_TOKENS, SECONDS
+
+WHERE = ("quota", "gpt-4o")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with redis_url() as given_url:
+        yield given_url
+
+
+class Proxies:
+    """Several limiters over one Redis, in a time that is turned by hand. Nothing beats but `beat`."""
+
+    def __init__(self, url: str, count: int, prefix: str) -> None:
+        self.now = 1000.0
+        self.limiters = [
+            RedisLimiter(
+                url, prefix, f"p{n}", lambda: self.now, deadline=PATIENT, offset=lambda: round(self.now * 1000)
+            )
+            for n in range(count)
+        ]
+        self.allowances: list[SharedAllowance] = []
+        self.adopted: list[tuple[Any, ...]] = []
+
+    async def open(self, limits: Limits) -> None:
+        for limiter in self.limiters:
+            await limiter.open(lambda *state: self.adopted.append(state))
+            assert limiter._beating is not None
+            limiter._beating.cancel()
+            self.allowances.append(cast(SharedAllowance, limiter.allowance(WHERE, limits, 1.0)))
+
+    async def ask(self, n: int, tokens: int) -> SharedReservation | Wait | Never:
+        """As the exchange asks."""
+        while True:
+            answer = self.allowances[n].reserve(tokens, self.now)
+            if not isinstance(answer, Reservation):
+                return answer
+            assert isinstance(answer, SharedReservation)
+            if await self.limiters[n].confirm(answer):
+                return answer
+
+    async def settled(self) -> None:
+        """What was settled is known to Redis."""
+        for limiter in self.limiters:
+            while limiter._outbox:
+                await limiter._flush()
+            if limiter._flushing is not None:
+                await asyncio.wait({limiter._flushing})
+
+    async def beat(self) -> None:
+        for limiter in self.limiters:
+            await limiter._beat()
+
+    async def close(self) -> None:
+        for limiter in self.limiters:
+            await limiter.close()
+
+
+_numbers = iter(range(10**9))
+
+
+@asynccontextmanager
+async def proxies(url: str, limits: Limits, count: int = 2) -> AsyncIterator[Proxies]:
+    group = Proxies(url, count, f"t{next(_numbers)}-{random.getrandbits(40)}")
+    await group.open(limits)
+    try:
+        yield group
+    finally:
+        await group.close()
+
+
+# --- the promise ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Admitted:
+    stamp: float
+    tokens: int
+    reservation: SharedReservation
+    up: bool = True
+    running: bool = True
+
+
+limit_values = st.builds(
+    Limits,
+    rpm=st.none() | st.integers(1, 8),
+    tpm=st.none() | st.integers(1, 300),
+    rpd=st.none() | st.integers(1, 15),
+    tpd=st.none() | st.integers(1, 600),
+    concurrency=st.none() | st.integers(1, 5),
+)
+gaps = st.one_of(
+    st.just(0.0),
+    st.floats(0, 0.5),
+    st.floats(0, 20),
+    st.sampled_from([0.202, 59.9, 60.0, 60.6, 60.9]),
+    st.floats(0, 200),
+    st.floats(3_000, 90_000),
+)
+steps = st.one_of(
+    st.tuples(st.just("arrive"), gaps, st.integers(0, 120), st.integers(0, 2)),
+    st.tuples(st.just("settle"), st.integers(0, 50), st.none() | st.integers(-5, 250), st.just(0)),
+    st.tuples(st.just("cancel"), st.integers(0, 50), st.none(), st.just(0)),
+)
+
+
+@given(limits=limit_values, script=st.lists(steps, max_size=40))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_window_ever_admits_more_than_the_limit_whoever_asks(
+    url: str, limits: Limits, script: list[tuple[str, float, int | None, int]]
+) -> None:
+    asyncio.run(story(url, limits, script))
+
+
+async def story(url: str, limits: Limits, script: list[tuple[str, float, int | None, int]]) -> None:
+    caps = {name: cap for name in OF_TOKENS if (cap := getattr(limits, name)) is not None}
+    done: list[Admitted] = []
+
+    def held(name: str, now: float, span: float) -> int:
+        return sum(one.tokens if OF_TOKENS[name] else 1 for one in done if one.up and one.stamp + span > now)
+
+    def running() -> int:
+        return sum(one.running for one in done)
+
+    async with proxies(url, limits, 3) as group:
+        for what, number, tokens, who in script:
+            if what != "arrive":
+                if done:
+                    one = done[int(number) % len(done)]
+                    if what == "settle":
+                        one.reservation.settle(tokens)
+                        if one.running and tokens is not None:
+                            one.tokens = max(tokens, 0)
+                    else:
+                        one.reservation.cancel()
+                        one.up = one.up and not one.running
+                    one.running = False
+                    await group.settled()
+                continue
+            assert tokens is not None
+            group.now += number
+            if limits.concurrency is not None:
+                await group.beat()  # real time has signs of life every second
+            # By the server's clock, which went on a little, too: what counts is its stamp.
+            must = (limits.concurrency is None or running() < limits.concurrency) and all(
+                held(name, group.now, SECONDS[name] * 1.01 * (1 + 1.1 / SLOTS) + 5) + (tokens if OF_TOKENS[name] else 1)
+                <= cap
+                for name, cap in caps.items()
+            )
+            too_large = any((tokens if OF_TOKENS[name] else 1) > cap for name, cap in caps.items())
+            answer = await group.ask(who, tokens)
+            assert isinstance(answer, Never) == too_large
+            if isinstance(answer, SharedReservation):
+                done.append(Admitted(group.now, tokens, answer))
+                assert limits.concurrency is None or running() <= limits.concurrency
+                for name, cap in caps.items():
+                    assert held(name, group.now, SECONDS[name]) <= cap, name
+            elif isinstance(answer, Wait):
+                blocked = group.allowances[who]._blocked[0] > group.now
+                assert not must or blocked
+                assert answer.seconds > 0
+        for one in done:
+            one.reservation.settle(None)
+        await group.settled()
+        group.now += 90_000
+        for n in range(3):
+            answer = await group.ask(n, 1)
+            assert isinstance(answer, SharedReservation)
+            answer.cancel()
+            await group.settled()
+
+
+@pytest.mark.parametrize(
+    ("limits", "every", "cost", "seconds"),
+    [
+        (Limits(rpm=100), 0.1, 1, 300),
+        (Limits(tpm=20_000), 0.1, 137, 300),
+        (Limits(rpm=200, tpm=20_000), 0.1, 100, 300),
+        (Limits(rpd=500), 120.0, 1, 5 * 86_400),
+    ],
+)
+async def test_nearly_all_of_each_limit_is_usable(
+    url: str, limits: Limits, every: float, cost: int, seconds: float
+) -> None:
+    async with proxies(url, limits, 2) as group:
+        admitted, start, turn = 0, group.now, 0
+        while group.now < start + seconds:
+            turn += 1
+            answer = await group.ask(turn % 2, cost)
+            if isinstance(answer, SharedReservation):
+                admitted += 1
+                answer.settle(cost)
+            group.now += every
+        for name, span in SECONDS.items():
+            limit = getattr(limits, name)
+            if limit is not None:
+                amount = admitted * (cost if OF_TOKENS[name] else 1)
+                assert 0.95 * limit * seconds / span <= amount <= limit * (math.ceil(seconds / span) + 1)
+
+
+async def test_a_burst_of_the_whole_limit_goes_at_once_from_several_sides(url: str) -> None:
+    async with proxies(url, Limits(rpm=100, tpm=1000), 4) as group:
+        answers = await asyncio.gather(*(group.ask(n % 4, 10) for n in range(200)))
+        assert sum(isinstance(answer, SharedReservation) for answer in answers) == 100
+        for answer in answers:
+            if isinstance(answer, Wait):
+                assert 30 < answer.seconds <= 61  # the server's own clock goes on
+
+
+async def test_concurrency_is_one_for_all_and_returns(url: str) -> None:
+    async with proxies(url, Limits(concurrency=3), 3) as group:
+        answers = await asyncio.gather(*(group.ask(n % 3, 1) for n in range(30)))
+        taken = [answer for answer in answers if isinstance(answer, SharedReservation)]
+        assert len(taken) == 3
+        taken[0].settle(1)
+        await group.settled()
+        group.now += RECHECK
+        answers = await asyncio.gather(*(group.ask(n % 3, 1) for n in range(9)))
+        assert sum(isinstance(answer, SharedReservation) for answer in answers) == 1
+
+
+async def test_what_a_killed_proxy_held_comes_back(url: str) -> None:
+    async with proxies(url, Limits(concurrency=2), 2) as group:
+        for _ in range(2):
+            assert isinstance(await group.ask(0, 1), SharedReservation)
+        assert isinstance(await group.ask(1, 1), Wait)
+        group.now += 8
+        await group.beat()
+        assert isinstance(await group.ask(1, 1), Wait), "it lives"
+        group.now += 11
+        await group.limiters[1]._beat()
+        assert isinstance(await group.ask(1, 1), SharedReservation)
+
+
+async def test_a_settlement_by_one_makes_room_for_another(url: str) -> None:
+    async with proxies(url, Limits(tpm=1000), 2) as group:
+        first = await group.ask(0, 1000)
+        assert isinstance(first, SharedReservation)
+        answer = await group.ask(1, 500)
+        assert isinstance(answer, Wait)
+        assert 30 < answer.seconds <= 60.7, "the true wait, so that patience is judged rightly"
+        first.settle(400)
+        await group.settled()
+        group.now += RECHECK
+        assert isinstance(await group.ask(1, 500), SharedReservation)
+        assert group.allowances[1].usage(group.now)["tpm"]["used"] == 900
+        never = await group.ask(1, 50)
+        assert isinstance(never, SharedReservation)
+        never.cancel()
+        await group.settled()
+        assert isinstance(await group.ask(0, 100), SharedReservation)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+async def test_what_one_learns_of_a_key_holds_for_the_others(url: str) -> None:
+    async with proxies(url, Limits(), 2) as group:
+        one, other = group.limiters
+        one.learned("k1", "m", {"cools m": ("cooling", 30.0, "429")})
+        await eventually(lambda: other.confirm(None, "k1", "m"), False)
+        label, model, status, seconds, reason = group.adopted[-1]
+        assert (label, model, status, reason) == ("k1", "m", "cooling", "429")
+        assert 15 < seconds <= 31
+        assert await other.confirm(None, "k1", "another")
+        assert await other.confirm(None, "k2", "m")
+        one.learned("k1", "m", {"cools m": ("cooling", 5.0, "429")})  # never shortened
+        await asyncio.sleep(0.05)
+        await other.confirm(None, "k1", "m")
+        assert 15 < group.adopted[-1][3] <= 31
+
+
+async def test_a_rested_key_that_works_is_free_for_all(url: str) -> None:
+    async with proxies(url, Limits(), 2) as group:
+        one, other = group.limiters
+        one.learned("k1", "m", {"rests *": ("rejected", 600.0, "401")})
+        await eventually(lambda: other.confirm(None, "k1", "anything"), False)
+        assert group.adopted[-1][:3] == ("k1", "*", "rejected")
+        other.learned("k1", "anything", {})
+        await eventually(lambda: one.confirm(None, "k1", "m"), True)
+
+
+async def eventually(ask: Callable[[], Awaitable[bool]], expected: bool) -> None:
+    async with asyncio.timeout(PATIENT):
+        while await ask() is not expected:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+# --- what is in Redis -----------------------------------------------------------------------------
+
+
+async def test_every_key_expires_is_short_and_of_one_slot(url: str) -> None:
+    prefix = "p" * 64
+    limiter = RedisLimiter(url, prefix, "0" * 32, lambda: 0.0, deadline=PATIENT)
+    await limiter.open(lambda *_: None)
+    redis = limiter.link.redis
+    allowance = limiter.allowance(("q" * 500, "m" * 500), Limits(rpm=9, tpm=9, rpd=9, tpd=9, concurrency=9), 1.0)
+    reservation = allowance.reserve(1, 0.0)
+    assert isinstance(reservation, SharedReservation)
+    assert await limiter.confirm(reservation, "k" * 300, "m" * 500)
+    reservation.settle(2)
+    limiter.learned("k" * 300, "m" * 500, {"cools " + "m" * 500: ("cooling", 30.0, "x")})
+    limiter.reset()
+    async with asyncio.timeout(PATIENT):
+        while await redis.pttl(limiter._key("x")) < 0:  # noqa: ASYNC110 - the last of what a reset does
+            await asyncio.sleep(0.01)
+    await limiter.confirm(allowance.reserve(1, 0.0))  # type: ignore[arg-type]
+    keys = [key async for key in redis.scan_iter(match=f"*{prefix}*")]
+    assert len(keys) >= 5
+    for key in keys:
+        assert key.startswith(b"{" + prefix.encode() + b"}:l1:")
+        assert len(key) <= 160
+        assert await redis.pttl(key) > 0, key
+    await redis.delete(*keys)
+    await limiter.close()
+
+
+async def test_a_reset_is_everybodys(url: str) -> None:
+    async with proxies(url, Limits(rpm=2), 2) as group:
+        for n in range(2):
+            assert isinstance(await group.ask(n, 1), SharedReservation)
+        assert isinstance(await group.ask(0, 1), Wait)
+        await group.limiters[0]._reset()
+        await group.beat()
+        group.now += 1
+        for n in range(2):
+            assert isinstance(await group.ask(n, 1), SharedReservation)
+        assert isinstance(await group.ask(1, 1), Wait)
+
+
+# --- when things break ----------------------------------------------------------------------------
+
+
+@contextmanager
+def own_server() -> Iterator[Valkey]:
+    with valkey() as server:
+        yield server
+
+
+def test_parts_add_up() -> None:
+    for amount in range(30):
+        for count in range(1, 9):
+            assert sum(part(amount, count, rank) for rank in range(count)) == amount
+
+
+async def drained(group: Proxies, who: range, tokens: int = 1) -> int:
+    """How many each and everyone can get in now."""
+    admitted = 0
+    for n in who:
+        while isinstance(await group.ask(n, tokens), SharedReservation):
+            admitted += 1
+    return admitted
+
+
+async def test_while_redis_is_lost_each_holds_its_share_and_nobody_comes_back_with_a_burst(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with own_server() as server:
+        async with proxies(server.url, Limits(rpm=100), 4) as group:
+            await group.beat()  # all know of all
+            for _ in range(30):
+                assert isinstance(await group.ask(0, 1), SharedReservation)
+            for n in range(1, 4):
+                assert isinstance(await group.ask(n, 1), SharedReservation)
+            assert isinstance(await group.ask(0, 1), SharedReservation)
+            assert all(limiter.sound for limiter in group.limiters)
+            server.kill()
+            group.now += 1
+            with caplog.at_level(logging.WARNING):
+                admitted = await drained(group, range(4))
+            assert not any(limiter.sound for limiter in group.limiters)
+            assert "this proxy holds 1 of 4 shares by itself" in caplog.text
+            # What the others admitted after one's own last answer (three here) is not known to it.
+            assert 34 + admitted <= 100 + 3
+            assert 34 + admitted >= 60, "most of what was free is still used"
+            group.now += 61.0  # a window later everybody has a whole share
+            later = await drained(group, range(4))
+            assert later == 100
+            server.start()
+            for limiter in group.limiters:
+                await eventually_up(limiter)
+            group.now += 5.0
+            await group.beat()  # they tell what they have admitted: Redis has lost its memory, too
+            assert await drained(group, range(4)) == 0
+            await group.settled()
+            group.now += module.GRACE + 0.1
+            await group.beat()
+            assert all(limiter.sound for limiter in group.limiters)
+            assert await drained(group, range(4)) == 0, "no burst: Redis knows of all 100"
+            group.now += 55.0
+            assert await drained(group, range(4)) == 100
+
+
+@pytest.mark.parametrize("beat", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_loss_admits_no_more_than_was_free_whoever_asked_last(beat: bool, first: int) -> None:
+    with own_server() as server:
+        async with proxies(server.url, Limits(rpm=60)) as group:
+            await group.beat()
+            for n in (first, 1 - first):  # so the first one's last answer is about itself alone
+                for _ in range(20):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            if beat:
+                group.now += 1
+                await group.beat()
+                assert [each._known["rpm"] for each in group.allowances] == [40, 40]
+            server.kill()
+            group.now += 1
+            admitted = await drained(group, range(2))
+            group.now += 10
+            admitted += await drained(group, range(2))
+            assert admitted == 20
+
+
+async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> None:
+    with own_server() as server:
+        server.kill()
+        async with proxies(server.url, Limits(rpm=100)) as group:
+            for n in range(2):
+                for _ in range(30):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            server.start()
+            for limiter in group.limiters:
+                await eventually_up(limiter)
+            for _ in range(2):
+                await group.beat()
+                await group.settled()
+            group.now += module.GRACE + 0.1
+            await group.beat()
+            assert all(limiter.sound for limiter in group.limiters)
+            assert await drained(group, range(2)) == 40, "what each admitted by itself is counted"
+
+
+async def test_who_finds_a_redis_without_memory_first_does_not_share_before_the_others_have_told() -> None:
+    with own_server() as server:
+        async with proxies(server.url, Limits(rpm=60)) as group:
+            await group.beat()
+            for n in range(2):
+                for _ in range(30):
+                    assert isinstance(await group.ask(n, 1), SharedReservation)
+            server.kill()
+            group.now += 1
+            assert await drained(group, range(2)) == 0
+            assert not any(limiter.sound for limiter in group.limiters)
+            server.start()
+            for limiter in group.limiters:
+                await eventually_up(limiter)
+            first = group.limiters[0]
+            for _ in range(3):  # within seconds of the loss
+                group.now += 0.2
+                await first._beat()
+                await group.settled()
+            assert not first.sound
+            assert await drained(group, range(2)) == 0
+            group.now += module.GRACE
+            for _ in range(2):
+                await group.beat()
+                await group.settled()
+            assert first.sound
+            assert await drained(group, range(2)) == 0
+
+
+async def test_who_starts_while_redis_is_late_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with own_server() as server:
+        one = Alone(server, monkeypatch)
+        server.signal(signal.SIGSTOP)
+        await one.limiter.open(lambda *_: None)
+        assert one.limiter.sound
+        answer = asyncio.create_task(one.ask(key=""))
+        await asyncio.sleep(0.3)
+        assert not answer.done()
+        server.signal(signal.SIGCONT)
+        assert await answer is False, "now it knows which Redis it is"
+        assert await one.ask(key="") is True
+        assert one.limiter.sound
+        await one.limiter.close()
+
+
+async def eventually_up(limiter: RedisLimiter) -> None:
+    await until(lambda: limiter.link.up)
+
+
+class Alone:
+    """One limiter with a server of its own. Its clock, and that of silence, is turned by hand."""
+
+    def __init__(self, server: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.server = server
+        self._patch = monkeypatch
+        self.limiter = RedisLimiter(server.url, "t", "p0", lambda: self.now)
+        self.allowance = cast(SharedAllowance, self.limiter.allowance(WHERE, Limits(rpm=1000), 1.0))
+        monkeypatch.setattr(redis_silence, "loop_time", lambda: self.now)
+        self.waits(PATIENT)
+
+    def waits(self, seconds: float) -> None:
+        """For each answer, from now on."""
+        self._patch.setattr(module, "DEADLINE", seconds)
+        self._patch.setattr(module, "GLANCE", seconds)
+        self.limiter._deadline = self.limiter.link._deadline = seconds
+
+    def freeze(self) -> None:
+        self.server.signal(signal.SIGSTOP)
+        self.waits(HASTY)
+
+    def thaw(self) -> None:
+        self.waits(PATIENT)
+        self.server.signal(signal.SIGCONT)
+
+    async def ask(self, key: str = "k1") -> bool | None:
+        """None where the allowance already says wait."""
+        reservation = self.allowance.reserve(1, self.now)
+        if not isinstance(reservation, Reservation):
+            return None
+        return await self.limiter.confirm(reservation, key, "m")
+
+    async def admitted(self) -> None:
+        """Asks until it is."""
+        async with asyncio.timeout(PATIENT):
+            while not await self.ask():
+                self.now += RECHECK
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def alone(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Alone]:
+    monkeypatch.setattr(redis_silence, "HUNG", 1e6)
+    monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.5)
+    with own_server() as server:
+        one = Alone(server, monkeypatch)
+        await one.limiter.open(lambda *_: None)
+        await until(lambda: one.limiter.link.up)
+        one.now += redis_silence.SETTLING + 1.0  # long enough there to lose it
+        try:
+            yield one
+        finally:
+            one.thaw()
+            await one.limiter.close()
+
+
+async def test_a_late_answer_means_waiting_and_only_lasting_silence_going_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with alone(monkeypatch) as one:
+        limiter = one.limiter
+        assert await one.ask() is True
+        one.freeze()
+        assert await one.ask() is False, "it waits in the gate"
+        assert limiter.sound
+        assert await one.ask() is None
+        assert await limiter.confirm(None, "k1", "m"), "without a limit there is nothing to wait for"
+        one.thaw()
+        await one.admitted()
+        assert limiter.sound
+        one.freeze()
+        assert await one.ask() is False
+        one.now += redis_silence.HUNG - 1.0
+        assert await one.ask() is False
+        assert limiter.sound
+        one.now += 1.0
+        await one.admitted()
+        assert not limiter.sound
+        failures = limiter.link.failures
+        assert await one.ask() is True
+        assert limiter.link.failures == failures, "nobody is asked any more"
+
+
+async def test_what_waits_in_no_gate_waits_for_the_answer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with alone(monkeypatch) as one:
+        one.freeze()
+        answer = asyncio.create_task(one.ask(key=""))
+        await asyncio.sleep(5 * HASTY)
+        assert not answer.done()
+        one.thaw()
+        assert await answer is True
+        assert one.limiter.sound
+
+
+async def test_a_settlement_that_was_done_late_gives_nothing_back_twice(url: str) -> None:
+    async with proxies(url, Limits(tpm=1000), 2) as group:
+        first, second = await group.ask(0, 400), await group.ask(0, 600)
+        assert isinstance(first, SharedReservation)
+        assert isinstance(second, SharedReservation)
+        limiter, send = group.limiters[0], group.limiters[0]._send
+
+        async def late(batch: Any) -> None:
+            await send(batch)
+            raise TimeoutError
+
+        limiter._send = late  # type: ignore[method-assign]
+        first.settle(100)
+        assert limiter._flushing is not None
+        await asyncio.wait({limiter._flushing})
+        limiter._send = send  # type: ignore[method-assign]
+        await group.settled()
+        group.now += RECHECK
+        assert isinstance(await group.ask(1, 301), Wait)
+        group.now += RECHECK
+        assert isinstance(await group.ask(1, 300), SharedReservation)
+
+
+async def test_what_is_cancelled_on_its_way_is_taken_back(url: str) -> None:
+    async with proxies(url, Limits(rpm=5, concurrency=5), 2) as group:
+        for _ in range(20):
+            task = asyncio.create_task(group.ask(0, 1))
+            await asyncio.sleep(random.random() * 0.001)
+            task.cancel()
+            try:
+                answer = await task
+            except asyncio.CancelledError:
+                # The exchange gives back what it holds itself; what it does not is the limiter's.
+                for reservation in list(Held.of(group.allowances[0])):
+                    reservation.cancel()
+            else:
+                if isinstance(answer, SharedReservation):
+                    answer.cancel()
+            await asyncio.sleep(0.005)
+            await group.settled()
+            group.now += RECHECK
+        await group.beat()
+        answers = [await group.ask(1, 1) for _ in range(5)]
+        assert sum(isinstance(answer, SharedReservation) for answer in answers) >= 4
+
+
+class Held:
+    """The reservations of an allowance that are still open, by the garbage collector's books."""
+
+    @staticmethod
+    def of(allowance: SharedAllowance) -> Iterator[SharedReservation]:
+        import gc
+
+        for thing in gc.get_objects():
+            if isinstance(thing, SharedReservation) and thing.allowance is allowance and thing._open:
+                yield thing
+
+
+async def test_one_that_loses_redis_for_a_moment_takes_nothing_from_the_others(url: str) -> None:
+    async with proxies(url, Limits(rpm=100, concurrency=100), 4) as group:
+        await group.beat()
+        for n in range(80):
+            answer = await group.ask(n % 4, 1)
+            assert isinstance(answer, SharedReservation)
+            answer.settle(1)
+        await group.settled()
+        one = group.limiters[0]
+        one._lose()
+        assert await drained(group, range(1)) <= 6, "a quarter of the 20 that were free"
+        group.now += 2.0
+        assert await drained(group, range(1)) == 0
+        await group.beat()
+        await group.settled()
+        assert one._phase == "back"
+        await group.beat()
+        await group.beat()
+        assert one.sound, "all the others have been heard of since: nobody else was alone"

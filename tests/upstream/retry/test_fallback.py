@@ -1,0 +1,46 @@
+"""Other models in place of one that nobody can serve (contract 3, `retry.fallbacks`)."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+
+from proxy.protocol.options import NONE
+from proxy.protocol.request import Call, Client
+from proxy.protocol.routes import parse_target
+from proxy.upstream.retry.fallback import asking, fallbacks_for
+
+TABLE = {"gpt-4o": ("gpt-4o-mini", "gpt-4.1"), "gpt-4*": ("gpt-4o-mini",), "*": ("o1",)}
+
+
+@pytest.mark.parametrize(
+    ("model", "others"),
+    [("gpt-4o", ("gpt-4o-mini", "gpt-4.1")), ("gpt-4-turbo", ("gpt-4o-mini",)), ("o3", ("o1",)), ("o1", ())],
+)
+def test_the_exact_name_then_the_longest_glob(model: str, others: tuple[str, ...]) -> None:
+    assert fallbacks_for(TABLE, model) == others
+
+
+def test_none_configured() -> None:
+    assert fallbacks_for({}, "gpt-4o") == ()
+
+
+def call(target: str, body: bytes) -> Call:
+    document = orjson.loads(body)
+    route = parse_target(target)
+    return Call("id", route, (), body, document, "gpt-4o", document.get("model"), False, False, NONE, Client(), 0, 9, 9)
+
+
+def test_only_the_model_of_the_body_changes() -> None:
+    first = call("/v1/chat/completions", b'{ "model": "gpt-4o",  "n": 1.0 }')
+    other = asking(first, "o1")
+    assert other.body == b'{ "model": "o1",  "n": 1.0 }'
+    assert (other.model, other.body_model, other.document) == ("o1", "o1", {"model": "o1", "n": 1.0})
+    assert (other.id, other.deadline, other.route) == (first.id, first.deadline, first.route)
+
+
+def test_a_deployment_in_the_path_gives_way() -> None:
+    other = asking(call("/openai/deployments/mine/chat/completions?api-version=1", b"{}"), "o1")
+    assert (other.route.deployment, other.route.shape, other.route.path) == (None, "openai", "/chat/completions")
+    assert other.route.query == "api-version=1"
+    assert other.body == b'{"model":"o1"}'

@@ -1,0 +1,233 @@
+"""How far a request got when it failed: aiohttp's exceptions, and bodies that break (contract 7, Retry)."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy.upstream.client import Upstreams, _failure
+from proxy.upstream.interfaces import Trip
+from proxy.upstream.retry.outcome import TransportFailure
+from tests.server.kit import PATIENCE, Raw, Say, raw_upstream
+from tests.upstream.transport import OK, reset, says, send, whole
+
+# The exception table: (what the upstream does) -> how far the request got.
+
+TABLE: dict[str, tuple[Say, str, bool]] = {
+    # -> kind, whether a byte of an answer came
+    "closed without a word": (says(), "ambiguous", False),
+    "reset without a word": (says(None), "ambiguous", False),
+    "silent": (says(5.0), "timeout", False),
+    "half a status line": (says(b"HTTP/1.1 2"), "invalid", True),
+    "half a status line, then reset": (says(b"HTTP/1.1 2", 0.02, None), "invalid", True),
+    "half a head": (says(b"HTTP/1.1 200 OK\r\nContent-Type: a"), "invalid", True),
+    "half a head, then silence": (says(b"HTTP/1.1 200 OK\r\nContent-Type: a", 5.0), "timeout", True),
+    "not HTTP": (says(b"SSH-2.0-OpenSSH_9.6\r\n\r\n"), "invalid", True),
+    "a bad header": (says(b"HTTP/1.1 200 OK\r\nA b: c\x00\r\n\r\n"), "invalid", True),
+    "a header too long": (says(b"HTTP/1.1 200 OK\r\nA: " + b"x" * 200_000 + b"\r\n\r\n"), "invalid", True),
+}
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
+@pytest.mark.parametrize(("turn", "kind", "answered"), TABLE.values(), ids=TABLE.keys())
+async def test_how_far_a_request_got(up: Upstreams, turn: Say, kind: str, answered: bool, method: str) -> None:
+    async with raw_upstream(turn) as upstream:
+        trip = Trip()
+        with pytest.raises(TransportFailure) as caught:
+            await send(up, upstream, trip, first_byte=0.2 if kind == "timeout" else 3.0, method=method)
+        assert (caught.value.kind, trip.connected, trip.answered) == (kind, True, answered)
+        assert upstream.connections == 1  # aiohttp repeats nothing by itself
+        assert str(upstream.port) not in caught.value.detail
+
+
+@pytest.mark.parametrize("how", [(), (None,)], ids=["closed", "reset"])
+async def test_a_reused_connection_that_closes_without_a_word_is_stale(up: Upstreams, how: tuple[None, ...]) -> None:
+    """Also for the methods that aiohttp would otherwise send again by itself."""
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.read_request(reader)
+        writer.write(OK)
+        await raw.read_request(reader)
+        if how:
+            reset(writer)
+
+    for method in ("POST", "GET", "HEAD", "PUT", "DELETE"):
+        async with raw_upstream(turn) as upstream:
+            await whole(await send(up, upstream))
+            trip = Trip()
+            with pytest.raises(TransportFailure) as caught:
+                await send(up, upstream, trip, method=method)
+            assert (caught.value.kind, trip.reused, trip.answered) == ("stale", True, False)
+            assert upstream.connections == 1
+
+
+async def test_a_reused_connection_that_answers_and_breaks_is_not_stale(up: Upstreams) -> None:
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.read_request(reader)
+        writer.write(OK)
+        await raw.read_request(reader)
+        writer.write(b"HTTP/1.1 ")
+
+    async with raw_upstream(turn) as upstream:
+        await whole(await send(up, upstream))
+        with pytest.raises(TransportFailure) as caught:
+            await send(up, upstream)
+        assert caught.value.kind == "invalid"
+
+
+async def test_idle_connections_that_were_closed_are_not_used(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        for connections in (1, 2):
+            trip = Trip()
+            await whole(await send(up, upstream, trip))
+            await asyncio.sleep(0.02)
+            assert (upstream.connections, trip.reused) == (connections, False)
+
+
+async def test_nobody_listens(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        pass
+    trip = Trip()
+    with pytest.raises(TransportFailure) as caught:
+        await send(up, upstream, trip)
+    assert (caught.value.kind, trip.connected) == ("unreached", False)
+    assert "refused" in caught.value.detail.lower()
+
+
+@pytest.mark.parametrize("url", ["http://no-such-host.invalid/v1", "http://[::1", "http://127.0.0.1:99999/v1"])
+async def test_addresses_that_lead_nowhere(up: Upstreams, url: str) -> None:
+    trip = Trip()
+    with pytest.raises(TransportFailure) as caught:
+        await up.send("POST", url, [], b"{}", first_byte=3.0, trip=trip)
+    assert (caught.value.kind, trip.connected) == ("unreached", False)
+
+
+async def test_no_tls_where_tls_is_expected(up: Upstreams) -> None:
+    async with raw_upstream(says(OK)) as upstream:
+        trip = Trip()
+        with pytest.raises(TransportFailure) as caught:
+            await up.send("POST", f"https://127.0.0.1:{upstream.port}/v1", [], b"{}", first_byte=2.0, trip=trip)
+        assert (caught.value.kind, trip.connected) == ("unreached", False)
+        assert upstream.heads == []
+
+
+async def test_a_certificate_that_nobody_vouches_for() -> None:
+    """No key is sent to it (RELIABILITY E40)."""
+    key = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
+    error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("sk-secret"))
+    failure = _failure(error, Trip())
+    assert failure.kind == "unreached"
+    assert "secret" not in failure.detail
+
+
+@pytest.mark.parametrize(
+    ("error", "trip", "kind"),
+    [
+        (aiohttp.ConnectionTimeoutError("x"), Trip(), "unreached"),
+        (TimeoutError(), Trip(), "unreached"),
+        (TimeoutError(), Trip(connected=True), "timeout"),
+        (aiohttp.InvalidURL("x"), Trip(), "unreached"),
+        (ValueError("x"), Trip(), "unreached"),
+        (OSError(24, "Too many open files"), Trip(), "unreached"),
+        (aiohttp.ServerDisconnectedError(), Trip(connected=True), "ambiguous"),
+        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True), "ambiguous"),
+        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True, reused=True), "stale"),
+        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True, reused=True, answered=True), "invalid"),
+        (aiohttp.ClientPayloadError(), Trip(connected=True), "ambiguous"),
+    ],
+)
+def test_the_table(error: Exception, trip: Trip, kind: str) -> None:
+    assert _failure(error, trip).kind == kind
+
+
+def test_every_failure_of_aiohttp_has_a_place() -> None:
+    """Whatever its client raises is caught by one of the kinds that `send` names."""
+    named = (TimeoutError, aiohttp.ClientError, OSError, ValueError)
+    public = [getattr(aiohttp, name) for name in aiohttp.__all__]
+    errors = [kind for kind in public if isinstance(kind, type) and issubclass(kind, BaseException)]
+    unnamed = {kind for kind in errors if not issubclass(kind, named)}
+    others = ("WebSocketError", "WSMessageTypeError", "EofStream", "BadContentDisposition")
+    assert not {kind.__name__ for kind in unnamed if not kind.__name__.startswith(others)}
+
+
+# Bodies that break.
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind", "got"),
+    [
+        (says(CHUNKED, b"2\r\nab\r\n", 0.02), "invalid", b"ab"),
+        (says(CHUNKED, b"2\r\nab\r\n", 0.02, None), "invalid", b"ab"),
+        (says(CHUNKED, b"2\r\nab\r\n5\r\nab", 0.02), "invalid", b"abab"),
+        (says(CHUNKED, b"2\r\nab\r\n", 0.02, b"zz\r\n"), "invalid", b"ab"),
+        (says(CHUNKED, b"2\r\nab\r\n", 5.0), "timeout", b"ab"),
+        (says(OK[:-1], 0.02), "invalid", b"{"),
+        (says(OK[:-1], 5.0), "timeout", b"{"),
+    ],
+    ids=["closed", "reset", "inside a chunk", "no chunk", "silent", "short", "short and silent"],
+)
+async def test_bodies_that_break(up: Upstreams, turn: Say, kind: str, got: bytes) -> None:
+    async with raw_upstream(turn) as upstream:
+        answer = await send(up, upstream)
+        seen: list[bytes] = []
+
+        async def read() -> None:
+            async with asyncio.timeout(PATIENCE):
+                async for chunk in answer.chunks():
+                    seen.append(chunk)
+
+        with pytest.raises(TransportFailure) as caught:
+            await read()
+        assert (caught.value.kind, b"".join(seen)) == (kind, got)
+        answer.close()
+
+
+async def test_each_read_has_its_own_patience(up: Upstreams) -> None:
+    """0.2 s of silence are too much, a stream of any length is not."""
+    pieces: list[Any] = [piece for _ in range(6) for piece in (0.1, b"1\r\na\r\n")]
+    async with raw_upstream(says(CHUNKED, *pieces, b"0\r\n\r\n")) as upstream:
+        assert await whole(await send(up, upstream)) == b"aaaaaa"
+
+
+async def test_silence_before_the_head_is_bounded_by_first_byte_alone(up: Upstreams) -> None:
+    async with raw_upstream(says(0.4, OK)) as upstream:
+        assert await whole(await send(up, upstream, first_byte=2.0)) == b"{}"
+
+
+async def test_a_body_without_a_length_ends_with_its_connection(up: Upstreams) -> None:
+    """Nobody can see whether it is whole: what it says must tell (the audit)."""
+    async with raw_upstream(says(b"HTTP/1.0 200 OK\r\n\r\n", b"abc")) as upstream:
+        assert await whole(await send(up, upstream)) == b"abc"
+
+
+async def test_a_slow_reader_holds_the_upstream_back(up: Upstreams) -> None:
+    sent = 0
+
+    async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await raw.read_request(reader)
+        writer.write(CHUNKED)
+        for _ in range(400):
+            writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            await writer.drain()
+            sent += 65536
+        writer.write(b"0\r\n\r\n")
+
+    async with raw_upstream(turn) as upstream:
+        answer = await send(up, upstream)
+        for _ in range(20):
+            before = sent
+            await asyncio.sleep(0.02)
+            if before == sent:
+                break
+        assert sent < 16 * 1024 * 1024
+        size = 0
+        async for chunk in answer.chunks():
+            size += len(chunk)
+        assert size == 400 * 65536

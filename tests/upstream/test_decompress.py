@@ -1,0 +1,247 @@
+"""Compressed answers: every form and every cut of them, and bombs (contract 7, Slow and hostile peers)."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.upstream import decompress as inflate
+from proxy.upstream.decompress import Inflater
+from proxy.upstream.retry.outcome import TransportFailure
+
+MIB = 1024 * 1024
+TEXT = b'{"choices": [{"message": {"content": "' + b"Hello, world! " * 50 + b'"}}]}'
+NOISE = random.Random(1).randbytes(3000)
+
+
+def raw_deflate(data: bytes, level: int = 9) -> bytes:
+    return zlib.compress(data, level, wbits=-15)
+
+
+FORMS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "gzip": ("gzip", gzip.compress),
+    "x-gzip": ("x-gzip", gzip.compress),
+    "zlib": ("deflate", zlib.compress),
+    "zlib, fast": ("deflate", lambda data: zlib.compress(data, 1)),
+    "zlib, small window": ("deflate", lambda data: zlib.compress(data, 9, wbits=9)),
+    "raw": ("deflate", raw_deflate),
+    "raw, stored": ("deflate", lambda data: raw_deflate(data, 0)),
+}
+
+
+def inflated(encoding: str, pieces: Iterable[bytes]) -> bytes:
+    inflater = Inflater(encoding)
+    out = b"".join([inflater.feed(piece) for piece in pieces])
+    inflater.finish()
+    return out
+
+
+def bytewise(data: bytes) -> list[bytes]:
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "body", [b"", b"x", TEXT, NOISE, b"\0" * 100_000], ids=["empty", "x", "text", "noise", "zeros"]
+)
+def test_every_form_whole_and_byte_by_byte(form: str, body: bytes) -> None:
+    encoding, compress = FORMS[form]
+    data = compress(body)
+    assert inflated(encoding, [data]) == body
+    assert inflated(encoding, bytewise(data)) == body
+    assert inflated(encoding, [b"", data, b""]) == body
+
+
+@given(st.binary(max_size=300), st.sampled_from(list(FORMS)), st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_any_body_in_any_pieces(body: bytes, form: str, sizes: list[int]) -> None:
+    encoding, compress = FORMS[form]
+    data = compress(body)
+    pieces: list[bytes] = []
+    at = 0
+    while at < len(data):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(data[at : at + size])
+        at += size
+    assert inflated(encoding, pieces) == body
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cut_anywhere_is_seen(form: str) -> None:
+    encoding, compress = FORMS[form]
+    data = compress(TEXT)
+    for cut in range(1, len(data)):
+        for pieces in ([data[:cut]], bytewise(data[:cut])):
+            with pytest.raises(TransportFailure) as caught:
+                inflated(encoding, pieces)
+            assert caught.value.kind == "invalid"
+
+
+def test_raw_deflate_that_looks_a_little_like_zlib() -> None:
+    """Two bytes that pass zlib's check sum, or that name its method: both are needed."""
+    bodies = [raw_deflate(str(number).encode()) for number in range(2000)]
+    alike = [data for data in bodies if int.from_bytes(data[:2], "big") % 31 == 0]
+    assert len(alike) > 10
+    for data in alike:
+        assert inflated("deflate", bytewise(data)).isdigit()
+
+
+def test_nothing_at_all_is_nothing() -> None:
+    for encoding in ("gzip", "deflate"):
+        assert inflated(encoding, []) == b""
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("data", [b"{}", b'{"error": "plain text"}', b"<html>", b"\xff" * 50, b"\x1f\x8b\x08"])
+def test_what_is_not_compressed_is_an_invalid_answer(encoding: str, data: bytes) -> None:
+    for pieces in ([data], bytewise(data)):
+        with pytest.raises(TransportFailure) as caught:
+            inflated(encoding, pieces)
+        assert caught.value.kind == "invalid"
+
+
+@given(st.sampled_from(list(FORMS)), st.data())
+def test_a_flipped_bit_never_gives_another_error(form: str, data: st.DataObject) -> None:
+    encoding, compress = FORMS[form]
+    body = bytearray(compress(TEXT))
+    at = data.draw(st.integers(0, len(body) - 1))
+    body[at] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        inflated(encoding, [bytes(body)])
+    except TransportFailure as failure:
+        assert failure.kind == "invalid"  # noqa: PT017
+
+
+@pytest.mark.parametrize("spoilt", [-1, -5])
+def test_a_wrong_checksum_or_length_is_seen(spoilt: int) -> None:
+    data = bytearray(gzip.compress(TEXT))
+    data[spoilt] ^= 1
+    with pytest.raises(TransportFailure):
+        inflated("gzip", [bytes(data)])
+
+
+# --- several members --------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=60), min_size=1, max_size=6), st.integers(1, 60))
+def test_gzip_members_in_a_row(bodies: list[bytes], size: int) -> None:
+    data = b"".join(gzip.compress(body) for body in bodies)
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    assert inflated("gzip", pieces) == b"".join(bodies)
+    assert inflated("gzip", [data]) == b"".join(bodies)
+
+
+def test_the_second_member_may_be_cut_too() -> None:
+    data = gzip.compress(b"one") + gzip.compress(TEXT)
+    for cut in range(len(gzip.compress(b"one")) + 1, len(data)):
+        with pytest.raises(TransportFailure):
+            inflated("gzip", [data[:cut]])
+
+
+def test_rubbish_after_a_gzip_member_is_refused() -> None:
+    with pytest.raises(TransportFailure):
+        inflated("gzip", [gzip.compress(b"one") + b"rubbish"])
+
+
+def test_bytes_after_a_deflate_stream_do_not_pile_up() -> None:
+    """The stream says itself where it ends: what follows is no part of the answer, and must not be held."""
+    for compress in (zlib.compress, raw_deflate):
+        inflater = Inflater("deflate")
+        assert inflater.feed(compress(b"body") + b"x" * 100) == b"body"
+        tracemalloc.start()
+        for _ in range(64):
+            assert inflater.feed(b"x" * 65536) == b""
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        inflater.finish()
+        assert peak < MIB
+
+
+# --- bombs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_bounds_are_the_contracts() -> None:
+    assert (inflate.MAX_DECODED, inflate.BOMB_FLOOR, inflate.BOMB_RATIO) == (256 * MIB, 8 * MIB, 100)
+
+
+@pytest.mark.parametrize("form", ["gzip", "zlib", "raw"])
+def test_up_to_the_floor_any_ratio_is_fine(form: str) -> None:
+    encoding, compress = FORMS[form]
+    data = compress(b"\0" * (8 * MIB))
+    assert len(data) * 100 < 8 * MIB
+    assert len(inflated(encoding, [data])) == 8 * MIB
+
+
+@pytest.mark.parametrize("form", ["gzip", "zlib", "raw"])
+@pytest.mark.parametrize("extra", [1, 24 * MIB])
+def test_a_bomb_is_refused_and_never_unpacked(form: str, extra: int) -> None:
+    encoding, compress = FORMS[form]
+    data = compress(b"\0" * (8 * MIB + extra))
+    for size in (len(data), 1000):
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        tracemalloc.start()
+        with pytest.raises(TransportFailure) as caught:
+            inflated(encoding, pieces)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert caught.value.kind == "invalid"
+        assert "too much" in caught.value.detail
+        assert peak < 24 * MIB
+
+
+def test_a_bomb_of_many_members_is_refused() -> None:
+    data = gzip.compress(b"\0" * MIB) * 9
+    with pytest.raises(TransportFailure, match="too much"):
+        inflated("gzip", [data])
+    assert len(inflated("gzip", [gzip.compress(b"\0" * MIB) * 8])) == 8 * MIB
+
+
+def test_beyond_the_floor_a_modest_ratio_is_fine() -> None:
+    pattern = random.Random(2).randbytes(1024)
+    body = (pattern + b"\0" * 40_000) * 250
+    data = gzip.compress(body)
+    assert len(body) > 8 * MIB
+    assert len(data) * 100 > len(body) > len(data) * 20
+    assert inflated("gzip", [data[at : at + 4096] for at in range(0, len(data), 4096)]) == body
+
+
+def test_no_ratio_excuses_more_than_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflate, "MAX_DECODED", 5000)
+    noise = random.Random(3).randbytes(5001)
+    assert inflated("gzip", [gzip.compress(noise[:5000])]) == noise[:5000]
+    for pieces in ([gzip.compress(noise)], bytewise(gzip.compress(noise))):
+        with pytest.raises(TransportFailure, match="too much"):
+            inflated("gzip", pieces)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 400), st.integers(1, 50))
+def test_the_bound_is_exact(length: int, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inflate, "MAX_DECODED", 200)
+        data = zlib.compress((bytes(range(200)) * 2)[:length])
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        if length <= 200:
+            assert len(inflated("deflate", pieces)) == length
+        else:
+            with pytest.raises(TransportFailure):
+                inflated("deflate", pieces)
+
+
+# --- which --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate"])
+def test_what_it_knows(encoding: str) -> None:
+    assert Inflater.knows(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", "br", "zstd", "compress", "gzip, gzip", "GZIP"])
+def test_what_it_does_not_know(encoding: str) -> None:
+    assert not Inflater.knows(encoding)
