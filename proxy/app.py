@@ -14,32 +14,32 @@ from aiohttp.web import BaseRequest, Server
 
 from .accounting.ledger.ledger import Ledger
 from .accounting.receipt import Receipt
-from .cache.stores.build import kept_past_end
-from .config.loader import Loaded
+from .cache.stores.build import max_stale
+from .config.loader import LoadedSettings
 from .config.settings import Settings
 from .config.urls import parse_url
 from .observability import logs
 from .observability.metrics import Metrics
-from .pipeline.handler import Journey
-from .protocol.errors import Refusal
-from .server.access import Gatekeeper
-from .server.admin import Ops
-from .server.api import Downstream
-from .server.in_flight import Traffic
-from .server.passthrough import Passage
-from .server.responses import Dates, refused
+from .pipeline.handler import RequestHandler
+from .protocol.errors import ProxyError
+from .server.access import AccessControl
+from .server.admin import AdminHandler
+from .server.api import ApiHandler
+from .server.in_flight import InFlight
+from .server.passthrough import PassthroughHandler
+from .server.responses import DateHeader, error_response
 from .server.tracing import Tracing
-from .services import Commons, World, compile_world
-from .system.clock import REAL, Seams, spawn
-from .upstream.client import Outlet, Upstreams
+from .services import Coordination, Services, build_services
+from .system.clock import SYSTEM_CLOCK, Clock, spawn
+from .upstream.client import AiohttpTransport, ConnectOptions
 from .upstream.entra import EntraTokens, default_identity
-from .workers.budgets import SeatBudgets
-from .workers.limiter import SeatLimiter
-from .workers.worker import Seat, SeatObjects, SeatRuns
+from .workers.budgets import WorkerBudgets
+from .workers.limiter import WorkerLimits
+from .workers.worker import WorkerLink, WorkerOwners, WorkerRuns
 
 log = logging.getLogger("proxy")
 
-SWEEP: float = 60.0
+SWEEP_INTERVAL: float = 60.0
 """Seconds between two looks for entries whose time is over (contract 7: gone within 10 minutes of their end)."""
 
 
@@ -47,31 +47,37 @@ class App:
     """Everything one proxy is made of. `handle` is the main listener's handler."""
 
     def __init__(
-        self, settings: Settings, seams: Seams = REAL, seat: Seat | None = None, tracing: Tracing | None = None
+        self,
+        settings: Settings,
+        clock: Clock = SYSTEM_CLOCK,
+        seat: WorkerLink | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._seat = seat
         self.metrics = Metrics()
-        self.traffic = Traffic(started=seams.wall())
+        self.traffic = InFlight(started=clock.wall())
         ledger = settings.ledger
-        self.ledger = Ledger(ledger.path if ledger.enabled else None, seams)
+        self.ledger = Ledger(ledger.path if ledger.enabled else None, clock)
         sealed = settings.cache.mode == "replay"
-        self.way_up = Upstreams(settings.timeouts.connect, settings.timeouts.idle, outlets(settings), sealed)
+        self.transport = AiohttpTransport(
+            settings.timeouts.connect, settings.timeouts.idle, connect_options(settings), sealed
+        )
         self.tracing = tracing
-        self._traced_way_up = self.way_up if tracing is None else tracing.way_up(self.way_up)
-        self._dates = Dates(seams.wall)
+        self._traced_way_up = self.transport if tracing is None else tracing.transport(self.transport)
+        self._dates = DateHeader(clock.wall)
         self._renewals: list[asyncio.Task[None]] = []
-        self._furnish(compile_world(settings, seams, commons=_commons(seat, seams)))
+        self._build(build_services(settings, clock, commons=_coordination(seat, clock)))
 
-    def _furnish(self, world: World) -> None:
+    def _build(self, services: Services) -> None:
         """Everything that stands in this world. What is in flight keeps the rooms it is in."""
-        self.world = world
-        gatekeeper = Gatekeeper(world.settings)
-        self.ops = Ops(world, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
-        self.journey = Journey(world, self._traced_way_up, self._observe)
-        self.downstream = Downstream(
-            world,
+        self.services = services
+        gatekeeper = AccessControl(services.settings)
+        self.ops = AdminHandler(services, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
+        self.journey = RequestHandler(services, self._traced_way_up, self._observe)
+        self.downstream = ApiHandler(
+            services,
             self.journey,
-            Passage(world, self._traced_way_up, self._keep),
+            PassthroughHandler(services, self._traced_way_up, self._observe_and_keep),
             self.ops,
             self.metrics,
             gatekeeper,
@@ -79,19 +85,19 @@ class App:
             self.ledger,
         )
 
-    def use(self, loaded: Loaded) -> None:
+    def apply(self, loaded: LoadedSettings) -> None:
         """Puts other settings in force, in one step. Raises OSError, and then nothing has changed."""
-        old, settings = self.world, loaded.settings
-        world, found = compile_world(settings, old.seams, old), outlets(settings)
-        self.way_up.set(settings.timeouts.connect, settings.timeouts.idle, found)
-        self._furnish(world)
-        logs.configure(settings.log.level, settings.log.format, world.masker)
+        old, settings = self.services, loaded.settings
+        services, found = build_services(settings, old.clock, old), connect_options(settings)
+        self.transport.apply_settings(settings.timeouts.connect, settings.timeouts.idle, found)
+        self._build(services)
+        logs.configure(settings.log.level, settings.log.format, services.masker)
         self.start_tokens()
 
-    def told(self, loaded: Loaded) -> None:
+    def apply_from_supervisor(self, loaded: LoadedSettings) -> None:
         """As `use`, by the parent, which has checked them and logged what is to be logged."""
         try:
-            self.use(loaded)
+            self.apply(loaded)
         except OSError as error:
             log.error("reload: a worker cannot use the new settings, the old ones stay: %s", error)
 
@@ -99,10 +105,10 @@ class App:
         """Has the Entra ID tokens of this world renewed, and no longer those of the one before."""
         for task in self._renewals:
             task.cancel()
-        world, tokens = self.world, []
-        for spec in world.settings.upstreams:
+        services, tokens = self.services, []
+        for spec in services.settings.upstreams:
             if spec.entra_id:
-                tokens.append(EntraTokens(partial(world.put_token, spec.name), world.seams, default_identity))
+                tokens.append(EntraTokens(partial(services.put_token, spec.name), services.clock, default_identity))
         self._renewals = [spawn(one.run(), "entra id") for one in tokens]
         return tokens
 
@@ -111,35 +117,35 @@ class App:
         self.ledger.record(receipt)
         logs.log_receipt(receipt)
         if self.tracing is not None:
-            self.tracing.observe(receipt, self.world)
+            self.tracing.observe(receipt, self.services)
 
-    def _keep(self, receipt: Receipt) -> None:
-        self.world.receipts.put(receipt)
+    def _observe_and_keep(self, receipt: Receipt) -> None:
+        self.services.receipts.put(receipt)
         self._observe(receipt)
 
     async def handle(self, request: BaseRequest) -> Any:
         if self.tracing is not None:
-            return await self.tracing.handle(request, self.world, self.downstream.handle)
+            return await self.tracing.handle(request, self.services, self.downstream.handle)
         return await self.downstream.handle(request)
 
     async def handle_ops(self, request: BaseRequest) -> Any:
         try:
             path = request.raw_path.partition("?")[0]
             return await self.ops.handle_probe(request, path)
-        except Refusal as refusal:
-            return refused(request, refusal, self.world.seams.new_id(), self._dates.line())
+        except ProxyError as refusal:
+            return error_response(request, refusal, self.services.clock.new_id(), self._dates.line())
 
     async def sweep(self) -> None:
         """Takes entries out of memory whose time is over; a little at a time."""
-        store, grace = self.world.store, kept_past_end(self.world.settings.cache)
+        store, grace = self.services.store, max_stale(self.services.settings.cache)
         while store is not None:
-            await self.world.seams.sleep(SWEEP)
-            while store.sweep(self.world.seams.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
+            await self.services.clock.sleep(SWEEP_INTERVAL)
+            while store.sweep(self.services.clock.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
 
     def _is_busy(self, server: Server) -> bool:
         """Whether a request is being served, an answer is read for the cache, or is not wholly handed to the system."""
-        if self.traffic.in_flight or len(self.journey.sharing.flights):
+        if self.traffic.requests or len(self.journey.coalescer.flights):
             return True
         transports = (connection.transport for connection in server.connections)
         return any(transport is not None and transport.get_write_buffer_size() for transport in transports)
@@ -147,33 +153,33 @@ class App:
     async def drain(self, server: Server, now: asyncio.Event) -> None:
         """Lets what is being served finish, within `drain_timeout`; then tells streams and drops the rest."""
         self.traffic.closing = True
-        limit = self.world.settings.server.drain_timeout
+        limit = self.services.settings.server.drain_timeout
         loop = asyncio.get_running_loop()
         end = loop.time() + limit
         # A look now and then: an event would have to be set on the hot path.
         while self._is_busy(server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        if self.traffic.in_flight:
-            log.warning("%d requests did not finish within %gs", self.traffic.in_flight, limit)
-        for task, flow in list(self.traffic.flows.items()):
+        if self.traffic.requests:
+            log.warning("%d requests did not finish within %gs", self.traffic.requests, limit)
+        for task, flow in list(self.traffic.streams.items()):
             flow.interrupted = "draining"
             task.cancel()
-        tasks = list(self.traffic.flows)
+        tasks = list(self.traffic.streams)
         if tasks:
             await asyncio.wait(tasks, timeout=0.5)
 
 
-def _commons(seat: Seat | None, seams: Seams) -> Commons | None:
+def _coordination(seat: WorkerLink | None, clock: Clock) -> Coordination | None:
     """What a worker has in common with the others."""
     if seat is None:
         return None
-    return Commons(SeatLimiter(seat, seams.monotonic), SeatRuns(seat), SeatObjects(seat), SeatBudgets(seat))
+    return Coordination(WorkerLimits(seat, clock.monotonic), WorkerRuns(seat), WorkerOwners(seat), WorkerBudgets(seat))
 
 
-def outlets(settings: Settings) -> dict[str, Outlet]:
+def connect_options(settings: Settings) -> dict[str, ConnectOptions]:
     """By origin, how those upstreams are reached that are not reached directly. Raises OSError."""
     return {
-        parse_url(spec.base_url).origin: Outlet(spec.proxy.reveal() if spec.proxy else None, spec.ca_file)
+        parse_url(spec.base_url).origin: ConnectOptions(spec.proxy.reveal() if spec.proxy else None, spec.ca_file)
         for spec in settings.upstreams
         if spec.proxy or spec.ca_file
     }

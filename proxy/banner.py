@@ -6,11 +6,11 @@ import os
 from urllib.parse import urlsplit
 
 from . import __version__
-from .config.loader import Loaded
+from .config.loader import LoadedSettings
 from .config.settings import Settings
 
 
-def start_up_text(loaded: Loaded, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
+def banner_lines(loaded: LoadedSettings, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
     """What a person wants to know at start (contract 1). recorded: answers in the cassette."""
     settings = loaded.settings
     count = sum(len(upstream.keys) or upstream.entra_id for upstream in settings.upstreams)

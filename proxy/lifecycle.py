@@ -15,24 +15,24 @@ from contextlib import suppress
 from aiohttp.web import ServerRunner
 
 from .app import App, log
-from .banner import start_up_text
-from .cache.stores.cassette import Unusable, open_cassette
-from .config.loader import Loaded
+from .banner import banner_lines
+from .cache.stores.cassette import CassetteError, open_cassette
+from .config.loader import LoadedSettings
 from .observability import logs
-from .protocol.masking import Masker
+from .protocol.masking import SecretMasker
 from .reload import Read, Reloader
 from .server import listeners as listening
 from .server.connections import ListeningServer
 from .server.tracing import tracing_from
-from .system.clock import REAL, spawn
-from .workers.ipc import Lost
-from .workers.limiter import SeatLimiter
+from .system.clock import SYSTEM_CLOCK, spawn
+from .workers.ipc import ConnectionLost
+from .workers.limiter import WorkerLimits
 from .workers.shared_state import pack
-from .workers.supervisor import lead
-from .workers.worker import Seat
+from .workers.supervisor import supervise
+from .workers.worker import WorkerLink
 
 
-async def serve(loaded: Loaded, read: Read, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
+async def serve(loaded: LoadedSettings, read: Read, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
     """Runs the proxy until SIGTERM or SIGINT; the exit status. read: as `Reloader`; extra_lines: told the base URL,
     more start-up text.
     """
@@ -49,18 +49,20 @@ async def serve(loaded: Loaded, read: Read, *, extra_lines: Callable[[str], list
 
     try:
         if settings.server.workers > 1:
-            logs.configure(settings.log.level, settings.log.format, Masker(()))
-            return await lead(loaded, read, listeners, REAL, say)
-        return await _alone(loaded, read, listeners, say)
+            logs.configure(settings.log.level, settings.log.format, SecretMasker(()))
+            return await supervise(loaded, read, listeners, SYSTEM_CLOCK, say)
+        return await _serve_in_this_process(loaded, read, listeners, say)
     finally:
         listeners.close()
         listeners.remove()
 
 
-async def _alone(loaded: Loaded, read: Read, listeners: listening.Listeners, say: Callable[[list[str]], None]) -> int:
+async def _serve_in_this_process(
+    loaded: LoadedSettings, read: Read, listeners: listening.Listeners, say: Callable[[list[str]], None]
+) -> int:
     """All of the proxy in this process."""
     app = App(loaded.settings, tracing=tracing_from(os.environ))
-    reloader = Reloader(loaded, read, app.use, app.world.seams)
+    reloader = Reloader(loaded, read, app.apply, app.services.clock)
     stop, now = _on_signals(reloader.ask)
     reloading: list[asyncio.Task[None]] = []
 
@@ -75,37 +77,37 @@ async def _alone(loaded: Loaded, read: Read, listeners: listening.Listeners, say
             task.cancel()
 
 
-async def work(fd: int) -> int:
+async def run_worker(fd: int) -> int:
     """One of several workers, whose parent is at the other end of `fd`; the exit status."""
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the parent's: it tells us
     try:
-        seat, orders = await Seat.take(fd)
-    except Lost:
+        seat, orders = await WorkerLink.take(fd)
+    except ConnectionLost:
         return 1
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
     sockets = [socket.socket(fileno=one) for one in orders.listeners]
     listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
     app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
-    if isinstance(app.world.limiter, SeatLimiter):
-        app.world.limiter.room = lambda: app.world.gate.notify()
-    seat.channel.handlers["settings"] = lambda body: app.told(pickle.loads(body))
+    if isinstance(app.services.limiter, WorkerLimits):
+        app.services.limiter.room = lambda: app.services.admission.wake()
+    seat.channel.handlers["settings"] = lambda body: app.apply_from_supervisor(pickle.loads(body))
 
     def say(lines: list[str]) -> None:
-        seat.channel.note("ready", pack(lines))
+        seat.channel.notify("ready", pack(lines))
 
     try:
         return await _run(app, orders.loaded, listeners, say, seat.stop, seat.now, shared=True)
     finally:
         listeners.close()
-        seat.channel.note("counted", pack(app.ops.counts()))
+        seat.channel.notify("counted", pack(app.ops.counts()))
         await seat.channel.flush()
         seat.channel.close()
 
 
 async def _run(
     app: App,
-    loaded: Loaded,
+    loaded: LoadedSettings,
     listeners: listening.Listeners,
     say: Callable[[list[str]], None],
     stop: asyncio.Event,
@@ -115,31 +117,31 @@ async def _run(
     """Serves until told to stop; the exit status. shared: others take connections from the same listeners."""
     settings = loaded.settings
     try:
-        recorded = open_cassette(app.world.store, settings.cache.cassette)
-    except Unusable as error:
+        recorded = open_cassette(app.services.store, settings.cache.cassette)
+    except CassetteError as error:
         print(error, file=sys.stderr)
         return 2
-    logs.configure(settings.log.level, settings.log.format, app.world.masker)
+    logs.configure(settings.log.level, settings.log.format, app.services.masker)
     servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
     runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
     background: list[asyncio.Task[None]] = []
     app.traffic.address = listeners.address
     try:
-        if app.world.store is not None:
-            await app.world.store.open()
-        if app.world.limiter is not None:
-            await app.world.limiter.open(lambda *state: app.world.adopt(*state))
+        if app.services.store is not None:
+            await app.services.store.open()
+        if app.services.limiter is not None:
+            await app.services.limiter.open(lambda *state: app.services.apply_remote_state(*state))
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
-        await app.world.runs.open()
-        await app.world.objects.open()
-        await app.world.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
+        await app.services.runs.open()
+        await app.services.object_owners.open()
+        await app.services.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
         for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
             await one.setup()
             await listening.serve_on(one, listener, shared)
         app.ledger.open()
         background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
-        background.append(spawn(app.metrics.feel_loop(app.world.seams), "event loop lag"))
-        say(start_up_text(loaded, listeners.address, listeners.ops_address, recorded))
+        background.append(spawn(app.metrics.measure_loop_lag(app.services.clock), "event loop lag"))
+        say(banner_lines(loaded, listeners.address, listeners.ops_address, recorded))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -168,8 +170,8 @@ def _on_signals(reload: Callable[[], None]) -> tuple[asyncio.Event, asyncio.Even
 async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, now: asyncio.Event) -> None:
     """Waits for a signal, then drains. A second signal: now."""
     await stop.wait()
-    settings = app.world.settings.server
-    log.info("stopping: %d requests in flight", app.traffic.in_flight)
+    settings = app.services.settings.server
+    log.info("stopping: %d requests in flight", app.traffic.requests)
     app.traffic.draining = True
     if settings.drain_delay:
         with suppress(TimeoutError):
@@ -184,15 +186,15 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> None:
     for one in (runner, ops_runner):
         await one.cleanup()
-    await app.journey.refresher.close()
-    await app.way_up.close()
-    if app.world.limiter is not None:
-        await app.world.limiter.close()
-    await app.world.runs.close()
-    await app.world.budgets.close()
+    await app.journey.revalidator.close()
+    await app.transport.close()
+    if app.services.limiter is not None:
+        await app.services.limiter.close()
+    await app.services.runs.close()
+    await app.services.budgets.close()
     await app.ledger.close()
-    if app.world.store is not None:
-        await app.world.store.close()
-    await app.world.objects.close()
+    if app.services.store is not None:
+        await app.services.store.close()
+    await app.services.object_owners.close()
     if app.tracing is not None:
         await app.tracing.close()

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from .config.fixed import with_fixed
-from .config.loader import Loaded
+from .config.loader import LoadedSettings
 from .config.problems import SettingsError
-from .system.clock import Seams
+from .system.clock import Clock
 
 log = logging.getLogger("proxy")
 
@@ -30,7 +30,7 @@ SETTLE: Final = 0.1
 UNSETTLED: Final = 50
 """So many times in a row it may have changed before the reload is given up."""
 
-Read = Callable[[Loaded], Loaded]
+Read = Callable[[LoadedSettings], LoadedSettings]
 """Reads the settings again, to be put in force instead of those given. Raises SettingsError."""
 
 Stamp = tuple[int, ...] | None
@@ -48,11 +48,11 @@ def stamp(path: Path) -> Stamp:
 class Reloader:
     """loaded: what is in force; use: puts other settings in force, raises OSError if it cannot."""
 
-    def __init__(self, loaded: Loaded, read: Read, use: Callable[[Loaded], None], seams: Seams) -> None:
+    def __init__(self, loaded: LoadedSettings, read: Read, use: Callable[[LoadedSettings], None], clock: Clock) -> None:
         self._in_force = loaded
         self._read = read
         self._use = use
-        self._seams = seams
+        self._clock = clock
         self._stamps = self._look(loaded)
         self._asked = asyncio.Event()
 
@@ -64,7 +64,7 @@ class Reloader:
         """For as long as the proxy runs."""
         while True:
             waiting = asyncio.ensure_future(self._asked.wait())
-            napping = asyncio.ensure_future(self._seams.sleep(LOOK))
+            napping = asyncio.ensure_future(self._clock.sleep(LOOK))
             try:
                 await asyncio.wait({waiting, napping}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -101,14 +101,14 @@ class Reloader:
         log.info("reload (%s): new settings in force", why)
         return True
 
-    async def _settled(self) -> Loaded:
+    async def _settled(self) -> LoadedSettings:
         """The settings of a file that nobody is writing. Raises SettingsError, OSError.
 
         They are read beside the loop, as reading may run commands for keys.
         """
         for _ in range(UNSETTLED):
             before = self._written()
-            await self._seams.sleep(SETTLE)
+            await self._clock.sleep(SETTLE)
             if self._written() != before:
                 continue
             try:
@@ -125,5 +125,5 @@ class Reloader:
         return stamp(self._in_force.file) if self._in_force.file is not None else None
 
     @staticmethod
-    def _look(loaded: Loaded) -> dict[Path, Stamp]:
+    def _look(loaded: LoadedSettings) -> dict[Path, Stamp]:
         return {path: stamp(path) for path in loaded.watched}

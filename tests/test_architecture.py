@@ -56,7 +56,11 @@ EXCEPTIONS = {
 """Imports that still run against the layers; the next steps remove them."""
 
 LONG = 400
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "proxy/server/passthrough.py": "holds a retry loop of its own until there is one for all",
+    "proxy/upstream/client.py": "until it is split",
+    "proxy/upstream/sender.py": "the retry loop, until it is split",
+}
 """Files of more than `LONG` lines, each with its reason."""
 
 PURE = {"__future__", "base64", "binascii", "bisect", "collections", "collections.abc", "contextlib", "dataclasses"}

@@ -15,7 +15,7 @@ from proxy.config.schema import leaves
 from proxy.config.settings import Settings
 from proxy.observability.metrics import Metrics
 from proxy.protocol.errors import CODES
-from proxy.protocol.options import NONE, Options, from_headers, from_segment
+from proxy.protocol.options import NO_OPTIONS, Options, from_headers, from_segment
 from tests.launch import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,13 +148,13 @@ def test_options_mean_the_same_in_a_header_and_in_the_base_url() -> None:
         name, _, shown = option.partition("=")
         value = "60" if given == "max-age=N" else VALUES.get(name, given)
         if header == "Cache-Control":
-            by_header = from_headers(NONE, [(header, given.replace("N", "60"))])
+            by_header = from_headers(NO_OPTIONS, [(header, given.replace("N", "60"))])
             by_url = from_segment(option.replace("N", "60"))
         else:
-            by_header = from_headers(NONE, [(header, value)])
+            by_header = from_headers(NO_OPTIONS, [(header, value)])
             by_url = from_segment(f"{name}={shown or value}")
-        assert by_header == by_url != NONE, (header, option)
-        seen |= {f for f in Options.__dataclass_fields__ if getattr(by_url, f) != getattr(NONE, f)}
+        assert by_header == by_url != NO_OPTIONS, (header, option)
+        seen |= {f for f in Options.__dataclass_fields__ if getattr(by_url, f) != getattr(NO_OPTIONS, f)}
     assert seen == set(Options.__dataclass_fields__)
 
 

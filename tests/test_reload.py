@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.loader import Loaded
+from proxy.config.loader import LoadedSettings
 from proxy.config.problems import Problem, SettingsError
-from proxy.config.settings import Cache, Server, Settings
+from proxy.config.settings import CacheSettings, ServerSettings, Settings
 from proxy.reload import SETTLE, UNSETTLED, Reloader
-from proxy.system.clock import Seams
-from tests.pipeline.clock import story
+from proxy.system.clock import Clock
+from tests.pipeline.clock import virtual_time
 
-PUBLIC = Settings(server=Server(host="0.0.0.0", port=9000))
+PUBLIC = Settings(server=ServerSettings(host="0.0.0.0", port=9000))
 
 
 class Running:
@@ -24,21 +24,21 @@ class Running:
     def __init__(self, file: Path) -> None:
         file.write_text("always")
         self.file = file
-        self.in_force = Loaded(PUBLIC, file)
-        self.told: list[Loaded] = []
+        self.in_force = LoadedSettings(PUBLIC, file)
+        self.told: list[LoadedSettings] = []
         self.read: Callable[[], None] = lambda: None  # called while the file is being read
         self.use: Callable[[], None] = lambda: None  # called when settings are put in force
-        self.reloader = Reloader(self.in_force, self._read, self._use, Seams())
+        self.reloader = Reloader(self.in_force, self._read, self._use, Clock())
 
-    def _read(self, in_force: Loaded) -> Loaded:
+    def _read(self, in_force: LoadedSettings) -> LoadedSettings:
         self.told.append(in_force)
         text = self.file.read_text()
         self.read()
         if text not in ("always", "never"):
             raise SettingsError((Problem(str(self.file), 1, "cache.when", f"found {text}"),))
-        return Loaded(Settings(cache=Cache(when=text)), self.file)
+        return LoadedSettings(Settings(cache=CacheSettings(when=text)), self.file)
 
-    def _use(self, loaded: Loaded) -> None:
+    def _use(self, loaded: LoadedSettings) -> None:
         self.use()
         self.in_force = loaded
 
@@ -48,14 +48,14 @@ def running(tmp_path: Path) -> Callable[[], Running]:
     return lambda: Running(tmp_path / "settings.yaml")
 
 
-@story
+@virtual_time
 async def test_new_settings_come_with_what_stays_and_are_read_beside_it(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = running()
     proxy.file.write_text("never")
     assert await proxy.reloader.reload("SIGHUP")
-    assert proxy.in_force.settings == Settings(server=PUBLIC.server, cache=Cache(when="never"))
+    assert proxy.in_force.settings == Settings(server=PUBLIC.server, cache=CacheSettings(when="never"))
     assert [name for name in ("server.host", "server.port", "cache.when") if f"{name} takes effect" in caplog.text] == [
         "server.host",
         "server.port",
@@ -70,7 +70,7 @@ async def test_new_settings_come_with_what_stays_and_are_read_beside_it(
 def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    @story
+    @virtual_time
     async def told() -> None:
         proxy = running()
         before = proxy.in_force
@@ -91,7 +91,7 @@ def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(
     told()
 
 
-@story
+@virtual_time
 async def test_a_file_is_read_once_nobody_writes_it(running: Callable[[], Running]) -> None:
     proxy = running()
     reload = asyncio.create_task(proxy.reloader.reload("SIGHUP"))
@@ -106,7 +106,7 @@ async def test_a_file_is_read_once_nobody_writes_it(running: Callable[[], Runnin
 
 @pytest.mark.parametrize("half", ["ne", "always"])
 def test_what_changed_while_it_was_read_is_read_again(running: Callable[[], Running], half: str) -> None:
-    @story
+    @virtual_time
     async def told() -> None:
         proxy = running()
         proxy.file.write_text(half)
@@ -123,7 +123,7 @@ def test_what_changed_while_it_was_read_is_read_again(running: Callable[[], Runn
     told()
 
 
-@story
+@virtual_time
 async def test_a_file_that_never_stands_still_is_given_up(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture
 ) -> None:

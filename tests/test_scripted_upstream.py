@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, Server, ask, raw, raw_request, status_of
 from tests.ledger import Request, complaints_about
 from tests.scripted_upstream import ScriptedUpstream, Step, cut, drip, hold, reset, send, sleep, stall
@@ -51,8 +51,10 @@ async def test_chunked_uploads_are_joined_and_connections_reused(
 
 async def test_streams_come_as_separate_reads(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     gate = upstream.gate()
-    events = canned.chat_events(include_usage=True)
-    upstream.always(*canned.stream(events[:1], end=False), hold(gate), *canned.stream(events[1:])[1:])
+    events = upstream_answers.chat_events(include_usage=True)
+    upstream.always(
+        *upstream_answers.stream(events[:1], end=False), hold(gate), *upstream_answers.stream(events[1:])[1:]
+    )
     async with client.open(target, ask(stream=True)) as answer:
         first = await answer.content.readany()
         assert first == events[0]
@@ -64,7 +66,7 @@ async def test_streams_come_as_separate_reads(upstream: ScriptedUpstream, target
 async def test_a_cut_stream_is_an_error_to_the_client(
     upstream: ScriptedUpstream, target: Server, client: Client, end: Step
 ) -> None:
-    upstream.always(*canned.stream(canned.chat_events()[:2], end=False), end)
+    upstream.always(*upstream_answers.stream(upstream_answers.chat_events()[:2], end=False), end)
     with pytest.raises(aiohttp.ClientError):
         await client.send(target, ask(stream=True))
 
@@ -106,13 +108,13 @@ async def test_our_own_close_is_not_the_peers(upstream: ScriptedUpstream, target
 
 
 async def test_queue_comes_before_script(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
-    upstream.queue("/v1/chat/completions", canned.rate_limited("2"), canned.unauthorized())
+    upstream.queue("/v1/chat/completions", upstream_answers.rate_limited("2"), upstream_answers.unauthorized())
     statuses = [(await client.send(target, ask())).status for _ in range(3)]
     assert statuses == [429, 401, 200]
 
 
 async def test_drip_and_raw_bytes(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
-    upstream.always(drip(canned.response(200, b'{"a": 1}'), 7))
+    upstream.always(drip(upstream_answers.response(200, b'{"a": 1}'), 7))
     assert (await client.send(target, ask())).json() == {"a": 1}
     upstream.always(send(b"nonsense\r\n\r\n"), cut())
     with pytest.raises(aiohttp.ClientError):
@@ -120,7 +122,7 @@ async def test_drip_and_raw_bytes(upstream: ScriptedUpstream, target: Server, cl
 
 
 async def test_answer_before_the_body(upstream: ScriptedUpstream, target: Server) -> None:
-    upstream.on_head = lambda _: [canned.reply(413, {"error": "early"}), cut()]
+    upstream.on_head = lambda _: [upstream_answers.reply(413, {"error": "early"}), cut()]
     answer = await raw(target, raw_request("POST", "/v1/files", {"Content-Length": "1000000"}))
     assert status_of(answer) == 413
     assert upstream.last.complete_at is None
@@ -156,7 +158,7 @@ async def test_default_behaviour(upstream: ScriptedUpstream, target: Server, cli
     answer = await client.send(target, {"model": "text-embedding-3-small", "input": ["a", "bb"]}, path="/v1/embeddings")
     assert [item["index"] for item in answer.json()["data"]] == [0, 1]
     answer = await client.send(target, ask("nonce", stream=True, stream_options={"include_usage": True}))
-    assert answer.body.endswith(canned.DONE)
+    assert answer.body.endswith(upstream_answers.DONE)
     payloads = [json.loads(part[6:]) for part in answer.body.split(b"\n\n")[:-2]]
     assert payloads[-1]["usage"]["total_tokens"] == 300
     assert "".join(c["delta"].get("content", "") for p in payloads for c in p["choices"]) == "echo: nonce"

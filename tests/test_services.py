@@ -8,26 +8,35 @@ from pathlib import Path
 
 from proxy.config.limits import Limits
 from proxy.config.secret import Secret
-from proxy.config.settings import Cache, Cost, Key, Redis, Retry, Settings, Throttle, Upstream
+from proxy.config.settings import (
+    CacheSettings,
+    CostSettings,
+    KeySettings,
+    RedisSettings,
+    RetrySettings,
+    Settings,
+    ThrottleSettings,
+    UpstreamSettings,
+)
 from proxy.cost.usage import Usage
-from proxy.services import World, compile_world, scope_of_credential
-from proxy.system.clock import REAL
+from proxy.services import Services, build_services, partition_of_credential
+from proxy.system.clock import SYSTEM_CLOCK
 from proxy.upstream.target import CLIENTS_KEY
 
 
-def key(name: str, **fields: object) -> Key:
-    return replace(Key(name, Secret(f"sk-{name}"), quota=name), **fields)  # type: ignore[arg-type]
+def key(name: str, **fields: object) -> KeySettings:
+    return replace(KeySettings(name, Secret(f"sk-{name}"), quota=name), **fields)  # type: ignore[arg-type]
 
 
-def world(*upstreams: Upstream, **sections: object) -> World:
-    return compile_world(replace(Settings(upstreams=upstreams or (Upstream(),)), **sections), REAL)  # type: ignore[arg-type]
+def services(*upstreams: UpstreamSettings, **sections: object) -> Services:
+    return build_services(replace(Settings(upstreams=upstreams or (UpstreamSettings(),)), **sections), SYSTEM_CLOCK)  # type: ignore[arg-type]
 
 
 def test_keys_of_all_upstreams_are_one_ring() -> None:
-    first = Upstream("first", keys=(key("a", organization="org", project="proj", weight=2.0), key("b")))
-    second = Upstream("second", kind="azure", models=("gpt-4*",), priority=1, keys=(key("c", quota="shared"),))
-    made = world(first, second)
-    assert [(k.label, k.upstream, k.priority, k.quota, k.weight, k.models) for k in made.ring.keys] == [
+    first = UpstreamSettings("first", keys=(key("a", organization="org", project="proj", weight=2.0), key("b")))
+    second = UpstreamSettings("second", kind="azure", models=("gpt-4*",), priority=1, keys=(key("c", quota="shared"),))
+    made = services(first, second)
+    assert [(k.label, k.upstream, k.priority, k.quota, k.weight, k.models) for k in made.pool.keys] == [
         ("a", 0, 0, "a", 2.0, ("*",)),
         ("b", 0, 0, "b", 1.0, ("*",)),
         ("c", 1, 1, "shared", 1.0, ("gpt-4*",)),
@@ -38,45 +47,47 @@ def test_keys_of_all_upstreams_are_one_ring() -> None:
         "OpenAI-Project": "proj",
     }
     assert dict(made.credentials["c"]) == {"api-key": "sk-c"}
-    assert [site.name for site in made.sites] == ["first", "second"]
+    assert [site.name for site in made.addresses] == ["first", "second"]
     assert not made.passthrough
     assert made.masker.mask(b"sk-a, sk-b and sk-c") == b"***, *** and ***"
 
 
 def test_no_key_at_all_is_pass_through() -> None:
-    made = world()
+    made = services()
     assert made.passthrough
-    assert [k.label for k in made.ring.keys] == [CLIENTS_KEY]
+    assert [k.label for k in made.pool.keys] == [CLIENTS_KEY]
     assert made.credentials == {CLIENTS_KEY: ()}
-    several = world(Upstream("a"), Upstream("b"))
-    assert [k.label for k in several.ring.keys] == ["a", "b"]
+    several = services(UpstreamSettings("a"), UpstreamSettings("b"))
+    assert [k.label for k in several.pool.keys] == ["a", "b"]
 
 
 def test_an_upstream_without_keys_among_others_is_called_without_a_credential() -> None:
-    made = world(Upstream("openai", keys=(key("a"),)), Upstream("local", base_url="http://127.0.0.1:11434/v1"))
+    made = services(
+        UpstreamSettings("openai", keys=(key("a"),)), UpstreamSettings("local", base_url="http://127.0.0.1:11434/v1")
+    )
     assert not made.passthrough
     assert made.credentials["local"] == ()
 
 
 def test_no_secret_shows() -> None:
-    shown = repr(world(Upstream(keys=(key("a"),)), redis=Settings().redis).settings)
+    shown = repr(services(UpstreamSettings(keys=(key("a"),)), redis=Settings().redis).settings)
     assert "sk-a" not in shown
     assert "***" in shown
 
 
 def test_the_store_is_there_only_where_it_is_used() -> None:
-    assert world().store is not None
-    assert world(cache=Cache(backend="off")).store is None
-    assert world(cache=Cache(when="never")).store is None
+    assert services().store is not None
+    assert services(cache=CacheSettings(backend="off")).store is None
+    assert services(cache=CacheSettings(when="never")).store is None
 
 
 def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path: Path) -> None:
     path = tmp_path / "answers" / "cache.db"
     url = Secret("redis://127.0.0.1:1/0")
     for made, kind in (
-        (world(cache=Cache(backend="sqlite", path=str(path))), "SQLiteStore"),
-        (world(cache=Cache(backend="redis"), redis=Redis(url=url)), "RedisStore"),
-        (world(), "NoneType"),
+        (services(cache=CacheSettings(backend="sqlite", path=str(path))), "SQLiteStore"),
+        (services(cache=CacheSettings(backend="redis"), redis=RedisSettings(url=url)), "RedisStore"),
+        (services(), "NoneType"),
     ):
         assert made.store is not None
         assert type(made.store.slower).__name__ == kind
@@ -84,14 +95,14 @@ def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path:
 
 
 def test_policy_limits_and_lifetimes_are_the_settings() -> None:
-    made = world(
-        retry=Retry(max_retries=1, base_delay=2.0, max_delay=3.0, jitter=4.0, ambiguous=False),
-        throttle=Throttle(limits={"*": Limits(rpm=10)}, use=0.5, max_queue=7),
+    made = services(
+        retry=RetrySettings(max_retries=1, base_delay=2.0, max_delay=3.0, jitter=4.0, ambiguous=False),
+        throttle=ThrottleSettings(limits={"*": Limits(rpm=10)}, use=0.5, max_queue=7),
     )
-    policy = made.policy
+    policy = made.retry_policy
     assert (policy.max_retries, policy.base_delay, policy.max_delay, policy.jitter) == (1, 2.0, 3.0, 4.0)
     assert policy.ambiguous is False
-    allowance = made.ring.allowance(made.ring.keys[0], "m", 0.0)
+    allowance = made.pool.rate_limiter(made.pool.keys[0], "m", 0.0)
     assert allowance is not None
     assert allowance.usage(0.0)["rpm"]["limit"] == 5
     assert [made.ttl(name) for name in ("chat", "completions", "responses", "embeddings", "moderations")] == [
@@ -105,7 +116,11 @@ def test_policy_limits_and_lifetimes_are_the_settings() -> None:
 
 def test_an_upstreams_prices_stand_over_the_common_ones() -> None:
     common = {"m-*": {"input": Decimal(1)}, "n": {"input": Decimal(3)}}
-    made = world(Upstream("a", prices={"m-*": {"input": Decimal(2)}}), Upstream("b"), cost=Cost(prices=common))
+    made = services(
+        UpstreamSettings("a", prices={"m-*": {"input": Decimal(2)}}),
+        UpstreamSettings("b"),
+        cost=CostSettings(prices=common),
+    )
 
     def usd(index: int, model: str) -> Decimal:
         cost = made.upstreams[index].prices.cost("openai", [model], Usage(1_000_000, 0, 1_000_000))
@@ -116,8 +131,8 @@ def test_an_upstreams_prices_stand_over_the_common_ones() -> None:
 
 
 def test_identity_is_of_the_upstreams_that_serve_the_model() -> None:
-    openai = Upstream("openai", base_url="https://a.test/v1", keys=(key("a"),))
-    azure = Upstream(
+    openai = UpstreamSettings("openai", base_url="https://a.test/v1", keys=(key("a"),))
+    azure = UpstreamSettings(
         "azure",
         kind="azure",
         base_url="https://b.test",
@@ -126,17 +141,17 @@ def test_identity_is_of_the_upstreams_that_serve_the_model() -> None:
         deployments={"gpt-4o": "mine"},
         keys=(key("b"),),
     )
-    made = world(openai, azure)
+    made = services(openai, azure)
     assert made.identity("o1") == "openai https://a.test/v1"
     both = made.identity("gpt-4o")
     assert both.splitlines() == ["azure https://b.test 2024-10-21 mine", "openai https://a.test/v1"]
     assert made.identity("gpt-4o") is both  # worked out once
-    assert world(azure, openai).identity("gpt-4o") == both  # in whatever order they are listed
-    assert world(replace(azure, cache_as="x"), replace(openai, cache_as="x")).identity("gpt-4o") == "x"
+    assert services(azure, openai).identity("gpt-4o") == both  # in whatever order they are listed
+    assert services(replace(azure, cache_as="x"), replace(openai, cache_as="x")).identity("gpt-4o") == "x"
 
 
 def test_identities_of_invented_models_do_not_pile_up() -> None:
-    made = world()
+    made = services()
     known = made.identity("gpt-4o")
     for number in range(10_000):
         made.identity(f"model-{number}")
@@ -147,13 +162,13 @@ def test_identities_of_invented_models_do_not_pile_up() -> None:
 def test_scopes_of_pass_through_clients() -> None:
     """Each credential has its own; neither it nor its parts can be read off, or be joined to look like another."""
     scopes = [
-        scope_of_credential("bearer", "sk-a", "", ""),
-        scope_of_credential("api-key", "sk-a", "", ""),
-        scope_of_credential("bearer", "sk-a", "org", ""),
-        scope_of_credential("bearer", "sk-a", "", "org"),
-        scope_of_credential("bearer", "sk-ab", "", ""),
-        scope_of_credential("none", "", "", ""),
+        partition_of_credential("bearer", "sk-a", "", ""),
+        partition_of_credential("api-key", "sk-a", "", ""),
+        partition_of_credential("bearer", "sk-a", "org", ""),
+        partition_of_credential("bearer", "sk-a", "", "org"),
+        partition_of_credential("bearer", "sk-ab", "", ""),
+        partition_of_credential("none", "", "", ""),
     ]
     assert len(set(scopes)) == len(scopes)
-    assert scopes[0] == scope_of_credential("bearer", "sk-a", "", "")
+    assert scopes[0] == partition_of_credential("bearer", "sk-a", "", "")
     assert "sk-a" not in "".join(scopes)

@@ -9,9 +9,9 @@ import msgspec
 
 from ..cache.entry import Entry
 from ..cost.usage import Usage
-from ..protocol.json_parse import sayable
+from ..protocol.json_parse import printable_name
 
-KEPT: Final = 10_000
+RECEIPTS_KEPT: Final = 10_000
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
@@ -54,8 +54,8 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
         return {
             "id": self.id,
             "endpoint": self.endpoint,
-            "model": sayable(self.model),
-            "answer_model": sayable(self.answer_model) if self.answer_model is not None else None,
+            "model": printable_name(self.model),
+            "answer_model": printable_name(self.answer_model) if self.answer_model is not None else None,
             "client": self.client or None,
             "status": self.status,
             "stream": self.stream,
@@ -86,7 +86,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
 class Receipts:
     """The last `KEPT` receipts."""
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = RECEIPTS_KEPT) -> None:
         self._kept = kept
         self._by_id: OrderedDict[str, Receipt | tuple[Any, ...]] = OrderedDict()
 

@@ -50,25 +50,25 @@ OBJECTS: Final[Mapping[str, tuple[str, str]]] = {
 """Endpoint -> the `object` of a chunk and of a whole answer."""
 
 
-class Uncertain(Exception):
+class NotConvertible(Exception):
     """There is no certain rule for this: the answer has no other form."""
 
 
 def assemble(endpoint: str, chunks: Sequence[Json]) -> Json:
-    """The plain answer that parsed chunks (see `decode`) tell. Raises Uncertain."""
+    """The plain answer that parsed chunks (see `decode`) tell. Raises NotConvertible."""
     tops: list[Json] = []
     choices: dict[int, list[Json]] = {}
     for chunk in chunks:
         tops.append({name: value for name, value in chunk.items() if name not in ("choices", "obfuscation")})
         for position, choice in enumerate(chunk.get("choices") or ()):
             if type(choice) is not dict:
-                raise Uncertain("malformed choices")
+                raise NotConvertible("malformed choices")
             index = _position(choice["index"]) if "index" in choice else position
             choices.setdefault(index, []).append(choice)
     answer = _merge(tops, _TOP, _same)
     of_chunk, of_answer = OBJECTS[endpoint]
     if answer.get("object") != of_chunk:
-        raise Uncertain("not made of chunks")
+        raise NotConvertible("not made of chunks")
     lead: Json = {name: answer.pop(name) for name in ("id", "object", "created", "model") if name in answer}
     lead["object"] = of_answer
     lead["choices"] = [_choice(endpoint, index, choices[index]) for index in sorted(choices)]
@@ -81,7 +81,7 @@ def _choice(endpoint: str, index: int, parts: Sequence[Json]) -> Json:
     if endpoint == "completions":
         return merged
     if "message" in merged:
-        raise Uncertain("a message beside the deltas")
+        raise NotConvertible("a message beside the deltas")
     return {"index": merged.pop("index"), "message": merged.pop("delta", None)} | merged
 
 
@@ -105,12 +105,12 @@ class Number(str):
 def _unique(members: list[tuple[str, Any]]) -> Json:
     document = dict(members)
     if len(document) != len(members):
-        raise Uncertain("duplicate keys")
+        raise NotConvertible("duplicate keys")
     return document
 
 
 def _no_constant(name: str) -> None:
-    raise Uncertain(name)
+    raise NotConvertible(name)
 
 
 _DECODER: Final = json.JSONDecoder(
@@ -123,10 +123,10 @@ def decode(data: bytes) -> Json:
     documents.
     """
     if is_deeper(data):
-        raise Uncertain("depth")
+        raise NotConvertible("depth")
     document = _DECODER.decode(data.decode())
     if type(document) is not dict:
-        raise Uncertain("not an object")
+        raise NotConvertible("not an object")
     return document
 
 
@@ -143,7 +143,7 @@ def encode(document: Json) -> bytes:
 def _position(value: object) -> int:
     """A list index as JSON; only the shortest spelling is one."""
     if type(value) is not Number or not value.isdigit() or len(value) > 6:
-        raise Uncertain("index")
+        raise NotConvertible("index")
     return int(value)
 
 
@@ -153,7 +153,7 @@ def _position(value: object) -> int:
 def _same(values: Sequence[Any]) -> Any:
     told = [value for value in values if value is not None]
     if any(value != told[0] for value in told):
-        raise Uncertain("differs between chunks")
+        raise NotConvertible("differs between chunks")
     return told[0] if told else None
 
 
@@ -164,7 +164,7 @@ def _same_or_empty(values: Sequence[Any]) -> Any:
 def _once(values: Sequence[Any]) -> Any:
     told = [value for value in values if value is not None]
     if len(told) > 1:
-        raise Uncertain("no rule to join it")
+        raise NotConvertible("no rule to join it")
     return told[0] if told else None
 
 
@@ -200,7 +200,7 @@ def _merge(parts: Iterable[Any], rules: Rules, other: Rule) -> Json:
     fields: dict[str, list[Any]] = {}
     for part in parts:
         if type(part) is not dict:
-            raise Uncertain("not an object")
+            raise NotConvertible("not an object")
         for name, value in part.items():
             fields.setdefault(name, []).append(value)
     return {name: rules.get(name, other)(values) for name, values in fields.items()}
@@ -223,10 +223,10 @@ def _columns(values: Sequence[Any]) -> Any:
         return _once(told)
     merged = _merge(told, dict.fromkeys(_COLUMNS, _joined_lists), _once)
     if len({len(column) for column in merged.values() if type(column) is list}) > 1:
-        raise Uncertain("columns of unlike length")
+        raise NotConvertible("columns of unlike length")
     offsets = [_position(offset) for offset in merged.get("text_offset") or ()]
     if any(later <= earlier for earlier, later in pairwise(offsets)):
-        raise Uncertain("offsets that begin anew")
+        raise NotConvertible("offsets that begin anew")
     return merged
 
 
@@ -238,24 +238,24 @@ def _calls(values: Sequence[Any]) -> Any:
     calls: dict[int, list[Json]] = {}
     for piece in pieces:
         if type(piece) is not dict:
-            raise Uncertain("malformed tool call")
+            raise NotConvertible("malformed tool call")
         rest = dict(piece)
         calls.setdefault(_position(rest.pop("index", None)), []).append(rest)
     if sorted(calls) != list(range(len(calls))):
-        raise Uncertain("tool calls missing")
+        raise NotConvertible("tool calls missing")
     merged = [_merge(calls[index], _CALL, _once) for index in range(len(calls))]
     for call in merged:
         name, text = KINDS_OF_CALL.get(call.get("type"), ("", ""))
         called = call.get(name)
         if type(called) is not dict or not all(map(is_text, (call.get("id"), called.get("name"), called.get(text)))):
-            raise Uncertain("incomplete tool call")
+            raise NotConvertible("incomplete tool call")
     return merged
 
 
 def _legacy_call(values: Sequence[Any]) -> Any:
     call = _object(_FUNCTION, _once)(values)
     if call and not (is_text(call.get("name")) and is_text(call.get("arguments"))):
-        raise Uncertain("incomplete function call")
+        raise NotConvertible("incomplete function call")
     return call
 
 

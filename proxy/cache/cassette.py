@@ -28,7 +28,7 @@ from .entry import Entry
 VERSION: Final = 1
 """The member `cassette` of every line. Raise it when an old line would be misread."""
 
-Name = tuple[str, str]
+EntryName = tuple[str, str]
 
 _DEFAULTS: Final = {field.name: field.default for field in msgspec.structs.fields(Entry)}
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"cookie", b"www-authenticate"})
@@ -36,11 +36,11 @@ _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")  # RFC 9110 sectio
 _BREAKS: Final = re.compile(rb"[\r\n\0]")
 
 
-class BadLine(ValueError):
+class CassetteLineError(ValueError):
     """A line that is no entry; says why, and in a file where."""
 
 
-def name_of(entry: Entry) -> Name:
+def name_of(entry: Entry) -> EntryName:
     """What a file is sorted by, and holds once."""
     return entry.key, entry.form
 
@@ -76,32 +76,32 @@ def write(entries: Iterable[Entry]) -> Iterator[bytes]:
 
 
 def read_line(line: bytes) -> Entry:
-    """The entry in a line. Raises BadLine, which never repeats what the line holds."""
+    """The entry in a line. Raises CassetteLineError, which never repeats what the line holds."""
     try:
         members = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadLine(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise CassetteLineError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(members, dict):
-        raise BadLine("not an entry: expected a JSON object")
+        raise CassetteLineError("not an entry: expected a JSON object")
     version = members.pop("cassette", None)
     if version != VERSION or type(version) is not int:
         found = "none" if version is None else version if type(version) is int else "something else"
-        raise BadLine(f"expected an entry of cassette version {VERSION}, found {found}")
+        raise CassetteLineError(f"expected an entry of cassette version {VERSION}, found {found}")
     body = _body(members)
     headers = _headers(members.pop("headers", None))
     if unknown := sorted(members.keys() - _DEFAULTS.keys()):
-        raise BadLine(f"unknown member {unknown[0][:40]!r}: was it written by a newer version?")
+        raise CassetteLineError(f"unknown member {unknown[0][:40]!r}: was it written by a newer version?")
     try:
         entry = msgspec.convert(members | {"headers": headers, "body": body}, Entry)
     except msgspec.ValidationError as error:
-        raise BadLine(str(error)) from None
+        raise CassetteLineError(str(error)) from None
     _check(entry)
     return entry
 
 
 def read(file: str, lines: Iterable[bytes]) -> Iterator[Entry]:
     """The entries of a file, in its order; empty lines are passed over. Raises BadLine: `file:line: why`."""
-    seen: dict[Name, int] = {}
+    seen: dict[EntryName, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -109,58 +109,60 @@ def read(file: str, lines: Iterable[bytes]) -> Iterator[Entry]:
             entry = read_line(line)
             first = seen.setdefault(name_of(entry), number)
             if first != number:
-                raise BadLine(f"the same key and form as line {first}")
-        except BadLine as error:
-            raise BadLine(f"{file}:{number}: {error}") from None
+                raise CassetteLineError(f"the same key and form as line {first}")
+        except CassetteLineError as error:
+            raise CassetteLineError(f"{file}:{number}: {error}") from None
         yield entry
 
 
 def _body(members: dict[str, Any]) -> bytes:
     given = [name for name in ("body", "body_base64") if name in members]
     if len(given) != 1:
-        raise BadLine("expected one of `body` and `body_base64`")
+        raise CassetteLineError("expected one of `body` and `body_base64`")
     text = members.pop(given[0])
     if not isinstance(text, str):
-        raise BadLine(f"`{given[0]}`: expected a text")
+        raise CassetteLineError(f"`{given[0]}`: expected a text")
     if given[0] == "body":
         return text.encode()
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise BadLine("`body_base64`: expected base64") from None
+        raise CassetteLineError("`body_base64`: expected base64") from None
 
 
 def _headers(pairs: object) -> tuple[Raw, ...]:
     """What a line says of headers is given out on a hit, so it must be what an upstream could have said."""
     if not isinstance(pairs, list):
-        raise BadLine("`headers`: expected a list of [name, value]")
+        raise CassetteLineError("`headers`: expected a list of [name, value]")
     found = []
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise BadLine("`headers`: expected a list of [name, value]")
+            raise CassetteLineError("`headers`: expected a list of [name, value]")
         try:
             name, value = pair[0].encode("latin-1"), pair[1].encode("latin-1")
         except UnicodeEncodeError:
-            raise BadLine("`headers`: expected bytes as Latin-1") from None
+            raise CassetteLineError("`headers`: expected bytes as Latin-1") from None
         if not _TOKEN.match(name) or _BREAKS.search(value):
-            raise BadLine("`headers`: not a header")
+            raise CassetteLineError("`headers`: not a header")
         found.append((name, value))
     if shareable_headers(found) != tuple(found):
-        raise BadLine("`headers`: has one that no stored answer has (of one request, a connection or a credential)")
+        raise CassetteLineError(
+            "`headers`: has one that no stored answer has (of one request, a connection or a credential)"
+        )
     return tuple(found)
 
 
 def _check(entry: Entry) -> None:
     """What the types do not say."""
     if not 200 <= entry.status <= 599:
-        raise BadLine("`status`: expected 200 to 599")
+        raise CassetteLineError("`status`: expected 200 to 599")
     if not (math.isfinite(entry.stored_at) and math.isfinite(entry.ttl)):
-        raise BadLine("`stored_at`, `ttl`: expected numbers")
+        raise CassetteLineError("`stored_at`, `ttl`: expected numbers")
     if entry.usage_span is not None:
         start, end = entry.usage_span
         if not 0 <= start <= end <= len(entry.body):
-            raise BadLine("`usage_span`: outside the body")
+            raise CassetteLineError("`usage_span`: outside the body")
     if entry.usage is not None and min(msgspec.structs.astuple(entry.usage)) < 0:
-        raise BadLine("`usage`: expected counts")
+        raise CassetteLineError("`usage`: expected counts")
     if entry.cost is not None and not re.fullmatch(r"\d{1,12}(\.\d{1,40})?", entry.cost, re.ASCII):
-        raise BadLine("`cost`: expected a plain decimal of USD")
+        raise CassetteLineError("`cost`: expected a plain decimal of USD")

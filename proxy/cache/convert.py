@@ -22,8 +22,8 @@ from .assemble import (
     OBJECTS,
     TEXTS,
     Json,
+    NotConvertible,
     Number,
-    Uncertain,
     assemble,
     decode,
     encode,
@@ -86,7 +86,7 @@ def stream_from_plain(
     return stream + DONE, span
 
 
-_UNCERTAIN: Final = (Uncertain, ValueError, TypeError, LookupError)
+_UNCERTAIN: Final = (NotConvertible, ValueError, TypeError, LookupError)
 """What `decode`, `encode` and unlikely shapes raise."""
 
 
@@ -100,7 +100,7 @@ def _payloads(events: Iterable[bytes] | bytes) -> Iterator[bytes]:
         stream = events
         events = [*splitter.feed(stream), *splitter.finish()]
         if splitter.rest.strip(b"\r\n"):
-            raise Uncertain("cut")
+            raise NotConvertible("cut")
     for event in events:
         data = data_of(event)
         if data is not None:
@@ -112,14 +112,14 @@ def _chunks_of(payloads: Iterable[bytes]) -> Iterator[Json]:
         if data.strip() == b"[DONE]":
             return
         yield decode(data)
-    raise Uncertain("no [DONE]")
+    raise NotConvertible("no [DONE]")
 
 
 def _plain(endpoint: str, chunks: Sequence[Json]) -> Json:
     """The answer, with what every plain answer has."""
     answer = assemble(endpoint, chunks)
     if type(answer.get("usage")) is not dict:
-        raise Uncertain("no usage")
+        raise NotConvertible("no usage")
     if endpoint == "chat":
         for choice in answer["choices"]:
             choice["message"] = {"role": "assistant", "content": None} | (choice["message"] or {})
@@ -144,7 +144,7 @@ def _completed_response(payloads: Iterable[bytes]) -> bytes:
         if data.strip() == b"[DONE]":
             break
         if is_deeper(data):
-            raise Uncertain("depth")
+            raise NotConvertible("depth")
         event = _EVENTS.decode(data)
         if event.type == "response.output_item.done":
             told.add(event.output_index)
@@ -152,9 +152,9 @@ def _completed_response(payloads: Iterable[bytes]) -> bytes:
             completed = bytes(event.response)
     response = orjson.loads(completed)
     if type(response) is not dict or type(response.get("usage")) is not dict:
-        raise Uncertain("no usage")
+        raise NotConvertible("no usage")
     if told and told != set(range(len(response.get("output") or ()))):
-        raise Uncertain("items missing")
+        raise NotConvertible("items missing")
     return completed
 
 
@@ -205,7 +205,7 @@ def _chat_choice(choice: Json) -> Iterator[Json]:
     if logprobs is not None and not by_token:
         # Beside the first part of a choice the SDK would count them twice; of others than these it takes no notice.
         if type(logprobs) is not dict or not logprobs.keys() <= LOGPROBS.keys():
-            raise Uncertain("unknown logprobs")
+            raise NotConvertible("unknown logprobs")
         yield frame | {"logprobs": logprobs}
     for name in TEXTS:
         if name == by_token:
@@ -240,7 +240,7 @@ def _call_deltas(message: Json) -> Iterator[Json]:
             yield {"function_call": part}
     for position, call in enumerate(message.get("tool_calls") or ()):
         if type(call) is not dict or call.get("type") not in KINDS_OF_CALL:
-            raise Uncertain("unknown kind of call")
+            raise NotConvertible("unknown kind of call")
         index = {"index": Number(position)}
         kind, text = KINDS_OF_CALL[call["type"]]
         first = index | call | index
@@ -251,7 +251,7 @@ def _call_deltas(message: Json) -> Iterator[Json]:
 
 def _called(called: Any, text: str) -> Iterator[Json]:
     if type(called) is not dict or type(called.get(text)) is not str:
-        raise Uncertain("incomplete call")
+        raise NotConvertible("incomplete call")
     yield called | {text: ""}
     for piece in _pieces(called[text]):
         yield {text: piece}
@@ -283,7 +283,7 @@ def _check_list(value: object) -> None:
     if type(value) is list and any(type(item) is dict and "index" in item for item in value):
         for position, item in enumerate(value):
             if type(item) is not dict or item.get("index") != Number(position):
-                raise Uncertain("indexes")
+                raise NotConvertible("indexes")
 
 
 def _without_call_indexes(answer: Json) -> Json:

@@ -49,14 +49,14 @@ _MINUS: Final = re.compile(rb"[\[,\s]-")
 _LARGEST_TOKEN: Final = 2**53
 
 
-class Found(msgspec.Struct, frozen=True, gc=False):
+class CachedItem(msgspec.Struct, frozen=True, gc=False):
     """An item that is cached. vector: its JSON text."""
 
     vector: bytes
     entry: Entry
 
 
-class Batch(msgspec.Struct, frozen=True):
+class EmbeddingBatch(msgspec.Struct, frozen=True):
     """A request for several items. An item's number is its place among the different ones, in order of appearance.
 
     texts: each item's JSON text; weights: its tokens, or UTF-8 bytes where it is text (`counted` says which); bare,
@@ -67,11 +67,11 @@ class Batch(msgspec.Struct, frozen=True):
     texts: tuple[bytes, ...]
     weights: tuple[int, ...]
     counted: bool
-    bare: tuple[str, ...]
+    unpartitioned_keys: tuple[str, ...]
     keys: tuple[str, ...]
     order: tuple[int, ...]
     rest: bytes
-    found: Mapping[int, Found] = {}
+    found: Mapping[int, CachedItem] = {}
 
     def parts(self, bought: Container[int] = ()) -> list[tuple[int, ...]]:
         """The numbers of the items to buy, but for those `bought`: a call each, within what the API takes."""
@@ -106,7 +106,7 @@ class Batch(msgspec.Struct, frozen=True):
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
-def read_batch(raw: bytes, document: Mapping[str, Any], parts: KeyParts, drop: frozenset[str]) -> Batch | None:
+def read_batch(raw: bytes, document: Mapping[str, Any], parts: KeyParts, drop: frozenset[str]) -> EmbeddingBatch | None:
     """The items of a request that has a cache key, made of `parts`; None: it is not to be taken apart.
 
     raw, document: its body, and that parsed; drop: the fields that are not in the key.
@@ -125,7 +125,7 @@ def read_batch(raw: bytes, document: Mapping[str, Any], parts: KeyParts, drop: f
     weights = [text.count(b",") + 1 if counted else len(text) - 2 for text in texts]
     rest = canonical(set_field(raw, "input", b"null"), drop)
     keys = item_keys(msgspec.structs.replace(parts, body=rest), texts)
-    return Batch(texts, tuple(weights), counted, tuple(keys), tuple(keys), order, rest)
+    return EmbeddingBatch(texts, tuple(weights), counted, tuple(keys), tuple(keys), order, rest)
 
 
 def _items(given: object) -> list[Any] | None:
@@ -229,9 +229,9 @@ def _tokens(usage: Usage) -> tuple[int, int]:
 # -- items in the cache -----------------------------------------------------------------------------------------------
 
 
-def cached(entries: Mapping[int, Entry]) -> dict[int, Found]:
+def cached(entries: Mapping[int, Entry]) -> dict[int, CachedItem]:
     """Those of the entries, by item number, that are one vector each, and of one model: others cannot be compared."""
-    found: dict[int, Found] = {}
+    found: dict[int, CachedItem] = {}
     for number, entry in entries.items():
         try:
             document = read_answer(entry.body)
@@ -239,13 +239,13 @@ def cached(entries: Mapping[int, Entry]) -> dict[int, Found]:
         except (ValueError, TypeError, KeyError):
             continue
         if vectors is not None:
-            found[number] = Found(vectors[0], entry)
+            found[number] = CachedItem(vectors[0], entry)
     return found if len({one.entry.answer_model for one in found.values()}) < 2 else {}
 
 
 def item_entries(
     template: Entry,
-    batch: Batch,
+    batch: EmbeddingBatch,
     numbers: Sequence[int],
     vectors: Sequence[bytes],
     price: Callable[[Usage], Cost | None] | None,
@@ -269,7 +269,7 @@ def item_entries(
             msgspec.structs.replace(
                 template,
                 key=batch.keys[number],
-                bare=batch.bare[number] if batch.bare[number] != batch.keys[number] else "",
+                bare=batch.unpartitioned_keys[number] if batch.unpartitioned_keys[number] != batch.keys[number] else "",
                 body=join({0: vector}, (0,), template.answer_model, share),
                 usage=share,
                 cost=usd(cost.usd) if cost is not None else None,
@@ -289,7 +289,7 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-class Saved(msgspec.Struct, frozen=True):
+class Savings(msgspec.Struct, frozen=True):
     """What cached items would have cost. usage, cost: None where unknown; estimated: from apportioned counts."""
 
     usage: Usage | None
@@ -297,10 +297,10 @@ class Saved(msgspec.Struct, frozen=True):
     estimated: bool
 
 
-def saved(found: Iterable[Found]) -> Saved:
+def savings_of(found: Iterable[CachedItem]) -> Savings:
     entries = [one.entry for one in found]
     costs = [Decimal(entry.cost) for entry in entries if entry.cost is not None]
-    return Saved(
+    return Savings(
         total_usage([entry.usage for entry in entries]),
         usd(sum(costs, Decimal(0))) if len(costs) == len(entries) else None,
         any(entry.estimated for entry in entries),
@@ -315,14 +315,14 @@ def total_usage(usages: Sequence[Usage | None]) -> Usage | None:
     return Usage(sum(usage.prompt_tokens for usage in known), 0, sum(usage.total_tokens for usage in known))
 
 
-def made_of(key: str, batch: Batch) -> tuple[Entry, bytes]:
+def made_of(key: str, batch: EmbeddingBatch) -> tuple[Entry, bytes]:
     """The answer to a request all of whose items are cached: what is to be said of it, and its body.
 
     As old as the oldest item, and over when the first one is.
     """
     entries = [found.entry for found in batch.found.values()]
     oldest = min(entries, key=lambda entry: entry.stored_at)
-    savings = saved(batch.found.values())
+    savings = savings_of(batch.found.values())
     vectors = {number: found.vector for number, found in batch.found.items()}
     entry = msgspec.structs.replace(
         oldest,

@@ -115,7 +115,7 @@ def cache_key(parts: KeyParts) -> str:
     return digest.hexdigest()
 
 
-def scoped(bare: str, scope: str) -> str:
+def partitioned(bare: str, scope: str) -> str:
     """The key for one client: `bare`, the key less the client, itself where the client shares with all ('').
 
     Made of the bare key, so that the body is digested once and an entry can be found again without its client.

@@ -55,7 +55,7 @@ _SMALL: Final = 256
 _FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def traits_of(parts: KeyParts) -> str:
+def field_digests_of(parts: KeyParts) -> str:
     """The digests of a request, `NAME:DIGEST` with spaces between, the model first. An empty part has none; nothing
     has where there are too many fields: "".
     """
@@ -105,10 +105,10 @@ def nearest(candidates: Iterable[tuple[T, str]], traits: str) -> tuple[T, list[s
 
 def reason_of(endpoint: str, names: Sequence[str]) -> str:
     """What a miss is called that differs so from its nearest neighbour: where it asks something else, it is `new`."""
-    return "new" if not names or MAIN_FIELDS.get(endpoint) in names else told(names)
+    return "new" if not names or MAIN_FIELDS.get(endpoint) in names else shown_names(names)
 
 
-def told(names: Sequence[str]) -> str:
+def shown_names(names: Sequence[str]) -> str:
     """`differs: temperature, top_p`, for a header: ASCII, and at most a few names."""
     shown = ", ".join(names[:MOST_NAMED])
     return f"differs: {shown}, ..." if len(names) > MOST_NAMED else f"differs: {shown}"
@@ -135,13 +135,13 @@ def why_missed(
     return "stored in the other form", "uri-miss"
 
 
-class _Known(msgspec.Struct, frozen=True, gc=False):
+class _RecentRequest(msgspec.Struct, frozen=True, gc=False):
     key: str
-    traits: str
+    field_digests: str
     expires_at: float
 
 
-class Recent:
+class RecentRequests:
     """The requests whose answers were stored or found last, to compare a miss with. Bounded; a few us a question.
 
     Its neighbours are those that asked the same, the newest `_NEIGHBOURS` of them. Clients never see each other's: what
@@ -150,14 +150,14 @@ class Recent:
 
     def __init__(self, kept: int = 4096) -> None:
         self._kept = kept
-        self._same_question: OrderedDict[tuple[str, str, str], list[_Known]] = OrderedDict()
+        self._same_question: OrderedDict[tuple[str, str, str], list[_RecentRequest]] = OrderedDict()
         self._ends: OrderedDict[str, float] = OrderedDict()
 
     def add(self, scope: str, entry: Entry) -> None:
         """An answer is stored, for a client of this scope."""
         if not entry.traits:
             return
-        known = _Known(entry.key, entry.traits, entry.expires_at)
+        known = _RecentRequest(entry.key, entry.traits, entry.expires_at)
         main = _main(entry.endpoint, entry.traits)
         question = scope, entry.endpoint, main
         neighbours = self._same_question.setdefault(question, [])
@@ -182,8 +182,8 @@ class Recent:
         if end is not None:
             return "expired" if end <= wall else "gone"
         neighbours = self._same_question.get((scope, endpoint, _main(endpoint, traits)), ())
-        found = nearest(((known, known.traits) for known in neighbours if known.expires_at > wall), traits)
-        return told(found[1]) if found is not None else "new"
+        found = nearest(((known, known.field_digests) for known in neighbours if known.expires_at > wall), traits)
+        return shown_names(found[1]) if found is not None else "new"
 
 
 _NEIGHBOURS: Final = 4

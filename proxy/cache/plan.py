@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from .embeddings import Batch
+from .embeddings import EmbeddingBatch
 
 CacheStatus = Literal["hit", "miss", "bypass", "partial", "coalesced"]
 
@@ -21,10 +21,10 @@ class CachePlan(msgspec.Struct, frozen=True):
     reason: str
     read: bool
     write: bool
-    forward: str = "uri-miss"
-    batch: Batch | None = None
-    traits: str = ""
-    bare: str = ""
+    fwd: str = "uri-miss"
+    batch: EmbeddingBatch | None = None
+    field_digests: str = ""
+    unpartitioned_key: str = ""
     request: str | None = None
     collapsed: bool = False
 

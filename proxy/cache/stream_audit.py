@@ -90,7 +90,7 @@ class StreamAudit:
         else:
             self._chunk(chunk, start)
 
-    def verdict(self, rest: bytes = b"") -> str | None:
+    def reason_not_stored(self, rest: bytes = b"") -> str | None:
         """Why the stream is not stored, in a few words; None: it is whole. `rest`: what the last event left."""
         if self._fault is not None:
             return self._fault

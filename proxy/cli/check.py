@@ -18,7 +18,7 @@ from .common import add_config_arguments, load_from_args
 if TYPE_CHECKING:
     import aiohttp
 
-    from ..config.settings import Key, Settings, Upstream
+    from ..config.settings import KeySettings, Settings, UpstreamSettings
 
 _PATIENCE: Final = 10.0
 _MEANINGS: Final = {
@@ -60,7 +60,7 @@ def limit_lines(settings: Settings) -> Iterator[str]:
     if settings.throttle.tier is None:
         return
     for upstream in settings.upstreams:
-        named: list[tuple[str, Key | None]] = [(key.label, key) for key in upstream.keys]
+        named: list[tuple[str, KeySettings | None]] = [(key.label, key) for key in upstream.keys]
         for label, key in named or [(upstream.name, None)]:
             for glob, limits in settings.limits_of(upstream, key).items():
                 told = ", ".join(f"{name} {limit}" for name, limit in asdict(limits).items() if limit is not None)
@@ -84,7 +84,7 @@ async def _online(settings: Settings) -> bool:
     return all(works for works, _ in answers)
 
 
-async def _ask(session: aiohttp.ClientSession, upstream: Upstream, key: Key) -> tuple[bool, str]:
+async def _ask(session: aiohttp.ClientSession, upstream: UpstreamSettings, key: KeySettings) -> tuple[bool, str]:
     """Whether a key works at its upstream, and what to say of it. Nothing the upstream sends is repeated."""
     import aiohttp
 
@@ -102,7 +102,7 @@ async def _ask(session: aiohttp.ClientSession, upstream: Upstream, key: Key) -> 
     return status in _WORKING, f"{status} {_MEANINGS.get(status, redirect)}"
 
 
-def models_url(upstream: Upstream) -> str:
+def models_url(upstream: UpstreamSettings) -> str:
     """Where an upstream lists its models."""
     if upstream.kind != "azure":
         return f"{upstream.base_url}/models"
@@ -111,7 +111,7 @@ def models_url(upstream: Upstream) -> str:
     return f"{upstream.base_url}/openai/models?api-version={upstream.api_version}"
 
 
-def credentials(upstream: Upstream, key: Key) -> dict[str, str]:
+def credentials(upstream: UpstreamSettings, key: KeySettings) -> dict[str, str]:
     if upstream.kind == "azure":
         return {"api-key": key.secret.reveal()}
     headers = {"Authorization": f"Bearer {key.secret.reveal()}"}

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from ..config.loader import FLAGS, Loaded, load
+from ..config.loader import FLAGS, LoadedSettings, load
 from ..config.problems import SettingsError
-from ..config.settings import Upstream
+from ..config.settings import UpstreamSettings
 
 USAGE_ERROR: Final = 2
 
@@ -43,7 +43,7 @@ def load_from_args(
     *,
     cwd: Path | None = None,
     upstream: str | None = None,
-) -> Loaded:
+) -> LoadedSettings:
     """As `read_from_args`. Raises SystemExit(2) for settings that cannot be used, after one line on stderr for each
     reason.
     """
@@ -61,8 +61,8 @@ def read_from_args(
     *,
     cwd: Path | None = None,
     upstream: str | None = None,
-    in_force: Loaded | None = None,
-) -> Loaded:
+    in_force: LoadedSettings | None = None,
+) -> LoadedSettings:
     """The settings to be put in force; with `upstream` that one stands for all configured upstreams and their keys.
 
     `in_force`: as `load`. Raises SettingsError when they cannot be used.
@@ -77,4 +77,4 @@ def read_from_args(
     )
     if upstream is None:
         return loaded
-    return replace(loaded, settings=replace(loaded.settings, upstreams=(Upstream(base_url=upstream),)))
+    return replace(loaded, settings=replace(loaded.settings, upstreams=(UpstreamSettings(base_url=upstream),)))

@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..config.loader import Loaded
+from ..config.loader import LoadedSettings
 from ..config.secret import Secret
-from ..config.settings import Key, Settings, Upstream
+from ..config.settings import KeySettings, Settings, UpstreamSettings
 from .common import add_config_arguments, load_from_args, read_from_args
 
 
@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(_demo(load_from_args(args, upstream=""), args))
 
 
-async def _demo(loaded: Loaded, args: argparse.Namespace) -> int:
+async def _demo(loaded: LoadedSettings, args: argparse.Namespace) -> int:
     from ..lifecycle import serve
     from ..simulator.server import SPECIAL_PROMPTS, running_simulator
 
     async with running_simulator() as base_url:
         guarded = bool(loaded.settings.server.client_keys)
 
-        def before_it(loaded: Loaded) -> Loaded:
+        def before_it(loaded: LoadedSettings) -> LoadedSettings:
             return replace(loaded, settings=simulated(loaded.settings, base_url))
 
         return await serve(
@@ -44,9 +44,9 @@ def simulated(settings: Settings, base_url: str) -> Settings:
     """The same settings with one upstream, the simulated one, and one key that opens nothing; what is simulated goes
     into no ledger.
     """
-    key = Key(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
+    key = KeySettings(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
     # Its port is another each time: by name what was stored or recorded is found again.
-    upstream = Upstream(name="simulated", base_url=base_url, cache_as="simulated", keys=(key,))
+    upstream = UpstreamSettings(name="simulated", base_url=base_url, cache_as="simulated", keys=(key,))
     return replace(settings, upstreams=(upstream,), ledger=replace(settings.ledger, enabled=False))
 
 

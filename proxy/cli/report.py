@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import orjson
 
-from ..accounting.ledger.reader import NoLedger, Span, report, what_if
-from ..accounting.ledger.reporting import BY, WhatIf, moment
-from ..system.clock import REAL
+from ..accounting.ledger.reader import LedgerMissing, Span, report, what_if
+from ..accounting.ledger.reporting import BY, WhatIf, parse_moment
+from ..system.clock import SYSTEM_CLOCK
 from .cache.text import cut, table
 from .common import add_config_arguments, load_from_args
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             _say(args, [found], _comparison(found))
             return 0
         rows, total = report(path, by, span)
-    except NoLedger as error:
+    except LedgerMissing as error:
         print(f"openai-proxy report: {error}", file=sys.stderr)
         return 1
     _say(args, rows, _tables(by, rows, total), [*by, *total])
@@ -169,7 +169,7 @@ def _time(milliseconds: float | None) -> str:
 
 def _moment(text: str) -> float:
     try:
-        return moment(text, REAL.wall())
+        return parse_moment(text, SYSTEM_CLOCK.wall())
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected {error}, found {text!r}") from None
 

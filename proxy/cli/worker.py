@@ -8,6 +8,6 @@ import sys
 
 def main() -> int:
     """The exit status. The one argument: the file descriptor of our end of the wire to the parent."""
-    from ..lifecycle import work
+    from ..lifecycle import run_worker
 
-    return asyncio.run(work(int(sys.argv[1])))
+    return asyncio.run(run_worker(int(sys.argv[1])))

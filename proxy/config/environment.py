@@ -7,8 +7,8 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from .keys import AdminKey
-from .problems import ENVIRONMENT, Invalid, Problem, Where, shown_name
-from .reading import One, Reader, Reading, Section, unknown
+from .problems import ENVIRONMENT, Invalid, Problem, SourceLocation, shown_name
+from .reading import Reader, Reading, Section, Single, unknown
 from .schema import SCHEMA
 from .secret import Secret
 from .tree import Listing, Node, Scalar, Table, parse
@@ -18,8 +18,8 @@ PREFIX: Final = "PROXY__"
 CLIENT_KEYS: Final = "PROXY_CLIENT_KEYS"
 
 
-def _where(name: str) -> Where:
-    return Where(ENVIRONMENT, via=name)
+def _where(name: str) -> SourceLocation:
+    return SourceLocation(ENVIRONMENT, via=name)
 
 
 def _literal(environ: Mapping[str, str], *names: str) -> Scalar | None:
@@ -30,7 +30,7 @@ def _literal(environ: Mapping[str, str], *names: str) -> Scalar | None:
     return None
 
 
-def _table(where: Where, **entries: Node | None) -> Table:
+def _table(where: SourceLocation, **entries: Node | None) -> Table:
     return Table(tuple((name, node) for name, node in entries.items() if node is not None), where)
 
 
@@ -73,9 +73,9 @@ def _setting(name: str, reading: Reading) -> tuple[list[str], Reader[Any]]:
     return path, reader
 
 
-def _value(text: str, reader: Reader[Any], where: Where, path: str, problems: list[Problem]) -> Node | None:
+def _value(text: str, reader: Reader[Any], where: SourceLocation, path: str, problems: list[Problem]) -> Node | None:
     # `::` is a table to YAML, and `#` begins a comment: where one text is expected it is taken whole.
-    single = isinstance(reader, One) or (isinstance(reader, AdminKey) and not text.startswith("{"))
+    single = isinstance(reader, Single) or (isinstance(reader, AdminKey) and not text.startswith("{"))
     if single and text[0] not in "'\"":
         return Scalar(text, where)
     return parse(text, where, problems, path)
@@ -105,10 +105,10 @@ def upstreams(environ: Mapping[str, str], reading: Reading) -> Listing:
     if azure is None and (stray := _literal(environ, "AZURE_OPENAI_API_KEY")):
         reading.warn(f"{stray.where.via} is set without AZURE_OPENAI_ENDPOINT, and so is not used")
     listed = [table for table in (openai, azure) if table is not None]
-    return Listing(tuple(listed) or (Table((), Where("default")),), Where("default"))
+    return Listing(tuple(listed) or (Table((), SourceLocation("default")),), SourceLocation("default"))
 
 
-def upstream_at(url: str, where: Where, environ: Mapping[str, str]) -> Table:
+def upstream_at(url: str, where: SourceLocation, environ: Mapping[str, str]) -> Table:
     """The one upstream that `--upstream URL` names, with the environment's keys of its kind."""
     table = _azure(environ, needs_endpoint=False) if is_azure(url) else _openai(environ)
     return (table or Table((), where)).replaced("base_url", Scalar(url, where, literal=True))
@@ -162,7 +162,7 @@ def _keys(key: Scalar | None, organization: Scalar | None = None, project: Scala
     return Listing((table,), key.where)
 
 
-def defaults(environ: Mapping[str, str]) -> dict[str, tuple[object, Where]]:
+def defaults(environ: Mapping[str, str]) -> dict[str, tuple[object, SourceLocation]]:
     """Defaults that the environment gives to settings the file may leave alone."""
     if url := _literal(environ, "REDIS_URL"):
         return {"redis.url": (Secret(url.text), url.where)}

@@ -9,22 +9,22 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from .limits import Limits
-from .problems import Invalid, Where
-from .reading import ByGlob, Many, One, Reader, Reading, Section, kind_of, scalar
+from .problems import Invalid, SourceLocation
+from .reading import ListOf, MapByGlob, Reader, Reading, Section, Single, kind_of, scalar
 from .secret import Secret, read_key_file, unusable_key
-from .settings import ClientKey
+from .settings import ClientKeySettings
 from .tree import Listing, Node, Scalar, Table
 from .values import GLOB, HEADER_ID, MONEY, NAME, PATH, SECRET_TEXT, SHA256, TEXT, VISIBLE, integer, number, optional
 
 SHORT_CLIENT_KEY = 16
 
 LIMITS: Section[Limits] = Section(
-    Limits, {name: One(optional(integer(1))) for name in ("rpm", "tpm", "rpd", "tpd", "concurrency")}
+    Limits, {name: Single(optional(integer(1))) for name in ("rpm", "tpm", "rpd", "tpd", "concurrency")}
 )
-LIMITS_BY_GLOB: ByGlob[Limits] = ByGlob(GLOB, LIMITS)
+LIMITS_BY_GLOB: MapByGlob[Limits] = MapByGlob(GLOB, LIMITS)
 
 
-class KeyLimits(ByGlob[Limits]):
+class KeyLimits(MapByGlob[Limits]):
     """The limits of one key: plain ones hold for every model, else they are given by model."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class KeyLimits(ByGlob[Limits]):
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenKey:
+class RawKey:
     """A key of an upstream as the file has it."""
 
     name: str | None = None
@@ -53,35 +53,35 @@ class WrittenKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class ParsedKey:
     """A key of the pool before it has its label, and where it was written."""
 
     secret: str = field(repr=False)
-    written: WrittenKey = field(repr=False)
+    written: RawKey = field(repr=False)
     path: str
-    where: Where
+    where: SourceLocation
 
 
 _GIVEN: Mapping[str, Reader[Any]] = {
-    "key": One(optional(SECRET_TEXT)),
-    "key_file": One(optional(PATH)),
-    "key_command": Many(TEXT),
+    "key": Single(optional(SECRET_TEXT)),
+    "key_file": Single(optional(PATH)),
+    "key_command": ListOf(TEXT),
 }
-_WRITTEN_KEY: Section[WrittenKey] = Section(
-    WrittenKey,
+_WRITTEN_KEY: Section[RawKey] = Section(
+    RawKey,
     {
-        "name": One(optional(NAME)),
+        "name": Single(optional(NAME)),
         **_GIVEN,
-        "organization": One(optional(HEADER_ID)),
-        "project": One(optional(HEADER_ID)),
-        "weight": One(number(1e6)),
-        "quota": One(optional(NAME)),
+        "organization": Single(optional(HEADER_ID)),
+        "project": Single(optional(HEADER_ID)),
+        "weight": Single(number(1e6)),
+        "quota": Single(optional(NAME)),
         "limits": KeyLimits(),
     },
 )
 
 
-class Given(Protocol):
+class KeySource(Protocol):
     """The three ways to give a key, of which one is taken."""
 
     @property
@@ -92,7 +92,7 @@ class Given(Protocol):
     def key_command(self) -> tuple[str, ...]: ...
 
 
-def given_key(given: Given, where: Where, reading: Reading) -> str:
+def read_key(given: KeySource, where: SourceLocation, reading: Reading) -> str:
     """The text of `key`, what `key_file` holds, or what `key_command` prints. Raises Invalid unless it is one of
     them.
     """
@@ -112,10 +112,10 @@ def given_key(given: Given, where: Where, reading: Reading) -> str:
 class Keys:
     """The keys of one upstream, before they have labels. A text with commas is several keys."""
 
-    def read(self, node: Node, path: str, reading: Reading) -> tuple[Draft, ...]:
+    def read(self, node: Node, path: str, reading: Reading) -> tuple[ParsedKey, ...]:
         if isinstance(node, Scalar) and node.null:
             return ()
-        drafts: list[Draft] = []
+        drafts: list[ParsedKey] = []
         for i, item in enumerate(node.items if isinstance(node, Listing) else (node,)):
             inner = f"{path}.{i}"
             reading.places[inner] = item.where
@@ -125,9 +125,9 @@ class Keys:
                 reading.fail(item.where, inner, str(error))
         return tuple(drafts)
 
-    def _item(self, node: Node, path: str, reading: Reading) -> list[Draft]:
+    def _item(self, node: Node, path: str, reading: Reading) -> list[ParsedKey]:
         if isinstance(node, Scalar):
-            written = WrittenKey()
+            written = RawKey()
             text = scalar(node, SECRET_TEXT, reading)
             if not text and ":-" in node.text:
                 return []  # ${NAME:-}: says itself that there may be none
@@ -135,7 +135,7 @@ class Keys:
             written = _WRITTEN_KEY.read(node, path, reading)
             if not reading.sound(path):
                 return []
-            text = given_key(written, node.where, reading)
+            text = read_key(written, node.where, reading)
         else:
             raise Invalid(f"expected a key, or a table with key, key_file or key_command; found {kind_of(node)}")
         parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -143,7 +143,7 @@ class Keys:
             raise Invalid("expected a key, found an empty text")
         several = len(parts) > 1
         return [
-            Draft(part, _numbered(written, i) if several else written, path, node.where)
+            ParsedKey(part, _numbered(written, i) if several else written, path, node.where)
             for i, part in enumerate(parts, 1)
         ]
 
@@ -160,10 +160,10 @@ class Keys:
         return shown
 
 
-def _numbered(written: WrittenKey, i: int) -> WrittenKey:
+def _numbered(written: RawKey, i: int) -> RawKey:
     if written.name is None:
         return written
-    return WrittenKey(
+    return RawKey(
         name=f"{written.name}-{i}",
         organization=written.organization,
         project=written.project,
@@ -196,16 +196,16 @@ class _WrittenClient:
 _WRITTEN_CLIENT: Section[_WrittenClient] = Section(
     _WrittenClient,
     {
-        "name": One(optional(NAME)),
+        "name": Single(optional(NAME)),
         **_GIVEN,
-        "key_sha256": One(optional(SHA256)),
-        "namespace": One(optional(VISIBLE)),
-        "models": Many(GLOB),
+        "key_sha256": Single(optional(SHA256)),
+        "namespace": Single(optional(VISIBLE)),
+        "models": ListOf(GLOB),
         "limits": Section(
             _ClientLimits,
             {
-                **{name: One(optional(integer(1))) for name in ("rpm", "tpm", "concurrency")},
-                "usd_per_day": One(optional(MONEY)),
+                **{name: Single(optional(integer(1))) for name in ("rpm", "tpm", "concurrency")},
+                "usd_per_day": Single(optional(MONEY)),
             },
         ),
     },
@@ -215,12 +215,12 @@ _WRITTEN_CLIENT: Section[_WrittenClient] = Section(
 class ClientKeys:
     """Who may call: names and keys are each unique."""
 
-    def read(self, node: Node, path: str, reading: Reading) -> tuple[ClientKey, ...]:
+    def read(self, node: Node, path: str, reading: Reading) -> tuple[ClientKeySettings, ...]:
         if isinstance(node, Scalar) and node.null:
             return ()
         if not isinstance(node, Listing):
             raise Invalid(f"expected a list of client keys, found {kind_of(node)}")
-        clients: list[ClientKey] = []
+        clients: list[ClientKeySettings] = []
         for i, item in enumerate(node.items):
             inner = f"{path}.{i}"
             reading.places[inner] = item.where
@@ -237,7 +237,7 @@ class ClientKeys:
                 reading.fail(item.where, inner, str(error))
         return tuple(clients)
 
-    def _client(self, node: Node, path: str, ordinal: int, reading: Reading) -> ClientKey | None:
+    def _client(self, node: Node, path: str, ordinal: int, reading: Reading) -> ClientKeySettings | None:
         if not isinstance(node, Table):
             raise Invalid(f"expected a table with name and key, found {kind_of(node)}")
         written = _WRITTEN_CLIENT.read(node, path, reading)
@@ -249,12 +249,14 @@ class ClientKeys:
         if written.key_sha256 is not None:
             if written.key is not None or written.key_file is not None or written.key_command:
                 raise Invalid("expected one of key, key_file, key_command and key_sha256, found several")
-            return ClientKey(name, written.key_sha256, written.namespace, written.models, limits, own.usd_per_day)
-        key = usable(f"the key of {name}", given_key(written, node.where, reading).strip())
+            return ClientKeySettings(
+                name, written.key_sha256, written.namespace, written.models, limits, own.usd_per_day
+            )
+        key = usable(f"the key of {name}", read_key(written, node.where, reading).strip())
         if len(key) < SHORT_CLIENT_KEY:
             reading.warn(f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess")
         digest = hashlib.sha256(key.encode()).digest()
-        return ClientKey(name, digest, written.namespace, written.models, limits, own.usd_per_day)
+        return ClientKeySettings(name, digest, written.namespace, written.models, limits, own.usd_per_day)
 
     def show(self, value: Any) -> object:
         return [
@@ -266,7 +268,7 @@ class ClientKeys:
         ]
 
 
-def _given(client: ClientKey) -> dict[str, object]:
+def _given(client: ClientKeySettings) -> dict[str, object]:
     money = None if client.usd_per_day is None else MONEY.show(client.usd_per_day)
     limits = asdict(client.limits) | {"usd_per_day": money}
     return {name: limit for name, limit in limits.items() if limit is not None}
@@ -289,7 +291,7 @@ class AdminKey:
             written = self._table.read(node, path, reading)
             if not reading.sound(path):
                 return None
-            text: str | None = given_key(written, node.where, reading)
+            text: str | None = read_key(written, node.where, reading)
         else:
             text = scalar(node, optional(SECRET_TEXT), reading)
         return None if text is None else Secret(usable("the admin key", text.strip()))

@@ -11,7 +11,7 @@ from typing import Final
 
 from . import environment
 from .fixed import with_fixed
-from .problems import COMMAND_LINE, DEFAULT, Invalid, Problem, SettingsError, Where
+from .problems import COMMAND_LINE, DEFAULT, Invalid, Problem, SettingsError, SourceLocation
 from .reading import Reading
 from .schema import KNOWN, SCHEMA
 from .settings import Settings
@@ -38,7 +38,7 @@ _SUBSTITUTED: Final = re.compile(r"\$\{[^}]*\}")
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedSettings:
     """Settings that may be used. `sources`: dotted path -> where the value comes from. `watched`: key files and the
     like, whose change counts. `sections`: those of the file that say anything.
     """
@@ -58,8 +58,8 @@ def load(
     cwd: Path,
     *,
     use_upstreams: bool = True,
-    in_force: Loaded | None = None,
-) -> Loaded:
+    in_force: LoadedSettings | None = None,
+) -> LoadedSettings:
     """The settings to be put in force. Raises SettingsError with every problem there is.
 
     Replay needs no key, so that a CI without the secrets of `upstreams` can use the file that recorded: none is read.
@@ -83,9 +83,9 @@ def _read(
     environ: Mapping[str, str],
     cwd: Path,
     use_upstreams: bool,
-    in_force: Loaded | None,
+    in_force: LoadedSettings | None,
     with_keys: bool,
-) -> tuple[Reading, Loaded]:
+) -> tuple[Reading, LoadedSettings]:
     """One reading; what came of it may be used where it has no problems."""
     file = config if config is not None else Path(AUTOMATIC)
     reading = Reading(
@@ -124,15 +124,15 @@ def _read(
     environment.warn_unread(environ, reading)
     sources = {path: where.label for path, where in reading.places.items()}
     warnings, watched = tuple(reading.warnings), tuple(reading.watched)
-    return reading, Loaded(settings, file if used else None, warnings, sources, watched, sections)
+    return reading, LoadedSettings(settings, file if used else None, warnings, sources, watched, sections)
 
 
-def _check_lost(in_force: Loaded, sections: frozenset[str], reading: Reading) -> None:
+def _check_lost(in_force: LoadedSettings, sections: frozenset[str], reading: Reading) -> None:
     """A file that is being written, or was emptied by mistake, is no wish to go on with the defaults."""
     if in_force.sections and not sections:
-        reading.fail(Where(reading.file), "", "expected the sections that it had, found none of them")
+        reading.fail(SourceLocation(reading.file), "", "expected the sections that it had, found none of them")
     elif "upstreams" in in_force.sections - sections:
-        reading.fail(Where(reading.file), "upstreams", "expected the section that it had, found none")
+        reading.fail(SourceLocation(reading.file), "upstreams", "expected the section that it had, found none")
 
 
 def _check_kept(in_force: Settings, settings: Settings, reading: Reading) -> None:
@@ -156,7 +156,7 @@ def _sections(layer: Node) -> frozenset[str]:
 
 def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:
     """The tree of the settings file, and whether there is one that counts."""
-    where = Where(reading.file)
+    where = SourceLocation(reading.file)
     nothing = Scalar("", where)
     try:
         with path.open("rb") as file:
@@ -190,14 +190,14 @@ def _flag_layer(flags: Mapping[str, object]) -> tuple[Scalar | None, Table]:
     for path, value in flags.items():
         if value is None:
             continue
-        where = Where(COMMAND_LINE, via=FLAGS[path])
+        where = SourceLocation(COMMAND_LINE, via=FLAGS[path])
         node = Scalar(str(value), where, literal=True)
         section, _, name = path.partition(".")
         if not name:
             upstream = node
             continue
         sections[section] = sections.get(section, Table((), where)).replaced(name, node)
-    return upstream, Table(tuple(sections.items()), Where(COMMAND_LINE))
+    return upstream, Table(tuple(sections.items()), SourceLocation(COMMAND_LINE))
 
 
 def _highest(layers: list[Node], name: str) -> Node | None:

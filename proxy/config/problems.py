@@ -34,7 +34,7 @@ class Invalid(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class SourceLocation:
     """The place a value was written: a file's line, or the variable or flag `via` which it came."""
 
     file: str
@@ -43,7 +43,7 @@ class Where:
 
     @property
     def label(self) -> str:
-        """The form in which `Loaded.sources` gives it: `config.yaml:3`, `env NAME`, `flag --port`."""
+        """The form in which `LoadedSettings.sources` gives it: `config.yaml:3`, `env NAME`, `flag --port`."""
         if self.file == ENVIRONMENT:
             return f"env {self.via}"
         if self.file == COMMAND_LINE:
@@ -58,7 +58,7 @@ class Where:
 
 ENVIRONMENT: Final = "environment"
 COMMAND_LINE: Final = "command line"
-DEFAULT: Final = Where("default")
+DEFAULT: Final = SourceLocation("default")
 
 _SECRET: Final = re.compile(
     r"""

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
-from .problems import DEFAULT, Invalid, Problem, Where, looks_secret, shown, shown_name
+from .problems import DEFAULT, Invalid, Problem, SourceLocation, looks_secret, shown, shown_name
 from .secret import run_key_command
 from .tree import Listing, Node, Scalar, Table
 from .values import Leaf
@@ -44,17 +44,17 @@ class Reading:
     folder: Path
     cwd: Path
     file: str = ""
-    defaults: Mapping[str, tuple[object, Where]] = field(default_factory=dict)
+    defaults: Mapping[str, tuple[object, SourceLocation]] = field(default_factory=dict)
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    places: dict[str, Where] = field(default_factory=dict)
+    places: dict[str, SourceLocation] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     watched: list[Path] = field(default_factory=list)
     automatic: bool = False
     _printed: dict[tuple[str, ...], str] = field(default_factory=dict)
 
-    def fail(self, where: Where, path: str, message: str) -> None:
+    def fail(self, where: SourceLocation, path: str, message: str) -> None:
         self.broken.add(path)
         self.problems.append(where.problem(path, message))
 
@@ -62,7 +62,7 @@ class Reading:
         """A mistake of a value already read: at its own place, else at that of what it stands in."""
         self.fail(self.place(path), path, message)
 
-    def place(self, path: str) -> Where:
+    def place(self, path: str) -> SourceLocation:
         while path and self.places.get(path, DEFAULT) == DEFAULT:
             path = path.rpartition(".")[0]
         return self.places.get(path, DEFAULT)
@@ -92,18 +92,18 @@ class Reading:
             return default or ""
         raise Invalid(f"expected the environment variable {shown_name(name)}, found that it is not set")
 
-    def resolve(self, where: Where, path: str) -> Path:
+    def resolve(self, where: SourceLocation, path: str) -> Path:
         """A path as written beside the settings file (`~` is the home directory)."""
         folder = self.folder if where.file == self.file else self.cwd
         return folder / Path(path).expanduser()
 
-    def watch(self, where: Where, path: str) -> Path:
+    def watch(self, where: SourceLocation, path: str) -> Path:
         """The same for a file whose change counts: it is watched from now on."""
         resolved = self.resolve(where, path)
         self.watched.append(resolved)
         return resolved
 
-    def command(self, where: Where, argv: tuple[str, ...]) -> str:
+    def command(self, where: SourceLocation, argv: tuple[str, ...]) -> str:
         """The key that a command prints, run once a reading. Raises Invalid."""
         if self.automatic and where.file == self.file:
             raise Invalid(f"expected a file that runs commands to be named with --config {self.file}")
@@ -140,7 +140,7 @@ def scalar(node: Node, leaf: Leaf[T], reading: Reading) -> T:
         raise Invalid(f"expected {leaf.expected}, found {found}") from None
 
 
-class One(Generic[T]):
+class Single(Generic[T]):
     """A scalar."""
 
     def __init__(self, leaf: Leaf[T]) -> None:
@@ -153,7 +153,7 @@ class One(Generic[T]):
         return self.leaf.show(value)
 
 
-class Many(Generic[T]):
+class ListOf(Generic[T]):
     """A list of scalars, as a tuple."""
 
     def __init__(self, leaf: Leaf[T], at_least: int = 0) -> None:
@@ -175,7 +175,7 @@ class Many(Generic[T]):
         return [self._leaf.show(item) for item in value]
 
 
-class ByGlob(Generic[T]):
+class MapByGlob(Generic[T]):
     """A table whose names are models or globs, in the order of the file."""
 
     def __init__(self, name: Leaf[str], value: Reader[T]) -> None:
@@ -248,7 +248,7 @@ class Section(Generic[T]):
 def _strongest(nodes: Sequence[Node], path: str, reader: Reader[T], default: T, reading: Reading) -> T:
     value, where = default, DEFAULT
     if path in reading.defaults:
-        value, where = cast(tuple[T, Where], reading.defaults[path])
+        value, where = cast(tuple[T, SourceLocation], reading.defaults[path])
     for node in nodes:
         where = node.where
         try:

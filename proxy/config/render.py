@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from .loader import Loaded
+from .loader import LoadedSettings
 from .reading import Section
 from .schema import SCHEMA
 from .settings import Settings
@@ -22,7 +22,7 @@ def plain(settings: Settings, section: Section[Any] = SCHEMA) -> dict[str, objec
     return shown
 
 
-def lines(loaded: Loaded) -> Iterator[str]:
+def lines(loaded: LoadedSettings) -> Iterator[str]:
     """YAML lines, each with the source of its value as a comment."""
     yield from _section(plain(loaded.settings), "", loaded.sources)
 

@@ -7,8 +7,22 @@ from typing import Any, Final
 
 from .keys import LIMITS_BY_GLOB, AdminKey, ClientKeys
 from .problems import Invalid
-from .reading import ByGlob, Many, One, Reader, Reading, Section
-from .settings import Breaker, Budget, Cache, Cost, Ledger, Log, Redis, Retry, Server, Settings, Throttle, Timeouts, Ttl
+from .reading import ListOf, MapByGlob, Reader, Reading, Section, Single
+from .settings import (
+    BreakerSettings,
+    BudgetSettings,
+    CacheSettings,
+    CostSettings,
+    LedgerSettings,
+    LogSettings,
+    RedisSettings,
+    RetrySettings,
+    ServerSettings,
+    Settings,
+    ThrottleSettings,
+    TimeoutSettings,
+    TtlSettings,
+)
 from .tree import Node
 from .upstreams import PRICES, Upstreams
 from .values import (
@@ -38,7 +52,7 @@ _MILLISECOND: Final = 0.001
 _ESSENTIAL: Final = frozenset({"model", "messages", "input", "prompt", "instructions", "tools"})
 
 
-class IgnoreFields(Many[str]):
+class IgnoreFields(ListOf[str]):
     """Fields that do not count in the cache key; never those that make the question."""
 
     def read(self, node: Node, path: str, reading: Reading) -> tuple[str, ...]:
@@ -53,114 +67,114 @@ SCHEMA: Final[Section[Settings]] = Section(
     Settings,
     {
         "server": Section(
-            Server,
+            ServerSettings,
             {
-                "host": One(HOST),
-                "port": One(integer(0, 65535)),
-                "workers": One(integer(1, 256)),
-                "max_body": One(size(1)),
-                "max_in_flight": One(integer(1)),
-                "drain_timeout": One(duration()),
-                "drain_delay": One(duration()),
-                "socket": One(optional(SOCKET_PATH)),
-                "ops": One(optional(HOST_AND_PORT)),
+                "host": Single(HOST),
+                "port": Single(integer(0, 65535)),
+                "workers": Single(integer(1, 256)),
+                "max_body": Single(size(1)),
+                "max_in_flight": Single(integer(1)),
+                "drain_timeout": Single(duration()),
+                "drain_delay": Single(duration()),
+                "socket": Single(optional(SOCKET_PATH)),
+                "ops": Single(optional(HOST_AND_PORT)),
                 "client_keys": ClientKeys(),
-                "allow_anonymous": One(BOOLEAN),
-                "allowed_hosts": Many(ALLOWED_HOST),
-                "allowed_origins": Many(ORIGIN),
+                "allow_anonymous": Single(BOOLEAN),
+                "allowed_hosts": ListOf(ALLOWED_HOST),
+                "allowed_origins": ListOf(ORIGIN),
                 "admin_key": AdminKey(),
             },
         ),
         "upstreams": Upstreams(),
-        "selection": One(choice("auto", "headroom", "round_robin", "sticky", "weighted")),
+        "selection": Single(choice("auto", "headroom", "round_robin", "sticky", "weighted")),
         "cache": Section(
-            Cache,
+            CacheSettings,
             {
-                "backend": One(choice("memory", "sqlite", "redis", "off")),
-                "path": One(PATH),
-                "memory_size": One(size()),
-                "max_size": One(size(1)),
-                "max_entry": One(size(1)),
+                "backend": Single(choice("memory", "sqlite", "redis", "off")),
+                "path": Single(PATH),
+                "memory_size": Single(size()),
+                "max_size": Single(size(1)),
+                "max_entry": Single(size(1)),
                 "ttl": Section(
-                    Ttl,
+                    TtlSettings,
                     {
-                        name: One(duration())
+                        name: Single(duration())
                         for name in ("chat", "completions", "responses", "embeddings", "moderations")
                     },
                 ),
-                "when": One(choice("always", "deterministic", "never")),
-                "mode": One(choice("normal", "replay", "refresh")),
-                "cassette": One(optional(PATH)),
-                "store_requests": One(BOOLEAN),
+                "when": Single(choice("always", "deterministic", "never")),
+                "mode": Single(choice("normal", "replay", "refresh")),
+                "cassette": Single(optional(PATH)),
+                "store_requests": Single(BOOLEAN),
                 "ignore_fields": IgnoreFields(FIELD),
-                "shared": One(BOOLEAN),
-                "embeddings_per_item": One(BOOLEAN),
-                "stale_while_revalidate": One(duration()),
-                "stale_if_error": One(duration()),
-                "coalesce": One(BOOLEAN),
-                "on_disconnect": One(choice("cancel", "finish")),
+                "shared": Single(BOOLEAN),
+                "embeddings_per_item": Single(BOOLEAN),
+                "stale_while_revalidate": Single(duration()),
+                "stale_if_error": Single(duration()),
+                "coalesce": Single(BOOLEAN),
+                "on_disconnect": Single(choice("cancel", "finish")),
             },
         ),
         "throttle": Section(
-            Throttle,
+            ThrottleSettings,
             {
-                "backend": One(choice("memory", "redis")),
+                "backend": Single(choice("memory", "redis")),
                 "limits": LIMITS_BY_GLOB,
-                "tier": One(optional(choice("1", "2", "3", "4", "5", "free"))),
-                "use": One(SHARE),
-                "adaptive": One(BOOLEAN),
-                "max_wait": One(duration_or_auto()),
-                "max_queue": One(integer()),
+                "tier": Single(optional(choice("1", "2", "3", "4", "5", "free"))),
+                "use": Single(SHARE),
+                "adaptive": Single(BOOLEAN),
+                "max_wait": Single(duration_or_auto()),
+                "max_queue": Single(integer()),
             },
         ),
         "retry": Section(
-            Retry,
+            RetrySettings,
             {
-                "max_retries": One(integer(0, 10)),
-                "base_delay": One(duration()),
-                "max_delay": One(duration()),
-                "jitter": One(duration()),
-                "budget": One(number(1.0)),
-                "ambiguous": One(BOOLEAN),
-                "fallbacks": ByGlob(GLOB, Many(GLOB, at_least=1)),
+                "max_retries": Single(integer(0, 10)),
+                "base_delay": Single(duration()),
+                "max_delay": Single(duration()),
+                "jitter": Single(duration()),
+                "budget": Single(number(1.0)),
+                "ambiguous": Single(BOOLEAN),
+                "fallbacks": MapByGlob(GLOB, ListOf(GLOB, at_least=1)),
             },
         ),
         "breaker": Section(
-            Breaker,
+            BreakerSettings,
             {
-                "failures": One(integer(1)),
-                "window": One(duration(_MILLISECOND)),
-                "open_for": One(duration(_MILLISECOND)),
+                "failures": Single(integer(1)),
+                "window": Single(duration(_MILLISECOND)),
+                "open_for": Single(duration(_MILLISECOND)),
             },
         ),
         "timeouts": Section(
-            Timeouts,
-            {name: One(duration(_MILLISECOND)) for name in ("connect", "first_byte", "idle", "total")},
+            TimeoutSettings,
+            {name: Single(duration(_MILLISECOND)) for name in ("connect", "first_byte", "idle", "total")},
         ),
         "cost": Section(
-            Cost,
+            CostSettings,
             {
                 "prices": PRICES,
-                "stream_usage": One(choice("inject", "off")),
-                "stream_comment": One(BOOLEAN),
+                "stream_usage": Single(choice("inject", "off")),
+                "stream_comment": Single(BOOLEAN),
                 "budget": Section(
-                    Budget,
+                    BudgetSettings,
                     {
-                        "usd_per_day": One(optional(MONEY)),
-                        "usd_per_month": One(optional(MONEY)),
-                        "on_exceeded": One(choice("refuse", "cache_only")),
-                        "warn_at": One(SHARE),
+                        "usd_per_day": Single(optional(MONEY)),
+                        "usd_per_month": Single(optional(MONEY)),
+                        "on_exceeded": Single(choice("refuse", "cache_only")),
+                        "warn_at": Single(SHARE),
                     },
                 ),
             },
         ),
-        "ledger": Section(Ledger, {"path": One(PATH), "enabled": One(BOOLEAN)}),
-        "redis": Section(Redis, {"url": One(optional(SECRET)), "prefix": One(NAME)}),
+        "ledger": Section(LedgerSettings, {"path": Single(PATH), "enabled": Single(BOOLEAN)}),
+        "redis": Section(RedisSettings, {"url": Single(optional(SECRET)), "prefix": Single(NAME)}),
         "log": Section(
-            Log,
+            LogSettings,
             {
-                "level": One(choice("debug", "info", "warning", "error")),
-                "format": One(choice("text", "json")),
+                "level": Single(choice("debug", "info", "warning", "error")),
+                "format": Single(choice("text", "json")),
             },
         ),
     },

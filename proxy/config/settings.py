@@ -23,7 +23,7 @@ Prices = Mapping[str, Mapping[str, Decimal]]
 
 
 @dataclass(frozen=True, slots=True)
-class ClientKey:
+class ClientKeySettings:
     """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it.
 
     `models`: globs, none for all; `limits`, `usd_per_day`: of what goes upstream for this client.
@@ -38,7 +38,7 @@ class ClientKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerSettings:
     """`socket` stands instead of host and port. `ops`: where the listener for probes and metrics is."""
 
     host: str = "127.0.0.1"
@@ -50,7 +50,7 @@ class Server:
     drain_delay: float = 0.0
     socket: str | None = None
     ops: tuple[str, int] | None = None
-    client_keys: tuple[ClientKey, ...] = ()
+    client_keys: tuple[ClientKeySettings, ...] = ()
     allow_anonymous: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class KeySettings:
     """A key of the pool. `label` is unique in it; keys naming the same `quota` share their limits."""
 
     label: str
@@ -71,7 +71,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Upstream:
+class UpstreamSettings:
     """Where requests go. `base_url` has no trailing slash; Azure's is the resource's root, less `/openai`.
 
     `api_version` is Azure's: None means its `/openai/v1` surface. `deployments`: model glob -> deployment.
@@ -85,7 +85,7 @@ class Upstream:
     models: tuple[str, ...] = ("*",)
     priority: int = 0
     cache_as: str | None = None
-    keys: tuple[Key, ...] = ()
+    keys: tuple[KeySettings, ...] = ()
     api_version: str | None = None
     deployments: Mapping[str, str] = field(default_factory=dict)
     insecure: bool = False
@@ -101,7 +101,7 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True)
-class Ttl:
+class TtlSettings:
     chat: float = 86400.0
     completions: float = 86400.0
     responses: float = 86400.0
@@ -110,13 +110,13 @@ class Ttl:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheSettings:
     backend: str = "memory"
     path: str = "~/.cache/openai-proxy/cache.db"
     memory_size: int = 256 * MIB
     max_size: int = 4 * GIB
     max_entry: int = 8 * MIB
-    ttl: Ttl = field(default_factory=Ttl)
+    ttl: TtlSettings = field(default_factory=TtlSettings)
     when: str = "always"
     mode: str = "normal"
     cassette: str | None = None
@@ -137,7 +137,7 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Throttle:
+class ThrottleSettings:
     """`limits`: model glob -> limits of each quota. `max_wait` None: the client's own deadline (`auto`)."""
 
     backend: str = "memory"
@@ -150,7 +150,7 @@ class Throttle:
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
+class RetrySettings:
     max_retries: int = 3
     base_delay: float = 1.0
     max_delay: float = 10.0
@@ -161,14 +161,14 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
-class Breaker:
+class BreakerSettings:
     failures: int = 5
     window: float = 30.0
     open_for: float = 15.0
 
 
 @dataclass(frozen=True, slots=True)
-class Timeouts:
+class TimeoutSettings:
     connect: float = 5.0
     first_byte: float = 600.0
     idle: float = 300.0
@@ -176,7 +176,7 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class BudgetSettings:
     usd_per_day: Decimal | None = None
     usd_per_month: Decimal | None = None
     on_exceeded: str = "refuse"
@@ -184,21 +184,21 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class CostSettings:
     prices: Prices = field(default_factory=dict)
     stream_usage: str = "inject"
     stream_comment: bool = False
-    budget: Budget = field(default_factory=Budget)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class LedgerSettings:
     path: str = "~/.local/share/openai-proxy/usage.db"
     enabled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Redis:
+class RedisSettings:
     """`url` is a secret: it may hold a password."""
 
     url: Secret | None = None
@@ -206,32 +206,32 @@ class Redis:
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class LogSettings:
     level: str = "info"
     format: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    server: Server = field(default_factory=Server)
-    upstreams: tuple[Upstream, ...] = (Upstream(),)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    upstreams: tuple[UpstreamSettings, ...] = (UpstreamSettings(),)
     selection: str = "auto"
-    cache: Cache = field(default_factory=Cache)
-    throttle: Throttle = field(default_factory=Throttle)
-    retry: Retry = field(default_factory=Retry)
-    breaker: Breaker = field(default_factory=Breaker)
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    cost: Cost = field(default_factory=Cost)
-    ledger: Ledger = field(default_factory=Ledger)
-    redis: Redis = field(default_factory=Redis)
-    log: Log = field(default_factory=Log)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    throttle: ThrottleSettings = field(default_factory=ThrottleSettings)
+    retry: RetrySettings = field(default_factory=RetrySettings)
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
+    timeouts: TimeoutSettings = field(default_factory=TimeoutSettings)
+    cost: CostSettings = field(default_factory=CostSettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
+    redis: RedisSettings = field(default_factory=RedisSettings)
+    log: LogSettings = field(default_factory=LogSettings)
 
     @property
     def passthrough(self) -> bool:
         """No upstream has a key: each client's own credential goes up."""
         return not any(upstream.pooled for upstream in self.upstreams)
 
-    def limits_of(self, upstream: Upstream, key: Key | None = None) -> Mapping[str, Limits]:
+    def limits_of(self, upstream: UpstreamSettings, key: KeySettings | None = None) -> Mapping[str, Limits]:
         """The limits of one key by model glob: what is configured, over `throttle.tier` where OpenAI set that."""
         tier = self.throttle.tier if upstream.kind == "openai" else None
         return with_tier(tier, {**self.throttle.limits, **(key.limits if key is not None else {})})

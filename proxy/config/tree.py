@@ -13,7 +13,7 @@ from typing import Final
 
 import yaml
 
-from .problems import Problem, Where, shown_name
+from .problems import Problem, SourceLocation, shown_name
 
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _MOST_VALUES: Final = 10_000
@@ -27,7 +27,7 @@ class Scalar:
     """`text` as written. `literal`: not from YAML, so neither null nor `${NAME}` mean anything in it."""
 
     text: str
-    where: Where
+    where: SourceLocation
     quoted: bool = False
     literal: bool = False
 
@@ -39,13 +39,13 @@ class Scalar:
 @dataclass(frozen=True, slots=True)
 class Listing:
     items: tuple[Node, ...]
-    where: Where
+    where: SourceLocation
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     entries: tuple[tuple[str, Node], ...]
-    where: Where
+    where: SourceLocation
 
     def get(self, name: str) -> Node | None:
         return next((node for key, node in self.entries if key == name), None)
@@ -66,7 +66,7 @@ class _TooLarge(Exception):
     pass
 
 
-def parse(text: str, where: Where, problems: list[Problem], path: str = "") -> Node | None:
+def parse(text: str, where: SourceLocation, problems: list[Problem], path: str = "") -> Node | None:
     """The tree of a YAML text; None if there is none, with the reasons added to `problems`.
 
     `where` is the text's own place: in a file every value then has the line it stands on. `path` is the
@@ -89,7 +89,7 @@ def parse(text: str, where: Where, problems: list[Problem], path: str = "") -> N
     return None
 
 
-def _at(where: Where, line: int | None) -> Where:
+def _at(where: SourceLocation, line: int | None) -> SourceLocation:
     """`where`, at PyYAML's line (from 0) if it is a file."""
     return where if where.via or line is None else replace(where, line=line + 1)
 
@@ -109,7 +109,7 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
 
 
 class _Builder:
-    def __init__(self, where: Where, problems: list[Problem]) -> None:
+    def __init__(self, where: SourceLocation, problems: list[Problem]) -> None:
         self._where = where
         self._problems = problems
         self._count = 0
@@ -129,7 +129,7 @@ class _Builder:
         assert isinstance(node, yaml.ScalarNode)
         return Scalar(node.value, where, quoted=node.style is not None)
 
-    def _table(self, node: yaml.MappingNode, where: Where, path: str, depth: int) -> Table:
+    def _table(self, node: yaml.MappingNode, where: SourceLocation, path: str, depth: int) -> Table:
         entries: dict[str, Node] = {}
         for key, value in node.value:
             place = _at(self._where, key.start_mark.line)

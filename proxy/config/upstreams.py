@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..cost.pricing import Kind
-from .keys import Draft, Keys, usable
+from .keys import Keys, ParsedKey, usable
 from .problems import Invalid
-from .reading import ByGlob, Many, One, Reading, Section, items_of
+from .reading import ListOf, MapByGlob, Reading, Section, Single, items_of
 from .secret import Secret
-from .settings import DEFAULT_API_VERSION, Key, Prices, Upstream
+from .settings import DEFAULT_API_VERSION, KeySettings, Prices, UpstreamSettings
 from .tree import Node, Table
 from .urls import azure_url, openai_url, parse_url, proxy_url
 from .values import BOOLEAN, DEPLOYMENT, GLOB, MONEY, NAME, PATH, VISIBLE, Leaf, choice, integer, optional, pattern
@@ -34,7 +34,7 @@ class ModelPrices:
     """USD per million tokens of one model; `input` is needed."""
 
     def __init__(self) -> None:
-        self._rates = ByGlob(choice(*RATES), One(MONEY))
+        self._rates = MapByGlob(choice(*RATES), Single(MONEY))
 
     def read(self, node: Node, path: str, reading: Reading) -> dict[str, Any]:
         rates = self._rates.read(node, path, reading)
@@ -46,7 +46,7 @@ class ModelPrices:
         return self._rates.show(value)
 
 
-PRICES: Final = ByGlob(GLOB, ModelPrices())
+PRICES: Final = MapByGlob(GLOB, ModelPrices())
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class _Written:
     models: tuple[str, ...] = ("*",)
     priority: int = 0
     cache_as: str | None = None
-    keys: tuple[Draft, ...] = ()
+    keys: tuple[ParsedKey, ...] = ()
     api_version: str | None = None
     deployments: Mapping[str, str] = field(default_factory=dict)
     insecure: bool = False
@@ -73,20 +73,20 @@ _KEYS: Final = Keys()
 _WRITTEN: Final = Section(
     _Written,
     {
-        "name": One(optional(NAME)),
-        "kind": One(optional(choice("openai", "azure"))),
-        "base_url": One(optional(_BASE_URL)),
-        "models": Many(GLOB, at_least=1),
-        "priority": One(integer(0, 1000)),
-        "cache_as": One(optional(VISIBLE)),
+        "name": Single(optional(NAME)),
+        "kind": Single(optional(choice("openai", "azure"))),
+        "base_url": Single(optional(_BASE_URL)),
+        "models": ListOf(GLOB, at_least=1),
+        "priority": Single(integer(0, 1000)),
+        "cache_as": Single(optional(VISIBLE)),
         "keys": _KEYS,
-        "api_version": One(optional(_API_VERSION)),
-        "deployments": ByGlob(GLOB, One(DEPLOYMENT)),
-        "insecure": One(BOOLEAN),
+        "api_version": Single(optional(_API_VERSION)),
+        "deployments": MapByGlob(GLOB, Single(DEPLOYMENT)),
+        "insecure": Single(BOOLEAN),
         "prices": PRICES,
-        "entra_id": One(BOOLEAN),
-        "proxy": One(optional(_PROXY)),
-        "ca_file": One(optional(PATH)),
+        "entra_id": Single(BOOLEAN),
+        "proxy": Single(optional(_PROXY)),
+        "ca_file": Single(optional(PATH)),
     },
 )
 
@@ -94,8 +94,8 @@ _WRITTEN: Final = Section(
 class Upstreams:
     """The list of upstreams. Their names are unique, and so are the labels of all their keys."""
 
-    def read(self, node: Node, path: str, reading: Reading) -> tuple[Upstream, ...]:
-        upstreams: list[Upstream] = []
+    def read(self, node: Node, path: str, reading: Reading) -> tuple[UpstreamSettings, ...]:
+        upstreams: list[UpstreamSettings] = []
         for i, item in enumerate(items_of(node, "a list of upstreams")):
             inner = f"{path}.{i}"
             reading.places[inner] = item.where
@@ -113,7 +113,7 @@ class Upstreams:
         return [show_upstream(upstream) for upstream in value]
 
 
-def _finished(written: _Written, path: str, others: Sequence[Upstream], reading: Reading) -> Upstream:
+def _finished(written: _Written, path: str, others: Sequence[UpstreamSettings], reading: Reading) -> UpstreamSettings:
     azure = written.kind == "azure" or (
         written.kind is None and written.base_url is not None and written.base_url.azure
     )
@@ -122,7 +122,7 @@ def _finished(written: _Written, path: str, others: Sequence[Upstream], reading:
     name = written.name or (f"{kind}-{same_kind + 1}" if same_kind else kind)
     if any(other.name == name for other in others):
         reading.fail_at(f"{path}.name", f"expected a name of its own, found {name} again")
-    base_url, api_version, deployments = Upstream().base_url, written.api_version, written.deployments
+    base_url, api_version, deployments = UpstreamSettings().base_url, written.api_version, written.deployments
     try:
         if azure:
             base_url, api_version, deployments = _azure(written, path, reading)
@@ -138,7 +138,7 @@ def _finished(written: _Written, path: str, others: Sequence[Upstream], reading:
         for setting in ("api_version", "deployments", "entra_id"):
             if getattr(written, setting):
                 reading.fail_at(f"{path}.{setting}", "expected kind: azure beside this setting, found kind: openai")
-    return Upstream(
+    return UpstreamSettings(
         name=name,
         kind=kind,
         base_url=base_url,
@@ -199,8 +199,8 @@ def _azure(written: _Written, path: str, reading: Reading) -> tuple[str, str | N
     return url.root, None if api_version == "v1" else api_version, deployments
 
 
-def _labelled(name: str, drafts: Sequence[Draft], path: str, reading: Reading) -> tuple[Key, ...]:
-    keys: dict[Secret, Key] = {}
+def _labelled(name: str, drafts: Sequence[ParsedKey], path: str, reading: Reading) -> tuple[KeySettings, ...]:
+    keys: dict[Secret, KeySettings] = {}
     for i, draft in enumerate(drafts):
         label = draft.written.name or f"{name}-{i + 1}"
         reading.places[f"{path}.keys.{i}"] = draft.where
@@ -211,7 +211,7 @@ def _labelled(name: str, drafts: Sequence[Draft], path: str, reading: Reading) -
         except Invalid as error:
             reading.fail(draft.where, draft.path, str(error))
             continue
-        keys[secret] = Key(
+        keys[secret] = KeySettings(
             label=label,
             secret=secret,
             organization=draft.written.organization,
@@ -223,10 +223,10 @@ def _labelled(name: str, drafts: Sequence[Draft], path: str, reading: Reading) -
     return tuple(keys.values())
 
 
-def _check_pool(upstreams: Sequence[Upstream], path: str, reading: Reading) -> None:
+def _check_pool(upstreams: Sequence[UpstreamSettings], path: str, reading: Reading) -> None:
     """Labels are unique over all upstreams (a keyless one goes by its name), a quota's limits agree."""
     labels = {upstream.name for upstream in upstreams if not upstream.keys}
-    quotas: dict[str, Key] = {}
+    quotas: dict[str, KeySettings] = {}
     for i, upstream in enumerate(upstreams):
         for j, key in enumerate(upstream.keys):
             place = f"{path}.{i}.keys.{j}"
@@ -241,7 +241,7 @@ def _check_pool(upstreams: Sequence[Upstream], path: str, reading: Reading) -> N
                 reading.fail_at(f"{place}.limits", message)
 
 
-def show_upstream(upstream: Upstream) -> dict[str, object]:
+def show_upstream(upstream: UpstreamSettings) -> dict[str, object]:
     """What is in force, short: what is the default of its kind is left out, and secrets are masked."""
     shown: dict[str, object] = {
         "name": upstream.name,

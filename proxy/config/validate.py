@@ -7,7 +7,7 @@ from typing import Final
 
 from .problems import Invalid
 from .reading import Reading
-from .settings import Settings, Upstream
+from .settings import Settings, UpstreamSettings
 from .urls import Url, parse_url
 from .values import is_loopback
 
@@ -99,7 +99,7 @@ def check_upstreams(settings: Settings, reading: Reading) -> None:
     _warn_credentials(settings, reading)
 
 
-def _addresses(settings: Settings) -> Iterator[tuple[str, Upstream, Url]]:
+def _addresses(settings: Settings) -> Iterator[tuple[str, UpstreamSettings, Url]]:
     for i, upstream in enumerate(settings.upstreams):
         try:
             yield f"upstreams.{i}", upstream, parse_url(upstream.base_url)
@@ -144,7 +144,7 @@ def _same_machine(one: str, other: str) -> bool:
     return one == other or all(is_loopback(host) or host in ("0.0.0.0", "::") for host in (one, other))
 
 
-def _check_plain_http(path: str, upstream: Upstream, url: Url, reading: Reading) -> None:
+def _check_plain_http(path: str, upstream: UpstreamSettings, url: Url, reading: Reading) -> None:
     if url.scheme != "http" or is_loopback(url.host):
         return
     if upstream.pooled and not upstream.insecure:

@@ -16,7 +16,7 @@ import orjson
 from ..accounting.receipt import Receipt
 from ..cache.entry import Entry
 from ..protocol.headers import Raw
-from ..protocol.masking import Masker
+from ..protocol.masking import SecretMasker
 from ..protocol.routes import printable
 from ..protocol.traceparent import traceparent
 
@@ -29,7 +29,7 @@ FLUSH: Final = 0.05
 
 
 class _Formatter(logging.Formatter):
-    def __init__(self, masker: Masker) -> None:
+    def __init__(self, masker: SecretMasker) -> None:
         super().__init__()
         self._masker = masker
         self._second = -1
@@ -60,7 +60,7 @@ _SAID: Final = frozenset({"endpoint", "model", "status"})
 """Fields that a line for people need not tell where its message does."""
 
 
-class Text(_Formatter):
+class TextFormatter(_Formatter):
     def line(self, created: float, level: str, name: str, message: str, fields: Mapping[str, object]) -> str:
         def said(name: str, value: object) -> bool:
             return name in _SAID and str(value) in message
@@ -75,7 +75,7 @@ class Text(_Formatter):
         return text + self.exception(record)
 
 
-class Json(_Formatter):
+class JsonFormatter(_Formatter):
     def line(self, created: float, level: str, name: str, message: str, fields: Mapping[str, object]) -> str:
         line = {
             "time": self.time(created, "%Y-%m-%dT%H:%M:%S%z"),
@@ -97,7 +97,7 @@ class Json(_Formatter):
         return self.line(record.created, record.levelname, record.name, record.getMessage(), fields)
 
 
-class _Gathering(logging.Handler):
+class _BufferingHandler(logging.Handler):
     """Writes lines together: a write for each would cost a request more than all else that is done for it."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -137,7 +137,7 @@ class _Gathering(logging.Handler):
                     self.handleError(one)
             else:
                 created, level, name, receipt = one
-                assert isinstance(self.formatter, Text | Json)
+                assert isinstance(self.formatter, TextFormatter | JsonFormatter)
                 lines.append(self.formatter.line(created, level, name, message(receipt), fields(receipt)) + "\n")
         if lines:
             try:
@@ -147,7 +147,7 @@ class _Gathering(logging.Handler):
                 pass
 
 
-_gathering: _Gathering | None = None
+_gathering: _BufferingHandler | None = None
 _root = logging.getLogger()
 _log = logging.getLogger("proxy.request")
 
@@ -237,14 +237,14 @@ class HitLog:
         self._hits = 0
 
 
-def configure(level: str, format_: str, masker: Masker) -> None:
+def configure(level: str, format_: str, masker: SecretMasker) -> None:
     """Sends the proxy's and its libraries' records to standard error."""
     # What no line of ours tells need not be found out for each record (the logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     global _gathering
-    handler = _gathering = _Gathering(sys.stderr)
-    handler.setFormatter(Json(masker) if format_ == "json" else Text(masker))
+    handler = _gathering = _BufferingHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(masker) if format_ == "json" else TextFormatter(masker))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -18,14 +18,14 @@ from ..accounting.receipt import Receipt
 from ..cache.entry import Entry
 from ..pipeline.response_headers import ZERO_COST
 from ..protocol.routes import ENDPOINTS, SEGMENTS
-from ..services import World
-from ..system.clock import Seams
-from ..upstream.counters import GAPS, Tallies, Tally
+from ..services import Services
+from ..system.clock import Clock
+from ..upstream.counters import GAPS, Histogram, UpstreamCounters
 from ..upstream.retry.circuit_breaker import STATES
 from .budget_gauges import budget_gauges
 
 MAX_MODELS: Final = 100
-FEEL: Final = 0.5
+LOOP_LAG_INTERVAL: Final = 0.5
 """Seconds between two looks at how late the event loop is."""
 
 _ENDPOINTS: Final = SEGMENTS | set(ENDPOINTS.values())
@@ -63,12 +63,12 @@ class _Histogram:
         self._told = _PREFIX + name, about
         self._labels = labels
         self.bounds = bounds
-        self.values: dict[Labels, Tally] = {} if labels else {(): Tally(bounds)}
+        self.values: dict[Labels, Histogram] = {} if labels else {(): Histogram(bounds)}
 
-    def of(self, *labels: str) -> Tally:
+    def of(self, *labels: str) -> Histogram:
         found = self.values.get(labels)
         if found is None:
-            found = self.values[labels] = Tally(self.bounds)
+            found = self.values[labels] = Histogram(self.bounds)
         return found
 
     def family(self) -> Metric:
@@ -79,7 +79,7 @@ class _Histogram:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class _HitCounters:
     """What requests of one kind move, found once: the labels of counters, and histograms."""
 
     requests: Labels
@@ -87,8 +87,8 @@ class _Kind:
     prompt: Labels
     cached: Labels
     completion: Labels
-    seconds: Tally
-    first_byte: Tally
+    seconds: Histogram
+    first_byte: Histogram
 
 
 class Metrics(Collector):
@@ -128,8 +128,8 @@ class Metrics(Collector):
         self._lag = _Histogram("event_loop_lag_seconds", "How late the event loop is with what is due.", _OWN)
         self._models: set[str] = set()
         self._hits: dict[tuple[str, str], tuple[Labels, Labels]] = {}
-        self._kinds: dict[tuple[str, str, str, int], _Kind] = {}
-        self._now: tuple[World, int] | None = None
+        self._kinds: dict[tuple[str, str, str, int], _HitCounters] = {}
+        self._now: tuple[Services, int] | None = None
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -193,10 +193,10 @@ class Metrics(Collector):
         elif receipt.status < 300:
             self._unknown.values[kind.model] += 1
 
-    def _kind(self, endpoint: str, model: str, cache: str, status: int) -> _Kind:
+    def _kind(self, endpoint: str, model: str, cache: str, status: int) -> _HitCounters:
         endpoint = endpoint if endpoint in _ENDPOINTS else "other"
         name = self.model(model)
-        return _Kind(
+        return _HitCounters(
             requests=(endpoint, name, cache, f"{status}xx"),
             model=(name,),
             prompt=(name, "prompt"),
@@ -210,24 +210,24 @@ class Metrics(Collector):
         """A request turned away before it became a call."""
         self._errors.values[code,] += 1
 
-    async def feel_loop(self, seams: Seams) -> None:
+    async def measure_loop_lag(self, clock: Clock) -> None:
         """Measures, again and again, how late the event loop is with what is due."""
         while True:
-            due = seams.monotonic() + FEEL
-            await seams.sleep(FEEL)
-            self._lag.values[()].add(max(0.0, seams.monotonic() - due))
+            due = clock.monotonic() + LOOP_LAG_INTERVAL
+            await clock.sleep(LOOP_LAG_INTERVAL)
+            self._lag.values[()].add(max(0.0, clock.monotonic() - due))
 
     # -- a scrape ------------------------------------------------------------------------------------------------------
 
-    def render(self, world: World, in_flight: int) -> bytes:
+    def render(self, services: Services, in_flight: int) -> bytes:
         """The text for one scrape (Prometheus exposition format 0.0.4)."""
-        self._now = world, in_flight
+        self._now = services, in_flight
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """Every family; what stands still between requests is of the world that was rendered last."""
-        world, in_flight = self._now or (None, 0)
-        tallies = world.tallies if world is not None else Tallies()
+        services, in_flight = self._now or (None, 0)
+        tallies = services.counters if services is not None else UpstreamCounters()
         self._retries.values = tallies.retries
         self._gaps.values[()] = tallies.gaps
         for one in (
@@ -247,11 +247,11 @@ class Metrics(Collector):
             self._lag,
         ):
             yield one.family()
-        yield from _standing(world, in_flight)
-        yield from budget_gauges(world.budgets if world is not None else None)
+        yield from _gauges(services, in_flight)
+        yield from budget_gauges(services.budgets if services is not None else None)
 
 
-def _standing(world: World | None, in_flight: int) -> list[Metric]:
+def _gauges(services: Services | None, in_flight: int) -> list[Metric]:
     """What stands still between requests."""
     served = GaugeMetricFamily(_PREFIX + "in_flight", "Requests being served.")
     waiting = GaugeMetricFamily(_PREFIX + "queue_depth", "Requests waiting for a key.")
@@ -266,22 +266,22 @@ def _standing(world: World | None, in_flight: int) -> list[Metric]:
     entries = GaugeMetricFamily(_PREFIX + "cache_entries", "Entries in memory.")
     size = GaugeMetricFamily(_PREFIX + "cache_bytes", "Bytes of entries in memory.")
     errors = CounterMetricFamily(_PREFIX + "store_errors", "Reads and writes of the store behind memory that failed.")
-    if world is not None:
-        now = world.seams.monotonic()
+    if services is not None:
+        now = services.clock.monotonic()
         served.add_metric([], in_flight)
-        waiting.add_metric([], world.gate.depth)
-        for state, count in world.ring.counts(now).items():
+        waiting.add_metric([], services.admission.depth)
+        for state, count in services.pool.counts(now).items():
             keys.add_metric([state], count)
-        for label, share in world.ring.free(now).items():
+        for label, share in services.pool.free(now).items():
             free.add_metric([label], share)
-        sound.add_metric([], float(world.limiter is None or world.limiter.sound))
-        for upstream in world.upstreams:
+        sound.add_metric([], float(services.limiter is None or services.limiter.sound))
+        for upstream in services.upstreams:
             current = upstream.breaker.state(now)
             for state in STATES:
-                breaker.add_metric([upstream.site.name, state], float(current == state))
-        if world.store is not None:
-            stats = world.store.memory.stats()
+                breaker.add_metric([upstream.address.name, state], float(current == state))
+        if services.store is not None:
+            stats = services.store.memory.stats()
             entries.add_metric([], stats["entries"])
             size.add_metric([], stats["bytes"])
-            errors.add_metric([], world.store.errors)
+            errors.add_metric([], services.store.errors)
     return [served, waiting, keys, free, sound, breaker, entries, size, errors]

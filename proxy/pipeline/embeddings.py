@@ -13,25 +13,25 @@ from typing import Final
 import msgspec
 
 from ..cache.completeness import plain_complete
-from ..cache.embeddings import Saved, join, saved, total_usage, vectors_of
-from ..cache.lookup import LARGE, Goods, Shelf
+from ..cache.embeddings import Savings, join, savings_of, total_usage, vectors_of
+from ..cache.lookup import LARGE, NewEntry, ResponseCache
 from ..cache.plan import CachePlan
 from ..cost.pricing import Cost, total_cost
 from ..cost.usage import Usage
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
-from ..protocol.request import Call
-from ..services import World
-from ..upstream.progress import Progress
-from ..upstream.response import Answered, Read
+from ..protocol.request import ProxyRequest
+from ..services import Services
+from ..upstream.progress import AttemptLog
+from ..upstream.response import ReadAnswer, ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
-from ..upstream.sender import Exchange
+from ..upstream.sender import RetryingSender
 
 SPILL_OF_ITEMS: Final = 256 * 1024 * 1024
 """Embeddings whose items are to be stored are held up to here (bytes): 2,048 vectors as floats are 68 MB and more."""
 
 
-class Joined(msgspec.Struct, frozen=True):
+class JoinedEmbeddings(msgspec.Struct, frozen=True):
     """An answer made of items. plan: what became of it; savings: of those that were cached, None where none was."""
 
     plan: CachePlan
@@ -40,28 +40,30 @@ class Joined(msgspec.Struct, frozen=True):
     body: bytes
     model: str | None
     stored: bool
-    savings: Saved | None
+    savings: Savings | None
 
 
-class Items:
+class EmbeddingsFetcher:
     """Buys what is left of batches, in one world. read: reads an answer whole and settles it, None where it is longer
     than so many bytes; raises Refusal.
     """
 
     def __init__(
         self,
-        world: World,
-        exchange: Exchange,
-        shelf: Shelf,
-        read: Callable[[Call, Answered, Progress, int], Awaitable[Read | None]],
+        services: Services,
+        exchange: RetryingSender,
+        shelf: ResponseCache,
+        read: Callable[[ProxyRequest, ResponseInHand, AttemptLog, int], Awaitable[ReadAnswer | None]],
     ) -> None:
-        self._world = world
+        self._services = services
         self._exchange = exchange
         self._shelf = shelf
         self._read = read
 
-    async def buy(self, call: Call, plan: CachePlan, progress: Progress) -> Joined | Answered:
-        """The answer; or the first error answer of an upstream, for the client. Raises Refusal.
+    async def fetch(
+        self, request: ProxyRequest, plan: CachePlan, attempt_log: AttemptLog
+    ) -> JoinedEmbeddings | ResponseInHand:
+        """The answer; or the first error answer of an upstream, for the client. Raises ProxyError.
 
         `progress` holds, then and in any case, what the calls that ended well have cost.
         """
@@ -73,48 +75,48 @@ class Items:
         stored = leaked = False
         while parts := batch.parts(bought):
             numbers = parts[0]
-            part = call.with_input(batch.input(numbers))
-            answered = await self._exchange.run(part, progress, whole=False)
+            part = request.with_input(batch.input(numbers))
+            answered = await self._exchange.send(part, attempt_log, whole=False)
             if answered.body is not None:
                 return answered
-            read = await self._whole(part, answered, progress)
+            read = await self._whole(part, answered, attempt_log)
             usages.append(read.usage)
             costs.append(read.cost)
-            progress.usage, progress.cost = total_usage(usages), total_cost(costs)
+            attempt_log.usage, attempt_log.cost = total_usage(usages), total_cost(costs)
             vectors, named = _vectors(part, answered, read)
             if bought and named != model:
                 raise _not_whole("several models answered")
             model = named
             leaked = leaked or answered.leaked
             if plan.write and not answered.leaked:
-                goods = Goods(answered, read.headers, read.usage, read.cost, model)
-                stored |= await self._shelf.keep_items(call, plan, goods, numbers, vectors)
+                goods = NewEntry(answered, read.headers, read.usage, read.cost, model)
+                stored |= await self._shelf.store_items(request, plan, goods, numbers, vectors)
             bought.update(zip(numbers, vectors, strict=True))
             if any(found.entry.answer_model != model for found in batch.found.values()):
                 batch = msgspec.structs.replace(batch, found={})  # vectors of two models cannot be compared
-                plan = msgspec.structs.replace(plan, batch=batch, reason="model changed", forward="request")
+                plan = msgspec.structs.replace(plan, batch=batch, reason="model changed", fwd="request")
         everything = bought | {number: found.vector for number, found in batch.found.items()}
         if sum(map(len, everything.values())) > LARGE:
-            body = await asyncio.to_thread(join, everything, batch.order, model, progress.usage)
+            body = await asyncio.to_thread(join, everything, batch.order, model, attempt_log.usage)
         else:
-            body = join(everything, batch.order, model, progress.usage)
+            body = join(everything, batch.order, model, attempt_log.usage)
         if leaked:
-            body = self._world.masker.mask(body)
-        savings = saved(batch.found.values()) if batch.found else None
-        return Joined(plan, answered.reply.reason, read.headers, body, model, stored, savings)
+            body = self._services.masker.mask(body)
+        savings = savings_of(batch.found.values()) if batch.found else None
+        return JoinedEmbeddings(plan, answered.response.reason, read.headers, body, model, stored, savings)
 
-    async def _whole(self, part: Call, answered: Answered, progress: Progress) -> Read:
+    async def _whole(self, part: ProxyRequest, answered: ResponseInHand, attempt_log: AttemptLog) -> ReadAnswer:
         read = None
         if not (answered.is_stream or answered.opaque):
-            read = await self._read(part, answered, progress, SPILL_OF_ITEMS)
+            read = await self._read(part, answered, attempt_log, SPILL_OF_ITEMS)
         if read is None:
             self._exchange.settle(part, answered.lease, None)
-            answered.reply.close()
+            answered.response.close()
             raise _not_whole("a stream, encoded, or too long")
         return read
 
 
-def _vectors(part: Call, answered: Answered, read: Read) -> tuple[list[bytes], str | None]:
+def _vectors(part: ProxyRequest, answered: ResponseInHand, read: ReadAnswer) -> tuple[list[bytes], str | None]:
     """What was bought, and the model's name. Raises Refusal where it is not what was asked for: the client's request
     was another, so the answer cannot pass as it is.
     """
@@ -128,5 +130,5 @@ def _vectors(part: Call, answered: Answered, read: Read) -> tuple[list[bytes], s
     return vectors, model if isinstance(model, str) else None
 
 
-def _not_whole(why: str) -> Refusal:
-    return TransportFailure("invalid", f"the upstream's embeddings are not what was asked for: {why}").refusal()
+def _not_whole(why: str) -> ProxyError:
+    return TransportFailure("invalid", f"the upstream's embeddings are not what was asked for: {why}").proxy_error()

@@ -13,16 +13,16 @@ from ..cache.key import NotCacheable
 from ..cache.miss_reason import nearest, reason_of
 from ..cache.planner import Planner
 from ..config.settings import Settings
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..protocol.json_parse import parse_leniently
 from ..protocol.options import from_headers
-from ..protocol.request import Call, Client
+from ..protocol.request import Client, ProxyRequest
 from ..protocol.routes import ENDPOINTS, Route, parse_target, printable
-from ..services import World, configured_clients
+from ..services import Services, configured_clients
 from ..upstream.providers.registry import model_named
 
-Card = Mapping[str, Any]
+EntrySummary = Mapping[str, Any]
 """A stored answer as `core.listing` shows it."""
 
 CLIENT: Final = "client"
@@ -30,37 +30,37 @@ CLIENT: Final = "client"
 
 
 def client_named(settings: Settings, name: str | None) -> Client:
-    """The client of that name; of None: the only one there is, or nobody. Raises Refusal."""
+    """The client of that name; of None: the only one there is, or nobody. Raises ProxyError."""
     clients = configured_clients(settings)
     for client in clients:
         if client.name == name:
             return client
     if name is not None:
-        raise Refusal("invalid_option", f"no client key has the name {printable(name)!r}", param="client")
+        raise ProxyError("invalid_option", f"no client key has the name {printable(name)!r}", param="client")
     return clients[0] if len(clients) == 1 else Client()
 
 
-def call_of(world: World, target: str, headers: Sequence[Raw], body: bytes, client: Client) -> Call:
-    """The request that `body` would be, sent to `target`. Raises Refusal."""
+def request_of(services: Services, target: str, headers: Sequence[Raw], body: bytes, client: Client) -> ProxyRequest:
+    """The request that `body` would be, sent to `target`. Raises ProxyError."""
     route: Route = parse_target(target)
     if route.endpoint not in ENDPOINTS.values():
-        raise Refusal("bad_request", f"never cached: only {', '.join(ENDPOINTS)} are", param="target")
+        raise ProxyError("bad_request", f"never cached: only {', '.join(ENDPOINTS)} are", param="target")
     try:
         document = parse_leniently(body)
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise Refusal("invalid_json", "the request must be a JSON object")
+        raise ProxyError("invalid_json", "the request must be a JSON object")
     named = document.get("model")
     model = named if isinstance(named, str) else None
     texts = ((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in headers)
-    return Call(
+    return ProxyRequest(
         id="",
         route=route,
         headers=headers,
         body=body,
         document=document,
-        model=model_named(world.sites, route, model),
+        model=model_named(services.addresses, route, model),
         body_model=model,
         stream=document.get("stream") is True,
         wants_usage=False,
@@ -68,72 +68,75 @@ def call_of(world: World, target: str, headers: Sequence[Raw], body: bytes, clie
         client=client,
         arrived=0.0,
         deadline=0.0,
-        patience=0.0,
+        max_wait=0.0,
     )
 
 
-async def explained(
-    world: World, call: Call, pages: AsyncIterator[Sequence[Card]], told: Callable[[int], object] = lambda _: None
+async def explain(
+    services: Services,
+    request: ProxyRequest,
+    pages: AsyncIterator[Sequence[EntrySummary]],
+    told: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
     """All of it, for JSON. pages: the stored answers of the call's endpoint; told: how many of them were looked at.
 
     Raises what the pages raise.
     """
-    planner = Planner(world)
-    plan = await planner.plan(call)
-    dropped = dropped_fields(call.endpoint, world.settings.cache.ignore_fields)
+    planner = Planner(services)
+    plan = await planner.plan(request)
+    dropped = dropped_fields(request.endpoint, services.settings.cache.ignore_fields)
     explanation: dict[str, Any] = {
-        "endpoint": call.endpoint,
+        "endpoint": request.endpoint,
         "cacheable": bool(plan.key),
         "reason": plan.reason,
         "key": plan.key or None,
         "parts": None,
         "fields": {},
-        "left_out": sorted(dropped.intersection(call.document)),
+        "left_out": sorted(dropped.intersection(request.document)),
         "stored": [],
         "nearest": None,
         "differs": [],
         "compared": 0,
     }
     try:
-        parts = planner.parts(call, dropped)
+        parts = planner.key_parts(request, dropped)
     except NotCacheable:
         return explanation
     explanation["parts"] = {
-        "namespace": call.options.namespace,
-        "model": call.model,
-        "deployment": call.route.deployment or "",
+        "namespace": request.options.namespace,
+        "model": request.model,
+        "deployment": request.route.deployment or "",
         "upstreams": parts.upstreams.split("\n"),
         "OpenAI-Beta": parts.beta,
-        "sample": call.options.sample,
+        "sample": request.options.sample,
         "query": parts.query,
     }
     if not plan.key:
         return explanation
-    explanation["fields"] = _fields(plan.traits)
-    ageless = world.settings.cache.mode == "replay"
-    best: tuple[Card, list[str]] | None = None
+    explanation["fields"] = _fields(plan.field_digests)
+    ageless = services.settings.cache.mode == "replay"
+    best: tuple[EntrySummary, list[str]] | None = None
     async for page in pages:
         explanation["stored"] += [dict(card) for card in page if card["key"] == plan.key]
         others = [card for card in page if card["key"] != plan.key and (ageless or card["ttl_left_s"] > 0)]
         if best is not None:
             others.append(best[0])
-        best = nearest(((card, card["traits"]) for card in sorted(others, key=_age)), plan.traits)
+        best = nearest(((card, card["traits"]) for card in sorted(others, key=_age)), plan.field_digests)
         explanation["compared"] += len(page)
         told(len(page))
     if best is not None:
         explanation["nearest"], explanation["differs"] = dict(best[0]), best[1] or [CLIENT]
     if plan.read:
-        explanation["reason"] = _reason(call.endpoint, explanation["stored"], explanation["differs"], ageless)
+        explanation["reason"] = _reason(request.endpoint, explanation["stored"], explanation["differs"], ageless)
     return explanation
 
 
-def _age(card: Card) -> int:
+def _age(card: EntrySummary) -> int:
     age: int = card["age_s"]
     return age
 
 
-def _reason(endpoint: str, stored: Iterable[Card], differs: Sequence[str], ageless: bool) -> str:
+def _reason(endpoint: str, stored: Iterable[EntrySummary], differs: Sequence[str], ageless: bool) -> str:
     left = [card["ttl_left_s"] for card in stored]
     if left:
         return "hit" if ageless or max(left) > 0 else "expired"

@@ -8,16 +8,16 @@ from typing import Final
 
 from ..accounting.receipt import Receipt
 from ..cache.completeness import is_deterministic
-from ..cache.embeddings import Saved
+from ..cache.embeddings import Savings
 from ..cache.plan import CachePlan
 from ..cost.pricing import Cost, usd
 from ..cost.usage import Usage
-from ..protocol.request import Call
+from ..protocol.request import ProxyRequest
 from ..protocol.routes import printable
 from ..protocol.traceparent import traceparent
-from ..services import World
-from ..upstream.progress import Progress
-from .response_headers import ZERO_COST, Timing, cost_status, forward_status
+from ..services import Services
+from ..upstream.progress import AttemptLog
+from .response_headers import ZERO_COST, Timing, cache_status, cost_status
 
 log = logging.getLogger("proxy")
 
@@ -25,43 +25,45 @@ WARNED: Final = 100
 """So many models without a price are warned of."""
 
 
-class Teller:
+class Recorder:
     """observe: is told every receipt; held: whether a receipt is not the last word on its request."""
 
-    def __init__(self, world: World, observe: Callable[[Receipt], None]) -> None:
-        self._world = world
+    def __init__(self, services: Services, observe: Callable[[Receipt], None]) -> None:
+        self._services = services
         self._observe = observe
         self._unpriced: set[str] = set()
         self.held: Callable[[Receipt], bool] = lambda receipt: False
 
-    def lines(
+    def response_headers(
         self,
-        call: Call,
+        request: ProxyRequest,
         plan: CachePlan,
-        progress: Progress,
+        attempt_log: AttemptLog,
         money: str,
         stored: bool,
         why_not: str | None = None,
     ) -> str:
         """Our headers on an answer from upstream."""
-        world = self._world
-        total = (world.seams.monotonic() - call.arrived) * 1000
-        timing = Timing(progress.queue_ms + progress.paused_ms, progress.upstream_ms, total)
-        detail = plan.reason if plan.forward in ("bypass", "request") else why_not or ""
-        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(world.settings.server.client_keys) < 2 else ""
+        services = self._services
+        total = (services.clock.monotonic() - request.arrived) * 1000
+        timing = Timing(attempt_log.queue_ms + attempt_log.paused_ms, attempt_log.upstream_ms, total)
+        detail = plan.reason if plan.fwd in ("bypass", "request") else why_not or ""
+        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(services.settings.server.client_keys) < 2 else ""
         why = "" if plan.collapsed else f"X-Proxy-Cache-Reason: {plan.reason}\r\n"
+        spent = services.budgets.client_usage(request.client)
+        limits = services.clients.headers(request.client, services.clock.monotonic(), spent)
         return (
-            f"X-Proxy-Request-Id: {call.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
-            f"Cache-Status: {forward_status(plan.forward, detail, stored, plan.collapsed)}\r\n{key}"
-            f"{world.clients.line(call.client, world.seams.monotonic(), world.budgets.told(call.client))}"
-            f"{progress.went()}X-Proxy-Attempts: {progress.attempts}\r\n{money}Server-Timing: {timing.header()}\r\n"
+            f"X-Proxy-Request-Id: {request.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
+            f"Cache-Status: {cache_status(plan.fwd, detail, stored, plan.collapsed)}\r\n{key}"
+            f"{limits}{attempt_log.upstream_headers()}X-Proxy-Attempts: {attempt_log.attempts}\r\n{money}"
+            f"Server-Timing: {timing.header()}\r\n"
         )
 
     def record(
         self,
-        call: Call,
+        request: ProxyRequest,
         plan: CachePlan,
-        progress: Progress,
+        attempt_log: AttemptLog,
         status: int,
         *,
         usage: Usage | None = None,
@@ -69,48 +71,48 @@ class Teller:
         saved: str | None = None,
         answer_model: object = None,
         error: str = "",
-        savings: Saved | None = None,
+        savings: Savings | None = None,
     ) -> None:
         """The request's receipt. saved: what sharing spared it, in USD."""
-        seams = self._world.seams
-        if progress.gone is not None:
-            status, error = progress.gone
-        usage, cost = usage or progress.usage, cost or progress.cost
+        clock = self._services.clock
+        if attempt_log.client_left is not None:
+            status, error = attempt_log.client_left
+        usage, cost = usage or attempt_log.usage, cost or attempt_log.cost
         if cost is None and usage is not None and status == 200:
-            self._warn_unpriced(call.model)
+            self._warn_unpriced(request.model)
         if savings is not None:
             saved = savings.cost
         elif saved is None and cost is not None and not plan.collapsed:
             saved = ZERO_COST
         self.finished(
             Receipt(
-                id=call.id,
-                client=call.client.name,
-                endpoint=call.endpoint,
-                model=call.model,
+                id=request.id,
+                client=request.client.name,
+                endpoint=request.endpoint,
+                model=request.model,
                 status=status,
                 cache=plan.status,
-                finished_at=seams.wall(),
+                finished_at=clock.wall(),
                 reason=plan.reason,
                 answer_model=answer_model if isinstance(answer_model, str) else None,
-                stream=call.stream,
-                upstream=progress.upstream,
-                key=progress.key,
-                attempts=progress.attempts,
+                stream=request.stream,
+                upstream=attempt_log.upstream,
+                key=attempt_log.key,
+                attempts=attempt_log.attempts,
                 cost_usd=usd(cost.usd) if cost is not None else None,
                 saved_usd=saved,
                 cost_status=cost_status(cost, savings),
                 usage=usage,
                 error=error,
-                queue_ms=progress.queue_ms + progress.paused_ms,
-                upstream_ms=progress.upstream_ms,
-                total_ms=(seams.monotonic() - call.arrived) * 1000,
-                tags=call.options.tags,
-                run=call.options.run,
-                first_byte_ms=progress.first_byte_ms,
+                queue_ms=attempt_log.queue_ms + attempt_log.paused_ms,
+                upstream_ms=attempt_log.upstream_ms,
+                total_ms=(clock.monotonic() - request.arrived) * 1000,
+                tags=request.options.tags,
+                run=request.options.run,
+                first_byte_ms=attempt_log.first_byte_ms,
                 cache_key=plan.key,
-                sampled=not is_deterministic(call.endpoint, call.document),
-                traceparent=traceparent(call.headers),
+                sampled=not is_deterministic(request.endpoint, request.document),
+                traceparent=traceparent(request.headers),
             )
         )
 
@@ -128,7 +130,7 @@ class Teller:
 
     def finish(self, receipt: Receipt) -> None:
         """A request is over: its receipt is kept, counted and logged."""
-        self._world.runs.finished(receipt)
-        self._world.budgets.recorded(receipt)
-        self._world.receipts.put(receipt)
+        self._services.runs.finished(receipt)
+        self._services.budgets.recorded(receipt)
+        self._services.receipts.put(receipt)
         self._observe(receipt)

@@ -17,7 +17,7 @@ from ..protocol.errors import error_event
 from ..protocol.sse import Splitter, UsageFilter, data_of, is_usage_event
 from ..system.clock import spawn
 from ..upstream.interfaces import Write
-from ..upstream.response import Answered
+from ..upstream.response import ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
 
 MAX_EVENT: Final = 16 * 1024 * 1024
@@ -43,7 +43,7 @@ class StreamBroken(Exception):
 
 
 @dataclass(slots=True)
-class Ending:
+class StreamEnd:
     """How a stream ended. whole: storable, else `why` not; failure: the error code where it broke; gone: the client
     left.
     """
@@ -51,10 +51,10 @@ class Ending:
     body: bytes | None = None
     why: str | None = None
     failure: str = ""
-    gone: bool = False
+    client_left: bool = False
 
 
-class Dress:
+class ClientFilter:
     """What one client gets of a stream. strip: less the usage chunk, which only the proxy asked for; comment: gives the
     cost comment that it wants before the end."""
 
@@ -120,17 +120,17 @@ def _nothing() -> None:
 
 
 @dataclass(slots=True)
-class Flow:
+class StreamRelay:
     """One stream. dress: what the client gets of it; keep: bytes kept at most for the cache; ended: called exactly
     once, with what is to be settled, priced, stored and recorded; quiet: a failure is told to nobody here, because
     those who read (`reel`) are told of it where they are; read: called at each read of what follows the
     first event."""
 
-    answered: Answered
+    answered: ResponseInHand
     audit: StreamAudit | None
     keep: int
-    dress: Dress
-    ended: Callable[[Ending], None]
+    client_filter: ClientFilter
+    ended: Callable[[StreamEnd], None]
     quiet: bool = False
     read: Callable[[], None] = _nothing
     interrupted: str = ""
@@ -142,22 +142,22 @@ class Flow:
     _blind: bool = False
     _splitter: Splitter = field(default_factory=Splitter)
 
-    def abandon(self) -> None:
+    def client_left(self) -> None:
         """The client left before the first byte. After `pump` it does nothing."""
         if not self._pumped:
-            self._end(Ending(gone=True))
+            self._end(StreamEnd(client_left=True))
 
-    def drop(self) -> None:
+    def cancel(self) -> None:
         """Nobody wants it any more: it ends now, whoever pumps; unless it is at its end already."""
         if not self._done:
             self._dropped = True
-            self._end(Ending(gone=True))
+            self._end(StreamEnd(client_left=True))
 
-    async def pump(self, write: Write) -> None:
+    async def relay(self, write: Write) -> None:
         """Passes the whole stream to `write`. Raises StreamBroken after a failure has been told, or could not be."""
         self._pumped = True
         self._kept = [] if self.audit is not None and self.keep else None
-        feed = self.dress.feed
+        feed = self.client_filter.feed
         try:
             async for chunk in self._chunks():
                 if self.audit is not None:
@@ -175,32 +175,32 @@ class Flow:
                     self.audit.event(rest)  # SDKs take it without its blank line, too
                 if not self._done and self.audit.truncated(rest):
                     raise TransportFailure("invalid", "the upstream ended its stream before its end")
-            if out := self.dress.finish():
+            if out := self.client_filter.finish():
                 await write(out)
         except TransportFailure as failure:
             if self._done:  # it broke off after its end: nothing is missing
-                self._end(Ending())
+                self._end(StreamEnd())
                 return
             # Where the cut falls inside an event, nothing of ours may stand there.
-            at_boundary = self._splitter.at_boundary and self.dress.at_boundary
+            at_boundary = self._splitter.at_boundary and self.client_filter.at_boundary
             await self._break(write, failure.code, failure, at_boundary)
         except asyncio.CancelledError:
             if self._done:
                 self._read_on()
                 raise
             if not self.interrupted:
-                self._end(Ending(gone=True))
+                self._end(StreamEnd(client_left=True))
                 raise
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()
-            at_boundary = self._splitter.at_boundary if self.dress.raw else self.dress.at_boundary
+            at_boundary = self._splitter.at_boundary if self.client_filter.raw else self.client_filter.at_boundary
             await self._break(write, self.interrupted, TransportFailure("invalid", SHUTTING_DOWN), at_boundary)
         except BaseException:
             if self._done:
                 self._read_on()
             else:
-                self._end(Ending(gone=True))
+                self._end(StreamEnd(client_left=True))
             raise
         else:
             self._end(self._ending())
@@ -215,9 +215,9 @@ class Flow:
         """Whether an event of ours may follow what came so far, and has not been told by the upstream itself."""
         return self.audit is not None and not self.audit.error and not self._blind and self._splitter.at_boundary
 
-    def _ending(self) -> Ending:
+    def _ending(self) -> StreamEnd:
         """The good ending."""
-        return Ending(b"".join(self._kept) if self._kept is not None else None, self._verdict())
+        return StreamEnd(b"".join(self._kept) if self._kept is not None else None, self._verdict())
 
     def _read_on(self) -> None:
         """The client hung up at the end: what little is left is read, so that the connection upstream can be kept."""
@@ -227,24 +227,24 @@ class Flow:
         async def rest() -> None:
             try:
                 async with asyncio.timeout(READ_ON):
-                    async for _ in self.answered.reply.chunks():
+                    async for _ in self.answered.response.chunks():
                         pass
             except (TimeoutError, TransportFailure):
                 pass
             finally:
-                self.answered.reply.close()
+                self.answered.response.close()
 
         spawn(rest(), "read on")
 
     def _verdict(self) -> str | None:
         if self.audit is None:
             return "uncacheable: opaque"
-        return "event too large" if self._blind else self.audit.verdict(self._splitter.rest)
+        return "event too large" if self._blind else self.audit.reason_not_stored(self._splitter.rest)
 
     async def _break(self, write: Write, code: str, failure: TransportFailure, at_boundary: bool) -> None:
         """Tells the client of a failure after the first byte: an error event where one can stand, then no clean end."""
         told = self.audit is not None and self.audit.error
-        self._end(Ending(failure=code))
+        self._end(StreamEnd(failure=code))
         if at_boundary and self.audit is not None and not self._blind and not told and not self.quiet:
             await write(error_event(code, failure.detail))
         raise StreamBroken(failure)
@@ -276,11 +276,11 @@ class Flow:
         for event in events:
             self.audit.event(event)
 
-    def _end(self, ending: Ending) -> None:
-        self.answered.reply.close()
+    def _end(self, ending: StreamEnd) -> None:
+        self.answered.response.close()
         self._report(ending)
 
-    def _report(self, ending: Ending) -> None:
+    def _report(self, ending: StreamEnd) -> None:
         if not self._done:
             self._done = True
             self.ended(ending)

@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from ..cache.embeddings import Saved
+from ..cache.embeddings import Savings
 from ..cache.entry import Entry
 from ..cost.pricing import Cost, usd
 from ..cost.usage import Usage
@@ -36,7 +36,7 @@ def usage_lines(usage: Usage | None) -> str:
     )
 
 
-def cost_lines(cost: Cost | None, usage: Usage | None, savings: Saved | None = None) -> str:
+def cost_lines(cost: Cost | None, usage: Usage | None, savings: Savings | None = None) -> str:
     """Cost and tokens of an answer that was bought just now. No cost line at all where the cost is unknown.
 
     savings: of the part of it that was not bought.
@@ -57,14 +57,14 @@ TRAILERS: Final = (
 """What `cost_lines` may say of a stream, after its end."""
 
 
-def cost_status(cost: Cost | None, savings: Saved | None = None) -> str:
+def cost_status(cost: Cost | None, savings: Savings | None = None) -> str:
     """`estimated` also where the cost is exact, but what was saved rests on apportioned token counts."""
     if cost is None:
         return "unknown"
     return "estimated" if savings is not None and savings.estimated else cost.status
 
 
-def forward_status(forward: str, detail: str, stored: bool, collapsed: bool = False) -> str:
+def cache_status(forward: str, detail: str, stored: bool, collapsed: bool = False) -> str:
     """`Cache-Status` of an answer that came from upstream; collapsed: by another's call."""
     text = f"{CACHE_NAME}; fwd={forward}"
     if collapsed:

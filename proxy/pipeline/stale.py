@@ -20,27 +20,27 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from ..accounting.receipt import Receipt
-from ..cache.lookup import Hit, Shelf
+from ..cache.lookup import CacheHit, ResponseCache
 from ..cache.plan import CachePlan
-from ..protocol.errors import Refusal
-from ..protocol.request import Call
-from ..services import World
+from ..protocol.errors import ProxyError
+from ..protocol.request import ProxyRequest
+from ..services import Services
 from ..system.clock import spawn
 from ..upstream.interfaces import Write
-from ..upstream.retry.outcome import may_be_stood_in_for
+from ..upstream.retry.outcome import allows_stale
 from .response_headers import ZERO_COST
 
 log = logging.getLogger("proxy.cache")
 
-REFRESHES: Final = 100
+MAX_REVALIDATIONS: Final = 100
 """So many answers are refreshed in the background at once, at most."""
 
 PAUSE: Final = 10.0
 """Seconds before an answer whose refresh failed is tried again: it is asked for again and again meanwhile."""
 
 
-class Flow(Protocol):
-    async def pump(self, write: Write) -> None: ...
+class RelayedStream(Protocol):
+    async def relay(self, write: Write) -> None: ...
 
 
 class Answer(Protocol):
@@ -50,53 +50,55 @@ class Answer(Protocol):
     def status(self) -> int: ...
 
     @property
-    def flow(self) -> Flow | None: ...
+    def stream(self) -> RelayedStream | None: ...
 
 
 A = TypeVar("A", bound=Answer)
-Buy = Callable[[Call, CachePlan], Awaitable[A]]
+Fetch = Callable[[ProxyRequest, CachePlan], Awaitable[A]]
 
 
-class StandIns(Generic[A]):
+class StaleFallback(Generic[A]):
     """Buys, and serves what is stored where that fails. finish: takes the receipt that a request ends with."""
 
-    def __init__(self, world: World, shelf: Shelf, buy: Buy[A], finish: Callable[[Receipt], None]) -> None:
-        self._world = world
+    def __init__(
+        self, services: Services, shelf: ResponseCache, buy: Fetch[A], finish: Callable[[Receipt], None]
+    ) -> None:
+        self._services = services
         self._shelf = shelf
         self._buy = buy
         self._finish = finish
         self._held: dict[str, Receipt | None] = {}
 
-    async def buy(self, call: Call, plan: CachePlan) -> A | Hit:
-        """The answer from upstream, or the stale one in its place. Raises Refusal."""
-        if self._shelf.patience_with_errors(call, plan) <= 0 and not self._shelf.patience_with_budgets(plan):
-            return await self._buy(call, plan)
-        self._held[call.id] = None
+    async def fetch(self, request: ProxyRequest, plan: CachePlan) -> A | CacheHit:
+        """The answer from upstream, or the stale one in its place. Raises ProxyError."""
+        if self._shelf.stale_if_error_seconds(request, plan) <= 0 and not self._shelf.stale_if_budget_seconds(plan):
+            return await self._buy(request, plan)
+        self._held[request.id] = None
         try:
             bought: A | None = None
-            refusal: Refusal | None = None
+            refusal: ProxyError | None = None
             try:
-                bought = await self._buy(call, plan)
+                bought = await self._buy(request, plan)
                 status, why = bought.status, ""
-            except Refusal as error:
-                refusal, status, why = error.again(error.lines), error.status, error.code
-            failed = self._held[call.id]
+            except ProxyError as error:
+                refusal, status, why = error.copy(error.lines), error.status, error.code
+            failed = self._held[request.id]
             if failed is not None and failed.error:
                 why = failed.error
-            spent = why == "budget_exceeded" and self._shelf.patience_with_budgets(plan)
-            if why and (spent or may_be_stood_in_for(status, why)):
+            spent = why == "budget_exceeded" and self._shelf.stale_if_budget_seconds(plan)
+            if why and (spent or allows_stale(status, why)):
                 attempts = failed.attempts if failed is not None else 0
-                hit = await self._shelf.stand_in(call, plan, why, attempts, spent or 0.0)
+                hit = await self._shelf.stale_if_error(request, plan, why, attempts, spent or 0.0)
                 if hit is not None:
-                    self._held[call.id] = None
-                    self.served(call, hit, failed)
+                    self._held[request.id] = None
+                    self.served(request, hit, failed)
                     return hit
             if refusal is not None:
-                raise refusal.again(refusal.lines)
+                raise refusal.copy(refusal.lines)
             assert bought is not None
             return bought
         finally:
-            receipt = self._held.pop(call.id)
+            receipt = self._held.pop(request.id)
             if receipt is not None:
                 self._finish(receipt)
 
@@ -107,21 +109,21 @@ class StandIns(Generic[A]):
         self._held[receipt.id] = receipt
         return True
 
-    def served(self, call: Call, hit: Hit, failed: Receipt | None = None) -> None:
+    def served(self, request: ProxyRequest, hit: CacheHit, failed: Receipt | None = None) -> None:
         """A stale answer was served: its receipt, which has no error. failed: that of the call it stands in for."""
-        seams, entry = self._world.seams, hit.entry
+        clock, entry = self._services.clock, hit.entry
         self._finish(
             Receipt(
                 id=hit.id,
-                client=call.client.name,
-                endpoint=call.endpoint,
-                model=call.model,
+                client=request.client.name,
+                endpoint=request.endpoint,
+                model=request.model,
                 status=entry.status,
                 cache="stale",
-                finished_at=seams.wall(),
+                finished_at=clock.wall(),
                 reason=hit.stale,
                 answer_model=entry.answer_model,
-                stream=call.stream,
+                stream=request.stream,
                 upstream=failed.upstream if failed is not None else "",
                 key=failed.key if failed is not None else "",
                 attempts=hit.attempts,
@@ -131,40 +133,45 @@ class StandIns(Generic[A]):
                 usage=entry.usage,
                 queue_ms=failed.queue_ms if failed is not None else 0.0,
                 upstream_ms=failed.upstream_ms if failed is not None else 0.0,
-                total_ms=(seams.monotonic() - call.arrived) * 1000,
-                tags=call.options.tags,
-                run=call.options.run,
+                total_ms=(clock.monotonic() - request.arrived) * 1000,
+                tags=request.options.tags,
+                run=request.options.run,
                 cache_key=entry.key,
                 sampled=entry.sampled,
             )
         )
 
 
-class Refresher(Generic[A]):
+class BackgroundRevalidator(Generic[A]):
     """Buys what was served stale, in the background: one call for each answer at a time."""
 
-    def __init__(self, world: World, buy: Buy[A]) -> None:
-        self._world = world
+    def __init__(self, services: Services, buy: Fetch[A]) -> None:
+        self._services = services
         self._buy = buy
         self._running: dict[str, asyncio.Task[None]] = {}
         self._paused: OrderedDict[str, float] = OrderedDict()
 
-    def refresh(self, call: Call, plan: CachePlan) -> bool:
+    def start(self, request: ProxyRequest, plan: CachePlan) -> bool:
         """Starts it, under an id of its own and in nobody's name: it is not the client's cost. False: no need to."""
-        seams, key = self._world.seams, plan.key
-        now = seams.monotonic()
-        if not plan.write or key in self._running or len(self._running) >= REFRESHES or now < self._paused.get(key, 0):
+        clock, key = self._services.clock, plan.key
+        now = clock.monotonic()
+        if (
+            not plan.write
+            or key in self._running
+            or len(self._running) >= MAX_REVALIDATIONS
+            or now < self._paused.get(key, 0)
+        ):
             return False
         own = msgspec.structs.replace(
-            call,
-            id=seams.new_id(),
-            client=replace(call.client, name=""),
-            options=replace(call.options, run=""),
+            request,
+            id=clock.new_id(),
+            client=replace(request.client, name=""),
+            options=replace(request.options, run=""),
             arrived=now,
-            deadline=now + self._world.settings.timeouts.total,
+            deadline=now + self._services.settings.timeouts.total,
         )
-        why = msgspec.structs.replace(plan, reason="stale-while-revalidate", forward="stale")
-        self._running[key] = spawn(self._refresh(own, why), "refresh")
+        why = msgspec.structs.replace(plan, reason="stale-while-revalidate", fwd="stale")
+        self._running[key] = spawn(self._revalidate(own, why), "refresh")
         return True
 
     async def close(self) -> None:
@@ -175,24 +182,24 @@ class Refresher(Generic[A]):
         if running:
             await asyncio.wait(running)
 
-    async def _refresh(self, call: Call, plan: CachePlan) -> None:
+    async def _revalidate(self, request: ProxyRequest, plan: CachePlan) -> None:
         failed = ""
         try:
-            bought = await self._buy(call, plan)
-            if bought.flow is not None:
-                await bought.flow.pump(_nowhere)
+            bought = await self._buy(request, plan)
+            if bought.stream is not None:
+                await bought.stream.relay(_nowhere)
             elif bought.status != 200:
                 failed = f"upstream_{bought.status}"
-        except Refusal as refusal:
+        except ProxyError as refusal:
             failed = refusal.code
         except Exception as error:
             failed = type(error).__name__
         finally:
             del self._running[plan.key]
         if failed:
-            log.warning("refreshing a stale answer (%s) failed: %s; served on meanwhile", call.endpoint, failed)
-            self._paused[plan.key] = self._world.seams.monotonic() + PAUSE
-            while len(self._paused) > REFRESHES:
+            log.warning("refreshing a stale answer (%s) failed: %s; served on meanwhile", request.endpoint, failed)
+            self._paused[plan.key] = self._services.clock.monotonic() + PAUSE
+            while len(self._paused) > MAX_REVALIDATIONS:
                 self._paused.popitem(last=False)
 
 

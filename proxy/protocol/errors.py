@@ -58,7 +58,7 @@ CODES: Final[dict[str, ErrorKind]] = {
 """Every code the proxy can answer with today (contract 6); a test holds the README to it."""
 
 
-class Refusal(Exception):
+class ProxyError(Exception):
     """An answer made by the proxy itself.
 
     code: a key of `CODES`; message: for people, free of secrets; param: the header, option or field at fault;
@@ -87,12 +87,12 @@ class Refusal(Exception):
         self.lines = ""
         """Header lines of the call it ended, request id included; '' where no call was made of the request."""
 
-    def again(self, lines: str = "") -> Refusal:
+    def copy(self, lines: str = "") -> ProxyError:
         """The same anew, with these `lines`: for another request, or to be kept or raised without a reference cycle.
 
         A raised exception holds the frames that it came through, and with them each variable that holds it.
         """
-        refusal = Refusal(
+        refusal = ProxyError(
             self.code,
             self.message,
             param=self.param,

@@ -121,7 +121,7 @@ def _is_stored(name: bytes) -> bool:
 
 
 @lru_cache(1024)
-def asks_something(name: bytes) -> bool:
+def is_request_option(name: bytes) -> bool:
     """Whether a client's header of this name may change what the proxy does."""
     lower = name.lower()
     return lower.startswith(b"x-proxy-") or lower in (b"cache-control", b"openai-beta")

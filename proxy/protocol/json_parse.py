@@ -42,7 +42,7 @@ def is_deeper(text: bytes, limit: int = DEEPEST) -> bool:
     return max(accumulate(memoryview(steps).cast("b")), default=0) > limit
 
 
-def sayable(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name out of such a document as strict JSON can carry it: without lone surrogates."""
     return name.encode("utf-8", "backslashreplace").decode()
 

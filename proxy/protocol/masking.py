@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class Masker:
+class SecretMasker:
     """Takes full pool keys out of what an upstream says (contract 7, Secrets)."""
 
     def __init__(self, secrets: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from .durations import parse_duration
-from .errors import Refusal
+from .errors import ProxyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Options:
     max_cost: Decimal | None = None
 
 
-NONE: Final = Options()
+NO_OPTIONS: Final = Options()
 
 _VISIBLE: Final = re.compile(r"[!-~]{1,128}\Z")
 _TAG: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}:[ -~]{1,128}\Z")
@@ -123,10 +123,10 @@ def _apply(options: Options, option: _Option, shown: str, text: str) -> Options:
     try:
         value = option.parse(text.strip())
     except ValueError as error:
-        raise Refusal("invalid_option", f"{shown}: expected {error}", param=shown) from None
+        raise ProxyError("invalid_option", f"{shown}: expected {error}", param=shown) from None
     if option.field == "tags":
         if len(options.tags) >= _MAX_TAGS:
-            raise Refusal("invalid_option", f"{shown}: at most {_MAX_TAGS} tags", param=shown)
+            raise ProxyError("invalid_option", f"{shown}: at most {_MAX_TAGS} tags", param=shown)
         value = (*options.tags, value)
     return replace(options, **{option.field: value})
 
@@ -144,14 +144,14 @@ def _directive(options: Options, name: str, value: str | None, shown: str) -> Op
                 seconds = _natural((value or "").strip('"'))
             except ValueError as error:
                 where = name if shown == name else f"{shown}: {name}"
-                raise Refusal("invalid_option", f"{where}: expected {error}", param=shown) from None
+                raise ProxyError("invalid_option", f"{where}: expected {error}", param=shown) from None
             return replace(options, max_age=seconds) if name == "max-age" else replace(options, stale_if_error=seconds)
         case _:
             return options  # RFC 9111 section 5.2.3: unrecognised directives are ignored
 
 
 def from_headers(options: Options, headers: Iterable[tuple[str, str]]) -> Options:
-    """`options` with what the headers ask laid over it. Raises Refusal(invalid_option) naming the header."""
+    """`options` with what the headers ask laid over it. Raises ProxyError(invalid_option) naming the header."""
     for name, value in headers:
         lower = name.lower()
         if lower == "cache-control":
@@ -166,8 +166,8 @@ def from_headers(options: Options, headers: Iterable[tuple[str, str]]) -> Option
 
 
 def from_segment(segment: str) -> Options:
-    """The options of `/_/{segment}/…`. Raises Refusal(invalid_option) naming the option."""
-    options = NONE
+    """The options of `/_/{segment}/…`. Raises ProxyError(invalid_option) naming the option."""
+    options = NO_OPTIONS
     for part in segment.split(";"):
         if not part:
             continue
@@ -175,16 +175,16 @@ def from_segment(segment: str) -> Options:
         name, value = unquote(raw_name), unquote(raw_value)
         shown = name[:64].encode("ascii", "backslashreplace").decode()
         if not equals:
-            raise Refusal("invalid_option", f"{shown!r} in the base URL: expected name=value", param=shown)
+            raise ProxyError("invalid_option", f"{shown!r} in the base URL: expected name=value", param=shown)
         if name == "cache":
             if value not in ("no-cache", "no-store", "only-if-cached"):
                 message = "cache: expected no-cache, no-store or only-if-cached"
-                raise Refusal("invalid_option", message, param="cache")
+                raise ProxyError("invalid_option", message, param="cache")
             options = _directive(options, value, None, "cache")
         elif name in ("max-age", "stale-if-error"):
             options = _directive(options, name, value, name)
         elif name in _BY_NAME:
             options = _apply(options, _BY_NAME[name], name, value)
         else:
-            raise Refusal("invalid_option", f"unknown option {shown!r} in the base URL", param=shown)
+            raise ProxyError("invalid_option", f"unknown option {shown!r} in the base URL", param=shown)
     return options

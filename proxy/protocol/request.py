@@ -22,7 +22,7 @@ class Client:
     models: globs of those it may use, none: all."""
 
     name: str = ""
-    scope: str = ""
+    cache_partition: str = ""
     auth: tuple[str, str] | None = None
     models: tuple[str, ...] = ()
 
@@ -30,7 +30,7 @@ class Client:
         return f"Client(name={self.name!r})"
 
 
-class Call(msgspec.Struct, frozen=True):
+class ProxyRequest(msgspec.Struct, frozen=True):
     """One request to one of the five endpoints, read and understood. arrived, deadline: monotonic seconds;
     patience: seconds it may wait for a key."""
 
@@ -47,13 +47,13 @@ class Call(msgspec.Struct, frozen=True):
     client: Client
     arrived: float
     deadline: float
-    patience: float
+    max_wait: float
 
     @property
     def endpoint(self) -> str:
         return self.route.endpoint
 
-    def with_input(self, given: bytes) -> Call:
+    def with_input(self, given: bytes) -> ProxyRequest:
         """The call with another `input` (JSON text), every other byte of its body as it is."""
         document = {**self.document, "input": orjson.loads(given)}
         return msgspec.structs.replace(self, body=set_field(self.body, "input", given), document=document)

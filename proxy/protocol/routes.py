@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import unquote
 
-from .errors import Refusal
-from .options import NONE, Options, from_segment
+from .errors import ProxyError
+from .options import NO_OPTIONS, Options, from_segment
 
 Shape = Literal["openai", "azure", "azure-v1"]
 Kind = Literal["endpoint", "passthrough", "own"]
@@ -53,7 +53,7 @@ class Route:
     endpoint: str = ""
     shape: Shape = "openai"
     deployment: str | None = None
-    options: Options = NONE
+    options: Options = NO_OPTIONS
 
     @property
     def segment(self) -> str:
@@ -64,8 +64,8 @@ class Route:
         return self.kind != "own" and self.segment not in STATELESS
 
 
-def unknown_route(path: str) -> Refusal:
-    return Refusal("unknown_route", f"no such route: {printable(path)}; the API is below /v1")
+def unknown_route(path: str) -> ProxyError:
+    return ProxyError("unknown_route", f"no such route: {printable(path)}; the API is below /v1")
 
 
 def printable(text: str, limit: int = 120) -> str:
@@ -77,15 +77,15 @@ def printable(text: str, limit: int = 120) -> str:
 
 
 def parse_target(target: str) -> Route:
-    """The route of a raw request target. Raises Refusal(unknown_route, invalid_option, bad_request)."""
+    """The route of a raw request target. Raises ProxyError(unknown_route, invalid_option, bad_request)."""
     if _NO_TARGET.search(target):
-        raise Refusal("bad_request", "the request target holds a fragment or bytes that are not UTF-8")
+        raise ProxyError("bad_request", "the request target holds a fragment or bytes that are not UTF-8")
     path, _, query = target.partition("?")
     if not path.startswith("/") or _FORBIDDEN.search(path):
         raise unknown_route(path)
     if path in _OWN or path.startswith("/_proxy/"):
         return Route("own", path, query)
-    options = NONE
+    options = NO_OPTIONS
     if path.startswith("/_/"):
         segment, slash, rest = path[3:].partition("/")
         if not slash:

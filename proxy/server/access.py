@@ -13,17 +13,17 @@ from typing import Final
 from aiohttp.web import BaseRequest
 
 from ..config.settings import Settings
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.request import Client
-from ..services import configured_clients, scope_of_credential
+from ..services import configured_clients, partition_of_credential
 
 _ALWAYS: Final = ("localhost", "127.0.0.1", "[::1]")
 _KEEP: Final = 1024
 ANONYMOUS: Final = Client()
 
 
-class Gatekeeper:
-    """Checks requests against the settings. Raises Refusal with the contract's codes."""
+class AccessControl:
+    """Checks requests against the settings. Raises ProxyError with the contract's codes."""
 
     def __init__(self, settings: Settings) -> None:
         server = settings.server
@@ -47,7 +47,7 @@ class Gatekeeper:
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             shown = hosts[0][:80] if hosts else ""
             message = f"Host {shown!r} is not served here; server.allowed_hosts lists further names"
-            raise Refusal("host_not_allowed", message)
+            raise ProxyError("host_not_allowed", message)
         if len(self._known_hosts) < _KEEP:
             self._known_hosts.add(hosts[0])
 
@@ -65,16 +65,16 @@ class Gatekeeper:
         if origin is not None:
             if origin.rstrip("/").lower() in self._origins:
                 return origin
-            raise Refusal("origin_not_allowed", f"origin {origin[:80]!r} is not in server.allowed_origins")
+            raise ProxyError("origin_not_allowed", f"origin {origin[:80]!r} is not in server.allowed_origins")
         site = headers.get("Sec-Fetch-Site")
         if site is not None and site.lower() not in ("none", "same-origin"):
-            raise Refusal("origin_not_allowed", "browsers may call from server.allowed_origins only")
+            raise ProxyError("origin_not_allowed", "browsers may call from server.allowed_origins only")
         return None
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
     def client(self, request: BaseRequest) -> Client:
-        """Who calls. Raises Refusal(invalid_client_key), with one body for every way of having no good key."""
+        """Who calls. Raises ProxyError(invalid_client_key), with one body for every way of having no good key."""
         if not self._keys and not self._passthrough:
             return ANONYMOUS
         credential = _credential(request)
@@ -88,7 +88,7 @@ class Gatekeeper:
                     found = index
             if found is not None:
                 return self._single[found]
-        raise Refusal(
+        raise ProxyError(
             "invalid_client_key",
             "a client key of this proxy is needed, as `Authorization: Bearer …` or `api-key: …`",
             headers=(("WWW-Authenticate", "Bearer"),),
@@ -99,9 +99,9 @@ class Gatekeeper:
         organization, project = headers.get("OpenAI-Organization", ""), headers.get("OpenAI-Project", "")
         scheme, token = credential or ("none", "")
         try:
-            scope = scope_of_credential(scheme, token, organization, project)
+            scope = partition_of_credential(scheme, token, organization, project)
         except UnicodeEncodeError:  # nor could it go up as it came
-            raise Refusal("invalid_client_key", "the credential holds bytes that are not UTF-8") from None
+            raise ProxyError("invalid_client_key", "the credential holds bytes that are not UTF-8") from None
         return Client("", scope, credential)
 
     # -- operators ----------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class Gatekeeper:
 
     def check_admin(self, request: BaseRequest) -> None:
         if not self.is_admin(request):
-            raise Refusal(
+            raise ProxyError(
                 "invalid_client_key",
                 "this route needs server.admin_key"
                 if self._admin is not None

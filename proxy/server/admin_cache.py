@@ -10,20 +10,20 @@ from urllib.parse import parse_qsl
 import msgspec
 import orjson
 
-from ..cache.cassette import BadLine, read, write
+from ..cache.cassette import CassetteLineError, read, write
 from ..cache.entry import Entry
 from ..cache.listing import listing
-from ..cache.stores.intake import take_in
+from ..cache.stores.intake import import_entries
 from ..cache.stores.interface import Filter, StoreError
 from ..cache.stores.tiered import TieredStore
 from ..observability.aggregate import pages_joined
-from ..pipeline.explain import call_of, client_named, explained
+from ..pipeline.explain import client_named, explain, request_of
 from ..protocol.durations import parse_duration
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..protocol.routes import printable
-from ..services import World
-from .peers import Local, Siblings
+from ..services import Services
+from .peers import LocalAnswer, PeerWorkers
 
 _TEXTS: Final = ("model", "endpoint", "namespace", "tag", "key", "prefix")
 _MOST_LISTED: Final = 1000
@@ -32,11 +32,11 @@ _MOST_LISTED: Final = 1000
 class CacheAdmin:
     """What the routes below `/_proxy/cache` do. Every method raises Refusal."""
 
-    def __init__(self, world: World, siblings: Siblings | None = None) -> None:
-        self._world = world
-        self._siblings = siblings or Siblings(None)
+    def __init__(self, services: Services, siblings: PeerWorkers | None = None) -> None:
+        self._services = services
+        self._siblings = siblings or PeerWorkers(None)
 
-    def for_siblings(self) -> dict[str, Local]:
+    def for_peers(self) -> dict[str, LocalAnswer]:
         """What other workers may ask: of our memory."""
         return {
             "list": lambda query: self._own_list(query.decode("utf-8", "surrogateescape")),
@@ -70,7 +70,7 @@ class CacheAdmin:
             raise _broken(error) from None
         except ValueError:
             raise _wrong("after", "the `next` of the page before") from None
-        wall = self._world.seams.wall()
+        wall = self._services.clock.wall()
         return {"entries": [listing(entry, size, wall) for entry, size in page.entries], "next": page.next}
 
     async def show(self, key: str, query: str) -> dict[str, Any] | bytes:
@@ -84,10 +84,10 @@ class CacheAdmin:
             there = {entry.form: entry for entry in [*await self._siblings.entries(key), *found]}
             found = [there[form] for form in sorted(there)]
         if not found:
-            raise Refusal("unknown_route", f"no stored answer has the key {printable(key)!r}")
+            raise ProxyError("unknown_route", f"no stored answer has the key {printable(key)!r}")
         if asked.get("cassette") == "1":
             return b"".join(write(found))
-        wall = self._world.seams.wall()
+        wall = self._services.clock.wall()
         with_body = asked.get("body") == "1"
         forms = [listing(entry, entry.size, wall) | (_body(entry) if with_body else {}) for entry in found]
         return {"key": key, "forms": forms}
@@ -122,9 +122,9 @@ class CacheAdmin:
         which = self._filter(asked)
         filters = given - set(flags)
         if not filters and not flags["all"]:
-            raise Refusal("invalid_option", 'a purge needs a filter, or "all": true', param="all")
+            raise ProxyError("invalid_option", 'a purge needs a filter, or "all": true', param="all")
         if filters and flags["all"]:
-            raise Refusal("invalid_option", '"all" goes without filters', param="all")
+            raise ProxyError("invalid_option", '"all" goes without filters', param="all")
         return which, flags["dry_run"]
 
     async def take(self, body: bytes) -> dict[str, Any]:
@@ -137,10 +137,10 @@ class CacheAdmin:
     async def _own_take(self, body: bytes) -> dict[str, Any]:
         try:
             entries = list(read("line", body.split(b"\n")))
-        except BadLine as error:
-            raise Refusal("bad_request", str(error)) from None
+        except CassetteLineError as error:
+            raise ProxyError("bad_request", str(error)) from None
         try:
-            taken = await take_in(self._store(), entries, self._world.seams.wall())
+            taken = await import_entries(self._store(), entries, self._services.clock.wall())
         except StoreError as error:
             raise _broken(error) from None
         return msgspec.structs.asdict(taken)
@@ -148,16 +148,16 @@ class CacheAdmin:
     async def explain(self, query: str, headers: Sequence[Raw], body: bytes) -> dict[str, Any]:
         """The key of the request `body`, and how it differs from what is stored. Options by header, as in a request."""
         asked = _query(query, ("target", "client"))
-        client = client_named(self._world.settings, asked.get("client"))
-        call = call_of(self._world, asked.get("target", "/v1/chat/completions"), headers, body, client)
+        client = client_named(self._services.settings, asked.get("client"))
+        call = request_of(self._services, asked.get("target", "/v1/chat/completions"), headers, body, client)
         try:
-            found = await explained(self._world, call, self._cards(Filter(endpoint=call.endpoint)))
+            found = await explain(self._services, call, self._summaries(Filter(endpoint=call.endpoint)))
         except StoreError as error:
             raise _broken(error) from None
         return {"client": client.name or None} | found
 
-    async def _cards(self, which: Filter) -> AsyncIterator[Sequence[dict[str, Any]]]:
-        store, after, wall = self._world.store, "", self._world.seams.wall()
+    async def _summaries(self, which: Filter) -> AsyncIterator[Sequence[dict[str, Any]]]:
+        store, after, wall = self._services.store, "", self._services.clock.wall()
         while store is not None:
             page = await store.list(which, after, _MOST_LISTED)
             yield [listing(entry, size, wall) for entry, size in page.entries]
@@ -166,17 +166,17 @@ class CacheAdmin:
                 return
 
     def _store(self) -> TieredStore:
-        if self._world.store is None:
-            raise Refusal("bad_request", "nothing is stored: the cache is off")
-        return self._world.store
+        if self._services.store is None:
+            raise ProxyError("bad_request", "nothing is stored: the cache is off")
+        return self._services.store
 
     def _filter(self, asked: Mapping[str, object]) -> Filter:
         found: dict[str, Any] = {}
         for name, value in asked.items():
             if name == "older_than":
-                found["stored_before"] = self._world.seams.wall() - _seconds(name, value)
+                found["stored_before"] = self._services.clock.wall() - _seconds(name, value)
             elif name not in _TEXTS:
-                raise Refusal("invalid_option", f"{printable(name)}: no such field", param=printable(name))
+                raise ProxyError("invalid_option", f"{printable(name)}: no such field", param=printable(name))
             elif not isinstance(value, str):
                 raise _wrong(name, "a text")
             else:
@@ -197,9 +197,9 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         asked = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise Refusal("invalid_json", "the body is not JSON") from None
+        raise ProxyError("invalid_json", "the body is not JSON") from None
     if not isinstance(asked, dict):
-        raise Refusal("invalid_json", "the body must be a JSON object")
+        raise ProxyError("invalid_json", "the body must be a JSON object")
     return asked
 
 
@@ -207,7 +207,7 @@ def _query(query: str, known: tuple[str, ...]) -> dict[str, str]:
     asked: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True, max_num_fields=50):
         if name not in known:
-            raise Refusal("invalid_option", f"{printable(name)}: no such parameter", param=printable(name))
+            raise ProxyError("invalid_option", f"{printable(name)}: no such parameter", param=printable(name))
         asked[name] = value
     return asked
 
@@ -219,9 +219,9 @@ def _body(entry: Entry) -> dict[str, str]:
         return {"body_base64": base64.b64encode(entry.body).decode()}
 
 
-def _wrong(name: str, expected: str) -> Refusal:
-    return Refusal("invalid_option", f"{name}: expected {expected}", param=name)
+def _wrong(name: str, expected: str) -> ProxyError:
+    return ProxyError("invalid_option", f"{name}: expected {expected}", param=name)
 
 
-def _broken(error: StoreError) -> Refusal:
-    return Refusal("internal_error", f"the store cannot be asked: {error}")
+def _broken(error: StoreError) -> ProxyError:
+    return ProxyError("internal_error", f"the store cannot be asked: {error}")

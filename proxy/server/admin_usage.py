@@ -7,8 +7,8 @@ from urllib.parse import parse_qsl
 
 from ..accounting.ledger.ledger import Ledger
 from ..accounting.ledger.reader import Span
-from ..accounting.ledger.reporting import BY, moment
-from ..protocol.errors import Refusal
+from ..accounting.ledger.reporting import BY, parse_moment
+from ..protocol.errors import ProxyError
 from ..protocol.routes import printable
 
 _DEFAULT: Final = ["day"]
@@ -17,7 +17,7 @@ _DEFAULT: Final = ["day"]
 async def usage(ledger: Ledger, query: str, now: float) -> dict[str, Any]:
     """The page's document. `by` (repeatable, or with commas), `since` and `until` as `openai-proxy report` takes them.
 
-    now: Unix seconds. Raises Refusal(invalid_option).
+    now: Unix seconds. Raises ProxyError(invalid_option).
     """
     by: list[str] = []
     bounds: dict[str, float] = {}
@@ -26,7 +26,7 @@ async def usage(ledger: Ledger, query: str, now: float) -> dict[str, Any]:
             by += value.split(",")
         elif name in ("since", "until"):
             try:
-                bounds[name] = moment(value.replace(" ", "+"), now)  # an offset whose plus was not escaped
+                bounds[name] = parse_moment(value.replace(" ", "+"), now)  # an offset whose plus was not escaped
             except ValueError as error:
                 raise _expected(name, str(error)) from None
         else:
@@ -36,5 +36,5 @@ async def usage(ledger: Ledger, query: str, now: float) -> dict[str, Any]:
     return await ledger.usage(list(dict.fromkeys(by)) or _DEFAULT, Span(bounds.get("since"), bounds.get("until")))
 
 
-def _expected(name: str, what: str) -> Refusal:
-    return Refusal("invalid_option", f"{name}: expected {what}", param=name)
+def _expected(name: str, what: str) -> ProxyError:
+    return ProxyError("invalid_option", f"{name}: expected {what}", param=name)

@@ -14,42 +14,51 @@ from aiohttp.web import BaseRequest
 
 from ..accounting.ledger.ledger import Ledger
 from ..cache.entry import Entry
-from ..cache.lookup import Hit, Name, name_of
+from ..cache.lookup import CacheHit, RequestDigest, digest_of_request
 from ..cost.pricing import Cost
 from ..observability.logs import HitLog, log_refusal
 from ..observability.metrics import Metrics
-from ..pipeline.coalescing.broadcast import View
-from ..pipeline.coalescing.reply import Bought
-from ..pipeline.handler import LARGE, Journey
+from ..pipeline.coalescing.broadcast import SubscriberStream
+from ..pipeline.coalescing.reply import Reply
+from ..pipeline.handler import LARGE, RequestHandler
 from ..pipeline.relay import StreamBroken, with_comment
 from ..pipeline.response_headers import TRAILERS, ZERO_COST, Timing, cost_comment, cost_lines, stale_lines, usage_lines
-from ..protocol.errors import Refusal
-from ..protocol.headers import asks_something
+from ..protocol.errors import ProxyError
+from ..protocol.headers import is_request_option
 from ..protocol.json_parse import parse_leniently
 from ..protocol.options import Options, from_headers
-from ..protocol.request import Call, Client
+from ..protocol.request import Client, ProxyRequest
 from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
-from ..services import World
+from ..services import Services
 from ..upstream.limits.clients import check_model
 from ..upstream.providers.registry import model_named, models_in_path
-from .access import ANONYMOUS, Gatekeeper
-from .admin import Ops
-from .cors import METHODS, cors_lines, preflight
-from .in_flight import Traffic
-from .passthrough import Passage
-from .responses import Dates, Stream, Streamed, Whole, raw_lines, read_body, refused, status_line
+from .access import ANONYMOUS, AccessControl
+from .admin import AdminHandler
+from .cors import METHODS, cors_headers, preflight
+from .in_flight import InFlight
+from .passthrough import PassthroughHandler
+from .responses import (
+    DateHeader,
+    FullResponse,
+    StreamedResponse,
+    StreamingResponse,
+    error_response,
+    raw_lines,
+    read_body,
+    status_line,
+)
 
 log = logging.getLogger("proxy")
 
-Answer = Whole | Streamed
+Answer = FullResponse | StreamedResponse
 
 _POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
 _KEEP: Final = 2048
 
 
 @dataclass(slots=True)
-class _Visit:
+class _Context:
     """One request on its way through the house. origin: the browser origin that may call; began: monotonic seconds."""
 
     request: BaseRequest
@@ -60,32 +69,32 @@ class _Visit:
     client: Client = ANONYMOUS
 
 
-class Downstream:
+class ApiHandler:
     """The handler of the main listener."""
 
     def __init__(
         self,
-        world: World,
-        journey: Journey,
-        passage: Passage,
-        ops: Ops,
+        services: Services,
+        journey: RequestHandler,
+        passage: PassthroughHandler,
+        ops: AdminHandler,
         metrics: Metrics,
-        gatekeeper: Gatekeeper,
-        traffic: Traffic,
+        gatekeeper: AccessControl,
+        traffic: InFlight,
         ledger: Ledger,
     ) -> None:
-        self._world = world
+        self._services = services
         self._journey = journey
         self._passage = passage
         self._ops = ops
         self._metrics = metrics
         self._gatekeeper = gatekeeper
-        self._dates = Dates(world.seams.wall)
+        self._dates = DateHeader(services.clock.wall)
         self._routes: dict[str, Route] = {}
         self._heads: dict[tuple[str, str], tuple[Entry, bytes]] = {}
-        self._show_key = len(world.settings.server.client_keys) < 2
-        self._fast = not world.settings.cost.stream_comment
-        self._max_body = world.settings.server.max_body
+        self._show_key = len(services.settings.server.client_keys) < 2
+        self._fast = not services.settings.cost.stream_comment
+        self._max_body = services.settings.server.max_body
         self.traffic = traffic
         self._ledger = ledger
         self._hit_log = HitLog()
@@ -94,15 +103,15 @@ class Downstream:
 
     async def handle(self, request: BaseRequest) -> Answer:
         """One request. Never raises but for a client that is gone."""
-        self.traffic.in_flight += 1
-        began = self._world.seams.monotonic()
+        self.traffic.requests += 1
+        began = self._services.clock.monotonic()
         visit = None
         try:
             target = request.raw_path
             route = self._routes.get(target)
             if route is None:
                 route = self._parse(request, target)
-            visit = _Visit(request, target, route, began)
+            visit = _Context(request, target, route, began)
             if route.kind == "own":
                 return await self._ops.handle(request, route)
             self._gatekeeper.check_host(request)
@@ -112,17 +121,17 @@ class Downstream:
                 if origin is not None and request.method == "OPTIONS":
                     return preflight(request, origin, self._dates.line())
             answer = await self._serve(visit)
-        except Refusal as refusal:
-            answer = self._refused(request, refusal, visit)
+        except ProxyError as refusal:
+            answer = self._error(request, refusal, visit)
         except ConnectionError as error:
             log.debug("%s %s: %s", request.method, printable(request.raw_path), error)
-            return Streamed(False, 499)
+            return StreamedResponse(False, 499)
         except Exception:
             log.exception("a request failed inside the proxy")
-            failed = Refusal("internal_error", "the proxy failed on this request; its log says more")
-            answer = self._refused(request, failed, visit)
+            failed = ProxyError("internal_error", "the proxy failed on this request; its log says more")
+            answer = self._error(request, failed, visit)
         finally:
-            self.traffic.in_flight -= 1
+            self.traffic.requests -= 1
         return answer
 
     def _parse(self, request: BaseRequest, target: str) -> Route:
@@ -135,12 +144,12 @@ class Downstream:
             self._routes[target] = route
         return route
 
-    async def _serve(self, visit: _Visit) -> Answer:
+    async def _serve(self, visit: _Context) -> Answer:
         request, route = visit.request, visit.route
         method = request.method
         visit.client = self._gatekeeper.client(request)
         if self.traffic.closing:
-            raise Refusal("draining", "the proxy is shutting down", retry_after=1.0)
+            raise ProxyError("draining", "the proxy is shutting down", retry_after=1.0)
         if route.kind == "endpoint" and method == "POST":
             headers = request.headers
             content_type = headers.get("Content-Type", "")
@@ -151,8 +160,8 @@ class Downstream:
             name = None
             plain = self._fast and not visit.client.models  # whose model must be read first
             if plain and _leaves_hits_alone(route.options) and not _asks_something(raw):
-                name = name_of(visit.target, visit.client.scope, body)
-                hit = self._journey.shelf.peek(name)
+                name = digest_of_request(visit.target, visit.client.cache_partition, body)
+                hit = self._journey.cache.peek(name)
                 if hit is not None:
                     return self._hit(visit, hit, b"", route.options.tags)
             return await self._endpoint(visit, body, name)
@@ -161,20 +170,20 @@ class Downstream:
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
             raise _not_allowed(method, "GET, POST")
         options = from_headers(route.options, _text(request._message.raw_headers))
-        self._check_room()
-        return await self._passage.carry(request, route, visit.client, options, cors_lines(visit.origin))
+        self._check_in_flight()
+        return await self._passage.forward(request, route, visit.client, options, cors_headers(visit.origin))
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
-    async def _endpoint(self, visit: _Visit, body: bytes, name: Name | None) -> Answer:
+    async def _endpoint(self, visit: _Context, body: bytes, name: RequestDigest | None) -> Answer:
         """name: where no header asks for anything, by which the answer may be found again."""
         request = visit.request
-        call = await self._call(visit, body, plain=name is not None)
+        call = await self._proxy_request(visit, body, plain=name is not None)
         if visit.client.models:
-            check_model(visit.client, call.model, *models_in_path(self._world.sites, visit.route))
-        served = await self._journey.serve(call, self._check_room, name)
-        if isinstance(served, Hit):
-            comment = call.stream and (call.options.stream_cost or self._world.settings.cost.stream_comment)
+            check_model(visit.client, call.model, *models_in_path(self._services.addresses, visit.route))
+        served = await self._journey.handle(call, self._check_in_flight, name)
+        if isinstance(served, CacheHit):
+            comment = call.stream and (call.options.stream_cost or self._services.settings.cost.stream_comment)
             zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
             if served.stale:
                 return self._stale(visit, served, zero)
@@ -184,15 +193,15 @@ class Downstream:
             status_line(bought.status, bought.reason)
             + raw_lines(bought.headers)
             + bought.lines.encode("latin-1", "replace")
-            + cors_lines(visit.origin)
+            + cors_headers(visit.origin)
         )
         if bought.body is not None:
-            return Whole(request, head, bought.body, status=bought.status)
-        return await self._pump(request, head, bought)
+            return FullResponse(request, head, bought.body, status=bought.status)
+        return await self._relay(request, head, bought)
 
-    async def _pump(self, request: BaseRequest, head: bytes, bought: Bought) -> Streamed:
+    async def _relay(self, request: BaseRequest, head: bytes, bought: Reply) -> StreamedResponse:
         """Lets a stream flow to the client."""
-        flow = bought.flow
+        flow = bought.stream
         assert flow is not None
         names = {name.lower() for name, _ in bought.headers}
         if flow.audit is not None:
@@ -202,23 +211,23 @@ class Downstream:
                 head += b"X-Accel-Buffering: no\r\n"
         task = asyncio.current_task()
         assert task is not None
-        self.traffic.flows[task] = flow
-        stream = Stream(request, head, bought.status, trailers=TRAILERS if flow.audit is not None else "")
-        if isinstance(flow, View):
+        self.traffic.streams[task] = flow
+        stream = StreamingResponse(request, head, bought.status, trailers=TRAILERS if flow.audit is not None else "")
+        if isinstance(flow, SubscriberStream):
             flow.push = stream.push
         try:
-            await flow.pump(stream.write)
-            sale = bought.purchase
+            await flow.relay(stream.write)
+            sale = bought.charge
             return await stream.finish(cost_lines(sale.cost, sale.usage, sale.savings) if sale is not None else "")
         except StreamBroken as broken:
             return stream.abort(broken.at_once)
         finally:
-            flow.abandon()
-            del self.traffic.flows[task]
+            flow.client_left()
+            del self.traffic.streams[task]
 
-    async def _call(self, visit: _Visit, body: bytes, plain: bool) -> Call:
-        """The request, read and understood. Raises Refusal(invalid_json, invalid_option)."""
-        world, request, route = self._world, visit.request, visit.route
+    async def _proxy_request(self, visit: _Context, body: bytes, plain: bool) -> ProxyRequest:
+        """The request, read and understood. Raises ProxyError(invalid_json, invalid_option)."""
+        services, request, route = self._services, visit.request, visit.route
         raw = request._message.raw_headers
         options = route.options if plain else from_headers(route.options, _text(raw))
         try:
@@ -227,27 +236,27 @@ class Downstream:
             else:
                 document = parse_leniently(body)
         except ValueError:
-            raise Refusal("invalid_json", "the request body is not valid JSON") from None
+            raise ProxyError("invalid_json", "the request body is not valid JSON") from None
         if not isinstance(document, dict):
-            raise Refusal("invalid_json", "the request body must be a JSON object")
+            raise ProxyError("invalid_json", "the request body must be a JSON object")
         named = document.get("model")
         body_model = named if isinstance(named, str) else None
         options_asked = document.get("stream_options")
-        now = world.seams.monotonic()
-        total = world.settings.timeouts.total if options.timeout is None else options.timeout
+        now = services.clock.monotonic()
+        total = services.settings.timeouts.total if options.timeout is None else options.timeout
         own = _client_timeout(request)
         if own is not None:
             total = min(total, own - min(1.0, own / 10))
-        patience = options.max_wait if options.max_wait is not None else world.settings.throttle.max_wait
+        patience = options.max_wait if options.max_wait is not None else services.settings.throttle.max_wait
         if patience is None:
             patience = max(0.0, (own if own is not None else total) - 5.0)
-        return Call(
-            id=world.seams.new_id(),
+        return ProxyRequest(
+            id=services.clock.new_id(),
             route=route,
             headers=raw,
             body=body,
             document=document,
-            model=model_named(world.sites, route, body_model),
+            model=model_named(services.addresses, route, body_model),
             body_model=body_model,
             stream=document.get("stream") is True,
             wants_usage=isinstance(options_asked, dict) and options_asked.get("include_usage") is True,
@@ -255,19 +264,19 @@ class Downstream:
             client=visit.client,
             arrived=now,
             deadline=now + total,
-            patience=patience,
+            max_wait=patience,
         )
 
-    def _check_room(self) -> None:
+    def _check_in_flight(self) -> None:
         """Refuses early and cheaply when too much is going on; those who wait in the queue are counted there."""
-        limit = self._world.settings.server.max_in_flight
-        if self.traffic.in_flight - self._world.gate.depth > limit:
+        limit = self._services.settings.server.max_in_flight
+        if self.traffic.requests - self._services.admission.depth > limit:
             message = f"{limit} requests are being served already (server.max_in_flight)"
-            raise Refusal("overloaded", message, retry_after=1.0)
+            raise ProxyError("overloaded", message, retry_after=1.0)
 
     # -- hits ---------------------------------------------------------------------------------------------------------
 
-    def _hit(self, visit: _Visit, hit: Hit, comment: bytes, tags: tuple[str, ...]) -> Whole:
+    def _hit(self, visit: _Context, hit: CacheHit, comment: bytes, tags: tuple[str, ...]) -> FullResponse:
         entry = hit.entry
         cached = self._heads.get((entry.key, entry.form))
         if cached is not None and cached[0] is entry:
@@ -277,8 +286,8 @@ class Downstream:
             if len(self._heads) >= _KEEP:
                 self._heads.clear()
             self._heads[entry.key, entry.form] = entry, head
-        wall = self._world.seams.wall()
-        spent = (self._world.seams.monotonic() - visit.began) * 1000
+        wall = self._services.clock.wall()
+        spent = (self._services.clock.monotonic() - visit.began) * 1000
         sampled = "; detail=sampled" if entry.sampled else ""
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
@@ -286,23 +295,23 @@ class Downstream:
             f"{hit.lines}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._world.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
+        self._services.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
         self._metrics.hit(entry)
         self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request._message.raw_headers)
         self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
-            head += cors_lines(visit.origin)
-        return Whole(visit.request, head, body, status=entry.status)
+            head += cors_headers(visit.origin)
+        return FullResponse(visit.request, head, body, status=entry.status)
 
-    def _stale(self, visit: _Visit, hit: Hit, comment: bytes) -> Whole:
+    def _stale(self, visit: _Context, hit: CacheHit, comment: bytes) -> FullResponse:
         """An answer past its lifetime. Its receipt is written."""
-        lines = hit.lines + stale_lines(hit.entry, self._world.seams.wall(), hit.stale, hit.forwarded)
-        spent = Timing(total=(self._world.seams.monotonic() - visit.began) * 1000)
+        lines = hit.lines + stale_lines(hit.entry, self._services.clock.wall(), hit.stale, hit.fwd)
+        spent = Timing(total=(self._services.clock.monotonic() - visit.began) * 1000)
         lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
         head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
         body = with_comment(hit.body, comment) if comment else hit.body
-        return Whole(visit.request, head + cors_lines(visit.origin), body, status=hit.entry.status)
+        return FullResponse(visit.request, head + cors_headers(visit.origin), body, status=hit.entry.status)
 
     def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
         """The part of a hit's head that is the same every time."""
@@ -319,9 +328,9 @@ class Downstream:
 
     # -- refusals and browsers ----------------------------------------------------------------------------------------
 
-    def _refused(self, request: BaseRequest, refusal: Refusal, visit: _Visit | None) -> Whole:
+    def _error(self, request: BaseRequest, refusal: ProxyError, visit: _Context | None) -> FullResponse:
         """visit: None where not even the target can be read."""
-        request_id = self._world.seams.new_id()
+        request_id = self._services.clock.new_id()
         if not refusal.lines:  # else its receipt was counted and logged
             self._metrics.refusal(refusal.code)
             if visit is None:
@@ -331,10 +340,10 @@ class Downstream:
             client, trace = visit.client.name if visit is not None else "", traceparent(request._message.raw_headers)
             log_refusal(request_id, request.method, request.raw_path, refusal.code, refusal.status, client, trace)
         if visit is not None and visit.origin is not None:
-            pairs = [line.split(": ", 1) for line in cors_lines(visit.origin).decode().splitlines()]
+            pairs = [line.split(": ", 1) for line in cors_headers(visit.origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
         unread = not request.content.is_eof()
-        return refused(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
+        return error_response(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
 
 
 _ZERO: Final = Decimal(0)
@@ -342,7 +351,7 @@ _ZERO: Final = Decimal(0)
 
 def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether any header may change what we do: then the fast lane is closed."""
-    return True in map(asks_something, map(itemgetter(0), raw))
+    return True in map(is_request_option, map(itemgetter(0), raw))
 
 
 def _leaves_hits_alone(options: Options) -> bool:
@@ -360,9 +369,9 @@ def _check_media_type(content_type: str, encoding: str | None) -> None:
     """
     essence = content_type.partition(";")[0].strip().lower()
     if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
-        raise Refusal("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
+        raise ProxyError("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
     if encoding is not None and encoding.strip().lower() != "identity":
-        raise Refusal("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
+        raise ProxyError("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
 
 
 def _client_timeout(request: BaseRequest) -> float | None:
@@ -381,6 +390,6 @@ def _client_timeout(request: BaseRequest) -> float | None:
     return min(found) if found else None
 
 
-def _not_allowed(method: str, allow: str) -> Refusal:
+def _not_allowed(method: str, allow: str) -> ProxyError:
     message = f"method {printable(method, 20)} is not allowed here"
-    return Refusal("method_not_allowed", message, headers=(("Allow", allow),))
+    return ProxyError("method_not_allowed", message, headers=(("Allow", allow),))

@@ -10,10 +10,10 @@ from typing import Any, Final
 from aiohttp.web import BaseRequest, Server
 from aiohttp.web_protocol import RequestHandler
 
-from ..protocol.errors import Refusal
-from ..system.clock import REAL
+from ..protocol.errors import ProxyError
+from ..system.clock import SYSTEM_CLOCK
 from ..system.sockets import read_in_small_pieces
-from .responses import refused
+from .responses import error_response
 
 log = logging.getLogger("proxy")
 
@@ -71,7 +71,7 @@ class _Connection(RequestHandler):
         log.info("refused a request: %s (%s)", code, type(exc).__name__)
         # What could not be parsed stands in as an HTTP/1.0 request, for which `close` would go without saying.
         extra = (("Connection", "close"),) if status == 400 else ()
-        return refused(request, Refusal(code, text, headers=extra), REAL.new_id(), b"", close=True)
+        return error_response(request, ProxyError(code, text, headers=extra), SYSTEM_CLOCK.new_id(), b"", close=True)
 
     def _too_slow(self) -> None:
         self._header_timer = None

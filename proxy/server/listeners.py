@@ -16,7 +16,7 @@ from typing import Final
 from aiohttp.web import SockSite
 from aiohttp.web_runner import BaseRunner, BaseSite
 
-from ..config.settings import Server
+from ..config.settings import ServerSettings
 from ..system.clock import spawn
 
 log = logging.getLogger("proxy")
@@ -51,7 +51,7 @@ class Listeners:
                 os.unlink(self.path)
 
 
-def listen(server: Server) -> Listeners:
+def listen(server: ServerSettings) -> Listeners:
     """Opens what `server` names. Raises OSError."""
     path = None
     if server.socket is not None:

@@ -14,24 +14,34 @@ from functools import partial
 from aiohttp.web import BaseRequest
 
 from ..accounting.receipt import Receipt
-from ..pipeline.response_headers import Timing, forward_status
-from ..protocol.errors import Refusal
+from ..pipeline.response_headers import Timing, cache_status
+from ..protocol.errors import ProxyError
 from ..protocol.headers import downstream_headers, upstream_headers
 from ..protocol.json_parse import parse_leniently
 from ..protocol.options import Options
 from ..protocol.request import Client
 from ..protocol.routes import Route
 from ..protocol.traceparent import traceparent
-from ..services import World
-from ..upstream.decompress import Inflater
-from ..upstream.interfaces import Trip, UpstreamReply, WayUp
-from ..upstream.keys.lease import PoolKey
-from ..upstream.keys.stored_objects import Copy, ids_in_path, ids_named
-from ..upstream.limits.clients import Hold, check_passage
+from ..services import Services
+from ..upstream.decompress import Decompressor
+from ..upstream.interfaces import ConnectionInfo, UpstreamResponse, UpstreamTransport
+from ..upstream.keys.lease import UpstreamKey
+from ..upstream.keys.stored_objects import BodyCopy, ids_in_path, ids_named
+from ..upstream.limits.clients import ClientReservation, check_passthrough
 from ..upstream.response import decoded_chunks, read_error
-from ..upstream.retry.outcome import Class, TransportFailure, ailment, classify, error_info, retry_after
-from ..upstream.retry.policy import Attempts, ChangeKey, Deliver, Pause
-from .responses import Stream, Streamed, Whole, continued, next_piece, raw_lines, read_body, status_line, too_large
+from ..upstream.retry.outcome import OutcomeKind, TransportFailure, breaker_failure, classify, error_info, retry_after
+from ..upstream.retry.policy import RetryAfter, RetryState, ReturnToClient, TryNextKey
+from .responses import (
+    FullResponse,
+    StreamedResponse,
+    StreamingResponse,
+    next_piece,
+    raw_lines,
+    read_body,
+    send_continue,
+    status_line,
+    too_large,
+)
 
 _REASON = "uncacheable: route"
 
@@ -39,34 +49,34 @@ SMALL = 64 * 1024
 """A JSON body up to this many bytes is looked through for ids of stored objects before it goes up."""
 
 
-class Passage:
+class PassthroughHandler:
     """Carries requests through. `observe` takes each one's receipt."""
 
-    def __init__(self, world: World, way_up: WayUp, observe: Callable[[Receipt], None]) -> None:
-        self._world = world
-        self._way_up = way_up
+    def __init__(self, services: Services, transport: UpstreamTransport, observe: Callable[[Receipt], None]) -> None:
+        self._services = services
+        self._way_up = transport
         self._observe = observe
 
-    async def carry(
+    async def forward(
         self, request: BaseRequest, route: Route, client: Client, options: Options, extra: bytes
-    ) -> Whole | Streamed:
-        """One request, to its end. extra: further header lines. Raises Refusal."""
-        world = self._world
-        if world.replays:
-            raise Refusal("not_cached", "replay: this route is never cached, and nothing is sent upstream")
-        check_passage(client, request.method, route.segment)
-        world.budgets.check_passage(client, request.method, route.segment)
+    ) -> FullResponse | StreamedResponse:
+        """One request, to its end. extra: further header lines. Raises ProxyError."""
+        services = self._services
+        if services.replays:
+            raise ProxyError("not_cached", "replay: this route is never cached, and nothing is sent upstream")
+        check_passthrough(client, request.method, route.segment)
+        services.budgets.check_passthrough(client, request.method, route.segment)
         if options.only_if_cached:
-            raise Refusal("not_cached", "this route is never cached, and only-if-cached asks for no other")
-        limit = world.settings.server.max_body
+            raise ProxyError("not_cached", "this route is never cached, and only-if-cached asks for no other")
+        limit = services.settings.server.max_body
         length = request.content_length
         if length is not None and length > limit:
             raise too_large(limit)
-        trace = _Trace(world, request, route, client)
+        trace = _Trace(services, request, route, client)
         try:
-            trace.hold = await world.hold(client, 0)
+            trace.hold = await services.reserve_client(client, 0)
             reply, failed = await self._send(request, route, client, options, trace)
-        except Refusal as refusal:
+        except ProxyError as refusal:
             self._finish(trace, refusal.status, refusal.code)
             refusal.lines = trace.lines()
             raise
@@ -75,7 +85,7 @@ class Passage:
             raise
         finally:
             for index, sick in trace.failing.items():  # as in exchange: once a request
-                world.upstreams[index].breaker.failed(world.seams.monotonic(), sick)
+                services.upstreams[index].breaker.record_failure(services.clock.monotonic(), sick)
         if failed is not None:
             return self._error(request, trace, reply, failed, extra)
         return await self._stream(request, trace, reply, extra, self._copy(request, route, reply))
@@ -84,64 +94,64 @@ class Passage:
 
     async def _send(
         self, request: BaseRequest, route: Route, client: Client, options: Options, trace: _Trace
-    ) -> tuple[UpstreamReply, bytes | None]:
+    ) -> tuple[UpstreamResponse, bytes | None]:
         """The answer to give, and its body where it is an error."""
-        world, seams = self._world, self._world.seams
-        attempts = Attempts(world.policy.asked(options.max_retries), seams.random)
+        services, clock = self._services, self._services.clock
+        attempts = RetryState(services.retry_policy.with_max_retries(options.max_retries), clock.random)
         repeatable = request.method in ("GET", "HEAD") and not request.body_exists
         fresh = not repeatable
-        deadline = seams.monotonic() + (options.timeout or world.settings.timeouts.total)
+        deadline = clock.monotonic() + (options.timeout or services.settings.timeouts.total)
         excluded: set[str] = set()
-        upload = _Upload(request, world.settings.server.max_body)
-        tied = await self._tied(route, upload)
-        last: tuple[UpstreamReply, bytes] | None = None
+        upload = _Upload(request, services.settings.server.max_body)
+        tied = await self._pinned(route, upload)
+        last: tuple[UpstreamResponse, bytes] | None = None
         while True:
             key = self._choose(route, excluded, tied)
             if key is None:
                 if last is None:
-                    raise Refusal("no_usable_key", "no key can serve this route")
-                trace.code = "" if world.passthrough else "no_usable_key"
+                    raise ProxyError("no_usable_key", "no key can serve this route")
+                trace.code = "" if services.passthrough else "no_usable_key"
                 return last
-            world.ring.used(key)
-            upstream = world.upstreams[key.upstream]
-            closed = upstream.breaker.wait(seams.monotonic())
+            services.pool.used(key)
+            upstream = services.upstreams[key.upstream]
+            closed = upstream.breaker.wait(clock.monotonic())
             if closed:
                 if last is not None:
                     return last
                 message = "the upstream of this route has failed too often of late and is left alone for a while"
-                raise Refusal("circuit_open", message, retry_after=closed)
-            upstream.breaker.sends(seams.monotonic())
-            trace.upstream, trace.key = upstream.site.name, key.label
+                raise ProxyError("circuit_open", message, retry_after=closed)
+            upstream.breaker.sends(clock.monotonic())
+            trace.upstream, trace.key = upstream.address.name, key.label
             trace.attempts += 1
-            now = seams.monotonic()
-            trip = Trip(fresh=fresh)
-            reply: UpstreamReply | None = None
+            now = clock.monotonic()
+            trip = ConnectionInfo(fresh=fresh)
+            reply: UpstreamResponse | None = None
             body: bytes | None = None
             failure: TransportFailure | None = None
             asked: float | None = None
             try:
                 reply = await self._way_up.send(
                     request.method,
-                    upstream.dialect.url(upstream.site, route, ""),
+                    upstream.provider.url(upstream.address, route, ""),
                     self._headers(request, client, key, upload),
                     upload.body(),
-                    first_byte=max(0.001, min(world.settings.timeouts.first_byte, deadline - now)),
+                    first_byte=max(0.001, min(services.settings.timeouts.first_byte, deadline - now)),
                     trip=trip,
                 )
-                outcome = Class.OK
+                outcome = OutcomeKind.OK
                 if reply.status >= 400:
-                    body = await _error_body(reply, deadline - seams.monotonic())
+                    body = await _error_body(reply, deadline - clock.monotonic())
                     info = error_info(body)
                     outcome = classify(reply.status, info, reply.headers.get("x-should-retry"))
-                    asked = retry_after(reply.headers, seams.wall())
+                    asked = retry_after(reply.headers, clock.wall())
                     reason = f"{reply.status} {info.code or info.type}".strip()
-                    if outcome in (Class.UNAUTHORIZED, Class.QUOTA) and not world.passthrough:
-                        world.learn(key, "", outcome, 0.0, reason)
+                    if outcome in (OutcomeKind.UNAUTHORIZED, OutcomeKind.QUOTA) and not services.passthrough:
+                        services.record_outcome(key, "", outcome, 0.0, reason)
             except TransportFailure as error:
                 if reply is not None:
                     reply.close()
                 if upload.too_large:
-                    raise too_large(world.settings.server.max_body) from None
+                    raise too_large(services.settings.server.max_body) from None
                 failure, outcome = error.again(), error.outcome
             except BaseException:
                 if reply is not None:
@@ -150,79 +160,83 @@ class Passage:
             finally:
                 trace.went_up |= trip.connected
             came = (reply.status, reply.headers) if reply is not None and failure is None else None
-            sick = ailment(outcome, came)
+            sick = breaker_failure(outcome, came)
             if sick is None:
-                upstream.breaker.succeeded()
+                upstream.breaker.record_success()
                 trace.failing.pop(key.upstream, None)
-            elif seams.monotonic() < deadline:
+            elif clock.monotonic() < deadline:
                 trace.failing[key.upstream] = sick
-            if outcome is Class.OK:
+            if outcome is OutcomeKind.OK:
                 assert reply is not None
                 return reply, None
-            if not repeatable and outcome is not Class.UNREACHED:
-                outcome = Class.FINAL
-            step = attempts.after(
+            if not repeatable and outcome is not OutcomeKind.UNREACHED:
+                outcome = OutcomeKind.FINAL
+            step = attempts.next(
                 outcome,
                 asked_wait=asked,
-                left=deadline - seams.monotonic(),
+                left=deadline - clock.monotonic(),
                 other_key=self._choose(route, excluded | {key.label}, tied) is not None,
-                granted=lambda upstream=upstream: upstream.budget.take(seams.monotonic()),  # type: ignore[misc]
+                granted=lambda upstream=upstream: upstream.budget.take(clock.monotonic()),  # type: ignore[misc]
             )
-            if not isinstance(step, Deliver):
-                world.tallies.retried(upstream.site.name, outcome.value)
+            if not isinstance(step, ReturnToClient):
+                services.counters.record_retry(upstream.address.name, outcome.value)
             match step:
-                case Deliver(spent):
+                case ReturnToClient(spent):
                     trace.spent = spent
                     if reply is None or body is None:
                         assert failure is not None
-                        raise failure.refusal(spent)
+                        raise failure.proxy_error(spent)
                     return reply, body
-                case ChangeKey():
+                case TryNextKey():
                     excluded.add(key.label)
                     if reply is not None and body is not None:
                         last = reply, body
-                case Pause(seconds):
-                    await seams.sleep(seconds)
+                case RetryAfter(seconds):
+                    await clock.sleep(seconds)
                 case _:  # a GET on a connection that had gone stale
                     fresh = True
 
-    async def _tied(self, route: Route, upload: _Upload) -> PoolKey | None:
+    async def _pinned(self, route: Route, upload: _Upload) -> UpstreamKey | None:
         """The key that made an object which a stateful route names in its path, or in a small JSON body."""
-        world = self._world
-        if not route.stateful or len(world.ring.keys) == 1:
+        services = self._services
+        if not route.stateful or len(services.pool.keys) == 1:
             return None
         ids = ids_in_path(route.path)
         body = await upload.small_json()
         if body is not None:
             with suppress(ValueError):
                 ids += ids_named(body, parse_leniently(body))
-        label = await world.objects.maker(ids) if ids else None
-        return world.ring.named(label) if label is not None else None
+        label = await services.object_owners.owner_of(ids) if ids else None
+        return services.pool.named(label) if label is not None else None
 
-    def _choose(self, route: Route, excluded: set[str] | frozenset[str], tied: PoolKey | None = None) -> PoolKey | None:
+    def _choose(
+        self, route: Route, excluded: set[str] | frozenset[str], tied: UpstreamKey | None = None
+    ) -> UpstreamKey | None:
         """The one key that may see a stored object, or the fixed one of stateful routes; else the key least recently
         used of those that are ready.
         """
-        world = self._world
+        services = self._services
         if tied is not None:
             return tied if tied.label not in excluded else None
-        keys = world.ring.keys
+        keys = services.pool.keys
         if route.shape != "openai":
-            keys = tuple(k for k in keys if world.upstreams[k.upstream].site.kind == "azure") or keys
+            keys = tuple(k for k in keys if services.upstreams[k.upstream].address.kind == "azure") or keys
         if route.stateful:
             return keys[0] if keys[0].label not in excluded else None
         left = [key for key in keys if key.label not in excluded]
-        now = world.seams.monotonic()
-        asked = [key for key in left if not world.upstreams[key.upstream].breaker.wait(now)] or left
-        ready = [key for key in asked if world.ring.state(key.label, "", now) is None] or asked
-        return min(ready, key=lambda key: world.ring.last_used.get(key.label, 0), default=None)
+        now = services.clock.monotonic()
+        asked = [key for key in left if not services.upstreams[key.upstream].breaker.wait(now)] or left
+        ready = [key for key in asked if services.pool.state(key.label, "", now) is None] or asked
+        return min(ready, key=lambda key: services.pool.last_used.get(key.label, 0), default=None)
 
-    def _headers(self, request: BaseRequest, client: Client, key: PoolKey, upload: _Upload) -> list[tuple[str, str]]:
-        world = self._world
-        headers = upstream_headers(request._message.raw_headers, pooled=not world.passthrough)
-        dialect = world.upstreams[key.upstream].dialect
-        if not world.passthrough:
-            headers.extend(world.credential(key.label))
+    def _headers(
+        self, request: BaseRequest, client: Client, key: UpstreamKey, upload: _Upload
+    ) -> list[tuple[str, str]]:
+        services = self._services
+        headers = upstream_headers(request._message.raw_headers, pooled=not services.passthrough)
+        dialect = services.upstreams[key.upstream].provider
+        if not services.passthrough:
+            headers.extend(services.credential(key.label))
         elif client.auth is not None:
             headers.extend(dialect.client_auth(*client.auth))
         if upload.length is not None:
@@ -231,11 +245,11 @@ class Passage:
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def _head(self, trace: _Trace, reply: UpstreamReply, *, decoded: bool) -> bytes:
-        world = self._world
-        pooled = not world.passthrough
+    def _head(self, trace: _Trace, reply: UpstreamResponse, *, decoded: bool) -> bytes:
+        services = self._services
+        pooled = not services.passthrough
         headers = downstream_headers(reply.raw_headers, pooled=pooled, decoded=decoded)
-        headers = [(name, world.masker.mask(value)) for name, value in headers]
+        headers = [(name, services.masker.mask(value)) for name, value in headers]
         final = trace.spent or bool(trace.code)
         if final:
             headers = [(name, value) for name, value in headers if name.lower() != b"x-should-retry"]
@@ -246,26 +260,28 @@ class Passage:
             lines += "X-Should-Retry: false\r\n"
         return status_line(reply.status, reply.reason) + raw_lines(headers) + lines.encode("latin-1", "replace")
 
-    def _error(self, request: BaseRequest, trace: _Trace, reply: UpstreamReply, body: bytes, extra: bytes) -> Whole:
-        decoded = Inflater.knows(reply.headers.get("Content-Encoding", "").strip().lower())
+    def _error(
+        self, request: BaseRequest, trace: _Trace, reply: UpstreamResponse, body: bytes, extra: bytes
+    ) -> FullResponse:
+        decoded = Decompressor.knows(reply.headers.get("Content-Encoding", "").strip().lower())
         reply.close()
         self._finish(trace, reply.status, trace.code or f"upstream_{reply.status}")
         head = self._head(trace, reply, decoded=decoded) + extra
-        return Whole(request, head, self._world.masker.mask(body), status=reply.status)
+        return FullResponse(request, head, self._services.masker.mask(body), status=reply.status)
 
-    def _copy(self, request: BaseRequest, route: Route, reply: UpstreamReply) -> Copy | None:
+    def _copy(self, request: BaseRequest, route: Route, reply: UpstreamResponse) -> BodyCopy | None:
         """A copy to be made of an answer that may bring a stored object; the answer itself flows on."""
-        if not route.stateful or len(self._world.ring.keys) == 1 or request.method in ("HEAD", "DELETE"):
+        if not route.stateful or len(self._services.pool.keys) == 1 or request.method in ("HEAD", "DELETE"):
             return None
-        return Copy() if reply.headers.get("Content-Type", "").lower().startswith("application/json") else None
+        return BodyCopy() if reply.headers.get("Content-Type", "").lower().startswith("application/json") else None
 
     async def _stream(
-        self, request: BaseRequest, trace: _Trace, reply: UpstreamReply, extra: bytes, copy: Copy | None
-    ) -> Streamed:
+        self, request: BaseRequest, trace: _Trace, reply: UpstreamResponse, extra: bytes, copy: BodyCopy | None
+    ) -> StreamedResponse:
         length = reply.headers.get("Content-Length")
         known = int(length) if length is not None and length.isascii() and length.isdigit() else None
         head = self._head(trace, reply, decoded=False) + extra
-        stream = Stream(request, head, reply.status, known)
+        stream = StreamingResponse(request, head, reply.status, known)
         trace.first_byte = trace.elapsed()
         status, error = reply.status, ""
         try:
@@ -275,14 +291,14 @@ class Passage:
                         copy.feed(chunk)
                     await stream.write(chunk)
             if copy is not None:  # before the client has its end and asks for the object
-                self._world.objects.made(copy.ids(), trace.key)
+                self._services.object_owners.record_owner(copy.ids(), trace.key)
             return await stream.finish()
         except TransportFailure as failure:
             error = failure.code
             if not stream.started:
-                refusal = failure.refusal()
+                refusal = failure.proxy_error()
                 status = refusal.status
-                raise refusal.again(trace.lines()) from None
+                raise refusal.copy(trace.lines()) from None
             return stream.abort()
         except BaseException:
             status, error = 499, "client_gone"
@@ -300,10 +316,10 @@ class Passage:
 class _Trace:
     """What one passage has cost and where it went, for headers and receipt."""
 
-    def __init__(self, world: World, request: BaseRequest, route: Route, client: Client) -> None:
-        self._seams = world.seams
-        self.id = world.seams.new_id()
-        self._began = world.seams.monotonic()
+    def __init__(self, services: Services, request: BaseRequest, route: Route, client: Client) -> None:
+        self._clock = services.clock
+        self.id = services.clock.new_id()
+        self._began = services.clock.monotonic()
         self._endpoint = route.segment
         self._client = client.name
         self._headers = request._message.raw_headers
@@ -311,13 +327,13 @@ class _Trace:
         self.attempts = 0
         self.first_byte: float | None = None
         self.spent = False
-        self.hold: Hold | None = None
+        self.hold: ClientReservation | None = None
         self.went_up = False
-        self._limits = partial(world.clients.line, client)
+        self._limits = partial(services.clients.headers, client)
         self.failing: dict[int, int] = {}
 
     def elapsed(self) -> float:
-        return (self._seams.monotonic() - self._began) * 1000
+        return (self._clock.monotonic() - self._began) * 1000
 
     def lines(self) -> str:
         """Our header lines on the answer."""
@@ -325,7 +341,7 @@ class _Trace:
         went = f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n" if self.upstream else ""
         return (
             f"X-Proxy-Request-Id: {self.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
-            f"Cache-Status: {forward_status('bypass', _REASON, False)}\r\n{went}{self._limits(self._seams.monotonic())}"
+            f"Cache-Status: {cache_status('bypass', _REASON, False)}\r\n{went}{self._limits(self._clock.monotonic())}"
             f"X-Proxy-Attempts: {self.attempts}\r\nServer-Timing: {timing.header()}\r\n"
         )
 
@@ -337,7 +353,7 @@ class _Trace:
             model="",
             status=status,
             cache="bypass",
-            finished_at=self._seams.wall(),
+            finished_at=self._clock.wall(),
             reason=_REASON,
             upstream=self.upstream,
             key=self.key,
@@ -375,7 +391,7 @@ class _Upload:
         return self._pieces() if self._exists else None
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        await continued(self._request)
+        await send_continue(self._request)
         began, size = asyncio.get_running_loop().time(), 0
         while piece := await next_piece(self._request, began, size):
             size += len(piece)
@@ -385,9 +401,9 @@ class _Upload:
             yield piece
 
 
-async def _error_body(reply: UpstreamReply, patience: float) -> bytes:
+async def _error_body(reply: UpstreamResponse, patience: float) -> bytes:
     encoding = reply.headers.get("Content-Encoding", "").strip().lower()
-    chunks = decoded_chunks(reply.chunks(), encoding) if Inflater.knows(encoding) else reply.chunks()
+    chunks = decoded_chunks(reply.chunks(), encoding) if Decompressor.knows(encoding) else reply.chunks()
     try:
         async with asyncio.timeout(max(0.0, patience)):
             return await read_error(chunks)

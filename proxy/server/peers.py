@@ -13,15 +13,15 @@ from ..accounting.receipt import Receipt
 from ..cache.entry import Entry
 from ..observability.aggregate import Family
 from ..workers.shared_state import pack, unpack
-from ..workers.worker import Seat
+from ..workers.worker import WorkerLink
 
-Local = Callable[[bytes], Awaitable[Any]]
+LocalAnswer = Callable[[bytes], Awaitable[Any]]
 
 
-class Siblings:
+class PeerWorkers:
     """seat: None where there are none; number: this worker's."""
 
-    def __init__(self, seat: Seat | None) -> None:
+    def __init__(self, seat: WorkerLink | None) -> None:
         self._seat = seat
         self.number = seat.number if seat is not None else 0
 
@@ -29,7 +29,7 @@ class Siblings:
     def any(self) -> bool:
         return self._seat is not None
 
-    def answer(self, local: Mapping[str, Local]) -> None:
+    def answer(self, local: Mapping[str, LocalAnswer]) -> None:
         """What we answer from now on, by kind, when others ask."""
         if self._seat is not None:
             self._seat.channel.handlers |= {kind: partial(_packed, each) for kind, each in local.items()}
@@ -61,7 +61,7 @@ class Siblings:
         return [family.of_worker(self.number) for family in families_of(registry.collect())]
 
 
-async def _packed(local: Local, body: bytes) -> bytes:
+async def _packed(local: LocalAnswer, body: bytes) -> bytes:
     return pack(await local(body))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from aiohttp import HttpVersion10
 from aiohttp.web import BaseRequest
 
-from ..protocol.errors import Refusal, retry_after_headers
+from ..protocol.errors import ProxyError, retry_after_headers
 from ..protocol.headers import Raw
 
 BODY_TIMEOUT: Final = 30.0
@@ -33,7 +33,7 @@ def raw_lines(headers: Iterable[Raw]) -> bytes:
     return b"".join([name + b": " + value + b"\r\n" for name, value in headers])
 
 
-class Dates:
+class DateHeader:
     """`Date` lines, made once a second (RFC 9110 section 6.6.1)."""
 
     def __init__(self, wall: Callable[[], float]) -> None:
@@ -49,7 +49,7 @@ class Dates:
         return self._line
 
 
-class Whole:
+class FullResponse:
     """An answer in hand. head: status line and headers, without framing and the blank line."""
 
     __slots__ = ("_body", "_request", "head", "keep_alive", "status")
@@ -84,11 +84,11 @@ class Whole:
         else:
             transport.write(head)
             transport.write(body)
-            await drained(protocol)
+            await wait_for_drain(protocol)
 
 
-class Streamed:
-    """An answer that has been written by `Stream` already; aiohttp only learns what to do with the connection."""
+class StreamedResponse:
+    """An answer that has been written by `StreamingResponse` already; aiohttp only keeps the connection."""
 
     __slots__ = ("keep_alive", "status")
 
@@ -103,7 +103,7 @@ class Streamed:
         return None
 
 
-class Stream:
+class StreamingResponse:
     """Writes an answer piece by piece: chunked (RFC 9112 section 7.1), or bare where length is known or HTTP/1.0.
 
     Every write waits until the client has taken enough: memory is held by back-pressure.
@@ -134,7 +134,7 @@ class Stream:
     async def write(self, data: bytes) -> None:
         """Sends `data` on, and waits until the client has taken enough. Raises ConnectionResetError when it is gone."""
         if not self.push(data):
-            await drained(self._protocol)
+            await wait_for_drain(self._protocol)
 
     def push(self, data: bytes) -> bool:
         """Sends `data` on; whether the client takes as much as is written. Raises ConnectionResetError."""
@@ -151,26 +151,26 @@ class Stream:
             transport.write(framed)
         return not self._protocol.writing_paused
 
-    async def finish(self, trailers: str = "") -> Streamed:
+    async def finish(self, trailers: str = "") -> StreamedResponse:
         """The clean end; with the fields announced, where they are wanted (RFC 9112 section 7.1.2)."""
         if not self.started:
             await self.write(b"")
         transport = self._protocol.transport
         if not self._bare and transport is not None and not transport.is_closing():
             transport.write(b"0\r\n%b\r\n" % (trailers.encode() if self._trailed else b""))
-        return Streamed(self.keep_alive, self._status)
+        return StreamedResponse(self.keep_alive, self._status)
 
-    def abort(self, at_once: bool = False) -> Streamed:
+    def abort(self, at_once: bool = False) -> StreamedResponse:
         """No clean end: what was written is still delivered, unless `at_once`, then the connection closes without the
         last chunk.
         """
         transport = self._protocol.transport
         if transport is not None:
             transport.abort() if at_once else transport.close()
-        return Streamed(False, self._status)
+        return StreamedResponse(False, self._status)
 
 
-async def drained(protocol: Any) -> None:
+async def wait_for_drain(protocol: Any) -> None:
     """Waits while the client takes less than we write."""
     await protocol._drain_helper()
 
@@ -190,7 +190,9 @@ def connection_line(request: BaseRequest, keep_alive: bool) -> bytes:
     return b"" if keep_alive else b"Connection: close\r\n"
 
 
-def refused(request: BaseRequest, refusal: Refusal, request_id: str, date: bytes, *, close: bool = False) -> Whole:
+def error_response(
+    request: BaseRequest, refusal: ProxyError, request_id: str, date: bytes, *, close: bool = False
+) -> FullResponse:
     """An answer made by the proxy itself, in OpenAI's shape."""
     lines = f"Content-Type: application/json\r\nX-Proxy-Error: {refusal.code}\r\n"
     lines += refusal.lines or f"X-Proxy-Request-Id: {request_id}\r\n"
@@ -201,11 +203,11 @@ def refused(request: BaseRequest, refusal: Refusal, request_id: str, date: bytes
         extra.extend(retry_after_headers(refusal.retry_after))
     lines += "".join(f"{name}: {value}\r\n" for name, value in extra)
     head = status_line(refusal.status) + date + lines.encode("latin-1", "replace")
-    return Whole(request, head, refusal.body(), status=refusal.status, close=close)
+    return FullResponse(request, head, refusal.body(), status=refusal.status, close=close)
 
 
 async def read_body(request: BaseRequest, max_body: int) -> bytes:
-    """The whole request body. Raises Refusal(request_too_large); ConnectionResetError where it comes too slowly."""
+    """The whole request body. Raises ProxyError(request_too_large); ConnectionResetError where it comes too slowly."""
     content = request.content
     if content.is_eof():
         body = content.read_nowait(-1)
@@ -215,7 +217,7 @@ async def read_body(request: BaseRequest, max_body: int) -> bytes:
     length = request.content_length
     if length is not None and length > max_body:
         raise too_large(max_body)
-    await continued(request)
+    await send_continue(request)
     parts: list[bytes] = []
     size = 0
     began = asyncio.get_running_loop().time()
@@ -241,11 +243,11 @@ async def next_piece(request: BaseRequest, began: float, size: int) -> bytes:
         raise ConnectionResetError("the request body came too slowly") from None
 
 
-async def continued(request: BaseRequest) -> None:
+async def send_continue(request: BaseRequest) -> None:
     """Answers `Expect: 100-continue`, now that the body is wanted (RFC 9110 section 10.1.1)."""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def too_large(max_body: int) -> Refusal:
-    return Refusal("request_too_large", f"the request body is larger than server.max_body ({max_body} bytes)")
+def too_large(max_body: int) -> ProxyError:
+    return ProxyError("request_too_large", f"the request body is larger than server.max_body ({max_body} bytes)")

@@ -24,10 +24,10 @@ from ..accounting.receipt import Receipt
 from ..protocol.headers import Raw
 from ..protocol.routes import printable
 from ..protocol.traceparent import traceparent
-from ..services import World
-from ..upstream.interfaces import Trip, UpstreamReply, WayUp
+from ..services import Services
+from ..upstream.interfaces import ConnectionInfo, UpstreamResponse, UpstreamTransport
 from ..upstream.retry.outcome import TransportFailure
-from .responses import Whole
+from .responses import FullResponse
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("proxy")
 
-LAST_WORDS: Final = 3.0
+CLOSE_TIMEOUT: Final = 3.0
 """Seconds that spans have to get out when the proxy stops."""
 
 _OPERATIONS: Final = {"chat": "chat", "responses": "chat", "completions": "text_completion", "embeddings": "embeddings"}
@@ -77,7 +77,9 @@ class Tracing:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def handle(self, request: BaseRequest, world: World, handler: Callable[[BaseRequest], Awaitable[Any]]) -> Any:
+    async def handle(
+        self, request: BaseRequest, services: Services, handler: Callable[[BaseRequest], Awaitable[Any]]
+    ) -> Any:
         """One request, within a span of its own; but for the proxy's own pages."""
         if request.raw_path.startswith(_OWN):
             return await handler(request)
@@ -90,7 +92,7 @@ class Tracing:
         try:
             answer = await handler(request)
             if span.is_recording():
-                self._answered(current, world, answer)
+                self._answered(current, services, answer)
             return answer
         finally:
             _current.reset(token)
@@ -103,29 +105,29 @@ class Tracing:
         states = [value.decode("latin-1") for name, value in raw if name.lower() == b"tracestate"]
         return self._propagator.extract({"traceparent": parent, **({"tracestate": ",".join(states)} if states else {})})
 
-    def _answered(self, current: _Request, world: World, answer: Any) -> None:
+    def _answered(self, current: _Request, services: Services, answer: Any) -> None:
         current.span.set_attribute("http.response.status_code", answer.status)
-        if not current.told and isinstance(answer, Whole) and (found := _ID.search(answer.head)) is not None:
-            receipt = world.receipts.get(found[1].decode("latin-1"))
+        if not current.told and isinstance(answer, FullResponse) and (found := _ID.search(answer.head)) is not None:
+            receipt = services.receipts.get(found[1].decode("latin-1"))
             if receipt is not None:
-                self._tell(current, receipt, world)
+                self._export(current, receipt, services)
         if answer.status >= 500:
             current.span.set_status(self._failed)
 
-    def observe(self, receipt: Receipt, world: World) -> None:
+    def observe(self, receipt: Receipt, services: Services) -> None:
         """Takes a receipt; the first one that is written within a request is that request's."""
         current = _current.get()
         if current is not None and not current.told and current.span.is_recording():
-            self._tell(current, receipt, world)
+            self._export(current, receipt, services)
 
-    def _tell(self, current: _Request, receipt: Receipt, world: World) -> None:
+    def _export(self, current: _Request, receipt: Receipt, services: Services) -> None:
         current.told = True
         operation = _OPERATIONS.get(receipt.endpoint, printable(receipt.endpoint, 40))
-        upstream = world.upstream_named(receipt.upstream or world.upstreams[0].site.name)
+        upstream = services.upstream_named(receipt.upstream or services.upstreams[0].address.name)
         usage = receipt.usage
         told = {
             "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": _PROVIDERS[upstream.site.kind] if upstream is not None else None,
+            "gen_ai.provider.name": _PROVIDERS[upstream.address.kind] if upstream is not None else None,
             "gen_ai.request.model": printable(receipt.model, 120),
             "gen_ai.response.model": printable(receipt.answer_model or "", 120),
             "gen_ai.usage.input_tokens": usage.prompt_tokens if usage is not None else None,
@@ -150,13 +152,13 @@ class Tracing:
 
     # -- calls upstream ------------------------------------------------------------------------------------------------
 
-    def way_up(self, way_up: WayUp) -> WayUp:
+    def transport(self, way_up: UpstreamTransport) -> UpstreamTransport:
         """The same way, with a span for each call, which the upstream is told of."""
-        return _TracedWayUp(self, way_up)
+        return _TracedTransport(self, way_up)
 
     async def call(
-        self, way_up: WayUp, method: str, url: str, headers: Sequence[tuple[str, str]], **rest: Any
-    ) -> UpstreamReply:
+        self, way_up: UpstreamTransport, method: str, url: str, headers: Sequence[tuple[str, str]], **rest: Any
+    ) -> UpstreamResponse:
         current = _current.get()
         if current is None:  # nobody's: a refresh after a reload, a probe
             return await way_up.send(method, url, headers, **rest)
@@ -199,16 +201,16 @@ class Tracing:
 
         Thread(target=shut, name="tracing", daemon=True).start()
         try:
-            async with asyncio.timeout(LAST_WORDS):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
                 await done.wait()
         except TimeoutError:
             log.warning("tracing: the last spans could not be delivered")
 
 
-class _TracedWayUp:
+class _TracedTransport:
     """WayUp."""
 
-    def __init__(self, tracing: Tracing, way_up: WayUp) -> None:
+    def __init__(self, tracing: Tracing, way_up: UpstreamTransport) -> None:
         self._tracing = tracing
         self._way_up = way_up
 
@@ -220,8 +222,8 @@ class _TracedWayUp:
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: Trip,
-    ) -> UpstreamReply:
+        trip: ConnectionInfo,
+    ) -> UpstreamResponse:
         call = self._tracing.call
         return await call(self._way_up, method, url, headers, body=body, first_byte=first_byte, trip=trip)
 

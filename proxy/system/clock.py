@@ -31,7 +31,7 @@ _ids = _Ids()
 
 
 @dataclass(frozen=True, slots=True)
-class Seams:
+class Clock:
     """monotonic: seconds for durations; wall: Unix seconds; random: [0, 1); new_id: 32 hex characters."""
 
     monotonic: Callable[[], float] = time.monotonic
@@ -41,7 +41,7 @@ class Seams:
     new_id: Callable[[], str] = _ids
 
 
-REAL = Seams()
+SYSTEM_CLOCK = Clock()
 
 _tasks: set[asyncio.Task[Any]] = set()
 

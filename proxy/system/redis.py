@@ -20,7 +20,7 @@ from .clock import spawn
 log = logging.getLogger("proxy.cache")
 T = TypeVar("T")
 
-LONGEST: Final = 2.0
+DEADLINE_MAX: Final = 2.0
 """Seconds a command may take behind the caller's back (a connection being made, a long write), before it is closed."""
 
 _CONNECTIONS: Final = 32
@@ -28,7 +28,7 @@ _FAILURES: Final = 3
 _PROBE_FIRST, _PROBE_LAST = 0.5, 2.5  # and LONGEST for the answer: a probe at least every 5 s
 
 
-class Link:
+class RedisConnection:
     """Redis as long as it answers. deadline: seconds within which a probe must be answered; what, meanwhile: for logs.
 
     up: whether it may be asked; state: "ok", or what is wrong; gone: the last failure was no late answer, nobody is
@@ -53,7 +53,7 @@ class Link:
         self._complain_at = 0.0
 
     @property
-    def doubtful(self) -> bool:
+    def in_doubt(self) -> bool:
         """The last command failed, or Redis is given up: what can be done without should be."""
         return not self.up or self._in_a_row > 0
 
@@ -84,7 +84,7 @@ class Link:
         async def alone() -> T | Exception:
             nonlocal began
             try:
-                async with asyncio.timeout(max(LONGEST, patience)), self._slots:
+                async with asyncio.timeout(max(DEADLINE_MAX, patience)), self._slots:
                     if late:
                         return TimeoutError()
                     began = True
@@ -126,7 +126,7 @@ class Link:
         pause = _PROBE_FIRST
         while True:
             try:
-                async with asyncio.timeout(LONGEST):
+                async with asyncio.timeout(DEADLINE_MAX):
                     await self._ping()
                 async with asyncio.timeout(self._deadline):
                     await self._ping()
@@ -161,9 +161,9 @@ class Link:
 def _pool(url: str) -> BlockingConnectionPool:
     settings: dict[str, Any] = {
         "max_connections": _CONNECTIONS,
-        "timeout": LONGEST,
-        "socket_timeout": LONGEST,
-        "socket_connect_timeout": LONGEST,
+        "timeout": DEADLINE_MAX,
+        "socket_timeout": DEADLINE_MAX,
+        "socket_connect_timeout": DEADLINE_MAX,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,  # understood by every server; version 3 gives a cache nothing
     }

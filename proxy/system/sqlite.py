@@ -62,7 +62,7 @@ _WAL_KEPT: Final = 64 * 1024 * 1024
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
-class Foreign(Exception):
+class NotOurFile(Exception):
     """The file is another program's database: it is neither used nor moved."""
 
 
@@ -172,7 +172,7 @@ def _prepare(connection: sqlite3.Connection, layout: Layout) -> None:
     mark = connection.execute("PRAGMA application_id").fetchone()[0]
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if mark not in (0, layout.mark) or (mark == 0 and tables):
-        raise Foreign("it is another program's database")
+        raise NotOurFile("it is another program's database")
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # takes effect only before the first table
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")

@@ -18,10 +18,10 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..system.sockets import read_in_small_pieces
-from .interfaces import Trip
+from .interfaces import ConnectionInfo
 from .retry.outcome import TransportFailure
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _NO_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 class _Protocol(ResponseHandler):
     """Notes the first byte of an answer: from then on a request is never sent again."""
 
-    trip: Trip | None = None
+    trip: ConnectionInfo | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -73,7 +73,7 @@ class _Connector(TCPConnector):
         return await super()._get(key, [])
 
 
-class Outlet:
+class ConnectOptions:
     """How an upstream is reached, where not directly: through an HTTP proxy, or trusting other certificates.
 
     proxy: `http://[user:password@]host:port`; ca_file: PEM certificates in place of the system's. Raises OSError where
@@ -91,8 +91,8 @@ class Outlet:
         self.ssl: SSLContext | bool = True if ca_file is None else create_default_context(cafile=ca_file)
 
 
-_DIRECT: Final = Outlet(None, None)
-NO_OUTLETS: Final[Mapping[str, Outlet]] = {}
+_DIRECT: Final = ConnectOptions(None, None)
+NO_CONNECT_OPTIONS: Final[Mapping[str, ConnectOptions]] = {}
 
 
 class _Target:
@@ -100,7 +100,7 @@ class _Target:
 
     __slots__ = ("address", "key", "lines", "start")
 
-    def __init__(self, url: str, outlets: Mapping[str, Outlet]) -> None:
+    def __init__(self, url: str, outlets: Mapping[str, ConnectOptions]) -> None:
         """Raises ValueError for a URL that names no host."""
         parsed = URL(url, encoded=True)
         if not parsed.host:
@@ -124,7 +124,7 @@ class _Target:
         self.lines = self.start.count("\n")
 
 
-class UpstreamAnswer:
+class AiohttpResponse:
     """Status and headers are in hand; the body is read by one of `ready`, `chunks`. Ends with `close`.
 
     The connection goes back to the pool by itself as soon as the whole body is here.
@@ -196,7 +196,7 @@ class UpstreamAnswer:
                 self._content.set_exception(aiohttp.ClientConnectionError("closed"))
 
 
-class Upstreams:
+class AiohttpTransport:
     """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body; sealed: nothing leaves (replay).
 
     aiohttp's connector makes and keeps connections and its parser reads answers; what its session does beyond that
@@ -204,14 +204,18 @@ class Upstreams:
     """
 
     def __init__(
-        self, connect: float, idle: float, outlets: Mapping[str, Outlet] = NO_OUTLETS, sealed: bool = False
+        self,
+        connect: float,
+        idle: float,
+        outlets: Mapping[str, ConnectOptions] = NO_CONNECT_OPTIONS,
+        sealed: bool = False,
     ) -> None:
         """outlets: by origin, of upstreams that are not reached directly."""
         self._sealed = sealed
         self._connector = _Connector()
-        self.set(connect, idle, outlets)
+        self.apply_settings(connect, idle, outlets)
 
-    def set(self, connect: float, idle: float, outlets: Mapping[str, Outlet]) -> None:
+    def apply_settings(self, connect: float, idle: float, outlets: Mapping[str, ConnectOptions]) -> None:
         """What holds for calls from now on."""
         self._idle = idle
         self._timeout = ClientTimeout(total=None, sock_connect=connect)
@@ -226,11 +230,11 @@ class Upstreams:
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: Trip,
-    ) -> UpstreamAnswer:
+        trip: ConnectionInfo,
+    ) -> AiohttpResponse:
         """Sends and waits for the answer's head, at most `first_byte` seconds. Raises TransportFailure."""
         if self._sealed:  # whoever asks for an answer has looked for a stored one: this is the last door
-            raise Refusal("not_cached", "replay: nothing is sent upstream")
+            raise ProxyError("not_cached", "replay: nothing is sent upstream")
         try:
             return await self._send(method, url, headers, body, first_byte, trip)
         except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
@@ -243,8 +247,8 @@ class Upstreams:
         headers: Sequence[tuple[str, str]],
         body: bytes | AsyncIterator[bytes] | None,
         first_byte: float,
-        trip: Trip,
-    ) -> UpstreamAnswer:
+        trip: ConnectionInfo,
+    ) -> AiohttpResponse:
         loop = asyncio.get_running_loop()
         end = loop.time() + first_byte
         target = self._target(url)
@@ -292,7 +296,7 @@ class Upstreams:
             while True:
                 message, content = await protocol.read()
                 if message.code >= 200 or message.code == 101:
-                    return UpstreamAnswer(message, content, connection, writer, self._idle)
+                    return AiohttpResponse(message, content, connection, writer, self._idle)
         except BaseException:
             if writer is not None:
                 writer.cancel()
@@ -373,7 +377,7 @@ def _why(error: OSError) -> str:
     return error.strerror or _name(error)  # the resolver's errors have negative numbers
 
 
-def _failure(error: Exception, trip: Trip) -> TransportFailure:
+def _failure(error: Exception, trip: ConnectionInfo) -> TransportFailure:
     """The exception table: how far the request got when aiohttp gave up."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return TransportFailure("unreached", "connecting to the upstream took too long")

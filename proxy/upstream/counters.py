@@ -14,7 +14,7 @@ from typing import Final
 GAPS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class Tally:
+class Histogram:
     """A histogram: how many values lie above the bound before and at most at each bound; the last count is of those
     above all.
     """
@@ -39,15 +39,15 @@ class Tally:
         return found
 
 
-class Tallies:
+class UpstreamCounters:
     """What the story counts. retries: by (upstream, why); gaps: seconds between two reads of a stream."""
 
     def __init__(self) -> None:
         self.retries: defaultdict[tuple[str, ...], float] = defaultdict(float)
-        self.gaps = Tally(GAPS)
+        self.gaps = Histogram(GAPS)
 
-    def retried(self, upstream: str, why: str) -> None:
-        """After an attempt there, another follows. why: a `Class`."""
+    def record_retry(self, upstream: str, why: str) -> None:
+        """After an attempt there, another follows. why: a `OutcomeKind`."""
         self.retries[upstream, why] += 1
 
     def reads(self, clock: Callable[[], float]) -> Callable[[], None]:

@@ -6,41 +6,41 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from .interfaces import Trip
+from .interfaces import ConnectionInfo
 
 
-class Horizon:
+class SharedDeadline:
     """until: monotonic seconds. Whoever joins a flight with more time of his own moves it, and with it the timeout that
     runs: so the first one's short deadline ends his own waiting only."""
 
-    __slots__ = ("_clock", "_latest", "_running", "_trip", "until")
+    __slots__ = ("_clock", "_latest", "_running", "_trip", "at")
 
     def __init__(self, until: float, clock: Callable[[], float]) -> None:
-        self.until = until
+        self.at = until
         self._clock = clock
         self._running: asyncio.Timeout | None = None
-        self._trip: Trip | None = None
+        self._trip: ConnectionInfo | None = None
         self._latest = 0.0
 
     def left(self) -> float:
         """Seconds."""
-        return self.until - self._clock()
+        return self.at - self._clock()
 
     def limit(self) -> asyncio.Timeout:
         """To be entered at once: raises TimeoutError where what runs inside is not over by then. One at a time."""
-        self._running = asyncio.timeout(max(0.0, self.until - self._clock()))
+        self._running = asyncio.timeout(max(0.0, self.at - self._clock()))
         return self._running
 
-    def going_up(self, trip: Trip, latest: float) -> None:
+    def sending(self, trip: ConnectionInfo, latest: float) -> None:
         """A call is made, whose answer's head may be waited for until then, but no longer than `latest` (monotonic
         seconds)."""
         self._trip, self._latest = trip, latest
 
     def extend(self, until: float) -> None:
         """Moves the horizon on; never back."""
-        if until <= self.until:
+        if until <= self.at:
             return
-        self.until = until
+        self.at = until
         if self._trip is not None:
             ahead = asyncio.get_running_loop().time() - self._clock()
             self._trip.until = min(until, self._latest) + ahead

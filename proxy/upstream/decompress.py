@@ -13,7 +13,7 @@ BOMB_RATIO: Final = 100
 """A compressed answer may not decode beyond MAX_DECODED, nor beyond BOMB_FLOOR and BOMB_RATIO times its size."""
 
 
-class Inflater:
+class Decompressor:
     """Decodes a `gzip` or `deflate` body piece by piece, within the bounds above. Raises TransportFailure(invalid)."""
 
     def __init__(self, encoding: str) -> None:

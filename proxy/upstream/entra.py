@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ..system.clock import Seams
+from ..system.clock import Clock
 
 log = logging.getLogger("proxy")
 
@@ -56,9 +56,9 @@ def default_identity() -> Identity:
 class EntraTokens:
     """Keeps one token fresh. put: told each new one."""
 
-    def __init__(self, put: Callable[[str], None], seams: Seams, identity: Callable[[], Identity]) -> None:
+    def __init__(self, put: Callable[[str], None], clock: Clock, identity: Callable[[], Identity]) -> None:
         self._put = put
-        self._seams = seams
+        self._clock = clock
         self._make = identity
         self._had = asyncio.Event()
 
@@ -79,13 +79,13 @@ class EntraTokens:
                     token = await identity.get_token(SCOPE)
                 except Exception as error:  # the library's own, of many kinds: none may end the renewal
                     log.warning("no Entra ID token: %s", str(error).splitlines()[0] if str(error) else repr(error))
-                    await self._seams.sleep(pause)
+                    await self._clock.sleep(pause)
                     pause = min(2 * pause, LONGEST)
                     continue
                 pause = SHORTEST
                 self._put(token.token)
                 self._had.set()
-                left = max(0.0, token.expires_on - self._seams.wall())
-                await self._seams.sleep(max(SHORTEST, left - min(AHEAD, left / 2)))
+                left = max(0.0, token.expires_on - self._clock.wall())
+                await self._clock.sleep(max(SHORTEST, left - min(AHEAD, left / 2)))
         finally:
             await identity.close()

@@ -14,7 +14,7 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(slots=True)
-class Trip:
+class ConnectionInfo:
     """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got;
     answered: at least one byte of an answer came.
 
@@ -29,7 +29,7 @@ class Trip:
     extend: Callable[[float], None] | None = None
 
 
-class UpstreamReply(Protocol):
+class UpstreamResponse(Protocol):
     """Status and headers of an answer are in hand; its body is still to be read."""
 
     status: int
@@ -49,7 +49,7 @@ class UpstreamReply(Protocol):
         """Ends it: the connection is kept only where the body was read to its end."""
 
 
-class WayUp(Protocol):
+class UpstreamTransport(Protocol):
     """Sends requests to upstreams."""
 
     async def send(
@@ -60,15 +60,15 @@ class WayUp(Protocol):
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: Trip,
-    ) -> UpstreamReply:
+        trip: ConnectionInfo,
+    ) -> UpstreamResponse:
         """The answer's head, within `first_byte` seconds. Raises TransportFailure."""
 
 
-class Leases(Protocol):
+class LockStore(Protocol):
     """Who among several processes does what only one need do. Never raises: where it cannot tell, all are free."""
 
-    async def take(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
+    async def acquire(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
         """Whose it is now, ours for `seconds` if nobody's; open: everybody may go on without it."""
 
     async def renew(self, name: str, token: str, seconds: float) -> bool:

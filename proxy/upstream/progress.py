@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..accounting.budgets.account import Stake
+from ..accounting.budgets.account import BudgetReservation
 from ..cost.pricing import Cost
 from ..cost.usage import Usage
 from ..protocol.routes import printable
-from .deadline import Horizon
-from .limits.estimate import Measure
+from .deadline import SharedDeadline
+from .limits.estimate import RequestSize
 
 
 @dataclass(slots=True)
-class Progress:
+class AttemptLog:
     """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
 
     spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered;
@@ -23,13 +23,13 @@ class Progress:
     first_byte_ms: until a stream could begin; stake: what is held of the budgets.
     """
 
-    horizon: Horizon
-    gone: tuple[int, str] | None = None
-    unread: bool = False
-    elsewhere: bool = False
-    went_up: bool = False
-    measure: Measure | None = None
-    stake: Stake | None = None
+    deadline: SharedDeadline
+    client_left: tuple[int, str] | None = None
+    for_cache_only: bool = False
+    waiting_for_peer: bool = False
+    sent: bool = False
+    size: RequestSize | None = None
+    budget_reservation: BudgetReservation | None = None
     attempts: int = 0
     queue_ms: float = 0.0
     paused_ms: float = 0.0
@@ -44,14 +44,14 @@ class Progress:
     usage: Usage | None = None
     cost: Cost | None = None
 
-    def went(self) -> str:
+    def upstream_headers(self) -> str:
         """Header lines that tell where it went."""
         if not self.upstream:
             return ""
         other = f"X-Proxy-Model: {printable(self.model)}\r\n" if self.model else ""
         return f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n{other}"
 
-    def verdict(self) -> str:
+    def retry_headers(self) -> str:
         """Header lines that tell how a failure came about."""
         lines = "X-Proxy-Error: no_usable_key\r\n" if self.no_usable_key else ""
         return lines + ("X-Should-Retry: false\r\n" if self.spent or self.no_usable_key else "")

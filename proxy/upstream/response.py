@@ -17,10 +17,10 @@ from ..cost.pricing import Cost
 from ..cost.usage import Usage
 from ..protocol.headers import Raw
 from ..protocol.sse import Splitter, data_of
-from .decompress import Inflater
-from .interfaces import UpstreamReply
+from .decompress import Decompressor
+from .interfaces import UpstreamResponse
 from .keys.lease import Lease
-from .retry.outcome import Class, ErrorInfo, TransportFailure, classify, error_info, stream_error
+from .retry.outcome import ErrorInfo, OutcomeKind, TransportFailure, classify, error_info, stream_error
 from .target import Upstream
 
 MAX_ERROR_BODY: Final = 8 * 1024 * 1024
@@ -28,7 +28,7 @@ FIRST_EVENT_HELD: Final = 64 * 1024
 """A stream's first bytes are held back at most so far for its first event to be complete."""
 
 
-class Read(msgspec.Struct, frozen=True):
+class ReadAnswer(msgspec.Struct, frozen=True):
     """A plain answer that was read whole, its lease settled. headers, body: for the client; document: it, parsed."""
 
     headers: Sequence[Raw]
@@ -39,13 +39,13 @@ class Read(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class Answered:
+class ResponseInHand:
     """An upstream's answer in hand. body: bytes of what was read whole (errors), else None; first: what was read of a
     stream so far, decoded; leaked: it repeats a pool key; more: the rest of the body, decoded; injected: its usage
     chunk was only our wish."""
 
     status: int
-    reply: UpstreamReply
+    response: UpstreamResponse
     upstream: Upstream
     lease: Lease
     injected: bool
@@ -53,7 +53,7 @@ class Answered:
     opaque: bool
     decoded: bool
     more: AsyncIterator[bytes]
-    outcome: Class = Class.OK
+    outcome: OutcomeKind = OutcomeKind.OK
     body: bytes | None = None
     first: list[bytes] = field(default_factory=list)
     sent_at: float = 0.0
@@ -65,15 +65,17 @@ class Answered:
         return self.is_stream and not self.opaque
 
 
-def seen(reply: UpstreamReply, upstream: Upstream, lease: Lease, injected: bool, sent_at: float) -> Answered:
+def response_in_hand(
+    reply: UpstreamResponse, upstream: Upstream, lease: Lease, injected: bool, sent_at: float
+) -> ResponseInHand:
     """What the head alone tells. Raises TransportFailure(invalid) for a redirect: none is followed (contract 6)."""
     if 300 <= reply.status < 400:
         raise TransportFailure("invalid", f"the upstream answered with a redirect ({reply.status})")
     encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
-    decoded = Inflater.knows(encoding)
-    return Answered(
+    decoded = Decompressor.knows(encoding)
+    return ResponseInHand(
         status=reply.status,
-        reply=reply,
+        response=reply,
         upstream=upstream,
         lease=lease,
         injected=injected,
@@ -85,9 +87,9 @@ def seen(reply: UpstreamReply, upstream: Upstream, lease: Lease, injected: bool,
     )
 
 
-async def understand(answered: Answered) -> None:
+async def classify_response(answered: ResponseInHand) -> None:
     """Reads what must be read to know the outcome. Raises TransportFailure."""
-    should_retry = answered.reply.headers.get("x-should-retry")
+    should_retry = answered.response.headers.get("x-should-retry")
     if answered.status >= 400:
         answered.body = await read_error(answered.more)
         answered.outcome = classify(answered.status, error_info(answered.body), should_retry)
@@ -95,7 +97,7 @@ async def understand(answered: Answered) -> None:
     error = await _first_event(answered)
     if error is not None:
         outcome = classify(*error, should_retry)
-        answered.outcome = Class.OK if outcome is Class.FINAL else outcome
+        answered.outcome = OutcomeKind.OK if outcome is OutcomeKind.FINAL else outcome
 
 
 async def read_error(chunks: AsyncIterator[bytes]) -> bytes:
@@ -113,7 +115,7 @@ async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIt
     """`chunks`, decompressed piece by piece. Raises TransportFailure(invalid) where they are broken, cut or too
     much.
     """
-    inflater = Inflater(encoding)
+    inflater = Decompressor(encoding)
     async for chunk in chunks:
         out = inflater.feed(chunk)
         if out:
@@ -121,7 +123,7 @@ async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIt
     inflater.finish()
 
 
-async def _first_event(answered: Answered) -> tuple[int, ErrorInfo] | None:
+async def _first_event(answered: ResponseInHand) -> tuple[int, ErrorInfo] | None:
     """Reads up to the first event that carries data, into `answered.first`; the error it is, if it is one."""
     splitter = Splitter()
     held = 0
@@ -139,6 +141,6 @@ async def _first_event(answered: Answered) -> tuple[int, ErrorInfo] | None:
     return None
 
 
-def dislikes_stream_options(answered: Answered) -> bool:
+def refuses_stream_options(answered: ResponseInHand) -> bool:
     """Whether an upstream refuses what we asked for on our own account."""
     return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.routes import printable
-from .progress import Progress
-from .response import Answered
+from .progress import AttemptLog
+from .response import ResponseInHand
 from .retry.outcome import (
     KEY_TROUBLE,
-    Class,
     ErrorInfo,
+    OutcomeKind,
     TransportFailure,
     dimension_of,
     error_info,
@@ -20,14 +20,14 @@ from .retry.outcome import (
 )
 
 
-def reading(
-    answered: Answered | None, failure: TransportFailure | None, tokens: int, wall: float
+def rate_limit_info(
+    answered: ResponseInHand | None, failure: TransportFailure | None, tokens: int, wall: float
 ) -> tuple[float | None, str, int]:
     """(seconds the upstream asks to wait, the reason in a few words, the least tokens that a limit holds back)."""
     if answered is None:
         return None, failure.detail if failure else "", 0
     info = error_info(answered.body) if answered.body is not None else ErrorInfo()
-    headers = answered.reply.headers
+    headers = answered.response.headers
     limit = dimension_of(headers, info) if answered.status == 429 else None
     reason = f"{answered.status} {info.code or info.type}".strip() + (f" ({limit})" if limit else "")
     left = read_number(headers.get("x-ratelimit-remaining-tokens")) if limit == "tokens" else None
@@ -36,52 +36,54 @@ def reading(
 
 
 @dataclass(frozen=True, slots=True)
-class Last:
+class LastOutcome:
     """What came of the last attempt, held while another key or upstream is tried, or the same again.
 
     waits: a key may still be waited for, so that being told to wait longer is the better answer.
     """
 
-    answered: Answered | None
+    response: ResponseInHand | None
     failure: TransportFailure | None
-    outcome: Class
+    outcome: OutcomeKind
     spent: bool
     waits: bool
 
-    def given(self, progress: Progress, passthrough: bool) -> Answered:
-        """It is the client's. Raises Refusal where there was no answer."""
-        progress.no_usable_key = self.outcome in KEY_TROUBLE and self.outcome is not Class.TOO_LARGE and not passthrough
-        progress.spent = self.spent or self.outcome is Class.TOO_LARGE
-        if self.answered is None:
+    def unwrap(self, attempt_log: AttemptLog, passthrough: bool) -> ResponseInHand:
+        """It is the client's. Raises ProxyError where there was no answer."""
+        attempt_log.no_usable_key = (
+            self.outcome in KEY_TROUBLE and self.outcome is not OutcomeKind.TOO_LARGE and not passthrough
+        )
+        attempt_log.spent = self.spent or self.outcome is OutcomeKind.TOO_LARGE
+        if self.response is None:
             assert self.failure is not None
-            raise self.failure.refusal(self.spent)
-        return self.answered
+            raise self.failure.proxy_error(self.spent)
+        return self.response
 
-    def says_less_than(self, code: str) -> bool:
+    def is_less_specific_than(self, code: str) -> bool:
         """Whether a refusal of the pool is the better answer: one that tells when another try can succeed."""
         if code == "circuit_open":
             return self.outcome in KEY_TROUBLE
         return self.waits and code not in ("no_usable_key", "request_exceeds_limit")
 
     def close(self) -> None:
-        if self.answered is not None:
-            self.answered.reply.close()
+        if self.response is not None:
+            self.response.response.close()
 
 
-def given(result: Answered | Refusal) -> Answered:
-    if isinstance(result, Refusal):
-        raise result.again(result.lines)
+def unwrap(result: ResponseInHand | ProxyError) -> ResponseInHand:
+    if isinstance(result, ProxyError):
+        raise result.copy(result.lines)
     return result
 
 
-def waited_too_long(why: str, model: str, seconds: float) -> Refusal:
+def waited_too_long(why: str, model: str, seconds: float) -> ProxyError:
     """The refusal of a request whose patience is over; `seconds`: to go until it may be served."""
     shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
     if why == "keys_cooling":
         message = f"all keys that could serve this are cooling down ({shown})"
-        return Refusal("keys_cooling", message, retry_after=seconds)
+        return ProxyError("keys_cooling", message, retry_after=seconds)
     message = (
         f"throttle.limits leave no room within the time this request may wait ({shown}); "
         "throttle.max_wait or X-Proxy-Max-Wait let it wait longer"
     )
-    return Refusal("throttled", message, retry_after=seconds)
+    return ProxyError("throttled", message, retry_after=seconds)

@@ -13,193 +13,205 @@ from typing import Final
 import orjson
 from msgspec import structs
 
-from ..accounting.budgets.budgets import stake_for
+from ..accounting.budgets.budgets import reserve_budget
 from ..cost.pricing import Cost
 from ..cost.usage import Usage
-from ..protocol.errors import Refusal
+from ..protocol.errors import ProxyError
 from ..protocol.headers import upstream_headers
 from ..protocol.json_edit import set_field, want_usage
-from ..protocol.request import Call
-from ..services import World
-from .deadline import Horizon
-from .interfaces import Trip, WayUp
-from .keys.lease import Held, Lease, NoKey, Wish
+from ..protocol.request import ProxyRequest
+from ..services import Services
+from .deadline import SharedDeadline
+from .interfaces import ConnectionInfo, UpstreamTransport
+from .keys.lease import KeyRequest, Lease, NoKey, NotReady
 from .keys.prompt_affinity import HEAD, prefix_of
-from .limits.clients import Hold
-from .limits.estimate import measure
+from .limits.clients import ClientReservation
+from .limits.estimate import request_size
 from .limits.queue import QueueFull, TimedOut
 from .limits.rate_limiter import Wait
-from .progress import Progress
-from .response import Answered, dislikes_stream_options, seen, understand
-from .result import Last, given, reading, waited_too_long
-from .retry.fallback import asking, fallbacks_for
-from .retry.outcome import Class, TransportFailure, ailment
-from .retry.policy import Attempts, ChangeKey, Deliver, Fresh, Pause
+from .progress import AttemptLog
+from .response import ResponseInHand, classify_response, refuses_stream_options, response_in_hand
+from .result import LastOutcome, rate_limit_info, unwrap, waited_too_long
+from .retry.fallback import fallbacks_for, with_model
+from .retry.outcome import OutcomeKind, TransportFailure, breaker_failure
+from .retry.policy import RetryAfter, RetryOnNewConnection, RetryState, ReturnToClient, TryNextKey
 from .target import Upstream
 
-__all__ = ["Exchange", "Progress"]
+__all__ = ["AttemptLog", "RetryingSender"]
 
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 """Answers are asked for as they are: they are read, and a stream's compression would hold its events back."""
 
 
-class Exchange:
+class RetryingSender:
     """Runs calls against the upstreams of a world."""
 
-    def __init__(self, world: World, way_up: WayUp) -> None:
-        self._world = world
-        self._way_up = way_up
+    def __init__(self, services: Services, transport: UpstreamTransport) -> None:
+        self._services = services
+        self._way_up = transport
         self._no_stream_options: set[tuple[str, str]] = set()
 
-    async def run(self, call: Call, progress: Progress, *, whole: bool = True) -> Answered:
-        """The answer to give. Raises Refusal where there is none. `progress` is filled in as it goes, for receipts.
+    async def send(self, request: ProxyRequest, attempt_log: AttemptLog, *, whole: bool = True) -> ResponseInHand:
+        """The answer to give. Raises ProxyError where there is none. `progress` is filled in as it goes, for receipts.
 
         whole: the answer is all the client gets; to a part of one no other model may answer.
         """
-        tokens = self._estimate(call, progress)
-        stake = progress.stake = await stake_for(self._world, call, progress.measure)
-        hold: Hold | None = None
+        tokens = self._estimate(request, attempt_log)
+        stake = attempt_log.budget_reservation = await reserve_budget(self._services, request, attempt_log.size)
+        hold: ClientReservation | None = None
         used: int | None = None
         try:
-            hold = await self._world.hold(call.client, tokens)
-            answered = await self._with_fallbacks(call, tokens, progress, whole)
-            if answered.outcome is Class.OK and (hold is not None or stake is not None):
-                answered.lease = structs.replace(answered.lease, hold=hold, stake=stake)
+            hold = await self._services.reserve_client(request.client, tokens)
+            answered = await self._with_fallbacks(request, tokens, attempt_log, whole)
+            if answered.outcome is OutcomeKind.OK and (hold is not None or stake is not None):
+                answered.lease = structs.replace(answered.lease, client_reservation=hold, budget_reservation=stake)
                 hold = stake = None
             used = 0
             return answered
         finally:
             if hold is not None:
-                hold.settle(used) if progress.went_up else hold.cancel()
+                hold.settle(used) if attempt_log.sent else hold.cancel()
             if stake is not None:
                 stake.cancel()
 
-    async def _with_fallbacks(self, call: Call, tokens: int, progress: Progress, whole: bool) -> Answered:
+    async def _with_fallbacks(
+        self, request: ProxyRequest, tokens: int, attempt_log: AttemptLog, whole: bool
+    ) -> ResponseInHand:
         """What the call's own model answers, or one of those that stand in for it."""
-        tied = await self._world.objects.tied_to(self._world.ring, call)
-        first = await self._tried(call, tokens, progress, tied)
-        others = fallbacks_for(self._world.settings.retry.fallbacks, call.model) if whole else ()
-        if not others or tied or not progress.exhausted:
-            return given(first)
-        told = progress.spent, progress.no_usable_key
+        tied = await self._services.object_owners.pinned_key(self._services.pool, request)
+        first = await self._send_with_model(request, tokens, attempt_log, tied)
+        others = fallbacks_for(self._services.settings.retry.fallbacks, request.model) if whole else ()
+        if not others or tied or not attempt_log.exhausted:
+            return unwrap(first)
+        told = attempt_log.spent, attempt_log.no_usable_key
         kept = False
         try:
             for model in others:
-                if progress.horizon.left() <= 0:
+                if attempt_log.deadline.left() <= 0:
                     break
-                progress.spent = progress.no_usable_key = False
-                then = await self._tried(asking(call, model), tokens, progress, "")
-                if isinstance(then, Answered):
-                    if then.outcome is Class.OK:
-                        progress.model = model
+                attempt_log.spent = attempt_log.no_usable_key = False
+                then = await self._send_with_model(with_model(request, model), tokens, attempt_log, "")
+                if isinstance(then, ResponseInHand):
+                    if then.outcome is OutcomeKind.OK:
+                        attempt_log.model = model
                         return then
-                    then.reply.close()
+                    then.response.close()
             kept = True
-            progress.spent, progress.no_usable_key = told
-            return given(first)
+            attempt_log.spent, attempt_log.no_usable_key = told
+            return unwrap(first)
         finally:
-            if not kept and isinstance(first, Answered):
-                first.reply.close()
+            if not kept and isinstance(first, ResponseInHand):
+                first.response.close()
 
-    async def _tried(self, call: Call, tokens: int, progress: Progress, tied: str) -> Answered | Refusal:
+    async def _send_with_model(
+        self, request: ProxyRequest, tokens: int, attempt_log: AttemptLog, tied: str
+    ) -> ResponseInHand | ProxyError:
         """What comes of the call with its own model. `progress.exhausted`: no key or upstream is left to try."""
-        progress.exhausted = False
+        attempt_log.exhausted = False
         try:
-            return await self._attempts(call, tokens, progress, tied)
-        except Refusal as refusal:
-            return refusal.again(refusal.lines)
+            return await self._attempts(request, tokens, attempt_log, tied)
+        except ProxyError as refusal:
+            return refusal.copy(refusal.lines)
 
-    async def _attempts(self, call: Call, tokens: int, progress: Progress, tied: str) -> Answered:
-        seams, ring, passthrough = self._world.seams, self._world.ring, self._world.passthrough
-        policy = self._world.policy.asked(call.options.max_retries)
-        attempts = Attempts(policy, seams.random)
+    async def _attempts(self, request: ProxyRequest, tokens: int, attempt_log: AttemptLog, tied: str) -> ResponseInHand:
+        clock, pool, passthrough = self._services.clock, self._services.pool, self._services.passthrough
+        policy = self._services.retry_policy.with_max_retries(request.options.max_retries)
+        attempts = RetryState(policy, clock.random)
         excluded: set[str] = set()
         limited: set[str] = set()
         visited: set[int] = set()
         failing: dict[int, int] = {}
-        wish = Wish(self._prefix(call), only=tied)
-        last: Last | None = None
+        wish = KeyRequest(self._prefix(request), pinned_to=tied)
+        last: LastOutcome | None = None
         fresh = False
         try:
             while True:
                 try:
-                    lease = await self._lease(call, tokens, frozenset(excluded), progress, wish)
-                except Refusal as refusal:
-                    progress.exhausted = refusal.code != "queue_full"
-                    if last is None or last.says_less_than(refusal.code):
+                    lease = await self._lease(request, tokens, frozenset(excluded), attempt_log, wish)
+                except ProxyError as refusal:
+                    attempt_log.exhausted = refusal.code != "queue_full"
+                    if last is None or last.is_less_specific_than(refusal.code):
                         raise
                     final, last = last, None
-                    return final.given(progress, passthrough)
-                upstream = self._world.upstreams[lease.key.upstream]
+                    return final.unwrap(attempt_log, passthrough)
+                upstream = self._services.upstreams[lease.key.upstream]
                 if lease.key.upstream not in visited:
                     visited.add(lease.key.upstream)
-                    upstream.budget.request(seams.monotonic())
+                    upstream.budget.request(clock.monotonic())
                 failure: TransportFailure | None = None
-                answered: Answered | None = None
+                answered: ResponseInHand | None = None
                 try:
-                    answered = await self._attempt(call, lease, upstream, Trip(fresh), progress)
+                    answered = await self._attempt(request, lease, upstream, ConnectionInfo(fresh), attempt_log)
                     outcome = answered.outcome
                 except TransportFailure as error:
                     failure, outcome = error.again(), error.outcome
                 fresh = False
-                if answered is not None and answered.injected and dislikes_stream_options(answered):
-                    self._remember_dislike(upstream, call.model)
+                if answered is not None and answered.injected and refuses_stream_options(answered):
+                    self._remember_refusal(upstream, request.model)
                     continue
-                now = seams.monotonic()
-                sick = ailment(outcome, (answered.status, answered.reply.headers) if answered is not None else None)
+                now = clock.monotonic()
+                sick = breaker_failure(
+                    outcome, (answered.status, answered.response.headers) if answered is not None else None
+                )
                 if sick is None:
-                    upstream.breaker.succeeded()
+                    upstream.breaker.record_success()
                     failing.pop(lease.key.upstream, None)
-                elif now < progress.horizon.until:  # else it may be this request's impatience
+                elif now < attempt_log.deadline.at:  # else it may be this request's impatience
                     failing[lease.key.upstream] = sick
-                if answered is not None and outcome is Class.OK:
-                    progress.exhausted = False
-                    self._world.learn(lease.key, call.model, outcome, 0.0, "")
-                    self._world.gate.notify(self._lane(call))  # the key works, and said what room it has
+                if answered is not None and outcome is OutcomeKind.OK:
+                    attempt_log.exhausted = False
+                    self._services.record_outcome(lease.key, request.model, outcome, 0.0, "")
+                    self._services.admission.wake(self._queue_name(request))  # the key works, and said what room it has
                     if answered.is_event_stream:
-                        self._world.objects.note_stream(ring, call, lease.key, answered.first)
+                        self._services.object_owners.record_stream(pool, request, lease.key, answered.first)
                     return answered
-                asked, reason, floor = reading(answered, failure, tokens, seams.wall())
+                asked, reason, floor = rate_limit_info(answered, failure, tokens, clock.wall())
                 if not passthrough:
-                    cooling = asked if asked is not None else policy.delay(attempts.retries, seams.random)
-                    self._world.learn(lease.key, call.model, outcome, cooling, reason, floor)
-                other_key = ring.other_ready(lease.key.label, call.model, excluded, now, wish)
-                if outcome is Class.RATE_LIMITED and not other_key:
-                    soonest = ring.soonest(call.model, now, wish)
+                    cooling = asked if asked is not None else policy.delay(attempts.retries, clock.random)
+                    self._services.record_outcome(lease.key, request.model, outcome, cooling, reason, floor)
+                other_key = pool.other_ready(lease.key.label, request.model, excluded, now, wish)
+                if outcome is OutcomeKind.RATE_LIMITED and not other_key:
+                    soonest = pool.soonest(request.model, now, wish)
                     asked = asked if soonest is None else soonest
-                step = attempts.after(
+                step = attempts.next(
                     outcome,
                     asked_wait=asked,
-                    left=progress.horizon.until - now,
+                    left=attempt_log.deadline.at - now,
                     other_key=other_key,
                     granted=partial(upstream.budget.take, now),
                 )
-                if isinstance(step, Pause) and ring.all_closed(call.model, lease.key.priority, now, tied):
-                    step = Deliver(spent=True)  # the breaker has opened: nobody here will take it for a while
-                spent = isinstance(step, Deliver) and step.spent
-                mine = Last(answered, failure, outcome, spent or isinstance(step, Pause), not isinstance(step, Deliver))
-                if isinstance(step, Deliver):
-                    progress.exhausted = attempts.elsewhere(outcome)
-                    higher = not tied and ring.higher(call.model, lease.key.priority, excluded)
-                    if not (progress.exhausted and higher and now < progress.horizon.until):
-                        return mine.given(progress, passthrough)
-                    wish = structs.replace(wish, above=lease.key.priority)
-                self._world.tallies.retried(upstream.site.name, outcome.value)
+                if isinstance(step, RetryAfter) and pool.all_closed(request.model, lease.key.priority, now, tied):
+                    step = ReturnToClient(spent=True)  # the breaker has opened: nobody here will take it for a while
+                spent = isinstance(step, ReturnToClient) and step.spent
+                mine = LastOutcome(
+                    answered,
+                    failure,
+                    outcome,
+                    spent or isinstance(step, RetryAfter),
+                    not isinstance(step, ReturnToClient),
+                )
+                if isinstance(step, ReturnToClient):
+                    attempt_log.exhausted = attempts.can_fail_over(outcome)
+                    higher = not tied and pool.higher(request.model, lease.key.priority, excluded)
+                    if not (attempt_log.exhausted and higher and now < attempt_log.deadline.at):
+                        return mine.unwrap(attempt_log, passthrough)
+                    wish = structs.replace(wish, min_priority=lease.key.priority)
+                self._services.counters.record_retry(upstream.address.name, outcome.value)
                 if last is not None:
                     last.close()
                 last = mine
-                if isinstance(step, ChangeKey):
+                if isinstance(step, TryNextKey):
                     excluded.add(lease.key.label)
-                    if outcome is Class.RATE_LIMITED:
+                    if outcome is OutcomeKind.RATE_LIMITED:
                         limited.add(lease.key.label)
-                elif isinstance(step, Fresh):
+                elif isinstance(step, RetryOnNewConnection):
                     fresh = True
-                elif isinstance(step, Pause):
+                elif isinstance(step, RetryAfter):
                     mine.close()  # no connection waits with us
                     if answered is not None and answered.body is None:
                         last = None  # a stream, which cannot be given any more
-                    await seams.sleep(step.seconds)
-                    progress.paused_ms += step.seconds * 1000
+                    await clock.sleep(step.seconds)
+                    attempt_log.paused_ms += step.seconds * 1000
                     excluded -= limited  # one of them may be ready first: its state decides
                     wish = structs.replace(wish, avoid=wish.avoid | {lease.key.upstream})
         finally:
@@ -209,48 +221,52 @@ class Exchange:
                 index,
                 sick,
             ) in failing.items():  # once a request, and only where its retries did not help
-                self._world.upstreams[index].breaker.failed(seams.monotonic(), sick)
+                self._services.upstreams[index].breaker.record_failure(clock.monotonic(), sick)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    def _estimate(self, call: Call, progress: Progress) -> int:
-        world = self._world
-        if not (world.ring.counts_tokens or world.clients.counts_tokens or world.budgets.active):
+    def _estimate(self, request: ProxyRequest, attempt_log: AttemptLog) -> int:
+        services = self._services
+        if not (services.pool.counts_tokens or services.clients.counts_tokens or services.budgets.active):
             return 0
-        progress.measure = measure(call.endpoint, call.document)
-        return self._world.habits.estimate(call.model, progress.measure)
+        attempt_log.size = request_size(request.endpoint, request.document)
+        return self._services.calibration.estimate(request.model, attempt_log.size)
 
-    def used(self, call: Call, progress: Progress, said: int) -> Usage:
+    def used(self, request: ProxyRequest, attempt_log: AttemptLog, said: int) -> Usage:
         """What an answer has used by estimate that said so many bytes of text."""
-        return self._world.habits.used(call.model, progress.measure or measure(call.endpoint, call.document), said)
+        return self._services.calibration.used(
+            request.model, attempt_log.size or request_size(request.endpoint, request.document), said
+        )
 
-    def learn(self, call: Call, progress: Progress, usage: Usage | None) -> None:
+    def learn(self, request: ProxyRequest, attempt_log: AttemptLog, usage: Usage | None) -> None:
         """What an answer used makes the next estimate for its model better."""
-        if usage is not None and progress.measure is not None:
-            self._world.habits.learn(call.model, progress.measure, usage)
+        if usage is not None and attempt_log.size is not None:
+            self._services.calibration.record(request.model, attempt_log.size, usage)
 
-    def _quota(self, call: Call) -> str | None:
-        return call.client.scope or None if self._world.passthrough else None
+    def _quota(self, request: ProxyRequest) -> str | None:
+        return request.client.cache_partition or None if self._services.passthrough else None
 
-    def _lane(self, call: Call) -> str:
-        quota = self._quota(call)
-        return f"{call.model} {quota}" if quota else call.model
+    def _queue_name(self, request: ProxyRequest) -> str:
+        quota = self._quota(request)
+        return f"{request.model} {quota}" if quota else request.model
 
-    def _prefix(self, call: Call) -> bytes:
-        if len(self._world.ring.keys) == 1 or len(call.body) < HEAD:
+    def _prefix(self, request: ProxyRequest) -> bytes:
+        if len(self._services.pool.keys) == 1 or len(request.body) < HEAD:
             return b""
-        return prefix_of(call.endpoint, call.document, call.model)
+        return prefix_of(request.endpoint, request.document, request.model)
 
-    async def _lease(self, call: Call, tokens: int, excluded: frozenset[str], progress: Progress, wish: Wish) -> Lease:
-        """A key with its limits reserved, after waiting for it if need be. Raises Refusal."""
-        ring, seams = self._world.ring, self._world.seams
-        quota, lane = self._quota(call), self._lane(call)
+    async def _lease(
+        self, request: ProxyRequest, tokens: int, excluded: frozenset[str], attempt_log: AttemptLog, wish: KeyRequest
+    ) -> Lease:
+        """A key with its limits reserved, after waiting for it if need be. Raises ProxyError."""
+        pool, clock = self._services.pool, self._services.clock
+        quota, lane = self._quota(request), self._queue_name(request)
         why = "throttled"
 
         def ask(now: float) -> Lease | NoKey | Wait:
             nonlocal why
-            answer = ring.lease(call.model, tokens, excluded, now, quota, wish)
-            if isinstance(answer, Held):
+            answer = pool.lease(request.model, tokens, excluded, now, quota, wish)
+            if isinstance(answer, NotReady):
                 why = answer.why
                 return answer.wait
             return answer
@@ -260,32 +276,32 @@ class Exchange:
                 answer = ask(now)
                 if not isinstance(answer, Lease):
                     return answer
-                if await self._confirmed(answer, call.model):
+                if await self._confirmed(answer, request.model):
                     return answer
-                now = seams.monotonic()
+                now = clock.monotonic()
 
-        began = seams.monotonic()
-        patience = min(call.patience - progress.queue_ms / 1000, progress.horizon.until - began)
+        began = clock.monotonic()
+        patience = min(request.max_wait - attempt_log.queue_ms / 1000, attempt_log.deadline.at - began)
         try:
-            got: Lease | NoKey = await self._world.gate.admit(
-                lane, ask if self._world.limiter is None else ask_everybody, patience, call.client.name
+            got: Lease | NoKey = await self._services.admission.acquire(
+                lane, ask if self._services.limiter is None else ask_everybody, patience, request.client.name
             )
         except TimedOut as error:
-            raise waited_too_long(why, call.model, error.retry_after) from None
+            raise waited_too_long(why, request.model, error.retry_after) from None
         except QueueFull:
-            message = f"{self._world.settings.throttle.max_queue} requests are waiting already"
-            raise Refusal("queue_full", message, retry_after=1.0) from None
+            message = f"{self._services.settings.throttle.max_queue} requests are waiting already"
+            raise ProxyError("queue_full", message, retry_after=1.0) from None
         finally:
-            progress.queue_ms += (seams.monotonic() - began) * 1000
+            attempt_log.queue_ms += (clock.monotonic() - began) * 1000
         if isinstance(got, NoKey):
-            raise Refusal(got.why, got.detail, retry_after=got.retry_after)
+            raise ProxyError(got.why, got.detail, retry_after=got.retry_after)
         return got
 
     async def _confirmed(self, lease: Lease, model: str) -> bool:
         """Whether a lease holds for the other proxies, too. If not, it is over."""
-        assert self._world.limiter is not None
+        assert self._services.limiter is not None
         try:
-            return await self._world.limiter.confirm(lease.reservation, lease.key.label, model)
+            return await self._services.limiter.confirm(lease.reservation, lease.key.label, model)
         except BaseException:
             if lease.reservation is not None:
                 lease.reservation.cancel()
@@ -293,19 +309,21 @@ class Exchange:
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, progress: Progress) -> Answered:
+    async def _attempt(
+        self, request: ProxyRequest, lease: Lease, upstream: Upstream, trip: ConnectionInfo, attempt_log: AttemptLog
+    ) -> ResponseInHand:
         """Sends once. The lease is settled here unless a good answer is returned with it. Raises TransportFailure."""
-        seams = self._world.seams
-        began = seams.monotonic()
+        clock = self._services.clock
+        began = clock.monotonic()
         kept = charged = False
         tokens: int | None = None
         try:
-            if progress.horizon.until <= began:
+            if attempt_log.deadline.at <= began:
                 raise TransportFailure("timeout", "the time for this request is over")
-            progress.attempts += 1
-            progress.upstream, progress.key = upstream.site.name, lease.key.label
-            answered = await self._send(call, lease, upstream, trip, began, progress.horizon)
-            if answered.outcome is Class.OK:
+            attempt_log.attempts += 1
+            attempt_log.upstream, attempt_log.key = upstream.address.name, lease.key.label
+            answered = await self._send(request, lease, upstream, trip, began, attempt_log.deadline)
+            if answered.outcome is OutcomeKind.OK:
                 kept = True
             else:
                 tokens = 0
@@ -314,53 +332,61 @@ class Exchange:
             charged = not isinstance(error, TransportFailure) or error.kind == "timeout"
             raise
         finally:
-            progress.upstream_ms += (seams.monotonic() - began) * 1000
-            progress.went_up |= trip.connected
+            attempt_log.upstream_ms += (clock.monotonic() - began) * 1000
+            attempt_log.sent |= trip.connected
             if not kept:
-                self.settle(call, lease, tokens, went_up=trip.connected)
-                if charged and trip.connected and progress.stake is not None:
-                    progress.stake.assume(seams.wall())
+                self.settle(request, lease, tokens, went_up=trip.connected)
+                if charged and trip.connected and attempt_log.budget_reservation is not None:
+                    attempt_log.budget_reservation.assume(clock.wall())
 
     def settle(
-        self, call: Call, lease: Lease, tokens: int | None, went_up: bool = True, cost: Cost | None = None
+        self, request: ProxyRequest, lease: Lease, tokens: int | None, went_up: bool = True, cost: Cost | None = None
     ) -> None:
         """Ends a lease: with tokens used and cost (None: unknown), or as if it had never been (contract 7)."""
-        if lease.stake is not None:
-            lease.stake.settle(cost.usd if cost is not None else None, self._world.seams.wall())
-        if lease.hold is not None:
-            lease.hold.settle(tokens) if went_up else lease.hold.cancel()
+        if lease.budget_reservation is not None:
+            lease.budget_reservation.settle(cost.usd if cost is not None else None, self._services.clock.wall())
+        if lease.client_reservation is not None:
+            lease.client_reservation.settle(tokens) if went_up else lease.client_reservation.cancel()
         if lease.reservation is not None:
             if went_up:
                 lease.reservation.settle(tokens)
             else:
                 lease.reservation.cancel()
-            self._world.gate.notify(self._lane(call))
+            self._services.admission.wake(self._queue_name(request))
 
     async def _send(
-        self, call: Call, lease: Lease, upstream: Upstream, trip: Trip, began: float, horizon: Horizon
-    ) -> Answered:
-        world = self._world
-        site, dialect = upstream.site, upstream.dialect
-        body, injected = self._body(call, upstream)
-        headers = upstream_headers(call.headers, pooled=not world.passthrough, dropped=_ACCEPT_ENCODING)
+        self,
+        request: ProxyRequest,
+        lease: Lease,
+        upstream: Upstream,
+        trip: ConnectionInfo,
+        began: float,
+        deadline: SharedDeadline,
+    ) -> ResponseInHand:
+        services = self._services
+        site, dialect = upstream.address, upstream.provider
+        body, injected = self._body(request, upstream)
+        headers = upstream_headers(request.headers, pooled=not services.passthrough, dropped=_ACCEPT_ENCODING)
         headers.append(("Accept-Encoding", "identity"))
-        headers.extend(self.credential(lease, upstream, call.client.auth))
-        first_byte = world.settings.timeouts.first_byte
-        horizon.going_up(trip, began + first_byte)
+        headers.extend(self.credential(lease, upstream, request.client.auth))
+        first_byte = services.settings.timeouts.first_byte
+        deadline.sending(trip, began + first_byte)
         reply = await self._way_up.send(
             "POST",
-            dialect.url(site, call.route, call.model),
+            dialect.url(site, request.route, request.model),
             headers,
             body,
-            first_byte=min(first_byte, horizon.until - began),
+            first_byte=min(first_byte, deadline.at - began),
             trip=trip,
         )
         try:
-            world.ring.told(lease.key, call.model, reply.headers, world.seams.monotonic(), self._quota(call))
-            answered = seen(reply, upstream, lease, injected, began)
+            services.pool.observe_headers(
+                lease.key, request.model, reply.headers, services.clock.monotonic(), self._quota(request)
+            )
+            answered = response_in_hand(reply, upstream, lease, injected, began)
             if answered.status >= 400 or answered.is_event_stream:
-                async with horizon.limit():
-                    await understand(answered)
+                async with deadline.limit():
+                    await classify_response(answered)
             return answered
         except TimeoutError:
             reply.close()
@@ -373,28 +399,28 @@ class Exchange:
         """The credential headers that go up: the pool key's, or in pass-through the client's own. Raises
         TransportFailure.
         """
-        if self._world.passthrough:
-            return upstream.dialect.client_auth(*auth) if auth else ()
-        return self._world.credential(lease.key.label)
+        if self._services.passthrough:
+            return upstream.provider.client_auth(*auth) if auth else ()
+        return self._services.credential(lease.key.label)
 
-    def _body(self, call: Call, upstream: Upstream) -> tuple[bytes, bool]:
+    def _body(self, request: ProxyRequest, upstream: Upstream) -> tuple[bytes, bool]:
         """The client's bytes, with only those fields changed that must be; whether we asked for usage in its place."""
-        body = call.body
-        model = upstream.dialect.body_model(upstream.site, call.route, call.model, call.body_model)
+        body = request.body
+        model = upstream.provider.body_model(upstream.address, request.route, request.model, request.body_model)
         if model is not None:
             body = set_field(body, "model", orjson.dumps(model))
         if (
-            call.stream
-            and call.endpoint in ("chat", "completions")
-            and self._world.settings.cost.stream_usage == "inject"
-            and (upstream.site.name, call.model) not in self._no_stream_options
+            request.stream
+            and request.endpoint in ("chat", "completions")
+            and self._services.settings.cost.stream_usage == "inject"
+            and (upstream.address.name, request.model) not in self._no_stream_options
         ):
-            asking = want_usage(body, call.document)
+            asking = want_usage(body, request.document)
             if asking is not None:
                 return asking, True
         return body, False
 
-    def _remember_dislike(self, upstream: Upstream, model: str) -> None:
+    def _remember_refusal(self, upstream: Upstream, model: str) -> None:
         if len(self._no_stream_options) >= 1000:
             self._no_stream_options.clear()  # not: stop learning, for then a request would go round in circles
-        self._no_stream_options.add((upstream.site.name, model))
+        self._no_stream_options.add((upstream.address.name, model))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..cost.pricing import PriceTable
-from .providers.interface import Dialect, Site
-from .retry.circuit_breaker import Breaker
+from .providers.interface import Provider, UpstreamAddress
+from .retry.circuit_breaker import CircuitBreaker
 from .retry.policy import RetryBudget
 
 CLIENTS_KEY: Final = "client"
@@ -18,12 +18,12 @@ CLIENTS_KEY: Final = "client"
 class Upstream:
     """One upstream, ready to use."""
 
-    site: Site
-    dialect: Dialect
+    address: UpstreamAddress
+    provider: Provider
     prices: PriceTable
     budget: RetryBudget
     cache_as: str | None
-    breaker: Breaker
+    breaker: CircuitBreaker
 
     def identity(self, model: str) -> str:
-        return self.cache_as or self.dialect.identity(self.site, model)
+        return self.cache_as or self.provider.identity(self.address, model)

@@ -7,9 +7,9 @@ from decimal import Decimal
 from typing import Final
 
 from ..accounting.budgets.account import EXACT, ZERO, Account, Kind
-from .ipc import Answer, Lost
+from .ipc import Answer, ConnectionLost
 from .shared_state import pack, unpack
-from .worker import Seat
+from .worker import WorkerLink
 
 _PERIODS: Final = 4
 """A day, a month, and those before, of which a late word may still come."""
@@ -28,23 +28,23 @@ class _Total:
 
 
 @dataclass(slots=True)
-class _Purse:
+class _SharedBudget:
     """One account. held: USD by worker."""
 
     held: dict[int, Decimal] = field(default_factory=dict)
     periods: dict[_Period, _Total] = field(default_factory=dict)
 
 
-class Purses:
+class SharedBudgetTable:
     """The parent's part. A worker tells all it has spent in a period, never a difference."""
 
     def __init__(self) -> None:
-        self._purses: dict[str, _Purse] = {}
+        self._purses: dict[str, _SharedBudget] = {}
 
-    def tell(self, worker: int, body: bytes) -> Answer:
+    def publish(self, worker: int, body: bytes) -> Answer:
         """Whether there is room for what is asked for, what others hold, how many spend, and what others spent."""
         name, held, ask, pots = unpack(body, str, Decimal, Decimal | None, _Pots)
-        purse = self._purses.setdefault(name, _Purse())
+        purse = self._purses.setdefault(name, _SharedBudget())
         others = sum((one for other, one in purse.held.items() if other != worker), ZERO)
         before = EXACT.add(others, held if ask is None else EXACT.subtract(held, ask))
         room, spent = True, []
@@ -64,16 +64,16 @@ class Purses:
         for purse in self._purses.values():
             purse.held.pop(worker, None)
 
-    def _period(self, purse: _Purse, period: _Period) -> _Total:
+    def _period(self, purse: _SharedBudget, period: _Period) -> _Total:
         if period not in purse.periods and len(purse.periods) >= _PERIODS:
             del purse.periods[min(purse.periods, key=lambda one: one[1])]
         return purse.periods.setdefault(period, _Total())
 
 
-class SeatBudgets:
+class WorkerBudgets:
     """`budgets.Shared`: the worker's part."""
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(self, seat: WorkerLink) -> None:
         self._channel = seat.channel
 
     async def open(self) -> None:
@@ -82,12 +82,12 @@ class SeatBudgets:
     async def close(self) -> None:
         await self._channel.flush()
 
-    async def tell(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
+    async def publish(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
         pots = [(pot.kind, pot.start, pot.own, pot.limit, EXACT.add(pot.before, pot.own)) for pot in account.at(wall)]
         try:
-            answer = await self._channel.call("budget", pack(account.name, account.held, ask, pots))
-        except Lost:
+            answer = await self._channel.request("budget", pack(account.name, account.held, ask, pots))
+        except ConnectionLost:
             return None
         room, held, peers, spent = unpack(answer, bool, Decimal, int, list[tuple[Kind, float, Decimal]])
-        account.heard({(kind, start): others for kind, start, others in spent}, held, peers, wall)
+        account.apply_shared({(kind, start): others for kind, start, others in spent}, held, peers, wall)
         return bool(room)

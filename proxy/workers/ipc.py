@@ -22,7 +22,7 @@ Handle = Callable[[bytes], Answer | Awaitable[Answer]]
 """Answers a call, or takes a note (its answer is dropped). What answers at once is answered in the order it came."""
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """No answer: the other end is gone, too slow, or failed."""
 
 
@@ -55,13 +55,13 @@ class Channel:
         end.setblocking(False)
         return cls(*await asyncio.open_connection(sock=end))
 
-    def note(self, kind: str, body: bytes = b"") -> None:
+    def notify(self, kind: str, body: bytes = b"") -> None:
         self._send(_Frame(kind, 0, body))
 
-    async def call(self, kind: str, body: bytes = b"", patience: float = PATIENCE) -> bytes:
-        """What the other end answers. Raises Lost."""
+    async def request(self, kind: str, body: bytes = b"", patience: float = PATIENCE) -> bytes:
+        """What the other end answers. Raises ConnectionLost."""
         if self._ended:
-            raise Lost
+            raise ConnectionLost
         self._calls += 1
         number = self._calls
         self._waiting[number] = asyncio.get_running_loop().create_future()
@@ -70,7 +70,7 @@ class Channel:
             async with asyncio.timeout(patience):
                 return await self._waiting[number]  # from no variable: its error would hold this frame, and be held
         except TimeoutError:
-            raise Lost from None
+            raise ConnectionLost from None
         finally:
             del self._waiting[number]
 
@@ -86,7 +86,7 @@ class Channel:
             self._ended = True
             for answer in self._waiting.values():
                 if not answer.done():
-                    answer.set_exception(Lost())
+                    answer.set_exception(ConnectionLost())
             self._writer.close()
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Channel:
             answer = self._waiting.get(frame.number)
             if answer is not None and not answer.done():
                 if frame.body is None:
-                    answer.set_exception(Lost())
+                    answer.set_exception(ConnectionLost())
                 else:
                     answer.set_result(frame.body)
             return

@@ -11,11 +11,11 @@ from typing import Final
 from weakref import WeakSet
 
 from ..config.limits import Limits
-from ..upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
-from ..upstream.limits.shared import RECHECK, Adopt, State
-from .ipc import Lost
+from ..upstream.limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
+from ..upstream.limits.shared import RECHECK, ApplyRemoteState, RemoteState
+from .ipc import ConnectionLost
 from .shared_state import pack, unpack
-from .worker import Seat
+from .worker import WorkerLink
 
 _KNOWN_FOR: Final = 5.0
 """Seconds for which what the parent said of use is shown."""
@@ -25,12 +25,12 @@ _FREE: Final = (-math.inf, -math.inf, 0)
 Tell = Callable[[int, bool, int | None], None]
 
 
-class _Lent(Reservation):
+class _WorkerReservation(Reservation):
     """A reservation that the parent counts too. number: by which it knows it."""
 
     __slots__ = ("allowance", "number", "tell")
 
-    def __init__(self, allowance: LentAllowance, tokens: int, made: Reservation, number: int, tell: Tell) -> None:
+    def __init__(self, allowance: WorkerRateLimiter, tokens: int, made: Reservation, number: int, tell: Tell) -> None:
         super().__init__(allowance, tokens, made._windows, made._slots)
         self.allowance = allowance
         self.number = number
@@ -47,7 +47,7 @@ class _Lent(Reservation):
             self.tell(self.number, False, None)
 
 
-class LentAllowance(Allowance):
+class WorkerRateLimiter(RateLimiter):
     """This worker's part of limits that the parent counts."""
 
     __slots__ = ("__weakref__", "_blocked", "_known", "_known_at", "_numbers", "_tell", "limits", "use", "where")
@@ -67,14 +67,14 @@ class LentAllowance(Allowance):
         self.limits, self.use = limits, use
         super().change(limits, use)
 
-    def reserve(self, tokens: int, now: float) -> Reservation | Wait | Never:
+    def reserve(self, tokens: int, now: float) -> Reservation | Wait | ExceedsLimit:
         tokens = max(tokens, 0)
         until, due, of = self._blocked
         if now < until and tokens >= of:
             return Wait(due - now)
         answer = super().reserve(tokens, now)
         if isinstance(answer, Reservation):
-            return _Lent(self, tokens, answer, next(self._numbers), self._tell)
+            return _WorkerReservation(self, tokens, answer, next(self._numbers), self._tell)
         return answer
 
     def refused(self, wait: float, tokens: int, now: float) -> None:
@@ -103,16 +103,16 @@ class LentAllowance(Allowance):
         return levels
 
 
-class SeatLimiter:
+class WorkerLimits:
     """`limiters.Limiter`, with the parent in Redis' place. clock: monotonic seconds."""
 
-    def __init__(self, seat: Seat, clock: Callable[[], float]) -> None:
+    def __init__(self, seat: WorkerLink, clock: Callable[[], float]) -> None:
         self._seat = seat
         self._clock = clock
         self._numbers = itertools.count(1)
         self._told: dict[tuple[str, str], float] = {}
-        self._adopt: Adopt = lambda *_: None
-        self._allowances: WeakSet[LentAllowance] = WeakSet()
+        self._adopt: ApplyRemoteState = lambda *_: None
+        self._allowances: WeakSet[WorkerRateLimiter] = WeakSet()
         self.room: Callable[[], None] = lambda: None
         """Called when it is worth while to ask again."""
         seat.channel.handlers["learned"] = self._heard
@@ -122,12 +122,12 @@ class SeatLimiter:
     def sound(self) -> bool:
         return True
 
-    def allowance(self, where: tuple[str, str], limits: Limits, use: float) -> Allowance:
-        made = LentAllowance(where, limits, use, self._numbers, self._settle)
+    def rate_limiter(self, where: tuple[str, str], limits: Limits, use: float) -> RateLimiter:
+        made = WorkerRateLimiter(where, limits, use, self._numbers, self._settle)
         self._allowances.add(made)
         return made
 
-    async def open(self, adopt: Adopt) -> None:
+    async def open(self, adopt: ApplyRemoteState) -> None:
         self._adopt = adopt
 
     async def close(self) -> None:
@@ -136,12 +136,12 @@ class SeatLimiter:
     async def confirm(self, reservation: Reservation | None, key: str = "", model: str = "") -> bool:
         if reservation is None:
             return True
-        assert isinstance(reservation, _Lent)
+        assert isinstance(reservation, _WorkerReservation)
         allowance, tokens = reservation.allowance, reservation.tokens
         body = pack(reservation.number, allowance.where, allowance.limits, allowance.use, tokens)
         try:
-            granted, wait, used = unpack(await self._seat.channel.call("reserve", body), bool, float, dict[str, int])
-        except Lost:
+            granted, wait, used = unpack(await self._seat.channel.request("reserve", body), bool, float, dict[str, int])
+        except ConnectionLost:
             granted, wait, used = False, RECHECK, {}
         now = self._clock()
         allowance.seen(used, now)
@@ -156,9 +156,9 @@ class SeatLimiter:
         self.room()
 
     def _settle(self, number: int, went: bool, tokens: int | None) -> None:
-        self._seat.channel.note("settle", pack(number, went, tokens))
+        self._seat.channel.notify("settle", pack(number, went, tokens))
 
-    def learned(self, key: str, model: str, states: Mapping[str, State]) -> None:
+    def publish_key_state(self, key: str, model: str, states: Mapping[str, RemoteState]) -> None:
         """Tells the others of states that have come or grown."""
         now = self._clock()
         for slot, (status, seconds, reason) in states.items():
@@ -178,4 +178,4 @@ class SeatLimiter:
         self._told[where] = until
 
     def reset(self) -> None:
-        self._seat.channel.note("reset")
+        self._seat.channel.notify("reset")

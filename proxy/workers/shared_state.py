@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from ..accounting.runs.run import Run, Runs, Share
+from ..accounting.runs.run import Run, Runs, RunShare
 from ..config.limits import Limits
 from ..observability.aggregate import Family, summed
-from ..upstream.keys.stored_objects import Makers
-from ..upstream.limits.rate_limiter import Allowance, Reservation, Wait
+from ..upstream.keys.stored_objects import OwnerTable
+from ..upstream.limits.rate_limiter import RateLimiter, Reservation, Wait
 from ..upstream.limits.shared import RECHECK
 from .ipc import Answer
 
@@ -46,19 +46,19 @@ def unpack(body: bytes, *kinds: Any) -> Any:
     return msgspec.msgpack.decode(body, type=tuple[kinds])  # type: ignore[valid-type]
 
 
-class Known(msgspec.Struct, frozen=True):
+class WorkersKnownRun(msgspec.Struct, frozen=True):
     """What is known of one client's run (`runs.Known`). keys: distinct requests."""
 
     client: str
-    shares: dict[str, Share]
+    shares: dict[str, RunShare]
     keys: int
 
 
 @dataclass(slots=True)
-class _Counted:
+class _CountedLimit:
     """The windows of one name, and what they were made for."""
 
-    allowance: Allowance
+    allowance: RateLimiter
     limits: Limits
     use: float
     waiting: OrderedDict[int, float] = field(default_factory=OrderedDict)
@@ -67,18 +67,18 @@ class _Counted:
     turn: tuple[int, float] | None = None
 
 
-class Commons:
+class SharedState:
     """monotonic: seconds; wall: Unix seconds."""
 
     def __init__(self, monotonic: Callable[[], float], wall: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._wall = wall
-        self._allowances: dict[tuple[str, str], _Counted] = {}
-        self._held: dict[int, dict[int, tuple[Reservation, _Counted]]] = {}
+        self._allowances: dict[tuple[str, str], _CountedLimit] = {}
+        self._held: dict[int, dict[int, tuple[Reservation, _CountedLimit]]] = {}
         self._tell: dict[int, Callable[[str, bytes], None]] = {}
         self._runs = Runs()
-        self._shares: WeakKeyDictionary[Run, dict[str, Share]] = WeakKeyDictionary()
-        self._makers = Makers()
+        self._shares: WeakKeyDictionary[Run, dict[str, RunShare]] = WeakKeyDictionary()
+        self._makers = OwnerTable()
         self._last: dict[int, list[Family]] = {}
         self._gone: list[Family] = []
 
@@ -93,8 +93,8 @@ class Commons:
             "run.ended": self._ended,
             "run.share": self._share,
             "run.read": self._read,
-            "made": self._made,
-            "maker": self._maker,
+            "made": self._record_owner,
+            "maker": self._owner_of,
         }
 
     def left(self, worker: int) -> None:
@@ -123,13 +123,13 @@ class Commons:
         used = {name: level["used"] for name, level in allowance.usage(now).items()}
         return pack(isinstance(answer, Reservation), wait, used)
 
-    def _may_ask(self, counted: _Counted, worker: int, now: float) -> bool:
+    def _may_ask(self, counted: _CountedLimit, worker: int, now: float) -> bool:
         """Whether no place is being kept for another."""
         if counted.turn is not None and (counted.turn[0] == worker or now >= counted.turn[1]):
             counted.turn = None
         return counted.turn is None
 
-    def _returned(self, counted: _Counted, worker: int) -> None:
+    def _returned(self, counted: _CountedLimit, worker: int) -> None:
         """A place has come back from a worker: it is the turn of who has waited longest."""
         now = self._monotonic()
         for waiting, since in list(counted.waiting.items()):
@@ -140,13 +140,13 @@ class Commons:
                 return
             del counted.waiting[waiting]
 
-    def _counted(self, where: tuple[str, str], limits: Limits, use: float, now: float) -> _Counted:
+    def _counted(self, where: tuple[str, str], limits: Limits, use: float, now: float) -> _CountedLimit:
         found = self._allowances.get(where)
         if found is None:
             if len(self._allowances) >= _MOST_ALLOWANCES:
                 for idle in [name for name, one in self._allowances.items() if one.allowance.idle(now)]:
                     del self._allowances[idle]
-            found = self._allowances[where] = _Counted(Allowance(limits, use), limits, use)
+            found = self._allowances[where] = _CountedLimit(RateLimiter(limits, use), limits, use)
         elif (found.limits, found.use) != (limits, use):  # settings are other now
             found.limits, found.use = limits, use
             found.allowance.change(limits, use)
@@ -192,7 +192,7 @@ class Commons:
 
     def _share(self, body: bytes) -> Answer:
         owner, client, name, id_, share, before, limit = unpack(
-            body, str, str, str, str, Share, Decimal, Decimal | None
+            body, str, str, str, str, RunShare, Decimal, Decimal | None
         )
         shares = self._shares[self._run(owner, client, name)]
         others = [one for other, one in shares.items() if other != id_]
@@ -211,19 +211,19 @@ class Commons:
     def _read(self, body: bytes) -> Answer:
         (name,) = unpack(body, str)
         runs = self._runs.named(name)
-        return pack({run.owner: Known(run.client, self._shares[run], run.keys) for run in runs})
+        return pack({run.owner: WorkersKnownRun(run.client, self._shares[run], run.keys) for run in runs})
 
     # -- stored objects -----------------------------------------------------------------------------------------------
 
-    def _made(self, body: bytes) -> Answer:
+    def _record_owner(self, body: bytes) -> Answer:
         ids, label = unpack(body, list[str], str)
         for id_ in ids:
-            self._makers.made(id_, label, self._wall())
+            self._makers.record(id_, label, self._wall())
         return None
 
-    def _maker(self, body: bytes) -> Answer:
+    def _owner_of(self, body: bytes) -> Answer:
         (ids,) = unpack(body, list[str])
-        return pack(self._makers.maker(ids, self._wall()))
+        return pack(self._makers.owner_of(ids, self._wall()))
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ..config.loader import Loaded
+from ..config.loader import LoadedSettings
 from ..observability.aggregate import Family, summed
 from ..reload import Read, Reloader
-from ..system.clock import Seams, spawn
-from .budgets import Purses
-from .ipc import Channel, Lost
-from .shared_state import Commons, pack, unpack
-from .worker import Orders
+from ..system.clock import Clock, spawn
+from .budgets import SharedBudgetTable
+from .ipc import Channel, ConnectionLost
+from .shared_state import SharedState, pack, unpack
+from .worker import StartMessage
 
 log = logging.getLogger("proxy")
 
@@ -68,25 +68,25 @@ class _Worker:
     ended: asyncio.Task[int] = field(init=False)
 
 
-async def lead(
-    loaded: Loaded,
+async def supervise(
+    loaded: LoadedSettings,
     read: Read,
     listeners: Listeners,
-    seams: Seams,
+    clock: Clock,
     say: Callable[[list[str]], None],
 ) -> int:
     """Runs the workers until SIGTERM or SIGINT; the exit status. read: as `Reloader`; say: prints the start-up text."""
-    return await _Parent(loaded, read, listeners, seams).run(say)
+    return await Supervisor(loaded, read, listeners, clock).run(say)
 
 
-class _Parent:
-    def __init__(self, loaded: Loaded, read: Read, listeners: Listeners, seams: Seams) -> None:
+class Supervisor:
+    def __init__(self, loaded: LoadedSettings, read: Read, listeners: Listeners, clock: Clock) -> None:
         self._loaded = loaded
         self._listeners = listeners
-        self._seams = seams
-        self._commons = Commons(seams.monotonic, seams.wall)
-        self._purses = Purses()
-        self._reloader = Reloader(loaded, read, self._use, seams)
+        self._clock = clock
+        self._commons = SharedState(clock.monotonic, clock.wall)
+        self._purses = SharedBudgetTable()
+        self._reloader = Reloader(loaded, read, self._use, clock)
         self._workers: dict[int, _Worker] = {}
         self._started = 0
         self._stop, self._now = asyncio.Event(), asyncio.Event()
@@ -122,7 +122,7 @@ class _Parent:
 
     def _note(self, kind: str, body: bytes = b"") -> None:
         for worker in self._workers.values():
-            worker.channel.note(kind, body)
+            worker.channel.notify(kind, body)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -161,19 +161,19 @@ class _Parent:
         ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         worker = _Worker(number, self._started, process, channel, ready)
         self._workers[worker.id] = worker
-        channel.handlers.update(self._commons.handlers(worker.id, channel.note))
+        channel.handlers.update(self._commons.handlers(worker.id, channel.notify))
         channel.handlers |= {
             "ready": lambda body: None if ready.done() else ready.set_result(unpack(body, list[str])[0]),
-            "budget": partial(self._purses.tell, worker.id),
+            "budget": partial(self._purses.publish, worker.id),
             "ask": partial(self._asked, worker),
             "tell": partial(self._tell, worker),
             "metrics": partial(self._metrics, worker),
             "counted": partial(self._counted, worker),
         }
         addresses = self._listeners.address, self._listeners.ops_address
-        channel.note("orders", pickle.dumps(Orders(number, self._loaded, tuple(fds), *addresses)))
+        channel.notify("orders", pickle.dumps(StartMessage(number, self._loaded, tuple(fds), *addresses)))
         if self._stop.is_set():
-            channel.note("stop")
+            channel.notify("stop")
         worker.ended = spawn(self._wait_for(worker), "a worker's end")
         return worker
 
@@ -198,9 +198,9 @@ class _Parent:
         """Has this worker's place filled."""
         soon, number = 0, worker.number
         while True:
-            began = self._seams.monotonic()
+            began = self._clock.monotonic()
             status = await asyncio.shield(worker.ended)
-            soon = 1 if self._seams.monotonic() - began >= LONG_LIFE else soon + 1
+            soon = 1 if self._clock.monotonic() - began >= LONG_LIFE else soon + 1
             if soon >= HOPELESS and not any(one.ready.done() for one in self._workers.values()):
                 log.critical("worker %d ended with status %d, and no other is left: giving up", number, status)
                 self._status = 1
@@ -212,7 +212,7 @@ class _Parent:
                     "worker %d (process %d) ended with status %d; another takes its place in %gs",
                     *(number, worker.process.pid, status, pause),
                 )
-                await self._seams.sleep(pause)
+                await self._clock.sleep(pause)
                 try:
                     worker = await self._start(number)
                     break
@@ -220,7 +220,7 @@ class _Parent:
                     log.error("worker %d cannot be started: %s", number, error)
                     soon += 1
 
-    def _use(self, loaded: Loaded) -> None:
+    def _use(self, loaded: LoadedSettings) -> None:
         """Hands out new settings; those to come get them, too."""
         self._loaded = loaded
         self._note("settings", pickle.dumps(loaded))
@@ -233,7 +233,7 @@ class _Parent:
     def _tell(self, worker: _Worker, body: bytes) -> None:
         kind, inner = unpack(body, str, bytes)
         for one in self._others(worker):
-            one.channel.note(kind, inner)
+            one.channel.notify(kind, inner)
 
     async def _asked(self, worker: _Worker, body: bytes) -> bytes:
         kind, inner = unpack(body, str, bytes)
@@ -241,13 +241,13 @@ class _Parent:
 
     async def _ask_others(self, worker: _Worker, kind: str, body: bytes) -> list[tuple[_Worker, bytes]]:
         others = self._others(worker)
-        calls = (one.channel.call(kind, body, 1.5) for one in others)
+        calls = (one.channel.request(kind, body, 1.5) for one in others)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         found = []
         for one, answer in zip(others, answers, strict=True):
             if isinstance(answer, bytes):
                 found.append((one, answer))
-            elif not isinstance(answer, Lost):
+            elif not isinstance(answer, ConnectionLost):
                 raise answer
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Config, Launch, secret, settings
 from tests.scripted_upstream import ScriptedUpstream
@@ -44,9 +44,9 @@ async def test_an_openai_client_reaches_azure_by_any_spelling(
 
 async def test_a_stream_from_azure(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(azure(upstream.port))
-    first = canned.event(canned.chunk(None, prompt_filter_results=[]) | {"id": "", "model": ""})
-    events = [first, *canned.chat_events(include_usage=True)]
-    upstream.always(*canned.stream(events))
+    first = upstream_answers.event(upstream_answers.chunk(None, prompt_filter_results=[]) | {"id": "", "model": ""})
+    events = [first, *upstream_answers.chat_events(include_usage=True)]
+    upstream.always(*upstream_answers.stream(events))
     question = ask(stream=True)
     for cache in ("miss", "hit"):
         answer = await client.send(proxy, question)
@@ -184,7 +184,7 @@ async def test_a_missing_deployment_is_tried_elsewhere(
     config["upstreams"][1]["priority"] = 1
     proxy = launch(config)
     missing = {"error": {"code": "DeploymentNotFound", "message": "The API deployment does not exist."}}
-    upstream.queue(AZURE_PATH, canned.reply(404, missing))
+    upstream.queue(AZURE_PATH, upstream_answers.reply(404, missing))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.headers["X-Proxy-Upstream"]) == (200, "openai")
     assert [r.path for r in upstream.requests] == [AZURE_PATH, "/v1/chat/completions"]

@@ -12,7 +12,7 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
-from tests import upstream_answers as canned  # noqa: E402
+from tests import upstream_answers  # noqa: E402
 from tests.cache.test_convert import ITEM, PAIRS, RESPONSE, TEXT_PAIRS, _bare  # noqa: E402
 from tests.launch import ProxyProcess  # noqa: E402
 from tests.scripted_upstream import ScriptedUpstream  # noqa: E402
@@ -32,7 +32,9 @@ def sdk(proxy: ProxyProcess) -> Iterator[Any]:
 
 def says(upstream: ScriptedUpstream, form: str, document: Any, stream: bytes) -> None:
     """The upstream answers in this form; in the other it would be an error."""
-    upstream.always(*([canned.reply(200, document)] if form == "plain" else canned.stream([stream])))
+    upstream.always(
+        *([upstream_answers.reply(200, document)] if form == "plain" else upstream_answers.stream([stream]))
+    )
 
 
 def chat(sdk: Any, form: str, **asked: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import Config, Launch, ProxyProcess, merge, settings
@@ -36,7 +36,7 @@ def priced(upstream: ScriptedUpstream) -> None:
     """Every answer costs 0.00225."""
 
     def answer(_: Request) -> Answer:
-        return [canned.chat(f"answer {upstream.count}")]
+        return [upstream_answers.chat(f"answer {upstream.count}")]
 
     upstream.script = answer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, secret, settings
 from tests.scripted_upstream import ScriptedUpstream
@@ -145,7 +145,7 @@ async def test_on_responses_the_ignored_fields_stay_in_the_key(proxy: ProxyProce
 async def test_no_cache_refreshes_the_entry(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     question = ask()
     await client.send(proxy, question)
-    upstream.script = lambda _: canned.chat("fresher")
+    upstream.script = lambda _: upstream_answers.chat("fresher")
     fresh = await client.send(proxy, question, {"Cache-Control": "no-cache"})
     assert b"fresher" in fresh.body
     assert fresh.cache in ("miss", "bypass")  # the contract names the effect, not the word
@@ -257,7 +257,7 @@ async def test_the_usage_chunk_is_for_those_who_asked(
         assert (got.cache == "hit") or not fill_with
         bare = await client.send(proxy, question)
         assert b'"usage":{' not in bare.body
-        assert bare.body.endswith(canned.DONE)
+        assert bare.body.endswith(upstream_answers.DONE)
 
 
 async def test_stream_and_plain_do_not_disturb_each_other(
@@ -361,7 +361,7 @@ async def test_max_entry_and_ttl_per_endpoint(launch: Launch, upstream: Scripted
     await client.send(proxy, asked, path="/v1/embeddings")
     hit = await client.send(proxy, asked, path="/v1/embeddings")
     assert 3590 <= int(hit.headers["Cache-Status"].split("ttl=")[1].split(";")[0]) <= 3600
-    upstream.always(canned.chat("x" * 5000))
+    upstream.always(upstream_answers.chat("x" * 5000))
     large = ask()
     assert [(await client.send(proxy, large)).cache for _ in range(2)] == ["miss", "miss"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import ProxyProcess
 from tests.scripted_upstream import ScriptedUpstream
@@ -66,14 +66,16 @@ async def test_odd_bodies_are_passed_and_not_cached(
     assert [request.body for request in upstream.requests] == [body, body]
 
 
-CHOICE = canned.completion()["choices"][0]
+CHOICE = upstream_answers.completion()["choices"][0]
 INCOMPLETE = {
-    "error in a 200": canned.completion(error={"message": "no", "type": "x", "param": None, "code": None}),
-    "no finish_reason": canned.completion(finish_reason=None),
-    "length without a limit": canned.completion(finish_reason="length"),
-    "content filter": canned.completion(finish_reason="content_filter"),
-    "no choices": canned.completion(choices=[]),
-    "one of two unfinished": canned.completion(choices=[CHOICE, CHOICE | {"index": 1, "finish_reason": None}]),
+    "error in a 200": upstream_answers.completion(error={"message": "no", "type": "x", "param": None, "code": None}),
+    "no finish_reason": upstream_answers.completion(finish_reason=None),
+    "length without a limit": upstream_answers.completion(finish_reason="length"),
+    "content filter": upstream_answers.completion(finish_reason="content_filter"),
+    "no choices": upstream_answers.completion(choices=[]),
+    "one of two unfinished": upstream_answers.completion(
+        choices=[CHOICE, CHOICE | {"index": 1, "finish_reason": None}]
+    ),
 }
 
 
@@ -81,8 +83,8 @@ INCOMPLETE = {
 async def test_incomplete_answers_are_passed_and_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: dict[str, object]
 ) -> None:
-    raw = canned.dump(body)
-    upstream.always(canned.reply(200, raw))
+    raw = upstream_answers.dump(body)
+    upstream.always(upstream_answers.reply(200, raw))
     question = ask()
     for _ in range(2):
         answer = await client.send(proxy, question)
@@ -94,7 +96,7 @@ async def test_incomplete_answers_are_passed_and_not_stored(
 async def test_length_is_stored_where_the_request_set_a_limit(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    upstream.always(canned.chat(finish_reason="length"))
+    upstream.always(upstream_answers.chat(finish_reason="length"))
     for limit in ("max_tokens", "max_completion_tokens"):
         question = ask(**{limit: 5})
         assert [(await client.send(proxy, question)).cache for _ in range(2)] == ["miss", "hit"]
@@ -105,7 +107,7 @@ async def test_errors_are_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, status: int
 ) -> None:
     question = ask()
-    upstream.queue("/v1/chat/completions", canned.error(status, "no", None))
+    upstream.queue("/v1/chat/completions", upstream_answers.error(status, "no", None))
     first = await client.send(proxy, question, {"X-Proxy-Max-Retries": "0"})
     assert first.status == status
     second = await client.send(proxy, question)
@@ -117,7 +119,7 @@ async def test_what_is_not_an_answer_is_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
 ) -> None:
     """A "cut or broken body" is a 502; whether that means a broken one of the right length is left open."""
-    upstream.always(canned.reply(200, body))
+    upstream.always(upstream_answers.reply(200, body))
     question = ask()
     for _ in range(2):
         answer = await client.send(proxy, question, {"X-Proxy-Max-Retries": "0"})
@@ -126,13 +128,15 @@ async def test_what_is_not_an_answer_is_not_stored(
 
 
 BROKEN_STREAMS = {
-    "no [DONE]": canned.chat_events()[:-1],
-    "no finish_reason": [*canned.chat_events()[:-2], canned.DONE],
-    "length": canned.chat_events(finish="length"),
-    "nothing but [DONE]": [canned.DONE],
+    "no [DONE]": upstream_answers.chat_events()[:-1],
+    "no finish_reason": [*upstream_answers.chat_events()[:-2], upstream_answers.DONE],
+    "length": upstream_answers.chat_events(finish="length"),
+    "nothing but [DONE]": [upstream_answers.DONE],
     "unfinished second choice": [
-        canned.event(canned.chunk({"content": "x"}) | {"choices": [{"index": 1, "delta": {"content": "y"}}]}),
-        *canned.chat_events(),
+        upstream_answers.event(
+            upstream_answers.chunk({"content": "x"}) | {"choices": [{"index": 1, "delta": {"content": "y"}}]}
+        ),
+        *upstream_answers.chat_events(),
     ],
 }
 
@@ -141,7 +145,7 @@ BROKEN_STREAMS = {
 async def test_incomplete_streams_are_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, events: list[bytes]
 ) -> None:
-    upstream.always(*canned.stream(events))
+    upstream.always(*upstream_answers.stream(events))
     question = ask(stream=True)
     for _ in range(2):
         async with client.open(proxy, question, {"X-Proxy-Max-Retries": "0"}) as answer:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.cache.stores.kit import valkey
 from tests.client import Client, Reply, ask, raw_request, read_until_broken
 from tests.launch import AT_ONCE, Launch, ProxyProcess, secret, settings
@@ -63,7 +63,7 @@ def caches(answers: Sequence[Reply]) -> list[str | None]:
 
 async def test_50_plain_requests_make_one_call(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     gate, question = upstream.gate(), ask(temperature=0)
-    upstream.always(hold(gate), canned.chat("once"))
+    upstream.always(hold(gate), upstream_answers.chat("once"))
     asking = await together(proxy, upstream, client, question, 50)
     gate.open()
     answers = await asyncio.gather(*asking)
@@ -92,7 +92,7 @@ async def test_tokens_are_counted_once_and_the_saving_too(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(settings(upstream.port)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = await together(proxy, upstream, client, ask(), 5)
     gate.open()
     await asyncio.gather(*asking)
@@ -112,7 +112,7 @@ async def test_the_other_endpoints(proxy: ProxyProcess, upstream: ScriptedUpstre
     gate, question = upstream.gate(), {"model": "m", "input": f"same {time.monotonic_ns()}", "prompt": "same"}
 
     def script(request: Request) -> Answer:
-        answer = canned.behave(request)
+        answer = upstream_answers.behave(request)
         return [hold(gate), *([answer] if callable(answer) else answer)]
 
     upstream.script = script
@@ -128,7 +128,7 @@ async def test_1000_equal_requests(launch: Launch, upstream: ScriptedUpstream, c
     proxy = launch(settings(upstream.port, server={"max_in_flight": 2000}, log={"level": "warning"}))
     for fields in ({}, {"stream": True}):
         gate, before = upstream.gate(), upstream.count
-        answer = canned.stream(canned.chat_events()) if fields else [canned.chat()]
+        answer = upstream_answers.stream(upstream_answers.chat_events()) if fields else [upstream_answers.chat()]
         upstream.always(hold(gate), *answer)
         asking = await together(proxy, upstream, client, ask(**fields), 1000)
         gate.open()
@@ -141,7 +141,7 @@ async def test_1000_equal_requests(launch: Launch, upstream: ScriptedUpstream, c
 
 async def test_coalesce_false(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate, question = launch(settings(upstream.port, cache={"coalesce": False})), upstream.gate(), ask()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = tasks(*(client.send(proxy, question) for _ in range(5)))
     await upstream.until(lambda: upstream.count == 5)
     gate.open()
@@ -151,7 +151,7 @@ async def test_coalesce_false(launch: Launch, upstream: ScriptedUpstream, client
 async def test_clients_and_namespaces_share_nothing(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     keys = [{"name": name, "key": secret(name)} for name in ("anna", "ben")]
     proxy, gate, question = launch(settings(upstream.port, server={"client_keys": keys})), upstream.gate(), ask()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     anna, ben = ({"Authorization": f"Bearer {secret(name)}"} for name in ("anna", "ben"))
     asking = tasks(*(client.send(proxy, question, one) for one in (anna, ben, anna | {"X-Proxy-Cache-Namespace": "n"})))
     await upstream.until(lambda: upstream.count == 3)
@@ -163,7 +163,7 @@ async def test_no_cache_asks_for_a_call_of_its_own(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question = upstream.gate(), ask()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = tasks(*(client.send(proxy, question, {"Cache-Control": "no-cache"}) for _ in range(3)))
     await upstream.until(lambda: upstream.count == 3)
     gate.open()
@@ -178,10 +178,12 @@ async def test_the_leaders_client_is_killed_and_49_are_answered(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, stream: bool
 ) -> None:
     gate, question = upstream.gate(), ask(stream=stream)
-    events = canned.chat_events()
-    upstream.always(*([hold(gate), *canned.stream(events)] if stream else [hold(gate), canned.chat()]))
+    events = upstream_answers.chat_events()
+    upstream.always(
+        *([hold(gate), *upstream_answers.stream(events)] if stream else [hold(gate), upstream_answers.chat()])
+    )
     _, leader = await asyncio.open_connection("127.0.0.1", proxy.port)
-    body = canned.dump(question)
+    body = upstream_answers.dump(question)
     leader.write(raw_request("POST", "/v1/chat/completions", {"Content-Type": "application/json"}, body))
     await upstream.until(lambda: upstream.count == 1)
     asking = tasks(*(client.send(proxy, question) for _ in range(49)))
@@ -199,9 +201,9 @@ async def test_the_leaders_client_is_killed_and_49_are_answered(
 async def test_a_leader_that_leaves_in_mid_stream(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    gate, question, events = upstream.gate(), ask(**USAGE), canned.chat_events(["a", "b"], include_usage=True)
-    rest = canned.chunked(b"".join(events[2:])) + canned.LAST_CHUNK
-    upstream.always(*canned.stream(events[:2], end=False), hold(gate), send(rest))
+    gate, question, events = upstream.gate(), ask(**USAGE), upstream_answers.chat_events(["a", "b"], include_usage=True)
+    rest = upstream_answers.chunked(b"".join(events[2:])) + upstream_answers.LAST_CHUNK
+    upstream.always(*upstream_answers.stream(events[:2], end=False), hold(gate), send(rest))
     async with client.open(proxy, question) as leader:
         await leader.content.readexactly(len(events[0]))
         follower = asyncio.create_task(client.send(proxy, question))
@@ -218,7 +220,9 @@ async def test_when_all_have_left_the_upstream_is_closed_at_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, stream: bool
 ) -> None:
     question = ask(stream=stream)
-    upstream.always(*(canned.stream(canned.chat_events()[:2], end=False) if stream else []), stall())
+    upstream.always(
+        *(upstream_answers.stream(upstream_answers.chat_events()[:2], end=False) if stream else []), stall()
+    )
     asking = await together(proxy, upstream, client, question, 20)
     for task in asking[:-1]:
         task.cancel()
@@ -227,7 +231,7 @@ async def test_when_all_have_left_the_upstream_is_closed_at_once(
     asking[-1].cancel()
     await upstream.until(lambda: upstream.last.peer_gone)
     await asyncio.gather(*asking, return_exceptions=True)
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     assert (await client.send(proxy, question)).cache == "miss"
 
 
@@ -235,7 +239,7 @@ async def test_each_keeps_his_own_deadline(proxy: ProxyProcess, upstream: Script
     hurried = {"X-Proxy-Timeout": "400ms"}
     for first, second in ((hurried, {}), ({}, hurried)):
         question, before, gate = ask(), upstream.count, upstream.gate()
-        upstream.always(hold(gate), canned.chat())
+        upstream.always(hold(gate), upstream_answers.chat())
         asking = tasks(client.send(proxy, question, first))
         await upstream.until(lambda before=before: upstream.count == before + 1)  # type: ignore[misc]
         asking += tasks(client.send(proxy, question, second))
@@ -254,7 +258,7 @@ async def test_a_leaders_500_is_its_own_and_a_follower_takes_over(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(settings(upstream.port, **ONCE)), upstream.gate()
-    upstream.queue("/v1/chat/completions", [hold(gate), canned.server_error()], canned.chat())
+    upstream.queue("/v1/chat/completions", [hold(gate), upstream_answers.server_error()], upstream_answers.chat())
     asking = await together(proxy, upstream, client, ask(), 50)
     gate.open()
     answers = await asyncio.gather(*asking)
@@ -267,7 +271,7 @@ async def test_after_two_failures_there_is_no_third_call(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(settings(upstream.port, **ONCE)), upstream.gate()
-    upstream.always(hold(gate), canned.server_error(503))
+    upstream.always(hold(gate), upstream_answers.server_error(503))
     asking = await together(proxy, upstream, client, ask(), 20)
     gate.open()
     answers = await asyncio.gather(*asking)
@@ -279,7 +283,7 @@ async def test_a_retry_of_the_leader_is_nobody_elses_business(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(settings(upstream.port)), upstream.gate()
-    upstream.queue("/v1/chat/completions", [hold(gate), canned.server_error()], canned.chat())
+    upstream.queue("/v1/chat/completions", [hold(gate), upstream_answers.server_error()], upstream_answers.chat())
     asking = await together(proxy, upstream, client, ask(), 10)
     gate.open()
     answers = await asyncio.gather(*asking)
@@ -293,7 +297,7 @@ async def test_a_deterministic_error_is_shared(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, status: int
 ) -> None:
     gate = upstream.gate()
-    upstream.always(hold(gate), canned.error(status, "no such thing", "wrong"))
+    upstream.always(hold(gate), upstream_answers.error(status, "no such thing", "wrong"))
     asking = await together(proxy, upstream, client, ask(), 10)
     gate.open()
     answers = await asyncio.gather(*asking)
@@ -306,12 +310,12 @@ async def test_a_stream_cut_in_the_middle_is_cut_for_all(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question = upstream.gate(), ask(**USAGE)
-    events = canned.chat_events(include_usage=True)[:3]
+    events = upstream_answers.chat_events(include_usage=True)[:3]
 
     async def end(connection: Any) -> None:
         connection.close()
 
-    upstream.always(*canned.stream(events, end=False), hold(gate), end)
+    upstream.always(*upstream_answers.stream(events, end=False), hold(gate), end)
 
     async def read() -> tuple[bytes, bool]:
         async with client.open(proxy, question) as answer:
@@ -334,7 +338,7 @@ async def test_what_turns_out_uncacheable_is_not_serialised(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     question = ask()
-    upstream.always(sleep(0.5), canned.chat(finish_reason="content_filter"))
+    upstream.always(sleep(0.5), upstream_answers.chat(finish_reason="content_filter"))
     began = time.monotonic()
     answers = await asyncio.gather(*(client.send(proxy, question) for _ in range(100)))
     assert time.monotonic() - began < AT_ONCE  # in a line: 50 s
@@ -348,7 +352,7 @@ async def test_what_is_never_cached_waits_for_nobody(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question = upstream.gate(), ask(store=True)
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = tasks(*(client.send(proxy, question) for _ in range(20)))
     await upstream.until(lambda: upstream.count == 20)
     gate.open()
@@ -360,12 +364,12 @@ async def test_what_is_never_cached_waits_for_nobody(
 
 async def test_a_running_stream_is_joined(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     """All events so far, then the rest as they come; the usage chunk only for who asked."""
-    events = canned.chat_events(["a", "b", "c"], include_usage=True)
+    events = upstream_answers.chat_events(["a", "b", "c"], include_usage=True)
     gates = [upstream.gate() for _ in events]
-    steps: list[Step] = [send(canned.stream_head())]
+    steps: list[Step] = [send(upstream_answers.stream_head())]
     for event, gate in zip(events, gates, strict=True):
-        steps += [send(canned.chunked(event)), hold(gate)]
-    upstream.always(*steps, send(canned.LAST_CHUNK))
+        steps += [send(upstream_answers.chunked(event)), hold(gate)]
+    upstream.always(*steps, send(upstream_answers.LAST_CHUNK))
     question = ask(stream=True)
     wanting = question | USAGE
     async with client.open(proxy, question) as first:
@@ -397,7 +401,7 @@ async def test_a_running_stream_is_joined(proxy: ProxyProcess, upstream: Scripte
 def large(megabytes: int) -> tuple[list[bytes], bytes]:
     """A stream of that size in events of 64 KB, and its bytes as the client gets them."""
     text = "x" * 65_400
-    events = canned.chat_events([text] * (megabytes * 16), include_usage=True)
+    events = upstream_answers.chat_events([text] * (megabytes * 16), include_usage=True)
     return events, b"".join(events)
 
 
@@ -409,7 +413,7 @@ async def stalled(proxy: ProxyProcess, body: dict[str, Any]) -> socket.socket:
     loop = asyncio.get_running_loop()
     await loop.sock_connect(sock, ("127.0.0.1", proxy.port))
     head = {"Content-Type": "application/json"}
-    await loop.sock_sendall(sock, raw_request("POST", "/v1/chat/completions", head, canned.dump(body)))
+    await loop.sock_sendall(sock, raw_request("POST", "/v1/chat/completions", head, upstream_answers.dump(body)))
     return sock
 
 
@@ -418,7 +422,7 @@ async def test_a_slow_follower_slows_nobody_and_gets_everything(
 ) -> None:
     gate, question = upstream.gate(), ask(**USAGE)
     events, whole = large(6)
-    upstream.always(hold(gate), *canned.stream(events))
+    upstream.always(hold(gate), *upstream_answers.stream(events))
     asking = await together(proxy, upstream, client, question, 3)
     slow = await stalled(proxy, question)
     await in_flight(proxy, client, 4)
@@ -442,7 +446,7 @@ async def test_followers_that_stall_are_cut_off_and_memory_stays_bounded(
     await client.send(proxy, ask())
     gate, question = upstream.gate(), ask(**USAGE)
     events, whole = large(40)
-    upstream.always(hold(gate), *canned.stream(events))
+    upstream.always(hold(gate), *upstream_answers.stream(events))
     asking = await together(proxy, upstream, client, question, 2)
     slow = [await stalled(proxy, question) for _ in range(50)]
     await in_flight(proxy, client, 52)
@@ -463,7 +467,7 @@ async def test_a_lone_reader_that_stalls_stops_the_upstream(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     question = ask(**USAGE)
-    upstream.always(*canned.stream(large(60)[0]))
+    upstream.always(*upstream_answers.stream(large(60)[0]))
     slow = await stalled(proxy, question)
     await upstream.until(lambda: upstream.count == 1)
     seen = -1
@@ -477,8 +481,8 @@ async def test_a_lone_reader_that_stalls_stops_the_upstream(
 
 async def test_at_the_stop_everybody_is_told(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, question = launch(settings(upstream.port, server={"drain_timeout": "500ms"})), ask(**USAGE)
-    events = canned.chat_events()[:2]
-    upstream.always(*canned.stream(events, end=False), stall())
+    events = upstream_answers.chat_events()[:2]
+    upstream.always(*upstream_answers.stream(events, end=False), stall())
 
     async def read() -> tuple[bytes, bool]:
         async with client.open(proxy, question) as answer:
@@ -502,9 +506,9 @@ async def test_plain_and_streamed_requests_together_make_one_call(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     question, gate = ask(**USAGE), upstream.gate()
-    events = canned.chat_events(["a", "b"], include_usage=True)
-    rest = canned.chunked(b"".join(events[2:])) + canned.LAST_CHUNK
-    upstream.always(*canned.stream(events[:2], end=False), hold(gate), send(rest))
+    events = upstream_answers.chat_events(["a", "b"], include_usage=True)
+    rest = upstream_answers.chunked(b"".join(events[2:])) + upstream_answers.LAST_CHUNK
+    upstream.always(*upstream_answers.stream(events[:2], end=False), hold(gate), send(rest))
     plain = {name: value for name, value in question.items() if not name.startswith("stream")}
     asking = await together(proxy, upstream, client, question, 10)
     asking += tasks(*(client.send(proxy, plain) for _ in range(10)))
@@ -522,7 +526,7 @@ async def test_plain_and_streamed_requests_together_make_one_call(
 async def test_on_disconnect_finish(launch: Launch, upstream: ScriptedUpstream, client: Client, stream: bool) -> None:
     proxy, gate = launch(settings(upstream.port, cache={"on_disconnect": "finish"})), upstream.gate()
     question = ask(stream=stream)
-    answer = canned.stream(canned.chat_events()) if stream else [canned.chat()]
+    answer = upstream_answers.stream(upstream_answers.chat_events()) if stream else [upstream_answers.chat()]
     upstream.always(hold(gate), *answer)
     asking = await together(proxy, upstream, client, question, 3)
     for task in asking:
@@ -544,7 +548,7 @@ async def test_what_is_read_for_the_cache_is_read_before_the_stop(
 ) -> None:
     cache = {"on_disconnect": "finish", "backend": "sqlite", "path": str(tmp_path / "c.db")}
     proxy, gate, question = launch(settings(upstream.port, cache=cache)), upstream.gate(), ask()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = await together(proxy, upstream, client, question, 1)
     asking[0].cancel()
     await in_flight(proxy, client, 0)
@@ -562,7 +566,7 @@ async def test_two_processes_that_share_redis_make_one_call(
     with valkey() as server:
         config = settings(upstream.port, cache={"backend": "redis"}, redis={"url": server.url})
         one, other = launch(config), launch(config)
-        answer = canned.stream(canned.chat_events()) if stream else [canned.chat()]
+        answer = upstream_answers.stream(upstream_answers.chat_events()) if stream else [upstream_answers.chat()]
         for _ in range(10):  # on a busy machine Redis may be late, which costs a call
             gate, question, before = upstream.gate(), ask(stream=stream), upstream.count
             upstream.always(hold(gate), *answer)
@@ -580,7 +584,7 @@ async def test_two_processes_that_share_redis_make_one_call(
         assert caches(answers).count("miss") == 1
         # Redis goes away: nobody waits for anybody in another process, and nobody sees an error.
         server.kill()
-        upstream.always(canned.chat())
+        upstream.always(upstream_answers.chat())
         answers = await asyncio.gather(*(client.send(each, ask()) for each in (one, other)))
         assert [reply.status for reply in answers] == [200, 200]
 
@@ -591,7 +595,9 @@ async def test_nothing_is_left_behind(launch: Launch, upstream: ScriptedUpstream
 
     async def storm() -> None:
         gate, question = upstream.gate(), ask(stream=True)
-        upstream.always(*canned.stream(canned.chat_events()[:2], end=False), hold(gate), send(_REST))
+        upstream.always(
+            *upstream_answers.stream(upstream_answers.chat_events()[:2], end=False), hold(gate), send(_REST)
+        )
         asking = await together(proxy, upstream, client, question, 30)
         for task in asking[::2]:
             task.cancel()
@@ -607,4 +613,4 @@ async def test_nothing_is_left_behind(launch: Launch, upstream: ScriptedUpstream
     assert before is None or after is None or after <= before + 5
 
 
-_REST = canned.chunked(b"".join(canned.chat_events()[2:])) + canned.LAST_CHUNK
+_REST = upstream_answers.chunked(b"".join(upstream_answers.chat_events()[2:])) + upstream_answers.LAST_CHUNK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, settings
 from tests.scripted_upstream import ScriptedUpstream
@@ -33,7 +33,7 @@ async def test_the_cost_is_exact(
     output: int,
     cost: str,
 ) -> None:
-    upstream.always(canned.chat(model=model, tokens=(prompt, output)))
+    upstream.always(upstream_answers.chat(model=model, tokens=(prompt, output)))
     answer = await client.send(proxy, ask(model=model))
     assert answer.headers["X-Proxy-Cost-USD"] == cost
     assert answer.headers["X-Proxy-Cost-Status"] == "exact"
@@ -44,7 +44,7 @@ async def test_the_cost_is_exact(
 
 
 async def test_cached_input_has_its_own_price(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(canned.chat(tokens=(2000, 100), cached=1000))
+    upstream.always(upstream_answers.chat(tokens=(2000, 100), cached=1000))
     answer = await client.send(proxy, ask())
     # 1000 at 2.50, 1000 cached at 1.25, 100 at 10.00 per million
     assert answer.headers["X-Proxy-Cost-USD"] == "0.004750"
@@ -54,14 +54,14 @@ async def test_cached_input_has_its_own_price(proxy: ProxyProcess, upstream: Scr
 async def test_the_answers_model_is_priced_before_the_model_asked_for(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    upstream.always(canned.chat(model="gpt-4o-mini-2024-07-18", tokens=(1000, 2000)))
+    upstream.always(upstream_answers.chat(model="gpt-4o-mini-2024-07-18", tokens=(1000, 2000)))
     assert (await client.send(proxy, ask())).headers["X-Proxy-Cost-USD"] == "0.001350"
-    upstream.always(canned.chat(model="some-finetune-nobody-knows", tokens=(100, 200)))
+    upstream.always(upstream_answers.chat(model="some-finetune-nobody-knows", tokens=(100, 200)))
     assert (await client.send(proxy, ask())).headers["X-Proxy-Cost-USD"] == "0.002250"
 
 
 async def test_an_unknown_model_has_no_cost(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(canned.chat(model="nobody-knows-1"))
+    upstream.always(upstream_answers.chat(model="nobody-knows-1"))
     question = ask(model="nobody-knows-1")
     for cache in ("miss", "hit"):
         answer = await client.send(proxy, question)
@@ -97,7 +97,7 @@ async def test_an_unknown_receipt_is_404(proxy: ProxyProcess, client: Client) ->
 async def test_an_error_answer_costs_nothing_known(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    upstream.always(canned.error(400, "Bad", "bad"))
+    upstream.always(upstream_answers.error(400, "Bad", "bad"))
     answer = await client.send(proxy, ask())
     assert answer.headers.get("X-Proxy-Cost-USD", "0.000000") == "0.000000"
 
@@ -106,8 +106,8 @@ async def test_an_error_answer_costs_nothing_known(
 async def test_nonsense_usage_is_passed_and_gives_no_cost(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, usage: object
 ) -> None:
-    body = canned.dump(canned.completion() | {"usage": usage})
-    upstream.always(canned.reply(200, body))
+    body = upstream_answers.dump(upstream_answers.completion() | {"usage": usage})
+    upstream.always(upstream_answers.reply(200, body))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.body) == (200, body)
     assert "X-Proxy-Cost-USD" not in answer.headers
@@ -117,7 +117,7 @@ async def test_embeddings_are_priced(proxy: ProxyProcess, upstream: ScriptedUpst
     vector = {"object": "embedding", "index": 0, "embedding": [0.5]}
     usage = {"prompt_tokens": 1_000_000, "total_tokens": 1_000_000}
     body = {"object": "list", "data": [vector], "model": "text-embedding-3-small", "usage": usage}
-    upstream.always(canned.reply(200, body))
+    upstream.always(upstream_answers.reply(200, body))
     asked = {"model": "text-embedding-3-small", "input": "a million tokens"}
     answer = await client.send(proxy, asked, path="/v1/embeddings")
     assert answer.headers["X-Proxy-Cost-USD"] == "0.020000"
@@ -126,9 +126,9 @@ async def test_embeddings_are_priced(proxy: ProxyProcess, upstream: ScriptedUpst
 async def test_prices_can_be_overridden(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     prices = {"my-*": {"input": 1, "output": "2.5"}, "gpt-4o": {"input": "0.1", "output": "0.2"}}
     proxy = launch(settings(upstream.port, cost={"prices": prices}))
-    upstream.always(canned.chat(model="my-model", tokens=(1000, 1000)))
+    upstream.always(upstream_answers.chat(model="my-model", tokens=(1000, 1000)))
     assert (await client.send(proxy, ask(model="my-model"))).headers["X-Proxy-Cost-USD"] == "0.003500"
-    upstream.always(canned.chat(model="gpt-4o", tokens=(1000, 1000)))
+    upstream.always(upstream_answers.chat(model="gpt-4o", tokens=(1000, 1000)))
     assert (await client.send(proxy, ask())).headers["X-Proxy-Cost-USD"] == "0.000300"
 
 

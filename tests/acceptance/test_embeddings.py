@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.cache.stores.kit import valkey
 from tests.client import Client, Reply
 from tests.launch import Launch, ProxyProcess, settings
@@ -44,7 +44,7 @@ def embed(request: Request) -> list[Step]:
     ]
     rows = rows[1::2] + rows[::2]
     usage = {"prompt_tokens": 4 * len(rows), "total_tokens": 4 * len(rows)}
-    return [canned.reply(200, {"object": "list", "data": rows, "model": MODEL, "usage": usage})]
+    return [upstream_answers.reply(200, {"object": "list", "data": rows, "model": MODEL, "usage": usage})]
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ async def test_others_are_served_while_a_large_batch_is_taken_apart(
     given = texts(2048)
     rows = ",".join(f'{{"object":"embedding","index":{at},"embedding":{row}}}' for at in range(2048))
     body = f'{{"object":"list","data":[{rows}],"model":"m","usage":{{"prompt_tokens":9,"total_tokens":9}}}}'.encode()
-    upstream.always(canned.reply(200, body))
+    upstream.always(upstream_answers.reply(200, body))
     waits: list[float] = []
     began = time.monotonic()
     asked = asyncio.create_task(ask(client, proxy, given))

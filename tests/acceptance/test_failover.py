@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Config, Launch, secret, settings
 from tests.ledger import Request
@@ -32,7 +32,7 @@ async def test_an_upstream_that_fails_gives_way_and_is_then_left_alone(
 
     def script(request: Request) -> Answer:
         sick = broken and request.key == secret("ptu")
-        return canned.server_error(500) if sick else canned.behave(request)
+        return upstream_answers.server_error(500) if sick else upstream_answers.behave(request)
 
     upstream.script = script
     answers = [await client.send(proxy, ask()) for _ in range(6)]
@@ -47,7 +47,7 @@ async def test_an_upstream_that_fails_gives_way_and_is_then_left_alone(
 
 async def test_when_all_are_open_it_says_so_at_once(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, retry={"max_retries": 0}, breaker={"failures": 2}))
-    upstream.always(canned.server_error(500))
+    upstream.always(upstream_answers.server_error(500))
     assert [(await client.send(proxy, ask())).status for _ in range(2)] == [500, 500]
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.error, upstream.count) == (503, "circuit_open", 2)
@@ -61,7 +61,7 @@ async def test_another_model_answers_and_is_not_stored(
     config = settings(upstream.port, retry={"max_retries": 0, "fallbacks": {"gpt-4o": ["gpt-4o-mini"]}})
     proxy = launch(config)
     request = ask()
-    upstream.queue(CHAT, canned.server_error(500))
+    upstream.queue(CHAT, upstream_answers.server_error(500))
     answer = await client.send(proxy, request)
     assert (answer.status, answer.headers["X-Proxy-Model"]) == (200, "gpt-4o-mini")
     assert [r.json()["model"] for r in upstream.requests] == ["gpt-4o", "gpt-4o-mini"]
@@ -78,7 +78,9 @@ async def test_stored_objects_have_a_home(launch: Launch, upstream: ScriptedUpst
     def script(request: Request) -> Answer:
         nonlocal made
         made += 1
-        return canned.reply(200, {"id": f"obj_{made}", "object": "thing"}, {"Content-Type": "application/json"}, None)
+        return upstream_answers.reply(
+            200, {"id": f"obj_{made}", "object": "thing"}, {"Content-Type": "application/json"}, None
+        )
 
     upstream.script = script
     for key in ("k1", "k2"):
@@ -105,9 +107,11 @@ async def test_nonsense_in_headers_freezes_nobody(
     proxy = launch(settings(upstream.port))
     names = [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
     headers = dict.fromkeys([*names, "x-should-retry", "openai-processing-ms"], value)
-    good = canned.reply(200, canned.completion("Hello!"), headers)
+    good = upstream_answers.reply(200, upstream_answers.completion("Hello!"), headers)
     for status in (429, 503, 200):
-        bad = canned.reply(status, canned.error_body("No.", None), headers) if status != 200 else good
+        bad = (
+            upstream_answers.reply(status, upstream_answers.error_body("No.", None), headers) if status != 200 else good
+        )
         upstream.queue(CHAT, bad, good)
         answer = await client.send(proxy, ask())
         assert (answer.status, answer.seconds < AT_ONCE) == (200, True)

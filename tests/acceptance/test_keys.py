@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Address, Client, ask
 from tests.launch import AT_ONCE, CANARY, Launch, secret, settings
 from tests.ledger import Request
@@ -23,7 +23,7 @@ def by_key(**answers: Step) -> Callable[[Request], Answer]:
         for name, answer in answers.items():
             if request.key == secret(name):
                 return answer
-        return canned.behave(request)
+        return upstream_answers.behave(request)
 
     return script
 
@@ -34,12 +34,12 @@ def keys_asked(upstream: ScriptedUpstream) -> list[str]:
 
 
 BAD = {
-    "401": canned.unauthorized(),
-    "403": canned.forbidden(),
-    "429": canned.rate_limited("30"),
-    "429 without a hint": canned.rate_limited(),
-    "insufficient_quota": canned.insufficient_quota(),
-    "404 model_not_found": canned.model_not_found(),
+    "401": upstream_answers.unauthorized(),
+    "403": upstream_answers.forbidden(),
+    "429": upstream_answers.rate_limited("30"),
+    "429 without a hint": upstream_answers.rate_limited(),
+    "insufficient_quota": upstream_answers.insufficient_quota(),
+    "404 model_not_found": upstream_answers.model_not_found(),
 }
 
 
@@ -60,7 +60,7 @@ async def test_a_pool_of_three_one_invalid_one_out_of_quota(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, NAMES))
-    upstream.script = by_key(k1=canned.unauthorized(), k2=canned.insufficient_quota())
+    upstream.script = by_key(k1=upstream_answers.unauthorized(), k2=upstream_answers.insufficient_quota())
     for stream in (False, True, False):
         answer = await client.send(proxy, ask(stream=stream))
         assert (answer.status, answer.headers["X-Proxy-Key"]) == (200, "k3")
@@ -83,7 +83,7 @@ async def listed(client: Client, proxy: Address) -> list[dict[str, object]]:
 
 async def test_a_429_cools_for_retry_after(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES[:2], selection="round_robin"))
-    upstream.queue("/v1/chat/completions", canned.rate_limited("1"))
+    upstream.queue("/v1/chat/completions", upstream_answers.rate_limited("1"))
     await client.send(proxy, ask())
     cooled, since = keys_asked(upstream)[0], upstream.requests[0].at
     for _ in range(4):
@@ -101,8 +101,8 @@ async def test_cooling_is_per_model(launch: Launch, upstream: ScriptedUpstream, 
 
     def script(request: Request) -> Answer:
         if request.key == secret("k1") and request.json()["model"] == "gpt-4o":
-            return canned.model_not_found()
-        return canned.behave(request)
+            return upstream_answers.model_not_found()
+        return upstream_answers.behave(request)
 
     upstream.script = script
     for _ in range(3):
@@ -113,7 +113,7 @@ async def test_cooling_is_per_model(launch: Launch, upstream: ScriptedUpstream, 
 
 async def test_a_500_is_not_the_keys_fault(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES[:2], selection="round_robin"))
-    upstream.queue("/v1/chat/completions", canned.server_error())
+    upstream.queue("/v1/chat/completions", upstream_answers.server_error())
     for _ in range(5):
         assert (await client.send(proxy, ask())).status == 200
     assert set(keys_asked(upstream)[2:]) == {"k1", "k2"}
@@ -140,7 +140,7 @@ async def test_when_no_key_is_left_to_ask_it_is_still_no_usable_key(
 ) -> None:
     """Once rejected, the keys rest for 10 minutes: the second request asks nobody, or one of them again."""
     proxy = launch(settings(upstream.port, NAMES[:1]))
-    upstream.always(canned.unauthorized())
+    upstream.always(upstream_answers.unauthorized())
     answers = [await client.send(proxy, ask()) for _ in range(2)]
     assert answers[0].status == 401
     assert [a.headers.get("X-Proxy-Error") for a in answers] == ["no_usable_key"] * 2
@@ -152,7 +152,7 @@ async def test_when_all_are_cooling_beyond_patience_it_is_429_with_the_soonest(
 ) -> None:
     config = settings(upstream.port, NAMES[:2], throttle={"max_wait": "20s"}, retry={"max_retries": 0})
     proxy = launch(config)
-    upstream.queue("/v1/chat/completions", canned.rate_limited("90"), canned.rate_limited("60"))
+    upstream.queue("/v1/chat/completions", upstream_answers.rate_limited("90"), upstream_answers.rate_limited("60"))
     first = await client.send(proxy, ask())
     assert first.status == 429
     second = await client.send(proxy, ask())
@@ -167,7 +167,7 @@ async def test_when_all_are_cooling_for_a_moment_it_waits(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, NAMES[:1]))
-    upstream.queue("/v1/chat/completions", canned.rate_limited("0.7"))
+    upstream.queue("/v1/chat/completions", upstream_answers.rate_limited("0.7"))
     answer = await client.send(proxy, ask())
     assert answer.status == 200
     assert 0.65 < answer.seconds < AT_ONCE
@@ -175,7 +175,7 @@ async def test_when_all_are_cooling_for_a_moment_it_waits(
 
 async def test_exhausted_keys_alone_pass_the_429_on(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, NAMES[:1]))
-    upstream.always(canned.insufficient_quota())
+    upstream.always(upstream_answers.insufficient_quota())
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.json()["error"]["code"]) == (429, "insufficient_quota")
     assert upstream.count == 1  # not retried on the same key
@@ -261,7 +261,7 @@ async def test_stateful_routes_use_one_fixed_key(launch: Launch, upstream: Scrip
 async def test_models_rotates_away_from_a_bad_key(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     """GET may be sent again with another key."""
     proxy = launch(settings(upstream.port, NAMES[:2]))
-    upstream.script = by_key(k1=canned.unauthorized())
+    upstream.script = by_key(k1=upstream_answers.unauthorized())
     answers = [await client.get(proxy, "/v1/models") for _ in range(2)]
     assert [a.status for a in answers] == [200, 200]
 
@@ -280,7 +280,7 @@ async def test_a_second_upstream_serves_when_the_first_is_out(
     )
     proxy = launch(config)
     assert (await client.send(proxy, ask())).headers["X-Proxy-Upstream"] == "openai"
-    upstream.queue("/v1/chat/completions", canned.rate_limited("30"))
+    upstream.queue("/v1/chat/completions", upstream_answers.rate_limited("30"))
     answers = [await client.send(proxy, ask()) for _ in range(2)]
     assert [(a.status, a.headers["X-Proxy-Upstream"]) for a in answers] == [(200, "spare")] * 2
     assert upstream.last.target == "/spare/v1/chat/completions"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, run_command, secret, settings
 from tests.ledger import Request
@@ -43,23 +43,23 @@ async def usage(proxy: ProxyProcess, client: Client, query: str = "") -> Any:
     return answer.json()
 
 
-def world(request: Request) -> Answer:
+def services(request: Request) -> Answer:
     """Well-behaved, but for prompts that say otherwise."""
     if request.path.endswith("chat/completions"):
         body = request.json()
         said = str(body["messages"][-1]["content"])
         if said.startswith("wrong"):
-            return canned.error(400, "no", "invalid_request_error")
+            return upstream_answers.error(400, "no", "invalid_request_error")
         if said.startswith("leave"):
-            return [*canned.stream(canned.chat_events(["echo"])[:2], end=False), stall()]
-    return canned.behave(request)
+            return [*upstream_answers.stream(upstream_answers.chat_events(["echo"])[:2], end=False), stall()]
+    return upstream_answers.behave(request)
 
 
 async def test_the_ledger_is_the_sum_of_headers_and_receipts(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     """Misses, hits, streams, errors, refusals, other routes and clients that leave, many at once."""
-    upstream.script = world
+    upstream.script = services
     proxy, chance = launch(settings(upstream.port, log={"level": "warning"})), random.Random(5)
     told: list[tuple[str, str | None, str | None]] = []  # id, cost and saving as the headers say
     refused = 0

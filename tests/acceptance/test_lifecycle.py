@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, Server, ask, raw, raw_request, read_until_broken, status_of
 from tests.launch import AT_ONCE, CANARY, LISTENING, Launch, ProxyProcess, run_command, secret, settings, write_config
 from tests.scripted_upstream import ScriptedUpstream, hold, stall
@@ -208,8 +208,10 @@ def test_an_idle_proxy_stops_at_once_with_0(launch: Launch, upstream: ScriptedUp
 
 async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port, server={"drain_timeout": "20s"})), upstream.gate()
-    events = canned.chat_events(include_usage=True)
-    upstream.always(*canned.stream(events[:2], end=False), hold(gate), *canned.stream(events[2:])[1:])
+    events = upstream_answers.chat_events(include_usage=True)
+    upstream.always(
+        *upstream_answers.stream(events[:2], end=False), hold(gate), *upstream_answers.stream(events[2:])[1:]
+    )
     question = ask(stream=True, stream_options={"include_usage": True})
     async with client.open(proxy, question) as answer:
         got = await answer.content.readexactly(len(b"".join(events[:2])))
@@ -233,7 +235,7 @@ async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: Sc
 
 async def test_sigterm_lets_a_plain_answer_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port, server={"drain_timeout": "20s"})), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = asyncio.create_task(client.send(proxy, ask()))
     await upstream.until(lambda: upstream.count == 1)
     proxy.terminate()
@@ -247,8 +249,8 @@ async def test_beyond_drain_timeout_a_stream_ends_in_an_error_event(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, server={"drain_timeout": "500ms"}))
-    events = canned.chat_events()[:2]
-    upstream.always(*canned.stream(events, end=False), stall())
+    events = upstream_answers.chat_events()[:2]
+    upstream.always(*upstream_answers.stream(events, end=False), stall())
     got = b""
     async with client.open(proxy, ask(stream=True)) as answer:
         got += await answer.content.readexactly(len(b"".join(events)))

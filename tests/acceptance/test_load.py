@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.ledger import Request
@@ -19,7 +19,7 @@ async def test_300_slow_requests_are_all_in_flight(launch: Launch, upstream: Scr
     proxy, gate = launch(settings(upstream.port)), upstream.gate()
 
     def script(request: Request) -> Answer:
-        answer = canned.behave(request)
+        answer = upstream_answers.behave(request)
         return [hold(gate), *([answer] if callable(answer) else answer)]
 
     upstream.script = script
@@ -43,8 +43,8 @@ async def test_a_prompt_of_20_mb(proxy: ProxyProcess, upstream: ScriptedUpstream
 
 
 async def test_an_answer_of_20_mb(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    body = canned.dump(canned.completion("y" * 20_000_000))
-    upstream.always(canned.reply(200, body))
+    body = upstream_answers.dump(upstream_answers.completion("y" * 20_000_000))
+    upstream.always(upstream_answers.reply(200, body))
     assert (await client.send(proxy, ask())).body == body
 
 
@@ -67,7 +67,7 @@ async def test_200_abandoned_requests_leave_no_descriptor(launch: Launch, upstre
 
     def script(request: Request) -> Answer:
         if request.json().get("stream"):
-            return [*canned.stream(canned.chat_events()[:2], end=False), stall()]
+            return [*upstream_answers.stream(upstream_answers.chat_events()[:2], end=False), stall()]
         return stall()
 
     upstream.script = script

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, Reply, ask
 from tests.launch import Config, Launch, ProxyProcess, merge, run_command, secret, settings
 from tests.scripted_upstream import ScriptedUpstream
@@ -209,7 +209,7 @@ async def test_a_stale_answer_where_the_upstream_is_down(
     )
     told = await client.send(proxy, ask("one"))
     await asyncio.sleep(1.1)
-    upstream.script = lambda request: canned.server_error(503)
+    upstream.script = lambda request: upstream_answers.server_error(503)
     reply = await client.send(proxy, ask("one"))
     assert (reply.status, reply.cache, reply.body) == (200, "stale", told.body)
     assert reply.headers["Cache-Status"].startswith("openai-proxy; fwd=stale; ttl=")

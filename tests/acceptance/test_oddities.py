@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask, raw, raw_request, status_of
 from tests.launch import Launch, ProxyProcess, settings
 from tests.scripted_upstream import ScriptedUpstream, cut, send
@@ -50,7 +50,7 @@ async def test_odd_types_are_the_upstreams_business(
 ) -> None:
     throttle = {"limits": {"*": {"tpm": 10_000_000, "rpm": 1000}}} if limits else {}
     proxy = launch(settings(upstream.port, throttle=throttle))
-    upstream.always(canned.error(400, "No.", "bad"))
+    upstream.always(upstream_answers.error(400, "No.", "bad"))
     for fields in ODD_FIELDS:
         before, body = upstream.count, json.dumps(ask(**fields)).encode()
         answer = await client.send(proxy, body)
@@ -66,7 +66,7 @@ async def test_odd_types_are_the_upstreams_business(
 async def test_odd_embedding_inputs(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, given: object
 ) -> None:
-    upstream.always(canned.error(400, "No.", "bad"))
+    upstream.always(upstream_answers.error(400, "No.", "bad"))
     body = {"model": "text-embedding-3-small", "input": given}
     answer = await client.send(proxy, body, path="/v1/embeddings")
     assert (answer.status, answer.error, upstream.last.json()) == (400, None, body)
@@ -87,7 +87,7 @@ ODD_JSON = {
 async def test_odd_json_is_passed_unchanged(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
 ) -> None:
-    upstream.always(canned.chat())
+    upstream.always(upstream_answers.chat())
     for _ in range(2):
         answer = await client.send(proxy, body)
         assert answer.status == 200
@@ -96,7 +96,7 @@ async def test_odd_json_is_passed_unchanged(
 
 
 async def test_a_model_cannot_forge_log_lines(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(canned.chat())
+    upstream.always(upstream_answers.chat())
     answer = await client.send(proxy, ask(model="x\n12:00:00 info FORGED\r\n\x1b[31mred"))
     assert answer.status == 200
     log = proxy.stderr_so_far()
@@ -136,7 +136,7 @@ async def test_pipelined_requests_are_answered_in_order(proxy: ProxyProcess) -> 
 
 
 async def test_a_head_request(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(send(canned.head(200, [("Content-Type", "application/json"), ("Content-Length", "57")])))
+    upstream.always(send(upstream_answers.head(200, [("Content-Type", "application/json"), ("Content-Length", "57")])))
     answer = await client.send(proxy, None, {}, "/v1/models", "HEAD")
     assert (answer.status, answer.body) == (200, b"")
     assert (upstream.last.method, upstream.last.target) == ("HEAD", "/v1/models")
@@ -146,7 +146,7 @@ async def test_a_head_request(proxy: ProxyProcess, upstream: ScriptedUpstream, c
 
 
 async def test_an_answer_without_a_body(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(send(canned.head(204, [("x-request-id", "req_204")])))
+    upstream.always(send(upstream_answers.head(204, [("x-request-id", "req_204")])))
     answer = await client.send(proxy, None, {}, "/v1/files/f-1", "DELETE")
     assert (answer.status, answer.body, answer.headers["x-request-id"]) == (204, b"", "req_204")
     assert (await client.get(proxy, "/healthz")).status == 200
@@ -158,20 +158,20 @@ async def test_an_answer_without_a_body(proxy: ProxyProcess, upstream: ScriptedU
 async def test_interim_answers_are_skipped(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, interim: bytes
 ) -> None:
-    upstream.always(send(interim + canned.response(200, canned.completion())))
+    upstream.always(send(interim + upstream_answers.response(200, upstream_answers.completion())))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.json()["object"]) == (200, "chat.completion")
 
 
 async def test_repeated_headers_stay_apart(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    body = canned.dump(canned.completion())
+    body = upstream_answers.dump(upstream_answers.completion())
     fields = [
         ("X-Twice", "a"),
         ("X-Twice", "b"),
         ("Content-Type", "application/json"),
         ("Content-Length", str(len(body))),
     ]
-    upstream.always(send(canned.head(200, fields) + body))
+    upstream.always(send(upstream_answers.head(200, fields) + body))
     assert (await client.send(proxy, ask())).headers.getall("X-Twice") == ["a", "b"]
 
 
@@ -180,7 +180,7 @@ async def test_an_upstream_cannot_speak_for_the_proxy(
 ) -> None:
     """X-Proxy-Error stands "only on answers made by the proxy itself"; each of ours is there once."""
     forged = {"X-Proxy-Error": "throttled", "X-Proxy-Cost-USD": "999", "X-Proxy-Cache": "hit", "Age": "77"}
-    upstream.always(canned.reply(200, canned.completion(), forged))
+    upstream.always(upstream_answers.reply(200, upstream_answers.completion(), forged))
     answer = await client.send(proxy, ask())
     assert "X-Proxy-Error" not in answer.headers
     assert answer.headers.getall("X-Proxy-Cost-USD") == ["0.002250"]
@@ -190,7 +190,7 @@ async def test_an_upstream_cannot_speak_for_the_proxy(
 async def test_an_early_refusal_of_an_upload_is_passed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    upstream.on_head = lambda _: [canned.error(413, "Too much.", "too_large"), cut()]
+    upstream.on_head = lambda _: [upstream_answers.error(413, "Too much.", "too_large"), cut()]
     try:
         answer = await client.send(proxy, b"x" * 3_000_000, {"Content-Type": "text/csv"}, "/v1/files")
     except OSError:
@@ -213,8 +213,8 @@ ODD_ANSWERS: list[dict[str, Any]] = [
 async def test_odd_answers_are_passed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, fields: dict[str, Any]
 ) -> None:
-    body = canned.dump(canned.completion() | fields)
-    upstream.always(canned.reply(200, body))
+    body = upstream_answers.dump(upstream_answers.completion() | fields)
+    upstream.always(upstream_answers.reply(200, body))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.body) == (200, body)
 
@@ -238,10 +238,10 @@ ODD_EVENTS = [
 
 
 async def test_odd_events_are_passed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    events = canned.chat_events()
+    events = upstream_answers.chat_events()
     for odd in ODD_EVENTS:
         whole = [events[0], odd, *events[1:]]
-        upstream.always(*canned.stream(whole))
+        upstream.always(*upstream_answers.stream(whole))
         answer = await client.send(proxy, ask(stream=True))
         if b'"usage":{}' in odd:
             continue  # it may be taken for the usage chunk the proxy asked for
@@ -249,9 +249,9 @@ async def test_odd_events_are_passed(proxy: ProxyProcess, upstream: ScriptedUpst
 
 
 async def test_a_compressed_stream(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    whole = b"".join(canned.chat_events(include_usage=True))
-    head = canned.stream_head({"Content-Encoding": "gzip"})
-    upstream.always(send(head + canned.chunked(gzip.compress(whole)) + canned.LAST_CHUNK))
+    whole = b"".join(upstream_answers.chat_events(include_usage=True))
+    head = upstream_answers.stream_head({"Content-Encoding": "gzip"})
+    upstream.always(send(head + upstream_answers.chunked(gzip.compress(whole)) + upstream_answers.LAST_CHUNK))
     question = ask(stream=True, stream_options={"include_usage": True})
     for headers in ({}, {"Accept-Encoding": "gzip"}):
         answer = await client.send(proxy, question, headers)
@@ -262,8 +262,8 @@ async def test_a_compressed_stream(proxy: ProxyProcess, upstream: ScriptedUpstre
 
 async def test_an_answer_that_swells_is_502(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     """Beyond 8 MiB and 100 times its size."""
-    swelling = gzip.compress(canned.dump(canned.completion("0" * 20_000_000)))
-    upstream.always(canned.reply(200, swelling, {"Content-Encoding": "gzip"}))
+    swelling = gzip.compress(upstream_answers.dump(upstream_answers.completion("0" * 20_000_000)))
+    upstream.always(upstream_answers.reply(200, swelling, {"Content-Encoding": "gzip"}))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.error) == (502, "upstream_invalid_response")
 
@@ -272,8 +272,8 @@ async def test_a_large_but_honest_compressed_answer_passes(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     words = " ".join(str(n * 7919 % 1_000_003) for n in range(1_500_000))
-    body = canned.completion(words)
-    upstream.always(canned.gzipped(body))
+    body = upstream_answers.completion(words)
+    upstream.always(upstream_answers.gzipped(body))
     answer = await client.send(proxy, ask())
     assert answer.status == 200
     assert answer.json() == body
@@ -281,7 +281,7 @@ async def test_a_large_but_honest_compressed_answer_passes(
 
 async def test_the_memory_cache_is_bounded(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, cache={"memory_size": "200KiB", "max_entry": "100KiB"}))
-    upstream.always(canned.chat("x" * 20_000))
+    upstream.always(upstream_answers.chat("x" * 20_000))
     questions = [ask() for _ in range(30)]
     for question in questions:
         await client.send(proxy, question)

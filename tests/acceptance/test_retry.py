@@ -8,7 +8,7 @@ from email.utils import formatdate
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.ledger import Request
@@ -21,7 +21,7 @@ async def test_passing_failures_are_retried(launch: Launch, upstream: ScriptedUp
     proxy = launch(settings(upstream.port))
     statuses = [408, 409, 500, 502, 503, 504, 529]
     for status in statuses:
-        upstream.queue(CHAT, canned.server_error(status))
+        upstream.queue(CHAT, upstream_answers.server_error(status))
         answer = await client.send(proxy, ask())
         assert (answer.status, answer.headers["X-Proxy-Attempts"]) == (200, "2"), status
     assert upstream.count == 2 * len(statuses)
@@ -29,7 +29,7 @@ async def test_passing_failures_are_retried(launch: Launch, upstream: ScriptedUp
 
 async def test_a_retry_sends_the_same_bytes(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.queue(CHAT, canned.server_error(), canned.server_error())
+    upstream.queue(CHAT, upstream_answers.server_error(), upstream_answers.server_error())
     body = b'{ "model":"gpt-4o", "messages":[{"role":"user","content":"ag\\u00e4in"}] }'
     assert (await client.send(proxy, body)).status == 200
     assert [r.body for r in upstream.requests] == [body] * 3
@@ -40,8 +40,8 @@ async def test_after_its_own_retries_the_proxy_says_stop(
     launch: Launch, upstream: ScriptedUpstream, client: Client, stream: bool
 ) -> None:
     proxy = launch(settings(upstream.port))
-    body = canned.dump(canned.error_body("overloaded ü", None, "server_error"))
-    upstream.always(canned.reply(503, body))
+    body = upstream_answers.dump(upstream_answers.error_body("overloaded ü", None, "server_error"))
+    upstream.always(upstream_answers.reply(503, body))
     answer = await client.send(proxy, ask(stream=stream))
     assert (answer.status, answer.body) == (503, body)
     assert upstream.count == 4
@@ -55,7 +55,7 @@ async def test_a_request_may_name_its_retries(
     launch: Launch, upstream: ScriptedUpstream, client: Client, retries: int
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.always(canned.server_error())
+    upstream.always(upstream_answers.server_error())
     await client.send(proxy, ask(), {"X-Proxy-Max-Retries": str(retries)})
     assert upstream.count == retries + 1
     if retries < 2:
@@ -67,11 +67,11 @@ async def test_x_should_retry_of_the_upstream_is_obeyed(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.queue(CHAT, canned.error(503, "no", None, x_should_retry="false"))
+    upstream.queue(CHAT, upstream_answers.error(503, "no", None, x_should_retry="false"))
     answer = await client.send(proxy, ask())
     assert (answer.status, upstream.count) == (503, 1)
     assert answer.headers["X-Should-Retry"] == "false"
-    upstream.queue(CHAT, canned.error(400, "once more", None, x_should_retry="true"))
+    upstream.queue(CHAT, upstream_answers.error(400, "once more", None, x_should_retry="true"))
     answer = await client.send(proxy, ask())
     assert (answer.status, upstream.count) == (200, 3)
 
@@ -90,7 +90,7 @@ async def test_never_before_retry_after(
     launch: Launch, upstream: ScriptedUpstream, client: Client, form: dict[str, str]
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.queue(CHAT, canned.error(503, "later", None, "server_error", **form))
+    upstream.queue(CHAT, upstream_answers.error(503, "later", None, "server_error", **form))
     answer = await client.send(proxy, ask())
     assert answer.status == 200
     gap = upstream.requests[1].at - (upstream.requests[0].answered_at or 0)
@@ -102,8 +102,10 @@ async def test_retry_after_as_a_date(launch: Launch, upstream: ScriptedUpstream,
 
     def script(request: Request) -> Answer:
         if request.number > 1:
-            return canned.behave(request)
-        return canned.error(503, "later", None, "server_error", retry_after=formatdate(time.time() + 2, usegmt=True))
+            return upstream_answers.behave(request)
+        return upstream_answers.error(
+            503, "later", None, "server_error", retry_after=formatdate(time.time() + 2, usegmt=True)
+        )
 
     upstream.script = script
     assert (await client.send(proxy, ask())).status == 200
@@ -115,7 +117,7 @@ async def test_beyond_the_deadline_the_429_is_passed_on_at_once(
     launch: Launch, upstream: ScriptedUpstream, client: Client, told: str
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.always(canned.rate_limited(told))
+    upstream.always(upstream_answers.rate_limited(told))
     answer = await client.send(proxy, ask(), {"X-Proxy-Timeout": "20s"})
     assert (answer.status, upstream.count) == (429, 1)
     assert answer.json()["error"]["code"] == "rate_limit_exceeded"
@@ -128,7 +130,7 @@ async def test_nonsense_in_retry_after_is_ignored(
     launch: Launch, upstream: ScriptedUpstream, client: Client, told: str
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.queue(CHAT, canned.error(503, "later", None, "server_error", retry_after=told))
+    upstream.queue(CHAT, upstream_answers.error(503, "later", None, "server_error", retry_after=told))
     answer = await client.send(proxy, ask())
     assert (answer.status, upstream.count) == (200, 2)
     assert answer.seconds < AT_ONCE
@@ -161,7 +163,7 @@ async def test_the_deadline_spans_attempts_and_pauses(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, retry={"base_delay": "400ms", "jitter": "0s", "max_retries": 10}))
-    upstream.always(sleep(0.2), canned.server_error())
+    upstream.always(sleep(0.2), upstream_answers.server_error())
     answer = await client.send(proxy, ask(), {"X-Proxy-Timeout": "1s"})
     assert answer.status in (500, 504)
     assert answer.seconds < AT_ONCE  # all pauses together: more than twice as long
@@ -179,7 +181,7 @@ async def test_first_byte_and_total_timeouts(launch: Launch, upstream: ScriptedU
 
 async def test_total_bounds_a_plain_body(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, timeouts={"total": "500ms"}, retry={"max_retries": 0}))
-    upstream.always(send(canned.response(200, canned.completion())[:-10]), stall())
+    upstream.always(send(upstream_answers.response(200, upstream_answers.completion())[:-10]), stall())
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.error) == (504, "upstream_timeout")
 
@@ -245,7 +247,7 @@ async def test_a_kept_alive_connection_that_dies_on_use_is_replaced(
     proxy = launch(settings(upstream.port))
 
     def script(request: Request) -> Answer:
-        return cut() if request.nth > 1 else canned.behave(request)
+        return cut() if request.nth > 1 else upstream_answers.behave(request)
 
     upstream.script = script
     answers = [await client.send(proxy, ask()) for _ in range(4)]
@@ -256,9 +258,11 @@ async def test_a_kept_alive_connection_that_dies_on_use_is_replaced(
 PARTS = {
     "half a status line": send(b"HTTP/1.1 2"),
     "half the headers": send(b"HTTP/1.1 200 OK\r\nContent-Type: applica"),
-    "half the body": send(canned.response(200, canned.completion())[:-20]),
-    "half a chunk": send(canned.head(200, [("Transfer-Encoding", "chunked")]) + b"ff\r\n{"),
-    "no last chunk": send(canned.head(200, [("Transfer-Encoding", "chunked")]) + canned.chunked(b"{}")),
+    "half the body": send(upstream_answers.response(200, upstream_answers.completion())[:-20]),
+    "half a chunk": send(upstream_answers.head(200, [("Transfer-Encoding", "chunked")]) + b"ff\r\n{"),
+    "no last chunk": send(
+        upstream_answers.head(200, [("Transfer-Encoding", "chunked")]) + upstream_answers.chunked(b"{}")
+    ),
     "not HTTP": send(b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
 }
 
@@ -283,7 +287,7 @@ async def test_an_answer_that_breaks_off_is_502_and_sent_once(
 async def test_a_cut_gzip_answer_is_502(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, cut_at: int
 ) -> None:
-    upstream.always(canned.gzipped(canned.completion(), cut_at))
+    upstream.always(upstream_answers.gzipped(upstream_answers.completion(), cut_at))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.error) == (502, "upstream_invalid_response")
 
@@ -295,7 +299,7 @@ async def test_other_posts_are_sent_once_and_gets_again(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.queue("/v1/files", canned.server_error(503), canned.server_error(503))
+    upstream.queue("/v1/files", upstream_answers.server_error(503), upstream_answers.server_error(503))
     posted = await client.send(proxy, b"data", {"Content-Type": "application/octet-stream"}, "/v1/files")
     assert (posted.status, upstream.count) == (503, 1)
     got = await client.get(proxy, "/v1/files")
@@ -316,7 +320,7 @@ async def test_an_upload_to_a_refused_connection_is_a_502(
 
 async def test_the_budget_holds_over_requests(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.always(canned.server_error(503))
+    upstream.always(upstream_answers.server_error(503))
     for _ in range(3):
         await asyncio.gather(*(client.send(proxy, ask()) for _ in range(10)))
     # 30 requests, a floor of 10 retries, and 0.2 of the requests beyond it
@@ -331,7 +335,7 @@ async def test_pauses_are_jittered(launch: Launch, upstream: ScriptedUpstream, c
         prompt = request.json()["messages"][0]["content"]
         first = prompt not in seen
         seen.add(prompt)
-        return canned.server_error(503) if first else canned.behave(request)
+        return upstream_answers.server_error(503) if first else upstream_answers.behave(request)
 
     upstream.script = script
     await asyncio.gather(*(client.send(proxy, ask()) for _ in range(10)))

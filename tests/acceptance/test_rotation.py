@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Config, Launch, ProxyProcess, run_command, secret, settings, write_config
 from tests.scripted_upstream import ScriptedUpstream, hold
@@ -78,7 +78,9 @@ async def test_nothing_in_flight_is_dropped(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     gate = upstream.gate()
-    upstream.queue("/v1/chat/completions", canned.stream(canned.chat_events(["a", "b"], False), hold(gate)))
+    upstream.queue(
+        "/v1/chat/completions", upstream_answers.stream(upstream_answers.chat_events(["a", "b"], False), hold(gate))
+    )
     proxy = launch(settings(upstream.port, ("k1",)))
     answers = [asyncio.create_task(client.send(proxy, ask(stream=True)))]
     await upstream.until(lambda: upstream.count == 1)
@@ -217,8 +219,8 @@ async def test_a_changed_key_file_is_followed(
 async def test_a_rejected_key_gets_another_chance_a_cooling_one_does_not(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    refusals = {secret("k1"): canned.unauthorized(), secret("k2"): canned.rate_limited("60")}
-    upstream.script = lambda request: refusals.get(request.key or "") or canned.chat("Hi")
+    refusals = {secret("k1"): upstream_answers.unauthorized(), secret("k2"): upstream_answers.rate_limited("60")}
+    upstream.script = lambda request: refusals.get(request.key or "") or upstream_answers.chat("Hi")
     proxy = launch(settings(upstream.port, ("k1", "k2", "k3")))
     for _ in range(3):
         assert (await client.send(proxy, ask())).status == 200
@@ -389,7 +391,7 @@ async def tls_upstream(folder: Path) -> AsyncIterator[int]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
-        writer.write(canned.response(200, canned.completion("over TLS"), {"Connection": "close"}))
+        writer.write(upstream_answers.response(200, upstream_answers.completion("over TLS"), {"Connection": "close"}))
         await writer.drain()
         writer.close()
 

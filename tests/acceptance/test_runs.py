@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import AT_ONCE, Config, Launch, ProxyProcess, merge, secret, settings
@@ -29,7 +29,7 @@ def counting(upstream: ScriptedUpstream) -> None:
     """Every answer is another."""
 
     def answer(_: Request) -> Answer:
-        return [canned.chat(f"answer {upstream.count}")]
+        return [upstream_answers.chat(f"answer {upstream.count}")]
 
     upstream.script = answer
 
@@ -173,7 +173,7 @@ async def test_in_pass_through_each_credential_has_its_own(
 
 async def test_streams_and_their_hits_say_it_too(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     question = ask("one", stream=True)
     for run in ("one", "two"):
         told = [await client.send(proxy, question, {"X-Proxy-Run": run}) for _ in range(2)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask, raw, raw_request, status_of
 from tests.launch import CANARY, Config, Launch, ProxyProcess, run_command, secret, settings
 from tests.scripted_upstream import ScriptedUpstream
@@ -304,11 +304,11 @@ async def test_a_pool_key_in_an_upstream_answer_is_masked(
 ) -> None:
     proxy, key = launch(settings(upstream.port, ("k1", "k2"))), secret("k1")
     cases = [
-        canned.error(400, f"Bad request with {key}.", "bad"),
-        canned.unauthorized(key),
-        canned.chat(f"see {key}"),
+        upstream_answers.error(400, f"Bad request with {key}.", "bad"),
+        upstream_answers.unauthorized(key),
+        upstream_answers.chat(f"see {key}"),
     ]
-    cases.append(canned.reply(200, canned.completion(), {"X-Echo": key, "x-request-id": key}))
+    cases.append(upstream_answers.reply(200, upstream_answers.completion(), {"X-Echo": key, "x-request-id": key}))
     for step in cases:
         upstream.always(step)
         question = ask()
@@ -322,7 +322,7 @@ async def test_keys_are_on_no_page(launch: Launch, upstream: ScriptedUpstream, c
     """The log is searched after every test, at level debug."""
     proxy = launch(guarded(upstream.port, admin_key=secret("admin")))
     mine, admin = {"api-key": secret("anna")}, {"Authorization": f"Bearer {secret('admin')}"}
-    upstream.queue("/v1/chat/completions", canned.unauthorized(), canned.server_error())
+    upstream.queue("/v1/chat/completions", upstream_answers.unauthorized(), upstream_answers.server_error())
     pages = [await client.send(proxy, ask(), mine) for _ in range(3)]
     pages += [await client.send(proxy, ask(), {"api-key": secret("wrong")})]
     pages += [await client.send(proxy, None, admin, path) for path in ("/metrics", "/_proxy/status", "/_proxy/keys")]

@@ -11,7 +11,7 @@ openai = pytest.importorskip("openai")
 
 from pydantic import BaseModel  # noqa: E402
 
-from tests import upstream_answers as canned  # noqa: E402
+from tests import upstream_answers  # noqa: E402
 from tests.launch import Launch, ProxyProcess, secret, settings  # noqa: E402
 from tests.ledger import Request  # noqa: E402
 from tests.scripted_upstream import Answer, ScriptedUpstream, cut, sleep  # noqa: E402
@@ -81,7 +81,7 @@ TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters":
 def test_tools(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     choice = {"index": 0, "message": message, "finish_reason": "tool_calls", "logprobs": None}
-    upstream.always(canned.chat(choices=[choice]))
+    upstream.always(upstream_answers.chat(choices=[choice]))
     with connect(proxy) as client:
         for _ in range(2):
             answer = client.chat.completions.create(model="gpt-4o", messages=messages("sdk tools"), tools=TOOLS)
@@ -92,10 +92,10 @@ def test_tools(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
 def test_streamed_tools(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     def delta(**function: str) -> bytes:
         call = {"index": 0, "function": function}
-        return canned.event(canned.chunk({"tool_calls": [call]}))
+        return upstream_answers.event(upstream_answers.chunk({"tool_calls": [call]}))
 
     pieces = [delta(name="weather", arguments=""), delta(arguments='{"city"'), delta(arguments=':"Köln"}')]
-    upstream.always(*canned.stream([*pieces, *canned.chat_events([], finish="tool_calls")[1:]]))
+    upstream.always(*upstream_answers.stream([*pieces, *upstream_answers.chat_events([], finish="tool_calls")[1:]]))
     with connect(proxy) as client:
         for _ in range(2):
             got = ""
@@ -114,7 +114,7 @@ class City(BaseModel):
 
 
 def test_parse_is_cached(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    upstream.always(canned.chat('{"name": "Köln", "people": 1}'))
+    upstream.always(upstream_answers.chat('{"name": "Köln", "people": 1}'))
     with connect(proxy) as client:
         for _ in range(2):
             answer = client.chat.completions.parse(model="gpt-4o", messages=messages("sdk parse"), response_format=City)
@@ -205,7 +205,7 @@ def test_azure_client(launch: Launch, upstream: ScriptedUpstream, kind: str) -> 
 
 def test_a_failing_upstream_sees_our_attempts_and_no_more(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(settings(upstream.port, retry={"max_retries": 2}))
-    upstream.always(canned.server_error(503))
+    upstream.always(upstream_answers.server_error(503))
     with connect(proxy) as client, pytest.raises(openai.InternalServerError):
         client.chat.completions.create(model="gpt-4o", messages=messages("sdk 503"))
     assert upstream.count == 3  # not 3 × 3
@@ -220,7 +220,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("status", ERRORS)
 def test_errors_are_the_sdks_own(proxy: ProxyProcess, upstream: ScriptedUpstream, status: int) -> None:
-    upstream.always(canned.error(status, "a message", "a_code"))
+    upstream.always(upstream_answers.error(status, "a message", "a_code"))
     with connect(proxy) as client, pytest.raises(ERRORS[status]) as caught:
         client.chat.completions.create(model="gpt-4o", messages=messages("sdk error"))
     assert caught.value.code == "a_code"
@@ -228,7 +228,7 @@ def test_errors_are_the_sdks_own(proxy: ProxyProcess, upstream: ScriptedUpstream
 
 
 def test_a_cut_stream_raises(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    upstream.always(*canned.stream(canned.chat_events()[:3], end=False), sleep(0.1), cut())
+    upstream.always(*upstream_answers.stream(upstream_answers.chat_events()[:3], end=False), sleep(0.1), cut())
     with connect(proxy) as client, pytest.raises(openai.APIError):
         list(client.chat.completions.create(model="gpt-4o", messages=messages("sdk cut"), stream=True))
 
@@ -238,8 +238,10 @@ def test_a_pool_with_an_invalid_and_an_exhausted_key(launch: Launch, upstream: S
 
     def script(request: Request) -> Answer:
         if request.key == secret("k1"):
-            return canned.unauthorized()
-        return canned.insufficient_quota() if request.key == secret("k2") else canned.behave(request)
+            return upstream_answers.unauthorized()
+        return (
+            upstream_answers.insufficient_quota() if request.key == secret("k2") else upstream_answers.behave(request)
+        )
 
     upstream.script = script
     with connect(proxy, max_retries=0) as client:

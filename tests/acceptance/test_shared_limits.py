@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from proxy.upstream.limits.redis_loss import SETTLING
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.cache.stores.kit import Valkey, valkey
 from tests.client import Client, Reply, ask
 from tests.launch import AT_ONCE, Config, Launch, settings
@@ -53,7 +53,7 @@ async def test_a_key_that_cools_for_one_cools_for_all(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     one, other = (launch(shared(server, upstream.port, ("k1", "k2"))) for _ in range(2))
-    upstream.queue(CHAT, [canned.rate_limited("50")])
+    upstream.queue(CHAT, [upstream_answers.rate_limited("50")])
     assert (await client.send(one, ask())).status == 200
     tired = upstream.requests[0].key
     await asyncio.sleep(0.2)
@@ -67,7 +67,7 @@ async def test_the_permits_of_a_killed_proxy_come_back(
 ) -> None:
     one, other = (launch(shared(server, upstream.port, max_wait="15s", concurrency=1)) for _ in range(2))
     gate = upstream.gate()
-    upstream.queue(CHAT, [hold(gate), canned.chat()])
+    upstream.queue(CHAT, [hold(gate), upstream_answers.chat()])
     held = asyncio.create_task(client.send(one, ask()))
     await upstream.until(lambda: upstream.count == 1)
     one.process.send_signal(signal.SIGKILL)

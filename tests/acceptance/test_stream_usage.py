@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, settings
 from tests.scripted_upstream import ScriptedUpstream
@@ -26,8 +26,8 @@ async def test_usage_is_injected_in_place_and_its_chunk_taken_out(
     # "Then only that field changes, in place": the rest of the bytes are the client's.
     assert _inserted_once(body, sent.body), sent.body
     assert b'"usage":{' not in answer.body
-    assert answer.body.endswith(canned.DONE)
-    expected = canned.chat_events(["echo", ": injéct 1.0"], include_usage=True)
+    assert answer.body.endswith(upstream_answers.DONE)
+    expected = upstream_answers.chat_events(["echo", ": injéct 1.0"], include_usage=True)
     assert answer.body == b"".join(expected[:-2] + expected[-1:])
 
 
@@ -76,9 +76,9 @@ async def test_injection_can_be_switched_off(launch: Launch, upstream: ScriptedU
 async def test_usage_on_a_chunk_with_choices_is_left_alone(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    last = canned.event(canned.chunk({}, "stop", usage=canned.usage(100, 200)))
-    events = [*canned.chat_events()[:2], last, canned.DONE]
-    upstream.always(*canned.stream(events))
+    last = upstream_answers.event(upstream_answers.chunk({}, "stop", usage=upstream_answers.usage(100, 200)))
+    events = [*upstream_answers.chat_events()[:2], last, upstream_answers.DONE]
+    upstream.always(*upstream_answers.stream(events))
     answer = await client.send(proxy, ask(stream=True))
     assert answer.body == b"".join(events)
     receipt = await client.receipt(proxy, answer.headers["X-Proxy-Request-Id"])
@@ -86,9 +86,9 @@ async def test_usage_on_a_chunk_with_choices_is_left_alone(
 
 
 async def test_azure_shaped_chunks_pass(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    filters = canned.chunk(None, prompt_filter_results=[{"prompt_index": 0}]) | {"id": "", "model": ""}
-    events = [canned.event(filters), *canned.chat_events(include_usage=True)]
-    upstream.always(*canned.stream(events))
+    filters = upstream_answers.chunk(None, prompt_filter_results=[{"prompt_index": 0}]) | {"id": "", "model": ""}
+    events = [upstream_answers.event(filters), *upstream_answers.chat_events(include_usage=True)]
+    upstream.always(*upstream_answers.stream(events))
     answer = await client.send(proxy, ask(stream=True))
     assert answer.body == b"".join(events[:-2] + events[-1:])
 
@@ -119,7 +119,7 @@ async def test_the_cost_comment_comes_before_done_and_only_where_asked_for(
     headers = {"Cache-Control": "no-store", "X-Proxy-Stream-Cost": "comment"}
     answer = await client.send(proxy, question, headers)
     comment = b": x-proxy-cost-usd=0.002250 x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n"
-    assert answer.body.endswith(comment + canned.DONE)
+    assert answer.body.endswith(comment + upstream_answers.DONE)
     assert answer.body.replace(comment, b"") == plain.body
 
 

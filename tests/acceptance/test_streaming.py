@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask, read_until_broken
 from tests.launch import AT_ONCE, Launch, ProxyProcess, settings
 from tests.scripted_upstream import ScriptedUpstream, Step, cut, drip, hold, reset, send, sleep, stall
@@ -22,12 +22,12 @@ def wants_usage() -> dict[str, object]:
 async def test_each_event_arrives_before_the_next_is_sent(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    events = canned.chat_events(["a", "b", "c"], include_usage=True)
+    events = upstream_answers.chat_events(["a", "b", "c"], include_usage=True)
     gates = [upstream.gate() for _ in events]
-    steps = [send(canned.stream_head())]
+    steps = [send(upstream_answers.stream_head())]
     for piece, gate in zip(events, gates, strict=True):
-        steps += [send(canned.chunked(piece)), hold(gate)]
-    upstream.always(*steps, send(canned.LAST_CHUNK))
+        steps += [send(upstream_answers.chunked(piece)), hold(gate)]
+    upstream.always(*steps, send(upstream_answers.LAST_CHUNK))
     async with client.open(proxy, wants_usage()) as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         for piece, gate in zip(events, gates, strict=True):
@@ -40,11 +40,11 @@ async def test_an_incomplete_event_is_not_held_back_where_usage_was_asked_for(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """ "Each upstream read is forwarded at once": after the first event, which may decide about a retry."""
-    events = canned.chat_events(include_usage=True)
+    events = upstream_answers.chat_events(include_usage=True)
     gate, half = upstream.gate(), events[1][:30]
-    start = canned.stream_head() + canned.chunked(events[0])
-    rest = canned.chunked(events[1][30:] + b"".join(events[2:])) + canned.LAST_CHUNK
-    upstream.always(send(start), sleep(0.05), send(canned.chunked(half)), hold(gate), send(rest))
+    start = upstream_answers.stream_head() + upstream_answers.chunked(events[0])
+    rest = upstream_answers.chunked(events[1][30:] + b"".join(events[2:])) + upstream_answers.LAST_CHUNK
+    upstream.always(send(start), sleep(0.05), send(upstream_answers.chunked(half)), hold(gate), send(rest))
     async with client.open(proxy, wants_usage()) as answer:
         assert await asyncio.wait_for(answer.content.readexactly(len(events[0] + half)), 5) == events[0] + half
         gate.open()
@@ -54,12 +54,12 @@ async def test_an_incomplete_event_is_not_held_back_where_usage_was_asked_for(
 async def test_the_usage_filter_delays_no_event(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    events = canned.chat_events(["a", "b"])
+    events = upstream_answers.chat_events(["a", "b"])
     gates = [upstream.gate() for _ in events]
-    steps = [send(canned.stream_head())]
+    steps = [send(upstream_answers.stream_head())]
     for piece, gate in zip(events, gates, strict=True):
-        steps += [send(canned.chunked(piece)), hold(gate)]
-    upstream.always(*steps, send(canned.LAST_CHUNK))
+        steps += [send(upstream_answers.chunked(piece)), hold(gate)]
+    upstream.always(*steps, send(upstream_answers.LAST_CHUNK))
     async with client.open(proxy, ask(stream=True)) as answer:
         for piece, gate in zip(events, gates, strict=True):
             assert await asyncio.wait_for(answer.content.readexactly(len(piece)), 5) == piece
@@ -67,8 +67,8 @@ async def test_the_usage_filter_delays_no_event(
 
 
 async def test_timing_between_events_is_kept(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    events = canned.chat_events(["1", "2", "3", "4", "5", "6"])
-    upstream.always(*canned.stream(events, sleep(0.1)))
+    events = upstream_answers.chat_events(["1", "2", "3", "4", "5", "6"])
+    upstream.always(*upstream_answers.stream(events, sleep(0.1)))
     stamps = []
     async with client.open(proxy, ask(stream=True)) as answer:
         async for _ in answer.content.iter_any():
@@ -83,11 +83,17 @@ async def test_timing_between_events_is_kept(proxy: ProxyProcess, upstream: Scri
 async def test_any_split_of_the_bytes_gives_the_same_bytes(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, size: int, newline: bytes
 ) -> None:
-    events = canned.chat_events(["é🌍", "\u2028x", "data: [DONE]", "\x85"])
+    events = upstream_answers.chat_events(["é🌍", "\u2028x", "data: [DONE]", "\x85"])
     whole = b": comment\n\n" + b"".join(events)
     whole = whole.replace(b"\n", newline)
     pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
-    upstream.always(send(canned.stream_head() + b"".join(canned.chunked(p) for p in pieces) + canned.LAST_CHUNK))
+    upstream.always(
+        send(
+            upstream_answers.stream_head()
+            + b"".join(upstream_answers.chunked(p) for p in pieces)
+            + upstream_answers.LAST_CHUNK
+        )
+    )
     question = ask(stream=True)
     for cache in ("miss", "hit"):
         answer = await client.send(proxy, question)
@@ -96,15 +102,15 @@ async def test_any_split_of_the_bytes_gives_the_same_bytes(
 
 
 async def test_one_byte_writes_arrive_whole(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    body = canned.chunked(b"".join(canned.chat_events(["🌍" * 20]))) + canned.LAST_CHUNK
-    upstream.always(drip(canned.stream_head() + body, 11))
+    body = upstream_answers.chunked(b"".join(upstream_answers.chat_events(["🌍" * 20]))) + upstream_answers.LAST_CHUNK
+    upstream.always(drip(upstream_answers.stream_head() + body, 11))
     answer = await client.send(proxy, ask(stream=True))
-    assert answer.body == b"".join(canned.chat_events(["🌍" * 20]))
+    assert answer.body == b"".join(upstream_answers.chat_events(["🌍" * 20]))
 
 
 async def test_a_line_of_2_mb_passes(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    events = canned.chat_events(["x" * 2_000_000])
-    upstream.always(*canned.stream(events))
+    events = upstream_answers.chat_events(["x" * 2_000_000])
+    upstream.always(*upstream_answers.stream(events))
     answer = await client.send(proxy, ask(stream=True))
     assert answer.body == b"".join(events)
 
@@ -112,8 +118,8 @@ async def test_a_line_of_2_mb_passes(proxy: ProxyProcess, upstream: ScriptedUpst
 async def test_a_close_delimited_stream_is_readable(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    head = canned.head(200, [("Content-Type", "text/event-stream"), ("Connection", "close")])
-    events = canned.chat_events()
+    head = upstream_answers.head(200, [("Content-Type", "text/event-stream"), ("Connection", "close")])
+    events = upstream_answers.chat_events()
     upstream.always(send(head + b"".join(events)), cut())
     answer = await client.send(proxy, ask(stream=True))
     assert answer.body == b"".join(events)
@@ -123,8 +129,8 @@ async def test_a_close_delimited_stream_is_readable(
 async def test_a_cut_between_events_is_an_error_event_and_an_abort(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, end: Step
 ) -> None:
-    events = canned.chat_events()[:3]
-    upstream.always(*canned.stream(events, end=False), sleep(0.1), end)
+    events = upstream_answers.chat_events()[:3]
+    upstream.always(*upstream_answers.stream(events, end=False), sleep(0.1), end)
     question = ask(stream=True)
     async with client.open(proxy, question) as answer:
         assert answer.status == 200
@@ -139,7 +145,7 @@ async def test_a_cut_between_events_is_an_error_event_and_an_abort(
     assert set(error) >= {"message", "type", "param", "code"}
     assert b"[DONE]" not in got
     assert upstream.count == 1  # never retried after the first byte
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     again = await client.send(proxy, question)
     assert again.cache == "miss"  # and never stored
 
@@ -148,9 +154,9 @@ async def test_a_cut_between_events_is_an_error_event_and_an_abort(
 async def test_a_cut_inside_an_event_is_an_abort_alone(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, stream_options: object
 ) -> None:
-    events = canned.chat_events(include_usage=stream_options is not None)
+    events = upstream_answers.chat_events(include_usage=stream_options is not None)
     sent = b"".join(events[:2]) + events[2][:40]
-    upstream.always(*canned.stream([*events[:2], events[2][:40]], end=False), sleep(0.1), cut())
+    upstream.always(*upstream_answers.stream([*events[:2], events[2][:40]], end=False), sleep(0.1), cut())
     question = ask(stream=True) | ({"stream_options": stream_options} if stream_options else {})
     async with client.open(proxy, question) as answer:
         got, clean = await read_until_broken(answer)
@@ -166,8 +172,8 @@ async def test_a_clean_end_without_done_is_passed_as_it_is_but_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """[DONE] is demanded for storing; of the relay it is said only that none is invented."""
-    events = canned.chat_events()[:-1]
-    upstream.always(*canned.stream(events))
+    events = upstream_answers.chat_events()[:-1]
+    upstream.always(*upstream_answers.stream(events))
     question = ask(stream=True)
     async with client.open(proxy, question) as answer:
         got, _ = await read_until_broken(answer)
@@ -182,7 +188,7 @@ async def test_a_200_that_closes_without_an_event_is_an_error(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, retry={"max_retries": 0}))
-    upstream.always(send(canned.stream_head()), sleep(0.05), cut())
+    upstream.always(send(upstream_answers.stream_head()), sleep(0.05), cut())
     async with client.open(proxy, ask(stream=True)) as answer:
         _, clean = await read_until_broken(answer)
     assert answer.status >= 500 or not clean
@@ -192,8 +198,8 @@ async def test_a_stalled_stream_ends_after_timeouts_idle(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, timeouts={"idle": "500ms"}))
-    events = canned.chat_events()[:2]
-    upstream.always(*canned.stream(events, end=False), stall())
+    events = upstream_answers.chat_events()[:2]
+    upstream.always(*upstream_answers.stream(events, end=False), stall())
     start = time.monotonic()
     async with client.open(proxy, ask(stream=True)) as answer:
         got, clean = await read_until_broken(answer)
@@ -208,10 +214,10 @@ async def test_a_slow_stream_outlives_idle_and_total(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, timeouts={"idle": "2s", "total": "1500ms", "first_byte": "1500ms"}))
-    events = canned.chat_events(["a", "b", "c", "d"])
-    upstream.always(*canned.stream([*events[:-1], b": ping\n\n", events[-1]], sleep(0.4)))
+    events = upstream_answers.chat_events(["a", "b", "c", "d"])
+    upstream.always(*upstream_answers.stream([*events[:-1], b": ping\n\n", events[-1]], sleep(0.4)))
     answer = await client.send(proxy, ask(stream=True))
-    assert answer.body.endswith(canned.DONE)
+    assert answer.body.endswith(upstream_answers.DONE)
     assert answer.seconds > 2
 
 
@@ -219,12 +225,12 @@ async def test_an_error_as_the_first_event_is_retried(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port))
-    bad = canned.event(canned.error_body("The server is overloaded", None, "server_error"))
-    upstream.queue("/v1/chat/completions", canned.stream([bad, canned.DONE]))
+    bad = upstream_answers.event(upstream_answers.error_body("The server is overloaded", None, "server_error"))
+    upstream.queue("/v1/chat/completions", upstream_answers.stream([bad, upstream_answers.DONE]))
     answer = await client.send(proxy, ask(stream=True))
     assert answer.status == 200
     assert b"overloaded" not in answer.body
-    assert answer.body.endswith(canned.DONE)
+    assert answer.body.endswith(upstream_answers.DONE)
     assert answer.headers["X-Proxy-Attempts"] == "2"
     assert upstream.count == 2
 
@@ -232,9 +238,9 @@ async def test_an_error_as_the_first_event_is_retried(
 async def test_an_error_in_mid_stream_is_passed_and_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    bad = canned.event(canned.error_body("It broke", None, "server_error"))
-    events = [*canned.chat_events()[:2], bad, canned.DONE]
-    upstream.always(*canned.stream(events))
+    bad = upstream_answers.event(upstream_answers.error_body("It broke", None, "server_error"))
+    events = [*upstream_answers.chat_events()[:2], bad, upstream_answers.DONE]
+    upstream.always(*upstream_answers.stream(events))
     question = ask(stream=True)
     for _ in range(2):
         answer = await client.send(proxy, question)
@@ -246,7 +252,7 @@ async def test_an_error_in_mid_stream_is_passed_and_not_stored(
 async def test_an_http_error_to_a_stream_request_is_plain(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    upstream.always(canned.error(400, "Bad", "bad"))
+    upstream.always(upstream_answers.error(400, "Bad", "bad"))
     answer = await client.send(proxy, ask(stream=True))
     assert (answer.status, answer.json()["error"]["code"]) == (400, "bad")
 
@@ -255,8 +261,8 @@ async def test_a_plain_200_to_a_stream_request_is_passed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """Mock servers do this (SDK_FACTS.md)."""
-    body = canned.dump(canned.completion())
-    upstream.always(canned.reply(200, body))
+    body = upstream_answers.dump(upstream_answers.completion())
+    upstream.always(upstream_answers.reply(200, body))
     answer = await client.send(proxy, ask(stream=True))
     assert (answer.status, answer.body) == (200, body)
     assert answer.headers["Content-Type"] == "application/json"
@@ -270,8 +276,8 @@ async def test_a_slow_reader_does_not_fill_memory(
 ) -> None:
     if proxy.rss() is None:
         pytest.skip("no /proc")
-    piece = canned.chunked(canned.event(canned.chunk({"content": "x" * 100_000})))
-    upstream.always(send(canned.stream_head()), *[send(piece)] * 1500)  # 150 MB
+    piece = upstream_answers.chunked(upstream_answers.event(upstream_answers.chunk({"content": "x" * 100_000})))
+    upstream.always(send(upstream_answers.stream_head()), *[send(piece)] * 1500)  # 150 MB
     await client.get(proxy, "/healthz")
     before = proxy.rss() or 0
     async with client.open(proxy, ask(stream=True)) as answer:
@@ -294,9 +300,9 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(
     if phase == "before the head":
         upstream.always(stall())
     elif stream:
-        upstream.always(*canned.stream(canned.chat_events()[:2], end=False), stall())
+        upstream.always(*upstream_answers.stream(upstream_answers.chat_events()[:2], end=False), stall())
     else:
-        upstream.always(send(canned.response(200, canned.completion())[:-10]), stall())
+        upstream.always(send(upstream_answers.response(200, upstream_answers.completion())[:-10]), stall())
     question = ask(stream=stream)
     async with Client() as client:
         task = asyncio.create_task(client.send(proxy, question))
@@ -304,7 +310,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(
         await asyncio.sleep(0.1)
         task.cancel()
         await upstream.until(lambda: upstream.last.peer_gone)
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     async with Client() as client:
         assert (await client.send(proxy, question)).cache == "miss"  # nothing was stored
 
@@ -312,7 +318,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(
 async def test_a_client_that_leaves_in_a_passed_through_download_closes_the_upstream(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    head = canned.head(200, [("Content-Type", "audio/mpeg"), ("Content-Length", "100000")])
+    head = upstream_answers.head(200, [("Content-Type", "audio/mpeg"), ("Content-Length", "100000")])
     upstream.always(send(head + b"x" * 10), stall())
     async with Client() as client, client.open(proxy, path="/v1/files/f/content") as answer:
         await answer.content.readany()
@@ -321,7 +327,7 @@ async def test_a_client_that_leaves_in_a_passed_through_download_closes_the_upst
 
 
 async def test_a_hundred_leaving_clients_leave_the_log_quiet(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    upstream.always(*canned.stream(canned.chat_events()[:2], end=False), stall())
+    upstream.always(*upstream_answers.stream(upstream_answers.chat_events()[:2], end=False), stall())
     async with Client() as client:
         tasks = [asyncio.create_task(client.send(proxy, ask(stream=True))) for _ in range(100)]
         await upstream.until(lambda: upstream.count == 100)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Launch, settings
 from tests.scripted_upstream import ScriptedUpstream, hold
@@ -91,9 +91,11 @@ async def test_a_collector_that_is_not_there_harms_nobody(
 
 async def test_metrics_of_what_happened(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, ("k1", "k2"), throttle={"limits": {"gpt-4o": {"rpm": 10}}}))
-    events, gate = canned.chat_events(), upstream.gate()
-    begun, rest = canned.stream(events[:1], end=False), canned.stream(events[1:])[1:]
-    upstream.queue("/v1/chat/completions", [canned.server_error()], canned.chat(), [*begun, hold(gate), *rest])
+    events, gate = upstream_answers.chat_events(), upstream.gate()
+    begun, rest = upstream_answers.stream(events[:1], end=False), upstream_answers.stream(events[1:])[1:]
+    upstream.queue(
+        "/v1/chat/completions", [upstream_answers.server_error()], upstream_answers.chat(), [*begun, hold(gate), *rest]
+    )
     await client.send(proxy, ask("retried"))
     async with client.open(proxy, ask("streamed", stream=True)) as answer:
         await answer.content.readexactly(len(events[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, Reply, ask
 from tests.launch import AT_ONCE, Config, Launch, secret, settings
 from tests.ledger import Request
@@ -76,7 +76,7 @@ async def test_concurrent_reservations_count_each_other(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(limited(upstream.port, tpm=5000)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = [asyncio.create_task(client.send(proxy, ask(max_completion_tokens=900, max_tokens=1))) for _ in range(20)]
     await upstream.until(lambda: sum(task.done() for task in asking) == 15 and upstream.count == 5)
     gate.open()
@@ -111,7 +111,7 @@ async def test_concurrency_is_held_and_the_rest_waits_in_order(
 
     def script(request: Request) -> Answer:
         name = request.json()["messages"][0]["content"][0]
-        return [hold(gates[name]), canned.chat(name)]
+        return [hold(gates[name]), upstream_answers.chat(name)]
 
     upstream.script = script
     asking = []
@@ -135,7 +135,7 @@ async def test_waiting_longer_than_max_wait_is_a_429(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(limited(upstream.port, "300ms", concurrency=1)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     first = asyncio.create_task(client.send(proxy, ask()))
     await upstream.until(lambda: upstream.count == 1)
     second = await client.send(proxy, ask())
@@ -153,7 +153,7 @@ async def test_max_wait_can_be_longer_for_one_request(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(limited(upstream.port, "100ms", concurrency=1)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     first = asyncio.create_task(client.send(proxy, ask()))
     await upstream.until(lambda: upstream.count == 1)
     path = "/_/max-wait=20s/v1/chat/completions"
@@ -166,7 +166,7 @@ async def test_max_wait_can_be_longer_for_one_request(
 
 async def test_the_queue_is_bounded(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(limited(upstream.port, "20s", 2, concurrency=1)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = [asyncio.create_task(client.send(proxy, ask())) for _ in range(6)]
     await upstream.until(lambda: sum(task.done() for task in asking) == 3)
     for task in asking:
@@ -182,7 +182,7 @@ async def test_who_leaves_the_queue_is_never_sent_and_gives_everything_back(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(limited(upstream.port, "20s", rpm=2, concurrency=1)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     first = asyncio.create_task(client.send(proxy, ask()))
     await upstream.until(lambda: upstream.count == 1)
     async with Client() as other:
@@ -202,7 +202,7 @@ async def test_abandoned_streams_give_their_permits_back(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(limited(upstream.port, "20s", concurrency=3))
-    upstream.always(*canned.stream(canned.chat_events()[:2], hold(upstream.gate()), end=False))
+    upstream.always(*upstream_answers.stream(upstream_answers.chat_events()[:2], hold(upstream.gate()), end=False))
     for _ in range(5):
         async with Client() as leaver:
             before = upstream.count
@@ -211,7 +211,7 @@ async def test_abandoned_streams_give_their_permits_back(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     answers = await asyncio.gather(*(client.send(proxy, ask()) for _ in range(3)))
     assert [a.status for a in answers] == [200] * 3
 
@@ -220,10 +220,10 @@ async def test_errors_give_their_permits_and_tokens_back(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(limited(upstream.port, "5s", tpm=2000, concurrency=1))
-    upstream.always(canned.error(400, "Bad", "bad"))
+    upstream.always(upstream_answers.error(400, "Bad", "bad"))
     for _ in range(5):
         assert (await client.send(proxy, ask(max_tokens=1500))).status == 400
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     assert (await client.send(proxy, ask(max_tokens=1500))).status == 200
 
 
@@ -243,7 +243,7 @@ async def test_keys_have_limits_of_their_own_unless_they_share_a_quota(
 
 async def test_the_deadline_bounds_the_queue(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(limited(upstream.port, "60s", concurrency=1)), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     first = asyncio.create_task(client.send(proxy, ask()))
     await upstream.until(lambda: upstream.count == 1)
     second = await client.send(proxy, ask(), {"X-Proxy-Timeout": "500ms"})
@@ -255,7 +255,7 @@ async def test_the_deadline_bounds_the_queue(launch: Launch, upstream: ScriptedU
 
 async def test_max_in_flight(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port, server={"max_in_flight": 2})), upstream.gate()
-    upstream.always(hold(gate), canned.chat())
+    upstream.always(hold(gate), upstream_answers.chat())
     asking = [asyncio.create_task(client.send(proxy, ask())) for _ in range(2)]
     await upstream.until(lambda: upstream.count == 2)
     third = await client.send(proxy, ask())

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.client import Client, ask
 from tests.launch import Launch, ProxyProcess, secret
 from tests.scripted_upstream import ScriptedUpstream, hold, send
@@ -37,8 +37,8 @@ async def test_the_body_goes_up_byte_for_byte(
 async def test_the_body_comes_down_byte_for_byte(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    body = canned.dump(canned.completion("Zeile\u2028 mit 🌍", x_new_field={"a": 1e300})) + b"\n\n"
-    upstream.always(canned.reply(200, body))
+    body = upstream_answers.dump(upstream_answers.completion("Zeile\u2028 mit 🌍", x_new_field={"a": 1e300})) + b"\n\n"
+    upstream.always(upstream_answers.reply(200, body))
     answer = await client.send(proxy, ask())
     assert answer.body == body
 
@@ -88,7 +88,7 @@ async def test_upstream_headers_come_down_except_the_denied(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     more = {"X-Custom": "kept", "Keep-Alive": "timeout=5", "Connection": "X-Hop", "X-Hop": "1"}
-    upstream.always(canned.reply(200, canned.completion(), more))
+    upstream.always(upstream_answers.reply(200, upstream_answers.completion(), more))
     answer = await client.send(proxy, ask())
     for name in ("x-request-id", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-requests", "cf-ray"):
         assert name in answer.headers, name
@@ -116,8 +116,8 @@ async def test_every_4xx_is_passed_with_its_body_and_sent_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     for status in PASSED_AT_ONCE:
-        body = canned.dump(canned.error_body(f"odd ü {status}", "some_code"))
-        upstream.always(canned.reply(status, body))
+        body = upstream_answers.dump(upstream_answers.error_body(f"odd ü {status}", "some_code"))
+        upstream.always(upstream_answers.reply(status, body))
         before = upstream.count
         answer = await client.send(proxy, ask())
         assert (answer.status, answer.body, answer.error) == (status, body, None)
@@ -128,8 +128,8 @@ async def test_every_5xx_and_retried_4xx_is_passed_with_its_body(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     for status in [408, 409, *range(500, 600)]:
-        body = canned.dump(canned.error_body(f"odd {status}", None, "server_error"))
-        upstream.always(canned.reply(status, body, {"x-request-id": f"req_{status}"}))
+        body = upstream_answers.dump(upstream_answers.error_body(f"odd {status}", None, "server_error"))
+        upstream.always(upstream_answers.reply(status, body, {"x-request-id": f"req_{status}"}))
         answer = await client.send(proxy, ask(), {"X-Proxy-Max-Retries": "0"})
         assert (answer.status, answer.body, answer.error) == (status, body, None)
         assert answer.headers["x-request-id"] == f"req_{status}"
@@ -138,7 +138,7 @@ async def test_every_5xx_and_retried_4xx_is_passed_with_its_body(
 async def test_a_404_that_is_not_about_the_model_is_sent_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    upstream.always(canned.error(404, "No such thing", "not_found"))
+    upstream.always(upstream_answers.error(404, "No such thing", "not_found"))
     answer = await client.send(proxy, ask())
     assert (answer.status, upstream.count, answer.error) == (404, 1, None)
 
@@ -147,13 +147,13 @@ async def test_a_content_filter_400_keeps_its_details(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": {"hate": {"filtered": True}}}
-    body = canned.dump({"error": {"message": "filtered", "code": "content_filter", "innererror": inner}})
-    upstream.always(canned.reply(400, body))
+    body = upstream_answers.dump({"error": {"message": "filtered", "code": "content_filter", "innererror": inner}})
+    upstream.always(upstream_answers.reply(400, body))
     assert (await client.send(proxy, ask())).body == body
 
 
 async def test_a_non_json_error_is_passed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(canned.reply(422, b"<html>no</html>", content_type="text/html"))
+    upstream.always(upstream_answers.reply(422, b"<html>no</html>", content_type="text/html"))
     answer = await client.send(proxy, ask())
     assert (answer.status, answer.body) == (422, b"<html>no</html>")
     assert answer.headers["Content-Type"] == "text/html"
@@ -232,7 +232,7 @@ async def test_uploads_with_a_length_keep_it(proxy: ProxyProcess, upstream: Scri
 
 async def test_downloads_stream_down(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     size, gate = 5_000_000, upstream.gate()
-    begin = canned.head(200, [("Content-Type", "audio/mpeg"), ("Content-Length", str(size))])
+    begin = upstream_answers.head(200, [("Content-Type", "audio/mpeg"), ("Content-Length", str(size))])
     upstream.always(send(begin + b"a" * 1000), hold(gate), send(b"b" * (size - 1000)))
     async with client.open(proxy, path="/v1/files/f-1/content") as answer:
         first = await answer.content.readany()  # before the upstream has sent the rest
@@ -252,7 +252,7 @@ async def test_other_paths_are_never_cached(proxy: ProxyProcess, upstream: Scrip
 
 
 async def test_a_redirect_is_not_followed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
-    upstream.always(canned.reply(307, b"", {"Location": f"http://127.0.0.1:{upstream.port}/v1/elsewhere"}))
+    upstream.always(upstream_answers.reply(307, b"", {"Location": f"http://127.0.0.1:{upstream.port}/v1/elsewhere"}))
     elsewhere = await client.get(proxy, "/v1/files/f-1/content")
     assert elsewhere.status == 307
     assert "elsewhere" in elsewhere.headers["Location"]
@@ -270,9 +270,9 @@ async def test_cookies_are_not_kept(proxy: ProxyProcess, upstream: ScriptedUpstr
 async def test_a_compressed_answer_is_readable_and_says_what_it_is(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    body = canned.completion("squeezed")
+    body = upstream_answers.completion("squeezed")
     for headers in ({}, {"Accept-Encoding": "gzip, deflate"}):
-        upstream.always(canned.gzipped(body))
+        upstream.always(upstream_answers.gzipped(body))
         question = ask()
         for _ in range(2):  # a miss and a hit
             answer = await client.send(proxy, question, headers)

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.acceptance.test_lifecycle import free_port
 from tests.client import Client, ask
 from tests.launch import AT_ONCE, Config, Launch, ProxyProcess, run_command, secret, settings, write_config
@@ -120,7 +120,7 @@ async def test_all_serve_and_each_knows_what_any_did(launch: Launch, upstream: S
 async def test_metrics_and_status_add_up(launch: Launch, upstream: ScriptedUpstream) -> None:
     keys = [{"name": name, "key": secret(name)} for name in ("anna", "otto")]
     proxy = launch(several(upstream.port, 2, server={"client_keys": keys}))
-    upstream.script = canned.behave
+    upstream.script = upstream_answers.behave
     seen: dict[str, int] = {}
     async with one_each(proxy) as clients:
 
@@ -195,14 +195,16 @@ async def test_a_killed_worker_harms_only_what_it_was_serving(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(several(upstream.port)), upstream.gate()
-    events = canned.chat_events()
+    events = upstream_answers.chat_events()
     async with one_each(proxy) as clients:
         processes = await pids(proxy, client)
-        upstream.always(*canned.stream(events[:2], end=False), hold(gate), *canned.stream(events[2:])[1:])
+        upstream.always(
+            *upstream_answers.stream(events[:2], end=False), hold(gate), *upstream_answers.stream(events[2:])[1:]
+        )
         async with clients[0].open(proxy, ask(stream=True)) as answer:
             got = await answer.content.readexactly(len(b"".join(events[:2])))
             os.kill(processes[2], signal.SIGKILL)
-            upstream.always(canned.chat())
+            upstream.always(upstream_answers.chat())
             for _ in range(20):  # new connections are taken by who is left, and by the new one
                 async with Client() as fresh:
                     assert (await fresh.send(proxy, ask())).status == 200
@@ -216,8 +218,10 @@ async def test_a_killed_worker_harms_only_what_it_was_serving(
 
 async def test_sigterm_drains_all(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy, gate = launch(several(upstream.port, 2, server={"drain_timeout": "20s"})), upstream.gate()
-    events = canned.chat_events(include_usage=True)
-    upstream.always(*canned.stream(events[:2], end=False), hold(gate), *canned.stream(events[2:])[1:])
+    events = upstream_answers.chat_events(include_usage=True)
+    upstream.always(
+        *upstream_answers.stream(events[:2], end=False), hold(gate), *upstream_answers.stream(events[2:])[1:]
+    )
     question = {"stream": True, "stream_options": {"include_usage": True}}
     async with one_each(proxy) as clients, AsyncExitStack() as stack:
         answers = [await stack.enter_async_context(each.open(proxy, ask(**question))) for each in clients]
@@ -365,7 +369,7 @@ async def test_places_come_back_also_from_a_killed_worker(launch: Launch, upstre
     gate = upstream.gate()
     async with one_each(proxy) as clients:
         processes = await pids(proxy, clients[0])
-        upstream.queue(CHAT, [hold(gate), canned.chat()], [canned.chat()], [stall()])
+        upstream.queue(CHAT, [hold(gate), upstream_answers.chat()], [upstream_answers.chat()], [stall()])
         held = asyncio.create_task(clients[0].send(proxy, ask()))
         await upstream.until(lambda: upstream.count == 1)
         waiting = asyncio.create_task(clients[1].send(proxy, ask()))
@@ -383,7 +387,7 @@ async def test_places_come_back_also_from_a_killed_worker(launch: Launch, upstre
 
 async def test_places_go_round_between_workers(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(several(upstream.port, 2, throttle={"limits": {"*": {"concurrency": 1}}, "max_wait": "20s"}))
-    upstream.always(sleep(0.05), canned.chat())
+    upstream.always(sleep(0.05), upstream_answers.chat())
     order: list[int] = []
 
     async def one(number: int, client: Client) -> None:
@@ -412,7 +416,7 @@ async def test_what_all_recorded_is_in_the_cassette(launch: Launch, upstream: Sc
 
 async def test_a_key_that_cools_for_one_cools_for_all(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(several(upstream.port, 2, ("k1", "k2")))
-    upstream.queue(CHAT, [canned.rate_limited("50")])
+    upstream.queue(CHAT, [upstream_answers.rate_limited("50")])
     async with one_each(proxy) as clients:
         assert (await clients[0].send(proxy, ask())).status == 200
         tired = upstream.requests[0].key
@@ -425,7 +429,7 @@ async def test_a_key_that_cools_for_one_cools_for_all(launch: Launch, upstream: 
 
 
 async def test_a_run_is_one_over_all_workers(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    upstream.script = lambda _: [canned.chat(f"answer {upstream.count}")]
+    upstream.script = lambda _: [upstream_answers.chat(f"answer {upstream.count}")]
     proxy = launch(several(upstream.port, 2, cache={"backend": "sqlite", "path": str(tmp_path / "cache.db")}))
     question, headers = ask("one", temperature=1), {"X-Proxy-Run": "eval-7"}
     async with one_each(proxy) as clients:

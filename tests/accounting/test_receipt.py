@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.accounting.receipt import KEPT, Receipt, Receipts
+from proxy.accounting.receipt import RECEIPTS_KEPT, Receipt, Receipts
 from proxy.cache.entry import Entry, Form
 from proxy.cost.usage import Usage
 
@@ -142,7 +142,7 @@ def test_the_last_ones_are_kept() -> None:
             else:
                 receipts.put(receipt(f"s{number}"))
         assert [number for number in range(9) if receipts.get(f"s{number}")] == [6, 7, 8]
-    assert KEPT >= 1000
+    assert RECEIPTS_KEPT >= 1000
 
 
 def test_a_receipt_written_again_replaces_the_first() -> None:

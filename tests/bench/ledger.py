@@ -13,12 +13,12 @@ from pathlib import Path
 
 from proxy.accounting.ledger.ledger import Ledger
 from proxy.accounting.ledger.reader import Span, report, spent, what_if
-from proxy.accounting.ledger.reporting import Sums, WhatIf
-from proxy.accounting.ledger.writer import Writer
+from proxy.accounting.ledger.reporting import ReportRow, WhatIf
+from proxy.accounting.ledger.writer import LedgerWriter
 from proxy.accounting.receipt import Receipt
 from proxy.cache.entry import Entry
 from proxy.cost.usage import Usage
-from proxy.system.clock import REAL
+from proxy.system.clock import SYSTEM_CLOCK
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o3", "text-embedding-3-small")
 
@@ -72,7 +72,7 @@ def main(count: int) -> None:
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "usage.db"
-        ledger = Ledger(str(path.with_name("other.db")), REAL)
+        ledger = Ledger(str(path.with_name("other.db")), SYSTEM_CLOCK)
         hits, some = 200_000, entries(1000)
 
         def serve(of: list[Entry], times: int = hits) -> None:
@@ -92,7 +92,7 @@ def main(count: int) -> None:
         batch = [receipt(chance, 1.8e9) for _ in range(40_000)]
         print(f"miss, on the loop: {timed(partial(miss, batch)) / len(batch) * 1e6:.2f} µs")
 
-        writer = Writer(path, 1, Sums())
+        writer = LedgerWriter(path, 1, ReportRow())
         writer.start()
         wall, seconds = 1.7e9, 0.0
         for start in range(0, count, 20_000):

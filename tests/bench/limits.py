@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any
 
 from proxy.config.limits import Limits
-from proxy.upstream.limits.queue import Gate
-from proxy.upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
-from proxy.upstream.limits.redis import RedisLimiter
-from proxy.upstream.limits.redis_limiter import SharedReservation
+from proxy.upstream.limits.queue import AdmissionQueue
+from proxy.upstream.limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
+from proxy.upstream.limits.redis import RedisLimits
+from proxy.upstream.limits.redis_limiter import RedisReservation
 from proxy.upstream.limits.shared import RECHECK
 from tests.cache.stores.kit import redis_url
 
@@ -31,16 +31,16 @@ ASKERS = 8
 
 async def admitted(url: str | None, prefix: str, name: str, limit: int, seconds: float) -> list[float]:
     """The stamps (s) of what one process gets in."""
-    gate = Gate(1000, time.monotonic, recheck=RECHECK if url else float("inf"))
+    gate = AdmissionQueue(1000, time.monotonic, recheck=RECHECK if url else float("inf"))
     limits = Limits(rpm=limit, tpm=limit * TOKENS)
-    limiter = RedisLimiter(url, prefix, name, time.monotonic) if url else None
+    limiter = RedisLimits(url, prefix, name, time.monotonic) if url else None
     if limiter is not None:
         await limiter.open(lambda *_: None)
-    allowance = limiter.allowance(("q", "m"), limits, 1.0) if limiter is not None else Allowance(limits)
+    allowance = limiter.rate_limiter(("q", "m"), limits, 1.0) if limiter is not None else RateLimiter(limits)
     stamps: list[float] = []
     end = time.monotonic() + seconds
 
-    async def everywhere(now: float) -> Reservation | Wait | Never:
+    async def everywhere(now: float) -> Reservation | Wait | ExceedsLimit:
         assert limiter is not None
         while True:
             answer = allowance.reserve(TOKENS, time.monotonic())
@@ -52,11 +52,11 @@ async def admitted(url: str | None, prefix: str, name: str, limit: int, seconds:
             attempt: Any = everywhere if limiter is not None else partial(allowance.reserve, TOKENS)
             try:
                 async with asyncio.timeout(end - time.monotonic()):
-                    reservation = await gate.admit("m", attempt, 1e9)
+                    reservation = await gate.acquire("m", attempt, 1e9)
             except TimeoutError:
                 return
             assert isinstance(reservation, Reservation)
-            stamp = reservation.stamp if isinstance(reservation, SharedReservation) else None
+            stamp = reservation.stamp if isinstance(reservation, RedisReservation) else None
             stamps.append(time.monotonic() if stamp is None else stamp / 1000)
             reservation.settle(TOKENS)
             await asyncio.sleep(0)
@@ -71,10 +71,10 @@ async def admitted(url: str | None, prefix: str, name: str, limit: int, seconds:
 async def decisions(url: str | None, seconds: float, askers: int) -> float:
     """Decisions a second of one process."""
     limits = Limits(rpm=10**9, tpm=10**12)
-    limiter = RedisLimiter(url, f"bench{time.time_ns()}", "one", time.monotonic) if url else None
+    limiter = RedisLimits(url, f"bench{time.time_ns()}", "one", time.monotonic) if url else None
     if limiter is not None:
         await limiter.open(lambda *_: None)
-    allowance = limiter.allowance(("q", "m"), limits, 1.0) if limiter is not None else Allowance(limits)
+    allowance = limiter.rate_limiter(("q", "m"), limits, 1.0) if limiter is not None else RateLimiter(limits)
     count, end = 0, time.monotonic() + seconds
 
     async def ask() -> None:

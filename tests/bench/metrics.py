@@ -14,9 +14,9 @@ from proxy.cost.usage import Usage
 from proxy.observability.logs import HitLog
 from proxy.observability.metrics import Metrics
 from proxy.protocol.traceparent import traceparent
-from proxy.services import compile_world
-from proxy.system.clock import REAL
-from proxy.upstream.counters import Tallies
+from proxy.services import build_services
+from proxy.system.clock import SYSTEM_CLOCK
+from proxy.upstream.counters import UpstreamCounters
 from tests.pipeline.fixture import settings
 
 TRACE = (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
@@ -54,8 +54,8 @@ def cost(work: Callable[[], object], count: int = 50_000) -> float:
 
 def main() -> None:
     logging.getLogger("proxy").setLevel(logging.CRITICAL)
-    metrics, log, world = Metrics(), HitLog(), compile_world(settings(), REAL)
-    read, loop = Tallies().reads(time.monotonic), cost(lambda: None)
+    metrics, log, services = Metrics(), HitLog(), build_services(settings(), SYSTEM_CLOCK)
+    read, loop = UpstreamCounters().reads(time.monotonic), cost(lambda: None)
     for number in range(100):
         metrics.hit(msgspec.structs.replace(ENTRY, model=f"m{number}"))
     rows: dict[str, Callable[[], object]] = {
@@ -68,7 +68,7 @@ def main() -> None:
     }
     for name, work in rows.items():
         print(f"{name:36} {cost(work) - loop:7.2f} µs")
-    print(f"{'a scrape, 100 models':36} {cost(lambda: metrics.render(world, 0), 20):7.0f} µs")
+    print(f"{'a scrape, 100 models':36} {cost(lambda: metrics.render(services, 0), 20):7.0f} µs")
 
 
 if __name__ == "__main__":

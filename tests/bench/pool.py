@@ -15,34 +15,36 @@ import time
 from typing import Any, Final
 
 from proxy.config.limits import Limits
-from proxy.config.settings import Breaker, Retry, Settings, Throttle, Timeouts
-from proxy.upstream.keys.lease import Lease, PoolKey, Wish
-from proxy.upstream.keys.pool import KeyRing
+from proxy.config.settings import BreakerSettings, RetrySettings, Settings, ThrottleSettings, TimeoutSettings
+from proxy.upstream.keys.lease import KeyRequest, Lease, UpstreamKey
+from proxy.upstream.keys.pool import KeyPool
 from proxy.upstream.keys.prompt_affinity import prefix_of
 from proxy.upstream.keys.selection import STRATEGIES
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
-from tests.pipeline.script import ScriptedWayUp, error, says
-from tests.server.kit import house
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
+from tests.pipeline.script import ScriptedTransport, error, says
+from tests.server.kit import running_proxy
 
 RATE, SECONDS = 200, 60
 
 
-def amplification(breaker: Breaker) -> float:
+def amplification(breaker: BreakerSettings) -> float:
     """Calls made for each request when all of them are answered with 503."""
     figures: list[float] = []
 
-    @story
+    @virtual_time
     async def outage() -> None:
-        config: Settings = settings(retry=Retry(), breaker=breaker, throttle=Throttle(), timeouts=Timeouts())
-        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(503)), config=config)
+        config: Settings = settings(
+            retry=RetrySettings(), breaker=breaker, throttle=ThrottleSettings(), timeouts=TimeoutSettings()
+        )
+        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=config)
         asked = []
         for number in range(RATE * SECONDS):
             asked.append(scene.loop.create_task(scene.ask(ask(str(number)))))
             await asyncio.sleep(1 / RATE)
         for task in asked:
             await task
-        figures.append(len(scene.way_up.sent) / len(asked))
+        figures.append(len(scene.transport.sent) / len(asked))
 
     outage()
     return figures[0]
@@ -54,11 +56,11 @@ async def takeover(times: int = 200) -> tuple[float, float]:
     for number in range(times):
         for refused in (False, True):
             moves = [error(401), says()] if refused else [says()]
-            async with house(*moves, config=settings(pool("k1", "k2"))) as home:
+            async with running_proxy(*moves, config=settings(pool("k1", "k2"))) as home:
                 began = time.perf_counter()
                 answer = await home.ask(body=ask(str(number)))
                 spent[refused].append((time.perf_counter() - began) * 1000)
-                assert (answer.status, len(home.way_up.sent)) == (200, 1 + refused)
+                assert (answer.status, len(home.transport.sent)) == (200, 1 + refused)
     base = statistics.median(spent[False])
     slow = sorted(spent[True])
     return statistics.median(slow) - base, slow[int(len(slow) * 0.99)] - base
@@ -89,8 +91,8 @@ class PromptCache:
 def cached_share(strategy: str, limits: dict[str, Limits], seed: int = 7) -> float:
     """Of all prompt tokens of 200 conversations of 12 turns, 30 at a time."""
     dice = random.Random(seed)
-    keys = [PoolKey(f"k{number}", 0, ("*",)) for number in range(4)]
-    ring = KeyRing(keys, STRATEGIES[strategy], limits)
+    keys = [UpstreamKey(f"k{number}", 0, ("*",)) for number in range(4)]
+    ring = KeyPool(keys, STRATEGIES[strategy], limits)
     caches = {key.label: PromptCache() for key in keys}
     talks: dict[int, dict[str, Any]] = {}
     begun = total = cached = 0
@@ -104,7 +106,7 @@ def cached_share(strategy: str, limits: dict[str, Limits], seed: int = 7) -> flo
         talk = talks[number]
         talk["messages"].append({"role": "user", "content": "x" * dice.randrange(100, 2000)})
         tokens = sum(len(message["content"]) for message in talk["messages"]) // 4
-        wish = Wish(prefix_of("chat", talk, "gpt-4o"))
+        wish = KeyRequest(prefix_of("chat", talk, "gpt-4o"))
         lease = ring.lease("gpt-4o", tokens, frozenset(), now, wish=wish)
         while not isinstance(lease, Lease):
             now += 1.0
@@ -121,7 +123,10 @@ def cached_share(strategy: str, limits: dict[str, Limits], seed: int = 7) -> flo
 
 
 def main() -> None:
-    for name, breaker in (("breaker off", Breaker(failures=10**6)), ("breaker as by default", Breaker())):
+    for name, breaker in (
+        ("breaker off", BreakerSettings(failures=10**6)),
+        ("breaker as by default", BreakerSettings()),
+    ):
         print(f"calls a request while every call fails, {name}: {amplification(breaker):.3f}")
     median, late = asyncio.run(takeover())
     print(f"from a key's 401 to the answer by another: median {median:.2f} ms, p99 {late:.2f} ms")

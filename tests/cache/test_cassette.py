@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cache.cassette import BadLine, read, read_line, shareable_headers, write, write_line
+from proxy.cache.cassette import CassetteLineError, read, read_line, shareable_headers, write, write_line
 from proxy.cache.entry import Entry
 from proxy.cost.usage import Usage
 
@@ -162,11 +162,11 @@ BAD = [
 @pytest.mark.parametrize(("line", "why"), BAD)
 def test_a_bad_line_says_where_and_why(line: bytes, why: str) -> None:
     lines = [write_line(entry(key="first")), b"\n", line + b"\n"]
-    with pytest.raises(BadLine, match=f"(?s)dir/file:3: .*{why}") as error:
+    with pytest.raises(CassetteLineError, match=f"(?s)dir/file:3: .*{why}") as error:
         list(read("dir/file", lines))
     assert "sk-1" not in str(error.value)
 
 
 def test_an_entry_stands_in_a_file_once() -> None:
-    with pytest.raises(BadLine, match="f:3: the same key and form as line 1"):
+    with pytest.raises(CassetteLineError, match="f:3: the same key and form as line 1"):
         list(read("f", [write_line(entry()), b"\n", write_line(entry(model="other"))]))

@@ -371,7 +371,7 @@ def test_nothing_raises(endpoint: str, value: Any) -> None:
     except TypeError:  # orjson knows no integers beyond 64 bits: not what is tested
         return
     audit.event(b"data: [DONE]\n\n")
-    audit.verdict()
+    audit.reason_not_stored()
 
 
 # Streams.
@@ -412,7 +412,7 @@ def verdict(stream: bytes, request: Json | None = None, endpoint: str = "chat") 
     audit = StreamAudit(endpoint, request or {})
     for each in splitter.feed(stream):
         audit.event(each)
-    return audit.verdict(splitter.rest)
+    return audit.reason_not_stored(splitter.rest)
 
 
 class TestChatStream:
@@ -574,7 +574,7 @@ class TestLearnt:
         assert audit.usage_span == (len(before), len(before) + len(USAGE_CHUNK))
         twice = audited(before + USAGE_CHUNK + USAGE_CHUNK + DONE)
         assert twice.usage_span == (len(before), len(before) + 2 * len(USAGE_CHUNK))
-        assert twice.verdict() is None
+        assert twice.reason_not_stored() is None
         assert audited(before + DONE).usage_span is None
 
     def test_model_and_tier(self) -> None:

@@ -537,7 +537,7 @@ class TestStreamFromPlain:
             audit = StreamAudit("chat", {})
             for one in Splitter().feed(served):
                 audit.event(one)
-            assert audit.verdict() is None
+            assert audit.reason_not_stored() is None
             assert audit.usage_span == expected
         assert told_in(stream[slice(*span)]) == [told_in(stream)[-1]]
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from proxy.cache.embeddings import (
     MOST_ITEMS,
     MOST_TOKENS,
-    Batch,
-    Found,
+    CachedItem,
+    EmbeddingBatch,
     apportion,
     cached,
     item_entries,
@@ -26,7 +26,7 @@ from proxy.cache.embeddings import (
     made_of,
     read_answer,
     read_batch,
-    saved,
+    savings_of,
     total_usage,
     vectors_of,
 )
@@ -39,13 +39,13 @@ DROP = frozenset({"stream", "stream_options", "user"})
 PARTS = KeyParts("embeddings", "", "text-embedding-3-small", "https://api.openai.com/v1", "", "", "", b"")
 
 
-def batch_of(given: Any, parts: KeyParts = PARTS, drop: frozenset[str] = DROP, **fields: Any) -> Batch | None:
+def batch_of(given: Any, parts: KeyParts = PARTS, drop: frozenset[str] = DROP, **fields: Any) -> EmbeddingBatch | None:
     document = {"model": "text-embedding-3-small", "input": given} | fields
     raw = orjson.dumps(document)
     return read_batch(raw, document, msgspec.structs.replace(parts, body=canonical(raw, drop)), drop)
 
 
-def taken_apart(given: Any, **fields: Any) -> Batch:
+def taken_apart(given: Any, **fields: Any) -> EmbeddingBatch:
     batch = batch_of(given, **fields)
     assert batch is not None
     return batch
@@ -165,7 +165,7 @@ class TestRequests:
 
     def test_what_is_found_or_bought_is_not_bought_again(self) -> None:
         batch = taken_apart(["a", "b", "c", "d"])
-        batch = msgspec.structs.replace(batch, found={1: Found(b"[1]", entry())})
+        batch = msgspec.structs.replace(batch, found={1: CachedItem(b"[1]", entry())})
         assert batch.parts() == [(0, 2, 3)]
         assert batch.parts({0, 3}) == [(2,)]
         assert batch.input((0, 2)) == b'["a","c"]'
@@ -256,7 +256,10 @@ class TestShares:
     def test_no_usage_no_counts(self) -> None:
         stored = item_entries(entry(), taken_apart(["a", "b"]), (0, 1), [b"[1]", b"[2]"], price)
         assert [(one.usage, one.cost, one.estimated) for one in stored] == [(None, None, False)] * 2
-        assert (saved([Found(b"", one) for one in stored]).usage, total_usage([None, Usage(1, 0, 1)])) == (None, None)
+        assert (savings_of([CachedItem(b"", one) for one in stored]).usage, total_usage([None, Usage(1, 0, 1)])) == (
+            None,
+            None,
+        )
 
 
 class TestCached:
@@ -310,7 +313,9 @@ class TestCached:
     def test_an_answer_made_of_items_is_as_old_as_the_oldest_and_over_with_the_first(self) -> None:
         old = entry(stored_at=100.0, ttl=1000.0, usage=Usage(2, 0, 2), cost="0.000002", tags=("a:b",))
         young = entry(stored_at=500.0, ttl=10.0, usage=Usage(3, 0, 3), cost="0.000003", estimated=True)
-        batch = msgspec.structs.replace(taken_apart(["a", "b"]), found={0: Found(b"[1]", young), 1: Found(b"[2]", old)})
+        batch = msgspec.structs.replace(
+            taken_apart(["a", "b"]), found={0: CachedItem(b"[1]", young), 1: CachedItem(b"[2]", old)}
+        )
         made, body = made_of("whole", batch)
         assert (made.key, made.stored_at, made.expires_at, made.tags) == ("whole", 100.0, 510.0, ())
         assert (made.usage, made.cost, made.estimated) == (Usage(5, 0, 5), "0.000005", True)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from proxy.cache.fields import FIELDS, HOSTED_TOOLS, LABELS, dropped_fields, request_bypass
 from proxy.cache.key import canonical
-from proxy.config.settings import Cache
+from proxy.config.settings import CacheSettings
 from tests.cache.test_key import json_values
 from tests.sdk_schema import CLIENT_RUN, SDK, fields_of, tool_types
 
 LINES = [(endpoint, name, verdict) for endpoint, fields in FIELDS.items() for name, verdict in fields.items()]
-IGNORED = Cache().ignore_fields
+IGNORED = CacheSettings().ignore_fields
 
 BYPASSING: dict[str, Any] = {
     "store": True,

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from proxy.cache.entry import Entry
 from proxy.cache.key import KeyParts, cache_key, canonical
-from proxy.cache.miss_reason import MAIN_FIELDS, MOST_FIELDS, Recent, differences, nearest, told, traits_of, why_missed
+from proxy.cache.miss_reason import (
+    MAIN_FIELDS,
+    MOST_FIELDS,
+    RecentRequests,
+    differences,
+    field_digests_of,
+    nearest,
+    shown_names,
+    why_missed,
+)
 from tests.cache.test_key import json_objects, json_values
 
 BODY: dict[str, Any] = {
@@ -34,17 +43,17 @@ def request(body: Any = None, /, **parts: Any) -> KeyParts:
 
 
 def entry(parts: KeyParts, **fields: Any) -> Entry:
-    key, traits = cache_key(parts), traits_of(parts)
+    key, traits = cache_key(parts), field_digests_of(parts)
     blank = Entry(key, "json", 200, (), b"", None, 0.0, 100.0, parts.endpoint, "", None, None, None, "", (), False)
     return msgspec.structs.replace(blank, **({"traits": traits} | fields))
 
 
-def reason(recent: Recent, parts: KeyParts, scope: str = "", wall: float = 1.0) -> str:
-    return recent.reason(scope, parts.endpoint, cache_key(parts), traits_of(parts), wall)
+def reason(recent: RecentRequests, parts: KeyParts, scope: str = "", wall: float = 1.0) -> str:
+    return recent.reason(scope, parts.endpoint, cache_key(parts), field_digests_of(parts), wall)
 
 
-def knowing(*known: KeyParts) -> Recent:
-    recent = Recent()
+def knowing(*known: KeyParts) -> RecentRequests:
+    recent = RecentRequests()
     for parts in known:
         recent.add("", entry(parts))
     return recent
@@ -52,7 +61,7 @@ def knowing(*known: KeyParts) -> Recent:
 
 class TestTraits:
     def test_one_for_each_part_and_field_and_none_of_their_text(self) -> None:
-        traits = traits_of(request(namespace="name a\nci", beta="v2", sample="1", query="x=1"))
+        traits = field_digests_of(request(namespace="name a\nci", beta="v2", sample="1", query="x=1"))
         names = [trait.split(":")[0] for trait in traits.split()]
         parts = ["model", "namespace", "upstreams", "OpenAI-Beta", "sample", "query"]
         assert names == [*parts, "messages", "seed", "stop", "temperature", "top_p", "vendor"]
@@ -62,31 +71,35 @@ class TestTraits:
     def test_how_it_is_spelt_does_not_matter(self) -> None:
         other = b'{"vendor":{"deep":[1]},"messages":[{"content":"\\u0048i","role":"user"}],"model":"gpt-4o"}'
         same = {"model": BODY["model"], "messages": BODY["messages"], "vendor": BODY["vendor"]}
-        assert traits_of(request(same)) == traits_of(msgspec.structs.replace(PARTS, body=canonical(other, frozenset())))
+        assert field_digests_of(request(same)) == field_digests_of(
+            msgspec.structs.replace(PARTS, body=canonical(other, frozenset()))
+        )
 
     def test_fields_named_like_parts_and_odd_names(self) -> None:
         body = {"sample": 1, "body.sample": 2, "a b": 3, "x:y\r\n": 4, "é": 5, "": 6}
-        names = [trait.rpartition(":")[0] for trait in traits_of(request(body, sample="1")).split()]
+        names = [trait.rpartition(":")[0] for trait in field_digests_of(request(body, sample="1")).split()]
         assert names == ["model", "upstreams", "sample", "", "a%20b", "body.body.sample", "body.sample", *names[-2:]]
         assert names[-2:] == ["x%3Ay%0D%0A", "%C3%A9"]
 
     def test_too_many_or_too_long_names_have_none(self) -> None:
-        assert traits_of(request({f"f{i}": 1 for i in range(MOST_FIELDS)}))
-        assert traits_of(request({f"f{i}": 1 for i in range(MOST_FIELDS + 1)})) == ""
-        assert traits_of(request({"x" * 65: 1})) == ""
+        assert field_digests_of(request({f"f{i}": 1 for i in range(MOST_FIELDS)}))
+        assert field_digests_of(request({f"f{i}": 1 for i in range(MOST_FIELDS + 1)})) == ""
+        assert field_digests_of(request({"x" * 65: 1})) == ""
         assert reason(knowing(request({"x" * 65: 1})), request({"x" * 65: 2})) == "new"
 
     @given(json_objects)
     def test_any_body_has_some(self, body: dict[str, Any]) -> None:
-        assert traits_of(request(body)).isascii()
+        assert field_digests_of(request(body)).isascii()
 
     @pytest.mark.parametrize("number", [b"-0", b"1e2", b"1E400", b"1e9999999", b"1" * 100_000])
     def test_any_number(self, number: bytes) -> None:
         body = b'{"n":%b,"o":[%b]}' % (number, number)
-        assert len(traits_of(msgspec.structs.replace(PARTS, body=canonical(body, frozenset()))).split()) == 4
+        assert len(field_digests_of(msgspec.structs.replace(PARTS, body=canonical(body, frozenset()))).split()) == 4
 
     def test_header_bytes_of_any_kind(self) -> None:
-        assert differences(traits_of(request(beta="\udcff")), traits_of(request(beta="\udcfe"))) == ["OpenAI-Beta"]
+        assert differences(field_digests_of(request(beta="\udcff")), field_digests_of(request(beta="\udcfe"))) == [
+            "OpenAI-Beta"
+        ]
 
 
 class TestDifferences:
@@ -137,16 +150,19 @@ class TestDifferences:
             assert reason(knowing(*order), request(BODY | {"temperature": 1})) == "differs: top_p"
 
     def test_the_nearest_of_any(self) -> None:
-        one, other = traits_of(request(BODY | {"seed": 1, "n": 2})), traits_of(request(BODY | {"seed": 1}))
-        asked = traits_of(request())
+        one, other = (
+            field_digests_of(request(BODY | {"seed": 1, "n": 2})),
+            field_digests_of(request(BODY | {"seed": 1})),
+        )
+        asked = field_digests_of(request())
         candidates = [("none", ""), ("one", one), ("other", other), ("later", other)]
         assert nearest(candidates, asked) == ("other", ["seed"])
         assert nearest([*candidates, ("same", asked)], asked) == ("same", [])
         assert nearest(candidates, "") is nearest([("none", "")], asked) is None
 
     def test_at_most_three_are_named(self) -> None:
-        assert told(["a", "b", "c"]) == "differs: a, b, c"
-        assert told(["a", "b", "c", "d"]) == "differs: a, b, c, ..."
+        assert shown_names(["a", "b", "c"]) == "differs: a, b, c"
+        assert shown_names(["a", "b", "c", "d"]) == "differs: a, b, c, ..."
 
     def test_other_endpoints_and_clients_are_no_neighbours(self) -> None:
         recent = knowing(request())
@@ -167,7 +183,7 @@ class TestDifferences:
         assert reason(recent, request(BODY | {"seed": 1})) == "new"
 
     def test_bounded(self) -> None:
-        recent = Recent(kept=8)
+        recent = RecentRequests(kept=8)
         for number in range(100):
             recent.add("", entry(request(BODY | {"messages": str(number), "n": number})))
             recent.add("", entry(request(BODY | {"n": number})))

@@ -14,12 +14,12 @@ import pytest
 
 from proxy.cache.entry import Entry
 from proxy.cache.listing import timestamp
-from proxy.cache.stores.intake import Taken
-from proxy.cache.stores.interface import Name
+from proxy.cache.stores.intake import ImportResult
+from proxy.cache.stores.interface import EntryName
 from proxy.cli.cache import SUBCOMMANDS
 from proxy.cli.cache.export import replacing
-from proxy.cli.cache.interface import Card, Trouble, Wanted, find_key
-from proxy.cli.cache.text import Progress, cut, duration, size, table
+from proxy.cli.cache.interface import CommandError, EntrySummary, FilterArguments, find_key
+from proxy.cli.cache.text import ProgressLine, cut, duration, size, table
 
 
 def test_the_subcommands_of_the_contract() -> None:
@@ -69,19 +69,19 @@ class _Terminal(io.StringIO):
 def test_a_bar_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, shown in ((_Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with Progress("exporting", 1000) as progress:
+        with ProgressLine("exporting", 1000) as progress:
             progress.step(500)
         assert (stream.getvalue() == "") is not shown
         assert not shown or stream.getvalue().endswith("\r\x1b[K")
 
 
 def test_how_far_it_has_come() -> None:
-    progress = Progress("exporting", 1000)
+    progress = ProgressLine("exporting", 1000)
     progress.step(500)
     assert progress.line() == "exporting [############............]  50% of 1,000"
     progress.step(600)
     assert progress.line() == "exporting [########################] 100% of 1,000"
-    progress = Progress("checking", 0)
+    progress = ProgressLine("checking", 0)
     progress.step(1234)
     assert progress.line() == "checking 1,234"
 
@@ -92,20 +92,20 @@ class _Keys:
     def __init__(self, *keys: str) -> None:
         self._keys = keys
 
-    async def cards(self, wanted: Wanted) -> AsyncIterator[Sequence[Card]]:
+    async def list(self, wanted: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
         for key in self._keys:
             yield [{"key": key}] if key.startswith(str(wanted["prefix"])) else []
 
     async def facts(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         raise NotImplementedError
 
-    async def purge(self, wanted: Wanted, dry_run: bool) -> int:
+    async def purge(self, wanted: FilterArguments, dry_run: bool) -> int:
         raise NotImplementedError
 
-    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> Taken:
+    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> ImportResult:
         raise NotImplementedError
 
 
@@ -113,9 +113,9 @@ async def test_a_key_may_be_cut_short_while_it_is_clear() -> None:
     keys = _Keys("abc", "abcd", "abcd", "b1", "b2")
     assert await find_key(keys, "abc") == "abc"
     assert await find_key(keys, "abcd") == "abcd"
-    with pytest.raises(Trouble, match="2 keys begin with 'ab', such as abc…, abcd…"):
+    with pytest.raises(CommandError, match="2 keys begin with 'ab', such as abc…, abcd…"):
         await find_key(keys, "ab")
-    with pytest.raises(Trouble, match="no stored answer has a key that begins with 'c'"):
+    with pytest.raises(CommandError, match="no stored answer has a key that begins with 'c'"):
         await find_key(keys, "c")
 
 

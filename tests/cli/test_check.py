@@ -11,7 +11,7 @@ from aiohttp import web
 
 from proxy.cli import check
 from proxy.config.secret import Secret
-from proxy.config.settings import Key, Settings, Upstream
+from proxy.config.settings import KeySettings, Settings, UpstreamSettings
 
 
 def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, cwd: Path, text: str | None = None, **environ: str) -> int:
@@ -84,27 +84,29 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("upstream", "url"),
     [
-        (Upstream(), "https://api.openai.com/v1/models"),
+        (UpstreamSettings(), "https://api.openai.com/v1/models"),
         (
-            Upstream(kind="azure", base_url="https://n", api_version="2024-10-21"),
+            UpstreamSettings(kind="azure", base_url="https://n", api_version="2024-10-21"),
             "https://n/openai/models?api-version=2024-10-21",
         ),
-        (Upstream(kind="azure", base_url="https://n"), "https://n/openai/v1/models"),
+        (UpstreamSettings(kind="azure", base_url="https://n"), "https://n/openai/v1/models"),
     ],
 )
-def test_where_models_are_listed(upstream: Upstream, url: str) -> None:
+def test_where_models_are_listed(upstream: UpstreamSettings, url: str) -> None:
     assert check.models_url(upstream) == url
 
 
 def test_credentials() -> None:
-    key = Key("a", Secret("hunter2"), "org-1", "proj_1")
-    assert check.credentials(Upstream(), key) == {
+    key = KeySettings("a", Secret("hunter2"), "org-1", "proj_1")
+    assert check.credentials(UpstreamSettings(), key) == {
         "Authorization": "Bearer hunter2",
         "OpenAI-Organization": "org-1",
         "OpenAI-Project": "proj_1",
     }
-    assert check.credentials(Upstream(), Key("a", Secret("hunter2"))) == {"Authorization": "Bearer hunter2"}
-    assert check.credentials(Upstream(kind="azure"), key) == {"api-key": "hunter2"}
+    assert check.credentials(UpstreamSettings(), KeySettings("a", Secret("hunter2"))) == {
+        "Authorization": "Bearer hunter2"
+    }
+    assert check.credentials(UpstreamSettings(kind="azure"), key) == {"api-key": "hunter2"}
 
 
 @pytest.fixture
@@ -134,17 +136,19 @@ async def models() -> AsyncIterator[str]:
     assert all(request.path != "/elsewhere" for request in seen)
 
 
-def pool(base_url: str, *secrets: str) -> Upstream:
-    return Upstream(base_url=base_url, keys=tuple(Key(f"key-{i}", Secret(key)) for i, key in enumerate(secrets)))
+def pool(base_url: str, *secrets: str) -> UpstreamSettings:
+    return UpstreamSettings(
+        base_url=base_url, keys=tuple(KeySettings(f"key-{i}", Secret(key)) for i, key in enumerate(secrets))
+    )
 
 
 async def test_online(models: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "_PATIENCE", 0.3)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # not read
-    azure = Upstream(
-        name="azure", kind="azure", base_url=models, api_version="2024-10-21", keys=(Key("az", Secret("good")),)
+    azure = UpstreamSettings(
+        name="azure", kind="azure", base_url=models, api_version="2024-10-21", keys=(KeySettings("az", Secret("good")),)
     )
-    dead = Upstream(name="dead", base_url="http://127.0.0.1:1/v1", keys=(Key("d", Secret("x")),))
+    dead = UpstreamSettings(name="dead", base_url="http://127.0.0.1:1/v1", keys=(KeySettings("d", Secret("x")),))
     all_of_them = pool(f"{models}/v1", "good", "bad", "busy", "odd", "moved", "slow")
     works = await check._online(Settings(upstreams=(all_of_them, azure, dead)))
     assert not works

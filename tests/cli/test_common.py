@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from proxy.cli.common import add_config_arguments, load_from_args
-from proxy.config.loader import FLAGS, Loaded
-from proxy.config.settings import Upstream
+from proxy.config.loader import FLAGS, LoadedSettings
+from proxy.config.settings import UpstreamSettings
 
 
-def load(argv: list[str], cwd: Path, upstream: str | None = None, **environ: str) -> Loaded:
+def load(argv: list[str], cwd: Path, upstream: str | None = None, **environ: str) -> LoadedSettings:
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
     return load_from_args(parser.parse_args(argv), environ, cwd=cwd, upstream=upstream)
@@ -49,7 +49,7 @@ def test_mistakes_are_lines_on_stderr_and_status_2(tmp_path: Path, capsys: pytes
 def test_one_upstream_may_stand_for_all(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("upstreams: [{keys: ['${NOPE}']}, {keys: [a]}]\nserver: {port: 9}")
     loaded = load([], tmp_path, upstream="http://127.0.0.1:9/v1", OPENAI_API_KEY="sk-your-key")
-    assert loaded.settings.upstreams == (Upstream(base_url="http://127.0.0.1:9/v1"),)
+    assert loaded.settings.upstreams == (UpstreamSettings(base_url="http://127.0.0.1:9/v1"),)
     assert loaded.settings.server.port == 9
 
 

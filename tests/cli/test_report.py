@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.accounting.ledger.reporting import Sums
+from proxy.accounting.ledger.reporting import ReportRow
 from proxy.cli.report import _cell, _count, _dollars, _name, _tables, _time
 
 
@@ -58,7 +58,9 @@ def test_names_fit(names: list[str | None]) -> None:
 
 
 def test_a_full_table_fits_into_80_columns() -> None:
-    most = Sums(requests=10**8, hits=10**8, errors=10**8, total=10**15, unknown=7, cost=123456 * 10**12, saved=10**17)
+    most = ReportRow(
+        requests=10**8, hits=10**8, errors=10**8, total=10**15, unknown=7, cost=123456 * 10**12, saved=10**17
+    )
     row = most.as_json() | {"p50_ms": 599_999.0, "first_byte_p99_ms": 599_999.0}
     lines = _tables(["model"], [{"model": "m" * 99} | row, {"model": None} | row], row)
     assert max(map(len, lines)) <= 80

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.loader import Loaded, load
+from proxy.config.loader import LoadedSettings, load
 from tests.config.kit import Load, write
 
 
@@ -17,9 +17,9 @@ def _load(tmp_path: Path) -> Load:
         *,
         automatic: bool = False,
         use_upstreams: bool = True,
-        in_force: Loaded | None = None,
+        in_force: LoadedSettings | None = None,
         **flags: object,
-    ) -> Loaded:
+    ) -> LoadedSettings:
         name = "config.yaml" if automatic else "settings.yaml"
         if text is not None:
             write(tmp_path / name, text)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from proxy.config.loader import Loaded
+from proxy.config.loader import LoadedSettings
 from proxy.config.problems import SettingsError
 
 
@@ -18,9 +18,9 @@ class Load(Protocol):
         *,
         automatic: bool = False,
         use_upstreams: bool = True,
-        in_force: Loaded | None = None,
+        in_force: LoadedSettings | None = None,
         **flags: object,
-    ) -> Loaded:
+    ) -> LoadedSettings:
         """Settings of `settings.yaml` with this text (`automatic`: of a `config.yaml` lying about)."""
 
 

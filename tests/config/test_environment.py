@@ -6,13 +6,13 @@ import pytest
 
 from proxy.config.limits import Limits
 from proxy.config.secret import Secret
-from proxy.config.settings import Upstream
+from proxy.config.settings import UpstreamSettings
 from tests.config.kit import Load, problems
 
 AZURE = {"AZURE_OPENAI_ENDPOINT": "https://n.openai.azure.com/", "AZURE_OPENAI_API_KEY": "az1, az2"}
 
 
-def keys(upstream: Upstream) -> list[str]:
+def keys(upstream: UpstreamSettings) -> list[str]:
     return [key.secret.reveal() for key in upstream.keys]
 
 
@@ -52,7 +52,7 @@ def test_a_base_url_of_ones_own(load: Load) -> None:
 
 def test_the_clients_variable_is_never_read(load: Load) -> None:
     loaded = load(None, {"OPENAI_BASE_URL": "http://127.0.0.1:8484/v1", "OPENAI_API_VERSION": "nonsense"})
-    assert loaded.settings.upstreams == (Upstream(),)
+    assert loaded.settings.upstreams == (UpstreamSettings(),)
 
 
 def test_azure(load: Load) -> None:
@@ -68,7 +68,7 @@ def test_azure(load: Load) -> None:
     both = load(None, {**AZURE, "OPENAI_API_KEY": "sk-a"}).settings.upstreams
     assert [upstream.name for upstream in both] == ["openai", "azure"]
     loaded = load(None, {"AZURE_OPENAI_API_KEY": "az"})
-    assert loaded.settings.upstreams == (Upstream(),)
+    assert loaded.settings.upstreams == (UpstreamSettings(),)
     assert loaded.warnings == ("AZURE_OPENAI_API_KEY is set without AZURE_OPENAI_ENDPOINT, and so is not used",)
 
 

@@ -7,15 +7,15 @@ import pytest
 
 from proxy.config.limits import Limits
 from proxy.config.secret import Secret
-from proxy.config.settings import Key
+from proxy.config.settings import KeySettings
 from tests.config.kit import Load, problems, write
 
 
-def pool(load: Load, keys: str, **environ: str) -> tuple[Key, ...]:
+def pool(load: Load, keys: str, **environ: str) -> tuple[KeySettings, ...]:
     return load(f"upstreams:\n- keys: {keys}", environ).settings.upstreams[0].keys
 
 
-def plain(keys: tuple[Key, ...]) -> list[tuple[str, str]]:
+def plain(keys: tuple[KeySettings, ...]) -> list[tuple[str, str]]:
     return [(key.label, key.secret.reveal()) for key in keys]
 
 
@@ -47,8 +47,8 @@ def test_what_belongs_to_a_key(load: Load) -> None:
         load, "\n  - {name: a, key: abc, organization: org-1, project: proj_1, quota: q, limits: {rpm: 5}}\n  - def"
     )
     assert keys == (
-        Key("a", Secret("abc"), "org-1", "proj_1", quota="q", limits={"*": Limits(rpm=5)}),
-        Key("openai-2", Secret("def"), quota="openai-2"),
+        KeySettings("a", Secret("abc"), "org-1", "proj_1", quota="q", limits={"*": Limits(rpm=5)}),
+        KeySettings("openai-2", Secret("def"), quota="openai-2"),
     )
     named = pool(load, "\n  - {name: t, key: 'a1,b2', organization: org-1, quota: q, limits: {gpt-*: {tpm: 7}}}")
     assert [(key.label, key.organization, key.quota) for key in named] == [("t-1", "org-1", "q"), ("t-2", "org-1", "q")]

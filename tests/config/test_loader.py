@@ -9,7 +9,7 @@ from proxy.config.loader import FLAGS
 from proxy.config.loader import load as load_settings
 from proxy.config.problems import SettingsError
 from proxy.config.schema import leaves
-from proxy.config.settings import Settings, Upstream
+from proxy.config.settings import Settings, UpstreamSettings
 from tests.config.kit import Load, problems, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ def test_with_nothing_at_all_the_defaults_hold(load: Load) -> None:
     loaded = load()
     assert loaded.settings == Settings()
     assert loaded.settings.passthrough
-    assert loaded.settings.upstreams == (Upstream(name="openai", base_url="https://api.openai.com/v1"),)
+    assert loaded.settings.upstreams == (UpstreamSettings(name="openai", base_url="https://api.openai.com/v1"),)
     assert loaded.file is None
     assert loaded.warnings == ()
     assert set(loaded.sources.values()) == {"default"}

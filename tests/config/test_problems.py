@@ -2,27 +2,36 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.config.problems import COMMAND_LINE, DEFAULT, ENVIRONMENT, Problem, Where, looks_secret, shown, shown_name
+from proxy.config.problems import (
+    COMMAND_LINE,
+    DEFAULT,
+    ENVIRONMENT,
+    Problem,
+    SourceLocation,
+    looks_secret,
+    shown,
+    shown_name,
+)
 
 
 @pytest.mark.parametrize(
     ("where", "label", "problem"),
     [
-        (Where("a.yaml", 3), "a.yaml:3", "a.yaml:3: server.port: no"),
-        (Where("a.yaml"), "a.yaml", "a.yaml: server.port: no"),
-        (Where(ENVIRONMENT, via="PROXY__X"), "env PROXY__X", "environment: server.port (PROXY__X): no"),
-        (Where(COMMAND_LINE, via="--port"), "flag --port", "command line: server.port (--port): no"),
+        (SourceLocation("a.yaml", 3), "a.yaml:3", "a.yaml:3: server.port: no"),
+        (SourceLocation("a.yaml"), "a.yaml", "a.yaml: server.port: no"),
+        (SourceLocation(ENVIRONMENT, via="PROXY__X"), "env PROXY__X", "environment: server.port (PROXY__X): no"),
+        (SourceLocation(COMMAND_LINE, via="--port"), "flag --port", "command line: server.port (--port): no"),
         (DEFAULT, "default", "default: server.port: no"),
     ],
 )
-def test_places(where: Where, label: str, problem: str) -> None:
+def test_places(where: SourceLocation, label: str, problem: str) -> None:
     assert where.label == label
     assert str(where.problem("server.port", "no")) == problem
 
 
 def test_a_problem_of_the_whole_file() -> None:
-    assert str(Where("a.yaml", 3).problem("", "no")) == "a.yaml:3: no"
-    assert str(Where(ENVIRONMENT, via="X").problem("", "no")) == "environment: X: no"
+    assert str(SourceLocation("a.yaml", 3).problem("", "no")) == "a.yaml:3: no"
+    assert str(SourceLocation(ENVIRONMENT, via="X").problem("", "no")) == "environment: X: no"
     assert str(Problem("f", None, "", "m")) == "f: m"
 
 

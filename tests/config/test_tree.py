@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config.problems import ENVIRONMENT, Problem, Where
+from proxy.config.problems import ENVIRONMENT, Problem, SourceLocation
 from proxy.config.tree import Listing, Node, Scalar, Table, parse
 
-FILE = Where("a.yaml")
+FILE = SourceLocation("a.yaml")
 
 
 def parsed(text: str) -> tuple[Node | None, list[str]]:
@@ -50,10 +50,10 @@ def test_lines() -> None:
 
 def test_an_environment_value_has_no_line() -> None:
     problems: list[Problem] = []
-    node = parse("a: b", Where(ENVIRONMENT, via="X"), problems, "server")
+    node = parse("a: b", SourceLocation(ENVIRONMENT, via="X"), problems, "server")
     assert isinstance(node, Table)
-    assert node.entries[0][1].where == Where(ENVIRONMENT, via="X")
-    assert parse("a: [", Where(ENVIRONMENT, via="X"), problems, "server") is None
+    assert node.entries[0][1].where == SourceLocation(ENVIRONMENT, via="X")
+    assert parse("a: [", SourceLocation(ENVIRONMENT, via="X"), problems, "server") is None
     assert str(problems[0]).startswith("environment: server (X): expected YAML")
 
 

@@ -4,12 +4,12 @@ from decimal import Decimal
 
 import pytest
 
-from proxy.config.settings import Upstream
+from proxy.config.settings import UpstreamSettings
 from proxy.cost.pricing import PriceTable
 from tests.config.kit import Load, problems
 
 
-def only(load: Load, body: str) -> Upstream:
+def only(load: Load, body: str) -> UpstreamSettings:
     (upstream,) = load(f"upstreams:\n- {{{body}}}").settings.upstreams
     return upstream
 
@@ -17,7 +17,7 @@ def only(load: Load, body: str) -> Upstream:
 def test_an_openai_upstream(load: Load) -> None:
     body = "name: main, models: [gpt-*, o1], priority: 2, cache_as: eu, insecure: true"
     body += ", prices: {gpt-x: {input: 1, output: 2.5}}"
-    assert only(load, body) == Upstream(
+    assert only(load, body) == UpstreamSettings(
         name="main",
         models=("gpt-*", "o1"),
         priority=2,
@@ -46,7 +46,7 @@ def test_an_openai_upstream(load: Load) -> None:
     ],
 )
 def test_an_azure_upstream(load: Load, body: str, api_version: str | None, deployments: dict[str, str]) -> None:
-    assert only(load, body) == Upstream(
+    assert only(load, body) == UpstreamSettings(
         name="azure",
         kind="azure",
         base_url="https://n.openai.azure.com",

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import proxy.observability.logs
-from proxy.observability.logs import FLUSH, Json, Text, configure
-from proxy.protocol.masking import Masker
+from proxy.observability.logs import FLUSH, JsonFormatter, TextFormatter, configure
+from proxy.protocol.masking import SecretMasker
 
-MASKER = Masker(["pool-key-one", "sk-pool-key-two"])
+MASKER = SecretMasker(["pool-key-one", "sk-pool-key-two"])
 NASTY = "a\nb\rc\x00d\x1b[31me\x85f\u2028g\ud800h"
 
 
@@ -33,13 +33,13 @@ def record(message: str, *args: object, level: int = logging.INFO, fields: Any =
 
 
 def test_a_line_for_people() -> None:
-    text = Text(MASKER).format(record("%s -> %d", "chat", 200, fields={"id": "x", "cost_usd": "0.1"}))
+    text = TextFormatter(MASKER).format(record("%s -> %d", "chat", 200, fields={"id": "x", "cost_usd": "0.1"}))
     assert text[2] == text[5] == ":"
     assert text[8:] == " info    chat -> 200  id=x cost_usd=0.1"
 
 
 def test_a_line_for_machines() -> None:
-    line = json.loads(Json(MASKER).format(record("%s", "ä“\n", fields={"id": "x", "attempts": 2})))
+    line = json.loads(JsonFormatter(MASKER).format(record("%s", "ä“\n", fields={"id": "x", "attempts": 2})))
     assert {name: line[name] for name in ("level", "logger", "message", "id", "attempts")} == {
         "level": "info",
         "logger": "proxy",
@@ -50,7 +50,7 @@ def test_a_line_for_machines() -> None:
     assert len(line["time"]) == 24
 
 
-@pytest.mark.parametrize("formatter", [Text(MASKER), Json(MASKER)], ids=["text", "json"])
+@pytest.mark.parametrize("formatter", [TextFormatter(MASKER), JsonFormatter(MASKER)], ids=["text", "json"])
 @pytest.mark.parametrize("text", ["pool-key-one", "sk-pool-key-two", "sk-" + "x" * 20, "Bearer abc.def"])
 def test_no_key_shows_wherever_it_is(formatter: logging.Formatter, text: str) -> None:
     secret = text.removeprefix("Bearer ")
@@ -66,7 +66,7 @@ def test_no_key_shows_wherever_it_is(formatter: logging.Formatter, text: str) ->
     assert "***" in formatter.format(record(f"this is {text}"))
 
 
-@pytest.mark.parametrize("formatter", [Text(MASKER), Json(MASKER)], ids=["text", "json"])
+@pytest.mark.parametrize("formatter", [TextFormatter(MASKER), JsonFormatter(MASKER)], ids=["text", "json"])
 def test_one_event_is_one_line_without_control_characters(formatter: logging.Formatter) -> None:
     for made in (record(NASTY), record("%s", NASTY), record("x", fields={"model": NASTY})):
         line = formatter.format(made)
@@ -79,21 +79,21 @@ def test_one_event_is_one_line_without_control_characters(formatter: logging.For
 
 def test_a_traceback_is_shown_line_by_line() -> None:
     """The only text of several lines; nothing in it can look like a line of ours."""
-    lines = Text(MASKER).format(record("it failed", error=True)).split("\n")
+    lines = TextFormatter(MASKER).format(record("it failed", error=True)).split("\n")
     assert lines[0].endswith("it failed")
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[-2:] == ["ValueError: ***", "second line"]
     assert all(line.isprintable() for line in lines)
-    assert "ValueError: ***" in json.loads(Json(MASKER).format(record("x", error=True)))["exception"]
+    assert "ValueError: ***" in json.loads(JsonFormatter(MASKER).format(record("x", error=True)))["exception"]
 
 
 def test_what_is_no_json_is_told_as_text() -> None:
-    line = json.loads(Json(MASKER).format(record("x", fields={"where": {1, 2}, "big": 2**70})))
+    line = json.loads(JsonFormatter(MASKER).format(record("x", fields={"where": {1, 2}, "big": 2**70})))
     assert line["where"] == "{1, 2}"
 
 
 def test_times_follow_the_records() -> None:
-    formatter = Text(MASKER)
+    formatter = TextFormatter(MASKER)
     made = [record("x") for _ in range(3)]
     for each, second in zip(made, (1_790_000_000.1, 1_790_000_000.9, 1_790_000_001.0), strict=True):
         each.created = second

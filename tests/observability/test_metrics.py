@@ -17,20 +17,20 @@ from proxy.accounting.receipt import Receipt
 from proxy.cache.entry import Entry
 from proxy.cache.stores.sqlite import SQLiteStore
 from proxy.config.limits import Limits
-from proxy.config.settings import Breaker, Cache, Retry, Throttle
+from proxy.config.settings import BreakerSettings, CacheSettings, RetrySettings, ThrottleSettings
 from proxy.cost.usage import Usage
 from proxy.observability.logs import fields, log_receipt
 from proxy.observability.metrics import MAX_MODELS, Metrics
-from proxy.services import World, compile_world
-from proxy.system.clock import REAL, Seams
-from tests.pipeline.clock import story, turned_loop
-from tests.pipeline.fixture import LIMITS, Scene, ask, pool, settings
+from proxy.services import Services, build_services
+from proxy.system.clock import SYSTEM_CLOCK, Clock
+from tests.pipeline.clock import virtual_time, virtual_time_loop
+from tests.pipeline.fixture import LIMITS, PipelineFixture, ask, pool, settings
 from tests.pipeline.script import Fails, error, events, rate_limited, says, streams
-from tests.server.kit import house
+from tests.server.kit import running_proxy
 
 
-def world(**sections: Any) -> World:
-    return compile_world(settings(**sections), REAL)
+def services(**sections: Any) -> Services:
+    return build_services(settings(**sections), SYSTEM_CLOCK)
 
 
 def receipt(**fields: Any) -> Receipt:
@@ -50,9 +50,9 @@ def entry(model: str = "gpt-4o", cost: str | None = "0.002250") -> Entry:
     return Entry("k", "json", 200, (), b"{}", None, 0.0, 60.0, "chat", model, None, None, cost, "", (), False)
 
 
-def samples(metrics: Metrics, in_flight: int = 0, of: World | None = None) -> dict[str, float]:
+def samples(metrics: Metrics, in_flight: int = 0, of: Services | None = None) -> dict[str, float]:
     """`name{label=value,…}` without the prefix, as scraped; those that are 0 left out."""
-    text = metrics.render(of or world(), in_flight).decode()
+    text = metrics.render(of or services(), in_flight).decode()
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -118,27 +118,27 @@ def test_a_short_wait_is_no_wait() -> None:
 
 
 def test_gauges_are_read_at_each_scrape() -> None:
-    metrics, of = Metrics(), world()
+    metrics, of = Metrics(), services()
     assert of.store is not None
     of.store.put(entry())
     seen = samples(metrics, 7, of)
     assert (seen["in_flight"], seen["cache_entries"], seen["keys{state=ready}"]) == (7, 1, 1)
     assert seen["cache_bytes"] > 100
     assert "in_flight" not in samples(metrics, 0, of)
-    assert samples(metrics, 1, world(cache=Cache(backend="off")))["in_flight"] == 1
+    assert samples(metrics, 1, services(cache=CacheSettings(backend="off")))["in_flight"] == 1
 
 
 def test_rendering_without_a_scrape_before_shows_every_state_of_keys() -> None:
-    text = Metrics().render(world(), 0).decode()
+    text = Metrics().render(services(), 0).decode()
     assert set(re.findall(r'openai_proxy_keys\{state="(\w+)"\}', text)) >= {"ready", "cooling", "exhausted", "rejected"}
 
 
 def test_the_registry_knows_the_world_that_was_rendered_last() -> None:
     """Several workers' metrics are summed from there."""
-    metrics, of = Metrics(), world()
+    metrics, of = Metrics(), services()
     assert not [sample for family in metrics.registry.collect() for sample in family.samples if family.type == "gauge"]
     metrics.render(of, 7)
-    of.tallies.retried("openai", "retry")
+    of.counters.record_retry("openai", "retry")
     seen = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
     assert (seen["openai_proxy_in_flight"], seen["openai_proxy_retries_total"]) == (7, 1)
 
@@ -169,14 +169,14 @@ def test_money_adds_up() -> None:
     assert abs(Decimal(samples(metrics)["cost_usd_total{model=gpt-4o}"]) - exact) < Decimal("1e-9")
 
 
-@story
+@virtual_time
 async def test_retries_are_counted_by_reason() -> None:
-    scene = Scene(error(500), rate_limited(), Fails("unreached"), says(), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(error(500), rate_limited(), Fails("unreached"), says(), config=settings(pool("k1", "k2")))
     assert (await scene.ask()).status == 200
     metrics = Metrics()
     for one in scene.receipts:
         metrics.observe(one)
-    seen = samples(metrics, of=scene.world)
+    seen = samples(metrics, of=scene.services)
     reasons = {name: value for name, value in seen.items() if name.startswith("retries")}
     assert reasons == {
         f"retries_total{{reason={reason},upstream=openai}}": 1 for reason in ("retry", "rate_limited", "unreached")
@@ -184,73 +184,77 @@ async def test_retries_are_counted_by_reason() -> None:
     assert seen["upstream_attempts_total{upstream=openai}"] == 4
 
 
-@story
+@virtual_time
 async def test_a_retry_that_does_not_come_is_none() -> None:
-    scene = Scene(error(400), *[error(500)] * 4)
+    scene = PipelineFixture(error(400), *[error(500)] * 4)
     await scene.ask()
     await scene.ask()
-    assert sum(scene.world.tallies.retries.values()) == 3
+    assert sum(scene.services.counters.retries.values()) == 3
 
 
 async def test_retries_on_other_routes() -> None:
-    async with house(error(500), says(), config=settings(pool("k1"), retry=Retry(base_delay=0, jitter=0))) as home:
+    async with running_proxy(
+        error(500), says(), config=settings(pool("k1"), retry=RetrySettings(base_delay=0, jitter=0))
+    ) as home:
         assert (await home.ask("GET", "/v1/models")).status == 200
         await home.settled()
-        assert dict(home.world.tallies.retries) == {("openai", "retry"): 1}
+        assert dict(home.services.counters.retries) == {("openai", "retry"): 1}
 
 
-@story
+@virtual_time
 async def test_gaps_between_the_reads_of_a_stream() -> None:
     first, *more = events(usage=True)
     steps: list[Any] = [first]
     for one in more:
         steps += [0.2, one]
-    scene = Scene(streams(steps), says())
+    scene = PipelineFixture(streams(steps), says())
     await scene.ask(ask(stream=True))
     await scene.ask(ask("plain"))
-    seen = samples(Metrics(), of=scene.world)
+    seen = samples(Metrics(), of=scene.services)
     assert seen["stream_chunk_gap_seconds_count"] == len(more)
     assert seen["stream_chunk_gap_seconds_sum"] == pytest.approx(0.2 * len(more))
     assert "stream_chunk_gap_seconds_bucket{le=0.1}" not in seen
     assert seen["stream_chunk_gap_seconds_bucket{le=0.25}"] == len(more)
 
 
-@story
+@virtual_time
 async def test_headroom_of_keys_and_what_cools() -> None:
     limits = {"gpt-4o": Limits(rpm=4), "*": LIMITS}
     told = says(headers=[("x-ratelimit-limit-requests", "10"), ("x-ratelimit-remaining-requests", "1")])
-    config = settings(pool("k1", "k2"), throttle=Throttle(limits=limits), selection="round_robin")
-    scene = Scene(says(), told, rate_limited("60"), config=config)
+    config = settings(pool("k1", "k2"), throttle=ThrottleSettings(limits=limits), selection="round_robin")
+    scene = PipelineFixture(says(), told, rate_limited("60"), config=config)
     for text in ("a", "b"):
         await scene.ask(ask(text))
-    seen = samples(Metrics(), of=scene.world)
+    seen = samples(Metrics(), of=scene.services)
     assert seen["key_headroom_ratio{key=k1}"] == 0.75
     assert seen["key_headroom_ratio{key=k2}"] == pytest.approx(0.1)
     assert seen["keys{state=ready}"] == 2
 
 
-@story
+@virtual_time
 async def test_where_no_limit_is_known_all_is_free() -> None:
-    seen = samples(Metrics(), of=world(throttle=Throttle()))
+    seen = samples(Metrics(), of=services(throttle=ThrottleSettings()))
     assert seen["key_headroom_ratio{key=k1}"] == 1
 
 
-@story
+@virtual_time
 async def test_breakers_by_state() -> None:
-    scene = Scene(*[error(500)] * 2, config=settings(breaker=Breaker(failures=1), retry=Retry(max_retries=0)))
+    scene = PipelineFixture(
+        *[error(500)] * 2, config=settings(breaker=BreakerSettings(failures=1), retry=RetrySettings(max_retries=0))
+    )
     states = "breaker_state{state=%s,upstream=openai}"
-    assert samples(Metrics(), of=scene.world)[states % "closed"] == 1
+    assert samples(Metrics(), of=scene.services)[states % "closed"] == 1
     await scene.ask()
-    seen = samples(Metrics(), of=scene.world)
+    seen = samples(Metrics(), of=scene.services)
     assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, 1, None]
     await asyncio.sleep(16)
-    seen = samples(Metrics(), of=scene.world)
+    seen = samples(Metrics(), of=scene.services)
     assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, None, 1]
 
 
 async def test_errors_of_the_store(tmp_path: Path) -> None:
     file = tmp_path / "cache.db"
-    of = world(cache=Cache(backend="sqlite", path=str(file)))
+    of = services(cache=CacheSettings(backend="sqlite", path=str(file)))
     assert of.store is not None
     await of.store.open()
     try:
@@ -263,14 +267,14 @@ async def test_errors_of_the_store(tmp_path: Path) -> None:
         await of.store.close()
 
 
-@story
+@virtual_time
 async def test_how_late_the_loop_is() -> None:
-    loop, metrics, late = turned_loop(), Metrics(), 0.0
+    loop, metrics, late = virtual_time_loop(), Metrics(), 0.0
 
     def clock() -> float:
         return loop.time() + late
 
-    feeling = asyncio.ensure_future(metrics.feel_loop(Seams(monotonic=clock)))
+    feeling = asyncio.ensure_future(metrics.measure_loop_lag(Clock(monotonic=clock)))
     await asyncio.sleep(1.2)
     late = 0.3
     await asyncio.sleep(0.9)
@@ -317,34 +321,34 @@ def test_long_names_are_not_held() -> None:
         metrics.observe(receipt(model=f"{n}" + "x" * 20_000))
         metrics.hit(entry(model=f"{n}" + "x" * 20_000))
     assert (len(metrics._kinds), len(metrics._hits), len(metrics._models)) == (0, 0, 0)
-    assert len(metrics.render(world(), 0)) < 20_000
+    assert len(metrics.render(services(), 0)) < 20_000
 
 
 async def test_labels_stay_few_whatever_routes_are_asked_for() -> None:
     """Any path below /v1 is passed on; its first segment must not become a label of its own."""
-    async with house(*[error(404)] * 50) as home:
+    async with running_proxy(*[error(404)] * 50) as home:
         for n in range(50):
             assert (await home.ask("GET", f"/v1/invented-{n}/x")).status == 404
         await home.settled()  # the last receipt may come after its answer
-        text = home.metrics.render(home.world, 0).decode()
+        text = home.metrics.render(home.services, 0).decode()
         endpoints = set(re.findall(r'endpoint="([^"]*)"', text))
         assert endpoints == {"other"}
         assert {receipt.endpoint for receipt in home.receipts} == {f"invented-{n}" for n in range(50)}
 
 
 async def test_known_routes_have_their_names() -> None:
-    async with house(says(), says(), config=settings(pool("k1"))) as home:
+    async with running_proxy(says(), says(), config=settings(pool("k1"))) as home:
         await home.ask("GET", "/v1/models")
         await home.ask(body=ask())
         await home.settled()
-        text = home.metrics.render(home.world, 0).decode()
+        text = home.metrics.render(home.services, 0).decode()
         assert set(re.findall(r'endpoint="([^"]*)"', text)) == {"models", "chat"}
 
 
 async def test_a_refused_request_names_no_upstream() -> None:
     metrics = Metrics()
     metrics.observe(receipt(status=429, error="throttled"))
-    assert 'upstream=""' not in metrics.render(world(), 0).decode()
+    assert 'upstream=""' not in metrics.render(services(), 0).decode()
 
 
 # The log line.

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 
 from proxy.cache.entry import Entry
-from proxy.config.settings import ClientKey, Server
-from proxy.observability.logs import HitLog, Json, Text, log_receipt
-from proxy.protocol.masking import Masker
+from proxy.config.settings import ClientKeySettings, ServerSettings
+from proxy.observability.logs import HitLog, JsonFormatter, TextFormatter, log_receipt
+from proxy.protocol.masking import SecretMasker
 from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import error, says, streams
-from tests.server.kit import House, house
+from tests.server.kit import RunningProxy, running_proxy
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACED = [("traceparent", TRACE)]
 SECRET = "client-key-of-alice"
 AUTH = ("Authorization", f"Bearer {SECRET}")
 CONFIG = settings(
-    pool("k1"), server=Server(client_keys=(ClientKey("alice", hashlib.sha256(SECRET.encode()).digest()),))
+    pool("k1"),
+    server=ServerSettings(client_keys=(ClientKeySettings("alice", hashlib.sha256(SECRET.encode()).digest()),)),
 )
 
 
@@ -35,7 +36,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
 
     class Catch(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            line = json.loads(Json(Masker([])).format(record))
+            line = json.loads(JsonFormatter(SecretMasker([])).format(record))
             assert SECRET not in str(line)
             assert "sk-k1" not in str(line)
             found.append({name: value for name, value in line.items() if name not in ("time", "logger")})
@@ -46,15 +47,15 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
     logging.getLogger("proxy.request").removeHandler(handler)
 
 
-def logged(home: House) -> None:
+def logged(home: RunningProxy) -> None:
     for receipt in home.receipts:
         log_receipt(receipt)
 
 
 async def test_a_miss(lines: list[dict[str, Any]]) -> None:
-    async with house(says(), config=CONFIG) as home:
+    async with running_proxy(says(), config=CONFIG) as home:
         answer = await home.ask(body=ask(), headers=[*TRACED, AUTH])
-        assert home.way_up.sent[0].headers.getall("traceparent") == [TRACE]
+        assert home.transport.sent[0].headers.getall("traceparent") == [TRACE]
         logged(home)
     [line] = lines
     times = {name: line.pop(name) for name in ("queue_ms", "total_ms")}
@@ -79,24 +80,24 @@ async def test_a_miss(lines: list[dict[str, Any]]) -> None:
 
 
 async def test_a_stream_says_when_its_first_byte_came(lines: list[dict[str, Any]]) -> None:
-    async with house(streams(), config=CONFIG) as home:
+    async with running_proxy(streams(), config=CONFIG) as home:
         await home.ask(body=ask(stream=True), headers=[AUTH])
         logged(home)
     assert lines[0]["first_byte_ms"] <= lines[0]["total_ms"]
 
 
 async def test_an_error_and_another_route(lines: list[dict[str, Any]]) -> None:
-    async with house(error(418), says(), config=CONFIG) as home:
+    async with running_proxy(error(418), says(), config=CONFIG) as home:
         await home.ask(body=ask(), headers=[*TRACED, AUTH])
         await home.ask("GET", "/v1/models", headers=[*TRACED, AUTH])
-        assert [sent.headers["traceparent"] for sent in home.way_up.sent] == [TRACE, TRACE]
+        assert [sent.headers["traceparent"] for sent in home.transport.sent] == [TRACE, TRACE]
         logged(home)
     told = [[line.get(name) for name in ("status", "error", "key", "traceparent", "client")] for line in lines]
     assert told == [[418, "upstream_418", "k1", TRACE, "alice"], [200, None, "k1", TRACE, "alice"]]
 
 
 async def test_refusals(lines: list[dict[str, Any]]) -> None:
-    async with house(config=CONFIG) as home:
+    async with running_proxy(config=CONFIG) as home:
         one = await home.ask(body=ask(), headers=TRACED)
         two = await home.ask(body=b"{", headers=[AUTH])
         await home.ask("GET", "/nowhere", headers=[("traceparent", "00-nonsense")])
@@ -113,7 +114,7 @@ async def test_refusals(lines: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("sent", ["", "x", "00-nonsense", TRACE.upper(), "00-\xe9", TRACE + "-x"])
 async def test_a_traceparent_that_is_none_goes_up_as_it_came(sent: str, lines: list[dict[str, Any]]) -> None:
-    async with house(says(), config=CONFIG) as home:
+    async with running_proxy(says(), config=CONFIG) as home:
         assert (await home.ask(body=ask(), headers=[("traceparent", sent), AUTH])).status == 200
         logged(home)
     assert "traceparent" not in lines[0]
@@ -144,7 +145,7 @@ def test_hits_have_a_line_a_second(lines: list[dict[str, Any]]) -> None:
 
 
 async def test_hits_of_a_house(lines: list[dict[str, Any]]) -> None:
-    async with house(says(), config=CONFIG) as home:
+    async with running_proxy(says(), config=CONFIG) as home:
         answers = [await home.ask(body=ask(), headers=[AUTH]) for _ in range(3)]
     assert len(lines) == 1
     assert (lines[0]["id"], lines[0]["cache"]) == (answers[1].get("X-Proxy-Request-Id"), "hit")
@@ -154,7 +155,7 @@ def test_a_line_for_people_says_things_once(caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "proxy.request")
     HitLog().hit("id-1", "", entry("a\nb" + "x" * 20_000), 1.0, [])
     [record] = caplog.records
-    text = Text(Masker([])).format(record)
+    text = TextFormatter(SecretMasker([])).format(record)
     assert len(text) < 300
     assert text[8:].startswith(" info    chat a\\x0ab")
     assert text.endswith("x -> 200  id=id-1 cache=hit saved_usd=0.002250 hits=1")

@@ -69,7 +69,7 @@ class _Selector(selectors.BaseSelector):
         return self._real.get_map()
 
 
-class TurnedLoop(asyncio.SelectorEventLoop):
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """`troubles`: what nobody caught: failed tasks, callbacks, generators."""
 
     def __init__(self) -> None:
@@ -109,16 +109,16 @@ class TurnedLoop(asyncio.SelectorEventLoop):
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Runs a story to its end in turned time. Fails where anything was left to the loop's exception handler."""
-    with asyncio.Runner(loop_factory=TurnedLoop) as runner:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(main)
         loop = runner.get_loop()
-        assert isinstance(loop, TurnedLoop)
+        assert isinstance(loop, VirtualTimeLoop)
         runner.run(asyncio.sleep(0))
         troubles = loop.troubles
     assert not troubles, troubles
 
 
-def story(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+def virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     """A test that is told in turned time."""
 
     @functools.wraps(test)
@@ -128,9 +128,9 @@ def story(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     return told
 
 
-def turned_loop() -> TurnedLoop:
+def virtual_time_loop() -> VirtualTimeLoop:
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, TurnedLoop)
+    assert isinstance(loop, VirtualTimeLoop)
     return loop
 
 

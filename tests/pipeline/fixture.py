@@ -11,46 +11,53 @@ from typing import Any
 import orjson
 
 from proxy.accounting.receipt import Receipt
-from proxy.cache.lookup import Hit, name_of
+from proxy.cache.lookup import CacheHit, digest_of_request
 from proxy.cache.plan import CachePlan
 from proxy.config.limits import Limits
 from proxy.config.secret import Secret
-from proxy.config.settings import Key, Retry, Settings, Throttle, Timeouts, Upstream
-from proxy.pipeline.coalescing.broadcast import View
-from proxy.pipeline.coalescing.reply import Bought
-from proxy.pipeline.handler import Journey
-from proxy.pipeline.relay import Flow, StreamBroken
-from proxy.protocol.errors import Refusal
+from proxy.config.settings import (
+    KeySettings,
+    RetrySettings,
+    Settings,
+    ThrottleSettings,
+    TimeoutSettings,
+    UpstreamSettings,
+)
+from proxy.pipeline.coalescing.broadcast import SubscriberStream
+from proxy.pipeline.coalescing.reply import Reply
+from proxy.pipeline.handler import RequestHandler
+from proxy.pipeline.relay import StreamBroken, StreamRelay
+from proxy.protocol.errors import ProxyError
 from proxy.protocol.headers import Raw
 from proxy.protocol.options import Options
-from proxy.protocol.request import Call, Client
+from proxy.protocol.request import Client, ProxyRequest
 from proxy.protocol.routes import parse_target
-from proxy.services import World, compile_world
-from proxy.system.clock import Seams
+from proxy.services import Services, build_services
+from proxy.system.clock import Clock
 from proxy.upstream.interfaces import Write
 from proxy.upstream.limits.rate_limiter import MARGIN
 from proxy.upstream.providers.registry import model_named
-from tests.pipeline.clock import START, WALL, turned_loop
-from tests.pipeline.script import Move, ScriptedWayUp
+from tests.pipeline.clock import START, WALL, virtual_time_loop
+from tests.pipeline.script import Move, ScriptedTransport
 
 CHAT = "/v1/chat/completions"
 LIMITS = Limits(rpm=1000, tpm=1_000_000, concurrency=100)
 """Wide limits: nothing waits, everything is counted."""
 
 
-def pool(*names: str, **fields: Any) -> Upstream:
+def pool(*names: str, **fields: Any) -> UpstreamSettings:
     """One upstream with a key `sk-NAME` for each name."""
-    keys = tuple(Key(name, Secret(f"sk-{name}"), quota=name) for name in names)
-    return Upstream(base_url="http://up.test/v1", keys=keys, **fields)
+    keys = tuple(KeySettings(name, Secret(f"sk-{name}"), quota=name) for name in names)
+    return UpstreamSettings(base_url="http://up.test/v1", keys=keys, **fields)
 
 
-def settings(*upstreams: Upstream, **sections: Any) -> Settings:
+def settings(*upstreams: UpstreamSettings, **sections: Any) -> Settings:
     """One pool with one key where no upstream is given; no dice, 1 s of pause, everything counted."""
     base = Settings(
         upstreams=upstreams or (pool("k1"),),
-        retry=Retry(jitter=0.0),
-        throttle=Throttle(limits={"*": LIMITS}),
-        timeouts=Timeouts(total=60.0),
+        retry=RetrySettings(jitter=0.0),
+        throttle=ThrottleSettings(limits={"*": LIMITS}),
+        timeouts=TimeoutSettings(total=60.0),
     )
     return replace(base, **sections)
 
@@ -60,18 +67,18 @@ def ask(text: str = "Hi", **fields: Any) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class Told:
+class Result:
     """What the client saw of one request. refused: our error code; broken: the stream had no clean end."""
 
     status: int
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     raw_headers: Sequence[Raw] = ()
-    hit: Hit | None = None
-    refusal: Refusal | None = None
+    hit: CacheHit | None = None
+    refusal: ProxyError | None = None
     broken: bool = False
     reads: list[bytes] = field(default_factory=list)
-    flow: Flow | View | None = None
+    flow: StreamRelay | SubscriberStream | None = None
     at: float = 0.0
 
     @property
@@ -108,28 +115,30 @@ def header_lines(lines: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-class Scene:
+class PipelineFixture:
     """One proxy without its edges, in turned time. `moves`: what the upstream does, in order."""
 
-    def __init__(self, *moves: Move, config: Settings | None = None, way_up: ScriptedWayUp | None = None) -> None:
-        self.loop = turned_loop()
+    def __init__(
+        self, *moves: Move, config: Settings | None = None, transport: ScriptedTransport | None = None
+    ) -> None:
+        self.loop = virtual_time_loop()
         numbers = itertools.count(1)
-        self.seams = Seams(
+        self.clock = Clock(
             monotonic=self.loop.time,
             wall=lambda: WALL + self.loop.time() - START,
             random=lambda: 0.5,
             new_id=lambda: f"id-{next(numbers)}",
         )
-        self.way_up = way_up or ScriptedWayUp(*moves)
-        self.world: World = compile_world(config or settings(), self.seams)
+        self.transport = transport or ScriptedTransport(*moves)
+        self.services: Services = build_services(config or settings(), self.clock)
         self.receipts: list[Receipt] = []
-        self.journey = Journey(self.world, self.way_up, self.receipts.append)
-        self.flows: list[Flow | View] = []
+        self.journey = RequestHandler(self.services, self.transport, self.receipts.append)
+        self.flows: list[StreamRelay | SubscriberStream] = []
         self.write: Write | None = None  # a client that is slow, or gone
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def call(
+    def request(
         self,
         document: Any = None,
         options: Options | None = None,
@@ -140,11 +149,11 @@ class Scene:
         client: Client | None = None,
         total: float | None = None,
         patience: float | None = None,
-    ) -> Call:
+    ) -> ProxyRequest:
         """A request, understood as the edge does it."""
         document = ask() if document is None else document
         route = parse_target(target)
-        config = self.world.settings
+        config = self.services.settings
         options = options or route.options
         now = self.loop.time()
         asked = document.get("stream_options")
@@ -154,13 +163,13 @@ class Scene:
             patience = options.max_wait if options.max_wait is not None else config.throttle.max_wait
         assert patience is not None
         named = document.get("model")
-        return Call(
-            id=self.seams.new_id(),
+        return ProxyRequest(
+            id=self.clock.new_id(),
             route=route,
             headers=headers,
             body=orjson.dumps(document) if body is None else body,
             document=document,
-            model=model_named(self.world.sites, route, named),
+            model=model_named(self.services.addresses, route, named),
             body_model=named,
             stream=document.get("stream") is True,
             wants_usage=isinstance(asked, dict) and asked.get("include_usage") is True,
@@ -168,37 +177,37 @@ class Scene:
             client=client or Client(),
             arrived=now,
             deadline=now + total,
-            patience=patience,
+            max_wait=patience,
         )
 
-    async def ask(self, document: Any = None, options: Options | None = None, **more: Any) -> Told:
+    async def ask(self, document: Any = None, options: Options | None = None, **more: Any) -> Result:
         """One request to the end of its answer."""
-        return await self.serve(self.call(document, options, **more))
+        return await self.serve(self.request(document, options, **more))
 
-    async def serve(self, call: Call) -> Told:
-        told = await self.answer(call)
-        told.at = round(self.loop.time() - call.arrived, 6)
+    async def serve(self, request: ProxyRequest) -> Result:
+        told = await self.answer(request)
+        told.at = round(self.loop.time() - request.arrived, 6)
         return told
 
-    async def answer(self, call: Call) -> Told:
+    async def answer(self, request: ProxyRequest) -> Result:
         """As `edge.downstream` goes about it: serve, let flow."""
         try:
-            served = await self.journey.serve(call, lambda: None)
-        except Refusal as refusal:
+            served = await self.journey.handle(request, lambda: None)
+        except ProxyError as refusal:
             lines = header_lines(refusal.lines) if refusal.lines else {}
-            return Told(refusal.status, refusal.body(), lines, refusal=refusal.again(refusal.lines))
-        if isinstance(served, Hit):
-            return Told(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
+            return Result(refusal.status, refusal.body(), lines, refusal=refusal.copy(refusal.lines))
+        if isinstance(served, CacheHit):
+            return Result(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
         bought = served
-        told = Told(bought.status, bought.body or b"", header_lines(bought.lines), bought.headers, flow=bought.flow)
-        if bought.flow is not None:
+        told = Result(bought.status, bought.body or b"", header_lines(bought.lines), bought.headers, flow=bought.stream)
+        if bought.stream is not None:
             await self.pump(bought, told)
         return told
 
-    async def pump(self, bought: Bought, told: Told) -> None:
-        assert bought.flow is not None
+    async def pump(self, bought: Reply, told: Result) -> None:
+        assert bought.stream is not None
         assert bought.body is None
-        self.flows.append(bought.flow)
+        self.flows.append(bought.stream)
 
         async def write(data: bytes) -> None:
             assert data
@@ -207,20 +216,20 @@ class Scene:
                 await self.write(data)
 
         try:
-            await bought.flow.pump(write)
+            await bought.stream.relay(write)
         except StreamBroken:
             told.broken = True
         finally:
-            bought.flow.abandon()
+            bought.stream.client_left()
             told.body = b"".join(told.reads)
 
-    def peek(self, target: str, scope: str, body: bytes) -> Hit | None:
-        return self.journey.shelf.peek(name_of(target, scope, body))
+    def peek(self, target: str, scope: str, body: bytes) -> CacheHit | None:
+        return self.journey.cache.peek(digest_of_request(target, scope, body))
 
     async def planned(self, document: Any = None, options: Options | None = None, **more: Any) -> CachePlan:
-        return await self.journey.planner.plan(self.call(document, options, **more))
+        return await self.journey.planner.plan(self.request(document, options, **more))
 
-    async def interrupt(self, told: asyncio.Task[Told]) -> Told:
+    async def interrupt(self, told: asyncio.Task[Result]) -> Result:
         """The drain's last word to a stream, as `app` speaks it."""
         self.flows[-1].interrupted = "draining"
         told.cancel()
@@ -235,27 +244,27 @@ class Scene:
 
     def used(self, name: str = "k1", model: str = "gpt-4o") -> dict[str, int]:
         """What is held of each limit of a key."""
-        key = next(key for key in self.world.ring.keys if key.label == name)
-        allowance = self.world.ring.allowance(key, model, self.loop.time())
+        key = next(key for key in self.services.pool.keys if key.label == name)
+        allowance = self.services.pool.rate_limiter(key, model, self.loop.time())
         assert allowance is not None
         return {limit: row["used"] for limit, row in allowance.usage(self.loop.time()).items()}
 
     def state(self, name: str = "k1", model: str = "gpt-4o") -> tuple[str, float] | None:
         """(state, seconds left), None where the key is ready."""
-        state = self.world.ring.state(name, model, self.loop.time())
+        state = self.services.pool.state(name, model, self.loop.time())
         return None if state is None else (state.status.value, round(state.until - self.loop.time(), 3))
 
-    def balanced(self, model: str = "gpt-4o") -> None:
+    def assert_nothing_leaked(self, model: str = "gpt-4o") -> None:
         """Nothing is held any more: no place in the queue, no permit, no connection; and what went up was counted."""
-        assert self.world.gate.depth == 0
-        assert self.world.gate.depths() == {}
+        assert self.services.admission.depth == 0
+        assert self.services.admission.depths() == {}
         went_up: dict[str, int] = {}
-        for sent in self.way_up.sent:
+        for sent in self.transport.sent:
             if self.loop.time() - sent.at < 60 * MARGIN:
                 went_up[sent.key] = went_up.get(sent.key, 0) + sent.trip.connected
             assert sent.reply is None or sent.reply.given_back, sent
-        for key in self.world.ring.keys:
-            allowance = self.world.ring.allowance(key, model, self.loop.time())
+        for key in self.services.pool.keys:
+            allowance = self.services.pool.rate_limiter(key, model, self.loop.time())
             if allowance is not None:
                 used = self.used(key.label, model)
                 assert used.get("concurrency", 0) == 0

@@ -16,7 +16,7 @@ import orjson
 from multidict import CIMultiDict
 
 from proxy.protocol.headers import Raw
-from proxy.upstream.interfaces import Trip
+from proxy.upstream.interfaces import ConnectionInfo
 from proxy.upstream.retry.outcome import FailureKind, TransportFailure
 
 HANG: Final = "hang"
@@ -29,7 +29,7 @@ SSE: Final = ("Content-Type", "text/event-stream; charset=utf-8")
 
 
 @dataclass(frozen=True, slots=True)
-class Says:
+class Responds:
     """An answer. connect, wait: seconds until the connection stands, and from there to the answer's head; at_once: the
     body comes with the head.
     """
@@ -51,7 +51,7 @@ class Fails:
     wait: float = 0.0
 
 
-Move = Says | Fails
+Move = Responds | Fails
 
 
 @dataclass(slots=True)
@@ -63,9 +63,9 @@ class Sent:
     headers: CIMultiDict[str]
     body: bytes | None
     first_byte: float
-    trip: Trip
+    trip: ConnectionInfo
     at: float
-    reply: ScriptedReply | None = None
+    reply: ScriptedResponse | None = None
 
     @property
     def key(self) -> str:
@@ -79,7 +79,7 @@ class Sent:
 
 
 @dataclass(slots=True)
-class ScriptedReply:
+class ScriptedResponse:
     """UpstreamReply. closed: how often; finished: the body was read to its end."""
 
     status: int
@@ -127,7 +127,7 @@ class ScriptedReply:
         return self.finished or self.closed > 0
 
 
-class ScriptedWayUp:
+class ScriptedTransport:
     """WayUp. Moves are taken from the queue, then from `otherwise`; with neither, a call is a mistake of the proxy."""
 
     def __init__(self, *moves: Move, otherwise: Callable[[Sent], Move] | None = None) -> None:
@@ -143,8 +143,8 @@ class ScriptedWayUp:
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: Trip,
-    ) -> ScriptedReply:
+        trip: ConnectionInfo,
+    ) -> ScriptedResponse:
         now = asyncio.get_running_loop().time()
         known = body if isinstance(body, bytes) else None
         sent = Sent(method, url, CIMultiDict(headers), known, first_byte, trip, now)
@@ -166,8 +166,8 @@ class ScriptedWayUp:
         return self.otherwise(sent)
 
     async def _play(
-        self, move: Move, sent: Sent, trip: Trip, body: bytes | AsyncIterator[bytes] | None
-    ) -> ScriptedReply:
+        self, move: Move, sent: Sent, trip: ConnectionInfo, body: bytes | AsyncIterator[bytes] | None
+    ) -> ScriptedResponse:
         if isinstance(move, Fails):
             await asyncio.sleep(move.wait)
             if move.kind == "hang connecting":
@@ -186,7 +186,7 @@ class ScriptedWayUp:
         trip.answered = True
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in move.headers]
         headers: CIMultiDict[str] = CIMultiDict(move.headers)
-        sent.reply = ScriptedReply(move.status, move.reason, raw, headers, deque(move.body), move.at_once)
+        sent.reply = ScriptedResponse(move.status, move.reason, raw, headers, deque(move.body), move.at_once)
         return sent.reply
 
     @property
@@ -195,7 +195,7 @@ class ScriptedWayUp:
         return [sent.key for sent in self.sent]
 
     @property
-    def replies(self) -> list[ScriptedReply]:
+    def replies(self) -> list[ScriptedResponse]:
         return [sent.reply for sent in self.sent if sent.reply is not None]
 
 
@@ -234,21 +234,21 @@ def completion(text: str = "Hello!", **fields: Any) -> dict[str, Any]:
     }
 
 
-def says(document: object = None, status: int = 200, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Says:
+def says(document: object = None, status: int = 200, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Responds:
     """A JSON answer, in two pieces; by default a chat completion."""
     body = dump(completion() if document is None else document)
-    return Says(status, (JSON, ("x-request-id", "req_1"), *headers), (body[:10], body[10:]), **more)
+    return Responds(status, (JSON, ("x-request-id", "req_1"), *headers), (body[:10], body[10:]), **more)
 
 
 def error(
     status: int, code: str | None = None, headers: Iterable[tuple[str, str]] = (), message: str = "No.", **more: Any
-) -> Says:
+) -> Responds:
     """An error answer, as OpenAI words it."""
     document = {"error": {"message": message, "type": "api_error", "param": None, "code": code}}
     return says(document, status, headers, **more)
 
 
-def rate_limited(after: str | None = None, **more: Any) -> Says:
+def rate_limited(after: str | None = None, **more: Any) -> Responds:
     return error(429, "rate_limit_exceeded", [("Retry-After", after)] if after is not None else [], **more)
 
 
@@ -273,7 +273,7 @@ def events(*texts: str, usage: bool = False, **fields: Any) -> list[bytes]:
     return [*told, *([USAGE] if usage else []), DONE]
 
 
-def streams(steps: Sequence[Step] | None = None, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Says:
+def streams(steps: Sequence[Step] | None = None, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Responds:
     """An event stream; by default a whole one with usage."""
     body = tuple(events(usage=True)) if steps is None else tuple(steps)
-    return Says(200, (SSE, ("x-request-id", "req_1"), *headers), body, **more)
+    return Responds(200, (SSE, ("x-request-id", "req_1"), *headers), body, **more)

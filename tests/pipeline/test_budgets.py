@@ -12,16 +12,36 @@ import pytest
 
 from proxy.accounting.budgets.account import Account
 from proxy.config.limits import Limits
-from proxy.config.settings import Budget, Cache, ClientKey, Cost, Retry, Server, Settings, Ttl
-from proxy.pipeline.handler import Journey
+from proxy.config.settings import (
+    BudgetSettings,
+    CacheSettings,
+    ClientKeySettings,
+    CostSettings,
+    RetrySettings,
+    ServerSettings,
+    Settings,
+    TtlSettings,
+)
+from proxy.pipeline.handler import RequestHandler
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
-from proxy.services import compile_world
-from proxy.system.clock import Seams
+from proxy.services import build_services
+from proxy.system.clock import Clock
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.pipeline.clock import START, WALL, settled, story
-from tests.pipeline.fixture import Scene, Told, ask, pool, settings
-from tests.pipeline.script import Fails, Move, Says, ScriptedWayUp, completion, error, events, says, streams, usage
+from tests.pipeline.clock import START, WALL, settled, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
+from tests.pipeline.script import (
+    Fails,
+    Move,
+    Responds,
+    ScriptedTransport,
+    completion,
+    error,
+    events,
+    says,
+    streams,
+    usage,
+)
 
 D = Decimal
 DAY = 86400.0
@@ -31,7 +51,7 @@ COST = D("0.00225")
 
 SMALL: dict[str, Any] = {"max_tokens": 200}
 EMBEDDINGS = "/v1/embeddings"
-ONCE = Retry(max_retries=0, jitter=0.0)
+ONCE = RetrySettings(max_retries=0, jitter=0.0)
 ANNA, OTTO = Client("anna", "one scope"), Client("otto", "one scope")
 
 
@@ -39,70 +59,72 @@ def budget(
     day: str | None = "0.0045", month: str | None = None, on_exceeded: str = "refuse", **sections: Any
 ) -> Settings:
     limits = [D(amount) if amount is not None else None for amount in (day, month)]
-    return settings(cost=Cost(budget=Budget(limits[0], limits[1], on_exceeded)), retry=ONCE, **sections)
+    return settings(cost=CostSettings(budget=BudgetSettings(limits[0], limits[1], on_exceeded)), retry=ONCE, **sections)
 
 
-def clients(**limits: str) -> Server:
-    return Server(client_keys=tuple(ClientKey(name, b"", usd_per_day=D(each)) for name, each in limits.items()))
+def clients(**limits: str) -> ServerSettings:
+    return ServerSettings(
+        client_keys=tuple(ClientKeySettings(name, b"", usd_per_day=D(each)) for name, each in limits.items())
+    )
 
 
-def endless(**more: Any) -> ScriptedWayUp:
-    return ScriptedWayUp(otherwise=lambda sent: says(**more))
+def endless(**more: Any) -> ScriptedTransport:
+    return ScriptedTransport(otherwise=lambda sent: says(**more))
 
 
-def account(scene: Scene, name: str = "") -> Account:
-    (found,) = [one for one in scene.world.budgets.accounts if one.name == name]
+def account(scene: PipelineFixture, name: str = "") -> Account:
+    (found,) = [one for one in scene.services.budgets.accounts if one.name == name]
     return found
 
 
-def spent(scene: Scene, name: str = "", kind: str = "day") -> Decimal:
-    (pot,) = [pot for pot in account(scene, name).at(scene.seams.wall()) if pot.kind == kind]
+def spent(scene: PipelineFixture, name: str = "", kind: str = "day") -> Decimal:
+    (pot,) = [pot for pot in account(scene, name).at(scene.clock.wall()) if pot.kind == kind]
     return pot.spent
 
 
-def over(scene: Scene, model: str = "gpt-4o") -> None:
+def over(scene: PipelineFixture, model: str = "gpt-4o") -> None:
     """Nothing is held any more, of anything."""
-    scene.balanced(model)
-    assert {one.held for one in scene.world.budgets.accounts} == {D(0)}
+    scene.assert_nothing_leaked(model)
+    assert {one.held for one in scene.services.budgets.accounts} == {D(0)}
 
 
-@story
+@virtual_time
 async def test_beyond_the_budget_only_stored_answers_are_given_until_midnight() -> None:
-    scene = Scene(config=budget("0.0045"), way_up=endless())
+    scene = PipelineFixture(config=budget("0.0045"), transport=endless())
     assert [(await scene.ask(ask(text, **SMALL))).status for text in "ab"] == [200, 200]
     told = await scene.ask(ask("c", **SMALL))
     assert (told.status, told.refused, told.attempts) == (429, "budget_exceeded", 0)
     assert told.refusal is not None
     assert told.refusal.should_retry is False
-    assert told.refusal.retry_after == TODAY + DAY - scene.seams.wall()
+    assert told.refusal.retry_after == TODAY + DAY - scene.clock.wall()
     assert "0.004500 of 0.004500 USD" in told.refusal.message
     assert scene.receipt.error == "budget_exceeded"
     assert (await scene.ask(ask("a", **SMALL))).cache == "hit"
-    assert len(scene.way_up.sent) == 2
-    await scene.seams.sleep(told.refusal.retry_after)
+    assert len(scene.transport.sent) == 2
+    await scene.clock.sleep(told.refusal.retry_after)
     assert (await scene.ask(ask("c", **SMALL))).status == 200
     assert spent(scene) == COST
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_month_is_longer() -> None:
-    scene = Scene(config=budget(None, "0.0045"), way_up=endless())
+    scene = PipelineFixture(config=budget(None, "0.0045"), transport=endless())
     for text in "ab":
         await scene.ask(ask(text, **SMALL))
-    await scene.seams.sleep(DAY)
+    await scene.clock.sleep(DAY)
     told = await scene.ask(ask("c", **SMALL))
     assert told.refusal is not None
     assert told.refusal.retry_after is not None
     assert told.refusal.retry_after > 2 * DAY
-    await scene.seams.sleep(told.refusal.retry_after)
+    await scene.clock.sleep(told.refusal.retry_after)
     assert (await scene.ask(ask("c", **SMALL))).status == 200
 
 
-@story
+@virtual_time
 async def test_those_under_way_count_with_their_estimates() -> None:
     """gpt-4o: 10 USD per million tokens of output, so each may cost 0.01 and a little."""
-    scene = Scene(config=budget("0.035"), way_up=endless(wait=5.0))
+    scene = PipelineFixture(config=budget("0.035"), transport=endless(wait=5.0))
     told = await asyncio.gather(*[scene.ask(ask(str(n), max_tokens=1000)) for n in range(10)])
     assert sorted(one.status for one in told) == [200] * 3 + [429] * 7
     refusals = [one.refusal for one in told if one.refusal is not None]
@@ -111,21 +133,21 @@ async def test_those_under_way_count_with_their_estimates() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_who_shares_an_answer_pays_nothing() -> None:
-    scene = Scene(config=budget("0.0025"), way_up=endless(wait=5.0))
+    scene = PipelineFixture(config=budget("0.0025"), transport=endless(wait=5.0))
     told = await asyncio.gather(*[scene.ask(ask(**SMALL)) for _ in range(5)])
     assert [one.status for one in told] == [200] * 5
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     assert spent(scene) == COST
     over(scene)
 
 
-@story
+@virtual_time
 async def test_one_clients_budget_is_not_anothers() -> None:
     """Not even where they share the cache and ask the same at the same time."""
-    config = settings(server=clients(anna="0.001", otto="1"), cache=Cache(shared=True), retry=ONCE)
-    scene = Scene(config=config, way_up=endless(wait=1.0))
+    config = settings(server=clients(anna="0.001", otto="1"), cache=CacheSettings(shared=True), retry=ONCE)
+    scene = PipelineFixture(config=config, transport=endless(wait=1.0))
     told = await asyncio.gather(*[scene.ask(ask(**SMALL), client=one) for one in (ANNA, OTTO)])
     assert [one.refused for one in told] == ["budget_exceeded", ""]
     assert (spent(scene, "anna"), spent(scene, "otto")) == (D(0), COST)
@@ -136,10 +158,10 @@ async def test_one_clients_budget_is_not_anothers() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_the_client_limit_tells_all() -> None:
-    key = ClientKey("anna", b"", limits=Limits(rpm=9), usd_per_day=D("0.003"))
-    scene = Scene(config=settings(server=Server(client_keys=(key,))), way_up=endless())
+    key = ClientKeySettings("anna", b"", limits=Limits(rpm=9), usd_per_day=D("0.003"))
+    scene = PipelineFixture(config=settings(server=ServerSettings(client_keys=(key,))), transport=endless())
     told = await scene.ask(ask(**SMALL), client=ANNA)
     assert told.headers["X-Proxy-Client-Limit"] == "rpm=1/9, usd_per_day=0.002250/0.003000"
     refused = await scene.ask(ask("b", **SMALL), client=ANNA)
@@ -148,10 +170,10 @@ async def test_the_client_limit_tells_all() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_client_beyond_its_other_limits_holds_nothing() -> None:
-    key = ClientKey("anna", b"", limits=Limits(rpm=1), usd_per_day=D(1))
-    scene = Scene(config=settings(server=Server(client_keys=(key,))), way_up=endless())
+    key = ClientKeySettings("anna", b"", limits=Limits(rpm=1), usd_per_day=D(1))
+    scene = PipelineFixture(config=settings(server=ServerSettings(client_keys=(key,))), transport=endless())
     told = [await scene.ask(ask(text, **SMALL), client=ANNA) for text in "ab"]
     assert [one.refused for one in told] == ["", "client_limit"]
     assert spent(scene, "anna") == COST
@@ -166,8 +188,8 @@ ENDS: dict[str, tuple[tuple[Move, ...], dict[str, Any], str]] = {
     "a whole stream": ((streams(),), {"stream": True}, "cost"),
     "a stream without usage": ((streams(events()),), {"stream": True}, "receipt"),
     "a stream that is cut": ((streams([*events("x")[:-2], CUT]),), {"stream": True}, "receipt"),
-    "an answer that is cut": ((Says(200, body=(b'{"a": ', CUT)),), {}, "estimate"),
-    "broken JSON": ((Says(200, body=(b'{"a": ',)),), {}, "estimate"),
+    "an answer that is cut": ((Responds(200, body=(b'{"a": ', CUT)),), {}, "estimate"),
+    "broken JSON": ((Responds(200, body=(b'{"a": ',)),), {}, "estimate"),
     "without usage": ((says({"choices": []}),), {}, "estimate"),
     "an error": ((error(400),), {}, "nothing"),
     "a 500": ((error(500),), {}, "nothing"),
@@ -179,12 +201,12 @@ ENDS: dict[str, tuple[tuple[Move, ...], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-@story
+@virtual_time
 async def test_every_exit_settles(name: str) -> None:
     moves, fields, counts = ENDS[name]
-    scene = Scene(*moves, config=budget("1"))
+    scene = PipelineFixture(*moves, config=budget("1"))
     await scene.ask(ask(**SMALL, **fields))
-    (pot,) = account(scene).at(scene.seams.wall())
+    (pot,) = account(scene).at(scene.clock.wall())
     if counts == "estimate":
         assert pot.settled == 0
         assert D("0.002") < pot.assumed < D("0.0021")  # 200 tokens out, and the prompt
@@ -198,12 +220,12 @@ async def test_every_exit_settles(name: str) -> None:
 
 @pytest.mark.parametrize("turns", range(0, 40))
 @pytest.mark.parametrize("stream", [False, True])
-@story
+@virtual_time
 async def test_a_client_that_leaves_gives_back(turns: int, stream: bool) -> None:
     slow = [step for part in events(usage=True) for step in (1.0, part)]
     move = streams(slow, connect=1.0, wait=1.0) if stream else says(connect=1.0, wait=1.0)
-    scene = Scene(move, config=budget("1"))
-    task: asyncio.Task[Told] = asyncio.create_task(scene.ask(ask(stream=stream, **SMALL)))
+    scene = PipelineFixture(move, config=budget("1"))
+    task: asyncio.Task[Result] = asyncio.create_task(scene.ask(ask(stream=stream, **SMALL)))
     scene.loop.at_step(turns, task.cancel)
     await asyncio.wait([task])
     await settled()
@@ -211,51 +233,53 @@ async def test_a_client_that_leaves_gives_back(turns: int, stream: bool) -> None
     over(scene)
 
 
-@story
+@virtual_time
 async def test_another_models_answer_counts_at_its_own_price() -> None:
     config = budget("1")
-    config = replace(config, retry=Retry(max_retries=2, jitter=0.0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
-    scene = Scene(*[error(500)] * 3, says(completion(model="gpt-4o-mini")), config=config)
+    config = replace(config, retry=RetrySettings(max_retries=2, jitter=0.0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
+    scene = PipelineFixture(*[error(500)] * 3, says(completion(model="gpt-4o-mini")), config=config)
     assert (await scene.ask(ask(**SMALL))).status == 200
     assert (spent(scene), account(scene).held) == (D("0.000135"), D(0))
 
 
-@story
+@virtual_time
 async def test_a_part_that_was_thrown_away_counts() -> None:
     """Its answer is not what was asked for, but it was bought."""
     document = {"object": "list", "data": [], "model": "text-embedding-3-small", "usage": usage(1000, 0)}
-    scene = Scene(says(document), config=budget("1"))
+    scene = PipelineFixture(says(document), config=budget("1"))
     question = {"model": "text-embedding-3-small", "input": [f"text {n}" for n in range(4000)]}
     assert (await scene.ask(question, target=EMBEDDINGS)).refused == "upstream_invalid_response"
     assert spent(scene) == D("0.00002")
     over(scene, "text-embedding-3-small")
 
 
-@story
+@virtual_time
 async def test_a_batch_in_parts_counts_each_part() -> None:
     """4,000 items are two calls."""
 
-    def embed(sent: Any) -> Says:
+    def embed(sent: Any) -> Responds:
         count = len(sent.json()["input"])
         rows = [{"object": "embedding", "index": index, "embedding": [0.5]} for index in range(count)]
         return says({"object": "list", "data": rows, "model": "text-embedding-3-small", "usage": usage(count, 0)})
 
-    scene = Scene(config=budget("1"), way_up=ScriptedWayUp(otherwise=embed))
+    scene = PipelineFixture(config=budget("1"), transport=ScriptedTransport(otherwise=embed))
     question = {"model": "text-embedding-3-small", "input": [f"text {n}" for n in range(4000)]}
     told = await scene.ask(question, target=EMBEDDINGS)
-    assert (told.status, len(scene.way_up.sent)) == (200, 2)
+    assert (told.status, len(scene.transport.sent)) == (200, 2)
     assert spent(scene) == D(4000) * D("0.00000002") == D(str(told.cost))
     over(scene, "text-embedding-3-small")
 
 
-@story
+@virtual_time
 async def test_without_a_price_nothing_is_held_but_the_limit_is() -> None:
-    scene = Scene(config=budget("0.0022"), way_up=ScriptedWayUp(otherwise=lambda sent: says(completion(model="x-1"))))
+    scene = PipelineFixture(
+        config=budget("0.0022"), transport=ScriptedTransport(otherwise=lambda sent: says(completion(model="x-1")))
+    )
     unpriced = ask(max_tokens=1000) | {"model": "x-1"}
     assert (await scene.ask(unpriced)).status == 200
-    report = scene.world.budgets.report()["proxy"]["day"]
+    report = scene.services.budgets.report()["proxy"]["day"]
     assert (report["unknown"], report["spent_usd"]) == (1, "0.000000")
-    scene.way_up.otherwise = lambda sent: says()
+    scene.transport.otherwise = lambda sent: says()
     assert (await scene.ask(ask("a", max_tokens=100))).status == 200
     assert (await scene.ask(unpriced | ask("b"))).refused == "budget_exceeded"
     assert (await scene.ask(unpriced)).cache == "hit"
@@ -266,9 +290,9 @@ MODERATED = {"id": "m", "model": "omni-moderation-latest", "results": [{"flagged
 
 
 @pytest.mark.parametrize(("on_exceeded", "status"), [("refuse", 200), ("cache_only", 429)])
-@story
+@virtual_time
 async def test_what_is_free_goes_on_unless_only_the_cache_is_to_serve(on_exceeded: str, status: int) -> None:
-    scene = Scene(says(), says(MODERATED), config=budget("0.0022", on_exceeded=on_exceeded))
+    scene = PipelineFixture(says(), says(MODERATED), config=budget("0.0022", on_exceeded=on_exceeded))
     assert (await scene.ask(ask(max_tokens=10))).status == 200
     told = await scene.ask(MODERATION, target="/v1/moderations")
     assert told.status == status
@@ -276,12 +300,12 @@ async def test_what_is_free_goes_on_unless_only_the_cache_is_to_serve(on_exceede
 
 
 @pytest.mark.parametrize("on_exceeded", ["refuse", "cache_only"])
-@story
+@virtual_time
 async def test_cache_only_serves_what_is_past_its_time(on_exceeded: str) -> None:
-    cache = Cache(ttl=Ttl(chat=100.0), stale_if_error=5000.0)
-    scene = Scene(config=budget("0.0025", on_exceeded=on_exceeded, cache=cache), way_up=endless())
+    cache = CacheSettings(ttl=TtlSettings(chat=100.0), stale_if_error=5000.0)
+    scene = PipelineFixture(config=budget("0.0025", on_exceeded=on_exceeded, cache=cache), transport=endless())
     assert (await scene.ask(ask(**SMALL))).status == 200
-    await scene.seams.sleep(200.0)
+    await scene.clock.sleep(200.0)
     told = await scene.ask(ask(**SMALL))
     if on_exceeded == "refuse":
         assert told.refused == "budget_exceeded"
@@ -293,13 +317,13 @@ async def test_cache_only_serves_what_is_past_its_time(on_exceeded: str) -> None
         missing = await scene.ask(ask("other", **SMALL))
         assert missing.refusal is not None
         assert "there is none for this" in missing.refusal.message
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     over(scene)
 
 
-@story
+@virtual_time
 async def test_one_warning_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    scene = Scene(config=budget("0.01"), way_up=endless())
+    scene = PipelineFixture(config=budget("0.01"), transport=endless())
     with caplog.at_level(logging.WARNING, "proxy"):
         for text in "abcd":
             await scene.ask(ask(text, **SMALL))
@@ -307,10 +331,10 @@ async def test_one_warning_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     assert warned == ["the budget of this proxy for this day (UTC): 0.009000 of 0.010000 USD are spent"]
 
 
-@story
+@virtual_time
 async def test_what_was_spent_before_and_beside_us_counts() -> None:
     """The ledger of another process: it is read at the start, and again."""
-    scene = Scene(config=budget("0.01", "1"), way_up=endless())
+    scene = PipelineFixture(config=budget("0.01", "1"), transport=endless())
     ledger = {"before": D("0.005")}
     asked: list[tuple[float, str | None]] = []
 
@@ -318,55 +342,55 @@ async def test_what_was_spent_before_and_beside_us_counts() -> None:
         asked.append((since, client))
         return sum(ledger.values(), D(0))
 
-    await scene.world.budgets.open(told)
+    await scene.services.budgets.open(told)
     assert asked[0] == (TODAY, None)
     assert spent(scene) == D("0.005")
     await scene.ask(ask("a", **SMALL))
     assert spent(scene) == D("0.005") + COST
     ledger["ours"] = COST
-    await scene.seams.sleep(4.0)
+    await scene.clock.sleep(4.0)
     assert spent(scene) == spent(scene, kind="month") == D("0.005") + COST
     ledger["another"] = D("0.002")
-    await scene.seams.sleep(4.0)
+    await scene.clock.sleep(4.0)
     assert (await scene.ask(ask("b", **SMALL))).refused == "budget_exceeded"
     ledger.clear()
-    await scene.seams.sleep(DAY)
+    await scene.clock.sleep(DAY)
     assert spent(scene) == 0
     assert (await scene.ask(ask("b", **SMALL))).status == 200
-    await scene.world.budgets.close()
+    await scene.services.budgets.close()
 
 
-@story
+@virtual_time
 async def test_a_reload_keeps_what_was_spent_and_what_is_held() -> None:
-    scene = Scene(config=budget("0.1"), way_up=endless(wait=5.0))
+    scene = PipelineFixture(config=budget("0.1"), transport=endless(wait=5.0))
     task = asyncio.create_task(scene.ask(ask(**SMALL)))
-    await scene.seams.sleep(1.0)
-    world = compile_world(budget("0.003"), scene.seams, scene.world)
-    assert world.budgets is scene.world.budgets
-    journey = Journey(world, scene.way_up, scene.receipts.append)
-    scene.journey, scene.world = journey, world
+    await scene.clock.sleep(1.0)
+    services = build_services(budget("0.003"), scene.clock, scene.services)
+    assert services.budgets is scene.services.budgets
+    journey = RequestHandler(services, scene.transport, scene.receipts.append)
+    scene.journey, scene.services = journey, services
     assert (await scene.ask(ask("b", **SMALL))).refused == "budget_exceeded"
     assert (await task).status == 200
     assert spent(scene) == COST
     over(scene)
-    assert compile_world(settings(), Seams(), world).budgets.accounts == ()
+    assert build_services(settings(), Clock(), services).budgets.accounts == ()
     assert scene.loop.time() > START
 
 
-@story
+@virtual_time
 async def test_requests_for_nothing_count_nothing() -> None:
     """What was refused, found or never asked has no cost."""
-    scene = Scene(config=budget("0"))
+    scene = PipelineFixture(config=budget("0"))
     assert (await scene.ask(ask(**SMALL))).refused == "budget_exceeded"
     assert (await scene.ask(ask(**SMALL), Options(only_if_cached=True))).refused == "not_cached"
-    assert scene.way_up.sent == []
+    assert scene.transport.sent == []
     over(scene)
 
 
-@story
+@virtual_time
 async def test_the_pool_may_be_of_several_prices() -> None:
     """The dearest of the upstreams that may serve it is what a request is held to cost."""
     dear = pool("k2", name="dear", prices={"gpt-4o": {"input": D(1000), "output": D(1000)}}, priority=1)
-    scene = Scene(config=replace(budget("0.05"), upstreams=(pool("k1"), dear)), way_up=endless())
+    scene = PipelineFixture(config=replace(budget("0.05"), upstreams=(pool("k1"), dear)), transport=endless())
     assert (await scene.ask(ask(**SMALL))).refused == "budget_exceeded"
     over(scene)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import proxy.cache.planner
 from proxy.config.limits import Limits
-from proxy.config.settings import Retry, Throttle
+from proxy.config.settings import RetrySettings, ThrottleSettings
 from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.clock import run, settled
-from tests.pipeline.fixture import Scene, Told, ask, pool
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool
 from tests.pipeline.fixture import settings as config
 from tests.pipeline.script import (
     HANG,
@@ -26,8 +26,8 @@ from tests.pipeline.script import (
     SSE,
     Fails,
     Move,
-    Says,
-    ScriptedWayUp,
+    Responds,
+    ScriptedTransport,
     Sent,
     chunk,
     completion,
@@ -42,11 +42,14 @@ from tests.pipeline.script import (
 
 CUT = TransportFailure("invalid", "cut")
 SLOW = [step for part in events(usage=True) for step in (1.0, part)]
-NARROW = Throttle(limits={"*": Limits(rpm=50, tpm=100_000, concurrency=1)}, max_wait=1000.0)
-STALLED = Says(200, (JSON,), (b"{", HANG))
+NARROW = ThrottleSettings(limits={"*": Limits(rpm=50, tpm=100_000, concurrency=1)}, max_wait=1000.0)
+STALLED = Responds(200, (JSON,), (b"{", HANG))
 
 STORIES: dict[str, tuple[Sequence[Move], bool]] = {
-    "a plain answer": ([Says(200, (JSON,), (dump(completion())[:9], 1.0, dump(completion())[9:]), 1.0, 1.0)], False),
+    "a plain answer": (
+        [Responds(200, (JSON,), (dump(completion())[:9], 1.0, dump(completion())[9:]), 1.0, 1.0)],
+        False,
+    ),
     "a stream": ([streams(SLOW, connect=1.0, wait=1.0)], True),
     "a stream that waits for its first event": ([streams([b": ping\n\n", 1.0, b": ping\n\n", HANG])], True),
     "retries": ([error(500, wait=1.0), Fails("unreached", 1.0), Fails("ambiguous", 1.0), says(wait=1.0)], False),
@@ -56,7 +59,7 @@ STORIES: dict[str, tuple[Sequence[Move], bool]] = {
         False,
     ),
     "all keys refuse": ([error(401, wait=1.0), error(403, wait=1.0), error(401, wait=1.0)], False),
-    "an error body in pieces": ([Says(400, (JSON,), (b'{"error":', 1.0, b"{}}"))], False),
+    "an error body in pieces": ([Responds(400, (JSON,), (b'{"error":', 1.0, b"{}}"))], False),
     "a stale connection": ([Fails("stale", 1.0), streams(SLOW)], True),
     "connecting for ever": ([Fails("hang connecting")], False),
     "waiting for ever": ([Fails("hang")], False),
@@ -73,7 +76,7 @@ def told_once(moves: Sequence[Move], stream: bool, at: int | None, landed: list[
     async def tell() -> None:
         nonlocal turns
         upstream = pool("k1", "k2", "k3")
-        scene = Scene(*moves, config=config(upstream, throttle=NARROW, retry=Retry(jitter=0.0)))
+        scene = PipelineFixture(*moves, config=config(upstream, throttle=NARROW, retry=RetrySettings(jitter=0.0)))
         began = scene.loop.steps
         task = scene.loop.create_task(scene.ask(ask(stream=stream, max_tokens=50)))
         if at is not None:
@@ -81,21 +84,21 @@ def told_once(moves: Sequence[Move], stream: bool, at: int | None, landed: list[
         await asyncio.wait([task])
         turns = scene.loop.steps - began
         await settled(3)
-        scene.balanced()
+        scene.assert_nothing_leaked()
         tokens = sum(scene.used(name)["tpm"] for name in ("k1", "k2", "k3"))
-        assert 0 <= tokens <= 400 * len(scene.way_up.sent)
+        assert 0 <= tokens <= 400 * len(scene.transport.sent)
         if task.cancelled():
             assert len(scene.receipts) <= 1
-            assert scene.world.store is not None
-            entries = scene.world.store.memory.stats()["entries"]
-            if scene.way_up.sent and (scene.receipt.status, scene.receipt.error) != (499, "client_gone"):
+            assert scene.services.store is not None
+            entries = scene.services.store.memory.stats()["entries"]
+            if scene.transport.sent and (scene.receipt.status, scene.receipt.error) != (499, "client_gone"):
                 landed.append(at)  # what it waited for came in the very turn in which it left
             else:
                 assert entries == 0
         else:
             assert task.exception() is None
             assert len(scene.receipts) == 1
-        assert all(sent.reply is None or sent.reply.closed <= 2 for sent in scene.way_up.sent)
+        assert all(sent.reply is None or sent.reply.closed <= 2 for sent in scene.transport.sent)
 
     run(tell())
     return turns
@@ -123,7 +126,7 @@ def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
 
         async def tell() -> None:
             nonlocal turns
-            scene = Scene(way_up=ScriptedWayUp(otherwise=upstream), config=config(throttle=NARROW))
+            scene = PipelineFixture(transport=ScriptedTransport(otherwise=upstream), config=config(throttle=NARROW))
             began = scene.loop.steps
             tasks = [scene.loop.create_task(scene.ask(ask(str(n), stream=stream))) for n in range(4)]
             if at is not None:
@@ -133,9 +136,9 @@ def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
             for n, task in enumerate(tasks):
                 assert task.cancelled() or (task.result().status, task.result().broken) == (200, False)
                 assert n == gone or not task.cancelled()
-            order = [sent.json()["messages"][0]["content"] for sent in scene.way_up.sent]
+            order = [sent.json()["messages"][0]["content"] for sent in scene.transport.sent]
             assert order == sorted(order)
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
         run(tell())
         return turns
@@ -150,7 +153,7 @@ def test_a_large_request_that_leaves_while_it_is_read_in_a_thread(monkeypatch: p
     monkeypatch.setattr(proxy.cache.planner, "LARGE", 10)
 
     async def tell() -> None:
-        scene = Scene(says())
+        scene = PipelineFixture(says())
         for leave in (True, False):
             task = scene.loop.create_task(scene.ask())
             await asyncio.sleep(0)
@@ -158,9 +161,9 @@ def test_a_large_request_that_leaves_while_it_is_read_in_a_thread(monkeypatch: p
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                assert scene.way_up.sent == []
+                assert scene.transport.sent == []
         assert (await task).status == 200
-        scene.balanced()
+        scene.assert_nothing_leaked()
 
     run(tell())
 
@@ -173,9 +176,11 @@ _BODY = st.sampled_from(
 )
 _PLAIN = st.sampled_from([(dump(completion()),), (b"{", 2.0, b"}"), (b"{",), (b"{", CUT), (b"{", HANG)])
 _MOVES = st.one_of(
-    st.builds(Says, st.just(200), st.just((SSE,)), _BODY, _WAIT, _WAIT, at_once=st.booleans()),
-    st.builds(Says, st.just(200), st.just((JSON,)), _PLAIN, _WAIT, _WAIT, at_once=st.booleans()),
-    st.builds(Says, st.sampled_from([302, 400, 401, 403, 404, 429, 500, 503]), st.just((JSON,)), _PLAIN, _WAIT, _WAIT),
+    st.builds(Responds, st.just(200), st.just((SSE,)), _BODY, _WAIT, _WAIT, at_once=st.booleans()),
+    st.builds(Responds, st.just(200), st.just((JSON,)), _PLAIN, _WAIT, _WAIT, at_once=st.booleans()),
+    st.builds(
+        Responds, st.sampled_from([302, 400, 401, 403, 404, 429, 500, 503]), st.just((JSON,)), _PLAIN, _WAIT, _WAIT
+    ),
     st.builds(Fails, st.sampled_from(["unreached", "stale", "ambiguous", "timeout", "hang", "hang connecting"]), _WAIT),
     st.sampled_from([error(429, "insufficient_quota"), rate_limited("2"), rate_limited("500")]),
     st.just(streams([event(chunk("a")), event({"error": {"message": "no"}})])),
@@ -197,11 +202,11 @@ def test_whatever_happens_the_books_balance(
 
     async def tell() -> None:
         script = iter([*moves] * 50)
-        scene = Scene(
-            way_up=ScriptedWayUp(otherwise=lambda sent: next(script)),
-            config=config(pool(*names), throttle=Throttle(limits={"*": limits})),
+        scene = PipelineFixture(
+            transport=ScriptedTransport(otherwise=lambda sent: next(script)),
+            config=config(pool(*names), throttle=ThrottleSettings(limits={"*": limits})),
         )
-        tasks: list[asyncio.Task[Told]] = []
+        tasks: list[asyncio.Task[Result]] = []
         for n, (stream, cancel_at) in enumerate(requests):
             document = ask(str(n // 2), stream=stream)  # some are asked twice
             task = scene.loop.create_task(scene.ask(document, Options(max_retries=retries)))
@@ -221,6 +226,6 @@ def test_whatever_happens_the_books_balance(
                     assert b"[DONE]" not in told.body or told.flow is not None
         assert len(scene.receipts) + hits <= len(tasks)
         assert len(scene.receipts) + hits >= sum(not task.cancelled() for task in tasks)
-        scene.balanced()
+        scene.assert_nothing_leaked()
 
     run(tell())

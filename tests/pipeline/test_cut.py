@@ -12,17 +12,17 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.config.settings import Cost
+from proxy.config.settings import CostSettings
 from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.clock import run
-from tests.pipeline.fixture import Scene, Told, ask, settings
+from tests.pipeline.fixture import PipelineFixture, Result, ask, settings
 from tests.pipeline.script import (
     DONE,
     JSON,
     SSE,
     USAGE,
-    Says,
+    Responds,
     Step,
     chunk,
     completion,
@@ -59,7 +59,7 @@ def boundaries(whole: bytes) -> set[int]:
     return found
 
 
-def judge(told: Told, whole: bytes, got: int) -> None:
+def judge(told: Result, whole: bytes, got: int) -> None:
     """What came of a stream of which `got` bytes were read."""
     assert told.attempts == 1
     if told.refusal is not None:
@@ -91,10 +91,10 @@ def test_a_stream_cut_at_every_byte(kind: str, usage: str, options: Options) -> 
 
     async def tell() -> None:
         for at in range(len(whole)):
-            scene = Scene(
+            scene = PipelineFixture(
                 streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])),
                 streams(),
-                config=settings(cost=Cost(stream_usage=usage)),
+                config=settings(cost=CostSettings(stream_usage=usage)),
             )
             told = await scene.ask(ask(stream=True), options)
             if kind == "ended" and at in finished:
@@ -106,7 +106,7 @@ def test_a_stream_cut_at_every_byte(kind: str, usage: str, options: Options) -> 
                 assert scene.receipt.error == "upstream_invalid_response"
             assert len(scene.receipts) == 1
             assert (await scene.ask(ask(stream=True), options)).cache == "miss"
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
     run(tell())
 
@@ -121,11 +121,13 @@ def test_a_responses_stream_cut_at_every_byte(kind: str) -> None:
 
     async def tell() -> None:
         for at in range(len(whole)):
-            scene = Scene(streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])), streams([whole]))
+            scene = PipelineFixture(
+                streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])), streams([whole])
+            )
             judge(await scene.ask(document, target="/v1/responses"), whole, at)
             told = await scene.ask(document, target="/v1/responses")
             assert (told.cache, told.body, told.broken) == ("miss", whole, False)
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
     run(tell())
 
@@ -134,7 +136,7 @@ def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
     """The stream has said that it is over: SDKs hang up there, and nothing can be missing."""
 
     async def tell() -> None:
-        scene = Scene(streams(broken(STREAM)), streams())
+        scene = PipelineFixture(streams(broken(STREAM)), streams())
         told = await scene.ask(ask(stream=True))
         assert (told.body, told.broken) == (STREAM.replace(USAGE, b""), False)
         assert (await scene.ask(ask(stream=True))).cache == "hit"
@@ -149,11 +151,11 @@ def test_a_json_answer_cut_at_every_byte(kind: str) -> None:
     async def tell() -> None:
         for at in range(len(whole) + (kind == "broken")):
             steps = broken(whole[:at]) if kind == "broken" else ended(whole[:at])
-            scene = Scene(Says(200, (JSON,), steps), says())
+            scene = PipelineFixture(Responds(200, (JSON,), steps), says())
             told = await scene.ask()
             assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)
             assert (await scene.ask()).cache == "miss"
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
     run(tell())
 
@@ -168,7 +170,7 @@ def test_a_compressed_answer_cut_at_every_byte(coding: str, pack: Any, stream: b
     async def tell() -> None:
         for at in range(len(packed)):
             headers = (SSE if stream else JSON, ("Content-Encoding", coding))
-            scene = Scene(Says(200, headers, ended(packed[:at])), streams() if stream else says())
+            scene = PipelineFixture(Responds(200, headers, ended(packed[:at])), streams() if stream else says())
             told = await scene.ask(ask(stream=stream))
             if stream:
                 if told.body == whole.replace(USAGE, b""):  # only the checksum is missing, and [DONE] was said
@@ -177,7 +179,7 @@ def test_a_compressed_answer_cut_at_every_byte(coding: str, pack: Any, stream: b
             else:
                 assert (told.status, told.refused) == (502, "upstream_invalid_response")
             assert (await scene.ask(ask(stream=stream))).cache == "miss"
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
     run(tell())
 
@@ -187,7 +189,7 @@ def test_a_stream_of_two_choices_that_lost_one_of_its_ends(lost: int) -> None:
     async def tell() -> None:
         steps = [event(chunk(choices=[{"index": i, "delta": {"content": "a"}}])) for i in range(2)]
         done = [{"index": i, "delta": {}, "finish_reason": "stop"} for i in range(2) if i != lost]
-        scene = Scene(
+        scene = PipelineFixture(
             streams([*steps, event(chunk(choices=done))]), streams([*steps, event(chunk(choices=done)), DONE])
         )
         told = await scene.ask(ask(stream=True, n=2))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.clock import run, story
-from tests.pipeline.fixture import Scene
-from tests.pipeline.script import DONE, JSON, Says, dump, event, says, streams
+from tests.pipeline.clock import run, virtual_time
+from tests.pipeline.fixture import PipelineFixture
+from tests.pipeline.script import DONE, JSON, Responds, dump, event, says, streams
 from tests.pipeline.test_cut import broken, ended, judge
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -20,7 +20,7 @@ def text(index: int, finish: str | None = "stop") -> dict[str, Any]:
     return {"index": index, "text": "a", "logprobs": None, "finish_reason": finish}
 
 
-def call(content: str) -> dict[str, Any]:
+def request(content: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": content}
     return {"index": 0, "message": message, "finish_reason": "stop"}
 
@@ -29,7 +29,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "chat, n=2": (
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": "x"}], "n": 2},
-        {"choices": [call("a"), call("b") | {"index": 1}], "usage": USAGE},
+        {"choices": [request("a"), request("b") | {"index": 1}], "usage": USAGE},
     ),
     "completions": (
         "/v1/completions",
@@ -62,27 +62,27 @@ def test_a_json_answer_cut_at_every_byte(name: str, kind: str) -> None:
     async def tell() -> None:
         for at in range(len(whole) + (kind == "broken")):
             steps = broken(whole[:at]) if kind == "broken" else ended(whole[:at])
-            scene = Scene(Says(200, (JSON,), steps), says(answer), says(answer))
+            scene = PipelineFixture(Responds(200, (JSON,), steps), says(answer), says(answer))
             told = await scene.ask(document, target=target)
             assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)
             assert (await scene.ask(document, target=target)).cache == "miss"
             assert (await scene.ask(document, target=target)).cache == "hit"
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
     run(tell())
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@story
+@virtual_time
 async def test_whole_json_that_lacks_a_part_passes_and_is_not_stored(name: str) -> None:
     target, asked, answer = WHOLE[name]
     document = {"model": "gpt-4o"} | asked
     for lacking in lacks(answer, LISTS[name]):
-        scene = Scene(says(lacking), says(lacking))
+        scene = PipelineFixture(says(lacking), says(lacking))
         for _ in range(2):
             told = await scene.ask(document, target=target)
             assert (told.status, told.cache, told.json()) == (200, "miss", lacking), lacking
-        scene.balanced()
+        scene.assert_nothing_leaked()
 
 
 def lacks(answer: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def test_a_completions_stream_cut_at_every_byte(kind: str, prompts: int) -> None
 
     async def tell() -> None:
         for at in range(len(whole)):
-            scene = Scene(
+            scene = PipelineFixture(
                 streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])),
                 streams([whole]),
             )
@@ -133,6 +133,6 @@ def test_a_completions_stream_cut_at_every_byte(kind: str, prompts: int) -> None
             again = await scene.ask(document, target="/v1/completions")
             assert (again.cache, again.body, again.broken) == ("miss", whole, False)
             assert (await scene.ask(document, target="/v1/completions")).cache == "hit"
-            scene.balanced()
+            scene.assert_nothing_leaked()
 
     run(tell())

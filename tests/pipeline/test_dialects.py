@@ -8,21 +8,21 @@ import orjson
 import pytest
 
 from proxy.config.secret import Secret
-from proxy.config.settings import Key, Upstream
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
+from proxy.config.settings import KeySettings, UpstreamSettings
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
 from tests.pipeline.script import says
 
 ROOT = "https://res.test"
-AZURE = Upstream(
+AZURE = UpstreamSettings(
     "azure",
     kind="azure",
     base_url=ROOT,
     api_version="2024-10-21",
     deployments={"gpt-4o": "my-gpt4o"},
-    keys=(Key("az", Secret("sk-az"), quota="az"),),
+    keys=(KeySettings("az", Secret("sk-az"), quota="az"),),
 )
-AZURE_V1 = Upstream("azure", "azure", ROOT, deployments={"gpt-4o": "my-gpt4o"}, keys=AZURE.keys)
+AZURE_V1 = UpstreamSettings("azure", "azure", ROOT, deployments={"gpt-4o": "my-gpt4o"}, keys=AZURE.keys)
 CHAT, DEPLOYED = "/v1/chat/completions", "/openai/deployments/d1/chat/completions?api-version=2024-06-01"
 WITHOUT_MODEL = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -47,14 +47,14 @@ WITHOUT_MODEL = {"messages": [{"role": "user", "content": "Hi"}]}
         (AZURE_V1, CHAT, ask(model="other"), f"{ROOT}/openai/v1/chat/completions", "other"),
     ],
 )
-@story
+@virtual_time
 async def test_where_it_goes_and_which_model_it_names(
-    upstream: Upstream, target: str, document: Any, url: str, model: str | None
+    upstream: UpstreamSettings, target: str, document: Any, url: str, model: str | None
 ) -> None:
-    scene = Scene(says(), config=settings(upstream))
+    scene = PipelineFixture(says(), config=settings(upstream))
     body = orjson.dumps(document, option=orjson.OPT_INDENT_2)
     told = await scene.ask(document, target=target, body=body)
-    [sent] = scene.way_up.sent
+    [sent] = scene.transport.sent
     assert (told.status, sent.url, sent.json().get("model")) == (200, url, model)
     assert sent.headers.get("api-key") == ("sk-az" if upstream.kind == "azure" else None)
     if document.get("model") == model:
@@ -63,26 +63,26 @@ async def test_where_it_goes_and_which_model_it_names(
         assert sent.body == body.replace(b'"gpt-4o"', b'"my-gpt4o"')
 
 
-@story
+@virtual_time
 async def test_the_receipt_names_the_model_that_was_asked_for() -> None:
-    scene = Scene(says(), config=settings(AZURE_V1))
+    scene = PipelineFixture(says(), config=settings(AZURE_V1))
     await scene.ask()
     assert scene.receipt.model == "gpt-4o"
 
 
 @pytest.mark.parametrize("upstream", [pool("k1"), AZURE, AZURE_V1], ids=["openai", "azure", "azure v1"])
 @pytest.mark.parametrize("name", ["", "\ud800", "a\nb", "a/../b", "ä" * 9, "%2e%2e"], ids=ascii)
-@story
-async def test_model_names_that_nobody_has(upstream: Upstream, name: str) -> None:
+@virtual_time
+async def test_model_names_that_nobody_has(upstream: UpstreamSettings, name: str) -> None:
     """They reach the upstream as they are, or they are refused; they lead nowhere else and break nothing."""
-    scene = Scene(says(), config=settings(upstream))
+    scene = PipelineFixture(says(), config=settings(upstream))
     document = ask(model=name)
     body = b'{"model":"\\ud800","messages":[]}' if name == "\ud800" else orjson.dumps(document)
     told = await scene.ask(document, body=body)
     assert told.status in (200, 400, 502)
-    for sent in scene.way_up.sent:
+    for sent in scene.transport.sent:
         assert sent.url.startswith((f"{ROOT}/openai/", "http://up.test/v1/chat/completions"))
         assert not {"..", ".", ""} & set(sent.url.partition("?")[0].split("/")[3:])
         assert sent.url.isascii()
     assert scene.receipt.model == name
-    scene.balanced(name)
+    scene.assert_nothing_leaked(name)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import pytest
 
-from proxy.config.settings import Cache
+from proxy.config.settings import CacheSettings
 from proxy.pipeline.coalescing.cross_process import AVOID_FOR, LEASE, STREAM_WAIT, WAIT
-from proxy.pipeline.handler import Journey
+from proxy.pipeline.handler import RequestHandler
 from proxy.protocol.options import Options
-from tests.pipeline.clock import story, turned_loop
-from tests.pipeline.fixture import Scene, ask, settings
-from tests.pipeline.script import Fails, ScriptedWayUp, completion, error, events, says, streams
+from tests.pipeline.clock import virtual_time, virtual_time_loop
+from tests.pipeline.fixture import PipelineFixture, ask, settings
+from tests.pipeline.script import Fails, ScriptedTransport, completion, error, events, says, streams
 
 STREAM = ask(stream=True)
 UNFINISHED = completion(choices=[{"index": 0, "message": {"content": "Hel"}, "finish_reason": "length"}])
@@ -33,14 +33,14 @@ class Held:
 
     def _now(self, name: str) -> str | None:
         token, until = self.held.get(name, ("", 0.0))
-        return token if turned_loop().time() < until else None
+        return token if virtual_time_loop().time() < until else None
 
-    async def take(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
+    async def acquire(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
         if self.down:
             return "open"
         held = self._now(name)
         if held in (None, token):
-            self.held[name] = token, turned_loop().time() + seconds
+            self.held[name] = token, virtual_time_loop().time() + seconds
             return "mine"
         return "open" if held == "-" else "theirs"
 
@@ -48,26 +48,26 @@ class Held:
         if self.down or self._now(name) != token:
             return False
         self.renewed += 1
-        self.held[name] = token, turned_loop().time() + seconds
+        self.held[name] = token, virtual_time_loop().time() + seconds
         return True
 
     async def release(self, name: str, token: str, open_for: float) -> None:
         if not self.down and self._now(name) == token:
             if open_for:
-                self.held[name] = "-", turned_loop().time() + open_for
+                self.held[name] = "-", virtual_time_loop().time() + open_for
             else:
                 del self.held[name]
 
 
-def two(way_up: ScriptedWayUp) -> tuple[Scene, Scene, Held]:
+def two(transport: ScriptedTransport) -> tuple[PipelineFixture, PipelineFixture, Held]:
     """Two processes: each its own journey, one store, one upstream."""
-    scenes, held = (Scene(way_up=way_up), Scene(way_up=way_up)), Held()
+    scenes, held = (PipelineFixture(transport=transport), PipelineFixture(transport=transport)), Held()
     for name, scene in zip("ab", scenes, strict=True):
-        scene.seams = replace(scene.seams, new_id=partial(_numbered, name, itertools.count()))
-        scene.world.seams = scene.seams
-        scene.world.leases = held
-        scene.world.store = scenes[0].world.store
-        scene.journey = Journey(scene.world, way_up, scene.receipts.append)
+        scene.clock = replace(scene.clock, new_id=partial(_numbered, name, itertools.count()))
+        scene.services.clock = scene.clock
+        scene.services.locks = held
+        scene.services.store = scenes[0].services.store
+        scene.journey = RequestHandler(scene.services, transport, scene.receipts.append)
     return *scenes, held
 
 
@@ -75,14 +75,16 @@ def _numbered(name: str, numbers: Iterator[int]) -> str:
     return f"{name}{next(numbers)}"
 
 
-def begin(scene: Scene, count: int, document: Any = None, options: Options | None = None, **more: Any) -> list[Any]:
+def begin(
+    scene: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
+) -> list[Any]:
     return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
 
 
-@story
+@virtual_time
 async def test_the_second_process_waits_for_the_first_ones_entry() -> None:
-    way_up = ScriptedWayUp(says(wait=12.0))
-    one, other, held = two(way_up)
+    transport = ScriptedTransport(says(wait=12.0))
+    one, other, held = two(transport)
     first = begin(one, 3)
     await asyncio.sleep(1.0)
     told = await asyncio.gather(*first, *begin(other, 3))
@@ -91,57 +93,59 @@ async def test_the_second_process_waits_for_the_first_ones_entry() -> None:
     assert {each.body for each in told} == {told[0].body}
     assert told[3].headers["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
     assert (told[3].cost, told[3].headers["X-Proxy-Cost-Saved-USD"]) == ("0.000000", "0.002250")
-    assert len(way_up.sent) == 1
+    assert len(transport.sent) == 1
     assert held.renewed >= 3
     await asyncio.sleep(1.0)
     assert held.held == {}
     assert {receipt.cache for receipt in other.receipts} == {"coalesced"}
 
 
-@story
+@virtual_time
 async def test_a_lease_that_its_holder_lost_costs_one_call_more() -> None:
-    way_up = ScriptedWayUp(says(wait=5.0), says(wait=1.0))
-    one, other, held = two(way_up)
+    transport = ScriptedTransport(says(wait=5.0), says(wait=1.0))
+    one, other, held = two(transport)
     first = begin(one, 1)
     await asyncio.sleep(1.0)
     held.held.clear()
     told = await asyncio.gather(*first, *begin(other, 2))
     assert [each.cache for each in told] == ["miss", "miss", "coalesced"]
     assert {each.status for each in told} == {200}
-    assert len(way_up.sent) == 2
+    assert len(transport.sent) == 2
 
 
-@story
+@virtual_time
 async def test_a_process_that_died_keeps_others_waiting_for_a_lease_only() -> None:
-    way_up = ScriptedWayUp(says(wait=1.0))
-    _, other, held = two(way_up)
-    call = other.call()
-    plan = await other.journey.planner.plan(call)
-    held.held[f"{plan.key}:json"] = "dead", turned_loop().time() + LEASE
-    told = await other.serve(call)
+    transport = ScriptedTransport(says(wait=1.0))
+    _, other, held = two(transport)
+    request = other.request()
+    plan = await other.journey.planner.plan(request)
+    held.held[f"{plan.key}:json"] = "dead", virtual_time_loop().time() + LEASE
+    told = await other.serve(request)
     assert (told.status, told.cache) == (200, "miss")
     assert LEASE < told.at < LEASE + 1.5
 
 
 @pytest.mark.parametrize(("stream", "longest"), [(False, WAIT), (True, STREAM_WAIT)])
-@story
+@virtual_time
 async def test_waiting_is_bounded(stream: bool, longest: float) -> None:
-    way_up = ScriptedWayUp(otherwise=lambda sent: streams([40.0, *events(usage=True)]) if stream else says(wait=40.0))
-    one, other, _ = two(way_up)
+    transport = ScriptedTransport(
+        otherwise=lambda sent: streams([40.0, *events(usage=True)]) if stream else says(wait=40.0)
+    )
+    one, other, _ = two(transport)
     first = begin(one, 1, ask(stream=stream), total=200.0)
     await asyncio.sleep(0.5)
     second = begin(other, 1, ask(stream=stream), total=200.0)
     await asyncio.sleep(longest + 1.0)
-    assert len(way_up.sent) == 2
-    assert longest - 0.3 <= way_up.sent[1].at - way_up.sent[0].at - 0.5 <= longest
+    assert len(transport.sent) == 2
+    assert longest - 0.3 <= transport.sent[1].at - transport.sent[0].at - 0.5 <= longest
     told = await asyncio.gather(*first, *second)
     assert [each.status for each in told] == [200, 200]
 
 
-@story
+@virtual_time
 async def test_a_short_deadline_ends_the_wait() -> None:
-    way_up = ScriptedWayUp(otherwise=lambda sent: says(wait=9.0))
-    one, other, _ = two(way_up)
+    transport = ScriptedTransport(otherwise=lambda sent: says(wait=9.0))
+    one, other, _ = two(transport)
     first = begin(one, 1)
     await asyncio.sleep(0.5)
     (told,) = await asyncio.gather(*begin(other, 1, total=2.0))
@@ -149,20 +153,20 @@ async def test_a_short_deadline_ends_the_wait() -> None:
     assert (await first[0]).status == 200
 
 
-@story
+@virtual_time
 async def test_redis_trouble_means_no_leases() -> None:
-    way_up = ScriptedWayUp(otherwise=lambda sent: says(wait=1.0))
-    one, other, held = two(way_up)
+    transport = ScriptedTransport(otherwise=lambda sent: says(wait=1.0))
+    one, other, held = two(transport)
     held.down = True
     told = await asyncio.gather(*begin(one, 2), *begin(other, 2))
     assert [each.cache for each in told] == ["miss", "coalesced"] * 2
     assert [each.at for each in told] == [1.0] * 4
 
 
-@story
+@virtual_time
 async def test_a_failure_lets_the_next_process_try_at_once() -> None:
-    way_up = ScriptedWayUp(Fails("unreached", 2.0), says(wait=1.0))
-    one, other, _ = two(way_up)
+    transport = ScriptedTransport(Fails("unreached", 2.0), says(wait=1.0))
+    one, other, _ = two(transport)
     first = begin(one, 1, None, Options(max_retries=0))
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*first, *begin(other, 1))
@@ -170,25 +174,25 @@ async def test_a_failure_lets_the_next_process_try_at_once() -> None:
     assert told[1].at < 3.0
 
 
-@story
+@virtual_time
 async def test_what_cannot_be_stored_is_not_serialised() -> None:
-    way_up = ScriptedWayUp(otherwise=lambda sent: says(UNFINISHED, wait=2.0))
-    one, other, held = two(way_up)
+    transport = ScriptedTransport(otherwise=lambda sent: says(UNFINISHED, wait=2.0))
+    one, other, held = two(transport)
     first = begin(one, 1)
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*first, *begin(other, 1))
     assert told[1].at < 4.0
-    other.journey.sharing.flights._avoided.clear()
+    other.journey.coalescer.flights._hit_for_miss.clear()
     (again,) = await asyncio.gather(*begin(other, 1))
     assert again.at == 2.0
     await asyncio.sleep(AVOID_FOR)
     assert held._now(next(iter(held.held))) is None
 
 
-@story
+@virtual_time
 async def test_a_client_that_leaves_while_it_waits_leaves_nothing() -> None:
-    way_up = ScriptedWayUp(says(wait=5.0))
-    one, other, held = two(way_up)
+    transport = ScriptedTransport(says(wait=5.0))
+    one, other, held = two(transport)
     first = begin(one, 1)
     await asyncio.sleep(0.5)
     second = begin(other, 1)
@@ -196,16 +200,16 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing() -> None:
     second[0].cancel()
     await asyncio.wait(second)
     assert (other.receipt.status, other.receipt.attempts) == (499, 0)
-    assert len(other.journey.sharing.flights) == 0
+    assert len(other.journey.coalescer.flights) == 0
     assert (await first[0]).status == 200
     await asyncio.sleep(1.0)
     assert held.held == {}
 
 
-@story
+@virtual_time
 async def test_a_stream_holds_its_lease_to_its_end() -> None:
-    way_up = ScriptedWayUp(streams([step for part in events(usage=True) for step in (0.5, part)]))
-    one, other, held = two(way_up)
+    transport = ScriptedTransport(streams([step for part in events(usage=True) for step in (0.5, part)]))
+    one, other, held = two(transport)
     first = begin(one, 1, STREAM)
     await asyncio.sleep(1.6)
     assert len(held.held) == 1
@@ -216,11 +220,11 @@ async def test_a_stream_holds_its_lease_to_its_end() -> None:
     assert held.held == {}
 
 
-@story
+@virtual_time
 async def test_nobody_asks_for_leases_where_coalesce_is_off() -> None:
-    scene = Scene(error(400), config=settings(cache=Cache(coalesce=False)))
+    scene = PipelineFixture(error(400), config=settings(cache=CacheSettings(coalesce=False)))
     held = Held()
-    scene.world.leases = held
-    scene.journey = Journey(scene.world, scene.way_up, scene.receipts.append)
+    scene.services.locks = held
+    scene.journey = RequestHandler(scene.services, scene.transport, scene.receipts.append)
     assert (await scene.ask()).status == 400
     assert held.held == {}

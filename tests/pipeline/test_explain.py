@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from proxy.cli import main
-from proxy.config.settings import Cache, ClientKey, Server
+from proxy.config.settings import CacheSettings, ClientKeySettings, ServerSettings
 from proxy.protocol.options import Options
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
 from tests.pipeline.script import says
-from tests.server.kit import House, house
+from tests.server.kit import RunningProxy, running_proxy
 
 FOREVER = 1e10
 EXPLAIN = "/_proxy/cache/explain"
 
 
-async def told(home: House, document: Any, query: str = "", **more: Any) -> dict[str, Any]:
+async def told(home: RunningProxy, document: Any, query: str = "", **more: Any) -> dict[str, Any]:
     answer = await home.ask("POST", EXPLAIN + query, document, **more)
     assert answer.status == 200, answer.body
     found: dict[str, Any] = answer.json()
@@ -30,7 +30,7 @@ async def told(home: House, document: Any, query: str = "", **more: Any) -> dict
 
 
 async def test_by_the_route() -> None:
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         assert (await told(home, ask()))["reason"] == "new"
         bought = await home.ask("POST", "/v1/chat/completions", ask())
         found = await told(home, ask(user="me", stream=True))
@@ -41,7 +41,7 @@ async def test_by_the_route() -> None:
         assert found["parts"]["sample"] == "1"
         assert found["nearest"]["key"] == bought.get("X-Proxy-Cache-Key")
         assert set(found["fields"]) == {"model", "upstreams", "sample", "messages", "temperature"}
-        assert len(home.way_up.sent) == 1
+        assert len(home.transport.sent) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ async def test_by_the_route() -> None:
     ],
 )
 async def test_why_not(document: Any, headers: list[tuple[str, str]], reason: str) -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         assert (await told(home, document, headers=headers))["reason"] == reason
 
 
 async def test_other_targets() -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         found = await told(home, {"input": "x"}, "?target=/_/namespace=ci/v1/embeddings%3Fa=1")
         assert (found["endpoint"], found["parts"]["namespace"], found["parts"]["query"]) == ("embeddings", "ci", "a=1")
         for query in ("?target=/v1/models", "?target=/nothing", "?client=nobody", "?what=1"):
@@ -69,8 +69,8 @@ async def test_other_targets() -> None:
 
 
 async def test_whose_request_it_is_is_said() -> None:
-    keys = tuple(ClientKey(name, hashlib.sha256(name.encode()).digest()) for name in "ab")
-    async with house(says(), config=replace(settings(), server=Server(client_keys=keys))) as home:
+    keys = tuple(ClientKeySettings(name, hashlib.sha256(name.encode()).digest()) for name in "ab")
+    async with running_proxy(says(), config=replace(settings(), server=ServerSettings(client_keys=keys))) as home:
         await home.ask("POST", "/v1/chat/completions", ask(), headers=[("Authorization", "Bearer a")])
         for name, reason in (("a", "hit"), ("b", "differs: client")):
             found = await told(home, ask(), f"?client={name}")
@@ -78,16 +78,16 @@ async def test_whose_request_it_is_is_said() -> None:
         assert (await told(home, ask()))["client"] is None
 
 
-@story
+@virtual_time
 async def stored(path: Path) -> None:
     """What a proxy leaves behind that had this configuration."""
-    config = settings(pool("k1", cache_as="up"), cache=Cache(backend="sqlite", path=str(path)))
-    scene = Scene(says(), says(), config=config)
-    assert scene.world.store is not None
-    await scene.world.store.open()
+    config = settings(pool("k1", cache_as="up"), cache=CacheSettings(backend="sqlite", path=str(path)))
+    scene = PipelineFixture(says(), says(), config=config)
+    assert scene.services.store is not None
+    await scene.services.store.open()
     await scene.ask(None, Options(ttl=FOREVER))
     await scene.ask(None, Options(ttl=FOREVER, namespace="ci"))
-    await scene.world.store.close()
+    await scene.services.store.close()
 
 
 @pytest.mark.usefixtures("logging_as_it_was")

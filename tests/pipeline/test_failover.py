@@ -6,13 +6,24 @@ from collections.abc import Callable
 
 import pytest
 
-from proxy.config.settings import Breaker, Retry, Settings
+from proxy.config.settings import BreakerSettings, RetrySettings, Settings
 from proxy.protocol.options import Options
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
-from tests.pipeline.script import Fails, Move, Says, ScriptedWayUp, Sent, error, event, rate_limited, says, streams
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
+from tests.pipeline.script import (
+    Fails,
+    Move,
+    Responds,
+    ScriptedTransport,
+    Sent,
+    error,
+    event,
+    rate_limited,
+    says,
+    streams,
+)
 
-QUICK = Retry(jitter=0.0, base_delay=1.0, max_delay=1.0)
+QUICK = RetrySettings(jitter=0.0, base_delay=1.0, max_delay=1.0)
 
 
 def two(**sections: object) -> Settings:
@@ -20,8 +31,8 @@ def two(**sections: object) -> Settings:
     return settings(pool("ptu"), pool("payg", name="spare", priority=1), **{"retry": QUICK, **sections})
 
 
-def by_key(**moves: Move) -> ScriptedWayUp:
-    return ScriptedWayUp(otherwise=lambda sent: moves.get(sent.key) or says())
+def by_key(**moves: Move) -> ScriptedTransport:
+    return ScriptedTransport(otherwise=lambda sent: moves.get(sent.key) or says())
 
 
 def by_model(**moves: Move) -> Callable[[Sent], Move]:
@@ -31,192 +42,194 @@ def by_model(**moves: Move) -> Callable[[Sent], Move]:
 # Priorities.
 
 
-@story
+@virtual_time
 async def test_the_next_tier_has_its_turn_when_the_retries_are_spent() -> None:
-    scene = Scene(way_up=by_key(ptu=error(500)), config=two())
+    scene = PipelineFixture(transport=by_key(ptu=error(500)), config=two())
     told = await scene.ask()
     assert (told.status, told.headers["X-Proxy-Key"], told.at) == (200, "payg", 3.0)
-    assert scene.way_up.keys == ["ptu"] * 4 + ["payg"]
+    assert scene.transport.keys == ["ptu"] * 4 + ["payg"]
     assert "X-Should-Retry" not in told.headers
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize("trouble", [Fails("unreached"), Fails("ambiguous"), error(503), error(408)])
-@story
+@virtual_time
 async def test_whatever_may_be_sent_again_may_be_sent_elsewhere(trouble: Move) -> None:
-    scene = Scene(way_up=by_key(ptu=trouble), config=two())
+    scene = PipelineFixture(transport=by_key(ptu=trouble), config=two())
     told = await scene.ask(None, Options(max_retries=0))
-    assert (told.status, scene.way_up.keys, told.at) == (200, ["ptu", "payg"], 0.0)
-    scene.balanced()
+    assert (told.status, scene.transport.keys, told.at) == (200, ["ptu", "payg"], 0.0)
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
     ("trouble", "status"), [(error(400), 400), (Fails("timeout"), 504), (Fails("invalid"), 502), (error(422), 422)]
 )
-@story
+@virtual_time
 async def test_what_is_sent_once_is_sent_once(trouble: Move, status: int) -> None:
-    scene = Scene(way_up=by_key(ptu=trouble), config=two())
+    scene = PipelineFixture(transport=by_key(ptu=trouble), config=two())
     told = await scene.ask()
-    assert (told.status, scene.way_up.keys) == (status, ["ptu"])
-    scene.balanced()
+    assert (told.status, scene.transport.keys) == (status, ["ptu"])
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_ambiguous_off_holds_for_other_tiers_too() -> None:
-    scene = Scene(way_up=by_key(ptu=Fails("ambiguous")), config=two(retry=Retry(ambiguous=False)))
+    scene = PipelineFixture(transport=by_key(ptu=Fails("ambiguous")), config=two(retry=RetrySettings(ambiguous=False)))
     told = await scene.ask()
-    assert (told.refused, scene.way_up.keys) == ("upstream_unreachable", ["ptu"])
-    scene.balanced()
+    assert (told.refused, scene.transport.keys) == ("upstream_unreachable", ["ptu"])
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_limited_tier_gives_way_at_once() -> None:
-    scene = Scene(way_up=by_key(ptu=rate_limited("30")), config=two())
+    scene = PipelineFixture(transport=by_key(ptu=rate_limited("30")), config=two())
     for number in range(3):
         told = await scene.ask(ask(str(number)), Options(max_retries=0))
         assert (told.status, told.headers["X-Proxy-Key"]) == (200, "payg")
-    assert scene.way_up.keys == ["ptu", "payg", "payg", "payg"]
+    assert scene.transport.keys == ["ptu", "payg", "payg", "payg"]
 
 
-@story
+@virtual_time
 async def test_when_every_tier_fails_the_last_answer_says_stop() -> None:
-    scene = Scene(way_up=by_key(ptu=error(500), payg=error(503)), config=two())
+    scene = PipelineFixture(transport=by_key(ptu=error(500), payg=error(503)), config=two())
     told = await scene.ask()
     assert (told.status, told.headers["X-Should-Retry"]) == (503, "false")
-    assert scene.way_up.keys == ["ptu"] * 4 + ["payg"]  # the retries are the request's, not each tier's
-    scene.balanced()
+    assert scene.transport.keys == ["ptu"] * 4 + ["payg"]  # the retries are the request's, not each tier's
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_tier_that_cools_too_long_leaves_the_answer_in_hand() -> None:
-    scene = Scene(rate_limited("1"), rate_limited("600"), says(), error(500), config=two())
+    scene = PipelineFixture(rate_limited("1"), rate_limited("600"), says(), error(500), config=two())
     assert (await scene.ask()).status == 200  # ptu, after its second; payg cools for ten minutes
     told = await scene.ask(ask("next"), Options(max_retries=0))
-    assert (told.status, scene.way_up.keys) == (500, ["ptu", "payg", "ptu", "ptu"])
-    scene.balanced()
+    assert (told.status, scene.transport.keys) == (500, ["ptu", "payg", "ptu", "ptu"])
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_two_regions_of_one_pool_take_over_from_each_other() -> None:
     regions = settings(pool("east", name="east"), pool("west", name="west"), retry=QUICK)
-    scene = Scene(way_up=by_key(east=error(503)), config=regions)
+    scene = PipelineFixture(transport=by_key(east=error(503)), config=regions)
     for number in range(8):
         told = await scene.ask(ask(str(number)))
         assert (told.status, told.headers["X-Proxy-Key"]) == (200, "west")
     # A retry goes to the other region, and after five requests in a row nobody asks the first any more.
-    assert scene.way_up.keys.count("east") == 5
-    scene.balanced()
+    assert scene.transport.keys.count("east") == 5
+    scene.assert_nothing_leaked()
 
 
 # The breaker.
 
 
 def one(**breaker: float) -> Settings:
-    return settings(retry=Retry(max_retries=0), breaker=Breaker(**{"failures": 3, **breaker}))  # type: ignore[arg-type]
+    return settings(retry=RetrySettings(max_retries=0), breaker=BreakerSettings(**{"failures": 3, **breaker}))  # type: ignore[arg-type]
 
 
-@story
+@virtual_time
 async def test_an_upstream_that_fails_is_left_alone() -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500)), config=one())
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(500)), config=one())
     assert [(await scene.ask(ask(str(n)))).status for n in range(3)] == [500] * 3
     told = await scene.ask()
     assert (told.status, told.refused) == (503, "circuit_open")
     assert told.refusal is not None
     assert told.refusal.retry_after == 15.0
     assert told.refusal.should_retry is None
-    assert len(scene.way_up.sent) == 3
-    scene.balanced()
+    assert len(scene.transport.sent) == 3
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(("answer", "after"), [(says(), 200), (error(500), 503), (error(400), 200)])
-@story
-async def test_then_one_request_tries_it(answer: Says, after: int) -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500)), config=one())
+@virtual_time
+async def test_then_one_request_tries_it(answer: Responds, after: int) -> None:
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(500)), config=one())
     for n in range(3):
         await scene.ask(ask(str(n)))
-    scene.way_up.otherwise = lambda sent: says()
-    await scene.world.seams.sleep(15.0)
-    slow = Says(answer.status, answer.headers, answer.body, wait=2.0)
-    scene.way_up.queue.append(slow)
+    scene.transport.otherwise = lambda sent: says()
+    await scene.services.clock.sleep(15.0)
+    slow = Responds(answer.status, answer.headers, answer.body, wait=2.0)
+    scene.transport.queue.append(slow)
     probe = scene.loop.create_task(scene.ask(ask("probe")))
-    await scene.world.seams.sleep(1.0)
+    await scene.services.clock.sleep(1.0)
     assert (await scene.ask(ask("meanwhile"))).refused == "circuit_open"
     assert (await probe).status == answer.status
     assert (await scene.ask(ask("after"))).status == after
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_one_request_alone_trips_nothing() -> None:
-    config = settings(retry=QUICK, breaker=Breaker(failures=2))
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500)), config=config)
+    config = settings(retry=QUICK, breaker=BreakerSettings(failures=2))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(500)), config=config)
     assert (await scene.ask(None, Options(max_retries=10))).attempts == 11
-    assert scene.world.upstreams[0].breaker.state(scene.loop.time()) == "closed"
+    assert scene.services.upstreams[0].breaker.state(scene.loop.time()) == "closed"
 
 
-@story
+@virtual_time
 async def test_failures_that_a_retry_mends_trip_nothing() -> None:
-    scene = Scene(*[error(500)] * 10, *[says()] * 10, config=settings(retry=QUICK))
+    scene = PipelineFixture(*[error(500)] * 10, *[says()] * 10, config=settings(retry=QUICK))
     tasks = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(10)]
     assert [(await task).status for task in tasks] == [200] * 10
-    assert scene.world.upstreams[0].breaker.state(scene.loop.time()) == "closed"
+    assert scene.services.upstreams[0].breaker.state(scene.loop.time()) == "closed"
 
 
-@story
+@virtual_time
 async def test_an_impatient_client_trips_nothing() -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: Fails("hang")), config=one())
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: Fails("hang")), config=one())
     for n in range(5):
         told = await scene.ask(ask(str(n)), total=1.0)
         assert told.refused == "upstream_timeout"
 
 
-@story
+@virtual_time
 async def test_whoever_is_retrying_when_it_opens_gets_the_upstreams_own_answer() -> None:
-    config = settings(retry=Retry(jitter=0.0, base_delay=5.0), breaker=Breaker(failures=3))
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(500, message="ours")), config=config)
+    config = settings(retry=RetrySettings(jitter=0.0, base_delay=5.0), breaker=BreakerSettings(failures=3))
+    scene = PipelineFixture(
+        transport=ScriptedTransport(otherwise=lambda sent: error(500, message="ours")), config=config
+    )
     waiting = scene.loop.create_task(scene.ask(ask("waits")))
-    await scene.world.seams.sleep(1.0)
+    await scene.services.clock.sleep(1.0)
     for n in range(3):
         await scene.ask(ask(str(n)), Options(max_retries=0))
     told = await waiting
     assert (told.status, told.attempts, told.headers["X-Should-Retry"]) == (500, 1, "false")
     assert told.json()["error"]["message"] == "ours"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_open_upstream_gives_way_to_the_next_tier_at_once() -> None:
-    config = two(retry=Retry(max_retries=0), breaker=Breaker(failures=2))
-    scene = Scene(way_up=by_key(ptu=error(500)), config=config)
+    config = two(retry=RetrySettings(max_retries=0), breaker=BreakerSettings(failures=2))
+    scene = PipelineFixture(transport=by_key(ptu=error(500)), config=config)
     for n in range(5):
         assert (await scene.ask(ask(str(n)))).headers["X-Proxy-Key"] == "payg"
-    assert scene.way_up.keys.count("ptu") == 2
+    assert scene.transport.keys.count("ptu") == 2
 
 
 # The last answer of a stream.
 
 
-@story
+@virtual_time
 async def test_a_stream_whose_first_event_stays_an_error_says_stop() -> None:
     told_off = streams([event({"error": {"message": "overloaded", "type": "server_error"}})])
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: told_off), config=settings(retry=QUICK))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: told_off), config=settings(retry=QUICK))
     told = await scene.ask(ask(stream=True))
     assert (told.status, told.attempts, told.headers["X-Should-Retry"]) == (200, 4, "false")
     assert b"overloaded" in told.body
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # Other models.
 
 
 def fallback(*models: str, **sections: object) -> Settings:
-    retry = Retry(max_retries=0, fallbacks={"gpt-4o": models})
+    retry = RetrySettings(max_retries=0, fallbacks={"gpt-4o": models})
     return settings(pool("k1"), **{"retry": retry, **sections})
 
 
-def given_back(scene: Scene) -> None:
+def given_back(scene: PipelineFixture) -> None:
     """As `balanced`, which counts one model's requests only."""
-    assert all(reply.given_back for reply in scene.way_up.replies)
+    assert all(reply.given_back for reply in scene.transport.replies)
     for model in ("gpt-4o", "gpt-4o-mini", "a", "b"):
         assert scene.used(model=model)["concurrency"] == 0
 
@@ -232,64 +245,64 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize("stream", [False, True])
-@story
+@virtual_time
 async def test_another_model_answers_and_says_so(failure: Move, stream: bool) -> None:
-    scene = Scene(failure, config=fallback("gpt-4o-mini"))
-    scene.way_up.otherwise = lambda sent: streams() if stream else says()
+    scene = PipelineFixture(failure, config=fallback("gpt-4o-mini"))
+    scene.transport.otherwise = lambda sent: streams() if stream else says()
     told = await scene.ask(ask(stream=stream))
     assert (told.status, told.headers["X-Proxy-Model"], told.attempts) == (200, "gpt-4o-mini", 2)
-    assert [sent.json()["model"] for sent in scene.way_up.sent] == ["gpt-4o", "gpt-4o-mini"]
+    assert [sent.json()["model"] for sent in scene.transport.sent] == ["gpt-4o", "gpt-4o-mini"]
     assert "stored" not in told.headers["Cache-Status"]
     assert scene.receipt.model == "gpt-4o-mini"
-    scene.way_up.queue.clear()
+    scene.transport.queue.clear()
     again = await scene.ask(ask(stream=stream), Options(max_wait=0.0))
     assert again.cache == "miss"  # nothing was stored under the name that was asked for
     given_back(scene)
 
 
 @pytest.mark.parametrize("failure", [error(400), error(422), Fails("timeout"), Fails("invalid")])
-@story
+@virtual_time
 async def test_what_is_no_ones_fault_falls_back_on_nobody(failure: Move) -> None:
-    scene = Scene(failure, config=fallback("gpt-4o-mini"))
+    scene = PipelineFixture(failure, config=fallback("gpt-4o-mini"))
     told = await scene.ask()
     assert "X-Proxy-Model" not in told.headers
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
 
 
-@story
+@virtual_time
 async def test_one_after_the_other_and_else_the_first_failure() -> None:
-    scene = Scene(config=fallback("a", "b"))
-    scene.way_up.otherwise = by_model(gpt_4o=error(503, message="asked for"), a=error(500), b=error(400))
+    scene = PipelineFixture(config=fallback("a", "b"))
+    scene.transport.otherwise = by_model(gpt_4o=error(503, message="asked for"), a=error(500), b=error(400))
     told = await scene.ask()
     assert (told.status, told.json()["error"]["message"], told.attempts) == (503, "asked for", 3)
     assert "X-Proxy-Model" not in told.headers
-    scene.way_up.otherwise = by_model(gpt_4o=error(503), a=error(500))
+    scene.transport.otherwise = by_model(gpt_4o=error(503), a=error(500))
     assert (await scene.ask()).headers["X-Proxy-Model"] == "b"
     given_back(scene)
 
 
-@story
+@virtual_time
 async def test_the_next_tier_comes_before_another_model() -> None:
-    config = two(retry=Retry(max_retries=0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
-    scene = Scene(way_up=by_key(ptu=error(500)), config=config)
+    config = two(retry=RetrySettings(max_retries=0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
+    scene = PipelineFixture(transport=by_key(ptu=error(500)), config=config)
     told = await scene.ask()
     assert (told.headers["X-Proxy-Key"], told.attempts) == ("payg", 2)
     assert "X-Proxy-Model" not in told.headers
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_refusal_of_ours_falls_back_too() -> None:
-    scene = Scene(rate_limited("600"), config=fallback("gpt-4o-mini"))
-    scene.way_up.otherwise = lambda sent: says()
+    scene = PipelineFixture(rate_limited("600"), config=fallback("gpt-4o-mini"))
+    scene.transport.otherwise = lambda sent: says()
     await scene.ask()
     told = await scene.ask(ask("next"), Options(max_wait=0.0))  # the key cools for gpt-4o: not even asked
     assert (told.headers["X-Proxy-Model"], told.attempts) == ("gpt-4o-mini", 1)
 
 
-@story
+@virtual_time
 async def test_nobody_is_asked_when_the_time_is_over() -> None:
-    scene = Scene(Fails("unreached", wait=5.0), config=fallback("gpt-4o-mini"))
+    scene = PipelineFixture(Fails("unreached", wait=5.0), config=fallback("gpt-4o-mini"))
     told = await scene.ask(total=5.0)
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     assert told.status in (502, 504)

@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.config.settings import Cache, Retry, Settings, Throttle, Ttl
-from proxy.pipeline.coalescing.broadcast import View
-from proxy.pipeline.coalescing.reply import Bought
-from proxy.pipeline.handler import Journey
+from proxy.config.settings import CacheSettings, RetrySettings, Settings, ThrottleSettings, TtlSettings
+from proxy.pipeline.coalescing.broadcast import SubscriberStream
+from proxy.pipeline.coalescing.reply import Reply
+from proxy.pipeline.handler import RequestHandler
 from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.garbage import uncollected
 from tests.pipeline.clock import run, settled
-from tests.pipeline.fixture import Scene, Told, ask, pool, settings
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
 from tests.pipeline.script import (
     HANG,
     JSON,
     Fails,
     Move,
-    Says,
+    Responds,
     Sent,
     chunk,
     error,
@@ -47,7 +47,7 @@ CUT = TransportFailure("invalid", "cut")
 SLOW = [step for part in events(usage=True) for step in (1.0, part)]
 
 
-Ask = Callable[[Scene, int], Awaitable[object]]
+Ask = Callable[[PipelineFixture, int], Awaitable[object]]
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ def question(n: int, **fields: Any) -> dict[str, Any]:
     return ask(f"question {n}", **fields)
 
 
-async def plain(scene: Scene, n: int) -> Told:
+async def plain(scene: PipelineFixture, n: int) -> Result:
     return await scene.ask(question(n))
 
 
-async def streamed(scene: Scene, n: int) -> Told:
+async def streamed(scene: PipelineFixture, n: int) -> Result:
     return await scene.ask(question(n, stream=True))
 
 
-async def the_same(scene: Scene, n: int) -> Told:
+async def the_same(scene: PipelineFixture, n: int) -> Result:
     return await scene.ask()
 
 
 def together(*streams: bool) -> Ask:
     """The same from several clients, plain or streamed, a moment after each other."""
 
-    async def asked(scene: Scene, n: int) -> None:
+    async def asked(scene: PipelineFixture, n: int) -> None:
         tasks = []
         for stream in streams:
             tasks.append(scene.loop.create_task(scene.ask(question(n, stream=stream))))
@@ -95,14 +95,14 @@ def together(*streams: bool) -> Ask:
     return asked
 
 
-async def two_questions(scene: Scene, n: int) -> None:
+async def two_questions(scene: PipelineFixture, n: int) -> None:
     await asyncio.gather(plain(scene, 2 * n), plain(scene, 2 * n + 1))
 
 
 def left(stream: bool, after: float, clients: int = 1, leaving: tuple[int, ...] = (0,)) -> Ask:
     """Some clients hang up."""
 
-    async def asked(scene: Scene, n: int) -> None:
+    async def asked(scene: PipelineFixture, n: int) -> None:
         tasks = [scene.loop.create_task(scene.ask(question(n, stream=stream))) for _ in range(clients)]
         await asyncio.sleep(after)
         for number in leaving:
@@ -113,14 +113,14 @@ def left(stream: bool, after: float, clients: int = 1, leaving: tuple[int, ...] 
 
 
 def options(**fields: Any) -> Ask:
-    async def asked(scene: Scene, n: int) -> Told:
+    async def asked(scene: PipelineFixture, n: int) -> Result:
         return await scene.ask(question(n), Options(**fields))
 
     return asked
 
 
 def impatient(total: float, stream: bool = False, clients: int = 1) -> Ask:
-    async def asked(scene: Scene, n: int) -> None:
+    async def asked(scene: PipelineFixture, n: int) -> None:
         asks = [scene.ask(question(n, stream=stream), total=total + 3 * i) for i in range(clients)]
         await asyncio.gather(*asks)
 
@@ -130,13 +130,13 @@ def impatient(total: float, stream: bool = False, clients: int = 1) -> Ask:
 def batch(*texts: str, stored: Sequence[str] = ()) -> Ask:
     """A batch of embeddings; `stored` was asked for just before."""
 
-    async def asked(scene: Scene, n: int) -> None:
-        moves, scene.way_up.queue = scene.way_up.queue, []
+    async def asked(scene: PipelineFixture, n: int) -> None:
+        moves, scene.transport.queue = scene.transport.queue, []
         for each in (stored, texts):
             if each:
                 given = [f"{text} {n}" for text in each]
                 await scene.ask({"model": "text-embedding-3-small", "input": given}, target="/v1/embeddings")
-            scene.way_up.queue = moves
+            scene.transport.queue = moves
 
     return asked
 
@@ -144,15 +144,15 @@ def batch(*texts: str, stored: Sequence[str] = ()) -> Ask:
 def gone_stale(stream: bool = False) -> Ask:
     """The same after its lifetime."""
 
-    async def asked(scene: Scene, n: int) -> Told:
+    async def asked(scene: PipelineFixture, n: int) -> Result:
         await scene.ask(question(n, stream=stream))
-        await scene.seams.sleep(120.0)
+        await scene.clock.sleep(120.0)
         return await scene.ask(question(n, stream=stream))
 
     return asked
 
 
-async def unwritable(scene: Scene, n: int) -> None:
+async def unwritable(scene: PipelineFixture, n: int) -> None:
     """A client whose connection breaks while its stream is written."""
 
     async def write(data: bytes) -> None:
@@ -163,11 +163,11 @@ async def unwritable(scene: Scene, n: int) -> None:
         await streamed(scene, n)
 
 
-async def unpushable(scene: Scene, n: int) -> None:
+async def unpushable(scene: PipelineFixture, n: int) -> None:
     """The same where the stream is written as it comes, by the task that reads it."""
-    bought = await scene.journey.serve(scene.call(question(n, stream=True)), lambda: None)
-    assert isinstance(bought, Bought)
-    assert isinstance(bought.flow, View)
+    bought = await scene.journey.handle(scene.request(question(n, stream=True)), lambda: None)
+    assert isinstance(bought, Reply)
+    assert isinstance(bought.stream, SubscriberStream)
     pushed: list[bytes] = []
 
     def push(data: bytes) -> bool:
@@ -179,63 +179,63 @@ async def unpushable(scene: Scene, n: int) -> None:
     async def write(data: bytes) -> None:
         pass
 
-    bought.flow.push = push
+    bought.stream.push = push
     with suppress(ConnectionResetError):
-        await bought.flow.pump(write)
+        await bought.stream.relay(write)
     assert pushed
 
 
-async def drained(scene: Scene, n: int) -> None:
+async def drained(scene: PipelineFixture, n: int) -> None:
     """The proxy stops while a stream flows."""
     task = scene.loop.create_task(streamed(scene, n))
     await asyncio.sleep(2.5)
     await scene.interrupt(task)
 
 
-async def bug(scene: Scene, n: int) -> None:
+async def bug(scene: PipelineFixture, n: int) -> None:
     """A fault of the proxy's own, in what several wait for."""
 
     def fail(sent: Sent) -> Move:
         raise RuntimeError
 
-    scene.way_up.otherwise = fail
+    scene.transport.otherwise = fail
     tasks = [scene.loop.create_task(plain(scene, n)) for _ in range(3)]
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def leased(scene: Scene, n: int) -> None:
+async def leased(scene: PipelineFixture, n: int) -> None:
     """Where another process may be buying the same."""
-    if scene.world.leases is None:
-        scene.world.leases = Held()
-        scene.journey = Journey(scene.world, scene.way_up, scene.receipts.append)
+    if scene.services.locks is None:
+        scene.services.locks = Held()
+        scene.journey = RequestHandler(scene.services, scene.transport, scene.receipts.append)
     await plain(scene, n)
     await streamed(scene, n + 1000)
 
 
-async def tried_again(scene: Scene, n: int) -> Told:
+async def tried_again(scene: PipelineFixture, n: int) -> Result:
     """A refused one, then the same."""
     await plain(scene, n)
     return await plain(scene, n)
 
 
-ONE_TRY = settings(retry=Retry(max_retries=0, jitter=0.0))
+ONE_TRY = settings(retry=RetrySettings(max_retries=0, jitter=0.0))
 NARROW = {"*": Limits(concurrency=1)}
 KEYS = settings(pool(*(f"k{number}" for number in range(2 * TIMES + 1))))  # a request may cost one
-TIRED = Says(200, (JSON,), (b"{", HANG))
+TIRED = Responds(200, (JSON,), (b"{", HANG))
 
-STALE = Cache(ttl=Ttl(chat=100.0), stale_while_revalidate=50.0)
-ON_ERROR = Cache(ttl=Ttl(chat=100.0), stale_if_error=50.0)
-FALLBACK = Retry(max_retries=0, jitter=0.0, fallbacks={"gpt-4o": ("gpt-4o-mini",)})
+STALE = CacheSettings(ttl=TtlSettings(chat=100.0), stale_while_revalidate=50.0)
+ON_ERROR = CacheSettings(ttl=TtlSettings(chat=100.0), stale_if_error=50.0)
+FALLBACK = RetrySettings(max_retries=0, jitter=0.0, fallbacks={"gpt-4o": ("gpt-4o-mini",)})
 
 
 KINDS: dict[str, Kind] = {
     "hit": Kind(the_same),
     "miss": Kind(plain, [says()]),
-    "miss, not cached": Kind(plain, [says()], settings(cache=Cache(backend="off"))),
-    "miss, not coalesced": Kind(plain, [says()], settings(cache=Cache(coalesce=False))),
+    "miss, not cached": Kind(plain, [says()], settings(cache=CacheSettings(backend="off"))),
+    "miss, not coalesced": Kind(plain, [says()], settings(cache=CacheSettings(coalesce=False))),
     "miss, not stored": Kind(plain, [says({"choices": []})]),
     "stream": Kind(streamed, [streams()]),
-    "stream, not cached": Kind(streamed, [streams()], settings(cache=Cache(backend="off"))),
+    "stream, not cached": Kind(streamed, [streams()], settings(cache=CacheSettings(backend="off"))),
     "stream, paced": Kind(streamed, [streams(SLOW)]),
     "followers": Kind(together(False, False, False), [says(wait=3.0)]),
     "streamed followers": Kind(together(True, True, True), [streams(SLOW)]),
@@ -256,13 +256,15 @@ KINDS: dict[str, Kind] = {
     "streaming follower left": Kind(left(True, 2.5, 3, (2,)), [streams(SLOW)]),
     "all left": Kind(left(False, 1.0, 3, (0, 1, 2)), [says(wait=3.0)]),
     "all left a stream": Kind(left(True, 2.5, 3, (0, 1, 2)), [streams(SLOW)]),
-    "left, and finished": Kind(left(False, 1.0), [says(wait=3.0)], settings(cache=Cache(on_disconnect="finish"))),
+    "left, and finished": Kind(
+        left(False, 1.0), [says(wait=3.0)], settings(cache=CacheSettings(on_disconnect="finish"))
+    ),
     "left a stream, and finished": Kind(
-        left(True, 2.5), [streams(SLOW)], settings(cache=Cache(on_disconnect="finish"))
+        left(True, 2.5), [streams(SLOW)], settings(cache=CacheSettings(on_disconnect="finish"))
     ),
     "cut stream": Kind(streamed, [streams([*SLOW[:4], CUT])]),
     "cut stream with followers": Kind(together(True, True), [streams([*SLOW[:4], CUT])]),
-    "cut stream, not cached": Kind(streamed, [streams([*SLOW[:4], CUT])], settings(cache=Cache(backend="off"))),
+    "cut stream, not cached": Kind(streamed, [streams([*SLOW[:4], CUT])], settings(cache=CacheSettings(backend="off"))),
     "stream without its end": Kind(streamed, [streams(SLOW[:4])]),
     "stream that stalls": Kind(streamed, [streams([*SLOW[:4], HANG])]),
     "stream with an error": Kind(
@@ -272,17 +274,17 @@ KINDS: dict[str, Kind] = {
     "stream refused by its first event": Kind(
         streamed, [streams([event({"error": {"code": "insufficient_quota", "message": "no"}})]), streams()], KEYS
     ),
-    "cut answer": Kind(plain, [Says(200, (JSON,), (b"{", CUT))]),
-    "broken JSON": Kind(plain, [Says(200, (JSON,), (b"{",))]),
+    "cut answer": Kind(plain, [Responds(200, (JSON,), (b"{", CUT))]),
+    "broken JSON": Kind(plain, [Responds(200, (JSON,), (b"{",))]),
     "refused by the upstream": Kind(plain, [error(400)]),
-    "refused, not cached": Kind(plain, [error(400)], settings(cache=Cache(backend="off"))),
+    "refused, not cached": Kind(plain, [error(400)], settings(cache=CacheSettings(backend="off"))),
     "refused twice": Kind(tried_again, [error(400), error(400)]),
     "500 and again": Kind(plain, [error(500), says()]),
     "500 to the end": Kind(plain, [error(500)], ONE_TRY),
     "unreached": Kind(plain, [Fails("unreached")], ONE_TRY),
     "unreached, and again": Kind(plain, [Fails("unreached"), says()]),
     "unreached, not cached": Kind(
-        plain, [Fails("unreached")], settings(retry=Retry(max_retries=0), cache=Cache(backend="off"))
+        plain, [Fails("unreached")], settings(retry=RetrySettings(max_retries=0), cache=CacheSettings(backend="off"))
     ),
     "broken connection": Kind(streamed, [Fails("ambiguous")], ONE_TRY),
     "stale connection": Kind(plain, [Fails("stale"), says()]),
@@ -291,15 +293,19 @@ KINDS: dict[str, Kind] = {
     "timed out in the body": Kind(impatient(2.0), [TIRED]),
     "timed out before the stream": Kind(impatient(2.0, stream=True), [Fails("hang")]),
     "timed out one after the other": Kind(impatient(2.0, clients=3), [Fails("hang")]),
-    "redirected": Kind(plain, [Says(302, (JSON,), (b"{}",))]),
+    "redirected": Kind(plain, [Responds(302, (JSON,), (b"{}",))]),
     "other key": Kind(plain, [error(401), says()], KEYS),
     "limited key": Kind(plain, [rate_limited("1"), says()], KEYS),
     "no key left": Kind(plain, [error(401)]),
     "not cached, and only-if-cached": Kind(options(only_if_cached=True)),
     "no-store": Kind(options(no_store=True), [says()]),
-    "throttled": Kind(two_questions, [says(wait=1.0)], settings(throttle=Throttle(limits=NARROW, max_wait=0.0))),
-    "queue full": Kind(two_questions, [says(wait=1.0)], settings(throttle=Throttle(limits=NARROW, max_queue=0))),
-    "queued": Kind(two_questions, [says(wait=1.0)] * 2, settings(throttle=Throttle(limits=NARROW))),
+    "throttled": Kind(
+        two_questions, [says(wait=1.0)], settings(throttle=ThrottleSettings(limits=NARROW, max_wait=0.0))
+    ),
+    "queue full": Kind(
+        two_questions, [says(wait=1.0)], settings(throttle=ThrottleSettings(limits=NARROW, max_queue=0))
+    ),
+    "queued": Kind(two_questions, [says(wait=1.0)] * 2, settings(throttle=ThrottleSettings(limits=NARROW))),
     "batch": Kind(batch("a", "b")),
     "batch, partly stored": Kind(batch("a", "b", stored=["b"])),
     "batch, all stored": Kind(batch("a", "b", stored=["b", "a"])),
@@ -308,12 +314,16 @@ KINDS: dict[str, Kind] = {
     "batch answered otherwise": Kind(batch("a", "b", stored=["b"]), [says({"data": 1})]),
     "stale, renewed": Kind(gone_stale(), (), settings(cache=STALE)),
     "stale, not renewed": Kind(
-        gone_stale(stream=True), [streams(), Fails("unreached")], settings(cache=STALE, retry=Retry(max_retries=0))
+        gone_stale(stream=True),
+        [streams(), Fails("unreached")],
+        settings(cache=STALE, retry=RetrySettings(max_retries=0)),
     ),
     "stale for an error": Kind(
-        gone_stale(), [says(), error(500)], settings(cache=ON_ERROR, retry=Retry(max_retries=0))
+        gone_stale(), [says(), error(500)], settings(cache=ON_ERROR, retry=RetrySettings(max_retries=0))
     ),
-    "no stale for an error": Kind(plain, [Fails("unreached")], settings(cache=ON_ERROR, retry=Retry(max_retries=0))),
+    "no stale for an error": Kind(
+        plain, [Fails("unreached")], settings(cache=ON_ERROR, retry=RetrySettings(max_retries=0))
+    ),
     "fallback": Kind(plain, [error(500), says()], settings(retry=FALLBACK)),
     "fallbacks fail, too": Kind(plain, [Fails("unreached"), Fails("ambiguous")], settings(retry=FALLBACK)),
     "unwritable": Kind(unwritable, [streams(SLOW)]),
@@ -329,15 +339,15 @@ KINDS: dict[str, Kind] = {
 }
 
 
-async def repeat(scene: Scene, kind: Kind, first: int) -> None:
+async def repeat(scene: PipelineFixture, kind: Kind, first: int) -> None:
     for n in range(first, first + TIMES):
-        scene.way_up.queue = list(kind.moves)
-        scene.way_up.otherwise = usual
+        scene.transport.queue = list(kind.moves)
+        scene.transport.otherwise = usual
         await kind.ask(scene, n)
         await settled(50)
-        await scene.seams.sleep(120.0)
-        assert not scene.way_up.queue
-    scene.way_up.sent.clear()
+        await scene.clock.sleep(120.0)
+        assert not scene.transport.queue
+    scene.transport.sent.clear()
     scene.flows.clear()
     scene.receipts.clear()
 
@@ -348,7 +358,7 @@ def test_no_request_leaves_a_reference_cycle(name: str) -> None:
     found: Counter[str] = Counter()
 
     async def tell() -> None:
-        scene = Scene(config=kind.config)
+        scene = PipelineFixture(config=kind.config)
         await repeat(scene, kind, 0)
         with uncollected(found):
             await repeat(scene, kind, TIMES)

@@ -11,37 +11,41 @@ import pytest
 import proxy.cache.lookup
 import proxy.cache.planner
 import proxy.pipeline.handler
-from proxy.cache.lookup import name_of
-from proxy.config.settings import Cache, Ttl
-from proxy.pipeline.coalescing.reply import Bought
+from proxy.cache.lookup import digest_of_request
+from proxy.config.settings import CacheSettings, TtlSettings
+from proxy.pipeline.coalescing.reply import Reply
 from proxy.protocol.options import Options
-from proxy.protocol.request import Call
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import CHAT, Scene, Told, ask, settings
+from proxy.protocol.request import ProxyRequest
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import CHAT, PipelineFixture, Result, ask, settings
 from tests.pipeline.script import DONE, chunk, completion, dump, error, event, events, says, streams
 
 
-async def ages(scene: Scene, seconds: float) -> None:
-    await scene.seams.sleep(seconds)
+async def ages(scene: PipelineFixture, seconds: float) -> None:
+    await scene.clock.sleep(seconds)
 
 
-@story
+@virtual_time
 async def test_a_hit_is_byte_identical_and_calls_nobody() -> None:
-    scene = Scene(says(headers=[("x-ratelimit-limit-requests", "9"), ("openai-version", "v"), ("Date", "today")]))
+    scene = PipelineFixture(
+        says(headers=[("x-ratelimit-limit-requests", "9"), ("openai-version", "v"), ("Date", "today")])
+    )
     told = await scene.ask()
     hit = await scene.ask()
     assert (hit.status, hit.body, hit.cache) == (200, told.body, "hit")
     assert dict(hit.raw_headers) == {b"Content-Type": b"application/json", b"openai-version": b"v"}
     assert hit.hit is not None
     assert (hit.hit.entry.cost, hit.hit.entry.sampled, hit.hit.entry.namespace) == ("0.002250", True, "")
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     assert len(scene.receipts) == 1  # hits are the edge's to count
     assert hit.hit.id != told.headers["X-Proxy-Request-Id"]
 
 
-@story
+@virtual_time
 async def test_after_its_lifetime_it_is_bought_again() -> None:
-    scene = Scene(says(), says(completion("new")), config=settings(cache=Cache(ttl=Ttl(chat=100.0))))
+    scene = PipelineFixture(
+        says(), says(completion("new")), config=settings(cache=CacheSettings(ttl=TtlSettings(chat=100.0)))
+    )
     await scene.ask()
     await ages(scene, 99.0)
     assert (await scene.ask()).cache == "hit"
@@ -57,18 +61,18 @@ async def test_after_its_lifetime_it_is_bought_again() -> None:
 
 
 @pytest.mark.parametrize(("ttl", "age", "cache"), [(5.0, 4.0, "hit"), (5.0, 5.0, "miss"), (0.0, 0.0, "miss")])
-@story
+@virtual_time
 async def test_a_lifetime_of_its_own(ttl: float, age: float, cache: str) -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     told = await scene.ask(None, Options(ttl=ttl))
     assert told.headers["Cache-Status"] == "openai-proxy; fwd=uri-miss" + ("; stored" if ttl else "")
     await ages(scene, age)
     assert (await scene.ask()).cache == cache
 
 
-@story
+@virtual_time
 async def test_no_older_than_one_wants() -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     await scene.ask()
     await ages(scene, 10.0)
     assert (await scene.ask(None, Options(max_age=10))).cache == "hit"
@@ -79,18 +83,18 @@ async def test_no_older_than_one_wants() -> None:
     assert (await scene.ask(None, Options(max_age=0))).cache == "hit"  # it has just been renewed
 
 
-@story
+@virtual_time
 async def test_no_cache_reads_nothing_and_stores() -> None:
-    scene = Scene(says(), says(completion("new")))
+    scene = PipelineFixture(says(), says(completion("new")))
     await scene.ask()
     assert (await scene.ask(None, Options(no_cache=True))).cache == "miss"
     hit = await scene.ask()
     assert (hit.cache, hit.json()["choices"][0]["message"]["content"]) == ("hit", "new")
 
 
-@story
+@virtual_time
 async def test_no_store_neither_reads_nor_stores() -> None:
-    scene = Scene(says(), says(), says())
+    scene = PipelineFixture(says(), says(), says())
     assert (await scene.ask(None, Options(no_store=True))).cache == "bypass"
     assert (await scene.ask()).cache == "miss"
     assert (await scene.ask(None, Options(no_store=True))).cache == "bypass"
@@ -105,9 +109,9 @@ async def test_no_store_neither_reads_nor_stores() -> None:
         (ask(), Options(only_if_cached=True, no_cache=True), "no-cache"),
     ],
 )
-@story
+@virtual_time
 async def test_only_if_cached_calls_nobody(document: Any, options: Options, reason: str) -> None:
-    scene = Scene()
+    scene = PipelineFixture()
     told = await scene.ask(document, options)
     assert (told.status, told.refused) == (504, "not_cached")
     assert told.refusal is not None
@@ -115,9 +119,9 @@ async def test_only_if_cached_calls_nobody(document: Any, options: Options, reas
     assert reason in told.refusal.message
 
 
-@story
+@virtual_time
 async def test_only_if_cached_answers_what_is_there() -> None:
-    scene = Scene(says())
+    scene = PipelineFixture(says())
     await scene.ask(None, Options(ttl=10.0))
     assert (await scene.ask(None, Options(only_if_cached=True))).cache == "hit"
     await ages(scene, 10.0)
@@ -126,9 +130,9 @@ async def test_only_if_cached_answers_what_is_there() -> None:
     assert "expired" in told.refusal.message
 
 
-@story
+@virtual_time
 async def test_a_stored_plain_answer_serves_a_stream() -> None:
-    scene = Scene(says())
+    scene = PipelineFixture(says())
     plain = (await scene.ask()).json()
     for _ in range(2):
         streamed = await scene.ask(ask(stream=True))
@@ -141,12 +145,12 @@ async def test_a_stored_plain_answer_serves_a_stream() -> None:
     asked = await scene.ask(ask(stream=True, stream_options={"include_usage": True}))
     assert asked.cache == "hit"
     assert b'"usage":{' in asked.body
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
 
 
-@story
+@virtual_time
 async def test_a_stored_stream_serves_a_plain_request() -> None:
-    scene = Scene(streams(events("Hello", usage=True)))
+    scene = PipelineFixture(streams(events("Hello", usage=True)))
     assert (await scene.ask(ask(stream=True))).cache == "miss"
     for _ in range(2):
         plain = await scene.ask()
@@ -154,52 +158,52 @@ async def test_a_stored_stream_serves_a_plain_request() -> None:
         assert dict(plain.raw_headers)[b"Content-Type"] == b"application/json"
         assert plain.json()["object"] == "chat.completion"
         assert plain.json()["usage"]["total_tokens"]
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
 
 
-@story
+@virtual_time
 async def test_a_large_answer_is_converted_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.cache.lookup, "LARGE", 10)
-    scene = Scene(streams())
+    scene = PipelineFixture(streams())
     await scene.ask(ask(stream=True))
     assert (await scene.ask()).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_what_has_no_certain_other_form_is_a_miss_and_kept_beside_the_first() -> None:
     """Two chunks tell of a field that nobody knows how to join."""
     odd = [event(chunk(choices=[{"index": 0, "delta": {"content": "a", "odd": 1}, "finish_reason": None}]))] * 2
-    scene = Scene(streams([*odd, event(chunk(None, "stop")), DONE]), says())
+    scene = PipelineFixture(streams([*odd, event(chunk(None, "stop")), DONE]), says())
     assert (await scene.ask(ask(stream=True))).cache == "miss"
     assert (await scene.ask()).cache == "miss"
     assert (await scene.ask(ask(stream=True))).cache == "hit"
     assert (await scene.ask()).cache == "hit"
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
 
 
 @pytest.mark.parametrize("status", [400, 404, 500, 429, 401])
-@story
+@virtual_time
 async def test_errors_are_never_stored(status: int) -> None:
-    scene = Scene(error(status), error(status))
+    scene = PipelineFixture(error(status), error(status))
     for _ in range(2):
         assert (await scene.ask(None, Options(max_retries=0))).status == status
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
 
 
-@story
+@virtual_time
 async def test_a_clock_set_back_makes_nothing_immortal_and_no_age_negative() -> None:
-    scene = Scene(says(), config=settings())
+    scene = PipelineFixture(says(), config=settings())
     await scene.ask()
-    back = replace(scene.seams, wall=lambda: 1_000_000_000.0)
-    scene.world.seams = back
+    back = replace(scene.clock, wall=lambda: 1_000_000_000.0)
+    scene.services.clock = back
     hit = await scene.ask(None, Options(max_age=5))
     assert hit.hit is not None
     assert hit.hit.entry.age(back.wall()) == 0
 
 
-@story
+@virtual_time
 async def test_what_is_too_large_for_the_cache_passes() -> None:
-    scene = Scene(says(), says(), config=settings(cache=Cache(max_entry=50)))
+    scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(max_entry=50)))
     for _ in range(2):
         told = await scene.ask()
         assert (told.cache, told.body) == ("miss", dump(completion()))
@@ -209,19 +213,21 @@ async def test_what_is_too_large_for_the_cache_passes() -> None:
 # The short way.
 
 
-async def remembered(scene: Scene, target: str = CHAT, **fields: Any) -> tuple[Call, bytes]:
+async def remembered(scene: PipelineFixture, target: str = CHAT, **fields: Any) -> tuple[ProxyRequest, bytes]:
     """A request that was bought and remembered, as `edge.downstream` does it."""
-    call = scene.call(ask(**fields), target=target)
-    served = await scene.journey.serve(call, lambda: None, name_of(target, call.client.scope, call.body))
-    if isinstance(served, Bought) and served.flow is not None:
-        await scene.pump(served, Told(200))
-    return call, call.body
+    request = scene.request(ask(**fields), target=target)
+    served = await scene.journey.handle(
+        request, lambda: None, digest_of_request(target, request.client.cache_partition, request.body)
+    )
+    if isinstance(served, Reply) and served.stream is not None:
+        await scene.pump(served, Result(200))
+    return request, request.body
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@story
+@virtual_time
 async def test_the_very_same_request_is_found_without_reading_it(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(streams() if stream else says())
+    scene = PipelineFixture(streams() if stream else says())
     assert scene.peek(CHAT, "", orjson.dumps(ask(stream=stream))) is None
     _, body = await remembered(scene, stream=stream)
     whole = await scene.ask(ask(stream=stream))
@@ -232,9 +238,9 @@ async def test_the_very_same_request_is_found_without_reading_it(stream: bool, m
     assert hit.body == whole.body
 
 
-@story
+@virtual_time
 async def test_only_identical_bytes_target_and_client_are_remembered() -> None:
-    scene = Scene(says())
+    scene = PipelineFixture(says())
     _, body = await remembered(scene)
     peek = scene.peek
     assert peek(CHAT, "", body) is not None
@@ -244,27 +250,27 @@ async def test_only_identical_bytes_target_and_client_are_remembered() -> None:
     assert peek(CHAT, "name b", body) is None
 
 
-@story
+@virtual_time
 async def test_who_asks_for_usage_gets_it_on_the_short_way_too() -> None:
-    scene = Scene(streams(events("Hello", usage=True)))
+    scene = PipelineFixture(streams(events("Hello", usage=True)))
     _, without = await remembered(scene, stream=True)
     _, asked = await remembered(scene, stream=True, stream_options={"include_usage": True})
     hits = [scene.peek(CHAT, "", body) for body in (without, asked)]
     assert [hit is not None and b'"usage"' in hit.body for hit in hits] == [False, True]
 
 
-@story
+@virtual_time
 async def test_an_entry_that_expired_is_not_found_on_the_short_way() -> None:
-    scene = Scene(says())
+    scene = PipelineFixture(says())
     _, body = await remembered(scene, "/_/ttl=10s/v1/chat/completions")
     assert scene.peek("/_/ttl=10s/v1/chat/completions", "", body) is not None
     await ages(scene, 10.0)
     assert scene.peek("/_/ttl=10s/v1/chat/completions", "", body) is None
 
 
-@story
+@virtual_time
 async def test_what_is_not_stored_is_not_found() -> None:
-    scene = Scene(error(400), says(), says())
+    scene = PipelineFixture(error(400), says(), says())
     _, body = await remembered(scene)
     assert scene.peek(CHAT, "", body) is None
     for segment in ("cache=no-store", "cache=no-cache"):
@@ -273,17 +279,17 @@ async def test_what_is_not_stored_is_not_found() -> None:
         assert scene.peek(target, "", body) is None
 
 
-@story
+@virtual_time
 async def test_the_memo_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.cache.lookup, "_MEMO_SIZE", 3)
-    scene = Scene(*[says()] * 5)
+    scene = PipelineFixture(*[says()] * 5)
     bodies = [(await remembered(scene, x=n))[1] for n in range(5)]
     found = [scene.peek(CHAT, "", body) is not None for body in bodies]
     assert found == [False, False, True, True, True]
 
 
-@story
+@virtual_time
 async def test_without_a_cache_there_is_no_short_way() -> None:
-    scene = Scene(says(), config=settings(cache=Cache(backend="off")))
+    scene = PipelineFixture(says(), config=settings(cache=CacheSettings(backend="off")))
     _, body = await remembered(scene)
     assert scene.peek(CHAT, "", body) is None

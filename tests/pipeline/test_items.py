@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.cache.embeddings import MOST_ITEMS
-from proxy.cache.lookup import name_of
-from proxy.config.settings import Cache, Ttl
+from proxy.cache.lookup import digest_of_request
+from proxy.config.settings import CacheSettings, TtlSettings
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
-from tests.pipeline.clock import run, story
-from tests.pipeline.fixture import Scene, Told, settings
-from tests.pipeline.script import Move, Says, ScriptedWayUp, Sent, error, says, streams
+from tests.pipeline.clock import run, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, settings
+from tests.pipeline.script import Move, Responds, ScriptedTransport, Sent, error, says, streams
 
 EMBEDDINGS = "/v1/embeddings"
 MODEL = "text-embedding-3-small"
@@ -36,7 +36,7 @@ def tokens(text: object) -> int:
     return len(text) if isinstance(text, list) else len(str(text).split())
 
 
-def embed(sent: Sent, **fields: Any) -> Says:
+def embed(sent: Sent, **fields: Any) -> Responds:
     """What the API answers, the items in any order."""
     asked = sent.json()["input"]
     texts = asked if isinstance(asked, list) and not isinstance(asked[0], int) else [asked]
@@ -46,11 +46,13 @@ def embed(sent: Sent, **fields: Any) -> Says:
     return says({"object": "list", "data": data[::-1], "model": MODEL, "usage": usage} | fields)
 
 
-class Batches(Scene):
+class Batches(PipelineFixture):
     def __init__(self, *moves: Move, answer: Callable[[Sent], Move] = embed, **cache: Any) -> None:
-        super().__init__(config=settings(cache=Cache(**cache)), way_up=ScriptedWayUp(*moves, otherwise=answer))
+        super().__init__(
+            config=settings(cache=CacheSettings(**cache)), transport=ScriptedTransport(*moves, otherwise=answer)
+        )
 
-    async def embed(self, given: Any, options: Options | None = None, **fields: Any) -> Told:
+    async def embed(self, given: Any, options: Options | None = None, **fields: Any) -> Result:
         more = {name: fields.pop(name) for name in ("client", "target") if name in fields}
         document = {"model": MODEL, "input": given} | fields
         return await self.ask(document, options, **({"target": EMBEDDINGS} | more))
@@ -58,15 +60,15 @@ class Batches(Scene):
     @property
     def sent(self) -> list[Any]:
         """The inputs that went up."""
-        return [sent.json()["input"] for sent in self.way_up.sent]
+        return [sent.json()["input"] for sent in self.transport.sent]
 
 
-def right(told: Told, texts: list[Any]) -> None:
+def right(told: Result, texts: list[Any]) -> None:
     rows = told.json()["data"]
     assert [(row["index"], row["embedding"]) for row in rows] == [(at, vector(text)) for at, text in enumerate(texts)]
 
 
-@story
+@virtual_time
 async def test_only_new_texts_go_up() -> None:
     scene = Batches()
     first = await scene.embed(["one", "two words"])
@@ -91,10 +93,10 @@ async def test_only_new_texts_go_up() -> None:
     receipt = scene.receipt
     assert (receipt.cache, receipt.cost_usd, receipt.saved_usd) == ("partial", "0.00000008", "0.00000006")
     assert (receipt.cost_status, receipt.answer_model, receipt.attempts) == ("estimated", MODEL, 1)
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
-@story
+@virtual_time
 async def test_an_answer_in_order_keeps_its_bytes_and_another_is_put_in_order() -> None:
     rows = [{"index": at, "embedding": vector(text), "object": "embedding"} for at, text in enumerate("ab")]
     ordered = says({"data": rows, "zz": 1.0, "model": MODEL})
@@ -105,7 +107,7 @@ async def test_an_answer_in_order_keeps_its_bytes_and_another_is_put_in_order() 
     assert (await scene.embed(["a", "b"], Options(namespace="n"))).body == second.body
 
 
-@story
+@virtual_time
 async def test_all_items_cached_is_a_hit_made_of_them() -> None:
     scene = Batches()
     await scene.embed(["a", "b c"])
@@ -122,21 +124,21 @@ async def test_all_items_cached_is_a_hit_made_of_them() -> None:
     assert made.hit.entry.body == b""  # what is remembered of its headers holds no vectors
 
 
-@story
+@virtual_time
 async def test_the_same_request_again_is_byte_identical() -> None:
     scene = Batches()
     for texts in (["a", "b"], ["a"], "b", ["x", "x", "y"], [[1, 2], [3]], [[7]], [7]):
         one, two = await scene.embed(texts), await scene.embed(texts)
         assert two.cache == "hit"
         assert one.body == two.body, texts
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
-@story
+@virtual_time
 async def test_a_single_text_serves_batches_and_is_served_by_them() -> None:
     scene = Batches()
     single = await scene.embed("first of all")
-    assert scene.way_up.sent[0].body == scene.call({"model": MODEL, "input": "first of all"}).body
+    assert scene.transport.sent[0].body == scene.request({"model": MODEL, "input": "first of all"}).body
     batch = await scene.embed(["second", "first of all"])
     assert (batch.cache, scene.sent[1:]) == ("partial", [["second"]])
     assert batch.headers["X-Proxy-Saved-Tokens"] == "3"
@@ -149,12 +151,12 @@ async def test_a_single_text_serves_batches_and_is_served_by_them() -> None:
     right(single, ["first of all"])
     # found by its bytes the next time, like any other
     body = orjson.dumps({"model": MODEL, "input": "second"})
-    call = scene.call({"model": MODEL, "input": "second"}, target=EMBEDDINGS, body=body)
-    await scene.journey.serve(call, lambda: None, name_of(EMBEDDINGS, "", body))
+    request = scene.request({"model": MODEL, "input": "second"}, target=EMBEDDINGS, body=body)
+    await scene.journey.handle(request, lambda: None, digest_of_request(EMBEDDINGS, "", body))
     assert scene.peek(EMBEDDINGS, "", body) is not None
 
 
-@story
+@virtual_time
 async def test_duplicates_go_up_once_and_count_once() -> None:
     scene = Batches()
     told = await scene.embed(["a", "b b", "a", "a"])
@@ -167,7 +169,7 @@ async def test_duplicates_go_up_once_and_count_once() -> None:
     assert (await scene.embed(["b b", "a", "b b"])).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_token_arrays_are_counted_exactly() -> None:
     scene = Batches()
     await scene.embed([[1, 2, 3], [4]])
@@ -181,7 +183,7 @@ async def test_token_arrays_are_counted_exactly() -> None:
     assert (await scene.embed([5, 6])).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_only_input_changes_in_what_goes_up() -> None:
     scene = Batches()
     await scene.embed(["a"])
@@ -190,12 +192,12 @@ async def test_only_input_changes_in_what_goes_up() -> None:
     )
     first = b'{"model":"text-embedding-3-small","input":"a","dimensions":1.0e1}'
     for raw in (first, body):
-        await scene.serve(scene.call(orjson.loads(raw), target=EMBEDDINGS, body=raw))
-    assert scene.way_up.sent[-1].body == body.replace(b'[ "a", "\\u00e9" ]', '["é"]'.encode())
-    assert scene.way_up.sent[-2].body == first
+        await scene.serve(scene.request(orjson.loads(raw), target=EMBEDDINGS, body=raw))
+    assert scene.transport.sent[-1].body == body.replace(b'[ "a", "\\u00e9" ]', '["é"]'.encode())
+    assert scene.transport.sent[-2].body == first
 
 
-@story
+@virtual_time
 async def test_what_separates_requests_separates_items() -> None:
     scene = Batches()
     await scene.embed(["a", "b"])
@@ -214,7 +216,7 @@ async def test_what_separates_requests_separates_items() -> None:
     assert (await scene.embed(["b", "a"], user="somebody")).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_unknown_fields_go_the_whole_way() -> None:
     scene = Batches()
     await scene.embed(["a", "b"])
@@ -223,7 +225,7 @@ async def test_unknown_fields_go_the_whole_way() -> None:
     assert (await scene.embed(["b", "c", "c"], late_chunking=True)).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_it_can_be_switched_off() -> None:
     scene = Batches(embeddings_per_item=False)
     await scene.embed(["a", "b"])
@@ -232,11 +234,11 @@ async def test_it_can_be_switched_off() -> None:
     assert (await scene.embed("a")).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_controls_hold_item_by_item() -> None:
-    scene = Batches(ttl=Ttl(embeddings=100.0))
+    scene = Batches(ttl=TtlSettings(embeddings=100.0))
     await scene.embed(["a", "b"])
-    await scene.seams.sleep(60.0)
+    await scene.clock.sleep(60.0)
     await scene.embed(["c", "d"], Options(ttl=10.0))
     assert (await scene.embed(["a", "c"], Options(only_if_cached=True))).cache == "hit"
     refused = await scene.embed(["a", "e"], Options(only_if_cached=True))
@@ -247,26 +249,26 @@ async def test_controls_hold_item_by_item() -> None:
     assert (told.cache, told.reason, scene.sent[-1]) == ("miss", "no-cache", ["a", "b"])
     told = await scene.embed(["c", "x"], Options(no_store=True))
     assert (told.cache, scene.sent[-1]) == ("bypass", ["c", "x"])
-    await scene.seams.sleep(30.0)
+    await scene.clock.sleep(30.0)
     told = await scene.embed(["a", "c", "d"])  # c and d had ten seconds, c was bought again by nobody
     assert (told.cache, scene.sent[-1]) == ("partial", ["c", "d"])
-    await scene.seams.sleep(100.0)
+    await scene.clock.sleep(100.0)
     assert (await scene.embed(["d", "c"])).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_an_items_age_is_told() -> None:
-    scene = Batches(ttl=Ttl(embeddings=100.0))
+    scene = Batches(ttl=TtlSettings(embeddings=100.0))
     await scene.embed(["a", "b"])
-    await scene.seams.sleep(60.0)
+    await scene.clock.sleep(60.0)
     await scene.embed(["c", "d"])
     made = await scene.embed(["c", "a"])
     assert made.hit is not None
-    wall = scene.seams.wall()
+    wall = scene.clock.wall()
     assert (made.hit.entry.age(wall), made.hit.entry.remaining(wall)) == (60, 40)
 
 
-@story
+@virtual_time
 async def test_large_batches_go_up_in_parts() -> None:
     scene = Batches()
     texts = [f"text {n}" for n in range(2 * MOST_ITEMS + 5)]
@@ -281,10 +283,10 @@ async def test_large_batches_go_up_in_parts() -> None:
     assert len(scene.receipts) == 1
     again = await scene.embed([*texts, texts[0]])
     assert (again.cache, again.body == told.body) == ("hit", True)
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
-@story
+@virtual_time
 async def test_when_a_part_fails_the_client_gets_its_error_and_the_others_are_kept() -> None:
     calls: list[int] = []
 
@@ -301,10 +303,10 @@ async def test_when_a_part_fails_the_client_gets_its_error_and_the_others_are_ke
     told = await scene.embed(texts)
     assert (told.cache, len(scene.sent[-1])) == ("partial", 5)
     right(told, texts)
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
-def _answer(**fields: Any) -> Says:
+def _answer(**fields: Any) -> Responds:
     row = {"object": "embedding", "index": 0, "embedding": "AAAA"}
     return says(
         {"object": "list", "data": [row], "model": MODEL, "usage": {"prompt_tokens": 1, "total_tokens": 1}} | fields
@@ -320,60 +322,60 @@ BROKEN = {
     "an error inside": _answer(data=ROWS[:2], error={"message": "no"}),
     "unknown fields": _answer(data=[ROWS[0], ROWS[1] | {"more": 1}]),
     "no list": says({"hello": 1}),
-    "no JSON": Says(200, (("Content-Type", "text/plain"),), (b"hello",)),
-    "cut": Says(200, body=(b'{"data": [',)),
+    "no JSON": Responds(200, (("Content-Type", "text/plain"),), (b"hello",)),
+    "cut": Responds(200, body=(b'{"data": [',)),
     "a stream": streams(),
-    "compressed": Says(200, (("Content-Type", "application/json"), ("Content-Encoding", "br")), (b"xx",)),
+    "compressed": Responds(200, (("Content-Type", "application/json"), ("Content-Encoding", "br")), (b"xx",)),
     "accepted": says({"data": ROWS[:2]}, 202),
 }
 
 
 @pytest.mark.parametrize("move", BROKEN.values(), ids=list(BROKEN))
-@story
+@virtual_time
 async def test_a_broken_answer_to_a_reduced_request_is_502(move: Move) -> None:
     scene = Batches()
     await scene.embed(["a"])
-    scene.way_up.queue.append(move)
+    scene.transport.queue.append(move)
     told = await scene.embed(["a", "b", "c"])
     assert (told.status, told.refused) == (502, "upstream_invalid_response")
     told = await scene.embed(["a", "b", "c"])
     assert told.cache == "partial"
     right(told, ["a", "b", "c"])
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
 @pytest.mark.parametrize("name", ["one missing", "one more", "unknown fields", "no list", "no JSON", "accepted"])
-@story
+@virtual_time
 async def test_to_a_whole_request_it_passes_as_it_is(name: str) -> None:
     move = BROKEN[name]
-    assert isinstance(move, Says)
+    assert isinstance(move, Responds)
     scene = Batches(move)
     told = await scene.embed(["a", "b"])
     assert told.body == b"".join(step for step in move.body if isinstance(step, bytes))
     assert (told.status, told.cache) == (move.status, "miss")
     again = await scene.embed(["a"])
     assert (again.cache, scene.sent[-1]) == ("miss", ["a"])
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
-@story
+@virtual_time
 async def test_errors_and_retries_are_as_for_any_call() -> None:
     scene = Batches()
     await scene.embed(["a"])
-    scene.way_up.queue += [error(500), error(503)]
+    scene.transport.queue += [error(500), error(503)]
     told = await scene.embed(["a", "b"])
     assert (told.cache, told.attempts, scene.sent[1:]) == ("partial", 3, [["b"]] * 3)
-    scene.way_up.queue.append(error(400, "bad_text"))
+    scene.transport.queue.append(error(400, "bad_text"))
     told = await scene.embed(["a", "c"])
     assert (told.status, told.cache, scene.receipt.saved_usd) == (400, "partial", None)
-    scene.balanced(MODEL)
+    scene.assert_nothing_leaked(MODEL)
 
 
-@story
+@virtual_time
 async def test_vectors_of_two_models_are_not_mixed() -> None:
     scene = Batches()
     await scene.embed(["a", "b"])
-    scene.way_up.otherwise = lambda sent: embed(sent, model="another")
+    scene.transport.otherwise = lambda sent: embed(sent, model="another")
     told = await scene.embed(["a", "c"])
     assert (told.cache, told.reason, scene.sent[1:]) == ("miss", "model changed", [["c"], ["a"]])
     assert told.json()["model"] == "another"
@@ -381,12 +383,12 @@ async def test_vectors_of_two_models_are_not_mixed() -> None:
     assert told.json()["usage"]["prompt_tokens"] == 2
     assert (await scene.embed(["a", "c"])).cache == "hit"
     models = iter(["one", "two"])
-    scene.way_up.otherwise = lambda sent: embed(sent, model=next(models))
+    scene.transport.otherwise = lambda sent: embed(sent, model=next(models))
     told = await scene.embed([f"t{n}" for n in range(MOST_ITEMS + 1)])
     assert told.refused == "upstream_invalid_response"
 
 
-@story
+@virtual_time
 async def test_without_usage_nothing_is_claimed() -> None:
     scene = Batches(answer=lambda sent: embed(sent, usage=None))
     await scene.embed(["a", "b"])
@@ -396,20 +398,20 @@ async def test_without_usage_nothing_is_claimed() -> None:
     assert not {"X-Proxy-Cost-USD", "X-Proxy-Cost-Saved-USD", "X-Proxy-Saved-Tokens"} & set(told.headers)
 
 
-@story
+@virtual_time
 async def test_a_leaked_key_is_masked_and_nothing_kept() -> None:
     leak = base64.b64encode(b"x").decode()
     scene = Batches()
     await scene.embed(["a"])
     key = "sk-k1"
     rows = [{"index": 0, "embedding": f"{key}{leak}"}]
-    scene.way_up.queue.append(says({"data": rows, "model": MODEL}))
+    scene.transport.queue.append(says({"data": rows, "model": MODEL}))
     told = await scene.embed(["a", "b"])
     assert key.encode() not in told.body
     assert (await scene.embed(["b"])).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_limits_are_reserved_for_what_goes_up() -> None:
     scene = Batches()
     long = "word " * 2000
@@ -429,6 +431,6 @@ def test_whatever_is_asked_each_text_goes_up_once(batches: list[list[int]]) -> N
         up = [text for part in scene.sent for text in part]
         assert len(up) == len(set(up))
         assert set(up) == {f"the text {n}" for batch in batches for n in batch}
-        scene.balanced(MODEL)
+        scene.assert_nothing_leaked(MODEL)
 
     run(told())

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from proxy.config.settings import Retry, Upstream
+from proxy.config.settings import RetrySettings, UpstreamSettings
 from proxy.protocol.request import Client
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
-from tests.pipeline.script import Says, ScriptedWayUp, Sent, error, event, rate_limited, says, streams
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
+from tests.pipeline.script import Responds, ScriptedTransport, Sent, error, event, rate_limited, says, streams
 
-NO_RETRIES = Retry(max_retries=0, jitter=0.0)
+NO_RETRIES = RetrySettings(max_retries=0, jitter=0.0)
 
-BAD: dict[str, tuple[Says, tuple[str, float], bool]] = {
+BAD: dict[str, tuple[Responds, tuple[str, float], bool]] = {
     "401": (error(401, "invalid_api_key"), ("rejected", 600.0), True),
     "403": (error(403, "unsupported_country"), ("rejected", 600.0), False),
     "404 model": (error(404, "model_not_found"), ("missing", 600.0), False),
@@ -39,10 +39,10 @@ BAD: dict[str, tuple[Says, tuple[str, float], bool]] = {
 
 
 @pytest.mark.parametrize(("bad", "state", "whole"), BAD.values(), ids=BAD.keys())
-@story
-async def test_a_bad_key_is_passed_over(bad: Says, state: tuple[str, float], whole: bool) -> None:
+@virtual_time
+async def test_a_bad_key_is_passed_over(bad: Responds, state: tuple[str, float], whole: bool) -> None:
     """At once and without a retry; and its state stands: for the model, or for the whole key."""
-    scene = Scene(bad, says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
+    scene = PipelineFixture(bad, says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
     told = await scene.ask()
     assert (told.status, told.at, told.attempts) == (200, 0.0, 2)
     assert told.headers["X-Proxy-Key"] == "k2"
@@ -54,20 +54,20 @@ async def test_a_bad_key_is_passed_over(bad: Says, state: tuple[str, float], who
     assert scene.state("k2") is None
     assert scene.used("k1") == {"rpm": 1, "tpm": 0, "concurrency": 0}
     assert scene.used("k2") == {"rpm": 1, "tpm": 300, "concurrency": 0}
-    scene.balanced()
+    scene.assert_nothing_leaked()
     assert [receipt.status for receipt in scene.receipts] == [200]
     assert (scene.receipt.key, scene.receipt.attempts) == ("k2", 2)
 
-    scene.way_up.queue.append(says())
+    scene.transport.queue.append(says())
     await scene.ask(ask("again"))
-    assert scene.way_up.keys == ["k1", "k2", "k2"]  # it is not asked again
+    assert scene.transport.keys == ["k1", "k2", "k2"]  # it is not asked again
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "invalid_api_key"), (403, None), (404, "model_not_found")])
-@story
+@virtual_time
 async def test_when_none_is_left_the_last_answer_is_the_clients(status: int, code: str | None) -> None:
     moves = [error(status, code, message="first"), error(status, code, message="last, for sk-k2")]
-    scene = Scene(*moves, config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(*moves, config=settings(pool("k1", "k2")))
     told = await scene.ask()
     assert (told.status, told.attempts, told.at) == (status, 2, 0.0)
     assert told.json()["error"]["message"] == "last, for ***"
@@ -76,13 +76,13 @@ async def test_when_none_is_left_the_last_answer_is_the_clients(status: int, cod
     assert scene.receipt.error == "no_usable_key"
     assert scene.receipt.status == status
     assert scene.used("k1")["tpm"] == scene.used("k2")["tpm"] == 0
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_no_key_left_and_none_asked() -> None:
     """502 without a call, and without waiting ten minutes for a key that will not do either."""
-    scene = Scene(error(401), error(401), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(error(401), error(401), config=settings(pool("k1", "k2")))
     await scene.ask()
     told = await scene.ask()
     assert (told.status, told.refused, told.attempts) == (502, "no_usable_key", 0)
@@ -90,35 +90,37 @@ async def test_no_key_left_and_none_asked() -> None:
     assert told.refusal.should_retry is False
     assert "X-Proxy-Upstream" not in told.headers
     assert (scene.receipt.status, scene.receipt.error) == (502, "no_usable_key")
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_rejected_key_is_tried_again_after_ten_minutes() -> None:
-    scene = Scene(error(401), says(), says(), says(), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(error(401), says(), says(), says(), config=settings(pool("k1", "k2")))
     await scene.ask()
-    await scene.seams.sleep(599)
+    await scene.clock.sleep(599)
     await scene.ask(ask("a"))
-    await scene.seams.sleep(1)
+    await scene.clock.sleep(1)
     await scene.ask(ask("b"))
-    assert scene.way_up.keys == ["k1", "k2", "k2", "k1"]
+    assert scene.transport.keys == ["k1", "k2", "k2", "k1"]
     assert scene.state("k1") is None
 
 
-@story
+@virtual_time
 async def test_a_single_key_in_trouble_is_still_asked() -> None:
     """With no other, a 401 an hour ago is no reason to fail: the key may have been put right."""
-    scene = Scene(error(401), says())
+    scene = PipelineFixture(error(401), says())
     assert (await scene.ask()).status == 401
     assert (await scene.ask()).status == 200
     assert scene.state() is None
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
-@story
+@virtual_time
 async def test_other_refusals_are_the_clients_own(status: int) -> None:
     """Once only, with whichever key."""
-    scene = Scene(error(status, "context_length_exceeded", message="Too long."), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(
+        error(status, "context_length_exceeded", message="Too long."), config=settings(pool("k1", "k2"))
+    )
     told = await scene.ask()
     assert (told.status, told.attempts) == (status, 1)
     assert told.json()["error"]["message"] == "Too long."
@@ -126,50 +128,52 @@ async def test_other_refusals_are_the_clients_own(status: int) -> None:
     assert "X-Proxy-Error" not in told.headers
     assert scene.state("k1") is None
     assert (scene.receipt.error, scene.receipt.cost_status) == (f"upstream_{status}", "unknown")
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_organization_that_does_not_match_says_nothing_of_the_key() -> None:
-    scene = Scene(error(401, "mismatched_organization"), says(), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(error(401, "mismatched_organization"), says(), config=settings(pool("k1", "k2")))
     assert (await scene.ask()).status == 200
     assert scene.state("k1") is None
 
 
-@story
+@virtual_time
 async def test_upstreams_of_lower_priority_serve_when_the_first_are_out() -> None:
     spare = replace(pool("spare", priority=1), name="spare", base_url="http://spare.test/v1")
-    scene = Scene(rate_limited("5"), says(), says(), says(), config=settings(pool("k1"), spare))
+    scene = PipelineFixture(rate_limited("5"), says(), says(), says(), config=settings(pool("k1"), spare))
     told = await scene.ask()
     assert (told.headers["X-Proxy-Upstream"], told.headers["X-Proxy-Key"]) == ("spare", "spare")
     await scene.ask(ask("a"))
-    await scene.seams.sleep(5)
+    await scene.clock.sleep(5)
     await scene.ask(ask("b"))
-    assert scene.way_up.keys == ["k1", "spare", "spare", "k1"]
-    assert [sent.url for sent in scene.way_up.sent][1] == "http://spare.test/v1/chat/completions"
+    assert scene.transport.keys == ["k1", "spare", "spare", "k1"]
+    assert [sent.url for sent in scene.transport.sent][1] == "http://spare.test/v1/chat/completions"
 
 
-@story
+@virtual_time
 async def test_an_upstream_that_does_not_serve_the_model_is_not_asked() -> None:
-    scene = Scene(config=settings(pool("k1", models=("gpt-3*",))))
+    scene = PipelineFixture(config=settings(pool("k1", models=("gpt-3*",))))
     told = await scene.ask()
     assert (told.status, told.refused, told.attempts) == (502, "no_usable_key", 0)
 
 
-@story
+@virtual_time
 async def test_all_keys_cooling_waits_for_the_first_to_be_ready() -> None:
-    scene = Scene(rate_limited("30"), rate_limited("20"), says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
+    scene = PipelineFixture(
+        rate_limited("30"), rate_limited("20"), says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES)
+    )
     assert (await scene.ask()).status == 429
     told = await scene.ask(ask("later"))
     assert (told.status, told.at) == (200, 20.0)
-    assert scene.way_up.keys[-1] == "k2"
+    assert scene.transport.keys[-1] == "k2"
     assert scene.receipt.queue_ms == pytest.approx(20_000)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_keys_that_cool_for_longer_than_one_may_wait() -> None:
-    scene = Scene(rate_limited("300"), config=settings(retry=NO_RETRIES))
+    scene = PipelineFixture(rate_limited("300"), config=settings(retry=NO_RETRIES))
     await scene.ask()
     told = await scene.ask(patience=100)
     assert (told.status, told.refused, told.at) == (429, "keys_cooling", 0.0)
@@ -177,36 +181,36 @@ async def test_keys_that_cool_for_longer_than_one_may_wait() -> None:
     assert told.refusal.retry_after == pytest.approx(300)
     assert told.refusal.should_retry is None
     assert scene.receipt.error == "keys_cooling"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_cooling_deadline_is_extended_and_never_shortened() -> None:
     moves = [rate_limited("40", wait=2.0), rate_limited("10", wait=3.0), rate_limited("90", wait=4.0)]
-    scene = Scene(*moves, config=settings(retry=NO_RETRIES))
+    scene = PipelineFixture(*moves, config=settings(retry=NO_RETRIES))
     tasks = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(3)]
     for seconds, left in ((2.5, 39.5), (1, 38.5), (1, 89.5)):
-        await scene.seams.sleep(seconds)
+        await scene.clock.sleep(seconds)
         assert scene.state() == ("cooling", left)
     for task in tasks:
         await task
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_the_soonest_key_is_waited_for_when_all_have_said_429() -> None:
     """The first is ready after 2 s: the second's hour must neither be waited for nor handed on."""
     for first, second in (("2", "3600"), ("3600", "2")):
-        scene = Scene(rate_limited(first), rate_limited(second), says(), config=settings(pool("k1", "k2")))
+        scene = PipelineFixture(rate_limited(first), rate_limited(second), says(), config=settings(pool("k1", "k2")))
         told = await scene.ask()
         assert (told.status, told.at) == (200, 2.0), (first, second)
-        scene.balanced()
+        scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_the_key_of_the_pool_goes_up_and_no_other_credential() -> None:
     config = settings(replace(pool("k1"), keys=(replace(pool("k1").keys[0], organization="org-1", project="proj-1"),)))
-    scene = Scene(says(), config=config)
+    scene = PipelineFixture(says(), config=config)
     sent_headers = [
         (b"Authorization", b"Bearer client-secret"),
         (b"api-key", b"client-secret"),
@@ -218,7 +222,7 @@ async def test_the_key_of_the_pool_goes_up_and_no_other_credential() -> None:
         (b"X-Stainless-Lang", b"python"),
     ]
     await scene.ask(headers=sent_headers)
-    headers = scene.way_up.sent[0].headers
+    headers = scene.transport.sent[0].headers
     assert headers.getall("Authorization") == ["Bearer sk-k1"]
     assert headers.getall("OpenAI-Organization") == ["org-1"]
     assert headers.getall("OpenAI-Project") == ["proj-1"]
@@ -234,44 +238,44 @@ def mine(name: str) -> Client:
     return Client("", f"scope of {name}", ("bearer", name))
 
 
-@story
+@virtual_time
 async def test_passed_through_credentials() -> None:
-    scene = Scene(says(), says(), config=settings(Upstream(base_url="http://up.test/v1")))
+    scene = PipelineFixture(says(), says(), config=settings(UpstreamSettings(base_url="http://up.test/v1")))
     await scene.ask(client=mine("alice"), headers=[(b"OpenAI-Organization", b"org-a")])
     await scene.ask(client=Client("", "nobody"))
-    first, second = (sent.headers for sent in scene.way_up.sent)
+    first, second = (sent.headers for sent in scene.transport.sent)
     assert (first["Authorization"], first["OpenAI-Organization"]) == ("Bearer alice", "org-a")
     assert "Authorization" not in second
 
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
-@story
-async def test_one_clients_bad_credential_is_not_the_others(bad: Says) -> None:
+@virtual_time
+async def test_one_clients_bad_credential_is_not_the_others(bad: Responds) -> None:
     """Its answer is the upstream's own word, to be shown as it is, and no state of ours."""
-    config = settings(Upstream(base_url="http://up.test/v1"), retry=NO_RETRIES)
-    scene = Scene(bad, says(), config=config)
+    config = settings(UpstreamSettings(base_url="http://up.test/v1"), retry=NO_RETRIES)
+    scene = PipelineFixture(bad, says(), config=config)
     told = await scene.ask(client=mine("mallory"))
     assert told.status == bad.status
     assert "X-Proxy-Error" not in told.headers
     assert scene.state("client") is None
     assert (await scene.ask(client=mine("alice"))).status == 200
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_passed_through_limits_are_each_credentials_own() -> None:
-    config = settings(Upstream(base_url="http://up.test/v1"))
+    config = settings(UpstreamSettings(base_url="http://up.test/v1"))
 
-    def answer(sent: Sent) -> Says:
+    def answer(sent: Sent) -> Responds:
         return says()
 
-    scene = Scene(way_up=ScriptedWayUp(otherwise=answer), config=config)
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=answer), config=config)
     for name in ("alice", "bob", "alice"):
         await scene.ask(ask(name), client=mine(name))
-    ring, now = scene.world.ring, scene.loop.time()
+    ring, now = scene.services.pool, scene.loop.time()
 
     def used(quota: str) -> Any:
-        allowance = ring.allowance(ring.keys[0], "gpt-4o", now, quota)
+        allowance = ring.rate_limiter(ring.keys[0], "gpt-4o", now, quota)
         assert allowance is not None
         return allowance.usage(now)["rpm"]["used"]
 

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.config.settings import Retry, Settings, Throttle
+from proxy.config.settings import RetrySettings, Settings, ThrottleSettings
 from proxy.protocol.options import Options
 from proxy.upstream.limits.estimate import estimate_tokens
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.pipeline.clock import settled, story
-from tests.pipeline.fixture import Scene, Told, ask, pool, settings
+from tests.pipeline.clock import settled, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
 from tests.pipeline.script import (
     HANG,
     Fails,
     Move,
-    Says,
-    ScriptedWayUp,
+    Responds,
+    ScriptedTransport,
     chunk,
     error,
     event,
@@ -32,19 +32,19 @@ from tests.pipeline.script import (
 CUT = TransportFailure("invalid", "cut")
 FIFTY: dict[str, Any] = {"max_tokens": 50}
 ESTIMATE = estimate_tokens("chat", ask(**FIFTY))
-ONCE = Retry(max_retries=0, jitter=0.0)
+ONCE = RetrySettings(max_retries=0, jitter=0.0)
 
 
 def limited(max_queue: int = 1000, max_wait: float | None = 60.0, **limits: int) -> Settings:
     table = {"*": Limits(**limits)}
-    return settings(throttle=Throttle(limits=table, max_queue=max_queue, max_wait=max_wait), retry=ONCE)
+    return settings(throttle=ThrottleSettings(limits=table, max_queue=max_queue, max_wait=max_wait), retry=ONCE)
 
 
-def endless(wait: float = 0.0) -> ScriptedWayUp:
-    return ScriptedWayUp(otherwise=lambda sent: says(wait=wait))
+def endless(wait: float = 0.0) -> ScriptedTransport:
+    return ScriptedTransport(otherwise=lambda sent: says(wait=wait))
 
 
-def start(scene: Scene, name: object, **more: Any) -> asyncio.Task[Told]:
+def start(scene: PipelineFixture, name: object, **more: Any) -> asyncio.Task[Result]:
     return scene.loop.create_task(scene.ask(ask(str(name), **FIFTY), **more), name=str(name))
 
 
@@ -53,15 +53,15 @@ SETTLED: dict[str, tuple[Move, bool, int | None]] = {
     "a whole answer": (says(), False, 300),
     "without usage": (says({"choices": []}), False, ESTIMATE),
     "with nonsense for usage": (says({"usage": {"prompt_tokens": -1, "completion_tokens": 5}}), False, ESTIMATE),
-    "an HTML page": (Says(200, (("Content-Type", "text/html"),), (b"<p>",)), False, ESTIMATE),
-    "204": (Says(204), False, ESTIMATE),
+    "an HTML page": (Responds(200, (("Content-Type", "text/html"),), (b"<p>",)), False, ESTIMATE),
+    "204": (Responds(204), False, ESTIMATE),
     "an error": (error(400), False, 0),
     "a 500": (error(500), False, 0),
     "a 429": (rate_limited(), False, 0),
-    "a redirect": (Says(302), False, ESTIMATE),
-    "cut JSON": (Says(200, body=(b"{", CUT)), False, ESTIMATE),
-    "broken JSON": (Says(200, body=(b"{",)), False, ESTIMATE),
-    "too slow a body": (Says(200, body=(b"{", HANG)), False, ESTIMATE),
+    "a redirect": (Responds(302), False, ESTIMATE),
+    "cut JSON": (Responds(200, body=(b"{", CUT)), False, ESTIMATE),
+    "broken JSON": (Responds(200, body=(b"{",)), False, ESTIMATE),
+    "too slow a body": (Responds(200, body=(b"{", HANG)), False, ESTIMATE),
     "refused": (Fails("unreached"), False, None),
     "ambiguous": (Fails("ambiguous"), False, ESTIMATE),
     "no answer": (Fails("hang"), False, ESTIMATE),
@@ -81,73 +81,73 @@ SETTLED: dict[str, tuple[Move, bool, int | None]] = {
 
 
 @pytest.mark.parametrize(("move", "stream", "tokens"), SETTLED.values(), ids=SETTLED.keys())
-@story
+@virtual_time
 async def test_what_a_request_counts_in_the_end(move: Move, stream: bool, tokens: int | None) -> None:
-    scene = Scene(move, config=limited(rpm=100, tpm=100_000, concurrency=10))
+    scene = PipelineFixture(move, config=limited(rpm=100, tpm=100_000, concurrency=10))
     await scene.ask(ask(stream=stream, **FIFTY))
     assert scene.used() == {"rpm": 0 if tokens is None else 1, "tpm": tokens or 0, "concurrency": 0}
-    scene.balanced()
+    scene.assert_nothing_leaked()
     assert len(scene.receipts) == 1
 
 
-@story
+@virtual_time
 async def test_while_it_runs_the_estimate_is_reserved() -> None:
-    scene = Scene(says(wait=5.0), config=limited(rpm=100, tpm=100_000, concurrency=10))
+    scene = PipelineFixture(says(wait=5.0), config=limited(rpm=100, tpm=100_000, concurrency=10))
     task = start(scene, "Hi")
     await settled()
     assert scene.used() == {"rpm": 1, "tpm": ESTIMATE, "concurrency": 1}
     await task
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_window_is_used_whole_and_never_exceeded() -> None:
     """25 requests at 10 a minute: ten at once, ten after a minute, five after two."""
-    scene = Scene(way_up=endless(), config=limited(rpm=10, max_wait=200.0))
+    scene = PipelineFixture(transport=endless(), config=limited(rpm=10, max_wait=200.0))
     tasks = [start(scene, n, total=500.0) for n in range(25)]
     for task in tasks:
         assert (await task).status == 200
-    starts = [sent.at - scene.way_up.sent[0].at for sent in scene.way_up.sent]
+    starts = [sent.at - scene.transport.sent[0].at for sent in scene.transport.sent]
     assert starts == sorted(starts)
     assert starts[:10] == [0.0] * 10
     assert all(60 <= start <= 63 for start in starts[10:20])
     assert all(120 <= start <= 126 for start in starts[20:])
-    asked = [sent.json()["messages"][0]["content"] for sent in scene.way_up.sent]
+    asked = [sent.json()["messages"][0]["content"] for sent in scene.transport.sent]
     assert asked == [str(n) for n in range(25)]  # first come, first served
-    assert scene.world.gate.depth == 0
+    assert scene.services.admission.depth == 0
 
 
-@story
+@virtual_time
 async def test_concurrency_is_handed_on_as_soon_as_it_is_free() -> None:
-    scene = Scene(way_up=endless(wait=2.0), config=limited(concurrency=2))
+    scene = PipelineFixture(transport=endless(wait=2.0), config=limited(concurrency=2))
     tasks = [start(scene, n) for n in range(6)]
     tolds = [await task for task in tasks]
     assert [told.at for told in tolds] == pytest.approx([2, 2, 4, 4, 6, 6])
     queue = [float(told.headers["Server-Timing"].partition("queue;dur=")[2].partition(",")[0]) for told in tolds]
     assert queue == pytest.approx([0, 0, 2000, 2000, 4000, 4000])
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_error_gives_its_tokens_back_to_those_who_wait() -> None:
     """The first takes all of the tokens and fails: the second need not wait for the window to pass."""
-    scene = Scene(error(400, wait=3.0), says(), config=limited(tpm=2 * ESTIMATE - 1, max_wait=200.0))
+    scene = PipelineFixture(error(400, wait=3.0), says(), config=limited(tpm=2 * ESTIMATE - 1, max_wait=200.0))
     first, second = (start(scene, name, total=500.0) for name in ("Hi", "Ho"))
     assert [(await first).at, (await second).at] == pytest.approx([3.0, 3.0])
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
     ("options", "total", "patience"), [(None, 30.0, 60.0), (None, 100.0, 30.0), (Options(max_wait=30.0), 100.0, None)]
 )
-@story
+@virtual_time
 async def test_waiting_that_cannot_help_is_refused_at_once(
     options: Options | None, total: float, patience: float | None
 ) -> None:
     """With an honest delay: by then there is room."""
-    scene = Scene(says(), says(), config=limited(rpm=1))
+    scene = PipelineFixture(says(), says(), config=limited(rpm=1))
     await scene.ask()
-    await scene.seams.sleep(10.0)
+    await scene.clock.sleep(10.0)
     told = await scene.ask(ask("other"), options, total=total, patience=patience)
     assert (told.status, told.refused, told.at, told.attempts) == (429, "throttled", 0.0, 0)
     assert told.refusal is not None
@@ -155,39 +155,39 @@ async def test_waiting_that_cannot_help_is_refused_at_once(
     assert told.refusal.retry_after is not None
     assert 50.0 <= told.refusal.retry_after <= 51.0
     assert (scene.receipt.error, scene.receipt.attempts) == ("throttled", 0)
-    await scene.seams.sleep(told.refusal.retry_after)
+    await scene.clock.sleep(told.refusal.retry_after)
     assert (await scene.ask(ask("other"), options, total=1.0)).status == 200
 
 
-@story
+@virtual_time
 async def test_a_full_queue() -> None:
-    scene = Scene(way_up=endless(wait=5.0), config=limited(max_queue=2, concurrency=1))
+    scene = PipelineFixture(transport=endless(wait=5.0), config=limited(max_queue=2, concurrency=1))
     tasks = [start(scene, n) for n in range(3)]
     await settled()
-    assert scene.world.gate.depth == 2
+    assert scene.services.admission.depth == 2
     told = await scene.ask(ask("one too many"))
     assert (told.status, told.refused, told.at) == (429, "queue_full", 0.0)
     assert told.refusal is not None
     assert told.refusal.retry_after is not None
     for task in tasks:
         assert (await task).status == 200
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_what_is_larger_than_a_window_fails_at_once() -> None:
-    scene = Scene(config=limited(tpm=100))
+    scene = PipelineFixture(config=limited(tpm=100))
     told = await scene.ask(ask("x" * 1000))
     assert (told.status, told.refused, told.at) == (429, "request_exceeds_limit", 0.0)
     assert told.refusal is not None
     assert (told.refusal.retry_after, told.refusal.should_retry) == (None, False)
     assert scene.receipt.error == "request_exceeds_limit"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_hits_are_free_and_wait_for_nothing() -> None:
-    scene = Scene(says(), config=limited(rpm=1))
+    scene = PipelineFixture(says(), config=limited(rpm=1))
     await scene.ask()
     for _ in range(20):
         told = await scene.ask()
@@ -195,23 +195,27 @@ async def test_hits_are_free_and_wait_for_nothing() -> None:
     assert scene.used()["rpm"] == 1
 
 
-@story
+@virtual_time
 async def test_a_pause_holds_no_permit() -> None:
     """While one waits for its retry, another may use the concurrency."""
-    config = settings(throttle=Throttle(limits={"*": Limits(concurrency=1)}), retry=Retry(base_delay=10.0, jitter=0.0))
-    scene = Scene(error(500), says(wait=3.0), says(), config=config)
+    config = settings(
+        throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}), retry=RetrySettings(base_delay=10.0, jitter=0.0)
+    )
+    scene = PipelineFixture(error(500), says(wait=3.0), says(), config=config)
     first, second = start(scene, "a"), start(scene, "b")
     assert ((await second).at, (await first).at) == pytest.approx((3.0, 10.0))
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_patience_is_one_for_all_the_waits_of_a_request() -> None:
     """20 s waited before the first attempt: the second may wait for 10 s only, not for 30 again."""
-    config = settings(throttle=Throttle(limits={"*": Limits(rpm=2)}, max_wait=30.0), retry=Retry(jitter=0.0))
-    scene = Scene(says(), says(), error(500), says(), config=config)
+    config = settings(
+        throttle=ThrottleSettings(limits={"*": Limits(rpm=2)}, max_wait=30.0), retry=RetrySettings(jitter=0.0)
+    )
+    scene = PipelineFixture(says(), says(), error(500), says(), config=config)
     await scene.ask(ask("a"))
-    await scene.seams.sleep(40.0)
+    await scene.clock.sleep(40.0)
     await scene.ask(ask("b"))
     told = await scene.ask(ask("c"), total=500.0)  # 20.6 s for the first place; the next is free at 100.6 s
     assert (told.status, told.refused, told.attempts) == (429, "throttled", 1)
@@ -219,28 +223,30 @@ async def test_patience_is_one_for_all_the_waits_of_a_request() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@story
+@virtual_time
 async def test_without_limits_nothing_is_counted(stream: bool) -> None:
-    scene = Scene(rate_limited("5"), streams() if stream else says(), config=settings(throttle=Throttle()))
+    scene = PipelineFixture(
+        rate_limited("5"), streams() if stream else says(), config=settings(throttle=ThrottleSettings())
+    )
     told = await scene.ask(ask(stream=stream))
     assert (told.status, told.at) == (200, 5.0)
-    assert scene.world.ring.allowance(scene.world.ring.keys[0], "gpt-4o", 0.0) is None
-    scene.balanced()
+    assert scene.services.pool.rate_limiter(scene.services.pool.keys[0], "gpt-4o", 0.0) is None
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() -> None:
     """200 tokens of answer, plain and streamed, are reserved for the next one; a limit of its own counts instead."""
     for stream in (False, True):
-        scene = Scene(streams() if stream else says(), way_up=None, config=limited(tpm=100_000))
+        scene = PipelineFixture(streams() if stream else says(), transport=None, config=limited(tpm=100_000))
         await scene.ask(ask("a", stream=stream))
         before = scene.used()["tpm"]
-        scene.way_up = ScriptedWayUp(says(wait=5.0), says(wait=5.0))
-        scene.journey.exchange._way_up = scene.way_up
+        scene.transport = ScriptedTransport(says(wait=5.0), says(wait=5.0))
+        scene.journey.sender._way_up = scene.transport
         free = scene.loop.create_task(scene.ask(ask("b")))
         await settled()
         learned = scene.used()["tpm"] - before
-        assert learned == estimate_tokens("chat", ask("b"), scene.world.habits.output("gpt-4o")) > 100
+        assert learned == estimate_tokens("chat", ask("b"), scene.services.calibration.output("gpt-4o")) > 100
         bound = scene.loop.create_task(scene.ask(ask("b", max_tokens=7)))
         await settled()
         assert scene.used()["tpm"] - before - learned == estimate_tokens("chat", ask("b", max_tokens=7))
@@ -248,14 +254,14 @@ async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() ->
         await bound
 
 
-@story
+@virtual_time
 async def test_a_tier_holds_at_openai_and_not_at_azure() -> None:
-    config = settings(pool("k1"), throttle=Throttle(tier="free"))
-    scene = Scene(way_up=endless(), config=config)
+    config = settings(pool("k1"), throttle=ThrottleSettings(tier="free"))
+    scene = PipelineFixture(transport=endless(), config=config)
     for n in range(3):
         assert (await scene.ask(ask(str(n)))).status == 200
     told = await scene.ask(ask("4"), patience=1.0)
     assert (told.refused, scene.used()["rpm"]) == ("throttled", 3)
     azure = pool("a1", kind="azure", deployments={"*": "d"})
-    scene = Scene(way_up=endless(), config=settings(azure, throttle=Throttle(tier="free")))
-    assert not scene.world.ring.limited
+    scene = PipelineFixture(transport=endless(), config=settings(azure, throttle=ThrottleSettings(tier="free")))
+    assert not scene.services.pool.limited

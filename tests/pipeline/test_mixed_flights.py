@@ -9,39 +9,41 @@ from typing import Any
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.config.settings import Cache, Throttle
-from proxy.pipeline.coalescing.single_flight import FINISH_FOR
+from proxy.config.settings import CacheSettings, ThrottleSettings
+from proxy.pipeline.coalescing.single_flight import FINISH_TIMEOUT
 from proxy.protocol.options import Options
-from tests.pipeline.clock import run, settled, story
-from tests.pipeline.fixture import Scene, Told, ask, settings
-from tests.pipeline.script import HANG, Fails, Says, ScriptedWayUp, chunk, error, event, events, says, streams
+from tests.pipeline.clock import run, settled, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, settings
+from tests.pipeline.script import HANG, Fails, Responds, ScriptedTransport, chunk, error, event, events, says, streams
 
 STREAM = ask(stream=True)
 USAGE_TOO = ask(stream=True, stream_options={"include_usage": True})
 SLOW = [step for part in events(usage=True) for step in (1.0, part)]
-FINISH = settings(cache=Cache(on_disconnect="finish"))
+FINISH = settings(cache=CacheSettings(on_disconnect="finish"))
 
 
-def begin(scene: Scene, count: int, document: Any = None, options: Options | None = None, **more: Any) -> list[Any]:
+def begin(
+    scene: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
+) -> list[Any]:
     return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
 
 
-def over(scene: Scene) -> None:
-    assert len(scene.journey.sharing.flights) == 0
+def over(scene: PipelineFixture) -> None:
+    assert len(scene.journey.coalescer.flights) == 0
     assert "flight" not in {task.get_name() for task in asyncio.all_tasks()}
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-def caches(tolds: Sequence[Told]) -> list[str]:
+def caches(tolds: Sequence[Result]) -> list[str]:
     return [told.cache for told in tolds]
 
 
 # Plain and streamed.
 
 
-@story
+@virtual_time
 async def test_plain_ones_wait_for_a_running_stream_and_get_their_form_of_it() -> None:
-    scene = Scene(streams(SLOW))
+    scene = PipelineFixture(streams(SLOW))
     asked = begin(scene, 2, STREAM)
     await asyncio.sleep(1.5)
     told = await asyncio.gather(*asked, *begin(scene, 3))
@@ -59,9 +61,9 @@ async def test_plain_ones_wait_for_a_running_stream_and_get_their_form_of_it() -
     over(scene)
 
 
-@story
+@virtual_time
 async def test_streaming_ones_wait_for_a_plain_answer_and_get_a_stream_of_it() -> None:
-    scene = Scene(says(wait=2.0))
+    scene = PipelineFixture(says(wait=2.0))
     asked = begin(scene, 2)
     await asyncio.sleep(1.0)
     told = await asyncio.gather(
@@ -75,7 +77,7 @@ async def test_streaming_ones_wait_for_a_plain_answer_and_get_a_stream_of_it() -
     assert all(b"[DONE]" in each.body for each in told[2:])
     assert [b'"usage":{' in each.body for each in told[2:5]] == [False, False, True]
     assert b": x-proxy-cost-usd=0.000000 " in told[5].body
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     over(scene)
 
 
@@ -84,7 +86,7 @@ def test_whoever_leaves_a_mixed_flight_the_others_are_served(stream_first: bool)
     """The one who bought leaves while only those in the other form are left: it goes on for them."""
 
     async def tell() -> None:
-        scene = Scene(streams(SLOW) if stream_first else says(wait=3.0))
+        scene = PipelineFixture(streams(SLOW) if stream_first else says(wait=3.0))
         (first,) = begin(scene, 1, ask(stream=stream_first))
         await asyncio.sleep(0.5)
         others = begin(scene, 3, ask(stream=not stream_first))
@@ -92,7 +94,7 @@ def test_whoever_leaves_a_mixed_flight_the_others_are_served(stream_first: bool)
         first.cancel()
         told = await asyncio.gather(*others)
         assert caches(told) == ["coalesced"] * 3
-        assert len(scene.way_up.sent) == 1
+        assert len(scene.transport.sent) == 1
         assert [receipt.status for receipt in scene.receipts].count(499) == 1
         over(scene)
 
@@ -107,51 +109,51 @@ def test_whoever_leaves_a_mixed_flight_the_others_are_served(stream_first: bool)
         Fails("unreached", 1.0),
         streams([1.0, *events(usage=True)[:2]]),  # cut
         streams([1.0, event(chunk("a")), event(chunk(None, "content_filter")), *events(usage=True)[-2:]]),
-        Says(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?")),
+        Responds(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?")),
     ],
     ids=["500", "400", "unreached", "cut", "not stored", "opaque"],
 )
-def test_what_does_not_end_in_the_cache_sends_the_others_their_own_way(first: Says | Fails) -> None:
+def test_what_does_not_end_in_the_cache_sends_the_others_their_own_way(first: Responds | Fails) -> None:
     async def tell() -> None:
-        scene = Scene(first, says(wait=1.0), says(wait=1.0))
+        scene = PipelineFixture(first, says(wait=1.0), says(wait=1.0))
         asked = begin(scene, 1, STREAM, Options(max_retries=0))
         await asyncio.sleep(0.5)
         told = await asyncio.gather(*asked, *begin(scene, 3))
         assert sorted(caches(told[1:])) == ["coalesced", "coalesced", "miss"]
         assert {each.status for each in told[1:]} == {200}
-        assert len(scene.way_up.sent) == 2
+        assert len(scene.transport.sent) == 2
         over(scene)
 
     run(tell())
 
 
-@story
+@virtual_time
 async def test_what_cannot_be_converted_is_bought_in_each_form() -> None:
     odd = event({**chunk("Hel"), "choices": [{"index": 0, "delta": {"content": "Hel", "unheard_of": ["?"]}}]})
-    scene = Scene(streams([1.0, odd, odd, *events(usage=True)[1:]]), says(wait=1.0))
+    scene = PipelineFixture(streams([1.0, odd, odd, *events(usage=True)[1:]]), says(wait=1.0))
     asked = begin(scene, 1, STREAM)
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*asked, *begin(scene, 2))
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     assert caches(told) == ["miss", "miss", "coalesced"]
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_responses_stream_does_not_wait_for_a_plain_answer() -> None:
     document = {"model": "gpt-4o", "input": "Hi"}
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(400, wait=2.0)))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(400, wait=2.0)))
     asked = begin(scene, 1, document, target="/v1/responses")
     await asyncio.sleep(1.0)
     told = await asyncio.gather(*asked, *begin(scene, 1, {**document, "stream": True}, target="/v1/responses"))
     assert [each.at for each in told] == [2.0, 2.0]
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_guests_own_time_is_his_own() -> None:
-    scene = Scene(streams([*SLOW[:2], 30.0, *SLOW[2:]]))
+    scene = PipelineFixture(streams([*SLOW[:2], 30.0, *SLOW[2:]]))
     asked = begin(scene, 1, STREAM)
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*asked, *begin(scene, 1, total=3.0))
@@ -160,11 +162,11 @@ async def test_a_guests_own_time_is_his_own() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_stream_too_large_for_the_cache_lets_its_guests_go_at_once() -> None:
     big = [event(chunk("x" * 30_000)) for _ in range(8)]
     script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
-    scene = Scene(streams(script), says(wait=1.0), config=settings(cache=Cache(max_entry=100_000)))
+    scene = PipelineFixture(streams(script), says(wait=1.0), config=settings(cache=CacheSettings(max_entry=100_000)))
     asked = begin(scene, 1, STREAM)
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*asked, *begin(scene, 1))
@@ -172,16 +174,16 @@ async def test_a_stream_too_large_for_the_cache_lets_its_guests_go_at_once() -> 
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_thousand_mixed() -> None:
-    scene = Scene(streams(SLOW), config=settings(throttle=Throttle()))
+    scene = PipelineFixture(streams(SLOW), config=settings(throttle=ThrottleSettings()))
     asked = begin(scene, 1, STREAM)
     await asyncio.sleep(0.5)
     for number in range(999):
         asked += begin(scene, 1, (ask(), STREAM, USAGE_TOO)[number % 3])
     told = await asyncio.gather(*asked)
     assert caches(told).count("coalesced") == 999
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     over(scene)
 
 
@@ -192,7 +194,7 @@ async def test_a_thousand_mixed() -> None:
 @pytest.mark.parametrize("after", [0.5, 2.5])
 def test_finish_reads_it_to_its_end_and_stores_it(stream: bool, after: float) -> None:
     async def tell() -> None:
-        scene = Scene(streams(SLOW) if stream else says(wait=5.0), config=FINISH)
+        scene = PipelineFixture(streams(SLOW) if stream else says(wait=5.0), config=FINISH)
         tasks = begin(scene, 2, ask(stream=stream))
         await asyncio.sleep(after)
         for task in tasks:
@@ -208,9 +210,9 @@ def test_finish_reads_it_to_its_end_and_stores_it(stream: bool, after: float) ->
     run(tell())
 
 
-@story
+@virtual_time
 async def test_who_comes_meanwhile_boards_it() -> None:
-    scene = Scene(streams(SLOW), config=FINISH)
+    scene = PipelineFixture(streams(SLOW), config=FINISH)
     (task,) = begin(scene, 1, STREAM)
     await asyncio.sleep(2.5)
     task.cancel()
@@ -220,15 +222,15 @@ async def test_who_comes_meanwhile_boards_it() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_finish_lasts_a_minute_at_most() -> None:
-    scene = Scene(streams([*SLOW[:4], HANG]), config=FINISH)
+    scene = PipelineFixture(streams([*SLOW[:4], HANG]), config=FINISH)
     (task,) = begin(scene, 1, STREAM)
     await asyncio.sleep(3.0)
     task.cancel()
     await settled()
-    assert len(scene.journey.sharing.flights) == 1
-    await asyncio.sleep(FINISH_FOR + 0.1)
+    assert len(scene.journey.coalescer.flights) == 1
+    await asyncio.sleep(FINISH_TIMEOUT + 0.1)
     assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
     over(scene)
 
@@ -236,11 +238,11 @@ async def test_finish_lasts_a_minute_at_most() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_finish_reads_no_more_than_the_cache_takes(stream: bool) -> None:
     async def tell() -> None:
-        cache = Cache(on_disconnect="finish", max_entry=100_000)
+        cache = CacheSettings(on_disconnect="finish", max_entry=100_000)
         big = b"x" * 60_000
         steps = [step for _ in range(20) for step in (1.0, event(chunk("x" * 60_000)) if stream else big)]
-        move = streams(steps) if stream else Says(200, (("Content-Type", "application/json"),), tuple(steps))
-        scene = Scene(move, config=settings(cache=cache))
+        move = streams(steps) if stream else Responds(200, (("Content-Type", "application/json"),), tuple(steps))
+        scene = PipelineFixture(move, config=settings(cache=cache))
         (task,) = begin(scene, 1, ask(stream=stream))
         await asyncio.sleep(1.5)
         task.cancel()
@@ -251,10 +253,12 @@ def test_finish_reads_no_more_than_the_cache_takes(stream: bool) -> None:
     run(tell())
 
 
-@story
+@virtual_time
 async def test_what_never_went_up_is_not_finished() -> None:
-    limits = Throttle(limits={"*": Limits(rpm=1000, concurrency=1)})
-    scene = Scene(says(wait=9.0), config=settings(cache=Cache(on_disconnect="finish"), throttle=limits))
+    limits = ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)})
+    scene = PipelineFixture(
+        says(wait=9.0), config=settings(cache=CacheSettings(on_disconnect="finish"), throttle=limits)
+    )
     other = begin(scene, 1, ask("other"))
     await asyncio.sleep(1.0)
     (task,) = begin(scene, 1)
@@ -262,19 +266,19 @@ async def test_what_never_went_up_is_not_finished() -> None:
     task.cancel()
     await asyncio.gather(*other)
     await settled()
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     over(scene)
 
 
-@story
+@virtual_time
 async def test_finish_without_coalesce() -> None:
-    config = settings(cache=Cache(on_disconnect="finish", coalesce=False))
-    scene = Scene(says(wait=2.0), says(wait=2.0), config=config)
+    config = settings(cache=CacheSettings(on_disconnect="finish", coalesce=False))
+    scene = PipelineFixture(says(wait=2.0), says(wait=2.0), config=config)
     tasks = begin(scene, 2)
     await asyncio.sleep(1.0)
     tasks[0].cancel()
     assert (await tasks[1]).cache == "miss"
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     await settled()
     assert (await scene.ask()).cache == "hit"
     over(scene)
@@ -286,27 +290,27 @@ async def test_finish_without_coalesce() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_refresh_buys_once_and_stores(stream: bool) -> None:
     async def tell() -> None:
-        scene = Scene(streams(SLOW) if stream else says(wait=2.0))
-        call = scene.call(ask(stream=stream))
-        plan = await scene.journey.planner.plan(call)
-        assert [scene.journey.refresher.refresh(call, plan) for _ in range(3)] == [True, False, False]
+        scene = PipelineFixture(streams(SLOW) if stream else says(wait=2.0))
+        request = scene.request(ask(stream=stream))
+        plan = await scene.journey.planner.plan(request)
+        assert [scene.journey.revalidator.start(request, plan) for _ in range(3)] == [True, False, False]
         await asyncio.sleep(1.0)
-        assert not scene.journey.refresher.refresh(call, plan)
+        assert not scene.journey.revalidator.start(request, plan)
         await asyncio.sleep(10.0)
-        assert len(scene.way_up.sent) == 1
+        assert len(scene.transport.sent) == 1
         assert [(receipt.status, receipt.cost_usd) for receipt in scene.receipts] == [(200, "0.002250")]
-        assert scene.receipt.id != call.id
+        assert scene.receipt.id != request.id
         assert (await scene.ask(ask(stream=stream))).cache == "hit"
         over(scene)
 
     run(tell())
 
 
-@story
+@virtual_time
 async def test_a_refresh_that_fails_harms_nobody() -> None:
-    scene = Scene(error(500, wait=1.0))
-    call = scene.call(None, Options(max_retries=0))
-    assert scene.journey.refresher.refresh(call, await scene.journey.planner.plan(call))
+    scene = PipelineFixture(error(500, wait=1.0))
+    request = scene.request(None, Options(max_retries=0))
+    assert scene.journey.revalidator.start(request, await scene.journey.planner.plan(request))
     await asyncio.sleep(5.0)
     assert scene.receipt.error == "upstream_500"
     over(scene)

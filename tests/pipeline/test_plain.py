@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 
 import proxy.pipeline.handler
-from proxy.config.settings import Cost, Retry
+from proxy.config.settings import CostSettings, RetrySettings
 from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
-from tests.pipeline.script import JSON, Says, completion, dump, error, says
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
+from tests.pipeline.script import JSON, Responds, completion, dump, error, says
 
 CUT = TransportFailure("invalid", "cut")
 BODY = dump(completion())
 
 
-def store_size(scene: Scene) -> int:
-    assert scene.world.store is not None
-    return scene.world.store.memory.stats()["entries"]
+def store_size(scene: PipelineFixture) -> int:
+    assert scene.services.store is not None
+    return scene.services.store.memory.stats()["entries"]
 
 
-@story
+@virtual_time
 async def test_a_good_answer_and_its_receipt() -> None:
-    scene = Scene(says(wait=0.25, connect=0.05))
+    scene = PipelineFixture(says(wait=0.25, connect=0.05))
     told = await scene.ask(None, Options(tags=("team:search",)))
     assert (told.status, told.body) == (200, BODY)
     assert dict(told.raw_headers) == {b"Content-Type": b"application/json", b"x-request-id": b"req_1"}
@@ -50,7 +50,7 @@ async def test_a_good_answer_and_its_receipt() -> None:
         "X-Proxy-Total-Tokens": "300",
         "Server-Timing": "queue;dur=0.0, upstream;dur=300.0, proxy;dur=0.0",
     }
-    receipt = scene.world.receipts.get("id-1")
+    receipt = scene.services.receipts.get("id-1")
     assert receipt is not None
     assert scene.receipts == [receipt]
     shown = receipt.as_json()
@@ -59,27 +59,29 @@ async def test_a_good_answer_and_its_receipt() -> None:
     assert (shown["model"], shown["answer_model"]) == ("gpt-4o", "gpt-4o-2024-08-06")
     assert (shown["upstream"], shown["key"], shown["attempts"], shown["error"]) == ("openai", "k1", 1, None)
     assert (shown["upstream_ms"], shown["total_ms"], shown["tags"]) == (300.0, 300.0, ["team:search"])
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_the_body_goes_up_byte_for_byte() -> None:
     body = b'{ "messages":[{"role":"user","content":"h\\u00e9"}] ,\n"model" : "gpt-4o", "x": 1.50, "y":1e3 }'
-    scene = Scene(says())
+    scene = PipelineFixture(says())
     await scene.ask(body=body)
-    assert scene.way_up.sent[0].body == body
+    assert scene.transport.sent[0].body == body
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@story
+@virtual_time
 async def test_an_answer_that_is_all_there_at_once(packed: bool) -> None:
     headers = (JSON, ("Content-Encoding", "gzip")) if packed else (JSON,)
     body = gzip.compress(BODY) if packed else BODY
-    scene = Scene(Says(200, headers, (body,), at_once=True), Says(200, headers, (body[:-9],), at_once=True))
+    scene = PipelineFixture(
+        Responds(200, headers, (body,), at_once=True), Responds(200, headers, (body[:-9],), at_once=True)
+    )
     told = await scene.ask()
     assert (told.body, told.cost) == (BODY, "0.002250")
     assert (await scene.ask(ask("cut"))).refused == "upstream_invalid_response"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # What is broken, what is odd, and what is neither.
@@ -98,9 +100,9 @@ async def test_an_answer_that_is_all_there_at_once(packed: bool) -> None:
     ids=["cut by the connection", "cut with a good length", "empty", "a page", "more than an answer", "no text"],
 )
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8", "application/x+json"])
-@story
+@virtual_time
 async def test_a_broken_json_answer_is_502_and_not_stored(body: tuple[Any, ...], content_type: str) -> None:
-    scene = Scene(Says(200, (("Content-Type", content_type),), body), says())
+    scene = PipelineFixture(Responds(200, (("Content-Type", content_type),), body), says())
     told = await scene.ask()
     assert (told.status, told.refused) == (502, "upstream_invalid_response")
     assert told.headers["X-Proxy-Attempts"] == "1"
@@ -108,7 +110,7 @@ async def test_a_broken_json_answer_is_502_and_not_stored(body: tuple[Any, ...],
     assert scene.receipt.error == "upstream_invalid_response"
     assert store_size(scene) == 0
     assert (await scene.ask()).cache == "miss"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
@@ -128,19 +130,19 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("document", "why"), ODD.values(), ids=ODD.keys())
-@story
+@virtual_time
 async def test_whole_but_abnormal_answers_pass_and_are_not_stored(document: dict[str, Any], why: str) -> None:
-    scene = Scene(says(document), says(document))
+    scene = PipelineFixture(says(document), says(document))
     told = await scene.ask()
     assert (told.status, told.body) == (200, dump(document))
     assert told.headers["Cache-Status"] == "openai-proxy; fwd=uri-miss" + (f"; detail={why}" if why else "; stored")
     assert (await scene.ask()).cache == ("miss" if why else "hit")
 
 
-@story
+@virtual_time
 async def test_a_web_page_passes_and_is_not_stored() -> None:
-    page = Says(200, (("Content-Type", "text/html"),), (b"<html>", b"sign in</html>"))
-    scene = Scene(page, says())
+    page = Responds(200, (("Content-Type", "text/html"),), (b"<html>", b"sign in</html>"))
+    scene = PipelineFixture(page, says())
     told = await scene.ask()
     assert (told.status, told.body) == (200, b"<html>sign in</html>")
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
@@ -149,54 +151,54 @@ async def test_a_web_page_passes_and_is_not_stored() -> None:
 
 
 @pytest.mark.parametrize("status", [201, 202, 204, 206])
-@story
+@virtual_time
 async def test_only_200_is_stored(status: int) -> None:
     body = () if status == 204 else (BODY,)
-    scene = Scene(Says(status, (JSON,), body), says())
+    scene = PipelineFixture(Responds(status, (JSON,), body), says())
     told = await scene.ask()
     assert (told.status, told.body) == (status, b"".join(body))
     assert store_size(scene) == 0
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_answer_that_is_not_an_object() -> None:
-    scene = Scene(Says(body=(b"[1, 2]",)))
+    scene = PipelineFixture(Responds(body=(b"[1, 2]",)))
     told = await scene.ask()
     assert (told.status, told.body, store_size(scene)) == (200, b"[1, 2]", 0)
 
 
-@story
+@virtual_time
 async def test_a_large_answer_is_parsed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.handler, "LARGE", 10)
-    scene = Scene(says(), Says(body=(b'{"id": "cut short',)))
+    scene = PipelineFixture(says(), Responds(body=(b'{"id": "cut short',)))
     assert (await scene.ask()).cost == "0.002250"
     assert (await scene.ask()).cache == "hit"
     assert (await scene.ask(ask("other"))).refused == "upstream_invalid_response"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_answer_too_large_to_hold_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.handler, "SPILL", 100)
     pieces = (b"{" + b" " * 60, b" " * 60, b" " * 60, b"}")
-    scene = Scene(Says(body=pieces), says())
+    scene = PipelineFixture(Responds(body=pieces), says())
     told = await scene.ask()
     assert (told.status, told.reads, told.broken) == (200, list(pieces), False)
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "pending")
     assert (scene.receipt.cost_usd, scene.receipt.cost_status, scene.receipt.status) == (None, "unknown", 200)
     assert (await scene.ask()).cache == "miss"  # never stored
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_flowing_answer_has_no_deadline_and_no_clean_end_when_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.handler, "SPILL", 100)
-    scene = Scene(Says(body=(b" " * 200, 500.0, b" " * 60, CUT)))
+    scene = PipelineFixture(Responds(body=(b" " * 200, 500.0, b" " * 60, CUT)))
     told = await scene.ask(total=10.0)
     assert (told.status, told.broken, told.body) == (200, True, b" " * 260)  # nothing of ours inside their JSON
     assert (scene.receipt.error, scene.receipt.total_ms) == ("upstream_invalid_response", 500_000.0)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # Compressed.
@@ -205,35 +207,35 @@ async def test_a_flowing_answer_has_no_deadline_and_no_clean_end_when_cut(monkey
 @pytest.mark.parametrize(
     ("coding", "pack"), [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress)]
 )
-@story
+@virtual_time
 async def test_a_compressed_answer_is_decoded(coding: str, pack: Any) -> None:
     packed = pack(BODY)
     headers = (JSON, ("Content-Encoding", coding))
-    scene = Scene(Says(200, headers, (packed[:20], packed[20:])), Says(200, headers, (packed[:-9],)))
+    scene = PipelineFixture(Responds(200, headers, (packed[:20], packed[20:])), Responds(200, headers, (packed[:-9],)))
     told = await scene.ask()
     assert (told.status, told.body, told.cost) == (200, BODY, "0.002250")
     assert b"Content-Encoding" not in dict(told.raw_headers)
     hit = await scene.ask()
     assert (hit.cache, hit.body) == ("hit", BODY)
     assert (await scene.ask(ask("cut"))).refused == "upstream_invalid_response"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_coding_unknown_to_us_passes_as_it_is() -> None:
-    scene = Scene(Says(200, (JSON, ("Content-Encoding", "br")), (b"\x0b\x02", b"\x80")), says())
+    scene = PipelineFixture(Responds(200, (JSON, ("Content-Encoding", "br")), (b"\x0b\x02", b"\x80")), says())
     told = await scene.ask()
     assert (told.status, told.body, told.broken) == (200, b"\x0b\x02\x80", False)
     assert dict(told.raw_headers)[b"Content-Encoding"] == b"br"
     assert (await scene.ask()).cache == "miss"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_compressed_error_is_read_and_understood() -> None:
     refusal = gzip.compress(b'{"error":{"code":"insufficient_quota"}}')
-    bad = Says(429, (JSON, ("Content-Encoding", "gzip")), (refusal,))
-    scene = Scene(bad, says(), config=settings(pool("k1", "k2")))
+    bad = Responds(429, (JSON, ("Content-Encoding", "gzip")), (refusal,))
+    scene = PipelineFixture(bad, says(), config=settings(pool("k1", "k2")))
     assert (await scene.ask()).headers["X-Proxy-Key"] == "k2"
     assert scene.state("k1") == ("exhausted", 600.0)
 
@@ -241,18 +243,18 @@ async def test_a_compressed_error_is_read_and_understood() -> None:
 # Keys that the upstream lets slip.
 
 
-@story
+@virtual_time
 async def test_a_pool_key_in_a_body_is_masked_and_the_answer_not_stored() -> None:
-    scene = Scene(says(completion("your key is sk-k1!")), says())
+    scene = PipelineFixture(says(completion("your key is sk-k1!")), says())
     told = await scene.ask()
     assert b"sk-k1" not in told.body
     assert b"your key is ***!" in told.body
     assert (await scene.ask()).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_a_pool_key_in_a_header_is_masked_and_the_answer_not_stored() -> None:
-    scene = Scene(says(headers=[("x-debug", "used sk-k1 for this"), ("x-other", "fine")]), says())
+    scene = PipelineFixture(says(headers=[("x-debug", "used sk-k1 for this"), ("x-other", "fine")]), says())
     told = await scene.ask()
     assert dict(told.raw_headers)[b"x-debug"] == b"used *** for this"
     assert dict(told.raw_headers)[b"x-other"] == b"fine"
@@ -260,9 +262,9 @@ async def test_a_pool_key_in_a_header_is_masked_and_the_answer_not_stored() -> N
     assert (await scene.ask()).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_a_pool_key_in_an_error_is_masked() -> None:
-    scene = Scene(error(400, message="Incorrect API key provided: sk-k1."))
+    scene = PipelineFixture(error(400, message="Incorrect API key provided: sk-k1."))
     assert (await scene.ask()).json()["error"]["message"] == "Incorrect API key provided: ***."
 
 
@@ -283,18 +285,18 @@ async def test_a_pool_key_in_an_error_is_masked() -> None:
         ({"usage": {"prompt_tokens": True}}, None, "unknown"),
     ],
 )
-@story
+@virtual_time
 async def test_what_an_answer_costs(fields: dict[str, Any], cost: str | None, status: str) -> None:
-    scene = Scene(says(completion(**fields)))
+    scene = PipelineFixture(says(completion(**fields)))
     told = await scene.ask()
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (cost, status)
     assert (scene.receipt.cost_usd, scene.receipt.cost_status) == (cost, status)
     assert scene.receipt.saved_usd == ("0.000000" if cost else None)
 
 
-@story
+@virtual_time
 async def test_an_unknown_model_has_no_cost_and_never_zero() -> None:
-    scene = Scene(says(completion(model="mystery-1")), says(completion(model="mystery-1")))
+    scene = PipelineFixture(says(completion(model="mystery-1")), says(completion(model="mystery-1")))
     told = await scene.ask(ask(model="mystery-1"))
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
     assert told.headers["X-Proxy-Total-Tokens"] == "300"
@@ -303,35 +305,37 @@ async def test_an_unknown_model_has_no_cost_and_never_zero() -> None:
     assert hit.hit.entry.cost is None
 
 
-@story
+@virtual_time
 async def test_prices_of_the_settings_and_of_an_upstream() -> None:
     ours = {"mystery-*": {"input": Decimal(1), "output": Decimal(2)}}
     theirs = {"mystery-2": {"input": Decimal(10), "output": Decimal(0)}}
-    config = settings(pool("k1", prices=theirs), cost=Cost(prices=ours))
-    scene = Scene(*[says(completion(model=name)) for name in ("mystery-1", "mystery-2")], config=config)
+    config = settings(pool("k1", prices=theirs), cost=CostSettings(prices=ours))
+    scene = PipelineFixture(*[says(completion(model=name)) for name in ("mystery-1", "mystery-2")], config=config)
     assert (await scene.ask(ask(model="mystery-1"))).cost == "0.000500"
     assert (await scene.ask(ask(model="mystery-2"))).cost == "0.001000"
 
 
-@story
+@virtual_time
 async def test_moderations_are_free_and_have_no_usage() -> None:
     answer = {"id": "m", "model": "omni-moderation-latest", "results": [{"flagged": False}]}
-    scene = Scene(says(answer))
+    scene = PipelineFixture(says(answer))
     told = await scene.ask({"input": "Hi"}, target="/v1/moderations")
     assert (told.status, told.cost, told.headers["X-Proxy-Cost-Status"]) == (200, "0.000000", "exact")
     assert (await scene.ask({"input": "Hi"}, target="/v1/moderations")).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_a_page_instead_of_moderations_costs_nothing_known() -> None:
-    scene = Scene(Says(200, (("Content-Type", "text/html"),), (b"<p>",)))
+    scene = PipelineFixture(Responds(200, (("Content-Type", "text/html"),), (b"<p>",)))
     told = await scene.ask({"input": "Hi", "model": "omni-moderation-latest"}, target="/v1/moderations")
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
 
 
-@story
+@virtual_time
 async def test_every_ending_has_one_receipt() -> None:
-    scene = Scene(says(), error(400), error(500), Says(302), config=settings(retry=Retry(max_retries=0)))
+    scene = PipelineFixture(
+        says(), error(400), error(500), Responds(302), config=settings(retry=RetrySettings(max_retries=0))
+    )
     for text in "abcd":
         await scene.ask(ask(text))
     assert [(r.status, r.error, r.cost_usd) for r in scene.receipts] == [
@@ -340,12 +344,12 @@ async def test_every_ending_has_one_receipt() -> None:
         (500, "upstream_500", None),
         (502, "upstream_invalid_response", None),
     ]
-    assert all(scene.world.receipts.get(r.id) is r for r in scene.receipts)
+    assert all(scene.services.receipts.get(r.id) is r for r in scene.receipts)
 
 
-@story
+@virtual_time
 async def test_a_model_without_a_price_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    scene = Scene(*[says(completion(model="mine\r\n"))] * 2)
+    scene = PipelineFixture(*[says(completion(model="mine\r\n"))] * 2)
     for text in ("one", "two"):
         told = await scene.ask(ask(text, model="mine\r\n"))
         assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")

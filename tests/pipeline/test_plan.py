@@ -9,11 +9,11 @@ import pytest
 
 import proxy.cache.planner
 from proxy.cache.plan import CachePlan
-from proxy.config.settings import Cache, ClientKey, Server, Upstream
+from proxy.config.settings import CacheSettings, ClientKeySettings, ServerSettings, UpstreamSettings
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
 from tests.pipeline.script import says
 
 SAMPLED = ask()
@@ -46,19 +46,19 @@ PLANS: list[tuple[str, str, Any, Options, tuple[str, str, bool, bool, str]]] = [
 
 
 @pytest.mark.parametrize(("backend", "when", "document", "options", "expected"), PLANS)
-@story
+@virtual_time
 async def test_the_plan(
     backend: str, when: str, document: Any, options: Options, expected: tuple[str, str, bool, bool, str]
 ) -> None:
-    scene = Scene(says(), says(), config=settings(cache=Cache(backend=backend, when=when)))
+    scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(backend=backend, when=when)))
     plan = await scene.planned(document, options)
-    assert (bool(plan.key), plan.reason, plan.read, plan.write, plan.forward) == (expected[0] == KEY, *expected[1:])
+    assert (bool(plan.key), plan.reason, plan.read, plan.write, plan.fwd) == (expected[0] == KEY, *expected[1:])
     if options.only_if_cached:
         return
     told = await scene.ask(document, options)
     assert (told.cache, told.reason) == ("miss" if plan.key else "bypass", plan.reason)
-    status = f"openai-proxy; fwd={plan.forward}" + ("; stored" if plan.write else "")
-    detail = plan.reason if plan.forward != "uri-miss" else ""
+    status = f"openai-proxy; fwd={plan.fwd}" + ("; stored" if plan.write else "")
+    detail = plan.reason if plan.fwd != "uri-miss" else ""
     shown = f'"{detail}"' if set(detail) & set(" =") else detail
     assert told.headers["Cache-Status"] == status + (f"; detail={shown}" if detail else "")
     assert ("X-Proxy-Cache-Key" in told.headers) is bool(plan.key)
@@ -73,10 +73,10 @@ async def test_the_plan(
         ("/v1/moderations", {"input": "Hi"}, 86_400),
     ],
 )
-@story
+@virtual_time
 async def test_embeddings_and_moderations_are_always_deterministic(target: str, document: Any, ttl: int) -> None:
     answer = {"data": [{"index": 0, "embedding": [1.0]}], "results": [{"flagged": False}], "model": "m"}
-    scene = Scene(says(answer), config=settings(cache=Cache(when="deterministic")))
+    scene = PipelineFixture(says(answer), config=settings(cache=CacheSettings(when="deterministic")))
     await scene.ask(document, target=target)
     hit = (await scene.ask(document, target=target)).hit
     assert hit is not None
@@ -91,19 +91,19 @@ async def test_embeddings_and_moderations_are_always_deterministic(target: str, 
         (b'{"model":"gpt-4o","x":' + b"[" * 70 + b"]" * 70 + b"}", "uncacheable: depth"),
     ],
 )
-@story
+@virtual_time
 async def test_bodies_that_have_no_one_meaning_pass_uncached(body: bytes, why: str) -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     for _ in range(2):
         told = await scene.ask(body=body)
         assert (told.status, told.cache, told.reason) == (200, "bypass", why)
-        assert scene.way_up.sent[-1].body == body
+        assert scene.transport.sent[-1].body == body
 
 
 # The key: what may change the answer is in it, what may not is not.
 
 
-async def key(scene: Scene, document: Any = None, options: Options | None = None, **more: Any) -> str:
+async def key(scene: PipelineFixture, document: Any = None, options: Options | None = None, **more: Any) -> str:
     plan = await scene.planned(document, options, **more)
     assert plan.key
     return plan.key
@@ -136,22 +136,22 @@ SAME: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("more", DIFFERENT.values(), ids=DIFFERENT.keys())
-@story
+@virtual_time
 async def test_another_key(more: dict[str, Any]) -> None:
-    scene = Scene()
+    scene = PipelineFixture()
     assert await key(scene, **more) != await key(scene)
 
 
 @pytest.mark.parametrize("more", SAME.values(), ids=SAME.keys())
-@story
+@virtual_time
 async def test_the_same_key(more: dict[str, Any]) -> None:
-    scene = Scene()
+    scene = PipelineFixture()
     assert await key(scene, **more) == await key(scene)
 
 
-@story
+@virtual_time
 async def test_namespace_and_client_do_not_run_into_each_other() -> None:
-    scene = Scene()
+    scene = PipelineFixture()
     keys = [
         await key(scene, None, Options(namespace=namespace), client=Client("", scope))
         for scope, namespace in (("a", "b"), ("a\nb", ""), ("", "a\nb"), ("", "ab"), ("ab", ""))
@@ -159,19 +159,19 @@ async def test_namespace_and_client_do_not_run_into_each_other() -> None:
     assert len(set(keys)) == len(keys)
 
 
-@story
+@virtual_time
 async def test_sample_zero_is_a_request_without_a_sample() -> None:
     """Contract 5: number 0 of a run is the entry of a request without a sample."""
-    scene = Scene()
+    scene = PipelineFixture()
     none, zero, one, minus = [await key(scene, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
     assert none == zero
     assert len({none, one, minus}) == 3
 
 
-@story
+@virtual_time
 async def test_other_upstreams_are_other_keys_unless_they_stand_for_the_same() -> None:
-    def scene(*upstreams: Upstream) -> Scene:
-        return Scene(config=settings(*upstreams))
+    def scene(*upstreams: UpstreamSettings) -> PipelineFixture:
+        return PipelineFixture(config=settings(*upstreams))
 
     here, there = pool("k1"), replace(pool("k1"), base_url="http://there.test/v1")
     one, other = await key(scene(here)), await key(scene(there))
@@ -184,18 +184,18 @@ async def test_other_upstreams_are_other_keys_unless_they_stand_for_the_same() -
     assert await key(scene(here, elsewhere)) == one  # it does not serve this model
 
 
-@story
+@virtual_time
 async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene()
+    scene = PipelineFixture()
     small = await scene.planned()
     monkeypatch.setattr(proxy.cache.planner, "LARGE", 10)
     assert await scene.planned() == small
     assert isinstance(small, CachePlan)
 
 
-@story
+@virtual_time
 async def test_the_key_is_not_shown_where_several_clients_share_the_proxy() -> None:
-    clients = tuple(ClientKey(name, b"x" * 32) for name in "ab")
+    clients = tuple(ClientKeySettings(name, b"x" * 32) for name in "ab")
     for known, shown in ((clients[:1], True), (clients, False)):
-        scene = Scene(says(), config=replace(settings(), server=Server(client_keys=known)))
+        scene = PipelineFixture(says(), config=replace(settings(), server=ServerSettings(client_keys=known)))
         assert ("X-Proxy-Cache-Key" in (await scene.ask()).headers) is shown

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from proxy.cache.stores.interface import ALL
-from proxy.config.settings import Cache, Ttl
+from proxy.config.settings import CacheSettings, TtlSettings
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import CHAT, Scene, Told, ask, settings
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import CHAT, PipelineFixture, Result, ask, settings
 from tests.pipeline.script import events, says, streams
 
 STREAM = ask(stream=True)
 WHOLE = events("Hi")
 
 
-async def why(scene: Scene, *args: Any, **more: Any) -> tuple[str, str]:
-    told: Told = await scene.ask(*args, **more)
+async def why(scene: PipelineFixture, *args: Any, **more: Any) -> tuple[str, str]:
+    told: Result = await scene.ask(*args, **more)
     return told.cache, told.reason
 
 
@@ -38,93 +38,95 @@ MISSES: dict[str, tuple[tuple[Any, Options], str]] = {
 
 
 @pytest.mark.parametrize(("asked", "reason"), MISSES.values(), ids=MISSES.keys())
-@story
+@virtual_time
 async def test_what_differs(asked: tuple[Any, Options], reason: str) -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     assert await why(scene) == ("miss", "new")
     assert await why(scene, *asked) == ("miss", reason)
     assert scene.receipt.reason == reason
 
 
-@story
+@virtual_time
 async def test_of_another_client_nothing_is_told() -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     await scene.ask(client=Client("a", "name a"))
     assert await why(scene, ask(seed=1), client=Client("b", "name b")) == ("miss", "new")
 
 
-@story
+@virtual_time
 async def test_what_was_not_stored_is_no_neighbour() -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     await scene.ask(None, Options(no_store=True))
     assert await why(scene, ask(seed=1)) == ("miss", "new")
 
 
-@story
+@virtual_time
 async def test_headers_and_query() -> None:
-    scene = Scene(says(), says(), says())
+    scene = PipelineFixture(says(), says(), says())
     await scene.ask()
     assert await why(scene, headers=[(b"OpenAI-Beta", b"v2")]) == ("miss", "differs: OpenAI-Beta")
     assert await why(scene, target=f"{CHAT}?api-version=1") == ("miss", "differs: query")
 
 
-@story
+@virtual_time
 async def test_its_time_is_over_whether_it_was_swept_or_not() -> None:
     for swept in (False, True):
-        scene = Scene(says(), says(), says(), config=settings(cache=Cache(ttl=Ttl(chat=10.0))))
+        scene = PipelineFixture(
+            says(), says(), says(), config=settings(cache=CacheSettings(ttl=TtlSettings(chat=10.0)))
+        )
         await scene.ask()
-        await scene.seams.sleep(11.0)
+        await scene.clock.sleep(11.0)
         if swept:
-            assert scene.world.store is not None
-            assert scene.world.store.sweep(scene.seams.wall()) == 1
+            assert scene.services.store is not None
+            assert scene.services.store.sweep(scene.clock.wall()) == 1
         assert await why(scene, ask(seed=1)) == ("miss", "new")
         assert await why(scene) == ("miss", "expired")
 
 
-@story
+@virtual_time
 async def test_it_had_to_make_room() -> None:
-    scene = Scene(says(), says(), config=settings(cache=Cache(memory_size=2000)))
+    scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(memory_size=2000)))
     await scene.ask()
-    assert scene.world.store is not None
-    scene.world.store.memory.remove(scene.world.store.memory.matching(ALL))
+    assert scene.services.store is not None
+    scene.services.store.memory.remove(scene.services.store.memory.matching(ALL))
     assert await why(scene) == ("miss", "gone")
 
 
-@story
+@virtual_time
 async def test_after_a_purge_all_is_new() -> None:
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     await scene.ask()
-    assert scene.world.store is not None
-    await scene.world.store.purge(ALL)
+    assert scene.services.store is not None
+    await scene.services.store.purge(ALL)
     assert await why(scene, ask(seed=1)) == ("miss", "new")
 
 
-@story
+@virtual_time
 async def test_one_found_in_the_store_is_a_neighbour_too() -> None:
     """After a restart: nothing is remembered, but what is asked again is."""
-    first, again = Scene(says()), Scene(says())
+    first, again = PipelineFixture(says()), PipelineFixture(says())
     await first.ask()
-    again.world.store = first.world.store
+    again.services.store = first.services.store
     assert (await again.ask()).cache == "hit"
     assert await why(again, ask(seed=1)) == ("miss", "differs: seed")
 
 
-@story
+@virtual_time
 async def test_stored_in_the_other_form_only() -> None:
-    scene = Scene(streams(WHOLE), says())
+    scene = PipelineFixture(streams(WHOLE), says())
     await scene.ask(STREAM)  # without usage there is no certain plain answer
     assert await why(scene) == ("miss", "stored in the other form")
 
 
-@story
+@virtual_time
 async def test_too_old_in_either_form() -> None:
-    scene = Scene(says(), streams(WHOLE), streams(WHOLE))
+    scene = PipelineFixture(says(), streams(WHOLE), streams(WHOLE))
     await scene.ask()
-    await scene.seams.sleep(9.0)
+    await scene.clock.sleep(9.0)
     assert await why(scene, STREAM, Options(max_age=5)) == ("miss", "max-age")
 
 
-@story
+@virtual_time
 async def test_replaced_settings_replace_nothing_else() -> None:
-    scene = Scene(says(), config=replace(settings(), cache=Cache(backend="off")))
+    scene = PipelineFixture(says(), config=replace(settings(), cache=CacheSettings(backend="off")))
     assert await why(scene) == ("bypass", "off")

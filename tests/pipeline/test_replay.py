@@ -10,11 +10,11 @@ import orjson
 import pytest
 
 from proxy.cache.stores.cassette import Entries, ReplayStore, open_cassette, read_file
-from proxy.config.settings import Cache, Settings
+from proxy.config.settings import CacheSettings, Settings
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import CHAT, Scene, ask, pool, settings
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import CHAT, PipelineFixture, ask, pool, settings
 from tests.pipeline.script import Move, completion, says, streams
 
 ANN = Client("ann", "name ann", None)
@@ -22,26 +22,26 @@ BOB = Client("bob", "name bob", None)
 LONG = 30 * 86400.0
 
 
-async def recorded(file: Path, *moves: Move, **more: Any) -> Scene:
+async def recorded(file: Path, *moves: Move, **more: Any) -> PipelineFixture:
     """A scene that records; `closed` makes the file."""
-    scene = Scene(*moves, config=settings(cache=Cache(cassette=str(file), **more)))
-    open_cassette(scene.world.store, str(file))
+    scene = PipelineFixture(*moves, config=settings(cache=CacheSettings(cassette=str(file), **more)))
+    open_cassette(scene.services.store, str(file))
     return scene
 
 
-async def closed(scene: Scene) -> None:
-    assert scene.world.store is not None
-    await scene.world.store.close()
+async def closed(scene: PipelineFixture) -> None:
+    assert scene.services.store is not None
+    await scene.services.store.close()
 
 
-def replaying(file: Path, config: Settings | None = None) -> Scene:
+def replaying(file: Path, config: Settings | None = None) -> PipelineFixture:
     config = config or settings()
-    scene = Scene(config=replace(config, cache=replace(config.cache, mode="replay", cassette=str(file))))
-    open_cassette(scene.world.store, str(file))
+    scene = PipelineFixture(config=replace(config, cache=replace(config.cache, mode="replay", cassette=str(file))))
+    open_cassette(scene.services.store, str(file))
     return scene
 
 
-@story
+@virtual_time
 async def test_what_was_recorded_is_replayed_byte_for_byte_at_any_age(tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
     record = await recorded(file, says(), streams())
@@ -49,7 +49,7 @@ async def test_what_was_recorded_is_replayed_byte_for_byte_at_any_age(tmp_path: 
     streamed = await record.ask(ask("other", stream=True))
     await closed(record)
     scene = replaying(file)
-    await scene.seams.sleep(LONG)
+    await scene.clock.sleep(LONG)
     for _ in range(2):
         hit = await scene.ask()
         assert (hit.status, hit.cache, hit.body) == (200, "hit", plain.body)
@@ -57,32 +57,32 @@ async def test_what_was_recorded_is_replayed_byte_for_byte_at_any_age(tmp_path: 
         assert (hit.cache, hit.body) == ("hit", streamed.body)
     # The same bytes again take the short way, and the other form is converted as ever.
     body = orjson.dumps(ask())
-    call = scene.call(body=body)
-    await scene.journey.serve(call, lambda: None, (CHAT, "", b"digest"))
-    assert scene.journey.shelf.peek((CHAT, "", b"digest")) is not None
+    request = scene.request(body=body)
+    await scene.journey.handle(request, lambda: None, (CHAT, "", b"digest"))
+    assert scene.journey.cache.peek((CHAT, "", b"digest")) is not None
     assert (await scene.ask(ask(stream=True))).cache == "hit"
-    assert scene.way_up.sent == []
+    assert scene.transport.sent == []
 
 
 @pytest.mark.parametrize(
     "options", [Options(no_cache=True), Options(max_age=0), Options(only_if_cached=True), Options(ttl=1.0)]
 )
-@story
+@virtual_time
 async def test_age_does_not_matter_to_a_replay(tmp_path: Path, options: Options) -> None:
     record = await recorded(tmp_path / "c", says())
     await record.ask()
     await closed(record)
     scene = replaying(tmp_path / "c")
-    await scene.seams.sleep(LONG)
+    await scene.clock.sleep(LONG)
     assert (await scene.ask(None, options)).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_whose_it_was_does_not_matter_but_the_namespace_does(tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = await recorded(file, says(completion("ann's")), says(completion("bob's")), says(completion("ci's")))
     assert (await record.ask(client=ANN)).cache == "miss"
-    await record.seams.sleep(1.0)
+    await record.clock.sleep(1.0)
     assert (await record.ask(client=BOB)).cache == "miss"  # recording keeps clients apart
     await record.ask(None, Options(namespace="ci"), client=ANN)
     await closed(record)
@@ -106,25 +106,25 @@ async def test_whose_it_was_does_not_matter_but_the_namespace_does(tmp_path: Pat
         (ask(), Options(no_store=True), "never stored (no-store)"),
     ],
 )
-@story
+@virtual_time
 async def test_a_miss_is_a_504_that_says_what_was_looked_for(document: Any, options: Options, said: str) -> None:
-    scene = Scene(config=settings(cache=Cache(mode="replay")))
+    scene = PipelineFixture(config=settings(cache=CacheSettings(mode="replay")))
     told = await scene.ask(document, options)
     assert (told.status, told.refused) == (504, "not_cached")
     assert told.refusal is not None
     assert told.refusal.should_retry is False
     assert said in told.refusal.message
-    assert scene.way_up.sent == []
+    assert scene.transport.sent == []
 
 
 @pytest.mark.parametrize(
     ("asked", "differs"),
     [(ask("Hi", temperature=1), "temperature"), (ask("Bye"), "messages"), (ask("Hi", top_p=1, n=2), "n, top_p")],
 )
-@story
+@virtual_time
 async def test_a_miss_says_how_it_differs_from_the_nearest_recorded(asked: Any, differs: str, tmp_path: Path) -> None:
     file = tmp_path / "c"
-    record = Scene(says(), says(), config=settings(cache=Cache(cassette=str(file))))
+    record = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(cassette=str(file))))
     await record.ask(ask("Hi"))
     await record.ask(ask("Quite another", seed=7, temperature=0.5, top_p=0.5))
     await closed(record)
@@ -134,10 +134,10 @@ async def test_a_miss_says_how_it_differs_from_the_nearest_recorded(asked: Any, 
     assert dict(told.refusal.headers)["X-Proxy-Cache-Reason"] == f"not recorded; differs: {differs}"
 
 
-@story
+@virtual_time
 async def test_the_upstream_is_part_of_it_and_cache_as_stands_for_it(tmp_path: Path) -> None:
-    config = settings(pool("k1", cache_as="recorded"), cache=Cache(cassette=str(tmp_path / "c")))
-    record = Scene(says(), config=config)
+    config = settings(pool("k1", cache_as="recorded"), cache=CacheSettings(cassette=str(tmp_path / "c")))
+    record = PipelineFixture(says(), config=config)
     await record.ask()
     await closed(record)
     elsewhere = replace(pool(cache_as="recorded"), base_url="https://elsewhere.example/v1")
@@ -145,16 +145,16 @@ async def test_the_upstream_is_part_of_it_and_cache_as_stands_for_it(tmp_path: P
     assert (await replaying(tmp_path / "c", settings(replace(elsewhere, cache_as=None))).ask()).status == 504
 
 
-@story
+@virtual_time
 async def test_without_any_upstream_the_default_one_counts(tmp_path: Path) -> None:
     default = replace(pool("k1"), base_url="https://api.openai.com/v1")
-    record = Scene(says(), config=settings(default, cache=Cache(cassette=str(tmp_path / "c"))))
+    record = PipelineFixture(says(), config=settings(default, cache=CacheSettings(cassette=str(tmp_path / "c"))))
     await record.ask()
     await closed(record)
     assert (await replaying(tmp_path / "c", Settings()).ask()).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_what_was_found_is_merged_too_and_an_unchanged_file_is_not_touched(tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = await recorded(file, says(), says())
@@ -175,7 +175,7 @@ async def test_what_was_found_is_merged_too_and_an_unchanged_file_is_not_touched
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@story
+@virtual_time
 async def test_refresh_asks_always_and_overwrites(tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = await recorded(file, says(completion("old")))
@@ -183,7 +183,7 @@ async def test_refresh_asks_always_and_overwrites(tmp_path: Path) -> None:
     await closed(record)
     scene = await recorded(file, says(completion("new")), says(completion("new")), mode="refresh")
     for _ in range(2):
-        await scene.seams.sleep(1.0)
+        await scene.clock.sleep(1.0)
         told = await scene.ask()
         assert (told.cache, told.reason) == ("miss", "refresh")
         assert told.headers["Cache-Status"] == "openai-proxy; fwd=bypass; stored; detail=refresh"
@@ -194,7 +194,7 @@ async def test_refresh_asks_always_and_overwrites(tmp_path: Path) -> None:
     assert told.refused == "not_cached"
 
 
-@story
+@virtual_time
 async def test_the_request_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "c"
     scene = await recorded(file, says(), says(), store_requests=True)
@@ -206,14 +206,14 @@ async def test_the_request_is_kept_where_it_is_asked_for(tmp_path: Path) -> None
     assert (await replaying(file).ask(ask("Grüße", temperature=0, note="sk-k1"))).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_a_replay_removes_nothing(tmp_path: Path) -> None:
     record = await recorded(tmp_path / "c", says())
     await record.ask()
     await closed(record)
     scene = replaying(tmp_path / "c")
-    assert isinstance(scene.world.store, ReplayStore)
+    assert isinstance(scene.services.store, ReplayStore)
     held: Entries = read_file(str(tmp_path / "c"))
-    assert scene.world.store.sweep(2 * LONG) == 0
+    assert scene.services.store.sweep(2 * LONG) == 0
     assert len(held) == 1
     assert (await scene.ask()).cache == "hit"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.cost.pricing import Cost
 from proxy.cost.usage import Usage
-from proxy.pipeline.response_headers import Timing, cost_comment, cost_lines, forward_status, token, usage_lines
+from proxy.pipeline.response_headers import Timing, cache_status, cost_comment, cost_lines, token, usage_lines
 
 USAGE = Usage(100, 200, 300, cached_tokens=40)
 TOKEN_LINES = (
@@ -63,7 +63,7 @@ def test_the_comment_is_one_line() -> None:
     ],
 )
 def test_cache_status(forward: str, detail: str, stored: bool, line: str) -> None:
-    assert forward_status(forward, detail, stored) == line
+    assert cache_status(forward, detail, stored) == line
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,19 @@ import itertools
 
 import pytest
 
-from proxy.config.settings import Breaker, Retry, Timeouts
+from proxy.config.settings import BreakerSettings, RetrySettings, TimeoutSettings
 from proxy.protocol.options import Options
-from proxy.upstream.retry.outcome import Class, TransportFailure
-from tests.pipeline.clock import WALL, story
-from tests.pipeline.fixture import Scene, ask, pool, settings
+from proxy.upstream.retry.outcome import OutcomeKind, TransportFailure
+from tests.pipeline.clock import WALL, virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
 from tests.pipeline.script import (
     DONE,
     HANG,
     SSE,
     Fails,
     Move,
-    Says,
-    ScriptedWayUp,
+    Responds,
+    ScriptedTransport,
     Step,
     chunk,
     error,
@@ -49,16 +49,16 @@ CUT = TransportFailure("invalid", "cut")
         streams([b"event: error\n" + event({"type": "error", "code": "server_error", "message": "no"})]),
     ],
 )
-@story
+@virtual_time
 async def test_what_is_retried_and_how_long_the_pauses_are(trouble: Move) -> None:
     """min(base · 2^attempt + jitter, max): 1, 2, 4 s."""
-    scene = Scene(trouble, trouble, trouble, says())
+    scene = PipelineFixture(trouble, trouble, trouble, says())
     told = await scene.ask()
     assert (told.status, told.at, told.attempts) == (200, 7.0, 4)
-    assert [round(sent.at - scene.way_up.sent[0].at, 3) for sent in scene.way_up.sent] == [0, 1, 3, 7]
+    assert [round(sent.at - scene.transport.sent[0].at, 3) for sent in scene.transport.sent] == [0, 1, 3, 7]
     assert "X-Should-Retry" not in told.headers
     assert scene.receipt.attempts == 4
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -66,53 +66,53 @@ async def test_what_is_retried_and_how_long_the_pauses_are(trouble: Move) -> Non
     [error(400), error(404), error(422), error(500, None, [("x-should-retry", "false")]), error(501, None, [])],
     ids=["400", "404", "422", "500, do not", "501"],
 )
-@story
-async def test_what_is_sent_once(final: Says) -> None:
-    scene = Scene(final, says())
+@virtual_time
+async def test_what_is_sent_once(final: Responds) -> None:
+    scene = PipelineFixture(final, says())
     told = await scene.ask()
     retried = final.status == 501  # a 5xx, after all
     assert told.status == (200 if retried else final.status)
     assert told.attempts == 1 + retried
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_429_that_says_not_to_retry_is_passed_on_and_cools_nothing() -> None:
-    scene = Scene(error(429, "rate_limit_exceeded", [("x-should-retry", "false"), ("retry-after", "9")]))
+    scene = PipelineFixture(error(429, "rate_limit_exceeded", [("x-should-retry", "false"), ("retry-after", "9")]))
     told = await scene.ask()
     assert (told.status, told.attempts) == (429, 1)
     assert dict(told.raw_headers)[b"x-should-retry"] == b"false"
     assert scene.state() is None
 
 
-@story
+@virtual_time
 async def test_the_longest_pause_and_the_jitter() -> None:
-    retry = Retry(max_retries=5, base_delay=2.0, max_delay=9.0, jitter=1.0)  # the dice always show 0.5
-    scene = Scene(*[error(500)] * 5, says(), config=settings(retry=retry))
+    retry = RetrySettings(max_retries=5, base_delay=2.0, max_delay=9.0, jitter=1.0)  # the dice always show 0.5
+    scene = PipelineFixture(*[error(500)] * 5, says(), config=settings(retry=retry))
     assert (await scene.ask()).status == 200
-    starts = [sent.at for sent in scene.way_up.sent]
+    starts = [sent.at for sent in scene.transport.sent]
     pauses = [round(after - before, 6) for before, after in itertools.pairwise(starts)]
     assert pauses == [2.5, 4.5, 8.5, 9.0, 9.0]
 
 
-@story
+@virtual_time
 async def test_when_our_retries_are_spent_the_client_is_told_not_to_add_its_own() -> None:
-    scene = Scene(*[error(500, headers=[("x-should-retry", "true")])] * 4)
+    scene = PipelineFixture(*[error(500, headers=[("x-should-retry", "true")])] * 4)
     told = await scene.ask()
     assert (told.status, told.attempts) == (500, 4)
     assert told.headers["X-Should-Retry"] == "false"
     assert b"x-should-retry" not in dict(told.raw_headers)  # the upstream's own would contradict it
     assert "X-Proxy-Error" not in told.headers
     assert scene.receipt.error == "upstream_500"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
     ("kind", "code"), [("unreached", "upstream_unreachable"), ("ambiguous", "upstream_unreachable")]
 )
-@story
+@virtual_time
 async def test_an_upstream_that_cannot_be_had(kind: str, code: str) -> None:
-    scene = Scene(*[Fails(kind)] * 4)  # type: ignore[arg-type]
+    scene = PipelineFixture(*[Fails(kind)] * 4)  # type: ignore[arg-type]
     told = await scene.ask()
     assert (told.status, told.refused, told.attempts) == (502, code, 4)
     assert told.refusal is not None
@@ -121,47 +121,47 @@ async def test_an_upstream_that_cannot_be_had(kind: str, code: str) -> None:
     # What never went up gets its whole reservation back; what went up keeps its request and the estimate.
     assert scene.used()["rpm"] == (0 if kind == "unreached" else 4)
     assert (scene.used()["tpm"] > 0) is (kind == "ambiguous")
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(("asked", "attempts"), [(0, 1), (1, 2), (5, 6)])
-@story
+@virtual_time
 async def test_the_number_of_retries_can_be_asked_for(asked: int, attempts: int) -> None:
-    scene = Scene(*[error(500)] * 6)
+    scene = PipelineFixture(*[error(500)] * 6)
     told = await scene.ask(None, Options(max_retries=asked))
     assert told.attempts == attempts
     # Without any of ours, the client's own retries multiply nothing.
     assert told.headers.get("X-Should-Retry") == ("false" if asked else None)
 
 
-@story
+@virtual_time
 async def test_ambiguous_failures_only_where_that_is_allowed() -> None:
     """The request may have been executed: a second one may cost a second time."""
-    scene = Scene(Fails("ambiguous"), config=settings(retry=Retry(ambiguous=False)))
+    scene = PipelineFixture(Fails("ambiguous"), config=settings(retry=RetrySettings(ambiguous=False)))
     told = await scene.ask()
     assert (told.status, told.refused, told.attempts) == (502, "upstream_unreachable", 1)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_stale_connection_is_replaced_once_and_at_once() -> None:
     """A reused connection that closed without a byte: the next one is new, with no pause and no retry spent."""
-    scene = Scene(Fails("stale"), says(), config=settings(retry=Retry(max_retries=0)))
+    scene = PipelineFixture(Fails("stale"), says(), config=settings(retry=RetrySettings(max_retries=0)))
     told = await scene.ask()
     assert (told.status, told.at, told.attempts) == (200, 0.0, 2)
-    assert [sent.trip.fresh for sent in scene.way_up.sent] == [False, True]
-    scene.balanced()
+    assert [sent.trip.fresh for sent in scene.transport.sent] == [False, True]
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_second_stale_connection_counts_as_ambiguous() -> None:
-    scene = Scene(Fails("stale"), Fails("stale"), says())
+    scene = PipelineFixture(Fails("stale"), Fails("stale"), says())
     told = await scene.ask()
     assert (told.status, told.at) == (200, 1.0)
-    assert [sent.trip.fresh for sent in scene.way_up.sent] == [False, True, False]
-    cautious = Scene(Fails("stale"), Fails("stale"), config=settings(retry=Retry(ambiguous=False)))
+    assert [sent.trip.fresh for sent in scene.transport.sent] == [False, True, False]
+    cautious = PipelineFixture(Fails("stale"), Fails("stale"), config=settings(retry=RetrySettings(ambiguous=False)))
     assert (await cautious.ask()).refused == "upstream_unreachable"
-    cautious.balanced()
+    cautious.assert_nothing_leaked()
 
 
 # Retry-After.
@@ -184,23 +184,23 @@ HTTP_DATE = "Mon, 21 Sep 2026 14:13:40 GMT"
     ],
 )
 @pytest.mark.parametrize("status", [429, 503])
-@story
+@virtual_time
 async def test_never_before_retry_after(status: int, value: str, pause: float) -> None:
     assert WALL == 1_790_000_000.0  # 14:13:20 of that day
-    scene = Scene(error(status, None, [("Retry-After", value)]), says())
+    scene = PipelineFixture(error(status, None, [("Retry-After", value)]), says())
     told = await scene.ask(total=1000.0)
     assert (told.status, told.at) == (200, pause)
 
 
-@story
+@virtual_time
 async def test_retry_after_beyond_the_deadline_is_passed_on_at_once() -> None:
-    scene = Scene(rate_limited("61"), config=settings(timeouts=Timeouts(total=60.0)))
+    scene = PipelineFixture(rate_limited("61"), config=settings(timeouts=TimeoutSettings(total=60.0)))
     told = await scene.ask()
     assert (told.status, told.at, told.attempts) == (429, 0.0, 1)
     assert dict(told.raw_headers)[b"Retry-After"] == b"61"
     assert "X-Should-Retry" not in told.headers  # the client may well wait that long
     assert scene.state() == ("cooling", 61.0)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # The deadline.
@@ -210,93 +210,97 @@ async def test_retry_after_beyond_the_deadline_is_passed_on_at_once() -> None:
     "slow",
     [
         Fails("hang"),
-        Says(wait=99.0),
+        Responds(wait=99.0),
         says(wait=11.0),
-        Says(body=(b"{", HANG)),
-        Says(body=(HANG,)),
-        Says(200, (SSE,), (b": ping\n\n", HANG)),
-        Says(200, (SSE,), (b": ping\n\n", 4.0, b": ping\n\n", 4.0, b": ping\n\n", 4.0, *events())),
-        Says(500, body=(b"{", HANG)),
-        Says(400, (SSE,), (HANG,)),
+        Responds(body=(b"{", HANG)),
+        Responds(body=(HANG,)),
+        Responds(200, (SSE,), (b": ping\n\n", HANG)),
+        Responds(200, (SSE,), (b": ping\n\n", 4.0, b": ping\n\n", 4.0, b": ping\n\n", 4.0, *events())),
+        Responds(500, body=(b"{", HANG)),
+        Responds(400, (SSE,), (HANG,)),
     ],
 )
-@story
+@virtual_time
 async def test_the_deadline_ends_it_wherever_it_is(slow: Move) -> None:
     """504 when the time is over, whatever was being waited for; and nobody is asked again: it may have been done."""
-    scene = Scene(slow)
+    scene = PipelineFixture(slow)
     told = await scene.ask(ask(stream=True), total=10.0)
     assert (told.status, told.refused, told.at) == (504, "upstream_timeout", 10.0)
     assert (scene.receipt.status, scene.receipt.error) == (504, "upstream_timeout")
     assert scene.used()["tpm"] > 0  # it went up: the estimate stays
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_connecting_for_ever() -> None:
-    scene = Scene(Fails("hang connecting"))
+    scene = PipelineFixture(Fails("hang connecting"))
     told = await scene.ask(total=10.0)
     assert (told.status, told.at) == (502, 10.0)
     assert scene.used() == {"rpm": 0, "tpm": 0, "concurrency": 0}
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_the_first_byte_has_its_own_limit() -> None:
-    config = settings(timeouts=Timeouts(first_byte=3.0, total=60.0))
-    scene = Scene(Fails("hang"), config=config)
+    config = settings(timeouts=TimeoutSettings(first_byte=3.0, total=60.0))
+    scene = PipelineFixture(Fails("hang"), config=config)
     told = await scene.ask()
     assert (told.refused, told.at) == ("upstream_timeout", 3.0)
-    scene = Scene(Fails("hang"), config=config)
+    scene = PipelineFixture(Fails("hang"), config=config)
     assert (await scene.ask(total=2.0)).at == pytest.approx(2.0)
-    scene = Scene(says(wait=2.9), config=config)
+    scene = PipelineFixture(says(wait=2.9), config=config)
     assert (await scene.ask()).status == 200
 
 
-@story
+@virtual_time
 async def test_a_place_that_comes_just_at_the_deadline_is_of_no_use() -> None:
     """No call is made, none is counted, and the place is given back."""
-    scene = Scene()
-    scene.world.ring.learn(scene.world.ring.keys[0], "gpt-4o", Class.RATE_LIMITED, scene.loop.time(), 3.0, "")
+    scene = PipelineFixture()
+    scene.services.pool.record_outcome(
+        scene.services.pool.keys[0], "gpt-4o", OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0, ""
+    )
     told = await scene.ask(total=3.0)
     assert (told.status, told.refused, told.attempts, told.at) == (504, "upstream_timeout", 0, 3.0)
     assert "X-Proxy-Upstream" not in told.headers
     assert scene.used() == {"rpm": 0, "tpm": 0, "concurrency": 0}
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_no_pause_reaches_beyond_the_deadline() -> None:
     """1 s, then 2 s, then 4 s would be too late: the answer in hand is given before the client gives up."""
-    scene = Scene(*[error(500)] * 3)
+    scene = PipelineFixture(*[error(500)] * 3)
     told = await scene.ask(total=6.0)
     assert (told.status, told.at, told.attempts) == (500, 3.0, 3)
     assert told.headers["X-Should-Retry"] == "false"
 
 
-@story
+@virtual_time
 async def test_a_first_pause_that_would_come_too_late() -> None:
-    scene = Scene(error(500))
+    scene = PipelineFixture(error(500))
     told = await scene.ask(total=0.5)
     assert (told.status, told.attempts) == (500, 1)
     assert "X-Should-Retry" not in told.headers  # none of ours was made
 
 
-@story
+@virtual_time
 async def test_one_deadline_over_queue_attempts_and_pauses() -> None:
     """3 s in the queue, 4 s for a 500, a pause of 1 s: 2 s are left of ten."""
-    scene = Scene(error(500, wait=4.0), Fails("hang"))
-    scene.world.ring.learn(scene.world.ring.keys[0], "gpt-4o", Class.RATE_LIMITED, scene.loop.time(), 3.0, "")
+    scene = PipelineFixture(error(500, wait=4.0), Fails("hang"))
+    scene.services.pool.record_outcome(
+        scene.services.pool.keys[0], "gpt-4o", OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0, ""
+    )
     told = await scene.ask(total=10.0)
     assert (told.refused, told.at) == ("upstream_timeout", 10.0)
-    assert scene.way_up.sent[1].first_byte == pytest.approx(2.0)
+    assert scene.transport.sent[1].first_byte == pytest.approx(2.0)
     receipt = scene.receipt
     assert (receipt.queue_ms, receipt.upstream_ms, receipt.total_ms) == pytest.approx((4000, 6000, 10_000))
 
 
-@story
+@virtual_time
 async def test_a_stream_may_go_on_beyond_the_deadline_once_it_began() -> None:
     steps: list[Step] = [event(chunk("a")), 100.0, event(chunk("b")), 100.0, event(chunk(None, "stop")), DONE]
-    scene = Scene(streams(steps))
+    scene = PipelineFixture(streams(steps))
     told = await scene.ask(ask(stream=True), total=10.0)
     assert (told.status, told.broken, told.at) == (200, False, 200.0)
 
@@ -307,50 +311,50 @@ async def test_a_stream_may_go_on_beyond_the_deadline_once_it_began() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        Says(body=(b'{"id":', CUT)),
-        Says(500, body=(b'{"id":', CUT)),
-        Says(200, (SSE,), (CUT,)),
-        Says(200, (SSE,), (b"data: {", CUT)),
-        Says(200, (SSE,), ()),
-        Says(301, (("Location", "http://elsewhere.test/v1"),)),
-        Says(307, (("Location", "/v1"),)),
-        Says(304),
+        Responds(body=(b'{"id":', CUT)),
+        Responds(500, body=(b'{"id":', CUT)),
+        Responds(200, (SSE,), (CUT,)),
+        Responds(200, (SSE,), (b"data: {", CUT)),
+        Responds(200, (SSE,), ()),
+        Responds(301, (("Location", "http://elsewhere.test/v1"),)),
+        Responds(307, (("Location", "/v1"),)),
+        Responds(304),
         Fails("invalid"),
-        Says(429, body=(b" " * 5_000_000, b" " * 5_000_000)),
+        Responds(429, body=(b" " * 5_000_000, b" " * 5_000_000)),
     ],
 )
-@story
+@virtual_time
 async def test_a_broken_answer_is_502_and_not_asked_for_again(broken: Move) -> None:
-    scene = Scene(broken)
+    scene = PipelineFixture(broken)
     told = await scene.ask(ask(stream=True))
     assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)
     assert (scene.receipt.status, scene.receipt.error) == (502, "upstream_invalid_response")
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # The budget.
 
-UNBROKEN = settings(retry=Retry(jitter=0.0), breaker=Breaker(failures=1000))
+UNBROKEN = settings(retry=RetrySettings(jitter=0.0), breaker=BreakerSettings(failures=1000))
 
 
-@story
+@virtual_time
 async def test_retries_are_bounded_by_a_share_of_the_requests() -> None:
     """Everything fails: ten retries in ten seconds and a fifth of the requests, however many ask."""
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(503)), config=UNBROKEN)
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=UNBROKEN)
     asked = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(50)]
     tolds = [await task for task in asked]
     assert {told.status for told in tolds} == {503}
     assert all(told.headers["X-Should-Retry"] == "false" for told in tolds)
-    assert len(scene.way_up.sent) == 50 + 10 + 10
-    scene.balanced()
+    assert len(scene.transport.sent) == 50 + 10 + 10
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_each_upstream_has_its_own_budget() -> None:
     spare = pool("k2", name="spare", priority=1)
-    config = settings(pool("k1"), spare, retry=Retry(budget=0.0, jitter=0.0, max_delay=1.0))
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: error(503)), config=config)
+    config = settings(pool("k1"), spare, retry=RetrySettings(budget=0.0, jitter=0.0, max_delay=1.0))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=config)
     for n in range(12):
         await scene.ask(ask(str(n)), Options(max_retries=1))
-    budgets = [upstream.budget for upstream in scene.world.upstreams]
+    budgets = [upstream.budget for upstream in scene.services.upstreams]
     assert budgets[1].take(scene.loop.time())  # nobody used it

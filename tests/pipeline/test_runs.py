@@ -10,15 +10,15 @@ import pytest
 
 import proxy.accounting.runs.run
 from proxy.accounting.receipt import Receipt
-from proxy.accounting.runs.registry import RunBook
-from proxy.accounting.runs.run import Run, Share
-from proxy.config.settings import Cache
+from proxy.accounting.runs.registry import RunRegistry
+from proxy.accounting.runs.run import Run, RunShare
+from proxy.config.settings import CacheSettings
 from proxy.protocol.headers import Raw
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
-from tests.pipeline.clock import settled, story
-from tests.pipeline.fixture import Scene, Told, ask, settings
-from tests.pipeline.script import Fails, Says, completion, error, events, says, streams
+from tests.pipeline.clock import settled, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, settings
+from tests.pipeline.script import Fails, Responds, completion, error, events, says, streams
 
 RETRY: tuple[Raw, ...] = ((b"X-Stainless-Retry-Count", b"1"),)
 COST = "X-Proxy-Run-Cost-USD"
@@ -30,15 +30,15 @@ def run(name: str = "one", max_cost: str | None = None, **fields: Any) -> Option
     return Options(run=name, max_cost=Decimal(max_cost) if max_cost is not None else None, **fields)
 
 
-def answers(count: int) -> list[Says]:
+def answers(count: int) -> list[Responds]:
     return [says(completion(f"answer {number}")) for number in range(count)]
 
 
-def text(told: Told) -> str:
+def text(told: Result) -> str:
     return str(told.json()["choices"][0]["message"]["content"])
 
 
-def money(told: Told) -> tuple[str, str]:
+def money(told: Result) -> tuple[str, str]:
     """(cost, saved) so far, as any answer says it."""
     if told.refusal is not None:
         headers = dict(told.refusal.headers)
@@ -49,15 +49,15 @@ def money(told: Told) -> tuple[str, str]:
     return headers[COST], headers[SAVED]
 
 
-async def report(scene: Scene, name: str = "one") -> dict[str, Any]:
-    found = await scene.world.runs.report(name)
+async def report(scene: PipelineFixture, name: str = "one") -> dict[str, Any]:
+    found = await scene.services.runs.report(name)
     assert found is not None
     return found
 
 
-@story
+@virtual_time
 async def test_ten_calls_are_ten_answers_and_the_next_run_gets_the_same_in_order_free() -> None:
-    scene = Scene(*answers(11))
+    scene = PipelineFixture(*answers(11))
     first = [await scene.ask(ask(temperature=1), run("one")) for _ in range(10)]
     assert [text(told) for told in first] == [f"answer {number}" for number in range(10)]
     second = [await scene.ask(ask(temperature=1), run("two")) for _ in range(10)]
@@ -70,14 +70,14 @@ async def test_ten_calls_are_ten_answers_and_the_next_run_gets_the_same_in_order
         ("0.000000", "0.022500"),
     ]
     assert text(await scene.ask(ask(temperature=1), run("two"))) == "answer 10"
-    assert len(scene.way_up.sent) == 11
+    assert len(scene.transport.sent) == 11
     assert scene.receipt.run == "two"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_ten_at_once_are_ten_answers() -> None:
-    scene = Scene(*answers(10))
+    scene = PipelineFixture(*answers(10))
     told = await asyncio.gather(*[scene.ask(None, run()) for _ in range(10)])
     assert {text(one) for one in told} == {f"answer {number}" for number in range(10)}
     again = await asyncio.gather(*[scene.ask(None, run("two")) for _ in range(10)])
@@ -85,18 +85,18 @@ async def test_ten_at_once_are_ten_answers() -> None:
     assert (await report(scene))["cost_usd"] == "0.022500"
 
 
-@story
+@virtual_time
 async def test_number_0_is_the_entry_of_a_request_without_a_run() -> None:
-    scene = Scene(*answers(3))
+    scene = PipelineFixture(*answers(3))
     assert text(await scene.ask()) == "answer 0"
     assert [text(await scene.ask(None, run())) for _ in range(2)] == ["answer 0", "answer 1"]
     assert text(await scene.ask(None, Options(sample="0"))) == "answer 0"
     assert text(await scene.ask(None, Options(sample="1"))) == "answer 1"
 
 
-@story
+@virtual_time
 async def test_a_sample_of_ones_own_is_taken_as_it_is() -> None:
-    scene = Scene(*answers(3))
+    scene = PipelineFixture(*answers(3))
     told = [await scene.ask(None, run(sample=sample)) for sample in ("5", "5", "0")]
     assert [text(one) for one in told] == ["answer 0", "answer 0", "answer 1"]
     assert text(await scene.ask(None, run())) == "answer 1"  # number 0: the others had none
@@ -104,21 +104,21 @@ async def test_a_sample_of_ones_own_is_taken_as_it_is() -> None:
     assert (found["requests"], found["hits"], found["misses"], found["distinct_keys"]) == (4, 2, 2, 1)
 
 
-@story
+@virtual_time
 async def test_other_requests_have_numbers_of_their_own() -> None:
-    scene = Scene(*answers(4))
+    scene = PipelineFixture(*answers(4))
     told = [await scene.ask(ask(question), run()) for question in "abab"]
     assert [text(one) for one in told] == [f"answer {number}" for number in range(4)]
     assert text(await scene.ask(ask("b"), run("two"))) == "answer 1"
 
 
-@story
+@virtual_time
 async def test_runs_of_the_same_name_are_not_one_run() -> None:
-    scene = Scene(*answers(4))
+    scene = PipelineFixture(*answers(4))
     anna, otto = Client("anna", "same scope"), Client("otto", "same scope")
     for client in (anna, anna, otto):
         await scene.ask(None, run(), client=client)
-    assert len(scene.way_up.sent) == 2  # they share entries here, but otto starts at 0
+    assert len(scene.transport.sent) == 2  # they share entries here, but otto starts at 0
     guests = [Client("", f"credential {digest}") for digest in "ab"]
     for guest in guests:
         await scene.ask(None, run("guests"), client=guest)
@@ -131,9 +131,9 @@ async def test_runs_of_the_same_name_are_not_one_run() -> None:
     assert len((await report(scene, "guests"))["clients"]) == 2
 
 
-@story
+@virtual_time
 async def test_a_retry_of_the_sdk_keeps_its_number() -> None:
-    scene = Scene(error(500), *answers(3))
+    scene = PipelineFixture(error(500), *answers(3))
     once = run(max_retries=0)
     assert (await scene.ask(None, once)).status == 500
     assert text(await scene.ask(None, once, headers=RETRY)) == "answer 0"
@@ -143,9 +143,9 @@ async def test_a_retry_of_the_sdk_keeps_its_number() -> None:
     assert (found["requests"], found["errors"], found["misses"]) == (3, 1, 2)
 
 
-@story
+@virtual_time
 async def test_a_retry_after_a_client_that_gave_up() -> None:
-    scene = Scene(Fails("hang"), *answers(2))
+    scene = PipelineFixture(Fails("hang"), *answers(2))
     task = asyncio.create_task(scene.ask(None, run()))
     await settled()
     task.cancel()
@@ -158,18 +158,18 @@ async def test_a_retry_after_a_client_that_gave_up() -> None:
 
 
 @pytest.mark.parametrize("count", [b"0", b"", b"x", b"-1"])
-@story
+@virtual_time
 async def test_what_is_no_retry_is_a_new_request(count: bytes) -> None:
-    scene = Scene(*answers(2))
+    scene = PipelineFixture(*answers(2))
     headers = ((b"x-stainless-retry-count", count),)
     told = [await scene.ask(None, run(), headers=headers) for _ in range(2)]
     assert [text(one) for one in told] == ["answer 0", "answer 1"]
 
 
-@story
+@virtual_time
 async def test_streams_are_numbered_and_counted_when_they_end() -> None:
     spoken = [events(str(number), usage=True) for number in range(2)]
-    scene = Scene(*[streams([first, 1.0, *rest]) for first, *rest in spoken])
+    scene = PipelineFixture(*[streams([first, 1.0, *rest]) for first, *rest in spoken])
     request = ask(stream=True)
     told = [await scene.ask(request, run()) for _ in range(2)]
     assert [money(one)[0] for one in told] == ["0.000000", "0.002250"]  # at its start its own cost is not known yet
@@ -178,29 +178,29 @@ async def test_streams_are_numbered_and_counted_when_they_end() -> None:
     assert [one.body for one in again] == [one.body for one in told]
 
 
-@story
+@virtual_time
 async def test_a_broken_stream_is_not_delivered() -> None:
-    scene = Scene(streams(events("x")[:-2]), *answers(1))
+    scene = PipelineFixture(streams(events("x")[:-2]), *answers(1))
     assert (await scene.ask(ask(stream=True), run())).broken
     await scene.ask(ask(), run(), headers=RETRY)
     again = await scene.ask(ask(), run("two"))
     assert again.cache == "hit"
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
 
 
-@pytest.mark.parametrize("config", [Cache(backend="off"), Cache(when="never")])
-@story
-async def test_without_a_cache_nothing_is_numbered_but_all_is_counted(config: Cache) -> None:
-    scene = Scene(*answers(2), config=settings(cache=config))
+@pytest.mark.parametrize("config", [CacheSettings(backend="off"), CacheSettings(when="never")])
+@virtual_time
+async def test_without_a_cache_nothing_is_numbered_but_all_is_counted(config: CacheSettings) -> None:
+    scene = PipelineFixture(*answers(2), config=settings(cache=config))
     for _ in range(2):
         told = await scene.ask(None, run())
     assert money(told) == ("0.004500", "0.000000")
     assert (await report(scene))["distinct_keys"] == 0
 
 
-@story
+@virtual_time
 async def test_only_if_cached_and_no_room_end_their_numbers_too() -> None:
-    scene = Scene(*answers(1))
+    scene = PipelineFixture(*answers(1))
     assert (await scene.ask(None, run(only_if_cached=True))).refused == "not_cached"
     told = await scene.ask(None, run(), headers=RETRY)
     assert (text(told), money(told)) == ("answer 0", ("0.002250", "0.000000"))
@@ -211,9 +211,9 @@ async def test_only_if_cached_and_no_room_end_their_numbers_too() -> None:
 # What it may cost.
 
 
-@story
+@virtual_time
 async def test_beyond_max_cost_only_stored_answers_are_given() -> None:
-    scene = Scene(*answers(4))
+    scene = PipelineFixture(*answers(4))
     capped = run(max_cost="0.0045")
     assert [(await scene.ask(ask("a"), capped)).status for _ in range(2)] == [200, 200]
     told = await scene.ask(ask("b"), capped)
@@ -222,57 +222,57 @@ async def test_beyond_max_cost_only_stored_answers_are_given() -> None:
     assert (told.refusal.should_retry, told.refusal.retry_after, told.refusal.param) == (False, None, "max-cost")
     assert "0.004500" in told.refusal.message
     assert money(told) == ("0.004500", "0.000000")
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     await scene.ask(ask("c"))
     hit = await scene.ask(ask("c"), capped)
     assert (hit.cache, money(hit)) == ("hit", ("0.004500", "0.002250"))
     assert (await scene.ask(ask("b"), run(max_cost="1"))).status != 429  # it may be raised
     assert (await report(scene))["max_cost"] == "1.000000"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_those_under_way_count_with_their_estimates() -> None:
     """gpt-4o: 10 USD per million tokens of output, so each may cost 0.01 and a little."""
-    scene = Scene(*answers(10))
+    scene = PipelineFixture(*answers(10))
     capped = run(max_cost="0.035")
     told = await asyncio.gather(*[scene.ask(ask(max_tokens=1000), capped) for _ in range(10)])
     assert sorted(one.status for one in told) == [200] * 3 + [429] * 7
     after = await scene.ask(ask(max_tokens=1000), capped)  # settled by then: 3 × 0.00225
     assert (after.status, money(after)[0]) == (200, "0.009000")
-    assert scene.world.runs._runs.named("one")[0].held == 0
+    assert scene.services.runs._runs.named("one")[0].held == 0
 
 
-@story
+@virtual_time
 async def test_nothing_may_be_bought_for_nothing() -> None:
-    scene = Scene(*answers(1))
+    scene = PipelineFixture(*answers(1))
     assert (await scene.ask(None, run(max_cost="0"))).refused == "budget_exceeded"
-    assert scene.way_up.sent == []
+    assert scene.transport.sent == []
 
 
-@story
+@virtual_time
 async def test_without_a_limit_the_mean_so_far_is_expected() -> None:
-    scene = Scene(*answers(3))
+    scene = PipelineFixture(*answers(3))
     capped = run(max_cost="0.0044")
     assert (await scene.ask(None, capped)).status == 200
     assert (await scene.ask(None, capped)).status == 200  # 0.002 expected: 200 tokens
     assert (await scene.ask(None, capped)).status == 429
 
 
-@story
+@virtual_time
 async def test_an_answer_without_a_price_is_said_to_be_one() -> None:
-    scene = Scene(*answers(1))
+    scene = PipelineFixture(*answers(1))
     told = await scene.ask(ask(model="nobody-knows"), run(max_cost="1"))
     assert told.status == 200  # its answer names gpt-4o, whose price holds
-    scene = Scene(says(completion(model="nobody-knows")))
+    scene = PipelineFixture(says(completion(model="nobody-knows")))
     told = await scene.ask(ask(model="nobody-knows"), run(max_cost="1"))
     assert (told.status, money(told)) == (200, ("0.000000", "0.000000"))
     assert (await report(scene))["unpriced"] == 1
 
 
-@story
+@virtual_time
 async def test_what_went_up_and_never_came_back_counts_against_the_limit() -> None:
-    scene = Scene(Fails("hang"), *answers(2))
+    scene = PipelineFixture(Fails("hang"), *answers(2))
     capped = run(max_cost="0.025")
     task = asyncio.create_task(scene.ask(ask(max_tokens=2000), capped))
     await settled()
@@ -284,47 +284,47 @@ async def test_what_went_up_and_never_came_back_counts_against_the_limit() -> No
     assert (await scene.ask(ask(max_tokens=100), capped)).status == 200
 
 
-@story
+@virtual_time
 async def test_a_limit_needs_a_run() -> None:
-    scene = Scene()
+    scene = PipelineFixture()
     told = await scene.ask(None, Options(max_cost=Decimal(1)))
     assert (told.status, told.refused) == (400, "invalid_option")
-    assert await scene.world.runs.report("one") is None
+    assert await scene.services.runs.report("one") is None
 
 
-@story
+@virtual_time
 async def test_nothing_is_held_when_all_is_over() -> None:
-    scene = Scene(*answers(1), error(400), error(500))
+    scene = PipelineFixture(*answers(1), error(400), error(500))
     for _ in range(3):
         await scene.ask(ask(max_tokens=10), run(max_cost="9", max_retries=0))
-    mine = scene.world.runs._runs.named("one")[0]
+    mine = scene.services.runs._runs.named("one")[0]
     assert (mine.held, mine.sums.assumed) == (Decimal(0), Decimal(0))
-    assert not scene.world.runs._tickets
+    assert not scene.services.runs._tickets
 
 
-@story
+@virtual_time
 async def test_what_a_client_left_behind_is_counted_when_it_is_over() -> None:
     """Its call may go on for others: its receipt then comes late, and its number is free for a retry at once."""
-    scene = Scene(*answers(1))
-    call, book = scene.call(ask(max_tokens=1000), run()), scene.world.runs
+    scene = PipelineFixture(*answers(1))
+    call, book = scene.request(ask(max_tokens=1000), run()), scene.services.runs
     mine = book.enter(call)
     assert mine is not None
     await book.sample(call, "0" * 64)
-    await book.admit(scene.world, call)
-    book.left(call, gone=True)
+    await book.admit(scene.services, call)
+    book.abandoned(call, gone=True)
     assert mine.number("0" * 64, True) == 0
     assert mine.held > 0
     receipt = Receipt(call.id, "", "chat", "gpt-4o", 499, "miss", 0.0, attempts=1, cost_usd="0.5", error="client_gone")
     book.finished(receipt)
     assert (mine.held, mine.cost, mine.sums.errors) == (Decimal(0), Decimal("0.5"), 1)
     book.finished(receipt)
-    book.left(call, gone=True)
+    book.abandoned(call, gone=True)
     assert mine.sums.requests == 1
 
 
-@story
+@virtual_time
 async def _too_many_different_requests() -> None:
-    scene = Scene(*answers(3))
+    scene = PipelineFixture(*answers(3))
     for question in ("a", "b", "c"):
         await scene.ask(ask(question), run())
     assert (await report(scene))["distinct_keys"] == 1
@@ -350,20 +350,22 @@ class Alone:
 
     async def ended(self, run: Run, key: str, number: int, delivered: bool) -> None: ...
 
-    async def share(self, run: Run, share: Share, before: Decimal = NONE, limit: Decimal | None = None) -> bool | None:
+    async def share(
+        self, run: Run, share: RunShare, before: Decimal = NONE, limit: Decimal | None = None
+    ) -> bool | None:
         return None
 
     async def read(self, name: str) -> None:
         return None
 
 
-@story
+@virtual_time
 async def test_without_the_redis_it_shares_a_process_goes_on_alone() -> None:
-    scene = Scene(*answers(3))
-    scene.world.runs = RunBook(scene.seams, Alone())
-    await scene.world.runs.open()
+    scene = PipelineFixture(*answers(3))
+    scene.services.runs = RunRegistry(scene.clock, Alone())
+    await scene.services.runs.open()
     told = [await scene.ask(ask(max_tokens=1000), run(max_cost="0.0124")) for _ in range(3)]
     assert [one.status for one in told] == [200, 200, 429]  # 0.00225 spent each, and 0.01 to be reserved
     found = await report(scene)
     assert (found["requests"], found["distinct_keys"], found["cost_usd"]) == (3, 1, "0.004500")
-    await scene.world.runs.close()
+    await scene.services.runs.close()

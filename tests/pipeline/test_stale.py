@@ -7,59 +7,59 @@ from dataclasses import replace
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.config.settings import Cache, Retry, Throttle, Ttl
+from proxy.config.settings import CacheSettings, RetrySettings, ThrottleSettings, TtlSettings
 from proxy.pipeline.stale import PAUSE
 from proxy.protocol.options import Options
-from proxy.upstream.retry.outcome import may_be_stood_in_for
-from tests.pipeline.clock import settled, story
-from tests.pipeline.fixture import Scene, Told, ask, pool, settings
+from proxy.upstream.retry.outcome import allows_stale
+from tests.pipeline.clock import settled, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
 from tests.pipeline.script import Fails, Move, completion, error, rate_limited, says, streams
 
-QUICK = {"retry": Retry(max_retries=0, jitter=0.0)}
+QUICK = {"retry": RetrySettings(max_retries=0, jitter=0.0)}
 
 
-def scene(*moves: Move, revalidate: float = 0.0, on_error: float = 0.0) -> Scene:
-    cache = Cache(ttl=Ttl(chat=100.0), stale_while_revalidate=revalidate, stale_if_error=on_error)
-    return Scene(*moves, config=settings(cache=cache, **QUICK))
+def scene(*moves: Move, revalidate: float = 0.0, on_error: float = 0.0) -> PipelineFixture:
+    cache = CacheSettings(ttl=TtlSettings(chat=100.0), stale_while_revalidate=revalidate, stale_if_error=on_error)
+    return PipelineFixture(*moves, config=settings(cache=cache, **QUICK))
 
 
-def content(told: Told) -> str:
+def content(told: Result) -> str:
     found: str = told.json()["choices"][0]["message"]["content"]
     return found
 
 
-def stale(told: Told) -> str:
+def stale(told: Result) -> str:
     return told.hit.stale if told.hit is not None else "no hit"
 
 
-@story
+@virtual_time
 async def test_a_stale_answer_is_served_at_once_and_renewed_behind_it() -> None:
     play = scene(says(completion("old")), says(completion("new"), wait=5.0), revalidate=50.0)
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     for _ in range(3):  # one call, however often it is asked for
         told = await play.ask()
         assert (told.at, content(told), stale(told)) == (0.0, "old", "stale-while-revalidate")
         assert (play.receipt.cache, play.receipt.cost_usd, play.receipt.saved_usd) == ("stale", "0.000000", "0.002250")
-    await play.seams.sleep(6.0)
+    await play.clock.sleep(6.0)
     told = await play.ask()
     assert (content(told), stale(told)) == ("new", "")
-    assert len(play.way_up.sent) == 2
+    assert len(play.transport.sent) == 2
     bought = play.receipts[-1]
     assert (bought.client, bought.reason, bought.cost_usd) == ("", "stale-while-revalidate", "0.002250")
-    play.balanced()
+    play.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_stale_stream_is_renewed_too() -> None:
     play = scene(streams(), streams(), revalidate=50.0)
     first = await play.ask(ask(stream=True))
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     told = await play.ask(ask(stream=True))
     assert (told.body, stale(told)) == (first.body, "stale-while-revalidate")
     await settled(50)
     assert stale(await play.ask(ask(stream=True))) == ""
-    play.balanced()
+    play.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -73,50 +73,50 @@ async def test_a_stale_stream_is_renewed_too() -> None:
         (120.0, Options(no_store=True), "bypass"),
     ],
 )
-@story
+@virtual_time
 async def test_how_stale_it_may_be(age: float, options: Options, cache: str) -> None:
     play = scene(says(), says(), revalidate=50.0)
     await play.ask()
-    await play.seams.sleep(age)
+    await play.clock.sleep(age)
     assert (await play.ask(None, options)).cache == cache
     await settled(50)
 
 
-@story
+@virtual_time
 async def test_only_if_cached_takes_a_stale_one_and_calls_nobody() -> None:
     play = scene(says(), revalidate=50.0)
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     assert stale(await play.ask(None, Options(only_if_cached=True))) == "stale-while-revalidate"
     await settled(50)
-    assert len(play.way_up.sent) == 1
+    assert len(play.transport.sent) == 1
 
 
-@story
+@virtual_time
 async def test_a_refresh_that_failed_is_not_tried_again_at_once() -> None:
     play = scene(says(completion("old")), error(500), says(completion("new")), revalidate=500.0)
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     for _ in range(3):
         assert content(await play.ask()) == "old"
         await settled(50)
-    assert len(play.way_up.sent) == 2
-    await play.seams.sleep(PAUSE + 1)
+    assert len(play.transport.sent) == 2
+    await play.clock.sleep(PAUSE + 1)
     await play.ask()
     await settled(50)
     assert content(await play.ask()) == "new"
-    play.balanced()
+    play.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_what_is_renewed_when_the_proxy_stops_is_given_up() -> None:
     play = scene(says(), says(wait=1000.0), revalidate=50.0)
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     await play.ask()
     await settled()
-    await play.journey.refresher.close()
-    play.balanced()
+    await play.journey.revalidator.close()
+    play.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -133,29 +133,29 @@ async def test_what_is_renewed_when_the_proxy_stops_is_given_up() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@story
+@virtual_time
 async def test_a_stale_answer_stands_in_for_a_failure(move: Move, why: str) -> None:
     play = scene(says(completion("old")), move, on_error=50.0)
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     told = await play.ask()
     assert (told.status, stale(told), content(told)) == (200, f"stale-if-error: {why}", "old")
     assert told.hit is not None
-    assert (told.hit.forwarded, told.hit.attempts) == (True, 1)
+    assert (told.hit.fwd, told.hit.attempts) == (True, 1)
     assert len(play.receipts) == 2  # one for each request: the failure is in the second
     receipt = play.receipt
     assert (receipt.id, receipt.cache, receipt.status, receipt.error) == (told.hit.id, "stale", 200, "")
     assert receipt.reason == f"stale-if-error: {why}"
     assert (receipt.cost_usd, receipt.saved_usd, receipt.attempts) == ("0.000000", "0.002250", 1)
-    play.balanced()
+    play.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize("move", [error(400), error(404), error(422), error(413)])
-@story
+@virtual_time
 async def test_what_is_the_requests_own_fault_is_told(move: Move) -> None:
     play = scene(says(), move, on_error=50.0)
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     told = await play.ask()
     assert told.status in (400, 404, 413, 422)
     assert (len(play.receipts), play.receipt.cache) == (2, "miss")
@@ -177,49 +177,49 @@ async def test_what_is_the_requests_own_fault_is_told(move: Move) -> None:
         (50.0, Options(no_store=True, stale_if_error=60), 101.0, 500),
     ],
 )
-@story
+@virtual_time
 async def test_how_stale_it_may_be_in_place_of_a_failure(
     setting: float, asked: Options | None, age: float, status: int
 ) -> None:
     play = scene(says(), error(500), on_error=setting)
     await play.ask()
-    await play.seams.sleep(age)
+    await play.clock.sleep(age)
     assert (await play.ask(None, asked)).status == status
-    play.balanced()
+    play.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_it_stands_in_in_either_form() -> None:
     play = scene(streams(), error(502), error(502), on_error=50.0)
     first = await play.ask(ask(stream=True))
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     told = await play.ask(ask(stream=True))
     assert (told.body, stale(told)) == (first.body, "stale-if-error: upstream_502")
     told = await play.ask()
     assert (content(told), stale(told)) == ("Hello wörld 🌍", "stale-if-error: upstream_502")
 
 
-@story
+@virtual_time
 async def test_every_key_is_tried_first() -> None:
-    cache = Cache(ttl=Ttl(chat=100.0), stale_if_error=5000.0)
-    config = settings(pool("k1", "k2"), cache=cache, retry=Retry(jitter=0.0))
-    play = Scene(says(), rate_limited("9000"), rate_limited("9000"), config=replace(config))
+    cache = CacheSettings(ttl=TtlSettings(chat=100.0), stale_if_error=5000.0)
+    config = settings(pool("k1", "k2"), cache=cache, retry=RetrySettings(jitter=0.0))
+    play = PipelineFixture(says(), rate_limited("9000"), rate_limited("9000"), config=replace(config))
     await play.ask()
-    await play.seams.sleep(120.0)
+    await play.clock.sleep(120.0)
     assert stale(await play.ask()) == "stale-if-error: upstream_429"
-    assert len(play.way_up.sent) == 3
+    assert len(play.transport.sent) == 3
     told = await play.ask(None, None, patience=0.0)  # now both are cooling
     assert stale(told) == "stale-if-error: keys_cooling"
-    assert len(play.way_up.sent) == 3
+    assert len(play.transport.sent) == 3
 
 
-@story
+@virtual_time
 async def test_our_own_limits_are_no_failure_of_the_upstream() -> None:
-    cache = Cache(ttl=Ttl(chat=10.0), stale_if_error=5000.0)
-    config = settings(cache=cache, throttle=Throttle(limits={"*": Limits(rpm=1)}, max_wait=0.0))
-    play = Scene(says(), config=config)
+    cache = CacheSettings(ttl=TtlSettings(chat=10.0), stale_if_error=5000.0)
+    config = settings(cache=cache, throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
+    play = PipelineFixture(says(), config=config)
     await play.ask()
-    await play.seams.sleep(11.0)
+    await play.clock.sleep(11.0)
     assert (await play.ask()).refused == "throttled"
 
 
@@ -246,4 +246,4 @@ async def test_our_own_limits_are_no_failure_of_the_upstream() -> None:
     ],
 )
 def test_what_may_be_stood_in_for(status: int, error: str, may: bool) -> None:
-    assert may_be_stood_in_for(status, error) is may
+    assert allows_stale(status, error) is may

@@ -9,13 +9,13 @@ import orjson
 import pytest
 
 import proxy.pipeline.relay
-from proxy.config.settings import Cost
+from proxy.config.settings import CostSettings
 from proxy.pipeline.relay import READ_ON
 from proxy.protocol.options import Options
 from proxy.protocol.sse import data_of
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.pipeline.clock import settled, story
-from tests.pipeline.fixture import Scene, Told, ask, settings
+from tests.pipeline.clock import settled, virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, settings
 from tests.pipeline.script import DONE, HANG, Step, chunk, error, event, events, streams
 
 CUT = TransportFailure("invalid", "the upstream cut its answer short")
@@ -23,7 +23,7 @@ SILENT = TransportFailure("timeout", "the upstream fell silent")
 STREAM = ask(stream=True)
 ASKED = ask(stream=True, stream_options={"include_usage": True})
 WHOLE = b"".join(events())
-OFF = settings(cost=Cost(stream_usage="off"))
+OFF = settings(cost=CostSettings(stream_usage="off"))
 
 
 def last_error(body: bytes) -> Any:
@@ -36,7 +36,9 @@ def last_error(body: bytes) -> Any:
 # Drain, silence, and clients that leave.
 
 
-async def started(scene: Scene, document: dict[str, Any], options: Options | None = None) -> asyncio.Task[Told]:
+async def started(
+    scene: PipelineFixture, document: dict[str, Any], options: Options | None = None
+) -> asyncio.Task[Result]:
     task = scene.loop.create_task(scene.ask(document, options))
     await settled()
     return task
@@ -45,12 +47,12 @@ async def started(scene: Scene, document: dict[str, Any], options: Options | Non
 @pytest.mark.parametrize("config", [OFF, settings()], ids=["as it comes", "through the usage filter"])
 @pytest.mark.parametrize("comment", [True, False])
 @pytest.mark.parametrize("extra", [b"", event(chunk("b"))[:30], event(chunk("b"))[:-1]])
-@story
+@virtual_time
 async def test_the_drain_interrupts_with_an_error_event_where_one_can_stand(
     config: Any, comment: bool, extra: bytes
 ) -> None:
     first = event(chunk("a"))
-    scene = Scene(streams([first, *([extra] if extra else []), HANG]), config=config)
+    scene = PipelineFixture(streams([first, *([extra] if extra else []), HANG]), config=config)
     told = await scene.interrupt(await started(scene, STREAM, Options(stream_cost=comment)))
     assert told.broken
     if told.body.startswith(first + extra) and extra:
@@ -59,22 +61,22 @@ async def test_the_drain_interrupts_with_an_error_event_where_one_can_stand(
         assert told.body.startswith(first + b"data: ")
         assert last_error(told.body)["code"] == "draining"
     assert (scene.receipt.status, scene.receipt.error) == (200, "draining")
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_the_drain_interrupts_an_event_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.relay, "MAX_EVENT", 100)
     first, big = event(chunk("a")), event(chunk("x" * 1000))[:500]
-    scene = Scene(streams([first, big, HANG]))
+    scene = PipelineFixture(streams([first, big, HANG]))
     told = await scene.interrupt(await started(scene, STREAM, Options(stream_cost=True)))
     assert (told.broken, told.body) == (True, first + big)
 
 
-@story
+@virtual_time
 async def test_the_drain_interrupts_what_has_not_begun_to_flow() -> None:
     """The client is slow to take the first event."""
-    scene = Scene(streams([event(chunk("a")), HANG]), config=OFF)
+    scene = PipelineFixture(streams([event(chunk("a")), HANG]), config=OFF)
 
     async def stuck(data: bytes) -> None:
         if b"error" not in data:
@@ -83,13 +85,13 @@ async def test_the_drain_interrupts_what_has_not_begun_to_flow() -> None:
     scene.write = stuck
     told = await scene.interrupt(await started(scene, STREAM))
     assert (told.broken, last_error(told.body)["code"]) == (True, "draining")
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(("failure", "code"), [(CUT, "upstream_invalid_response"), (SILENT, "upstream_timeout")])
-@story
+@virtual_time
 async def test_a_failure_in_the_middle_is_told_and_has_no_clean_end(failure: TransportFailure, code: str) -> None:
-    scene = Scene(streams([*events()[:2], failure]), streams())
+    scene = PipelineFixture(streams([*events()[:2], failure]), streams())
     told = await scene.ask(STREAM)
     assert told.broken
     assert told.body.startswith(b"".join(events()[:2]))
@@ -97,21 +99,21 @@ async def test_a_failure_in_the_middle_is_told_and_has_no_clean_end(failure: Tra
     assert (problem["code"], problem["type"]) == (code, "server_error")
     assert (scene.receipt.status, scene.receipt.error) == (200, code)
     assert (await scene.ask(STREAM)).cache == "miss"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_upstream_that_told_of_its_failure_is_not_talked_over() -> None:
     steps = [event(chunk("a")), event({"error": {"message": "theirs"}})]
-    scene = Scene(streams([*steps, CUT]), config=OFF)
+    scene = PipelineFixture(streams([*steps, CUT]), config=OFF)
     told = await scene.ask(STREAM)
     assert (told.broken, told.body) == (True, b"".join(steps))
 
 
 @pytest.mark.parametrize("how", [ConnectionResetError("the client is gone"), None], ids=["a failed write", "cancelled"])
-@story
+@virtual_time
 async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None:
-    scene = Scene(streams([*events()[:2], 1.0, *events()[2:-1], 9.0, DONE]), streams())
+    scene = PipelineFixture(streams([*events()[:2], 1.0, *events()[2:-1], 9.0, DONE]), streams())
     task = await started(scene, STREAM)
 
     async def fail(data: bytes) -> None:
@@ -123,24 +125,24 @@ async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None
     scene.write = fail
     with pytest.raises(asyncio.CancelledError if how is None else ConnectionResetError):
         await task
-    assert scene.loop.time() - scene.way_up.sent[0].at == 1.0  # not 10: the upstream was closed at once
+    assert scene.loop.time() - scene.transport.sent[0].at == 1.0  # not 10: the upstream was closed at once
     assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
     assert scene.used()["tpm"] > 0  # what went up keeps the estimate
-    scene.balanced()
+    scene.assert_nothing_leaked()
     scene.write = None
     assert (await scene.ask(STREAM)).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_a_client_gone_before_the_first_byte() -> None:
-    scene = Scene(streams([*events()[:1], HANG]), error(400))
-    call = scene.call(STREAM)
-    bought = await scene.journey.sharing.buy(call, await scene.journey.planner.plan(call))
-    assert bought.flow is not None
-    bought.flow.abandon()
-    bought.flow.abandon()
+    scene = PipelineFixture(streams([*events()[:1], HANG]), error(400))
+    request = scene.request(STREAM)
+    bought = await scene.journey.coalescer.fetch(request, await scene.journey.planner.plan(request))
+    assert bought.stream is not None
+    bought.stream.client_left()
+    bought.stream.client_left()
     assert [receipt.status for receipt in scene.receipts] == [499]
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # The end, and what comes after it.
@@ -152,12 +154,12 @@ async def test_a_client_gone_before_the_first_byte() -> None:
     [((), True), ((0.5, b"\n"), True), ((HANG,), False), ((CUT,), True)],
     ids=["", "late", "never", "cut"],
 )
-@story
+@virtual_time
 async def test_a_client_that_hangs_up_at_done_got_all_there_is(
     how: Exception | None, after: tuple[Step, ...], kept: bool
 ) -> None:
     """Most SDKs do. The answer is stored, priced and whole; what is left upstream is read for a second at most."""
-    scene = Scene(streams([1.0, *events(usage=True), *after]))
+    scene = PipelineFixture(streams([1.0, *events(usage=True), *after]))
     task = await started(scene, STREAM)
 
     async def write(data: bytes) -> None:
@@ -173,28 +175,28 @@ async def test_a_client_that_hangs_up_at_done_got_all_there_is(
     assert (scene.receipt.status, scene.receipt.error, scene.receipt.cost_usd) == (200, "", "0.002250")
     scene.write = None
     assert (await scene.ask(STREAM)).cache == "hit"
-    await scene.seams.sleep(READ_ON)
+    await scene.clock.sleep(READ_ON)
     await settled()
-    [reply] = scene.way_up.replies
+    [reply] = scene.transport.replies
     assert (reply.finished, reply.closed > 0) == (kept, True)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
     for failure in (CUT, SILENT):
-        scene = Scene(streams([*events(), failure]), config=OFF)
+        scene = PipelineFixture(streams([*events(), failure]), config=OFF)
         told = await scene.ask(STREAM)
         assert (told.body, told.broken) == (WHOLE, False)
         assert [(receipt.status, receipt.error) for receipt in scene.receipts] == [(200, "")]
         assert (await scene.ask(STREAM)).cache == "hit"
-        scene.balanced()
+        scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_what_has_been_said_is_a_hit_before_the_upstream_hangs_up() -> None:
-    scene = Scene(streams([*events(), 5.0]), config=OFF)
+    scene = PipelineFixture(streams([*events(), 5.0]), config=OFF)
     task = await started(scene, STREAM)
     assert (await scene.ask(STREAM)).cache == "hit"
     assert (await task).at == 5.0
-    scene.balanced()
+    scene.assert_nothing_leaked()

@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config.settings import Cost
+from proxy.config.settings import CostSettings
 from proxy.cost.pricing import usd
 from proxy.pipeline.relay import with_comment
 from proxy.protocol.options import Options
-from tests.pipeline.clock import run, story
-from tests.pipeline.fixture import Scene, ask, pool, settings
+from tests.pipeline.clock import run, virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
 from tests.pipeline.script import (
     DONE,
     HANG,
     USAGE,
-    Says,
-    ScriptedWayUp,
+    Responds,
+    ScriptedTransport,
     Sent,
     chunk,
     error,
@@ -63,46 +63,46 @@ INCLUDE = {"include_usage": True}
     ],
     ids=["absent", "empty", "other options", "asked for", "explicitly not", "explicitly null"],
 )
-@story
+@virtual_time
 async def test_usage_is_asked_for_only_where_the_client_left_it_open(options: Any, sent: Any, seen: bytes) -> None:
     """And what only we asked for is taken out again."""
 
-    def upstream(request: Sent) -> Says:
+    def upstream(request: Sent) -> Responds:
         asked = request.json().get("stream_options", {}).get("include_usage")
         return streams(events(usage=asked is True))
 
-    scene = Scene(way_up=ScriptedWayUp(otherwise=upstream))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=upstream))
     document = stream() if options is None else stream(stream_options=options)
     told = await scene.ask(document)
-    assert scene.way_up.sent[0].json()["stream_options"] == sent
+    assert scene.transport.sent[0].json()["stream_options"] == sent
     assert told.body == seen
     explicitly_not = isinstance(options, dict) and options.get("include_usage", 1) in (False, None)
     assert scene.receipt.cost_status == ("estimated" if explicitly_not else "exact")
     assert (scene.receipt.cost_usd == "0.002250") is not explicitly_not
 
 
-@story
+@virtual_time
 async def test_only_that_field_changes() -> None:
     body = b'{ "model":"gpt-4o",  "stream" : true, "messages":[{"role":"user","content":"h\\u00e9"}]\n}'
-    scene = Scene(streams())
+    scene = PipelineFixture(streams())
     await scene.ask(orjson.loads(body), body=body)
-    assert scene.way_up.sent[0].body == body.replace(b"\n}", b',"stream_options":{"include_usage":true}\n}')
+    assert scene.transport.sent[0].body == body.replace(b"\n}", b',"stream_options":{"include_usage":true}\n}')
 
 
-@story
+@virtual_time
 async def test_switched_off_nothing_is_asked_for() -> None:
-    scene = Scene(streams(events()), config=settings(cost=Cost(stream_usage="off")))
+    scene = PipelineFixture(streams(events()), config=settings(cost=CostSettings(stream_usage="off")))
     await scene.ask(stream())
-    assert "stream_options" not in scene.way_up.sent[0].json()
+    assert "stream_options" not in scene.transport.sent[0].json()
     assert scene.receipt.cost_status == "estimated"
 
 
-@story
+@virtual_time
 async def test_other_endpoints_and_plain_requests_are_left_alone() -> None:
-    scene = Scene(says(), streams([event({"type": "response.completed", "response": {}})]))
+    scene = PipelineFixture(says(), streams([event({"type": "response.completed", "response": {}})]))
     await scene.ask()
     await scene.ask({"model": "gpt-4o", "input": "Hi", "stream": True}, target="/v1/responses")
-    assert all("stream_options" not in sent.json() for sent in scene.way_up.sent)
+    assert all("stream_options" not in sent.json() for sent in scene.transport.sent)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ async def test_other_endpoints_and_plain_requests_are_left_alone() -> None:
         [*events()[:-1], USAGE.replace(b"\n", b"\r\n"), DONE],
     ],
 )
-@story
+@virtual_time
 async def test_the_chunk_that_only_we_asked_for_is_taken_out(usage_in: list[bytes]) -> None:
-    scene = Scene(streams(usage_in))
+    scene = PipelineFixture(streams(usage_in))
     told = await scene.ask(stream())
     assert told.body == b"".join(piece for piece in usage_in if not piece.startswith(USAGE[:-2]))
     assert scene.receipt.cost_usd == "0.002250"
@@ -123,11 +123,11 @@ async def test_the_chunk_that_only_we_asked_for_is_taken_out(usage_in: list[byte
     assert (hit.cache, hit.body) == ("hit", told.body)
 
 
-@story
+@virtual_time
 async def test_usage_beside_choices_stays_where_it_is() -> None:
     """Some providers put it there unasked: it is not the chunk that we asked for."""
     steps = [event(chunk("a")), event(chunk(None, "stop", usage=usage())), DONE]
-    scene = Scene(streams(steps))
+    scene = PipelineFixture(streams(steps))
     told = await scene.ask(stream())
     assert told.body == b"".join(steps)
     assert scene.receipt.cost_usd == "0.002250"
@@ -138,44 +138,44 @@ async def test_usage_beside_choices_stays_where_it_is() -> None:
 DISLIKE = error(400, "unknown_parameter", message="Unrecognized request argument supplied: stream_options")
 
 
-@story
+@virtual_time
 async def test_an_upstream_that_dislikes_stream_options_is_asked_again_without() -> None:
     """At once, with no retry spent; and it is remembered, for this upstream and model."""
-    scene = Scene(DISLIKE, streams(events()), streams(events()), DISLIKE, streams(events()))
+    scene = PipelineFixture(DISLIKE, streams(events()), streams(events()), DISLIKE, streams(events()))
     told = await scene.ask(stream(), Options(max_retries=0))
     assert (told.status, told.body, told.at, told.attempts) == (200, WITHOUT, 0.0, 2)
     assert "X-Should-Retry" not in told.headers
     assert scene.used() == {"rpm": 2, "tpm": scene.used()["tpm"], "concurrency": 0}
     assert (await scene.ask(stream(n=1))).attempts == 1
-    scene.balanced()
+    scene.assert_nothing_leaked()
     assert (await scene.ask(stream(model="other"))).attempts == 2
-    assert ["stream_options" in sent.json() for sent in scene.way_up.sent] == [True, False, False, True, False]
+    assert ["stream_options" in sent.json() for sent in scene.transport.sent] == [True, False, False, True, False]
 
 
-@story
+@virtual_time
 async def test_what_the_client_asked_for_itself_is_its_own_mistake() -> None:
-    scene = Scene(DISLIKE)
+    scene = PipelineFixture(DISLIKE)
     told = await scene.ask(stream(stream_options={"include_usage": True}))
     assert (told.status, told.attempts) == (400, 1)
 
 
-@story
+@virtual_time
 async def test_another_upstream_may_like_it() -> None:
     first, second = pool("k1", name="first"), pool("k2", name="second", priority=1)
-    scene = Scene(DISLIKE, error(401), streams(), config=settings(first, second))
+    scene = PipelineFixture(DISLIKE, error(401), streams(), config=settings(first, second))
     told = await scene.ask(stream())
     assert (told.status, told.headers["X-Proxy-Upstream"]) == (200, "second")
-    assert ["stream_options" in sent.json() for sent in scene.way_up.sent] == [True, False, True]
+    assert ["stream_options" in sent.json() for sent in scene.transport.sent] == [True, False, True]
 
 
-@story
+@virtual_time
 async def test_what_is_remembered_is_bounded_and_no_request_goes_round_in_circles() -> None:
     """More models than are remembered: each still costs one call more, not an endless number."""
 
-    def upstream(request: Sent) -> Says:
+    def upstream(request: Sent) -> Responds:
         return DISLIKE if "stream_options" in request.json() else streams(events())
 
-    scene = Scene(way_up=ScriptedWayUp(otherwise=upstream))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=upstream))
     for n in range(1200):
         told = await scene.ask(stream(model=f"model-{n}"))
         assert (told.status, told.attempts) == (200, 2)
@@ -186,11 +186,11 @@ async def test_what_is_remembered_is_bounded_and_no_request_goes_round_in_circle
 
 @pytest.mark.parametrize("document", [stream(), stream(stream_options=INCLUDE)], ids=["injected", "asked for"])
 @pytest.mark.parametrize("by_setting", [True, False])
-@story
+@virtual_time
 async def test_the_cost_as_a_comment(document: dict[str, Any], by_setting: bool) -> None:
     """One line, one newline, before [DONE]; a usage chunk that only we asked for is still taken out."""
-    config = settings(cost=Cost(stream_comment=by_setting))
-    scene = Scene(streams(), config=config)
+    config = settings(cost=CostSettings(stream_comment=by_setting))
+    scene = PipelineFixture(streams(), config=config)
     told = await scene.ask(document, Options() if by_setting else COMMENT)
     asked = "stream_options" in document
     assert told.body == b"".join(events(usage=asked)[:-1]) + COST + DONE
@@ -199,9 +199,9 @@ async def test_the_cost_as_a_comment(document: dict[str, Any], by_setting: bool)
     assert hit.body == b"".join(events(usage=asked))
 
 
-@story
+@virtual_time
 async def test_without_the_wish_there_is_no_comment() -> None:
-    scene = Scene(streams(), says())
+    scene = PipelineFixture(streams(), says())
     assert b"x-proxy" not in (await scene.ask(stream())).body
     assert b"x-proxy" not in (await scene.ask(None, COMMENT)).body  # not a stream
 
@@ -235,19 +235,19 @@ async def test_without_the_wish_there_is_no_comment() -> None:
         "said by the model",
     ],
 )
-@story
+@virtual_time
 async def test_there_is_one_comment_and_it_goes_before_done(steps: list[bytes], expected: list[bytes]) -> None:
-    scene = Scene(streams(steps))
+    scene = PipelineFixture(streams(steps))
     told = await scene.ask(stream(), COMMENT)
     comment = re.compile(rb": x-proxy-cost-usd=[0-9.]+ x-proxy-cost-status=estimated [^\n]*\n")
     assert (comment.sub(UNKNOWN, told.body), told.broken) == (b"".join(expected), False)
 
 
-@story
+@virtual_time
 async def test_a_stream_without_usage_is_estimated_from_what_was_asked_and_said() -> None:
     """gpt-4o: 2.5 and 10 USD per million tokens; text counts as its bytes / 4."""
     said = events("x" * 4000, "y" * 4000)
-    scene = Scene(streams(said), config=settings(cost=Cost(stream_usage="off")))
+    scene = PipelineFixture(streams(said), config=settings(cost=CostSettings(stream_usage="off")))
     await scene.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))
     receipt = scene.receipt
     assert receipt.cost_status == "estimated"
@@ -261,9 +261,9 @@ async def test_a_stream_without_usage_is_estimated_from_what_was_asked_and_said(
     assert (hit.entry.usage, hit.entry.cost) == (None, None), "an estimate is no saving"
 
 
-@story
+@virtual_time
 async def test_a_stream_that_its_client_cuts_is_estimated_once() -> None:
-    scene = Scene(streams([event(chunk("x" * 4000)), HANG, *events()]))
+    scene = PipelineFixture(streams([event(chunk("x" * 4000)), HANG, *events()]))
     task = asyncio.create_task(scene.ask(stream()))
     await asyncio.sleep(1.0)
     task.cancel()
@@ -276,16 +276,16 @@ async def test_a_stream_that_its_client_cuts_is_estimated_once() -> None:
     assert receipt.usage.completion_tokens == 1000
 
 
-@story
+@virtual_time
 async def test_what_nobody_has_a_price_for_stays_unknown() -> None:
-    scene = Scene(streams([event(chunk("x", model="unheard-of")), *events()[-1:]]))
+    scene = PipelineFixture(streams([event(chunk("x", model="unheard-of")), *events()[-1:]]))
     await scene.ask(stream(model="unheard-of"))
     assert (scene.receipt.cost_usd, scene.receipt.usage, scene.receipt.cost_status) == (None, None, "unknown")
 
 
-@story
+@virtual_time
 async def test_a_broken_stream_has_no_comment() -> None:
-    scene = Scene(streams(events(usage=True)[:2]))
+    scene = PipelineFixture(streams(events(usage=True)[:2]))
     told = await scene.ask(stream(), COMMENT)
     assert told.broken
     assert b"x-proxy" not in told.body
@@ -297,12 +297,12 @@ def test_however_the_bytes_arrive_the_client_sees_the_same(cuts: list[int], comm
     reads = [WITH[start:end] for start, end in itertools.pairwise(places)]
 
     async def tell() -> None:
-        scene = Scene(streams(reads))
+        scene = PipelineFixture(streams(reads))
         told = await scene.ask(stream(), Options(stream_cost=comment))
         assert told.body == (WITHOUT.replace(DONE, COST + DONE) if comment else WITHOUT)
         assert (await scene.ask(stream())).body == WITHOUT
         assert (await scene.ask(stream(stream_options=INCLUDE))).body == WITH
-        assert len(scene.way_up.sent) == 1
+        assert len(scene.transport.sent) == 1
         assert scene.receipt.cost_usd == "0.002250"
 
     run(tell())

@@ -9,20 +9,20 @@ import orjson
 import pytest
 
 import proxy.pipeline.relay
-from proxy.config.settings import Cache, Cost
+from proxy.config.settings import CacheSettings, CostSettings
 from proxy.protocol.options import Options
 from proxy.protocol.sse import data_of
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, ask, pool, settings
-from tests.pipeline.script import DONE, SSE, Says, Step, chunk, event, events, says, streams
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
+from tests.pipeline.script import DONE, SSE, Responds, Step, chunk, event, events, says, streams
 
 CUT = TransportFailure("invalid", "the upstream cut its answer short")
 SILENT = TransportFailure("timeout", "the upstream fell silent")
 STREAM = ask(stream=True)
 ASKED = ask(stream=True, stream_options={"include_usage": True})
 WHOLE = b"".join(events())
-OFF = settings(cost=Cost(stream_usage="off"))
+OFF = settings(cost=CostSettings(stream_usage="off"))
 
 
 def last_error(body: bytes) -> Any:
@@ -32,16 +32,16 @@ def last_error(body: bytes) -> Any:
     return orjson.loads(told)["error"]
 
 
-@story
+@virtual_time
 async def test_each_read_goes_on_at_once_and_unchanged() -> None:
     """However it is cut, and before the next one is there."""
     reads = [WHOLE[:50], WHOLE[50:51], WHOLE[51:200], WHOLE[200:]]
     steps: list[Any] = [step for read in reads for step in (1.0, read)]
-    scene = Scene(streams(steps), config=OFF)
+    scene = PipelineFixture(streams(steps), config=OFF)
     seen: list[tuple[float, bytes]] = []
 
     async def write(data: bytes) -> None:
-        seen.append((scene.loop.time() - scene.way_up.sent[0].at, data))
+        seen.append((scene.loop.time() - scene.transport.sent[0].at, data))
 
     scene.write = write
     told = await scene.ask(STREAM)
@@ -51,12 +51,12 @@ async def test_each_read_goes_on_at_once_and_unchanged() -> None:
     assert told.headers["X-Proxy-Cost-Status"] == "pending"
     assert "X-Proxy-Cost-USD" not in told.headers
     assert "stored" not in told.headers["Cache-Status"]
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_its_receipt_comes_at_its_end() -> None:
-    scene = Scene(streams([*events(usage=True)[:2], 2.0, *events(usage=True)[2:]]))
+    scene = PipelineFixture(streams([*events(usage=True)[:2], 2.0, *events(usage=True)[2:]]))
     await scene.ask(STREAM)
     [receipt] = scene.receipts
     assert (receipt.status, receipt.stream, receipt.error) == (200, True, "")
@@ -67,17 +67,17 @@ async def test_its_receipt_comes_at_its_end() -> None:
     assert (receipt.upstream_ms, receipt.total_ms) == (2000.0, 2000.0)
 
 
-@story
+@virtual_time
 async def test_a_tier_has_its_own_price() -> None:
-    scene = Scene(streams(events(usage=True, service_tier="priority")))
+    scene = PipelineFixture(streams(events(usage=True, service_tier="priority")))
     assert b": x-proxy-cost-usd=0.003825 " in (await scene.ask(STREAM, Options(stream_cost=True))).body
     assert scene.receipt.cost_usd == "0.003825"
 
 
 @pytest.mark.parametrize("tier", ["flex", "scale"])
-@story
+@virtual_time
 async def test_tiers_without_a_known_price(tier: str) -> None:
-    scene = Scene(streams(events(usage=True, service_tier=tier)))
+    scene = PipelineFixture(streams(events(usage=True, service_tier=tier)))
     told = await scene.ask(STREAM, Options(stream_cost=True))
     assert (scene.receipt.cost_usd, scene.receipt.cost_status) == (None, "unknown")
     assert b"x-proxy-cost-usd=" not in told.body
@@ -85,9 +85,9 @@ async def test_tiers_without_a_known_price(tier: str) -> None:
 
 
 @pytest.mark.parametrize("document", [STREAM, ASKED], ids=["usage not asked for", "usage asked for"])
-@story
+@virtual_time
 async def test_a_whole_stream_is_stored_and_replayed_byte_for_byte(document: dict[str, Any]) -> None:
-    scene = Scene(streams(headers=[("openai-version", "2020-10-01"), ("x-ratelimit-limit-requests", "5")]))
+    scene = PipelineFixture(streams(headers=[("openai-version", "2020-10-01"), ("x-ratelimit-limit-requests", "5")]))
     told = await scene.ask(document)
     hit = await scene.ask(document)
     assert (told.cache, hit.cache, hit.body) == ("miss", "hit", told.body)
@@ -96,20 +96,20 @@ async def test_a_whole_stream_is_stored_and_replayed_byte_for_byte(document: dic
     assert hit.hit.entry.cost == "0.002250"
 
 
-@story
+@virtual_time
 async def test_the_usage_chunk_is_only_for_those_who_asked() -> None:
     """Whoever was first, each gets the stream as the upstream would have sent it to him alone."""
     for first, second in ((STREAM, ASKED), (ASKED, STREAM)):
-        scene = Scene(streams())
+        scene = PipelineFixture(streams())
         tolds = [await scene.ask(first), await scene.ask(second)]
         assert [told.cache for told in tolds] == ["miss", "hit"]
         for document, told in zip((first, second), tolds, strict=True):
             assert told.body == b"".join(events(usage=document is ASKED))
 
 
-@story
+@virtual_time
 async def test_a_stream_without_usage_cannot_serve_those_who_ask() -> None:
-    scene = Scene(streams(events()), streams(), config=OFF)
+    scene = PipelineFixture(streams(events()), streams(), config=OFF)
     await scene.ask(STREAM)
     told = await scene.ask(ASKED)
     assert (told.cache, told.body) == ("miss", b"".join(events(usage=True)))
@@ -127,34 +127,34 @@ NOT_STORED: dict[str, list[bytes]] = {
 
 
 @pytest.mark.parametrize("steps", NOT_STORED.values(), ids=NOT_STORED.keys())
-@story
+@virtual_time
 async def test_whole_but_abnormal_streams_pass_and_are_not_stored(steps: list[bytes]) -> None:
-    scene = Scene(streams(steps), streams(), config=OFF)
+    scene = PipelineFixture(streams(steps), streams(), config=OFF)
     told = await scene.ask(STREAM)
     assert (told.status, told.body, told.broken) == (200, b"".join(steps), False)
     assert scene.receipt.error == ""
     assert (await scene.ask(STREAM)).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_a_pool_key_in_a_stream_is_not_kept() -> None:
     """It has gone to this client; it must not rest in the cache and go to others."""
-    scene = Scene(streams(events("your key is ", "sk-k1", "!")), streams())
+    scene = PipelineFixture(streams(events("your key is ", "sk-k1", "!")), streams())
     await scene.ask(STREAM)
     assert (await scene.ask(STREAM)).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_a_pool_key_in_a_streams_header() -> None:
-    scene = Scene(streams(headers=[("x-debug", "sk-k1")]), streams())
+    scene = PipelineFixture(streams(headers=[("x-debug", "sk-k1")]), streams())
     told = await scene.ask(STREAM)
     assert dict(told.raw_headers)[b"x-debug"] == b"***"
     assert (await scene.ask(STREAM)).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_a_stream_too_large_for_the_cache_flows_all_the_same() -> None:
-    scene = Scene(streams(), streams(), config=settings(cache=Cache(max_entry=100)))
+    scene = PipelineFixture(streams(), streams(), config=settings(cache=CacheSettings(max_entry=100)))
     told = await scene.ask(ASKED)
     assert told.body == b"".join(events(usage=True))
     assert (await scene.ask(ASKED)).cache == "miss"
@@ -163,106 +163,110 @@ async def test_a_stream_too_large_for_the_cache_flows_all_the_same() -> None:
 # What comes before the first event.
 
 
-@story
+@virtual_time
 async def test_comments_before_the_first_event_hold_the_headers_back() -> None:
     """Until then all can still be tried again."""
     ping = b": OPENROUTER PROCESSING\n\n"
     refused: list[Step] = [ping, 1.0, ping, event({"error": {"message": "overloaded", "type": "server_error"}})]
-    scene = Scene(streams(refused), streams([ping, 1.0, ping, *events()]), config=OFF)
+    scene = PipelineFixture(streams(refused), streams([ping, 1.0, ping, *events()]), config=OFF)
     told = await scene.ask(STREAM)
     assert (told.status, told.body, told.attempts) == (200, ping + ping + WHOLE, 2)
     hit = await scene.ask(STREAM)
     assert (hit.cache, hit.body) == ("hit", told.body)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_first_error_that_persists_is_shown_as_it_came() -> None:
     bad = event({"error": {"message": "overloaded", "type": "server_error"}})
-    scene = Scene(*[streams([bad])] * 4, streams(), config=OFF)
+    scene = PipelineFixture(*[streams([bad])] * 4, streams(), config=OFF)
     told = await scene.ask(STREAM)
     assert (told.status, told.body, told.attempts) == (200, bad, 4)
     assert (await scene.ask(STREAM)).cache == "miss"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_first_error_that_is_the_clients_own_is_not_retried() -> None:
     bad = event({"error": {"message": "too long", "type": "invalid_request_error"}})
-    scene = Scene(streams([bad]))
+    scene = PipelineFixture(streams([bad]))
     told = await scene.ask(STREAM)
     assert (told.status, told.body, told.attempts) == (200, bad, 1)
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_first_error_on_every_key() -> None:
     bad = event({"error": {"message": "no", "code": "insufficient_quota"}})
-    scene = Scene(streams([bad]), streams([bad]), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(streams([bad]), streams([bad]), config=settings(pool("k1", "k2")))
     told = await scene.ask(STREAM)
     assert (told.status, told.body, told.attempts) == (200, bad, 2)
     assert told.headers["X-Proxy-Error"] == "no_usable_key"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_first_event_larger_than_is_held_for_it() -> None:
     """A megabyte in one line: it flows, and the rest of the story is the same."""
     big = events("x" * 1_000_000)
     first = big[0]
-    scene = Scene(streams([first[:50_000], first[50_000:100_000], 1.0, first[100_000:], *big[1:]]), config=OFF)
+    scene = PipelineFixture(
+        streams([first[:50_000], first[50_000:100_000], 1.0, first[100_000:], *big[1:]]), config=OFF
+    )
     told = await scene.ask(STREAM)
     assert told.body == b"".join(big)
     assert told.reads[0] == first[:50_000]
     assert (await scene.ask(STREAM)).cache == "hit"
 
 
-@story
+@virtual_time
 async def test_a_stream_of_nothing_but_comments() -> None:
-    scene = Scene(streams([b": ping\n\n"]))
+    scene = PipelineFixture(streams([b": ping\n\n"]))
     told = await scene.ask(STREAM)
     assert told.broken or told.status == 502
     assert scene.receipt.error == "upstream_invalid_response"
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
 # Odd shapes.
 
 
-@story
+@virtual_time
 async def test_a_stream_nobody_asked_for_passes() -> None:
-    scene = Scene(streams(events()), says())
+    scene = PipelineFixture(streams(events()), says())
     told = await scene.ask()
     assert (told.body, told.broken) == (WHOLE, False)
     assert (await scene.ask()).cache == "miss"
 
 
-@story
+@virtual_time
 async def test_json_where_a_stream_was_asked_for() -> None:
     """Mock servers do that. It is passed on with its cost; stream or not, a hit would be the same bytes."""
-    scene = Scene(says(), says())
+    scene = PipelineFixture(says(), says())
     told = await scene.ask(STREAM, Options(stream_cost=True))
     assert (told.status, told.cost) == (200, "0.002250")
     again = await scene.ask(STREAM)
     assert again.body == told.body
 
 
-@story
+@virtual_time
 async def test_a_compressed_stream_is_decoded_and_kept() -> None:
     packed = gzip.compress(WHOLE)
     headers = (SSE, ("Content-Encoding", "gzip"))
-    scene = Scene(Says(200, headers, (packed[:30], packed[30:])), Says(200, headers, (packed[:-20],)), config=OFF)
+    scene = PipelineFixture(
+        Responds(200, headers, (packed[:30], packed[30:])), Responds(200, headers, (packed[:-20],)), config=OFF
+    )
     told = await scene.ask(STREAM)
     assert (told.body, told.broken) == (WHOLE, False)
     assert b"Content-Encoding" not in dict(told.raw_headers)
     assert (await scene.ask(STREAM)).cache == "hit"
     assert (await scene.ask(ask("cut", stream=True))).broken
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_a_stream_in_a_coding_unknown_to_us_passes_as_it_is() -> None:
-    scene = Scene(Says(200, (SSE, ("Content-Encoding", "zstd")), (b"\x28\xb5", b"\x2f\xfd")), streams())
+    scene = PipelineFixture(Responds(200, (SSE, ("Content-Encoding", "zstd")), (b"\x28\xb5", b"\x2f\xfd")), streams())
     told = await scene.ask(STREAM)
     assert (told.body, told.broken) == (b"\x28\xb5\x2f\xfd", False)
     assert (scene.receipt.cost_status, scene.receipt.status) == ("unknown", 200)
@@ -274,7 +278,7 @@ OUTPUT = [{"type": "message", "status": "completed", "content": [{"type": "outpu
 R_USAGE = {"input_tokens": 100, "output_tokens": 200, "total_tokens": 300}
 
 
-@story
+@virtual_time
 async def test_a_responses_stream_ends_with_its_completed_event() -> None:
     told_all = [
         b"event: response.created\n" + event({"type": "response.created", "response": {"id": "r", "model": "gpt-4o"}}),
@@ -282,11 +286,11 @@ async def test_a_responses_stream_ends_with_its_completed_event() -> None:
         + event({"type": "response.completed", "response": {**RESPONSE, "output": OUTPUT, "usage": R_USAGE}}),
     ]
     document = {"model": "gpt-4o", "input": "Hi", "stream": True}
-    scene = Scene(streams(told_all), streams(told_all[:1]))
+    scene = PipelineFixture(streams(told_all), streams(told_all[:1]))
     told = await scene.ask(document, Options(stream_cost=True), target="/v1/responses")
     cost = b": x-proxy-cost-usd=0.002250 x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n"
     assert (told.body, told.broken) == (b"".join(told_all) + cost, False)
-    assert scene.way_up.sent[0].json() == document  # nothing to inject here
+    assert scene.transport.sent[0].json() == document  # nothing to inject here
     assert (await scene.ask(document, target="/v1/responses")).cache == "hit"
     cut = await scene.ask({**document, "input": "other"}, target="/v1/responses")
     assert (cut.broken, last_error(cut.body)["code"]) == (True, "upstream_invalid_response")
@@ -297,7 +301,7 @@ async def test_a_responses_stream_ends_with_its_completed_event() -> None:
 
 @pytest.mark.parametrize("usage", ["inject", "off"])
 @pytest.mark.parametrize("comment", [True, False])
-@story
+@virtual_time
 async def test_an_event_beyond_all_measure_flows_unseen(
     monkeypatch: pytest.MonkeyPatch, usage: str, comment: bool
 ) -> None:
@@ -306,9 +310,9 @@ async def test_an_event_beyond_all_measure_flows_unseen(
     body = b"".join(big)
     pieces = [body[at : at + 700] for at in range(0, len(body), 700)]
     pieces[-1] = pieces[-1].removesuffix(b"\n\n")  # [DONE] without its blank line
-    scene = Scene(streams(pieces), streams(), config=settings(cost=Cost(stream_usage=usage)))
+    scene = PipelineFixture(streams(pieces), streams(), config=settings(cost=CostSettings(stream_usage=usage)))
     told = await scene.ask(STREAM, Options(stream_cost=comment))
     assert (told.body, told.broken) == (body.removesuffix(b"\n\n"), False)
     assert (scene.receipt.status, scene.receipt.error) == (200, "")
     assert (await scene.ask(STREAM)).cache == "miss"
-    scene.balanced()
+    scene.assert_nothing_leaked()

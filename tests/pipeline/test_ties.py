@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from proxy.config.settings import Retry, Settings, Throttle
+from proxy.config.settings import RetrySettings, Settings, ThrottleSettings
 from proxy.protocol.options import Options
-from tests.pipeline.clock import story
-from tests.pipeline.fixture import Scene, Told, ask, pool, settings
-from tests.pipeline.script import ScriptedWayUp, Sent, dump, error, event, rate_limited, says, streams
+from tests.pipeline.clock import virtual_time
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
+from tests.pipeline.script import ScriptedTransport, Sent, dump, error, event, rate_limited, says, streams
 
 RESPONSES = "/v1/responses"
 
 
 def config(**sections: Any) -> Settings:
-    return settings(pool("k1", "k2", "k3"), **{"retry": Retry(max_retries=0, jitter=0.0), **sections})
+    return settings(pool("k1", "k2", "k3"), **{"retry": RetrySettings(max_retries=0, jitter=0.0), **sections})
 
 
 def response(id_: str) -> dict[str, Any]:
@@ -33,16 +33,16 @@ def answering(sent: Sent) -> Any:
     return says(made)
 
 
-async def respond(scene: Scene, text: str, **fields: Any) -> Told:
+async def respond(scene: PipelineFixture, text: str, **fields: Any) -> Result:
     return await scene.ask({"model": "gpt-4o", "input": text, **fields}, target=RESPONSES)
 
 
-def scene_of(**sections: Any) -> Scene:
-    return Scene(way_up=ScriptedWayUp(otherwise=answering), config=config(**sections))
+def scene_of(**sections: Any) -> PipelineFixture:
+    return PipelineFixture(transport=ScriptedTransport(otherwise=answering), config=config(**sections))
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@story
+@virtual_time
 async def test_a_conversation_stays_with_the_key_that_began_it(stream: bool) -> None:
     scene = scene_of()
     for number in range(3):
@@ -51,12 +51,12 @@ async def test_a_conversation_stays_with_the_key_that_began_it(stream: bool) -> 
         for turn in range(4):
             told = await respond(scene, f"b{number}{turn}", previous_response_id=f"resp_{key}_a{number}", stream=stream)
             assert told.headers["X-Proxy-Key"] == key
-    assert set(scene.way_up.keys) == {"k1", "k2", "k3"}
-    scene.balanced()
+    assert set(scene.transport.keys) == {"k1", "k2", "k3"}
+    scene.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize("named", [{"previous_response_id": "resp_x"}, {"conversation": {"id": "conv_x"}}])
-@story
+@virtual_time
 async def test_what_nobody_remembers_goes_to_the_fixed_key(named: dict[str, Any]) -> None:
     scene = scene_of()
     for number in range(3):
@@ -64,86 +64,90 @@ async def test_what_nobody_remembers_goes_to_the_fixed_key(named: dict[str, Any]
 
 
 @pytest.mark.parametrize("trouble", [error(401), error(404, "model_not_found"), rate_limited("99"), error(500)])
-@story
+@virtual_time
 async def test_it_is_not_failed_over(trouble: Any) -> None:
-    fallbacks = Retry(max_retries=0, fallbacks={"*": ("o1",)})
-    scene = Scene(trouble, config=config(retry=fallbacks))
+    fallbacks = RetrySettings(max_retries=0, fallbacks={"*": ("o1",)})
+    scene = PipelineFixture(trouble, config=config(retry=fallbacks))
     told = await respond(scene, "x", previous_response_id="resp_x")
-    assert (told.status, scene.way_up.keys) == (trouble.status, ["k1"])
-    scene.balanced()
+    assert (told.status, scene.transport.keys) == (trouble.status, ["k1"])
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_the_same_key_may_be_tried_again() -> None:
-    scene = Scene(error(500), config=config(retry=Retry(jitter=0.0)))
-    scene.way_up.otherwise = answering
+    scene = PipelineFixture(error(500), config=config(retry=RetrySettings(jitter=0.0)))
+    scene.transport.otherwise = answering
     told = await respond(scene, "x", previous_response_id="resp_x")
-    assert (told.status, scene.way_up.keys) == (200, ["k1", "k1"])
+    assert (told.status, scene.transport.keys) == (200, ["k1", "k1"])
 
 
-@story
+@virtual_time
 async def test_a_key_that_rests_is_asked_all_the_same_for_what_only_it_can_see() -> None:
-    scene = Scene(error(401), config=config())
-    scene.way_up.otherwise = answering
+    scene = PipelineFixture(error(401), config=config())
+    scene.transport.otherwise = answering
     await respond(scene, "a")  # k1 rests
     assert (await respond(scene, "x", previous_response_id="resp_x")).headers["X-Proxy-Key"] == "k1"
 
 
-@story
+@virtual_time
 async def test_stored_chat_completions_are_remembered() -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says({"id": "chatcmpl-7", "object": "chat.completion"})))
-    scene = Scene(way_up=scene.way_up, config=config())
+    scene = PipelineFixture(
+        transport=ScriptedTransport(otherwise=lambda sent: says({"id": "chatcmpl-7", "object": "chat.completion"}))
+    )
+    scene = PipelineFixture(transport=scene.transport, config=config())
     told = await scene.ask(ask(store=True))
-    assert await scene.world.objects.maker(["chatcmpl-7"]) == told.headers["X-Proxy-Key"]
+    assert await scene.services.object_owners.owner_of(["chatcmpl-7"]) == told.headers["X-Proxy-Key"]
 
 
-@story
+@virtual_time
 async def test_long_prompts_stay_where_they_are_cached() -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says()), config=config())
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says()), config=config())
     system = {"role": "system", "content": "Be brief. " * 500}
     for number in range(12):
         turn = {"role": "user", "content": str(number)}
         await scene.ask({"model": "gpt-4o", "messages": [system, turn]})
         await scene.ask(ask(f"short {number}"))
-    assert len(set(scene.way_up.keys[::2])) == 1
-    assert len(set(scene.way_up.keys[1::2])) == 2  # in turn, and the busiest is not the next
+    assert len(set(scene.transport.keys[::2])) == 1
+    assert len(set(scene.transport.keys[1::2])) == 2  # in turn, and the busiest is not the next
 
 
-@story
+@virtual_time
 async def test_told_room_is_used_and_then_waited_for() -> None:
     """The upstream says that two requests are left of sixty a minute: two go, the third waits for its turn."""
     told = [("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "2")]
     told += [("x-ratelimit-reset-requests", "58s")]
-    scene = Scene(says(headers=told), says(), says(), says(), config=settings(retry=Retry(jitter=0.0)))
+    scene = PipelineFixture(
+        says(headers=told), says(), says(), says(), config=settings(retry=RetrySettings(jitter=0.0))
+    )
     for number in range(3):
         assert (await scene.ask(ask(str(number)))).at == 0.0
     late = await scene.ask(ask("late"))
     assert late.status == 200
     assert late.at == pytest.approx(1.0, abs=0.01)
-    assert dump(scene.world.ring.report(scene.loop.time())[0]["learned"])
+    assert dump(scene.services.pool.report(scene.loop.time())[0]["learned"])
 
 
-@story
+@virtual_time
 async def test_a_key_with_more_room_is_taken_first() -> None:
     def told(sent: Sent) -> Any:
         left = "100" if sent.key == "k1" else "900"
         return says(headers=[("x-ratelimit-limit-tokens", "1000"), ("x-ratelimit-remaining-tokens", left)])
 
-    scene = Scene(way_up=ScriptedWayUp(otherwise=told), config=settings(pool("k1", "k2")))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=told), config=settings(pool("k1", "k2")))
     for number in range(10):
         await scene.ask(ask(str(number)))
-    assert scene.way_up.keys.count("k1") <= 2
+    assert scene.transport.keys.count("k1") <= 2
 
 
-@story
+@virtual_time
 async def test_adaptive_off_believes_nothing() -> None:
     headers = [("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "0")]
     headers += [("x-ratelimit-reset-requests", "60s")]
-    scene = Scene(says(headers=headers), says(), config=settings(throttle=Throttle(adaptive=False)))
+    scene = PipelineFixture(says(headers=headers), says(), config=settings(throttle=ThrottleSettings(adaptive=False)))
     assert [(await scene.ask(ask(str(n)), Options(max_wait=0.0))).status for n in range(2)] == [200, 200]
 
 
-@story
+@virtual_time
 async def test_a_request_too_large_for_one_key_is_tried_on_another_and_no_key_cools() -> None:
     large = error(
         429,
@@ -151,7 +155,7 @@ async def test_a_request_too_large_for_one_key_is_tried_on_another_and_no_key_co
         message="Request too large for gpt-4o in organization org-x on tokens per min (TPM): "
         "Limit 30000, Requested 40000. The input or output tokens must be reduced.",
     )
-    scene = Scene(large, says(), large, large, large, config=config(retry=Retry(jitter=0.0)))
+    scene = PipelineFixture(large, says(), large, large, large, config=config(retry=RetrySettings(jitter=0.0)))
     told = await scene.ask()
     assert (told.status, told.attempts) == (200, 2)
     assert scene.state("k1") is None
@@ -159,11 +163,11 @@ async def test_a_request_too_large_for_one_key_is_tried_on_another_and_no_key_co
     assert (told.status, told.attempts, told.at) == (429, 3, 0.0)  # no wait would help
     assert told.headers["X-Should-Retry"] == "false"
     assert "X-Proxy-Error" not in told.headers
-    scene.balanced()
+    scene.assert_nothing_leaked()
 
 
-@story
+@virtual_time
 async def test_an_organisation_that_is_not_the_keys_does_not_kill_it() -> None:
-    scene = Scene(error(401, "mismatched_organization"), says(), config=config())
+    scene = PipelineFixture(error(401, "mismatched_organization"), says(), config=config())
     assert (await scene.ask()).status == 200
     assert scene.state("k1") is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.protocol.errors import CODES, Refusal, envelope, error_event, retry_after_headers
+from proxy.protocol.errors import CODES, ProxyError, envelope, error_event, retry_after_headers
 from proxy.protocol.sse import Splitter, data_of
 
 STATUS = {
@@ -61,7 +61,7 @@ def test_what_an_sdk_is_told_about_retries(code: str) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_the_envelope_is_openais(code: str) -> None:
-    document = json.loads(Refusal(code, "why", param="model").body())
+    document = json.loads(ProxyError(code, "why", param="model").body())
     assert set(document) == {"error"}
     error = document["error"]
     assert error == {"message": "why", "type": CODES[code].type, "param": "model", "code": code}
@@ -69,22 +69,22 @@ def test_the_envelope_is_openais(code: str) -> None:
 
 
 def test_absent_param_is_null() -> None:
-    assert json.loads(Refusal("draining", "stopping").body())["error"]["param"] is None
+    assert json.loads(ProxyError("draining", "stopping").body())["error"]["param"] is None
 
 
 def test_a_refusal_carries_what_the_edge_needs() -> None:
-    refusal = Refusal("throttled", "later", retry_after=1.5, should_retry=False, headers=(("A", "b"),))
+    refusal = ProxyError("throttled", "later", retry_after=1.5, should_retry=False, headers=(("A", "b"),))
     assert (refusal.status, refusal.retry_after, refusal.should_retry) == (429, 1.5, False)
     assert refusal.headers == (("A", "b"),)
     assert str(refusal) == "later"
     assert refusal.lines == ""
-    assert Refusal("throttled", "later").should_retry is None
-    assert Refusal("invalid_json", "no").should_retry is False
+    assert ProxyError("throttled", "later").should_retry is None
+    assert ProxyError("invalid_json", "no").should_retry is False
 
 
 def test_an_unknown_code_is_a_mistake_of_ours() -> None:
     with pytest.raises(KeyError):
-        Refusal("no_such_code", "")
+        ProxyError("no_such_code", "")
 
 
 @given(st.text(), st.none() | st.text())

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.protocol.headers import Raw, asks_something, downstream_headers, storable_headers, upstream_headers
-from proxy.protocol.masking import Masker
+from proxy.protocol.headers import Raw, downstream_headers, is_request_option, storable_headers, upstream_headers
+from proxy.protocol.masking import SecretMasker
 
 HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "TE"]
 HOP_BY_HOP += ["Trailer", "Transfer-Encoding", "Upgrade"]
@@ -185,14 +185,14 @@ def test_what_a_hit_carries() -> None:
 @pytest.mark.parametrize("name", ["Cache-Control", "OpenAI-Beta", "X-Proxy-Sample", "X-Proxy-Cache-TTL", "X-Proxy-New"])
 def test_headers_that_may_change_what_we_do(name: str) -> None:
     for seed in range(5):
-        assert asks_something(spelled(name, seed))
+        assert is_request_option(spelled(name, seed))
 
 
 @pytest.mark.parametrize(
     "name", ["Accept", "Authorization", "User-Agent", "X-Stainless-Retry-Count", "X-Prox", "Pragma"]
 )
 def test_headers_that_ask_nothing(name: str) -> None:
-    assert not asks_something(name.encode())
+    assert not is_request_option(name.encode())
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ KEY = "sk-proj-0123456789abcdef"
     ],
 )
 def test_a_full_key_is_masked(text: str, masked: str) -> None:
-    masker = Masker([KEY])
+    masker = SecretMasker([KEY])
     assert masker.mask(text.encode()) == masked.encode()
     assert masker.mask_text(text) == masked
     assert masker.found_in(text.encode()) is (text != masked)
@@ -220,7 +220,7 @@ def test_a_full_key_is_masked(text: str, masked: str) -> None:
 
 def test_a_key_that_begins_with_another_leaves_no_tail() -> None:
     for secrets in (["sk-abc", "sk-abcdef"], ["sk-abcdef", "sk-abc"], ["bcde", "sk-abcdef", "sk-abc"]):
-        assert Masker(secrets).mask(b"x sk-abcdef y sk-abc z") == b"x *** y *** z"
+        assert SecretMasker(secrets).mask(b"x sk-abcdef y sk-abc z") == b"x *** y *** z"
 
 
 SECRETS = st.lists(st.text(st.sampled_from("abc1"), min_size=4, max_size=10), max_size=5)
@@ -228,7 +228,7 @@ SECRETS = st.lists(st.text(st.sampled_from("abc1"), min_size=4, max_size=10), ma
 
 @given(SECRETS, st.lists(st.integers(0, 4) | st.text(st.sampled_from("abc1 "), max_size=4), max_size=12))
 def test_no_key_is_left(secrets: list[str], story: list[int | str]) -> None:
-    masker = Masker(secrets)
+    masker = SecretMasker(secrets)
     parts = [part if isinstance(part, str) else (secrets[part] if part < len(secrets) else "-") for part in story]
     masked = masker.mask(" ".join(parts).encode())
     assert not masker.found_in(masked)
@@ -237,7 +237,7 @@ def test_no_key_is_left(secrets: list[str], story: list[int | str]) -> None:
 
 
 def test_without_keys_nothing_is_masked() -> None:
-    assert Masker([]).mask(b"anything") == b"anything"
-    assert not Masker([]).found_in(b"")
-    assert Masker([""]).mask(b"abc") == b"abc"
-    assert not Masker(["", "abc"]).found_in(b"abc")  # too short to be a key: it would blot out words
+    assert SecretMasker([]).mask(b"anything") == b"anything"
+    assert not SecretMasker([]).found_in(b"")
+    assert SecretMasker([""]).mask(b"abc") == b"abc"
+    assert not SecretMasker(["", "abc"]).found_in(b"abc")  # too short to be a key: it would blot out words

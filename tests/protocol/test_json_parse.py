@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.protocol.json_parse import DEEPEST, is_deeper, parse_leniently, sayable
+from proxy.protocol.json_parse import DEEPEST, is_deeper, parse_leniently, printable_name
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
@@ -93,7 +93,7 @@ def test_brackets_in_texts_are_not_counted() -> None:
 
 @given(st.text() | st.text(st.sampled_from("a\ud800\udfff\u20ac")))
 def test_a_name_can_be_said_again(name: str) -> None:
-    said = sayable(name)
+    said = printable_name(name)
     assert orjson.loads(orjson.dumps(said)) == said
     if not any("\ud800" <= c <= "\udfff" for c in name):
         assert said == name

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.protocol.errors import Refusal
-from proxy.protocol.options import NONE, Options, from_headers, from_segment
+from proxy.protocol.errors import ProxyError
+from proxy.protocol.options import NO_OPTIONS, Options, from_headers, from_segment
 
 HEADERS = {
     "X-Proxy-Cache-TTL": "ttl",
@@ -68,9 +68,9 @@ def quoted(text: str) -> str:
 @pytest.mark.parametrize(("header", "value", "fields"), GOOD)
 def test_an_option_by_header_and_in_the_base_url(header: str, value: str, fields: dict[str, Any]) -> None:
     expected = Options(**fields)
-    assert from_headers(NONE, [(header, value)]) == expected
-    assert from_headers(NONE, [(header.lower(), f"  {value} "), ("User-Agent", "x")]) == expected
-    assert from_headers(NONE, [(header.upper(), value)]) == expected
+    assert from_headers(NO_OPTIONS, [(header, value)]) == expected
+    assert from_headers(NO_OPTIONS, [(header.lower(), f"  {value} "), ("User-Agent", "x")]) == expected
+    assert from_headers(NO_OPTIONS, [(header.upper(), value)]) == expected
     assert from_segment(f"{HEADERS[header]}={quoted(value)}") == expected
     if not set("/ ") & set(value):
         assert from_segment(f"{HEADERS[header]}={value}") == expected
@@ -92,12 +92,12 @@ BAD: list[tuple[str, list[str]]] = [
 
 @pytest.mark.parametrize(("header", "value"), [(header, value) for header, values in BAD for value in values])
 def test_a_malformed_one_is_a_400_that_names_it(header: str, value: str) -> None:
-    with pytest.raises(Refusal) as caught:
-        from_headers(NONE, [(header, value)])
+    with pytest.raises(ProxyError) as caught:
+        from_headers(NO_OPTIONS, [(header, value)])
     refusal = caught.value
     assert (refusal.status, refusal.code, refusal.param, refusal.should_retry) == (400, "invalid_option", header, False)
     assert header in refusal.message
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ProxyError) as caught:
         from_segment(f"{HEADERS[header]}={quoted(value)}")
     assert (caught.value.status, caught.value.param) == (400, HEADERS[header])
     assert HEADERS[header] in caught.value.message
@@ -105,22 +105,22 @@ def test_a_malformed_one_is_a_400_that_names_it(header: str, value: str) -> None
 
 def test_a_malformed_value_is_not_repeated() -> None:
     """It could be a secret that got into the wrong header."""
-    with pytest.raises(Refusal) as caught:
-        from_headers(NONE, [("X-Proxy-Cache-Namespace", "sk-secret with a space")])
+    with pytest.raises(ProxyError) as caught:
+        from_headers(NO_OPTIONS, [("X-Proxy-Cache-Namespace", "sk-secret with a space")])
     assert b"sk-secret" not in caught.value.body()
 
 
 def test_nothing_asked_is_nothing() -> None:
-    off = (NONE.no_cache, NONE.no_store, NONE.only_if_cached, NONE.stream_cost)
+    off = (NO_OPTIONS.no_cache, NO_OPTIONS.no_store, NO_OPTIONS.only_if_cached, NO_OPTIONS.stream_cost)
     assert off == (False, False, False, False)
-    unset = (NONE.max_age, NONE.ttl, NONE.max_wait, NONE.timeout, NONE.max_retries)
+    unset = (NO_OPTIONS.max_age, NO_OPTIONS.ttl, NO_OPTIONS.max_wait, NO_OPTIONS.timeout, NO_OPTIONS.max_retries)
     assert unset == (None,) * 5
-    assert (NONE.namespace, NONE.sample, NONE.tags) == ("", "", ())
+    assert (NO_OPTIONS.namespace, NO_OPTIONS.sample, NO_OPTIONS.tags) == ("", "", ())
 
 
 def test_other_headers_ask_nothing() -> None:
     headers = [("Accept", "*/*"), ("X-Proxy-Unheard-Of", "1"), ("Authorization", "Bearer x"), ("X-Stainless-Lang", "p")]
-    assert from_headers(NONE, headers) is NONE
+    assert from_headers(NO_OPTIONS, headers) is NO_OPTIONS
 
 
 # --- Cache-Control ----------------------------------------------------------------------------------------------------
@@ -148,19 +148,19 @@ CACHE_CONTROL: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("value", "fields"), CACHE_CONTROL)
 def test_cache_control(value: str, fields: dict[str, Any]) -> None:
-    assert from_headers(NONE, [("Cache-Control", value)]) == Options(**fields)
-    assert from_headers(NONE, [("cache-control", value)]) == Options(**fields)
+    assert from_headers(NO_OPTIONS, [("Cache-Control", value)]) == Options(**fields)
+    assert from_headers(NO_OPTIONS, [("cache-control", value)]) == Options(**fields)
 
 
 def test_several_cache_control_lines_add_up() -> None:
     headers = [("Cache-Control", "no-cache"), ("Cache-Control", "max-age=5, foo")]
-    assert from_headers(NONE, headers) == Options(no_cache=True, max_age=5)
+    assert from_headers(NO_OPTIONS, headers) == Options(no_cache=True, max_age=5)
 
 
 @pytest.mark.parametrize("value", ["max-age", "max-age=", "max-age=-1", "max-age=1.5", "max-age=soon", "max-age=²"])
 def test_a_malformed_max_age(value: str) -> None:
-    with pytest.raises(Refusal) as caught:
-        from_headers(NONE, [("Cache-Control", value)])
+    with pytest.raises(ProxyError) as caught:
+        from_headers(NO_OPTIONS, [("Cache-Control", value)])
     assert (caught.value.code, caught.value.param) == ("invalid_option", "Cache-Control")
     assert "max-age" in caught.value.message
 
@@ -179,7 +179,7 @@ def test_a_malformed_max_age(value: str) -> None:
 )
 def test_cache_directives_in_the_base_url(segment: str, fields: dict[str, Any] | None) -> None:
     if fields is None:
-        with pytest.raises(Refusal):
+        with pytest.raises(ProxyError):
             from_segment(segment)
     else:
         assert from_segment(segment) == Options(**fields)
@@ -195,7 +195,7 @@ def test_the_contracts_example() -> None:
 
 
 def test_empty_parts_do_no_harm() -> None:
-    assert from_segment("") == NONE
+    assert from_segment("") == NO_OPTIONS
     assert from_segment(";;ttl=1h;") == Options(ttl=3600.0)
 
 
@@ -220,7 +220,7 @@ def test_only_the_first_equals_sign_separates() -> None:
     ],
 )
 def test_a_malformed_segment(segment: str, param: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ProxyError) as caught:
         from_segment(segment)
     assert (caught.value.code, caught.value.param) == ("invalid_option", param)
 
@@ -229,9 +229,9 @@ def test_tags_repeat_up_to_a_number() -> None:
     base = from_segment("tag=a:1;tag=b:2")
     assert from_headers(base, [("X-Proxy-Tag", "c:3")]).tags == ("a:1", "b:2", "c:3")
     sixteen = [("X-Proxy-Tag", f"n:{number}") for number in range(16)]
-    assert len(from_headers(NONE, sixteen).tags) == 16
-    with pytest.raises(Refusal, match="at most 16"):
-        from_headers(NONE, [*sixteen, ("X-Proxy-Tag", "one:more")])
+    assert len(from_headers(NO_OPTIONS, sixteen).tags) == 16
+    with pytest.raises(ProxyError, match="at most 16"):
+        from_headers(NO_OPTIONS, [*sixteen, ("X-Proxy-Tag", "one:more")])
 
 
 def test_a_header_lies_over_the_base_url() -> None:
@@ -251,14 +251,14 @@ def attempt(parse: Callable[[], Options]) -> Options | dict[str, Any]:
     """The options, or the error that the client sees."""
     try:
         return parse()
-    except Refusal as refusal:
+    except ProxyError as refusal:
         error: dict[str, Any] = json.loads(refusal.body())["error"]
         return error
 
 
 @given(st.lists(st.tuples(NAMES, ANY | st.from_regex(r"[0-9a-z:=,\"-]{0,9}")), max_size=5))
 def test_any_header_is_taken_or_refused(headers: list[tuple[str, str]]) -> None:
-    got = attempt(lambda: from_headers(NONE, headers))
+    got = attempt(lambda: from_headers(NO_OPTIONS, headers))
     assert isinstance(got, Options) or got["param"]
 
 

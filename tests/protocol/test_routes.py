@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.protocol.errors import Refusal
-from proxy.protocol.options import NONE, Options
+from proxy.protocol.errors import ProxyError
+from proxy.protocol.options import NO_OPTIONS, Options
 from proxy.protocol.routes import ENDPOINTS, SEGMENTS, Route, parse_target, printable, unknown_route
 
 PATHS = {
@@ -65,7 +65,7 @@ def test_without_v1_the_segments_of_the_api(segment: str) -> None:
     assert parse_target(f"/{segment}").path == f"/{segment}"
     assert parse_target(f"/{segment}/x").path == f"/{segment}/x"
     for near in (segment[:-1], f"{segment}x", segment.upper(), f"x/{segment}", f"%20{segment}"):
-        with pytest.raises(Refusal, match="no such route"):
+        with pytest.raises(ProxyError, match="no such route"):
             parse_target(f"/{near}-/y")
 
 
@@ -105,7 +105,7 @@ UNKNOWN += [f"/openai/deployments/{'d' * 300}/chat/completions"]
 
 @pytest.mark.parametrize("target", UNKNOWN)
 def test_no_such_route(target: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ProxyError) as caught:
         parse_target(target)
     assert (caught.value.code, caught.value.status) == ("unknown_route", 404)
 
@@ -132,7 +132,7 @@ def test_a_path_that_tries_to_leave_is_refused(template: str, evil: str) -> None
     for target in (template.format(evil), template.format(evil) + "?api-version=1"):
         if evil == "/" and not target.count("//"):
             continue
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ProxyError) as caught:
             parse_target(target)
         assert 400 <= caught.value.status < 500
         assert json.loads(caught.value.body())["error"]["code"] == caught.value.code
@@ -140,7 +140,7 @@ def test_a_path_that_tries_to_leave_is_refused(template: str, evil: str) -> None
 
 @pytest.mark.parametrize("target", ["/v1/.", "/v1/./models", "/v1/models/.", "/./v1/models", "/v1/models/..", "/.."])
 def test_dot_segments_are_refused(target: str) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(ProxyError):
         parse_target(target)
 
 
@@ -157,7 +157,7 @@ def test_everything_else_stays_as_it_was_written(target: str) -> None:
 def test_what_passes_cannot_climb(target: str) -> None:
     try:
         route = parse_target(target)
-    except Refusal:
+    except ProxyError:
         return
     lowered = route.path.lower()
     for forbidden in ("..", "//", "\\", "%2e", "%2f", "%5c", "#", " ", "?"):
@@ -170,7 +170,7 @@ def code_of(target: str) -> str:
     """The code that the client sees, '' where there is such a route."""
     try:
         parse_target(target)
-    except Refusal as refusal:
+    except ProxyError as refusal:
         code: str = json.loads(refusal.body())["error"]["code"]
         return code
     return ""
@@ -192,13 +192,13 @@ def test_any_target_is_taken_or_refused(text: str) -> None:
 @pytest.mark.parametrize("below", ["/v1/models", "/openai/v1/models", "/openai/models", "/models"])
 def test_options_before_any_shape(below: str) -> None:
     plain, with_options = parse_target(below), parse_target(f"/_/namespace=ci;ttl=1h;tag=team:search{below}")
-    assert plain.options is NONE
+    assert plain.options is NO_OPTIONS
     assert with_options.options == Options(namespace="ci", ttl=3600.0, tags=("team:search",))
     assert (with_options.path, with_options.shape, with_options.kind) == (plain.path, plain.shape, plain.kind)
 
 
 def test_a_bad_option_is_named() -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ProxyError) as caught:
         parse_target("/_/ttl=soon/v1/chat/completions")
     assert (caught.value.code, caught.value.status, caught.value.param) == ("invalid_option", 400, "ttl")
 

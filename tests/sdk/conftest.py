@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.launch import ProxyProcess, settings, write_config
 from tests.ledger import Request
 from tests.scripted_upstream import Answer, ScriptedUpstream
@@ -48,23 +48,25 @@ def obliging(request: Request) -> Answer:
     if "tools" in body:
         call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Köln"}'}}
         if body.get("stream"):
-            return canned.stream(_tool_events(call))
+            return upstream_answers.stream(_tool_events(call))
         message = {"role": "assistant", "content": None, "tool_calls": [call]}
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls", "logprobs": None}
-        return canned.chat(choices=[choice])
+        return upstream_answers.chat(choices=[choice])
     if "response_format" in body and not body.get("stream"):
-        return canned.chat(CITY)
+        return upstream_answers.chat(CITY)
     if "response_format" in body:
-        return canned.stream(canned.chat_events([CITY[:8], CITY[8:]], canned.include_usage(body)))
-    return canned.behave(request)
+        return upstream_answers.stream(
+            upstream_answers.chat_events([CITY[:8], CITY[8:]], upstream_answers.include_usage(body))
+        )
+    return upstream_answers.behave(request)
 
 
-def _tool_events(call: canned.Json) -> list[bytes]:
+def _tool_events(call: upstream_answers.Json) -> list[bytes]:
     arguments = call["function"]["arguments"]
     first = call | {"index": 0, "function": call["function"] | {"arguments": ""}}
     deltas = [[first], *([{"index": 0, "function": {"arguments": part}}] for part in (arguments[:5], arguments[5:]))]
-    events = [canned.event(canned.chunk({"tool_calls": delta})) for delta in deltas]
-    return [*events, *canned.chat_events([], finish="tool_calls")[1:]]
+    events = [upstream_answers.event(upstream_answers.chunk({"tool_calls": delta})) for delta in deltas]
+    return [*events, *upstream_answers.chat_events([], finish="tool_calls")[1:]]
 
 
 @pytest.fixture(scope="session")

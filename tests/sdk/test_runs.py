@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.scripted_upstream import ScriptedUpstream
 from tests.sdk.conftest import Caller
 
@@ -22,7 +22,13 @@ def test_three_calls_are_three_answers_and_a_retry_keeps_its_number(caller: Call
         mine = replace(caller, address=f"{caller.address}/_/run={run}-{caller.name};retries=0")
         return [mine.chat(temperature=1).message["content"] for _ in range(3)]
 
-    upstream.queue(CHAT, canned.chat("one"), canned.server_error(500), canned.chat("two"), canned.chat("three"))
+    upstream.queue(
+        CHAT,
+        upstream_answers.chat("one"),
+        upstream_answers.server_error(500),
+        upstream_answers.chat("two"),
+        upstream_answers.chat("three"),
+    )
     assert texts("first") == ["one", "two", "three"]
     assert texts("again") == ["one", "two", "three"]
     assert upstream.count == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import upstream_answers as canned
+from tests import upstream_answers
 from tests.scripted_upstream import ScriptedUpstream, cut, send, sleep
 from tests.sdk.conftest import Caller
 
@@ -13,14 +13,14 @@ from tests.sdk.conftest import Caller
 def test_a_failing_upstream_sees_our_attempts_and_no_more(
     caller: Caller, upstream: ScriptedUpstream, stream: bool
 ) -> None:
-    upstream.always(canned.server_error(503))
+    upstream.always(upstream_answers.server_error(503))
     error = caller.chat(stream=stream).error
     assert (error["type"], error["status"]) == ("InternalServerError", 503)
     assert upstream.count == 2  # the call and our retry, not three times that
 
 
 def test_one_failure_is_not_seen(caller: Caller, upstream: ScriptedUpstream) -> None:
-    upstream.queue("/v1/chat/completions", canned.server_error(500))
+    upstream.queue("/v1/chat/completions", upstream_answers.server_error(500))
     answer = caller.chat(raw=True)
     assert caller.name in answer.message["content"]
     assert answer.headers["x-proxy-attempts"] == "2"
@@ -28,8 +28,8 @@ def test_one_failure_is_not_seen(caller: Caller, upstream: ScriptedUpstream) -> 
 
 def test_a_stream_is_whole_when_done_is_said(caller: Caller, upstream: ScriptedUpstream) -> None:
     """Most SDKs hang up at `[DONE]`, and do not wait for the body's last chunk."""
-    events = [send(canned.chunked(event)) for event in canned.chat_events()]
-    upstream.always(send(canned.stream_head()), *events, sleep(0.2), send(canned.LAST_CHUNK))
+    events = [send(upstream_answers.chunked(event)) for event in upstream_answers.chat_events()]
+    upstream.always(send(upstream_answers.stream_head()), *events, sleep(0.2), send(upstream_answers.LAST_CHUNK))
     first, second = (caller.chat(raw=True, stream=True) for _ in range(2))
     assert (first.cache, second.cache) == ("miss", "hit")
     assert first.value == second.value
@@ -38,9 +38,9 @@ def test_a_stream_is_whole_when_done_is_said(caller: Caller, upstream: ScriptedU
 
 @pytest.mark.parametrize("within", [False, True], ids=["between-events", "within-an-event"])
 def test_a_cut_stream_raises_and_is_not_stored(caller: Caller, upstream: ScriptedUpstream, within: bool) -> None:
-    events = canned.chat_events()[:4]
+    events = upstream_answers.chat_events()[:4]
     pieces = [*events[:-1], events[-1][:-9]] if within else events
-    upstream.always(*canned.stream(pieces, end=False), sleep(0.05), cut())
+    upstream.always(*upstream_answers.stream(pieces, end=False), sleep(0.05), cut())
     for count in (1, 2):
         answer = caller.chat(stream=True)
         assert answer.error, answer
@@ -49,15 +49,15 @@ def test_a_cut_stream_raises_and_is_not_stored(caller: Caller, upstream: Scripte
 
 
 def test_an_error_in_a_stream_raises(caller: Caller, upstream: ScriptedUpstream) -> None:
-    failure = canned.event(canned.error_body("The server had an error.", None, "server_error"))
-    upstream.always(*canned.stream([*canned.chat_events()[:3], failure]))
+    failure = upstream_answers.event(upstream_answers.error_body("The server had an error.", None, "server_error"))
+    upstream.always(*upstream_answers.stream([*upstream_answers.chat_events()[:3], failure]))
     answer = caller.chat(stream=True)
     assert answer.error["type"] == "APIError"
     assert answer.text == "Hello "
 
 
 def test_a_rejected_key_is_an_authentication_error(caller: Caller, upstream: ScriptedUpstream) -> None:
-    upstream.always(canned.unauthorized())
+    upstream.always(upstream_answers.unauthorized())
     error = caller.chat(model=f"rejected-{caller.name}").error
     assert (error["type"], error["status"], error["code"]) == ("AuthenticationError", 401, "invalid_api_key")
     assert upstream.count == 1
@@ -82,7 +82,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("status", ERRORS)
 def test_an_error_of_the_api_is_passed_on(caller: Caller, upstream: ScriptedUpstream, status: int) -> None:
-    upstream.always(canned.error(status, "a message of the API", "a_code"))
+    upstream.always(upstream_answers.error(status, "a message of the API", "a_code"))
     error = caller.chat(model=f"gpt-{status}-{caller.name}").error
     assert (error["type"], error["status"], error["code"]) == (ERRORS[status], status, "a_code")
     assert "a message of the API" in error["message"]

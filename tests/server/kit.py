@@ -15,18 +15,18 @@ from proxy.accounting.ledger.ledger import Ledger
 from proxy.accounting.receipt import Receipt
 from proxy.config.settings import Settings
 from proxy.observability.metrics import Metrics
-from proxy.pipeline.handler import Journey
-from proxy.server.access import Gatekeeper
-from proxy.server.admin import Ops
-from proxy.server.api import Downstream
+from proxy.pipeline.handler import RequestHandler
+from proxy.server.access import AccessControl
+from proxy.server.admin import AdminHandler
+from proxy.server.api import ApiHandler
 from proxy.server.connections import ListeningServer
-from proxy.server.in_flight import Traffic
+from proxy.server.in_flight import InFlight
 from proxy.server.listeners import bind
-from proxy.server.passthrough import Passage
-from proxy.services import World, compile_world
-from proxy.system.clock import REAL, Seams
+from proxy.server.passthrough import PassthroughHandler
+from proxy.services import Services, build_services
+from proxy.system.clock import SYSTEM_CLOCK, Clock
 from tests.pipeline.fixture import settings
-from tests.pipeline.script import Move, ScriptedWayUp
+from tests.pipeline.script import Move, ScriptedTransport
 
 PATIENCE = 30.0
 """Seconds after which a test no longer believes that anything will happen."""
@@ -78,7 +78,7 @@ class Answer:
         return code
 
 
-class Wire:
+class RawConnection:
     """A client's end of a connection: bytes out, answers in."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -146,10 +146,10 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(port: int) -> AsyncIterator[Wire]:
+async def raw_connection(port: int) -> AsyncIterator[RawConnection]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        yield Wire(reader, writer)
+        yield RawConnection(reader, writer)
     finally:
         writer.close()
         try:
@@ -196,23 +196,23 @@ async def served(handler: Callable[[Any], Awaitable[Any]]) -> AsyncIterator[int]
         await runner.cleanup()
 
 
-class House:
+class RunningProxy:
     """All rooms but the way up, which is scripted: what `App` puts together."""
 
-    def __init__(self, *moves: Move, config: Settings | None = None, seams: Seams = REAL) -> None:
+    def __init__(self, *moves: Move, config: Settings | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         config = config or settings()
-        self.world: World = compile_world(config, seams)
-        self.way_up = ScriptedWayUp(*moves)
+        self.services: Services = build_services(config, clock)
+        self.transport = ScriptedTransport(*moves)
         self.metrics = Metrics()
         self.receipts: list[Receipt] = []
-        gatekeeper = Gatekeeper(config)
-        self.traffic = Traffic(started=seams.wall())
-        self.ledger = Ledger(None, seams)
-        self.ops = Ops(self.world, self.metrics, gatekeeper, self.traffic, self.ledger)
-        self.downstream = Downstream(
-            self.world,
-            Journey(self.world, self.way_up, self._observe),
-            Passage(self.world, self.way_up, self._keep),
+        gatekeeper = AccessControl(config)
+        self.traffic = InFlight(started=clock.wall())
+        self.ledger = Ledger(None, clock)
+        self.ops = AdminHandler(self.services, self.metrics, gatekeeper, self.traffic, self.ledger)
+        self.downstream = ApiHandler(
+            self.services,
+            RequestHandler(self.services, self.transport, self._observe),
+            PassthroughHandler(self.services, self.transport, self._keep),
             self.ops,
             self.metrics,
             gatekeeper,
@@ -227,7 +227,7 @@ class House:
         self.metrics.observe(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
-        self.world.receipts.put(receipt)
+        self.services.receipts.put(receipt)
         self._observe(receipt)
 
     async def ask(
@@ -238,21 +238,23 @@ class House:
         headers: Iterable[tuple[str, str]] = (),
     ) -> Answer:
         """One request on a connection of its own."""
-        async with wire(self.port) as line:
+        async with raw_connection(self.port) as line:
             line.send(request(method, target, body, headers))
             return await line.answer(head=method == "HEAD")
 
     async def settled(self) -> None:
         """Waits until nothing is in flight and every connection up is given back."""
-        await until(lambda: not self.traffic.in_flight and all(reply.given_back for reply in self.way_up.replies))
-        assert self.world.gate.depth == 0
-        assert self.traffic.flows == {}
+        await until(lambda: not self.traffic.requests and all(reply.given_back for reply in self.transport.replies))
+        assert self.services.admission.depth == 0
+        assert self.traffic.streams == {}
 
 
 @asynccontextmanager
-async def house(*moves: Move, config: Settings | None = None, seams: Seams = REAL) -> AsyncIterator[House]:
+async def running_proxy(
+    *moves: Move, config: Settings | None = None, clock: Clock = SYSTEM_CLOCK
+) -> AsyncIterator[RunningProxy]:
     """A house that listens. At the end nothing may be held any more."""
-    built = House(*moves, config=config, seams=seams)
+    built = RunningProxy(*moves, config=config, clock=clock)
     async with served(built.downstream.handle) as built.port:
         yield built
         await built.settled()

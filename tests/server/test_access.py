@@ -15,13 +15,20 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from proxy.config.secret import Secret
-from proxy.config.settings import Cache, ClientKey, Key, Server, Settings, Upstream
-from proxy.protocol.errors import Refusal
+from proxy.config.settings import (
+    CacheSettings,
+    ClientKeySettings,
+    KeySettings,
+    ServerSettings,
+    Settings,
+    UpstreamSettings,
+)
+from proxy.protocol.errors import ProxyError
 from proxy.protocol.request import Client
-from proxy.server.access import ANONYMOUS, Gatekeeper, is_loopback
+from proxy.server.access import ANONYMOUS, AccessControl, is_loopback
 
 Headers = Mapping[str, str] | list[tuple[str, str]]
-POOLED = (Upstream(keys=(Key("openai-1", Secret("sk-pool")),)),)
+POOLED = (UpstreamSettings(keys=(KeySettings("openai-1", Secret("sk-pool")),)),)
 
 
 def ask(headers: Headers = (), peer: object = ("127.0.0.1", 50000)) -> BaseRequest:  # type: ignore[assignment]
@@ -30,13 +37,13 @@ def ask(headers: Headers = (), peer: object = ("127.0.0.1", 50000)) -> BaseReque
     return cast(BaseRequest, SimpleNamespace(headers=CIMultiDict(headers), transport=transport))
 
 
-def keeper(*, pooled: bool = True, cache: Cache | None = None, **server: Any) -> Gatekeeper:
-    settings = Settings(server=Server(**server), cache=cache or Cache())
-    return Gatekeeper(Settings(settings.server, POOLED, cache=settings.cache) if pooled else settings)
+def keeper(*, pooled: bool = True, cache: CacheSettings | None = None, **server: Any) -> AccessControl:
+    settings = Settings(server=ServerSettings(**server), cache=cache or CacheSettings())
+    return AccessControl(Settings(settings.server, POOLED, cache=settings.cache) if pooled else settings)
 
 
-def client_key(name: str, key: str, namespace: str | None = None) -> ClientKey:
-    return ClientKey(name, hashlib.sha256(key.encode()).digest(), namespace)
+def client_key(name: str, key: str, namespace: str | None = None) -> ClientKeySettings:
+    return ClientKeySettings(name, hashlib.sha256(key.encode()).digest(), namespace)
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -50,10 +57,10 @@ def basic(password: str, user: str = "prometheus") -> dict[str, str]:
 # --- Host -------------------------------------------------------------------------------------------------------------
 
 
-def host_accepted(gate: Gatekeeper, *hosts: str) -> bool:
+def host_accepted(gate: AccessControl, *hosts: str) -> bool:
     try:
         gate.check_host(ask([("Host", host) for host in hosts]))
-    except Refusal as refusal:
+    except ProxyError as refusal:
         found = (refusal.code, refusal.status)
         message = refusal.message
     else:
@@ -167,7 +174,7 @@ def test_whatever_is_accepted_is_one_of_our_names_with_a_port_at_most(host: str)
 APP = "https://app.example.com"
 
 
-def origin_of(gate: Gatekeeper, **headers: str) -> str | None:
+def origin_of(gate: AccessControl, **headers: str) -> str | None:
     return gate.check_origin(ask([(name.replace("_", "-"), value) for name, value in headers.items()]))
 
 
@@ -202,7 +209,7 @@ BAD_ORIGINS += ["https://app.example.com@evil", "https://evil/https://app.exampl
 def test_a_foreign_origin_is_a_403(origin: str, site: str | None) -> None:
     headers = {"Origin": origin} | ({"Sec_Fetch_Site": site} if site else {})
     for gate in (keeper(), keeper(allowed_origins=(APP,))):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ProxyError) as caught:
             origin_of(gate, **headers)
         assert (caught.value.code, caught.value.status) == ("origin_not_allowed", 403)
         assert caught.value.body()
@@ -211,7 +218,7 @@ def test_a_foreign_origin_is_a_403(origin: str, site: str | None) -> None:
 @pytest.mark.parametrize("site", ["cross-site", "Cross-Site", "same-site", "", "unheard-of"])
 def test_a_cross_site_request_without_an_origin_is_a_403(site: str) -> None:
     for gate in (keeper(), keeper(allowed_origins=(APP,))):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ProxyError) as caught:
             origin_of(gate, Sec_Fetch_Site=site)
         assert caught.value.code == "origin_not_allowed"
 
@@ -250,7 +257,7 @@ def test_each_key_is_its_own_client() -> None:
     gate = keeper(**GUARDED)
     clients = [gate.client(ask(bearer(key))) for key in ("pk-anna", "pk-ben", "ключ")]
     assert [client.name for client in clients] == ["anna", "ben", "cy"]
-    assert len({client.scope for client in clients}) == 3
+    assert len({client.cache_partition for client in clients}) == 3
     assert all(client.auth is None for client in clients)  # it stays here
 
 
@@ -280,7 +287,7 @@ NO_GOOD_KEY: list[Headers] = [
 def test_every_way_of_having_no_good_key_is_one_401(pooled: bool) -> None:
     bodies = set()
     for headers in NO_GOOD_KEY:
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ProxyError) as caught:
             keeper(pooled=pooled, **GUARDED).client(ask(headers))
         assert (caught.value.code, caught.value.status, caught.value.should_retry) == ("invalid_client_key", 401, False)
         assert ("WWW-Authenticate", "Bearer") in caught.value.headers
@@ -303,13 +310,13 @@ def test_caches_are_apart_unless_joined_by_the_operator() -> None:
         client_key("team", "kt"),
     )
 
-    def scopes(gate: Gatekeeper) -> list[str]:
-        return [gate.client(ask(bearer(key))).scope for key in ("ka", "kb", "kc", "kt")]
+    def scopes(gate: AccessControl) -> list[str]:
+        return [gate.client(ask(bearer(key))).cache_partition for key in ("ka", "kb", "kc", "kt")]
 
     a, b, c, team = scopes(keeper(client_keys=keys))
     assert b == c
     assert len({a, b, team}) == 3  # a client named like a namespace is not in it
-    assert len(set(scopes(keeper(client_keys=keys, cache=Cache(shared=True))))) == 1
+    assert len(set(scopes(keeper(client_keys=keys, cache=CacheSettings(shared=True))))) == 1
 
 
 # Pass-through: each client's own credential goes up, and separates its cache.
@@ -329,7 +336,7 @@ def test_caches_are_apart_unless_joined_by_the_operator() -> None:
 def test_a_clients_own_credential(headers: Headers, auth: tuple[str, str] | None) -> None:
     client = keeper(pooled=False).client(ask(headers))
     assert (client.name, client.auth) == ("", auth)
-    assert "sk-mine" not in client.scope + repr(client)
+    assert "sk-mine" not in client.cache_partition + repr(client)
 
 
 def test_each_credential_has_its_own_cache() -> None:
@@ -342,16 +349,16 @@ def test_each_credential_has_its_own_cache() -> None:
         {**bearer("a"), "OpenAI-Organization": "o"},
         {**bearer("a"), "OpenAI-Project": "o"},
     ]
-    scopes = [gate.client(ask(headers)).scope for headers in asked]
+    scopes = [gate.client(ask(headers)).cache_partition for headers in asked]
     assert len(set(scopes)) == len(asked)
-    assert scopes == [gate.client(ask(headers)).scope for headers in asked]
+    assert scopes == [gate.client(ask(headers)).cache_partition for headers in asked]
     assert all(scopes)
 
 
 @pytest.mark.parametrize("headers", [bearer("\udcff"), {"api-key": "\udcff"}, {"OpenAI-Organization": "\udcff"}])
 def test_a_credential_that_is_no_text_is_no_failure_of_ours(headers: Headers) -> None:
     """Bytes of a header that are no UTF-8 come as lone surrogates, and could not go up unchanged."""
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ProxyError) as caught:
         keeper(pooled=False).client(ask(headers))
     assert (caught.value.code, caught.value.status) == ("invalid_client_key", 401)
 
@@ -359,9 +366,9 @@ def test_a_credential_that_is_no_text_is_no_failure_of_ours(headers: Headers) ->
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-def admin_refusal(gate: Gatekeeper, request: BaseRequest) -> Refusal:
+def admin_refusal(gate: AccessControl, request: BaseRequest) -> ProxyError:
     assert not gate.is_admin(request)
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ProxyError) as caught:
         gate.check_admin(request)
     assert (caught.value.code, caught.value.status) == ("invalid_client_key", 401)
     return caught.value

@@ -14,19 +14,19 @@ from aiohttp.web import BaseRequest
 
 from proxy import __version__
 from proxy.config.secret import Secret
-from proxy.config.settings import Cache, ClientKey, Server, Upstream
-from proxy.protocol.errors import Refusal
-from proxy.server.responses import refused
+from proxy.config.settings import CacheSettings, ClientKeySettings, ServerSettings, UpstreamSettings
+from proxy.protocol.errors import ProxyError
+from proxy.server.responses import error_response
 from tests.pipeline.fixture import ask, pool, settings
-from tests.pipeline.script import HANG, Says, error, rate_limited, says, streams
-from tests.server.kit import Answer, House, house, request, served, until, wire
+from tests.pipeline.script import HANG, Responds, error, rate_limited, says, streams
+from tests.server.kit import Answer, RunningProxy, raw_connection, request, running_proxy, served, until
 
 GUARDED = ["/metrics", "/_proxy/status", "/_proxy/keys", "/_proxy/requests/x", "/_proxy/runs/x"]
 ADMIN = [("Authorization", "Bearer the-admin-key")]
 
 
-def client_key(name: str) -> ClientKey:
-    return ClientKey(name, hashlib.sha256(f"key-of-{name}".encode()).digest())
+def client_key(name: str) -> ClientKeySettings:
+    return ClientKeySettings(name, hashlib.sha256(f"key-of-{name}".encode()).digest())
 
 
 def bearer(name: str) -> list[tuple[str, str]]:
@@ -34,7 +34,7 @@ def bearer(name: str) -> list[tuple[str, str]]:
 
 
 def server(**fields: Any) -> Any:
-    return replace(settings(), server=Server(**fields))
+    return replace(settings(), server=ServerSettings(**fields))
 
 
 # Probes.
@@ -43,17 +43,17 @@ def server(**fields: Any) -> Any:
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3:8484", "anything"])
 async def test_probes_need_no_key_and_any_host_will_do(path: str, host: str) -> None:
-    async with house(config=server(client_keys=(client_key("a"),), admin_key=Secret("x"))) as home:
+    async with running_proxy(config=server(client_keys=(client_key("a"),), admin_key=Secret("x"))) as home:
         answer = await home.ask("GET", path, headers=[("Host", host)])
         assert (answer.status, answer.get("Content-Type")) == (200, "application/json")
         assert answer.json() == {"status": "ok" if path == "/healthz" else "ready"}
         assert answer.get("Cache-Control") == "no-store"
         assert (await home.ask("HEAD", path)).status == 200
-        assert home.way_up.sent == []
+        assert home.transport.sent == []
 
 
 async def test_while_draining_it_is_alive_and_not_ready() -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         home.traffic.draining = True
         assert (await home.ask("GET", "/healthz")).status == 200
         answer = await home.ask("GET", "/readyz")
@@ -64,7 +64,7 @@ async def test_while_draining_it_is_alive_and_not_ready() -> None:
 @pytest.mark.parametrize("path", ["/healthz", "/metrics", "/_proxy/status"])
 @pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS"])
 async def test_only_reading(path: str, method: str) -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         answer = await home.ask(method, path)
         assert (answer.status, answer.error, answer.get("Allow")) == (405, "method_not_allowed", "GET, HEAD")
 
@@ -73,7 +73,7 @@ async def test_only_reading(path: str, method: str) -> None:
     "path", ["/_proxy/", "/_proxy/nothing", "/_proxy/requests", "/_proxy/requests/", "/_proxy/keys/"]
 )
 async def test_routes_that_are_none(path: str) -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         assert (await home.ask("GET", f"/_proxy/{path}")).error == "unknown_route"
 
 
@@ -82,7 +82,7 @@ async def test_routes_that_are_none(path: str) -> None:
 
 @pytest.mark.parametrize("path", GUARDED)
 async def test_with_an_admin_key_nobody_else_may_look(path: str) -> None:
-    async with house(config=server(admin_key=Secret("the-admin-key"))) as home:
+    async with running_proxy(config=server(admin_key=Secret("the-admin-key"))) as home:
         for headers in ([], [("Authorization", "Bearer wrong")], [("api-key", "the-admin-key")]):
             answer = await home.ask("GET", path, headers=headers)
             assert (answer.status, answer.error) == (401, "invalid_client_key")
@@ -93,7 +93,7 @@ async def test_with_an_admin_key_nobody_else_may_look(path: str) -> None:
 
 @pytest.mark.parametrize("path", GUARDED)
 async def test_browsers_and_rebound_names_may_not(path: str) -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         assert (await home.ask("GET", path, headers=[("Host", "evil.test")])).error == "host_not_allowed"
         assert (await home.ask("GET", path, headers=[("Origin", "http://evil.test")])).error == "origin_not_allowed"
         assert (await home.ask("GET", path, headers=[("Sec-Fetch-Site", "cross-site")])).status == 403
@@ -104,8 +104,8 @@ async def test_browsers_and_rebound_names_may_not(path: str) -> None:
 
 async def test_status_tells_how_things_stand_without_secrets() -> None:
     config = settings(pool("k1", "k2"))
-    config = replace(config, server=Server(admin_key=Secret("the-admin-key"), client_keys=(client_key("a"),)))
-    async with house(rate_limited("60"), says(), config=config) as home:
+    config = replace(config, server=ServerSettings(admin_key=Secret("the-admin-key"), client_keys=(client_key("a"),)))
+    async with running_proxy(rate_limited("60"), says(), config=config) as home:
         home.traffic.address = "http://127.0.0.1:1"
         assert (await home.ask(body=ask(), headers=bearer("a"))).status == 200
         answer = await home.ask("GET", "/_proxy/status", headers=ADMIN)
@@ -121,14 +121,14 @@ async def test_status_tells_how_things_stand_without_secrets() -> None:
 
 
 async def test_status_without_a_cache_and_without_keys() -> None:
-    config = replace(settings(Upstream(base_url="http://up.test/v1")), cache=Cache(backend="off"))
-    async with house(config=config) as home:
+    config = replace(settings(UpstreamSettings(base_url="http://up.test/v1")), cache=CacheSettings(backend="off"))
+    async with running_proxy(config=config) as home:
         status = (await home.ask("GET", "/_proxy/status")).json()
         assert (status["cache"], status["pass_through"]) == (None, True)
 
 
 async def test_keys_are_labels_with_their_states() -> None:
-    async with house(error(401), rate_limited("60"), says(), config=settings(pool("k1", "k2", "k3"))) as home:
+    async with running_proxy(error(401), rate_limited("60"), says(), config=settings(pool("k1", "k2", "k3"))) as home:
         assert (await home.ask(body=ask())).status == 200
         rows = {row["name"]: row for row in (await home.ask("GET", "/_proxy/keys")).json()["keys"]}
         assert [rows[name]["state"] for name in ("k1", "k2", "k3")] == ["rejected", "ready", "ready"]
@@ -144,7 +144,7 @@ async def test_keys_are_labels_with_their_states() -> None:
 
 
 async def test_a_receipt_of_each_kind_of_answer() -> None:
-    async with house(says(), error(400), streams()) as home:
+    async with running_proxy(says(), error(400), streams()) as home:
 
         async def told(answer: Answer) -> dict[str, Any]:
             id_ = answer.get("X-Proxy-Request-Id")
@@ -167,7 +167,7 @@ async def test_a_receipt_of_each_kind_of_answer() -> None:
 async def test_a_receipt_is_the_clients_own() -> None:
     """Others are told that it does not exist, not that they may not see it."""
     keys = (client_key("a"), client_key("b"))
-    async with house(says(), config=server(client_keys=keys, admin_key=Secret("the-admin-key"))) as home:
+    async with running_proxy(says(), config=server(client_keys=keys, admin_key=Secret("the-admin-key"))) as home:
         id_ = (await home.ask(body=ask(), headers=bearer("a"))).get("X-Proxy-Request-Id")
         target = f"/_proxy/requests/{id_}"
         assert (await home.ask("GET", target, headers=bearer("a"))).json()["client"] == "a"
@@ -180,8 +180,11 @@ async def test_a_receipt_is_the_clients_own() -> None:
 
 async def test_in_pass_through_receipts_are_for_operators() -> None:
     """Nobody has a name there, so nobody can own one."""
-    config = replace(settings(Upstream(base_url="http://up.test/v1")), server=Server(admin_key=Secret("the-admin-key")))
-    async with house(says(), config=config) as home:
+    config = replace(
+        settings(UpstreamSettings(base_url="http://up.test/v1")),
+        server=ServerSettings(admin_key=Secret("the-admin-key")),
+    )
+    async with running_proxy(says(), config=config) as home:
         id_ = (await home.ask(body=ask(), headers=[("Authorization", "Bearer mine")])).get("X-Proxy-Request-Id")
         assert (
             await home.ask("GET", f"/_proxy/requests/{id_}", headers=[("Authorization", "Bearer mine")])
@@ -191,7 +194,7 @@ async def test_in_pass_through_receipts_are_for_operators() -> None:
 
 async def test_a_receipt_whose_model_is_no_text() -> None:
     """A lone surrogate is valid JSON and no UTF-8: it must not break what tells of it."""
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         answer = await home.ask(body=b'{"model":"\\ud800","messages":[]}')
         assert answer.status == 200
         receipt = await home.ask("GET", f"/_proxy/requests/{answer.get('X-Proxy-Request-Id')}")
@@ -201,7 +204,7 @@ async def test_a_receipt_whose_model_is_no_text() -> None:
 
 async def test_an_upstream_whose_model_is_no_text() -> None:
     odd = b'{"model":"\\ud800","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"stop"}]}'
-    async with house(Says(body=(odd,))) as home:
+    async with running_proxy(Responds(body=(odd,))) as home:
         for _ in range(2):
             answer = await home.ask(body=ask())
             assert answer.body == odd
@@ -212,19 +215,23 @@ async def test_an_upstream_whose_model_is_no_text() -> None:
 
 
 @asynccontextmanager
-async def probes(home: House) -> AsyncIterator[int]:
+async def probes(home: RunningProxy) -> AsyncIterator[int]:
     async def handle(request: BaseRequest) -> Any:
         try:
             return await home.ops.handle_probe(request, request.raw_path.partition("?")[0])
-        except Refusal as refusal:
-            return refused(request, refusal, "id", b"")
+        except ProxyError as refusal:
+            return error_response(request, refusal, "id", b"")
 
     async with served(handle) as port:
         yield port
 
 
 async def test_the_second_listener_has_probes_and_metrics_only() -> None:
-    async with house(config=server(admin_key=Secret("x"))) as home, probes(home) as port, wire(port) as line:
+    async with (
+        running_proxy(config=server(admin_key=Secret("x"))) as home,
+        probes(home) as port,
+        raw_connection(port) as line,
+    ):
 
         async def get(target: str, method: str = "GET") -> Answer:
             line.send(request(method, target, headers=[("Host", "10.0.0.7")]))
@@ -242,9 +249,9 @@ async def test_the_second_listener_has_probes_and_metrics_only() -> None:
 
 
 async def test_probes_answer_while_everything_else_is_busy() -> None:
-    async with house(Says(body=(b"{", HANG))) as home:
+    async with running_proxy(Responds(body=(b"{", HANG))) as home:
         task = asyncio.create_task(home.ask(body=ask()))
-        await until(lambda: home.way_up.sent)
+        await until(lambda: home.transport.sent)
         assert (await home.ask("GET", "/healthz")).status == 200
         assert (await home.ask("GET", "/_proxy/status")).json()["in_flight"] == 2
         task.cancel()

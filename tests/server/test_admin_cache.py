@@ -13,13 +13,13 @@ from proxy.cache.entry import Entry
 from proxy.cache.stores.interface import StoreError
 from proxy.cache.stores.sqlite import SQLiteStore
 from proxy.config.secret import Secret
-from proxy.config.settings import Cache, Server
-from proxy.system.clock import REAL
+from proxy.config.settings import CacheSettings, ServerSettings
+from proxy.system.clock import SYSTEM_CLOCK
 from tests.cache.stores import kit
 from tests.cache.stores.kit import NOW
 from tests.pipeline.fixture import ask, settings
 from tests.pipeline.script import says
-from tests.server.kit import House, house
+from tests.server.kit import RunningProxy, running_proxy
 
 WALL = NOW + 100
 
@@ -39,23 +39,23 @@ ENTRIES = [
 
 
 @pytest.fixture
-async def home() -> AsyncIterator[House]:
-    async with house(seams=replace(REAL, wall=lambda: WALL)) as built:
-        assert built.world.store is not None
+async def home() -> AsyncIterator[RunningProxy]:
+    async with running_proxy(clock=replace(SYSTEM_CLOCK, wall=lambda: WALL)) as built:
+        assert built.services.store is not None
         for one in ENTRIES:
-            built.world.store.put(one)
+            built.services.store.put(one)
         yield built
 
 
-def left(home: House) -> list[str]:
-    assert home.world.store is not None
-    return sorted(entry.key + entry.form for entry, _ in home.world.store.memory.listed(NAMES))
+def left(home: RunningProxy) -> list[str]:
+    assert home.services.store is not None
+    return sorted(entry.key + entry.form for entry, _ in home.services.store.memory.listed(NAMES))
 
 
 NAMES = [(one.key, one.form) for one in ENTRIES]
 
 
-async def purge(home: House, document: Any) -> Any:
+async def purge(home: RunningProxy, document: Any) -> Any:
     answer = await home.ask("POST", "/_proxy/cache/purge", document)
     assert answer.status == 200, answer.body
     return answer.json()
@@ -81,7 +81,7 @@ async def purge(home: House, document: Any) -> Any:
         ({"prefix": "aa"}, ["aa11json", "aa11sse", "aa22json"]),
     ],
 )
-async def test_purge(home: House, which: dict[str, Any], wanted: list[str]) -> None:
+async def test_purge(home: RunningProxy, which: dict[str, Any], wanted: list[str]) -> None:
     before = left(home)
     assert await purge(home, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True}
     assert left(home) == before
@@ -110,7 +110,9 @@ async def test_purge(home: House, which: dict[str, Any], wanted: list[str]) -> N
         ({"older_than": True}, "invalid_option", "older_than"),
     ],
 )
-async def test_a_purge_that_is_not_clear_is_refused(home: House, body: Any, code: str, param: str | None) -> None:
+async def test_a_purge_that_is_not_clear_is_refused(
+    home: RunningProxy, body: Any, code: str, param: str | None
+) -> None:
     before = left(home)
     answer = await home.ask("POST", "/_proxy/cache/purge", body)
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, code, param)
@@ -118,7 +120,7 @@ async def test_a_purge_that_is_not_clear_is_refused(home: House, body: Any, code
 
 
 async def test_what_is_purged_is_asked_for_anew() -> None:
-    async with house(says(), says()) as home:
+    async with running_proxy(says(), says()) as home:
         first = await home.ask(body=ask())
         key = first.get("X-Proxy-Cache-Key")
         assert (await home.ask(body=ask())).get("X-Proxy-Cache") == "hit"
@@ -130,7 +132,7 @@ async def test_what_is_purged_is_asked_for_anew() -> None:
 # Looking.
 
 
-async def test_one_answer_in_all_its_forms(home: House) -> None:
+async def test_one_answer_in_all_its_forms(home: RunningProxy) -> None:
     shown = (await home.ask("GET", "/_proxy/cache/aa11")).json()
     assert (shown["key"], [form["form"] for form in shown["forms"]]) == ("aa11", ["json", "sse"])
     form = shown["forms"][0]
@@ -165,20 +167,20 @@ async def test_one_answer_in_all_its_forms(home: House) -> None:
     assert (await home.ask("GET", "/_proxy/cache/bb33?body=1")).json()["forms"][0]["body_base64"] == "/w=="
 
 
-async def test_the_lines_of_a_cassette(home: House) -> None:
+async def test_the_lines_of_a_cassette(home: RunningProxy) -> None:
     answer = await home.ask("GET", "/_proxy/cache/aa11?cassette=1")
     assert answer.get("Content-Type") == "application/x-ndjson"
     assert [read_line(line).body for line in answer.body.splitlines()] == [b'{"a": 1}', b"data: [DONE]\n\n"]
 
 
-async def test_a_key_that_is_not_there(home: House) -> None:
+async def test_a_key_that_is_not_there(home: RunningProxy) -> None:
     answer = await home.ask("GET", "/_proxy/cache/aa")
     assert (answer.status, answer.error) == (404, "unknown_route")
     assert "'aa'" in answer.json()["error"]["message"]
     assert (await home.ask("GET", "/_proxy/cache/")).status == 404
 
 
-async def test_a_list_comes_in_pages(home: House) -> None:
+async def test_a_list_comes_in_pages(home: RunningProxy) -> None:
     keys, after = [], ""
     while True:
         page = (await home.ask("GET", f"/_proxy/cache?limit=1&after={after}")).json()
@@ -203,7 +205,7 @@ async def test_a_list_comes_in_pages(home: House) -> None:
         ("/aa11?form=json", "form"),
     ],
 )
-async def test_what_is_asked_wrongly(home: House, target: str, param: str) -> None:
+async def test_what_is_asked_wrongly(home: RunningProxy, target: str, param: str) -> None:
     answer = await home.ask("GET", f"/_proxy/cache{target}")
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, "invalid_option", param)
 
@@ -211,14 +213,14 @@ async def test_what_is_asked_wrongly(home: House, target: str, param: str) -> No
 # Lines in.
 
 
-async def test_lines_are_stored(home: House) -> None:
+async def test_lines_are_stored(home: RunningProxy) -> None:
     lines = [write_line(entry("new", stored_at=WALL)), write_line(ENTRIES[0]), write_line(entry("old", ttl=1.0))]
     answer = await home.ask("POST", "/_proxy/cache/import", b"".join(lines))
     assert answer.json() == {"new": 1, "replaced": 1, "expired": 1, "refused": 0}
     assert (await home.ask("GET", "/_proxy/cache/new")).status == 200
 
 
-async def test_a_bad_line_changes_nothing(home: House) -> None:
+async def test_a_bad_line_changes_nothing(home: RunningProxy) -> None:
     answer = await home.ask("POST", "/_proxy/cache/import", write_line(entry("new")) + b"{}\n")
     assert (answer.status, answer.error) == (400, "bad_request")
     assert "line:2: " in answer.json()["error"]["message"]
@@ -238,11 +240,11 @@ async def test_a_bad_line_changes_nothing(home: House) -> None:
     ],
 )
 async def test_only_the_operator_may(method: str, path: str) -> None:
-    config = replace(settings(), server=Server(admin_key=Secret("the-admin-key")))
-    async with house(config=config) as home:
+    config = replace(settings(), server=ServerSettings(admin_key=Secret("the-admin-key")))
+    async with running_proxy(config=config) as home:
         for headers in ([], [("Authorization", "Bearer wrong")]):
             assert (await home.ask(method, path, {"all": True}, headers)).status == 401
-    async with house() as home:
+    async with running_proxy() as home:
         for headers in ([("Origin", "http://evil.test")], [("Sec-Fetch-Site", "cross-site")]):
             assert (await home.ask(method, path, {"all": True}, headers)).status == 403
         assert (await home.ask(method, path, {"all": True}, [("Host", "evil.test")])).status == 421
@@ -252,20 +254,20 @@ async def test_only_the_operator_may(method: str, path: str) -> None:
 
 
 async def test_without_a_cache_there_is_nothing_to_do() -> None:
-    async with house(config=replace(settings(), cache=Cache(backend="off"))) as home:
+    async with running_proxy(config=replace(settings(), cache=CacheSettings(backend="off"))) as home:
         answer = await home.ask("POST", "/_proxy/cache/purge", {"all": True})
         assert (answer.status, answer.error) == (400, "bad_request")
 
 
-async def test_a_store_in_trouble_is_said_to_be(home: House) -> None:
+async def test_a_store_in_trouble_is_said_to_be(home: RunningProxy) -> None:
     class Broken(SQLiteStore):
         async def fail(self, *_: Any, **__: Any) -> Any:
             raise StoreError("the disk is gone")
 
         purge = list = read = fail
 
-    assert home.world.store is not None
-    home.world.store.slower = Broken("nowhere", 2**20, 2**20)
+    assert home.services.store is not None
+    home.services.store.slower = Broken("nowhere", 2**20, 2**20)
     for method, path in (("POST", "/purge"), ("GET", ""), ("GET", "/aa11")):
         answer = await home.ask(method, f"/_proxy/cache{path}", {"all": True} if method == "POST" else None)
         assert (answer.status, answer.error) == (500, "internal_error")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxy.config.settings import ClientKey, Server
+from proxy.config.settings import ClientKeySettings, ServerSettings
 from tests.pipeline.fixture import ask, settings
 from tests.pipeline.script import error, says
-from tests.server.kit import House, house
+from tests.server.kit import RunningProxy, running_proxy
 
 
-async def sums(home: House) -> dict[str, Any]:
+async def sums(home: RunningProxy) -> dict[str, Any]:
     answer = await home.ask("GET", "/_proxy/usage?by=model,client&by=day&since=7d&until=2100-01-01")
     assert answer.status == 200, answer.body
     found: dict[str, Any] = answer.json()["since_start"]
@@ -18,7 +18,7 @@ async def sums(home: House) -> dict[str, Any]:
 
 
 async def test_everything_is_counted_once() -> None:
-    async with house(says(), error(404), says()) as home:
+    async with running_proxy(says(), error(404), says()) as home:
         for _ in range(3):
             await home.ask(body=ask())
         await home.ask(body=ask("other"))
@@ -31,7 +31,7 @@ async def test_everything_is_counted_once() -> None:
 
 
 async def test_a_hit_bears_the_tags_of_who_asked_not_of_who_stored() -> None:
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         await home.ask(body=ask(), headers=[("X-Proxy-Tag", "team:a")])
         hits = [
             await home.ask(body=ask(), headers=[("X-Proxy-Tag", "team:b")]),
@@ -46,8 +46,8 @@ async def test_a_hit_bears_the_tags_of_who_asked_not_of_who_stored() -> None:
 
 
 async def test_refusals_of_strangers_take_little_room() -> None:
-    config = settings(server=Server(client_keys=(ClientKey("anna", b"x" * 32),)))
-    async with house(config=config) as home:
+    config = settings(server=ServerSettings(client_keys=(ClientKeySettings("anna", b"x" * 32),)))
+    async with running_proxy(config=config) as home:
         for number in range(20):
             got = await home.ask(body=ask(), headers=[("Authorization", f"Bearer stranger-{number}")])
             assert got.status == 401
@@ -57,6 +57,8 @@ async def test_refusals_of_strangers_take_little_room() -> None:
 
 
 async def test_the_page_is_for_operators() -> None:
-    async with house(config=settings(server=Server(client_keys=(ClientKey("anna", b"x" * 32),)))) as home:
+    async with running_proxy(
+        config=settings(server=ServerSettings(client_keys=(ClientKeySettings("anna", b"x" * 32),)))
+    ) as home:
         assert (await home.ask("GET", "/_proxy/usage", headers=[("Host", "evil")])).status == 421
         assert (await home.ask("POST", "/_proxy/usage", body={})).status == 405

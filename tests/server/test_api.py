@@ -15,8 +15,15 @@ import proxy.pipeline.handler
 import proxy.server.api
 import proxy.server.responses
 from proxy.config.limits import Limits
-from proxy.config.settings import Cache, Cost, Server, Settings, Throttle, Timeouts
-from proxy.system.clock import REAL
+from proxy.config.settings import (
+    CacheSettings,
+    CostSettings,
+    ServerSettings,
+    Settings,
+    ThrottleSettings,
+    TimeoutSettings,
+)
+from proxy.system.clock import SYSTEM_CLOCK
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import (
@@ -24,7 +31,7 @@ from tests.pipeline.script import (
     HANG,
     SSE,
     Fails,
-    Says,
+    Responds,
     chunk,
     completion,
     dump,
@@ -34,7 +41,7 @@ from tests.pipeline.script import (
     says,
     streams,
 )
-from tests.server.kit import PATIENCE, house, request, until, wire
+from tests.server.kit import PATIENCE, raw_connection, request, running_proxy, until
 
 CUT = TransportFailure("invalid", "cut")
 CHAT = "/v1/chat/completions"
@@ -42,14 +49,14 @@ Headers = Iterable[tuple[str, str]]
 
 
 def server(**fields: Any) -> Settings:
-    return replace(settings(), server=Server(**fields))
+    return replace(settings(), server=ServerSettings(**fields))
 
 
 # Hits and misses.
 
 
 async def test_a_miss_and_then_hits() -> None:
-    async with house(says(headers=[("x-ratelimit-limit-requests", "5"), ("openai-version", "v")])) as home:
+    async with running_proxy(says(headers=[("x-ratelimit-limit-requests", "5"), ("openai-version", "v")])) as home:
         miss = await home.ask(body=ask())
         assert (miss.status, miss.reason, miss.body) == (200, "As You Like It", dump(completion()))
         assert (miss.get("X-Proxy-Cache"), miss.get("X-Proxy-Cost-USD")) == ("miss", "0.002250")
@@ -80,13 +87,13 @@ async def test_a_miss_and_then_hits() -> None:
                 "Cache-Status": "openai-proxy; hit; ttl=86399; detail=sampled",
                 "Content-Length": str(len(miss.body)),
             }
-        assert len(home.way_up.sent) == 1
+        assert len(home.transport.sent) == 1
 
 
 async def test_a_hit_parses_nothing_and_logs_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         for _ in range(2):
             await home.ask(body=ask())
         monkeypatch.setattr(proxy.server.api, "parse_leniently", None)
@@ -98,7 +105,7 @@ async def test_a_hit_parses_nothing_and_logs_nothing(
 
 async def test_the_head_of_an_entry_is_that_entrys() -> None:
     """Rendered once, and anew when the entry is another one."""
-    async with house(says(headers=[("openai-version", "1")]), says(headers=[("openai-version", "2")])) as home:
+    async with running_proxy(says(headers=[("openai-version", "1")]), says(headers=[("openai-version", "2")])) as home:
         for _ in range(3):
             await home.ask(body=ask())
         await home.ask(body=ask(), headers=[("Cache-Control", "no-cache")])
@@ -107,7 +114,7 @@ async def test_the_head_of_an_entry_is_that_entrys() -> None:
 
 async def test_heads_and_routes_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.api, "_KEEP", 3)
-    async with house(*[says()] * 10) as home:
+    async with running_proxy(*[says()] * 10) as home:
         for n in range(10):
             for _ in range(2):
                 target = f"{CHAT}?n={n}"
@@ -119,7 +126,7 @@ async def test_heads_and_routes_kept_are_bounded(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_long_targets_are_not_kept() -> None:
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         await home.ask("POST", f"{CHAT}?{'x' * 300}", ask())
         assert home.downstream._routes == {}
 
@@ -129,8 +136,8 @@ async def test_what_the_base_url_asks_for_holds_every_time(segment: str) -> None
     """The fast lane knows no options: requests that ask for something must not take it."""
     target = f"/_/{segment}{CHAT}"
     now = 1_790_000_000.0
-    seams = replace(REAL, wall=lambda: now)
-    async with house(*[streams()] * 3, seams=seams) as home:
+    clock = replace(SYSTEM_CLOCK, wall=lambda: now)
+    async with running_proxy(*[streams()] * 3, clock=clock) as home:
         first, *others = [await home.ask("POST", target, ask(stream=True)) for _ in range(3)]
         assert all(other.get("X-Proxy-Cache") == "hit" for other in others)
         if segment.startswith("stream"):
@@ -143,7 +150,7 @@ async def test_what_the_base_url_asks_for_holds_every_time(segment: str) -> None
 
 
 async def test_cost_comments_by_setting_are_there_every_time() -> None:
-    async with house(streams(), says(), config=settings(cost=Cost(stream_comment=True))) as home:
+    async with running_proxy(streams(), says(), config=settings(cost=CostSettings(stream_comment=True))) as home:
         for cost in (b"0.002250", b"0.000000", b"0.000000"):
             answer = await home.ask(body=ask(stream=True))
             assert answer.body.count(b": x-proxy-cost-usd=" + cost) == 1
@@ -152,13 +159,13 @@ async def test_cost_comments_by_setting_are_there_every_time() -> None:
 
 
 async def test_json_where_a_stream_was_asked_for_has_no_comment_in_it() -> None:
-    async with house(*[says()] * 3, config=settings(cost=Cost(stream_comment=True))) as home:
+    async with running_proxy(*[says()] * 3, config=settings(cost=CostSettings(stream_comment=True))) as home:
         for _ in range(3):
             assert (await home.ask(body=ask(stream=True))).body == dump(completion())
 
 
 async def test_options_in_headers_close_the_fast_lane() -> None:
-    async with house(*[says()] * 5) as home:
+    async with running_proxy(*[says()] * 5) as home:
 
         async def cache(*headers: tuple[str, str]) -> str | None:
             return (await home.ask(body=ask(), headers=headers)).get("X-Proxy-Cache")
@@ -175,7 +182,7 @@ async def test_options_in_headers_close_the_fast_lane() -> None:
 
 
 async def test_a_stream_and_its_hit() -> None:
-    async with house(streams()) as home:
+    async with running_proxy(streams()) as home:
         miss, hit = await home.ask(body=ask(stream=True)), await home.ask(body=ask(stream=True))
         assert (miss.framing, miss.whole, hit.framing) == ("chunked", True, "length")
         assert miss.body == hit.body == b"".join(events())
@@ -186,13 +193,15 @@ async def test_a_stream_and_its_hit() -> None:
 
 
 async def test_what_the_upstream_says_of_buffering_stands() -> None:
-    async with house(streams(headers=[("cache-control", "no-transform"), ("x-accel-buffering", "yes")])) as home:
+    async with running_proxy(
+        streams(headers=[("cache-control", "no-transform"), ("x-accel-buffering", "yes")])
+    ) as home:
         answer = await home.ask(body=ask(stream=True))
         assert (answer.get("Cache-Control"), answer.get("X-Accel-Buffering")) == ("no-transform", "yes")
 
 
 async def test_a_broken_stream_ends_with_an_error_event_and_no_last_chunk() -> None:
-    async with house(streams([*events()[:2], CUT])) as home:
+    async with running_proxy(streams([*events()[:2], CUT])) as home:
         answer = await home.ask(body=ask(stream=True))
         assert (answer.status, answer.framing, answer.whole) == (200, "chunked", False)
         last = orjson.loads(answer.chunks[-1].removeprefix(b"data: "))
@@ -201,42 +210,42 @@ async def test_a_broken_stream_ends_with_an_error_event_and_no_last_chunk() -> N
 
 
 async def test_http_1_0_gets_its_stream_too() -> None:
-    async with house(streams()) as home, wire(home.port) as line:
+    async with running_proxy(streams()) as home, raw_connection(home.port) as line:
         line.send(request(body=ask(stream=True), version="1.0"))
         answer = await line.answer()
         assert (answer.framing, answer.body) == ("close", b"".join(events()))
 
 
-@pytest.mark.parametrize("move", [streams([*events()[:2], HANG]), Fails("hang"), Says(body=(b"{", HANG))])
+@pytest.mark.parametrize("move", [streams([*events()[:2], HANG]), Fails("hang"), Responds(body=(b"{", HANG))])
 async def test_a_client_that_leaves_closes_the_upstream_at_once(move: Any) -> None:
-    async with house(move) as home:
-        async with wire(home.port) as line:
+    async with running_proxy(move) as home:
+        async with raw_connection(home.port) as line:
             line.send(request(body=ask(stream=True)))
-            await until(lambda: home.traffic.in_flight == 1 and home.way_up.sent)
+            await until(lambda: home.traffic.requests == 1 and home.transport.sent)
             await line.gone()
         await home.settled()
         assert [(receipt.status, receipt.error) for receipt in home.receipts] == [(499, "client_gone")]
 
 
 async def test_a_client_that_leaves_the_queue() -> None:
-    config = settings(throttle=Throttle(limits={"*": Limits(concurrency=1)}))
-    async with house(Fails("hang"), config=config) as home:
-        async with wire(home.port) as first, wire(home.port) as second:
+    config = settings(throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
+    async with running_proxy(Fails("hang"), config=config) as home:
+        async with raw_connection(home.port) as first, raw_connection(home.port) as second:
             first.send(request(body=ask("a")))
-            await until(lambda: home.way_up.sent)
+            await until(lambda: home.transport.sent)
             second.send(request(body=ask("b")))
-            await until(lambda: home.world.gate.depth == 1)
+            await until(lambda: home.services.admission.depth == 1)
             await second.gone()
-            await until(lambda: home.world.gate.depth == 0)
+            await until(lambda: home.services.admission.depth == 0)
             await first.gone()
-        assert len(home.way_up.sent) == 1
+        assert len(home.transport.sent) == 1
 
 
 async def test_the_drain_ends_streams_with_an_error_event() -> None:
-    async with house(streams([event(chunk("a")), HANG])) as home, wire(home.port) as line:
+    async with running_proxy(streams([event(chunk("a")), HANG])) as home, raw_connection(home.port) as line:
         line.send(request(body=ask(stream=True)))
         await line.reader.readuntil(b'"a"')
-        [(task, flow)] = home.traffic.flows.items()
+        [(task, flow)] = home.traffic.streams.items()
         flow.interrupted = "draining"
         task.cancel()
         rest = await line.ended()
@@ -245,7 +254,7 @@ async def test_the_drain_ends_streams_with_an_error_event() -> None:
 
 
 async def test_while_draining_nothing_new_is_begun() -> None:
-    async with house() as home:
+    async with running_proxy() as home:
         home.traffic.closing = True
         for method, target, body in (("POST", CHAT, ask()), ("GET", "/v1/models", None)):
             answer = await home.ask(method, target, body)
@@ -255,7 +264,7 @@ async def test_while_draining_nothing_new_is_begun() -> None:
 
 async def test_a_body_that_comes_too_slowly_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
-    async with house() as home, wire(home.port) as line:
+    async with running_proxy() as home, raw_connection(home.port) as line:
         line.send(request(headers=[("Content-Type", "application/json"), ("Content-Length", "9")]) + b'{"a')
         assert await line.ended() == b""
         assert home.receipts == []  # it never became a call
@@ -266,12 +275,12 @@ async def test_a_body_that_comes_too_slowly_ends_the_connection(monkeypatch: pyt
 
 async def test_beyond_max_in_flight_it_is_refused_early() -> None:
     config = server(max_in_flight=2)
-    async with house(says(), Fails("hang"), Fails("hang"), config=config) as home:
+    async with running_proxy(says(), Fails("hang"), Fails("hang"), config=config) as home:
         await home.ask(body=ask("stored"))
-        async with wire(home.port) as first, wire(home.port) as second:
+        async with raw_connection(home.port) as first, raw_connection(home.port) as second:
             for n, line in enumerate((first, second)):
                 line.send(request(body=ask(str(n))))
-                await until(lambda n=n: home.traffic.in_flight == n + 1)  # type: ignore[misc]
+                await until(lambda n=n: home.traffic.requests == n + 1)  # type: ignore[misc]
             answer = await home.ask(body=ask("c"))
             assert (answer.status, answer.error, answer.get("Retry-After")) == (503, "overloaded", "1")
             assert (await home.ask("GET", "/v1/models")).error == "overloaded"
@@ -282,13 +291,13 @@ async def test_beyond_max_in_flight_it_is_refused_early() -> None:
 
 async def test_those_who_wait_are_not_in_flight() -> None:
     """They count in the queue: five wait for one place, though only two may be served at once."""
-    config = replace(server(max_in_flight=2), throttle=Throttle(limits={"*": Limits(concurrency=1)}))
-    async with house(*[says(wait=0.02)] * 6, config=config) as home:
+    config = replace(server(max_in_flight=2), throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
+    async with running_proxy(*[says(wait=0.02)] * 6, config=config) as home:
         tasks = []
         async with asyncio.timeout(PATIENCE):
             for n in range(6):
                 tasks.append(asyncio.create_task(home.ask(body=ask(str(n)))))
-                while home.traffic.in_flight + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
+                while home.traffic.requests + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
                     await asyncio.sleep(0.001)
             assert [(await task).status for task in tasks] == [200] * 6
 
@@ -311,9 +320,9 @@ async def test_those_who_wait_are_not_in_flight() -> None:
     ],
 )
 async def test_the_answer_comes_before_the_client_gives_up(headers: Headers, seconds: float) -> None:
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         await home.ask(body=ask(), headers=headers)
-        assert max(0.0, seconds - 1.0) < home.way_up.sent[0].first_byte <= seconds
+        assert max(0.0, seconds - 1.0) < home.transport.sent[0].first_byte <= seconds
 
 
 @pytest.mark.parametrize(
@@ -329,16 +338,16 @@ async def test_the_answer_comes_before_the_client_gives_up(headers: Headers, sec
 async def test_how_long_it_may_wait_for_a_place(
     max_wait: float | None, headers: Headers, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(throttle=Throttle(max_wait=max_wait), timeouts=Timeouts(total=20.0))
-    async with house(says(), config=config) as home:
+    config = settings(throttle=ThrottleSettings(max_wait=max_wait), timeouts=TimeoutSettings(total=20.0))
+    async with running_proxy(says(), config=config) as home:
         seen: list[float] = []
-        admit = home.world.gate.admit
+        admit = home.services.admission.acquire
 
         async def noted(lane: str, attempt: Any, patience: float, client: str) -> Any:
             seen.append(patience)
             return await admit(lane, attempt, patience, client)
 
-        monkeypatch.setattr(home.world.gate, "admit", noted)
+        monkeypatch.setattr(home.services.admission, "acquire", noted)
         await home.ask(body=ask(), headers=headers)
         [patience] = seen
         assert max(0.0, min(seconds, 20.0) - 1.0) <= patience <= min(seconds, 20.0)
@@ -349,7 +358,7 @@ async def test_how_long_it_may_wait_for_a_place(
 
 async def test_an_upstreams_error_is_the_upstreams() -> None:
     bad = error(418, "teapot", [("Set-Cookie", "a=b"), ("x-debug", "sk-k1")], message="sk-k1 is short and stout")
-    async with house(bad) as home:
+    async with running_proxy(bad) as home:
         answer = await home.ask(body=ask())
         assert (answer.status, answer.reason) == (418, "As You Like It")
         assert answer.json()["error"]["message"] == "*** is short and stout"
@@ -357,26 +366,26 @@ async def test_an_upstreams_error_is_the_upstreams() -> None:
 
 
 async def test_our_own_errors_after_a_call_carry_its_headers() -> None:
-    async with house(Says(302)) as home:
+    async with running_proxy(Responds(302)) as home:
         answer = await home.ask(body=ask())
         assert (answer.status, answer.error) == (502, "upstream_invalid_response")
         assert answer.get("X-Proxy-Attempts") == "1"
         assert answer.get("X-Proxy-Upstream") == "openai"
         assert home.receipts[0].id == answer.get("X-Proxy-Request-Id")
-        text = home.metrics.render(home.world, 0).decode()
+        text = home.metrics.render(home.services, 0).decode()
         assert 'openai_proxy_errors_total{code="upstream_invalid_response"} 1.0' in text  # counted once
 
 
 async def test_204_has_no_body_and_the_connection_goes_on() -> None:
-    config = settings(pool("k1"), cache=Cache(backend="off"))
-    async with house(Says(204), says(), config=config) as home, wire(home.port) as line:
+    config = settings(pool("k1"), cache=CacheSettings(backend="off"))
+    async with running_proxy(Responds(204), says(), config=config) as home, raw_connection(home.port) as line:
         line.send(request(body=ask()) + request(body=ask()))
         assert [(await line.answer()).status for _ in range(2)] == [204, 200]
 
 
 async def test_an_answer_too_large_to_hold_is_chunked_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.handler, "SPILL", 100)
-    async with house(Says(body=(b"{" + b" " * 200, b" " * 100, b"}"))) as home:
+    async with running_proxy(Responds(body=(b"{" + b" " * 200, b" " * 100, b"}"))) as home:
         answer = await home.ask(body=ask())
         assert (answer.framing, answer.whole, len(answer.body)) == ("chunked", True, 302)
         assert answer.get("X-Accel-Buffering") is None

@@ -12,11 +12,11 @@ import pytest
 
 import proxy.pipeline.handler
 import proxy.server.api
-from proxy.config.settings import ClientKey, Server, Settings
+from proxy.config.settings import ClientKeySettings, ServerSettings, Settings
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask, settings
 from tests.pipeline.script import dump, error, says, streams
-from tests.server.kit import Answer, House, house, request, wire
+from tests.server.kit import Answer, RunningProxy, raw_connection, request, running_proxy
 
 CUT = TransportFailure("invalid", "cut")
 CHAT = "/v1/chat/completions"
@@ -24,7 +24,7 @@ Headers = Iterable[tuple[str, str]]
 
 
 def server(**fields: Any) -> Settings:
-    return replace(settings(), server=Server(**fields))
+    return replace(settings(), server=ServerSettings(**fields))
 
 
 # What is refused, and how.
@@ -65,7 +65,7 @@ async def test_refusals_have_openais_shape(
     what: tuple[str, str, Any], headers: Headers, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    async with house(config=server(max_body=100)) as home:
+    async with running_proxy(config=server(max_body=100)) as home:
         answer = await home.ask(*what, headers)
         assert (answer.status, answer.error) == (status, code)
         assert answer.get("X-Should-Retry") == "false"
@@ -73,30 +73,30 @@ async def test_refusals_have_openais_shape(
         assert answer.get("Date")
         assert answer.get("Access-Control-Allow-Origin") is None
         assert (answer.get("Allow") is not None) is (status == 405)
-        assert home.way_up.sent == []
-        assert f'openai_proxy_errors_total{{code="{code}"}} 1.0' in home.metrics.render(home.world, 0).decode()
+        assert home.transport.sent == []
+        assert f'openai_proxy_errors_total{{code="{code}"}} 1.0' in home.metrics.render(home.services, 0).decode()
     assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("head", [b"GET /v1/models\r\n\r\n", b"GET /v1/models HTTP/1.0\r\n\r\n"], ids=["0.9", "1.0"])
 async def test_old_http_without_a_host(head: bytes) -> None:
-    async with house() as home, wire(home.port) as line:
+    async with running_proxy() as home, raw_connection(home.port) as line:
         line.send(head)
         assert (await line.answer()).error == "host_not_allowed"
 
 
 @pytest.mark.parametrize("target", ["evil.test:443", "*"])
 async def test_targets_that_are_no_path(target: str) -> None:
-    async with house() as home, wire(home.port) as line:
+    async with running_proxy() as home, raw_connection(home.port) as line:
         for method in ("CONNECT", "OPTIONS", "GET"):
-            async with wire(home.port) as line:
+            async with raw_connection(home.port) as line:
                 line.send(request(method, target))
                 assert (await line.answer()).status in (400, 404, 405)
 
 
 async def test_connections_outlive_refusals() -> None:
     """One client's mistakes cost it no connection, except where a body was refused unread."""
-    async with house(says()) as home, wire(home.port) as line:
+    async with running_proxy(says()) as home, raw_connection(home.port) as line:
         for body in (b"{nope", b"[]", dump(ask())):
             line.send(request(body=body))
             answer = await line.answer()
@@ -109,8 +109,8 @@ async def test_a_failure_inside_is_told_as_such(
     def fails(*_: object) -> None:
         raise RuntimeError("sk-k1 is broken")
 
-    async with house(says()) as home:
-        monkeypatch.setattr(home.downstream, "_check_room", fails)
+    async with running_proxy(says()) as home:
+        monkeypatch.setattr(home.downstream, "_check_in_flight", fails)
         answer = await home.ask(body=ask())
         assert (answer.status, answer.error) == (500, "internal_error")
         assert b"sk-k1" not in answer.body
@@ -133,23 +133,23 @@ async def test_what_passes_for_json(monkeypatch: pytest.MonkeyPatch) -> None:
         ("application/json", b'{"model":7,"messages":[]}'),
         ("application/json", b"{}"),
     ]
-    async with house(*[says()] * len(bodies)) as home:
+    async with running_proxy(*[says()] * len(bodies)) as home:
         for content_type, body in bodies:
             answer = await home.ask("POST", CHAT, body, [("Content-Type", content_type)])
             assert answer.status == 200, body[:100]
-            assert home.way_up.sent[-1].body == body
+            assert home.transport.sent[-1].body == body
 
 
 # Clients.
 
 
-def client_key(name: str) -> ClientKey:
-    return ClientKey(name, hashlib.sha256(f"key-of-{name}".encode()).digest())
+def client_key(name: str) -> ClientKeySettings:
+    return ClientKeySettings(name, hashlib.sha256(f"key-of-{name}".encode()).digest())
 
 
 async def test_client_keys() -> None:
     config = server(client_keys=(client_key("a"), client_key("b")))
-    async with house(says(), says(), config=config) as home:
+    async with running_proxy(says(), says(), config=config) as home:
 
         async def asked(*headers: tuple[str, str]) -> Answer:
             return await home.ask(body=ask(), headers=headers)
@@ -165,13 +165,13 @@ async def test_client_keys() -> None:
         for _ in range(2):
             hit = await asked(("Authorization", "Bearer key-of-a"))
             assert (hit.get("X-Proxy-Cache"), hit.get("X-Proxy-Cache-Key")) == ("hit", None)
-        receipt = home.world.receipts.get(hit.get("X-Proxy-Request-Id") or "")
+        receipt = home.services.receipts.get(hit.get("X-Proxy-Request-Id") or "")
         assert receipt is not None
         assert receipt.client == "a"
 
 
 async def test_no_key_no_answer_not_even_a_stored_one() -> None:
-    async with house(says(), config=server(client_keys=(client_key("a"),))) as home:
+    async with running_proxy(says(), config=server(client_keys=(client_key("a"),))) as home:
         for _ in range(3):
             assert (await home.ask(body=ask(), headers=[("Authorization", "Bearer key-of-a")])).status == 200
         assert (await home.ask(body=ask())).status == 401
@@ -182,12 +182,12 @@ async def test_no_key_no_answer_not_even_a_stored_one() -> None:
 APP = "http://app.test"
 
 
-async def browser(home: House, method: str, *headers: tuple[str, str], body: Any = None) -> Answer:
+async def browser(home: RunningProxy, method: str, *headers: tuple[str, str], body: Any = None) -> Answer:
     return await home.ask(method, CHAT, body, [("Origin", APP), *headers])
 
 
 async def test_an_origin_that_may_call() -> None:
-    async with house(says(), error(400), streams(), config=server(allowed_origins=(APP,))) as home:
+    async with running_proxy(says(), error(400), streams(), config=server(allowed_origins=(APP,))) as home:
         answers = [await browser(home, "POST", body=ask()) for _ in range(3)]
         answers += [await browser(home, "POST", body=ask("b")), await browser(home, "POST", body=b"{nope")]
         answers += [await browser(home, "POST", body=ask(stream=True))]
@@ -200,13 +200,13 @@ async def test_an_origin_that_may_call() -> None:
 
 
 async def test_passed_on_answers_name_the_origin_too() -> None:
-    async with house(says(), config=server(allowed_origins=(APP,))) as home:
+    async with running_proxy(says(), config=server(allowed_origins=(APP,))) as home:
         answer = await home.ask("GET", "/v1/models", headers=[("Origin", APP)])
         assert answer.get("Access-Control-Allow-Origin") == APP
 
 
 async def test_a_preflight() -> None:
-    async with house(config=server(allowed_origins=(APP,), client_keys=(client_key("a"),))) as home:
+    async with running_proxy(config=server(allowed_origins=(APP,), client_keys=(client_key("a"),))) as home:
         wanted = ("Access-Control-Request-Headers", "authorization, content-type,, x y, <b>, x-stainless-os")
         answer = await browser(home, "OPTIONS", ("Access-Control-Request-Method", "POST"), wanted)
         assert (answer.status, answer.get("Access-Control-Allow-Origin")) == (204, APP)
@@ -214,11 +214,11 @@ async def test_a_preflight() -> None:
         assert "POST" in (answer.get("Access-Control-Allow-Methods") or "")
         assert answer.get("Access-Control-Max-Age") == "600"
         assert (await browser(home, "OPTIONS")).get("Access-Control-Allow-Headers") is None
-        assert home.way_up.sent == []
+        assert home.transport.sent == []
 
 
 async def test_no_cors_header_without_a_browser() -> None:
-    async with house(
+    async with running_proxy(
         says(headers=[("Access-Control-Allow-Origin", "*")]), config=server(allowed_origins=(APP,))
     ) as home:
         for _ in range(3):

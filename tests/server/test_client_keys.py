@@ -9,37 +9,37 @@ from typing import Any
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.config.settings import ClientKey, Server, Throttle
+from proxy.config.settings import ClientKeySettings, ServerSettings, ThrottleSettings
 from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import Fails, error, rate_limited, says, streams
-from tests.server.kit import Answer, House, house
+from tests.server.kit import Answer, RunningProxy, running_proxy
 
 
 def config(*upstreams: Any, models: tuple[str, ...] = (), namespace: str | None = None, **limits: int) -> Any:
     keys = (
-        ClientKey("a", hashlib.sha256(b"key-a").digest(), namespace, models, Limits(**limits)),
-        ClientKey("b", hashlib.sha256(b"key-b").digest(), namespace),
+        ClientKeySettings("a", hashlib.sha256(b"key-a").digest(), namespace, models, Limits(**limits)),
+        ClientKeySettings("b", hashlib.sha256(b"key-b").digest(), namespace),
     )
-    return replace(settings(*upstreams), server=Server(client_keys=keys))
+    return replace(settings(*upstreams), server=ServerSettings(client_keys=keys))
 
 
 async def asked(
-    home: House, text: str = "Hi", who: str = "a", target: str = "/v1/chat/completions", **more: Any
+    home: RunningProxy, text: str = "Hi", who: str = "a", target: str = "/v1/chat/completions", **more: Any
 ) -> Answer:
     headers = [("Authorization", f"Bearer key-{who}"), *more.pop("headers", ())]
     return await home.ask(target=target, body=ask(text, **more), headers=headers)
 
 
 async def test_a_model_that_is_not_the_clients_is_a_403_and_never_goes_up() -> None:
-    async with house(says(), config=config(models=("gpt-4o-mini",))) as home:
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as home:
         answer = await asked(home)
         assert (answer.status, answer.error, answer.get("X-Should-Retry")) == (403, "model_not_allowed", "false")
-        assert home.way_up.sent == []
+        assert home.transport.sent == []
         assert (await asked(home, model="gpt-4o-mini")).status == 200
 
 
 async def test_nor_is_it_served_from_a_cache_that_is_shared() -> None:
-    async with house(says(), config=config(models=("gpt-4o-mini",), namespace="team")) as home:
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",), namespace="team")) as home:
         for _ in range(2):
             assert (await asked(home, who="b")).status == 200
         assert (await asked(home)).error == "model_not_allowed"
@@ -47,21 +47,21 @@ async def test_nor_is_it_served_from_a_cache_that_is_shared() -> None:
 
 async def test_the_deployment_in_the_path_counts_where_azure_would_serve_it() -> None:
     azure = pool("k1", kind="azure", api_version="v", deployments={"gpt-4o": "large", "gpt-4o-mini": "small"})
-    async with house(says(), config=config(azure, models=("gpt-4o-mini",))) as home:
+    async with running_proxy(says(), config=config(azure, models=("gpt-4o-mini",))) as home:
         for deployment, status in (("large", 403), ("small", 200)):
             target = f"/openai/deployments/{deployment}/chat/completions?api-version=v"
             assert (await asked(home, model="gpt-4o-mini", target=target)).status == status
 
 
 async def test_a_route_that_is_not_read_may_run_any_model() -> None:
-    async with house(says(), config=config(models=("gpt-4o-mini",))) as home:
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as home:
         answer = await asked(home, target="/v1/images/generations")
         assert answer.error == "model_not_allowed"
         assert (await asked(home, who="b", target="/v1/images/generations")).status == 200
 
 
 async def test_requests_are_counted_and_told_and_hits_are_free() -> None:
-    async with house(says(), says(), config=config(rpm=2, tpm=100_000, concurrency=5)) as home:
+    async with running_proxy(says(), says(), config=config(rpm=2, tpm=100_000, concurrency=5)) as home:
         answer = await asked(home, "1")
         assert answer.get("X-Proxy-Client-Limit") == "rpm=1/2, tpm=300/100000, concurrency=0/5"
         for _ in range(5):
@@ -72,7 +72,7 @@ async def test_requests_are_counted_and_told_and_hits_are_free() -> None:
         assert 55 <= int(answer.get("Retry-After") or 0) <= 61
         assert answer.get("retry-after-ms")
         assert answer.get("X-Proxy-Client-Limit") == "rpm=2/2, tpm=600/100000, concurrency=0/5"
-        assert len(home.way_up.sent) == 2
+        assert len(home.transport.sent) == 2
         assert (await asked(home, "1")).get("X-Proxy-Cache") == "hit"
 
 
@@ -89,17 +89,17 @@ async def test_requests_are_counted_and_told_and_hits_are_free() -> None:
 async def test_what_counts_in_the_end(moves: list[Any], told: str | None) -> None:
     base = config(rpm=9, tpm=100_000)
     base = replace(base, retry=replace(base.retry, base_delay=0.0))
-    async with house(*moves, config=base) as home:
+    async with running_proxy(*moves, config=base) as home:
         answer = await asked(home, stream=told is None)
         if told is not None:
             assert answer.get("X-Proxy-Client-Limit") == told
-        use = home.world.clients.report(home.world.seams.monotonic())["a"]
+        use = home.services.clients.report(home.services.clock.monotonic())["a"]
         assert use["running"] == 0
         assert use["limits"]["rpm"]["used"] == (0 if told and "rpm=0" in told else 1)
 
 
 async def test_passed_through_requests_count_too() -> None:
-    async with house(says(), says(), config=config(rpm=1)) as home:
+    async with running_proxy(says(), says(), config=config(rpm=1)) as home:
         answer = await asked(home, target="/v1/images/generations")
         assert (answer.status, answer.get("X-Proxy-Client-Limit")) == (200, "rpm=1/1")
         answer = await asked(home, target="/v1/images/generations")
@@ -108,8 +108,8 @@ async def test_passed_through_requests_count_too() -> None:
 
 
 async def test_status_shows_use_and_a_reset_forgets_it() -> None:
-    base = replace(config(rpm=1), throttle=Throttle(limits={"*": Limits(rpm=1)}, max_wait=0.0))
-    async with house(says(), says(), config=base) as home:
+    base = replace(config(rpm=1), throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
+    async with running_proxy(says(), says(), config=base) as home:
         assert (await asked(home, "1")).status == 200
         clients = (await home.ask("GET", "/_proxy/status")).json()["clients"]
         assert clients["a"] == {"requests": 1, "tokens": 300, "running": 0, "limits": {"rpm": {"limit": 1, "used": 1}}}

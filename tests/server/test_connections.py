@@ -10,15 +10,15 @@ import pytest
 from aiohttp.web import BaseRequest
 
 import proxy.server.connections
-from proxy.server.responses import Whole, read_body, status_line
-from tests.server.kit import PATIENCE, request, served, wire
+from proxy.server.responses import FullResponse, read_body, status_line
+from tests.server.kit import PATIENCE, raw_connection, request, served
 
 OK = status_line(200)
 
 
-async def echo(request: BaseRequest) -> Whole:
+async def echo(request: BaseRequest) -> FullResponse:
     body = await read_body(request, 10**6)
-    return Whole(request, OK, request.raw_path.encode() + b" " + body, status=200)
+    return FullResponse(request, OK, request.raw_path.encode() + b" " + body, status=200)
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sent", [b"", b"P", b"POST / HTTP/1.1\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nHost: x\r\n\r"])
 @pytest.mark.usefixtures("hurried")
 async def test_a_header_that_is_not_complete_in_time(sent: bytes) -> None:
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         line.send(sent)
         assert await line.ended() == b""
 
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         for byte in b"GET /" + b"x" * 500:
             line.send(bytes([byte]))
             await asyncio.sleep(0.01)
@@ -52,7 +52,7 @@ async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
 
 
 async def test_a_header_in_pieces_that_is_in_time() -> None:
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         for byte in request("GET", "/a"):
             line.send(bytes([byte]))
             await asyncio.sleep(0)
@@ -62,7 +62,7 @@ async def test_a_header_in_pieces_that_is_in_time() -> None:
 @pytest.mark.usefixtures("hurried")
 async def test_between_requests_nobody_is_hurried() -> None:
     """An idle connection is kept; its next header has its own time, from its first byte on."""
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         for _ in range(2):
             line.send(request("GET", "/a"))
             assert (await line.answer()).status == 200
@@ -73,11 +73,11 @@ async def test_between_requests_nobody_is_hurried() -> None:
 
 @pytest.mark.usefixtures("hurried")
 async def test_while_a_body_or_an_answer_is_under_way_nobody_is_hurried() -> None:
-    async def slow(request: BaseRequest) -> Whole:
+    async def slow(request: BaseRequest) -> FullResponse:
         await asyncio.sleep(0.2)
         return await echo(request)
 
-    async with served(slow) as port, wire(port) as line:
+    async with served(slow) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "4")]) + b"ab")
         await asyncio.sleep(0.25)
         line.send(b"cd")
@@ -89,7 +89,7 @@ async def test_slow_clients_hold_up_nobody_else() -> None:
         idlers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
         for _, writer in idlers:
             writer.write(b"GET / HT")
-        async with wire(port) as line:
+        async with raw_connection(port) as line:
             line.send(request("GET", "/a"))
             assert (await line.answer()).status == 200
         for _, writer in idlers:
@@ -126,7 +126,7 @@ BAD = {
 async def test_what_is_not_http_is_told_so_in_openais_shape(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """400, without a traceback, without repeating what was sent, and the connection ends."""
     caplog.set_level(logging.DEBUG)
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         line.send(sent)
         answer = await line.answer()
         assert (answer.status, answer.error, answer.get("Connection")) == (400, "bad_request", "close")
@@ -135,7 +135,7 @@ async def test_what_is_not_http_is_told_so_in_openais_shape(sent: bytes, caplog:
         assert answer.get("X-Proxy-Request-Id")
         assert b"secret" not in answer.body
         assert await line.ended() == b""
-        async with wire(port) as other:
+        async with raw_connection(port) as other:
             other.send(request("GET", "/a"))
             assert (await other.answer()).status == 200
     assert "Traceback" not in caplog.text
@@ -148,7 +148,7 @@ async def test_chunks_that_are_none(after: bytes, caplog: pytest.LogCaptureFixtu
     """At once they are no HTTP; behind a good beginning the connection ends, without waiting for the rest."""
     caplog.set_level(logging.DEBUG)
     head = request(headers=[("Transfer-Encoding", "chunked")])
-    async with served(echo) as port, wire(port) as line, wire(port) as other:
+    async with served(echo) as port, raw_connection(port) as line, raw_connection(port) as other:
         line.send(head + after)
         assert (await line.answer()).error == "bad_request"
         other.send(head + b"3\r\nabc\r\n")
@@ -159,7 +159,7 @@ async def test_chunks_that_are_none(after: bytes, caplog: pytest.LogCaptureFixtu
 
 
 async def test_good_requests_before_a_bad_one_are_answered() -> None:
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         line.send(request("GET", "/a"))
         assert (await line.answer()).body == b"/a "
         line.send(b"\x00\x01\r\n\r\n")
@@ -167,10 +167,10 @@ async def test_good_requests_before_a_bad_one_are_answered() -> None:
 
 
 async def test_a_handler_that_fails_is_told_as_our_fault() -> None:
-    async def fails(request: BaseRequest) -> Whole:
+    async def fails(request: BaseRequest) -> FullResponse:
         raise RuntimeError("sk-secret")
 
-    async with served(fails) as port, wire(port) as line:
+    async with served(fails) as port, raw_connection(port) as line:
         line.send(request("GET", "/"))
         answer = await line.answer()
         assert (answer.status, answer.error, answer.get("Connection")) == (500, "internal_error", "close")
@@ -180,7 +180,7 @@ async def test_a_handler_that_fails_is_told_as_our_fault() -> None:
 async def test_bodies_come_as_they_are() -> None:
     """Nobody decodes here: a compressed body is refused by its header, and no bomb goes off before that."""
     packed = gzip.compress(b"hello")
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         line.send(request(body=packed, headers=[("Content-Encoding", "gzip")]))
         assert (await line.answer()).body.endswith(packed)
 
@@ -189,7 +189,7 @@ async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
     told = asyncio.Event()
     began = asyncio.Event()
 
-    async def waits(request: BaseRequest) -> Whole:
+    async def waits(request: BaseRequest) -> FullResponse:
         began.set()
         try:
             await asyncio.Event().wait()
@@ -199,7 +199,7 @@ async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
         raise AssertionError
 
     async with served(waits) as port:
-        async with wire(port) as line:
+        async with raw_connection(port) as line:
             line.send(request("GET", "/"))
             await began.wait()
             await line.gone()
@@ -209,7 +209,7 @@ async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
 
 async def test_what_is_sent_ahead_does_not_pile_up() -> None:
     """A thousand requests in one go, and a client that reads late: all are answered, in order."""
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         line.send(b"".join(request("GET", f"/{n}") for n in range(1000)))
         await asyncio.sleep(0.05)
         for n in range(1000):

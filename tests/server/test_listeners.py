@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from aiohttp.web import BaseRequest, ServerRunner
 
-from proxy.config.settings import Server
-from proxy.protocol.errors import Refusal
+from proxy.config.settings import ServerSettings
+from proxy.protocol.errors import ProxyError
 from proxy.server import listeners as listening
 from proxy.server.connections import ListeningServer
-from proxy.server.responses import refused
+from proxy.server.responses import error_response
 from tests.server.kit import until
 
 
@@ -28,13 +28,13 @@ def folder() -> Iterator[Path]:
 
 def test_a_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(folder: Path) -> None:
     path = folder / "s"
-    left = listening.listen(Server(socket=str(path)))
+    left = listening.listen(ServerSettings(socket=str(path)))
     assert (left.address, left.path) == (f"unix:{path}", str(path))
     with pytest.raises(OSError, match=str(path)):
-        listening.listen(Server(socket=str(path)))
+        listening.listen(ServerSettings(socket=str(path)))
     left.close()
     assert path.exists()
-    again = listening.listen(Server(socket=str(path)))
+    again = listening.listen(ServerSettings(socket=str(path)))
     assert path.stat().st_mode & 0o777 == 0o600
     again.close()
     again.remove()
@@ -42,22 +42,22 @@ def test_a_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(folder: P
 
 
 def test_a_taken_port_leaves_nothing_open() -> None:
-    taken = listening.listen(Server(port=0))
+    taken = listening.listen(ServerSettings(port=0))
     port = taken.sockets[0].getsockname()[1]
     with pytest.raises(OSError, match=f"127.0.0.1:{port}"):
-        listening.listen(Server(port=0, ops=("127.0.0.1", port)))
+        listening.listen(ServerSettings(port=0, ops=("127.0.0.1", port)))
     taken.close()
 
 
 async def serve(request: BaseRequest) -> object:
-    return refused(request, Refusal("draining", "no"), "id", b"")
+    return error_response(request, ProxyError("draining", "no"), "id", b"")
 
 
 async def test_one_connection_at_a_time_for_each_and_a_pause_when_the_system_is_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(listening, "_PAUSE", 0.5)
-    listeners = listening.listen(Server(port=0))
+    listeners = listening.listen(ServerSettings(port=0))
     twin = listeners.sockets[0].dup()
     runners = [ServerRunner(ListeningServer(serve), handle_signals=False, shutdown_timeout=0.1) for _ in range(2)]
     for runner, one in zip(runners, (listeners.sockets[0], twin), strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.pipeline.fixture import ask
 from tests.pipeline.script import says
-from tests.server.kit import house
+from tests.server.kit import running_proxy
 
 TARGETS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/moderations", "/v1/responses"]
 PIECES = [b"NaN", b"-Infinity", b"1e999", b"-0", b"1" * 5000, b"9" * 400 + b".5", b'"\\ud800"', b'"\\udc00\\ud83d"']
@@ -43,7 +43,7 @@ def bodies(count: int) -> list[bytes]:
 @pytest.mark.parametrize("target", TARGETS)
 async def test_never_a_500(target: str) -> None:
     odd = [body for body in bodies(150) if b'"stream":true' not in body]
-    async with house(*(says() for _ in range(2 * len(odd)))) as home:
+    async with running_proxy(*(says() for _ in range(2 * len(odd)))) as home:
         for body in odd:
             for _ in range(2):
                 answer = await home.ask("POST", target, body)
@@ -53,7 +53,7 @@ async def test_never_a_500(target: str) -> None:
 
 async def test_names_of_any_kind_stand_in_a_reason() -> None:
     names: list[str] = ["a b", "é", "x:y\r\nEvil: 1", "sample", "", "😀", '"', "\x00"]
-    async with house(*(says() for _ in range(len(names) + 1))) as home:
+    async with running_proxy(*(says() for _ in range(len(names) + 1))) as home:
         await home.ask(body=ask())
         for name in names:
             answer = await home.ask(body=orjson.dumps(ask() | {name: 1}))

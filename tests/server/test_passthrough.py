@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 import proxy.server.responses
-from proxy.config.settings import Breaker, Retry, Server, Timeouts, Upstream
+from proxy.config.settings import BreakerSettings, RetrySettings, ServerSettings, TimeoutSettings, UpstreamSettings
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import pool, settings
-from tests.pipeline.script import HANG, JSON, Fails, Move, Says, error, rate_limited, says
-from tests.server.kit import PATIENCE, Answer, House, chunked, house, request, wire
+from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
+from tests.server.kit import PATIENCE, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
 
 FILES, MODELS = "/v1/files", "/v1/models"
 CUT = TransportFailure("invalid", "cut")
-QUICK = Retry(base_delay=0.01, jitter=0.0)
+QUICK = RetrySettings(base_delay=0.01, jitter=0.0)
 ONE, TWO = settings(retry=QUICK), settings(pool("k1", "k2"), retry=QUICK)
-LISTED = Says(200, (JSON, ("Content-Length", "9")), (b'{"data"', b":1"))
+LISTED = Responds(200, (JSON, ("Content-Length", "9")), (b'{"data"', b":1"))
 
 
 def our(answer: Answer) -> dict[str, str]:
@@ -32,7 +32,9 @@ def our(answer: Answer) -> dict[str, str]:
 
 
 async def test_what_every_passed_on_answer_says() -> None:
-    async with house(Says(200, (("Content-Type", "text/x"), ("Content-Length", "3")), (b"ab", b"c"))) as home:
+    async with running_proxy(
+        Responds(200, (("Content-Type", "text/x"), ("Content-Length", "3")), (b"ab", b"c"))
+    ) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.reason, answer.body) == (200, "As You Like It", b"abc")
         assert (answer.framing, answer.get("Content-Type")) == ("length", "text/x")
@@ -49,18 +51,18 @@ async def test_what_every_passed_on_answer_says() -> None:
         }
         assert "upstream;dur=" in (answer.get("Server-Timing") or "")
         [receipt] = home.receipts
-        assert home.world.receipts.get(answer.get("X-Proxy-Request-Id") or "") is receipt
+        assert home.services.receipts.get(answer.get("X-Proxy-Request-Id") or "") is receipt
         assert (receipt.endpoint, receipt.status, receipt.cache, receipt.attempts) == ("models", 200, "bypass", 1)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 @pytest.mark.parametrize("target", ["/v1/files/f-1/content?a=%2F&b", "/files/f-1/content?a=%2F&b", "/v1/x/y"])
 async def test_methods_targets_and_bodies_go_up_as_they_are(method: str, target: str) -> None:
-    async with house(LISTED) as home:
+    async with running_proxy(LISTED) as home:
         body = None if method == "GET" else bytes(range(256))
         headers = [("Content-Type", "application/octet-stream"), ("Accept-Encoding", "br"), ("Cookie", "a=b")]
         assert (await home.ask(method, target, body, headers)).status == 200
-        [sent] = home.way_up.sent
+        [sent] = home.transport.sent
         assert (sent.method, sent.url) == (method, "http://up.test/v1/" + target.removeprefix("/v1").removeprefix("/"))
         assert sent.body == body
         assert sent.headers.getall("Authorization") == ["Bearer sk-k1"]
@@ -69,15 +71,15 @@ async def test_methods_targets_and_bodies_go_up_as_they_are(method: str, target:
 
 
 async def test_an_upload_of_unknown_length_flows_up() -> None:
-    async with house(LISTED) as home, wire(home.port) as line:
+    async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Transfer-Encoding", "chunked")]) + chunked(b"ab", b"cd"))
         assert (await line.answer()).status == 200
-        assert home.way_up.sent[0].body == b"abcd"
-        assert "Content-Length" not in home.way_up.sent[0].headers
+        assert home.transport.sent[0].body == b"abcd"
+        assert "Content-Length" not in home.transport.sent[0].headers
 
 
 async def test_head_has_no_body() -> None:
-    async with house(Says(200, (("Content-Length", "12345"),))) as home:
+    async with running_proxy(Responds(200, (("Content-Length", "12345"),))) as home:
         answer = await home.ask("HEAD", MODELS)
         assert (answer.status, answer.get("Content-Length")) == (200, "12345")
 
@@ -85,35 +87,35 @@ async def test_head_has_no_body() -> None:
 @pytest.mark.parametrize("status", [200, 204, 206, 301, 304, 307])
 async def test_any_good_status_is_passed_on(status: int) -> None:
     """Redirects, too: here nobody follows them, and nobody is told that they are wrong."""
-    moved = Says(status, (("Location", "/v1/elsewhere"), ("Content-Range", "bytes 0-1/9")))
-    async with house(moved) as home:
+    moved = Responds(status, (("Location", "/v1/elsewhere"), ("Content-Range", "bytes 0-1/9")))
+    async with running_proxy(moved) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.status, answer.get("Location")) == (status, "/v1/elsewhere")
         assert answer.get("Content-Range") == "bytes 0-1/9"
 
 
 async def test_without_a_length_the_answer_is_chunked_read_by_read() -> None:
-    async with house(Says(200, (), (b"ab", b"cd"))) as home:
+    async with running_proxy(Responds(200, (), (b"ab", b"cd"))) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.chunks, answer.whole) == ([b"ab", b"cd"], True)
 
 
 async def test_compressed_answers_are_none_of_our_business() -> None:
     packed = gzip.compress(b"abc")
-    async with house(Says(200, (("Content-Encoding", "gzip"),), (packed,))) as home:
+    async with running_proxy(Responds(200, (("Content-Encoding", "gzip"),), (packed,))) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.get("Content-Encoding"), answer.body) == ("gzip", packed)
 
 
 async def test_each_read_goes_on_at_once() -> None:
-    async with house(Says(200, (), (b"first", HANG))) as home, wire(home.port) as line:
+    async with running_proxy(Responds(200, (), (b"first", HANG))) as home, raw_connection(home.port) as line:
         line.send(request("GET", FILES))
         async with asyncio.timeout(PATIENCE):
             assert b"first" in await line.reader.readuntil(b"first")
 
 
 async def test_it_is_never_stored() -> None:
-    async with house(LISTED, LISTED) as home:
+    async with running_proxy(LISTED, LISTED) as home:
         for _ in range(2):
             assert (await home.ask("GET", MODELS)).get("X-Proxy-Cache") == "bypass"
         answer = await home.ask("GET", MODELS, headers=[("Cache-Control", "only-if-cached")])
@@ -121,32 +123,32 @@ async def test_it_is_never_stored() -> None:
 
 
 async def test_pass_through_sends_the_clients_own_credential() -> None:
-    async with house(LISTED, config=settings(Upstream(base_url="http://up.test/v1"))) as home:
+    async with running_proxy(LISTED, config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
         headers = [("Authorization", "Bearer mine"), ("OpenAI-Organization", "org-1")]
         answer = await home.ask("GET", MODELS, headers=headers)
-        sent = home.way_up.sent[0].headers
+        sent = home.transport.sent[0].headers
         assert (sent["Authorization"], sent["OpenAI-Organization"]) == ("Bearer mine", "org-1")
         assert answer.get("X-Proxy-Key") == "client"
 
 
 async def test_a_client_without_a_credential_sends_none() -> None:
-    async with house(LISTED, config=settings(Upstream(base_url="http://up.test/v1"))) as home:
+    async with running_proxy(LISTED, config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
         await home.ask("GET", MODELS)
-        assert "Authorization" not in home.way_up.sent[0].headers
+        assert "Authorization" not in home.transport.sent[0].headers
 
 
 # Which key.
 
 
-async def carried(home: House, route: str, *moves: Move, method: str = "GET") -> list[str]:
-    home.way_up.queue[:] = moves
-    home.way_up.sent.clear()
+async def carried(home: RunningProxy, route: str, *moves: Move, method: str = "GET") -> list[str]:
+    home.transport.queue[:] = moves
+    home.transport.sent.clear()
     await home.ask(method, route, b"x" if method == "POST" else None)
-    return home.way_up.keys
+    return home.transport.keys
 
 
 async def test_stateful_routes_have_one_fixed_key_and_others_any_that_works() -> None:
-    async with house(config=TWO) as home:
+    async with running_proxy(config=TWO) as home:
         assert await carried(home, "/v1/models", error(401), LISTED) == ["k1", "k2"]
         assert await carried(home, "/v1/models", LISTED) == ["k2"]  # k1 rests
         assert await carried(home, "/v1/files", LISTED) == ["k1"]  # another key could not see the file
@@ -154,15 +156,15 @@ async def test_stateful_routes_have_one_fixed_key_and_others_any_that_works() ->
 
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
-async def test_a_bad_key_is_passed_over_where_another_will_do(bad: Says) -> None:
-    async with house(bad, LISTED, config=TWO) as home:
+async def test_a_bad_key_is_passed_over_where_another_will_do(bad: Responds) -> None:
+    async with running_proxy(bad, LISTED, config=TWO) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Key"), answer.get("X-Proxy-Attempts")) == (200, "k2", "2")
         assert answer.error is None
 
 
 async def test_when_none_is_left_the_last_answer_is_the_clients() -> None:
-    async with house(error(401), error(401, message="for sk-k2"), config=TWO) as home:
+    async with running_proxy(error(401), error(401, message="for sk-k2"), config=TWO) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.json()["error"]["message"]) == (401, "for ***")
         assert answer.get("X-Proxy-Error") == "no_usable_key"
@@ -171,18 +173,18 @@ async def test_when_none_is_left_the_last_answer_is_the_clients() -> None:
 
 
 async def test_a_clients_own_bad_credential_is_its_own_affair() -> None:
-    async with house(error(401), config=settings(Upstream(base_url="http://up.test/v1"))) as home:
+    async with running_proxy(error(401), config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Error")) == (401, None)
 
 
-def made(id_: str, **fields: Any) -> Says:
+def made(id_: str, **fields: Any) -> Responds:
     return says({"id": id_, "object": "file", **fields})
 
 
 async def test_a_stored_object_is_seen_by_the_key_that_made_it() -> None:
-    async with house(config=TWO) as home:
-        home.world.objects.made(["resp_1"], "k2")  # by one of the five endpoints
+    async with running_proxy(config=TWO) as home:
+        home.services.object_owners.record_owner(["resp_1"], "k2")  # by one of the five endpoints
         assert await carried(home, "/v1/responses/resp_1", made("resp_1")) == ["k2"]
         assert await carried(home, "/v1/responses/resp_1/input_items", made("x")) == ["k2"]
         assert await carried(home, "/v1/responses/resp_2", made("resp_2")) == ["k1"]
@@ -192,28 +194,28 @@ async def test_a_stored_object_is_seen_by_the_key_that_made_it() -> None:
 @pytest.mark.parametrize("length", [(), (("Content-Length", "38"),)])
 async def test_what_a_passed_on_answer_brings_is_remembered(length: Iterable[tuple[str, str]]) -> None:
     body = b'{"id": "vs_1", "object":"vector_store"}'[:-1] + b"}"
-    answer = Says(200, (JSON, *[("Content-Length", str(len(body))) for _ in length]), (body[:9], body[9:]))
-    async with house(config=TWO) as home:
-        home.world.objects.made(["file-1"], "k2")
-        home.way_up.queue[:] = [answer, LISTED]
+    answer = Responds(200, (JSON, *[("Content-Length", str(len(body))) for _ in length]), (body[:9], body[9:]))
+    async with running_proxy(config=TWO) as home:
+        home.services.object_owners.record_owner(["file-1"], "k2")
+        home.transport.queue[:] = [answer, LISTED]
         made = await home.ask("POST", "/v1/vector_stores", {"file_ids": ["file-1"]})
-        assert (made.body, home.way_up.keys) == (body, ["k2"])  # where its file is
-        assert await home.world.objects.maker(["vs_1"]) == "k2"
-        assert home.way_up.sent[0].json() == {"file_ids": ["file-1"]}
+        assert (made.body, home.transport.keys) == (body, ["k2"])  # where its file is
+        assert await home.services.object_owners.owner_of(["vs_1"]) == "k2"
+        assert home.transport.sent[0].json() == {"file_ids": ["file-1"]}
 
 
 async def test_a_large_or_broken_body_is_not_looked_into() -> None:
-    async with house(config=TWO) as home:
-        home.world.objects.made(["file-1"], "k2")
+    async with running_proxy(config=TWO) as home:
+        home.services.object_owners.record_owner(["file-1"], "k2")
         for body in (b'{"file_ids": ["file-1"], "x": "' + b"x" * 70_000 + b'"}', b'{"file_ids": ["file-1"], '):
-            home.way_up.queue[:] = [LISTED]
+            home.transport.queue[:] = [LISTED]
             await home.ask("POST", "/v1/vector_stores", body, [("Content-Type", "application/json")])
-            assert home.way_up.keys.pop() == "k1"
-            assert home.way_up.sent[-1].body == body
+            assert home.transport.keys.pop() == "k1"
+            assert home.transport.sent[-1].body == body
 
 
 async def test_an_upstream_that_fails_is_left_alone() -> None:
-    async with house(*[error(500)] * 3, config=replace(ONE, breaker=Breaker(failures=3))) as home:
+    async with running_proxy(*[error(500)] * 3, config=replace(ONE, breaker=BreakerSettings(failures=3))) as home:
         for _ in range(3):
             assert (await home.ask("POST", FILES, b"x")).status == 500
         answer = await home.ask("POST", FILES, b"x")
@@ -224,10 +226,10 @@ async def test_an_upstream_that_fails_is_left_alone() -> None:
 
 
 async def test_azure_shapes_go_to_an_azure_upstream_where_there_is_one() -> None:
-    azure = Upstream("azure", "azure", "https://res.test", keys=pool("k2").keys, api_version="2024-10-21")
-    async with house(LISTED, config=settings(pool("k1"), azure)) as home:
+    azure = UpstreamSettings("azure", "azure", "https://res.test", keys=pool("k2").keys, api_version="2024-10-21")
+    async with running_proxy(LISTED, config=settings(pool("k1"), azure)) as home:
         await home.ask("GET", "/openai/files?api-version=2024-06-01")
-        [sent] = home.way_up.sent
+        [sent] = home.transport.sent
         assert (sent.key, sent.url) == ("k2", "https://res.test/openai/files?api-version=2024-06-01")
 
 
@@ -237,7 +239,7 @@ async def test_azure_shapes_go_to_an_azure_upstream_where_there_is_one() -> None
 @pytest.mark.parametrize("trouble", [error(500), error(429), Fails("ambiguous"), Fails("stale"), Fails("timeout")])
 async def test_what_has_gone_up_is_sent_once(trouble: Move) -> None:
     """An upload, a batch or a fine-tuning job must not be made twice."""
-    async with house(trouble, config=TWO) as home:
+    async with running_proxy(trouble, config=TWO) as home:
         answer = await home.ask("POST", FILES, b"x")
         assert answer.status in (500, 429, 502, 504)
         assert answer.get("X-Proxy-Attempts") == "1"
@@ -245,17 +247,17 @@ async def test_what_has_gone_up_is_sent_once(trouble: Move) -> None:
 
 
 async def test_only_new_connections_carry_what_must_not_be_sent_twice() -> None:
-    async with house(LISTED, LISTED) as home:
+    async with running_proxy(LISTED, LISTED) as home:
         await home.ask("POST", FILES, b"x")
         await home.ask("GET", FILES)
-        assert [sent.trip.fresh for sent in home.way_up.sent] == [True, False]
+        assert [sent.trip.fresh for sent in home.transport.sent] == [True, False]
 
 
 async def test_what_never_went_up_may_be_sent_again() -> None:
-    async with house(Fails("unreached"), LISTED, config=ONE) as home:
+    async with running_proxy(Fails("unreached"), LISTED, config=ONE) as home:
         answer = await home.ask("POST", FILES, b"hello")
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (200, "2")
-        assert home.way_up.sent[1].body == b"hello"
+        assert home.transport.sent[1].body == b"hello"
 
 
 @pytest.mark.parametrize(
@@ -263,44 +265,45 @@ async def test_what_never_went_up_may_be_sent_again() -> None:
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_reading_may_be_tried_again(trouble: Move, method: str) -> None:
-    async with house(trouble, LISTED, config=ONE) as home:
+    async with running_proxy(trouble, LISTED, config=ONE) as home:
         answer = await home.ask(method, MODELS)
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (200, "2")
 
 
 async def test_a_get_with_a_body_is_no_mere_reading() -> None:
-    async with house(error(500), config=ONE) as home:
+    async with running_proxy(error(500), config=ONE) as home:
         assert (await home.ask("GET", MODELS, b"x")).status == 500
 
 
 async def test_a_stale_connection_is_replaced_by_a_new_one() -> None:
-    async with house(Fails("stale"), LISTED, config=ONE) as home:
+    async with running_proxy(Fails("stale"), LISTED, config=ONE) as home:
         assert (await home.ask("GET", MODELS)).status == 200
-        assert [sent.trip.fresh for sent in home.way_up.sent] == [False, True]
+        assert [sent.trip.fresh for sent in home.transport.sent] == [False, True]
 
 
 async def test_when_the_retries_are_spent() -> None:
-    async with house(*[error(500, headers=[("x-should-retry", "true")])] * 4, config=ONE) as home:
+    async with running_proxy(*[error(500, headers=[("x-should-retry", "true")])] * 4, config=ONE) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Attempts"), answer.get("X-Should-Retry")) == (500, "4", "false")
-    async with house(*[Fails("unreached")] * 2, config=ONE) as home:
+    async with running_proxy(*[Fails("unreached")] * 2, config=ONE) as home:
         answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Max-Retries", "1")])
         assert (answer.status, answer.error, answer.get("X-Should-Retry")) == (502, "upstream_unreachable", "false")
         assert home.receipts[0].error == "upstream_unreachable"
 
 
 @pytest.mark.parametrize(
-    ("slow", "timeout"), [(Fails("hang"), "50ms"), (Says(500, body=(b"{", HANG)), "50ms"), (Says(wait=9.0), "0.05")]
+    ("slow", "timeout"),
+    [(Fails("hang"), "50ms"), (Responds(500, body=(b"{", HANG)), "50ms"), (Responds(wait=9.0), "0.05")],
 )
 async def test_the_deadline_is_the_clients(slow: Move, timeout: str) -> None:
-    async with house(slow) as home:
+    async with running_proxy(slow) as home:
         answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Timeout", timeout)])
         assert (answer.status, answer.error) == (504, "upstream_timeout")
         assert home.receipts[0].error == "upstream_timeout"
 
 
 async def test_the_first_byte_has_its_own_limit() -> None:
-    async with house(Fails("hang"), config=settings(timeouts=Timeouts(first_byte=0.05))) as home:
+    async with running_proxy(Fails("hang"), config=settings(timeouts=TimeoutSettings(first_byte=0.05))) as home:
         assert (await home.ask("GET", MODELS)).error == "upstream_timeout"
 
 
@@ -309,7 +312,7 @@ async def test_the_first_byte_has_its_own_limit() -> None:
 
 async def test_an_error_is_passed_on_with_keys_masked() -> None:
     bad = error(400, "bad", [("x-debug", "sk-k1"), ("Set-Cookie", "a=b")], message="sk-k1 is not yours")
-    async with house(bad) as home:
+    async with running_proxy(bad) as home:
         answer = await home.ask("POST", FILES, b"x")
         assert (answer.status, answer.json()["error"]["message"]) == (400, "*** is not yours")
         assert (answer.get("x-debug"), answer.get("Set-Cookie")) == ("***", None)
@@ -319,7 +322,7 @@ async def test_an_error_is_passed_on_with_keys_masked() -> None:
 async def test_a_compressed_error_is_decoded_or_was_cut() -> None:
     packed = gzip.compress(b'{"error":{"message":"sk-k1"}}')
     headers = (JSON, ("Content-Encoding", "gzip"))
-    async with house(Says(400, headers, (packed,)), Says(400, headers, (packed[:-5],))) as home:
+    async with running_proxy(Responds(400, headers, (packed,)), Responds(400, headers, (packed[:-5],))) as home:
         answer = await home.ask("POST", FILES, b"x")
         assert (answer.body, answer.get("Content-Encoding")) == (b'{"error":{"message":"***"}}', None)
         assert (await home.ask("POST", FILES, b"x")).error == "upstream_invalid_response"
@@ -327,15 +330,15 @@ async def test_a_compressed_error_is_decoded_or_was_cut() -> None:
 
 @pytest.mark.parametrize("body", [(b"{", CUT), (b" " * 5_000_000, b" " * 5_000_000)], ids=["cut", "far too large"])
 async def test_an_error_that_breaks_is_502_and_its_connection_is_closed(body: tuple[Any, ...]) -> None:
-    async with house(Says(400, (JSON,), body)) as home:
+    async with running_proxy(Responds(400, (JSON,), body)) as home:
         answer = await home.ask("POST", FILES, b"x")
         assert (answer.status, answer.error) == (502, "upstream_invalid_response")
-        assert home.way_up.replies[0].given_back
+        assert home.transport.replies[0].given_back
 
 
 @pytest.mark.parametrize("length", [(), (("Content-Length", "9"),)])
 async def test_an_answer_that_breaks_in_the_middle_has_no_clean_end(length: Iterable[tuple[str, str]]) -> None:
-    async with house(Says(200, tuple(length), (b"abc", CUT))) as home:
+    async with running_proxy(Responds(200, tuple(length), (b"abc", CUT))) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.status, answer.body, answer.whole) == (200, b"abc", False)
         assert (home.receipts[0].status, home.receipts[0].error) == (200, "upstream_invalid_response")
@@ -344,7 +347,7 @@ async def test_an_answer_that_breaks_in_the_middle_has_no_clean_end(length: Iter
 @pytest.mark.parametrize(("kind", "status"), [("invalid", 502), ("timeout", 504)])
 async def test_an_answer_that_breaks_before_its_first_byte(kind: Any, status: int) -> None:
     """Nothing was promised yet: the client gets a proper error, and its receipt says the same."""
-    async with house(Says(200, (), (TransportFailure(kind, "cut"),))) as home:
+    async with running_proxy(Responds(200, (), (TransportFailure(kind, "cut"),))) as home:
         answer = await home.ask("GET", FILES)
         assert answer.status == status
         [receipt] = home.receipts
@@ -353,21 +356,21 @@ async def test_an_answer_that_breaks_before_its_first_byte(kind: Any, status: in
 
 
 async def test_a_client_that_leaves_closes_the_upstream() -> None:
-    async with house(Says(200, (), (b"abc", HANG))) as home:
-        async with wire(home.port) as line:
+    async with running_proxy(Responds(200, (), (b"abc", HANG))) as home:
+        async with raw_connection(home.port) as line:
             line.send(request("GET", FILES))
             await line.reader.readuntil(b"abc")
             await line.gone()
         async with asyncio.timeout(PATIENCE):
             await home.settled()
-        assert home.way_up.replies[0].closed
+        assert home.transport.replies[0].closed
         assert (home.receipts[0].status, home.receipts[0].error) == (499, "client_gone")
 
 
-@pytest.mark.parametrize("slow", [Fails("hang"), Says(400, (JSON,), (b"{", HANG))])
+@pytest.mark.parametrize("slow", [Fails("hang"), Responds(400, (JSON,), (b"{", HANG))])
 async def test_a_client_that_leaves_before_there_is_an_answer(slow: Move) -> None:
-    async with house(slow) as home:
-        async with wire(home.port) as line:
+    async with running_proxy(slow) as home:
+        async with raw_connection(home.port) as line:
             line.send(request("GET", FILES))
             await asyncio.sleep(0.05)
             await line.gone()
@@ -378,19 +381,19 @@ async def test_a_client_that_leaves_before_there_is_an_answer(slow: Move) -> Non
 
 # Uploads that are too large, too slow, or broken off.
 
-SMALL = replace(settings(), server=Server(max_body=1000))
+SMALL = replace(settings(), server=ServerSettings(max_body=1000))
 
 
 async def test_an_upload_too_large_by_its_own_word() -> None:
-    async with house(config=SMALL) as home, wire(home.port) as line:
+    async with running_proxy(config=SMALL) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "1001"), ("Expect", "100-continue")]))
         answer = await line.answer()
         assert (answer.status, answer.error, answer.get("Connection")) == (413, "request_too_large", "close")
-        assert home.way_up.sent == []
+        assert home.transport.sent == []
 
 
 async def test_an_upload_that_turns_out_too_large() -> None:
-    async with house(LISTED, config=SMALL) as home, wire(home.port) as line:
+    async with running_proxy(LISTED, config=SMALL) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Transfer-Encoding", "chunked")]) + chunked(b"x" * 600, b"x" * 600))
         answer = await line.answer()
         assert (answer.status, answer.error) == (413, "request_too_large")
@@ -398,17 +401,17 @@ async def test_an_upload_that_turns_out_too_large() -> None:
 
 
 async def test_an_upload_waits_for_100_continue() -> None:
-    async with house(LISTED) as home, wire(home.port) as line:
+    async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "5"), ("Expect", "100-continue")]))
         assert (await line.answer()).status == 100
         line.send(b"hello")
         assert (await line.answer()).status == 200
-        assert home.way_up.sent[0].body == b"hello"
+        assert home.transport.sent[0].body == b"hello"
 
 
 async def test_an_upload_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.1)
-    async with house(LISTED) as home, wire(home.port) as line:
+    async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
         assert await line.ended() == b""
         await home.settled()
@@ -416,8 +419,8 @@ async def test_an_upload_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.Mo
 
 
 async def test_an_upload_that_is_broken_off() -> None:
-    async with house(LISTED) as home:
-        async with wire(home.port) as line:
+    async with running_proxy(LISTED) as home:
+        async with raw_connection(home.port) as line:
             line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
             await asyncio.sleep(0.05)
             await line.gone()
@@ -427,11 +430,11 @@ async def test_an_upload_that_is_broken_off() -> None:
 
 async def test_upstreams_are_closed_whatever_comes() -> None:
     """Twenty answers of all kinds, and half of the clients leave: nothing stays open."""
-    moves = [LISTED, error(500), Says(200, (), (b"a", 0.05, b"b")), Says(400, (JSON,), (b"{", CUT))] * 5
-    async with house(*moves, *[LISTED] * 40, config=ONE) as home:
+    moves = [LISTED, error(500), Responds(200, (), (b"a", 0.05, b"b")), Responds(400, (JSON,), (b"{", CUT))] * 5
+    async with running_proxy(*moves, *[LISTED] * 40, config=ONE) as home:
 
         async def one(n: int) -> None:
-            async with wire(home.port) as line:
+            async with raw_connection(home.port) as line:
                 line.send(request("GET" if n % 2 else "POST", FILES, None if n % 2 else b"x"))
                 if n % 4 < 2:
                     await asyncio.sleep(0.001 * n)

@@ -3,21 +3,21 @@ from __future__ import annotations
 from prometheus_client import generate_latest
 
 from proxy.observability.metrics import Metrics
-from proxy.server.peers import Siblings, families_of, text_of
-from proxy.services import compile_world
-from proxy.system.clock import REAL
+from proxy.server.peers import PeerWorkers, families_of, text_of
+from proxy.services import build_services
+from proxy.system.clock import SYSTEM_CLOCK
 from tests.pipeline.fixture import settings
 
 
 def test_metrics_say_the_same_after_the_way_over_the_wire() -> None:
     metrics = Metrics()
     metrics.refusal("invalid_json")
-    text = metrics.render(compile_world(settings(), REAL), 3)
+    text = metrics.render(build_services(settings(), SYSTEM_CLOCK), 3)
     assert text_of(families_of(metrics.registry.collect())) == text == generate_latest(metrics.registry)
 
 
 async def test_alone_there_is_nobody_to_ask() -> None:
-    siblings = Siblings(None)
+    siblings = PeerWorkers(None)
     siblings.answer({})
     assert not siblings.any
     assert await siblings.ask("receipt", b"x") == []

@@ -9,22 +9,30 @@ import pytest
 from aiohttp.web import BaseRequest
 
 import proxy.server.responses
-from proxy.protocol.errors import Refusal
-from proxy.server.responses import Dates, Stream, Whole, connection_line, read_body, refused, status_line
-from tests.server.kit import Answer, Wire, chunked, request, served, until, wire
+from proxy.protocol.errors import ProxyError
+from proxy.server.responses import (
+    DateHeader,
+    FullResponse,
+    StreamingResponse,
+    connection_line,
+    error_response,
+    read_body,
+    status_line,
+)
+from tests.server.kit import Answer, RawConnection, chunked, raw_connection, request, served, until
 
 HEAD = status_line(200, "Fine") + b"Content-Type: text/plain\r\n"
 
 
-async def get(line: Wire, method: str = "GET", version: str = "1.1", connection: str = "") -> Answer:
+async def get(line: RawConnection, method: str = "GET", version: str = "1.1", connection: str = "") -> Answer:
     headers = [("Connection", connection)] if connection else []
     line.send(request(method, "/", headers=headers, version=version))
     return await line.answer(head=method == "HEAD")
 
 
 def whole(body: bytes = b"hello", status: int = 200, **more: Any) -> Any:
-    async def handler(request: BaseRequest) -> Whole:
-        return Whole(request, status_line(status) + b"X-Ours: 1\r\n", body, status=status, **more)
+    async def handler(request: BaseRequest) -> FullResponse:
+        return FullResponse(request, status_line(status) + b"X-Ours: 1\r\n", body, status=status, **more)
 
     return handler
 
@@ -33,7 +41,7 @@ def whole(body: bytes = b"hello", status: int = 200, **more: Any) -> Any:
 
 
 async def test_a_whole_answer_tells_its_length_and_keeps_the_connection() -> None:
-    async with served(whole()) as port, wire(port) as line:
+    async with served(whole()) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
             assert (answer.version, answer.status, answer.reason) == ("HTTP/1.1", 200, "OK")
@@ -42,7 +50,7 @@ async def test_a_whole_answer_tells_its_length_and_keeps_the_connection() -> Non
 
 
 async def test_head_has_the_length_and_no_body() -> None:
-    async with served(whole()) as port, wire(port) as line:
+    async with served(whole()) as port, raw_connection(port) as line:
         answer = await get(line, "HEAD")
         assert answer.get("Content-Length") == "5"
         assert (await get(line)).body == b"hello"  # nothing was left in between
@@ -51,7 +59,7 @@ async def test_head_has_the_length_and_no_body() -> None:
 @pytest.mark.parametrize("status", [204, 304])
 async def test_no_content_has_no_framing_at_all(status: int) -> None:
     """RFC 9110 section 8.6, RFC 9112 section 6.3: a length here is an error, a body would be the next answer."""
-    async with served(whole(b"must not be seen", status)) as port, wire(port) as line:
+    async with served(whole(b"must not be seen", status)) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
             assert (answer.status, answer.headers) == (status, [("X-Ours", "1")])
@@ -71,7 +79,7 @@ async def test_no_content_has_no_framing_at_all(status: int) -> None:
 async def test_persistence_is_as_the_client_wants_it(
     version: str, connection: str, said: str | None, kept: bool
 ) -> None:
-    async with served(whole()) as port, wire(port) as line:
+    async with served(whole()) as port, raw_connection(port) as line:
         answer = await get(line, version=version, connection=connection)
         assert answer.body == b"hello"
         assert answer.get("Connection") == said
@@ -82,23 +90,23 @@ async def test_persistence_is_as_the_client_wants_it(
 
 
 async def test_an_answer_that_ends_the_connection_says_so() -> None:
-    async with served(whole(close=True)) as port, wire(port) as line:
+    async with served(whole(close=True)) as port, raw_connection(port) as line:
         assert (await get(line)).get("Connection") == "close"
         assert await line.ended() == b""
 
 
 async def test_a_large_answer_arrives_whole() -> None:
     body = bytes(range(256)) * 20_000
-    async with served(whole(body)) as port, wire(port) as line:
+    async with served(whole(body)) as port, raw_connection(port) as line:
         assert (await get(line)).body == body
         assert (await get(line)).body == body
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
-    async def echo(request: BaseRequest) -> Whole:
-        return Whole(request, HEAD, request.raw_path.encode(), status=200)
+    async def echo(request: BaseRequest) -> FullResponse:
+        return FullResponse(request, HEAD, request.raw_path.encode(), status=200)
 
-    async with served(echo) as port, wire(port) as line:
+    async with served(echo) as port, raw_connection(port) as line:
         line.send(b"".join(request("GET", f"/{n}") for n in range(5)))
         assert [(await line.answer()).body for _ in range(5)] == [b"/0", b"/1", b"/2", b"/3", b"/4"]
 
@@ -106,17 +114,17 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 async def test_nothing_is_written_to_a_client_that_is_gone() -> None:
     seen: list[str] = []
 
-    async def handler(request: BaseRequest) -> Whole:
+    async def handler(request: BaseRequest) -> FullResponse:
         assert request.transport is not None
         request.transport.abort()
-        answer = Whole(request, HEAD, b"x", status=200)
-        for write in (answer.write_eof(), Stream(request, HEAD, 200).write(b"x")):
+        answer = FullResponse(request, HEAD, b"x", status=200)
+        for write in (answer.write_eof(), StreamingResponse(request, HEAD, 200).write(b"x")):
             with pytest.raises(ConnectionResetError):
                 await write
             seen.append("refused")
         return answer
 
-    async with served(handler) as port, wire(port) as line:
+    async with served(handler) as port, raw_connection(port) as line:
         line.send(request("GET", "/"))
         assert await line.ended() == b""
     assert seen == ["refused", "refused"]
@@ -127,7 +135,7 @@ async def test_nothing_is_written_to_a_client_that_is_gone() -> None:
 
 def stream(*pieces: bytes, length: int | None = None, status: int = 200, clean: bool = True) -> Any:
     async def handler(request: BaseRequest) -> Any:
-        out = Stream(request, status_line(status) + b"X-Ours: 1\r\n", status, length)
+        out = StreamingResponse(request, status_line(status) + b"X-Ours: 1\r\n", status, length)
         for piece in pieces:
             await out.write(piece)
         return await out.finish() if clean else out.abort()
@@ -136,7 +144,7 @@ def stream(*pieces: bytes, length: int | None = None, status: int = 200, clean: 
 
 
 async def test_a_stream_is_chunked_piece_by_piece() -> None:
-    async with served(stream(b"a", b"", b"bc", b"x" * 100_000)) as port, wire(port) as line:
+    async with served(stream(b"a", b"", b"bc", b"x" * 100_000)) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
             assert answer.chunks == [b"a", b"bc", b"x" * 100_000]
@@ -144,29 +152,29 @@ async def test_a_stream_is_chunked_piece_by_piece() -> None:
 
 
 async def test_a_stream_of_known_length_is_bare() -> None:
-    async with served(stream(b"ab", b"cd", length=4)) as port, wire(port) as line:
+    async with served(stream(b"ab", b"cd", length=4)) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
             assert (answer.framing, answer.body) == ("length", b"abcd")
 
 
 async def test_an_empty_stream() -> None:
-    async with served(stream()) as port, wire(port) as line:
+    async with served(stream()) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
             assert (answer.framing, answer.body, answer.whole) == ("chunked", b"", True)
-    async with served(stream(length=0)) as port, wire(port) as line:
+    async with served(stream(length=0)) as port, raw_connection(port) as line:
         assert (await get(line)).get("Content-Length") == "0"
 
 
 @pytest.mark.parametrize("connection", ["", "keep-alive"])
 async def test_http_1_0_knows_no_chunks(connection: str) -> None:
     """The end of the connection is the end of the answer, whatever the client would like."""
-    async with served(stream(b"ab", b"cd")) as port, wire(port) as line:
+    async with served(stream(b"ab", b"cd")) as port, raw_connection(port) as line:
         answer = await get(line, version="1.0", connection=connection)
         assert (answer.framing, answer.body) == ("close", b"abcd")
         assert answer.get("Connection") is None
-    async with served(stream(b"ab", b"cd", length=4)) as port, wire(port) as line:
+    async with served(stream(b"ab", b"cd", length=4)) as port, raw_connection(port) as line:
         answer = await get(line, version="1.0", connection="keep-alive")
         assert (answer.framing, answer.get("Connection")) == ("length", "keep-alive")
         assert (await get(line)).status == 200
@@ -174,7 +182,7 @@ async def test_http_1_0_knows_no_chunks(connection: str) -> None:
 
 @pytest.mark.parametrize("length", [None, 4])
 async def test_a_stream_to_head_is_only_its_head(length: int | None) -> None:
-    async with served(stream(length=length)) as port, wire(port) as line:
+    async with served(stream(length=length)) as port, raw_connection(port) as line:
         answer = await get(line, "HEAD")
         assert answer.get("Content-Length") == (None if length is None else "4")
         assert (await get(line, "HEAD")).status == 200
@@ -182,7 +190,7 @@ async def test_a_stream_to_head_is_only_its_head(length: int | None) -> None:
 
 @pytest.mark.parametrize("length", [None, 0])
 async def test_a_204_stream_has_no_framing(length: int | None) -> None:
-    async with served(stream(status=204, length=length)) as port, wire(port) as line:
+    async with served(stream(status=204, length=length)) as port, raw_connection(port) as line:
         for _ in range(2):
             assert (await get(line)).headers == [("X-Ours", "1")]
 
@@ -192,7 +200,7 @@ async def test_an_aborted_stream_has_no_clean_end(length: int | None, framing: s
     """What was written arrives; the last chunk, or the rest of the length, does not; and no `Connection: close`, for
     node's fetch would then take the cut for the end (SDK_FACTS).
     """
-    async with served(stream(b"ab", b"cd", length=length, clean=False)) as port, wire(port) as line:
+    async with served(stream(b"ab", b"cd", length=length, clean=False)) as port, raw_connection(port) as line:
         answer = await get(line)
         assert (answer.framing, answer.whole, answer.body) == (framing, False, b"abcd")
         assert answer.get("Connection") is None
@@ -200,7 +208,7 @@ async def test_an_aborted_stream_has_no_clean_end(length: int | None, framing: s
 
 
 async def test_connection_close_on_a_stream_only_where_the_client_asked() -> None:
-    async with served(stream(b"ab")) as port, wire(port) as line:
+    async with served(stream(b"ab")) as port, raw_connection(port) as line:
         answer = await get(line, connection="close")
         assert (answer.get("Connection"), answer.body, answer.whole) == ("close", b"ab", True)
         assert await line.ended() == b""
@@ -211,13 +219,13 @@ async def test_a_slow_reader_holds_the_writer_back() -> None:
 
     async def handler(request: BaseRequest) -> Any:
         nonlocal written
-        out = Stream(request, HEAD, 200)
+        out = StreamingResponse(request, HEAD, 200)
         for _ in range(600):
             await out.write(b"x" * 65_536)
             written += 65_536
         return await out.finish()
 
-    async with served(handler) as port, wire(port) as line:
+    async with served(handler) as port, raw_connection(port) as line:
         line.send(request("GET", "/"))
         for _ in range(20):
             before = written
@@ -233,19 +241,19 @@ async def test_a_slow_reader_holds_the_writer_back() -> None:
 
 
 def reading(limit: int = 1000) -> Any:
-    async def handler(request: BaseRequest) -> Whole:
+    async def handler(request: BaseRequest) -> FullResponse:
         try:
             body = await read_body(request, limit)
-        except Refusal as refusal:
-            return refused(request, refusal, "id-1", b"", close=True)
-        return Whole(request, HEAD, body, status=200)
+        except ProxyError as refusal:
+            return error_response(request, refusal, "id-1", b"", close=True)
+        return FullResponse(request, HEAD, body, status=200)
 
     return handler
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000])
 async def test_a_body_up_to_the_limit(size: int) -> None:
-    async with served(reading()) as port, wire(port) as line:
+    async with served(reading()) as port, raw_connection(port) as line:
         for framed in (request(body=b"x" * size), request(headers=[("Transfer-Encoding", "chunked")])):
             line.send(framed if b"chunked" not in framed else framed + chunked(*[b"x"] * size))
             assert (await line.answer()).body == b"x" * size
@@ -258,7 +266,7 @@ async def test_a_body_beyond_the_limit(delay: float) -> None:
             request(headers=[("Content-Length", "1001")]),
             request(headers=[("Transfer-Encoding", "chunked")]),
         ):
-            async with wire(port) as line:
+            async with raw_connection(port) as line:
                 line.send(framed)
                 await asyncio.sleep(delay)
                 line.send(chunked(b"x" * 1002) if b"chunked" in framed else b"x" * 1001)
@@ -268,19 +276,19 @@ async def test_a_body_beyond_the_limit(delay: float) -> None:
 
 
 async def test_a_body_that_is_there_at_once_and_too_large() -> None:
-    async with served(reading(10)) as port, wire(port) as line:
+    async with served(reading(10)) as port, raw_connection(port) as line:
         line.send(request(body=b"x" * 11))
         assert (await line.answer()).error == "request_too_large"
 
 
 async def test_an_announced_body_too_large_is_refused_before_it_is_sent() -> None:
-    async with served(reading()) as port, wire(port) as line:
+    async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", str(10**12)), ("Expect", "100-continue")]))
         assert (await line.answer()).status == 413  # and not 100
 
 
 async def test_expect_100_continue() -> None:
-    async with served(reading()) as port, wire(port) as line:
+    async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "5"), ("Expect", "100-Continue")]))
         answer = await line.answer()
         assert (answer.version, answer.status, answer.headers) == ("HTTP/1.1", 100, [])
@@ -289,7 +297,7 @@ async def test_expect_100_continue() -> None:
 
 
 async def test_no_100_where_the_body_came_along() -> None:
-    async with served(reading()) as port, wire(port) as line:
+    async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(body=b"hello", headers=[("Expect", "100-continue")]))
         answer = await line.answer()
         assert (answer.status, answer.body) == (200, b"hello")
@@ -297,7 +305,7 @@ async def test_no_100_where_the_body_came_along() -> None:
 
 async def test_a_body_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.5)
-    async with served(reading()) as port, wire(port) as line:
+    async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "100")]) + b"x" * 50)
         assert await line.silent(0.05)
         assert await line.ended() == b""  # no answer: the client does not keep to the protocol
@@ -305,7 +313,7 @@ async def test_a_body_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.Monke
 
 async def test_each_64_kib_received_is_worth_a_second_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
-    async with served(reading(10**6)) as port, wire(port) as line:
+    async with served(reading(10**6)) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "65537")]) + b"x" * 65_536)
         await asyncio.sleep(0.2)
         line.send(b"x")
@@ -315,22 +323,22 @@ async def test_each_64_kib_received_is_worth_a_second_more(monkeypatch: pytest.M
 async def test_a_client_that_leaves_while_it_sends() -> None:
     errors: list[BaseException] = []
 
-    async def handler(request: BaseRequest) -> Whole:
+    async def handler(request: BaseRequest) -> FullResponse:
         try:
             body = await read_body(request, 1000)
         except BaseException as error:
             errors.append(error)
             raise
-        return Whole(request, HEAD, body, status=200)
+        return FullResponse(request, HEAD, body, status=200)
 
     async with served(handler) as port:
-        async with wire(port) as line:
+        async with raw_connection(port) as line:
             line.send(request(headers=[("Content-Length", "100")]) + b"x" * 50)
             await asyncio.sleep(0.02)
             await line.gone()
         await until(lambda: errors)
     assert len(errors) == 1
-    assert not isinstance(errors[0], Refusal)
+    assert not isinstance(errors[0], ProxyError)
 
 
 # Small things.
@@ -338,7 +346,7 @@ async def test_a_client_that_leaves_while_it_sends() -> None:
 
 def test_dates_are_made_once_a_second() -> None:
     now = 1_790_000_000.2
-    dates = Dates(lambda: now)
+    dates = DateHeader(lambda: now)
     first = dates.line()
     assert first == b"Date: Mon, 21 Sep 2026 14:13:20 GMT\r\n"
     assert dates.line() is first
@@ -360,13 +368,13 @@ def test_status_lines(status: int, reason: str, line: bytes) -> None:
 
 
 async def test_a_refusal_on_the_wire() -> None:
-    async def handler(request: BaseRequest) -> Whole:
-        refusal = Refusal(
+    async def handler(request: BaseRequest) -> FullResponse:
+        refusal = ProxyError(
             "throttled", "no room; “soon”", retry_after=1.2345, should_retry=True, headers=(("X-More", "yes"),)
         )
-        return refused(request, refusal, "id-1", b"Date: now\r\n")
+        return error_response(request, refusal, "id-1", b"Date: now\r\n")
 
-    async with served(handler) as port, wire(port) as line:
+    async with served(handler) as port, raw_connection(port) as line:
         answer = await get(line)
         assert (answer.status, answer.error) == (429, "throttled")
         assert answer.headers == [
@@ -386,12 +394,12 @@ async def test_a_refusal_on_the_wire() -> None:
 async def test_connection_lines_are_only_said_where_they_say_something() -> None:
     seen = []
 
-    async def handler(request: BaseRequest) -> Whole:
+    async def handler(request: BaseRequest) -> FullResponse:
         seen.extend([connection_line(request, True), connection_line(request, False)])
-        return Whole(request, HEAD, b"", status=200)
+        return FullResponse(request, HEAD, b"", status=200)
 
     async with served(handler) as port:
         for version in ("1.1", "1.0"):
-            async with wire(port) as line:
+            async with raw_connection(port) as line:
                 await get(line, version=version)
     assert seen == [b"", b"Connection: close\r\n", b"Connection: keep-alive\r\n", b""]

@@ -16,33 +16,36 @@ import pytest
 
 import proxy.server.tracing
 from proxy.app import App
-from proxy.config.settings import Ledger, Retry
+from proxy.config.settings import LedgerSettings, RetrySettings
 from proxy.server.tracing import Tracing, tracing_from
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask, pool, settings
-from tests.pipeline.script import Fails, Move, ScriptedWayUp, completion, error, events, rate_limited, says, streams
-from tests.server.kit import CHAT, PATIENCE, Answer, request, served, wire
+from tests.pipeline.script import Fails, Move, ScriptedTransport, completion, error, events, rate_limited, says, streams
+from tests.server.kit import CHAT, PATIENCE, Answer, raw_connection, request, served
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 INCOMING = [("traceparent", f"00-{TRACE}-{PARENT}-01"), ("tracestate", "vendor=a1,other=b2")]
 CONFIG = settings(
-    pool("k1", "k2"), retry=Retry(base_delay=0, jitter=0), ledger=Ledger(enabled=False), selection="round_robin"
+    pool("k1", "k2"),
+    retry=RetrySettings(base_delay=0, jitter=0),
+    ledger=LedgerSettings(enabled=False),
+    selection="round_robin",
 )
 
 
 class Stage:
     """An app that listens, with a scripted way up, and the spans it has made."""
 
-    def __init__(self, app: App, way_up: ScriptedWayUp, memory: Any, port: int) -> None:
+    def __init__(self, app: App, transport: ScriptedTransport, memory: Any, port: int) -> None:
         self.app = app
-        self.way_up = way_up
+        self.transport = transport
         self._memory = memory
         self.port = port
 
     async def ask(
         self, method: str = "POST", target: str = CHAT, body: object = None, headers: Iterable[tuple[str, str]] = ()
     ) -> Answer:
-        async with wire(self.port) as line:
+        async with raw_connection(self.port) as line:
             line.send(request(method, target, body, headers))
             return await line.answer()
 
@@ -70,15 +73,15 @@ async def stage(*moves: Move) -> AsyncIterator[Stage]:
 
     memory, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(memory))
-    tracing, way_up = Tracing(provider), ScriptedWayUp(*moves)
+    tracing, transport = Tracing(provider), ScriptedTransport(*moves)
     app = App(CONFIG, tracing=tracing)
-    app._traced_way_up = tracing.way_up(way_up)
-    app._furnish(app.world)
+    app._traced_way_up = tracing.transport(transport)
+    app._build(app.services)
     try:
         async with served(app.handle) as port:
-            yield Stage(app, way_up, memory, port)
+            yield Stage(app, transport, memory, port)
     finally:
-        await app.way_up.close()
+        await app.transport.close()
         await tracing.close()
 
 
@@ -116,7 +119,7 @@ async def test_a_miss() -> None:
         "server.address": "up.test",
         "http.response.status_code": 200,
     }
-    [sent] = scene.way_up.sent
+    [sent] = scene.transport.sent
     assert sent.headers.getall("traceparent") == [f"00-{TRACE}-{call.context.span_id:016x}-01"]
     assert sent.headers.getall("tracestate") == ["vendor=a1,other=b2"]
 
@@ -127,9 +130,9 @@ async def test_who_brings_no_trace_begins_one(sent: list[tuple[str, str]]) -> No
         await scene.ask(body=ask(), headers=sent)
         own, [call] = await scene.spans(2)
         assert own.parent is None
-        [up] = scene.way_up.sent[0].headers.getall("traceparent")
+        [up] = scene.transport.sent[0].headers.getall("traceparent")
         assert up.startswith(f"00-{own.context.trace_id:032x}-{call.context.span_id:016x}-")
-        assert "tracestate" not in scene.way_up.sent[0].headers
+        assert "tracestate" not in scene.transport.sent[0].headers
 
 
 async def test_a_hit_has_a_span_without_calls() -> None:
@@ -169,7 +172,7 @@ async def test_every_call_has_a_span() -> None:
     assert told == [[429, "429", None], [500, "500", 1], [None, "upstream_unreachable", 2], [200, None, 3]]
     assert [call.status.status_code.name for call in calls] == ["ERROR", "ERROR", "ERROR", "UNSET"]
     assert own.attributes["openai_proxy.attempts"] == 4
-    ups = [sent.headers["traceparent"][36:52] for sent in scene.way_up.sent]
+    ups = [sent.headers["traceparent"][36:52] for sent in scene.transport.sent]
     assert ups == [f"{call.context.span_id:016x}" for call in calls]
 
 
@@ -282,7 +285,7 @@ async def test_a_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, ca
 
     provider, go_on = TracerProvider(shutdown_on_exit=False), threading.Event()
     monkeypatch.setattr(provider, "shutdown", lambda: go_on.wait(5))
-    monkeypatch.setattr(proxy.server.tracing, "LAST_WORDS", 0.01)
+    monkeypatch.setattr(proxy.server.tracing, "CLOSE_TIMEOUT", 0.01)
     await Tracing(provider).close()
     assert "could not be delivered" in caplog.text
     go_on.set()

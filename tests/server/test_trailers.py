@@ -11,7 +11,7 @@ from proxy.pipeline.response_headers import TRAILERS
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask
 from tests.pipeline.script import Step, event, events, says, streams
-from tests.server.kit import Answer, house, request, wire
+from tests.server.kit import Answer, raw_connection, request, running_proxy
 
 STREAM = ask(stream=True)
 TE = [("TE", "trailers")]
@@ -35,25 +35,25 @@ BOUGHT = {
     ],
 )
 async def test_who_asks_gets_them(headers: list[tuple[str, str]]) -> None:
-    async with house(streams()) as home:
+    async with running_proxy(streams()) as home:
         answer = await home.ask(body=STREAM, headers=headers)
         assert (answer.status, answer.framing, answer.whole) == (200, "chunked", True)
         assert answer.body == b"".join(events())
         assert answer.get("Trailer") == TRAILERS
         assert answer.trailers == BOUGHT
-        assert "TE" not in home.way_up.sent[0].headers
+        assert "TE" not in home.transport.sent[0].headers
         assert answer.trailers["X-Proxy-Cost-USD"] == home.receipts[0].cost_usd
 
 
 @pytest.mark.parametrize("headers", [[], [("TE", "")], [("TE", "gzip")], [("TE", "notrailers, trailersx")]])
 async def test_nobody_else_does(headers: list[tuple[str, str]]) -> None:
-    async with house(streams()) as home:
+    async with running_proxy(streams()) as home:
         answer = await home.ask(body=STREAM, headers=headers)
         assert (answer.get("Trailer"), answer.trailers, answer.whole) == (None, {}, True)
 
 
 async def test_http_1_0_has_none() -> None:
-    async with house(streams()) as home, wire(home.port) as line:
+    async with running_proxy(streams()) as home, raw_connection(home.port) as line:
         line.send(request(body=STREAM, headers=TE, version="1.0"))
         answer = await line.answer()
         assert (answer.framing, answer.get("Trailer")) == ("close", None)
@@ -61,7 +61,7 @@ async def test_http_1_0_has_none() -> None:
 
 
 async def test_the_connection_goes_on_after_them() -> None:
-    async with house(streams(), says()) as home, wire(home.port) as line:
+    async with running_proxy(streams(), says()) as home, raw_connection(home.port) as line:
         line.send(request(body=STREAM, headers=TE) + request(body=ask("other"), headers=TE) + request(body=STREAM))
         stream, plain, hit = [await line.answer() for _ in range(3)]
         assert stream.trailers == BOUGHT
@@ -72,7 +72,7 @@ async def test_the_connection_goes_on_after_them() -> None:
 
 async def test_who_shares_a_stream_paid_nothing() -> None:
     first, *more = events(usage=True)
-    async with house(streams([first, 0.1, *more])) as home:
+    async with running_proxy(streams([first, 0.1, *more])) as home:
         both = [asyncio.create_task(home.ask(body=STREAM, headers=TE)) for _ in range(2)]
         leader, follower = sorted([await one for one in both], key=lambda one: one.get("X-Proxy-Cache") or "")[::-1]
         assert (leader.get("X-Proxy-Cache"), follower.get("X-Proxy-Cache")) == ("miss", "coalesced")
@@ -82,10 +82,10 @@ async def test_who_shares_a_stream_paid_nothing() -> None:
 
 
 async def test_what_is_unknown_is_left_out() -> None:
-    async with house(streams()) as home:
+    async with running_proxy(streams()) as home:
         answer = await home.ask(body=STREAM | {"model": "mystery"}, headers=TE)
         told = answer.trailers
-    async with house(
+    async with running_proxy(
         streams([event({"model": "mystery", "choices": []}), *events(usage=True, model="mystery")])
     ) as home:
         answer = await home.ask(body=STREAM | {"model": "mystery"}, headers=TE)
@@ -96,16 +96,16 @@ async def test_what_is_unknown_is_left_out() -> None:
 
 @pytest.mark.parametrize("cut", [[TransportFailure("invalid", "cut")], []])
 async def test_a_stream_without_an_end_has_none(cut: list[Step]) -> None:
-    async with house(streams([*events()[:2], *cut])) as home:
+    async with running_proxy(streams([*events()[:2], *cut])) as home:
         answer: Answer = await home.ask(body=STREAM, headers=TE)
         assert (answer.whole, answer.trailers) == (False, {})
 
 
 async def test_other_routes_have_none() -> None:
-    async with house(says()) as home:
+    async with running_proxy(says()) as home:
         answer = await home.ask("GET", "/v1/models", headers=TE)
         assert (answer.framing, answer.get("Trailer"), answer.trailers) == ("chunked", None, {})
-        assert "TE" not in home.way_up.sent[0].headers
+        assert "TE" not in home.transport.sent[0].headers
 
 
 def test_all_that_may_come_is_announced() -> None:

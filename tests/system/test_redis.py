@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from redis.exceptions import ResponseError
 
-from proxy.system.redis import Link
+from proxy.system.redis import RedisConnection
 from tests.garbage import uncollected
 
 
 async def test_a_failed_command_leaves_no_reference_cycle() -> None:
-    link, found = Link("redis://127.0.0.1:1", 0.5), Counter[str]()
+    link, found = RedisConnection("redis://127.0.0.1:1", 0.5), Counter[str]()
 
     async def refused() -> None:
         raise ResponseError("no")

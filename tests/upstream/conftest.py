@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from proxy.upstream.client import Upstreams
+from proxy.upstream.client import AiohttpTransport
 
 
 @pytest.fixture
-async def up() -> AsyncIterator[Upstreams]:
-    way_up = Upstreams(connect=0.5, idle=0.2)
-    yield way_up
-    await way_up.close()
+async def up() -> AsyncIterator[AiohttpTransport]:
+    transport = AiohttpTransport(connect=0.5, idle=0.2)
+    yield transport
+    await transport.close()

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from proxy.upstream.client import Upstreams
-from proxy.upstream.interfaces import Trip
+from proxy.upstream.client import AiohttpTransport
+from proxy.upstream.interfaces import ConnectionInfo
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.server.kit import PATIENCE, Raw, raw_upstream
 from tests.upstream.transport import OK, says, send, whole
@@ -19,9 +19,9 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 # What goes up and what comes back.
 
 
-async def test_a_request_and_its_answer(up: Upstreams) -> None:
+async def test_a_request_and_its_answer(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
-        trip = Trip()
+        trip = ConnectionInfo()
         answer = await send(up, upstream, trip)
         assert (answer.status, answer.reason) == (200, "Fine")
         assert answer.raw_headers[1:3] == ((b"X-A", b"1"), (b"x-a", b"2"))
@@ -36,7 +36,7 @@ async def test_a_request_and_its_answer(up: Upstreams) -> None:
         ]
 
 
-async def test_headers_go_up_as_often_and_as_written(up: Upstreams) -> None:
+async def test_headers_go_up_as_often_and_as_written(up: AiohttpTransport) -> None:
     headers = (("X-Twice", "1"), ("X-Twice", "2"), ("x-lower", "ä".encode().decode("utf-8", "surrogateescape")))
     async with raw_upstream(says(OK)) as upstream:
         await whole(await send(up, upstream, headers=headers))
@@ -44,7 +44,7 @@ async def test_headers_go_up_as_often_and_as_written(up: Upstreams) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 3_000_000])
-async def test_bodies_of_any_size_have_their_length(up: Upstreams, size: int) -> None:
+async def test_bodies_of_any_size_have_their_length(up: AiohttpTransport, size: int) -> None:
     got: list[bytes] = []
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -58,7 +58,7 @@ async def test_bodies_of_any_size_have_their_length(up: Upstreams, size: int) ->
         assert b"transfer-encoding" not in upstream.heads[0].lower()
 
 
-async def test_a_body_that_flows_is_chunked_or_has_the_length_it_was_given(up: Upstreams) -> None:
+async def test_a_body_that_flows_is_chunked_or_has_the_length_it_was_given(up: AiohttpTransport) -> None:
     got: list[bytes] = []
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -80,13 +80,13 @@ async def test_a_body_that_flows_is_chunked_or_has_the_length_it_was_given(up: U
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
-async def test_requests_without_a_body(up: Upstreams, method: str) -> None:
+async def test_requests_without_a_body(up: AiohttpTransport, method: str) -> None:
     async with raw_upstream(says(OK[:-2] if method == "HEAD" else OK)) as upstream:
         assert await whole(await send(up, upstream, body=None, headers=(), method=method)) in (b"", b"{}")
         assert b"content-" not in upstream.heads[0].lower().replace(b"content-length: 0\r\n", b"")
 
 
-async def test_nothing_is_followed_and_no_cookie_is_kept(up: Upstreams) -> None:
+async def test_nothing_is_followed_and_no_cookie_is_kept(up: AiohttpTransport) -> None:
     moved = b"HTTP/1.1 302 Found\r\nLocation: /v1/y\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"
     async with raw_upstream(says(moved, times=2)) as upstream:
         for _ in range(2):
@@ -96,27 +96,27 @@ async def test_nothing_is_followed_and_no_cookie_is_kept(up: Upstreams) -> None:
         assert all(b"cookie" not in head.lower() for head in upstream.heads)
 
 
-async def test_the_environments_proxies_are_not_used(up: Upstreams, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_environments_proxies_are_not_used(up: AiohttpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     async with raw_upstream(says(OK)) as upstream:
         assert (await send(up, upstream)).status == 200
 
 
-async def test_compressed_bodies_come_as_they_are(up: Upstreams) -> None:
+async def test_compressed_bodies_come_as_they_are(up: AiohttpTransport) -> None:
     packed = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nnope"
     async with raw_upstream(says(packed)) as upstream:
         assert await whole(await send(up, upstream)) == b"nope"
 
 
-async def test_a_body_arrives_read_by_read(up: Upstreams) -> None:
+async def test_a_body_arrives_read_by_read(up: AiohttpTransport) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with raw_upstream(says(head, b"2\r\nab\r\n", 0.05, b"1\r\nc\r\n", 0.05, b"0\r\n\r\n")) as upstream:
         answer = await send(up, upstream)
         assert [chunk async for chunk in answer.chunks()] == [b"ab", b"c"]
 
 
-async def test_what_came_with_the_head_is_ready_and_nothing_else(up: Upstreams) -> None:
+async def test_what_came_with_the_head_is_ready_and_nothing_else(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=2, then="wait")) as upstream:
         answer = await send(up, upstream)
         assert answer.ready() == b"{}"
@@ -140,25 +140,25 @@ async def test_what_came_with_the_head_is_ready_and_nothing_else(up: Upstreams) 
 # Connections.
 
 
-async def test_a_connection_is_used_again_when_its_answer_was_read_to_the_end(up: Upstreams) -> None:
+async def test_a_connection_is_used_again_when_its_answer_was_read_to_the_end(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=3)) as upstream:
         reused = []
         for _ in range(3):
-            trip = Trip()
+            trip = ConnectionInfo()
             await whole(await send(up, upstream, trip))
             reused.append(trip.reused)
         assert (upstream.connections, reused) == (1, [False, True, True])
 
 
-async def test_a_fresh_one_is_new_whatever_is_idle(up: Upstreams) -> None:
+async def test_a_fresh_one_is_new_whatever_is_idle(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=3, then="wait")) as upstream:
         await whole(await send(up, upstream))
-        trip = Trip(fresh=True)
+        trip = ConnectionInfo(fresh=True)
         await whole(await send(up, upstream, trip))
         assert (upstream.connections, trip.reused) == (2, False)
 
 
-async def test_closing_in_the_middle_ends_the_connection(up: Upstreams) -> None:
+async def test_closing_in_the_middle_ends_the_connection(up: AiohttpTransport) -> None:
     ended = asyncio.Event()
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -178,7 +178,7 @@ async def test_closing_in_the_middle_ends_the_connection(up: Upstreams) -> None:
 
 
 @pytest.mark.parametrize("answering", [False, True])
-async def test_cancelling_ends_the_connection_at_once(up: Upstreams, answering: bool) -> None:
+async def test_cancelling_ends_the_connection_at_once(up: AiohttpTransport, answering: bool) -> None:
     ended, began = asyncio.Event(), asyncio.Event()
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

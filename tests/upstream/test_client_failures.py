@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.upstream.client import Upstreams, _failure
-from proxy.upstream.interfaces import Trip
+from proxy.upstream.client import AiohttpTransport, _failure
+from proxy.upstream.interfaces import ConnectionInfo
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.server.kit import PATIENCE, Raw, Say, raw_upstream
 from tests.upstream.transport import OK, reset, says, send, whole
@@ -34,9 +34,9 @@ TABLE: dict[str, tuple[Say, str, bool]] = {
 
 @pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
 @pytest.mark.parametrize(("turn", "kind", "answered"), TABLE.values(), ids=TABLE.keys())
-async def test_how_far_a_request_got(up: Upstreams, turn: Say, kind: str, answered: bool, method: str) -> None:
+async def test_how_far_a_request_got(up: AiohttpTransport, turn: Say, kind: str, answered: bool, method: str) -> None:
     async with raw_upstream(turn) as upstream:
-        trip = Trip()
+        trip = ConnectionInfo()
         with pytest.raises(TransportFailure) as caught:
             await send(up, upstream, trip, first_byte=0.2 if kind == "timeout" else 3.0, method=method)
         assert (caught.value.kind, trip.connected, trip.answered) == (kind, True, answered)
@@ -45,7 +45,9 @@ async def test_how_far_a_request_got(up: Upstreams, turn: Say, kind: str, answer
 
 
 @pytest.mark.parametrize("how", [(), (None,)], ids=["closed", "reset"])
-async def test_a_reused_connection_that_closes_without_a_word_is_stale(up: Upstreams, how: tuple[None, ...]) -> None:
+async def test_a_reused_connection_that_closes_without_a_word_is_stale(
+    up: AiohttpTransport, how: tuple[None, ...]
+) -> None:
     """Also for the methods that aiohttp would otherwise send again by itself."""
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -58,14 +60,14 @@ async def test_a_reused_connection_that_closes_without_a_word_is_stale(up: Upstr
     for method in ("POST", "GET", "HEAD", "PUT", "DELETE"):
         async with raw_upstream(turn) as upstream:
             await whole(await send(up, upstream))
-            trip = Trip()
+            trip = ConnectionInfo()
             with pytest.raises(TransportFailure) as caught:
                 await send(up, upstream, trip, method=method)
             assert (caught.value.kind, trip.reused, trip.answered) == ("stale", True, False)
             assert upstream.connections == 1
 
 
-async def test_a_reused_connection_that_answers_and_breaks_is_not_stale(up: Upstreams) -> None:
+async def test_a_reused_connection_that_answers_and_breaks_is_not_stale(up: AiohttpTransport) -> None:
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await raw.read_request(reader)
         writer.write(OK)
@@ -79,19 +81,19 @@ async def test_a_reused_connection_that_answers_and_breaks_is_not_stale(up: Upst
         assert caught.value.kind == "invalid"
 
 
-async def test_idle_connections_that_were_closed_are_not_used(up: Upstreams) -> None:
+async def test_idle_connections_that_were_closed_are_not_used(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         for connections in (1, 2):
-            trip = Trip()
+            trip = ConnectionInfo()
             await whole(await send(up, upstream, trip))
             await asyncio.sleep(0.02)
             assert (upstream.connections, trip.reused) == (connections, False)
 
 
-async def test_nobody_listens(up: Upstreams) -> None:
+async def test_nobody_listens(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         pass
-    trip = Trip()
+    trip = ConnectionInfo()
     with pytest.raises(TransportFailure) as caught:
         await send(up, upstream, trip)
     assert (caught.value.kind, trip.connected) == ("unreached", False)
@@ -99,16 +101,16 @@ async def test_nobody_listens(up: Upstreams) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://no-such-host.invalid/v1", "http://[::1", "http://127.0.0.1:99999/v1"])
-async def test_addresses_that_lead_nowhere(up: Upstreams, url: str) -> None:
-    trip = Trip()
+async def test_addresses_that_lead_nowhere(up: AiohttpTransport, url: str) -> None:
+    trip = ConnectionInfo()
     with pytest.raises(TransportFailure) as caught:
         await up.send("POST", url, [], b"{}", first_byte=3.0, trip=trip)
     assert (caught.value.kind, trip.connected) == ("unreached", False)
 
 
-async def test_no_tls_where_tls_is_expected(up: Upstreams) -> None:
+async def test_no_tls_where_tls_is_expected(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
-        trip = Trip()
+        trip = ConnectionInfo()
         with pytest.raises(TransportFailure) as caught:
             await up.send("POST", f"https://127.0.0.1:{upstream.port}/v1", [], b"{}", first_byte=2.0, trip=trip)
         assert (caught.value.kind, trip.connected) == ("unreached", False)
@@ -119,7 +121,7 @@ async def test_a_certificate_that_nobody_vouches_for() -> None:
     """No key is sent to it (RELIABILITY E40)."""
     key = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
     error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("sk-secret"))
-    failure = _failure(error, Trip())
+    failure = _failure(error, ConnectionInfo())
     assert failure.kind == "unreached"
     assert "secret" not in failure.detail
 
@@ -127,20 +129,20 @@ async def test_a_certificate_that_nobody_vouches_for() -> None:
 @pytest.mark.parametrize(
     ("error", "trip", "kind"),
     [
-        (aiohttp.ConnectionTimeoutError("x"), Trip(), "unreached"),
-        (TimeoutError(), Trip(), "unreached"),
-        (TimeoutError(), Trip(connected=True), "timeout"),
-        (aiohttp.InvalidURL("x"), Trip(), "unreached"),
-        (ValueError("x"), Trip(), "unreached"),
-        (OSError(24, "Too many open files"), Trip(), "unreached"),
-        (aiohttp.ServerDisconnectedError(), Trip(connected=True), "ambiguous"),
-        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True), "ambiguous"),
-        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True, reused=True), "stale"),
-        (aiohttp.ClientOSError(104, "reset"), Trip(connected=True, reused=True, answered=True), "invalid"),
-        (aiohttp.ClientPayloadError(), Trip(connected=True), "ambiguous"),
+        (aiohttp.ConnectionTimeoutError("x"), ConnectionInfo(), "unreached"),
+        (TimeoutError(), ConnectionInfo(), "unreached"),
+        (TimeoutError(), ConnectionInfo(connected=True), "timeout"),
+        (aiohttp.InvalidURL("x"), ConnectionInfo(), "unreached"),
+        (ValueError("x"), ConnectionInfo(), "unreached"),
+        (OSError(24, "Too many open files"), ConnectionInfo(), "unreached"),
+        (aiohttp.ServerDisconnectedError(), ConnectionInfo(connected=True), "ambiguous"),
+        (aiohttp.ClientOSError(104, "reset"), ConnectionInfo(connected=True), "ambiguous"),
+        (aiohttp.ClientOSError(104, "reset"), ConnectionInfo(connected=True, reused=True), "stale"),
+        (aiohttp.ClientOSError(104, "reset"), ConnectionInfo(connected=True, reused=True, answered=True), "invalid"),
+        (aiohttp.ClientPayloadError(), ConnectionInfo(connected=True), "ambiguous"),
     ],
 )
-def test_the_table(error: Exception, trip: Trip, kind: str) -> None:
+def test_the_table(error: Exception, trip: ConnectionInfo, kind: str) -> None:
     assert _failure(error, trip).kind == kind
 
 
@@ -172,7 +174,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     ],
     ids=["closed", "reset", "inside a chunk", "no chunk", "silent", "short", "short and silent"],
 )
-async def test_bodies_that_break(up: Upstreams, turn: Say, kind: str, got: bytes) -> None:
+async def test_bodies_that_break(up: AiohttpTransport, turn: Say, kind: str, got: bytes) -> None:
     async with raw_upstream(turn) as upstream:
         answer = await send(up, upstream)
         seen: list[bytes] = []
@@ -188,25 +190,25 @@ async def test_bodies_that_break(up: Upstreams, turn: Say, kind: str, got: bytes
         answer.close()
 
 
-async def test_each_read_has_its_own_patience(up: Upstreams) -> None:
+async def test_each_read_has_its_own_patience(up: AiohttpTransport) -> None:
     """0.2 s of silence are too much, a stream of any length is not."""
     pieces: list[Any] = [piece for _ in range(6) for piece in (0.1, b"1\r\na\r\n")]
     async with raw_upstream(says(CHUNKED, *pieces, b"0\r\n\r\n")) as upstream:
         assert await whole(await send(up, upstream)) == b"aaaaaa"
 
 
-async def test_silence_before_the_head_is_bounded_by_first_byte_alone(up: Upstreams) -> None:
+async def test_silence_before_the_head_is_bounded_by_first_byte_alone(up: AiohttpTransport) -> None:
     async with raw_upstream(says(0.4, OK)) as upstream:
         assert await whole(await send(up, upstream, first_byte=2.0)) == b"{}"
 
 
-async def test_a_body_without_a_length_ends_with_its_connection(up: Upstreams) -> None:
+async def test_a_body_without_a_length_ends_with_its_connection(up: AiohttpTransport) -> None:
     """Nobody can see whether it is whole: what it says must tell (the audit)."""
     async with raw_upstream(says(b"HTTP/1.0 200 OK\r\n\r\n", b"abc")) as upstream:
         assert await whole(await send(up, upstream)) == b"abc"
 
 
-async def test_a_slow_reader_holds_the_upstream_back(up: Upstreams) -> None:
+async def test_a_slow_reader_holds_the_upstream_back(up: AiohttpTransport) -> None:
     sent = 0
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.counters import Tallies, Tally
+from proxy.upstream.counters import Histogram, UpstreamCounters
 
 BOUNDS = (0.1, 1, 10)
 
@@ -18,7 +18,7 @@ BOUNDS = (0.1, 1, 10)
     ("value", "at"), [(-1.0, 0), (0.0, 0), (0.1, 0), (0.11, 1), (1.0, 1), (9.0, 2), (10.0, 2), (10.5, 3), (1e9, 3)]
 )
 def test_a_value_counts_below_the_first_bound_that_it_does_not_exceed(value: float, at: int) -> None:
-    tally = Tally(BOUNDS)
+    tally = Histogram(BOUNDS)
     tally.add(value)
     assert tally.counts == [int(n == at) for n in range(4)]
     assert tally.total == value
@@ -26,7 +26,7 @@ def test_a_value_counts_below_the_first_bound_that_it_does_not_exceed(value: flo
 
 @given(st.lists(st.floats(0, 100)))
 def test_buckets_are_cumulative_and_the_last_holds_all(values: list[float]) -> None:
-    tally = Tally(BOUNDS)
+    tally = Histogram(BOUNDS)
     for value in values:
         tally.add(value)
     assert tally.cumulative() == [
@@ -40,7 +40,7 @@ def test_buckets_are_cumulative_and_the_last_holds_all(values: list[float]) -> N
 
 
 def test_gaps_are_between_reads_of_one_stream() -> None:
-    tallies, now = Tallies(), 100.0
+    tallies, now = UpstreamCounters(), 100.0
     one, other = tallies.reads(lambda: now), tallies.reads(lambda: now)
     now = 100.3
     one()
@@ -52,7 +52,7 @@ def test_gaps_are_between_reads_of_one_stream() -> None:
 
 
 def test_retries_by_upstream_and_reason() -> None:
-    tallies = Tallies()
+    tallies = UpstreamCounters()
     for why in ("retry", "retry", "unreached"):
-        tallies.retried("openai", why)
+        tallies.record_retry("openai", why)
     assert dict(tallies.retries) == {("openai", "retry"): 2, ("openai", "unreached"): 1}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.upstream import decompress as inflate
-from proxy.upstream.decompress import Inflater
+from proxy.upstream.decompress import Decompressor
 from proxy.upstream.retry.outcome import TransportFailure
 
 MIB = 1024 * 1024
@@ -37,7 +37,7 @@ FORMS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 def inflated(encoding: str, pieces: Iterable[bytes]) -> bytes:
-    inflater = Inflater(encoding)
+    inflater = Decompressor(encoding)
     out = b"".join([inflater.feed(piece) for piece in pieces])
     inflater.finish()
     return out
@@ -152,7 +152,7 @@ def test_rubbish_after_a_gzip_member_is_refused() -> None:
 def test_bytes_after_a_deflate_stream_do_not_pile_up() -> None:
     """The stream says itself where it ends: what follows is no part of the answer, and must not be held."""
     for compress in (zlib.compress, raw_deflate):
-        inflater = Inflater("deflate")
+        inflater = Decompressor("deflate")
         assert inflater.feed(compress(b"body") + b"x" * 100) == b"body"
         tracemalloc.start()
         for _ in range(64):
@@ -239,9 +239,9 @@ def test_the_bound_is_exact(length: int, size: int) -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate"])
 def test_what_it_knows(encoding: str) -> None:
-    assert Inflater.knows(encoding)
+    assert Decompressor.knows(encoding)
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "br", "zstd", "compress", "gzip, gzip", "GZIP"])
 def test_what_it_does_not_know(encoding: str) -> None:
-    assert not Inflater.knows(encoding)
+    assert not Decompressor.knows(encoding)

@@ -7,27 +7,27 @@ import struct
 from collections.abc import AsyncIterator
 from socket import SO_LINGER, SOL_SOCKET
 
-from proxy.upstream.client import UpstreamAnswer, Upstreams
-from proxy.upstream.interfaces import Trip
+from proxy.upstream.client import AiohttpResponse, AiohttpTransport
+from proxy.upstream.interfaces import ConnectionInfo
 from tests.server.kit import PATIENCE, Raw, Say
 
 OK = b"HTTP/1.1 200 Fine\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r\nContent-Length: 2\r\n\r\n{}"
 
 
 async def send(
-    way_up: Upstreams,
+    transport: AiohttpTransport,
     upstream: Raw,
-    trip: Trip | None = None,
+    trip: ConnectionInfo | None = None,
     body: bytes | AsyncIterator[bytes] | None = b"{}",
     first_byte: float = 2.0,
     headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/json"),),
     method: str = "POST",
-) -> UpstreamAnswer:
+) -> AiohttpResponse:
     url = upstream.url + "/x?a=%2F&b=c"
-    return await way_up.send(method, url, headers, body, first_byte=first_byte, trip=trip or Trip())
+    return await transport.send(method, url, headers, body, first_byte=first_byte, trip=trip or ConnectionInfo())
 
 
-async def whole(answer: UpstreamAnswer) -> bytes:
+async def whole(answer: AiohttpResponse) -> bytes:
     async with asyncio.timeout(PATIENCE):
         return b"".join([chunk async for chunk in answer.chunks()])
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from proxy.workers.ipc import Channel
-from proxy.workers.shared_state import Commons
-from proxy.workers.worker import Seat
+from proxy.workers.shared_state import SharedState
+from proxy.workers.worker import WorkerLink
 
 
 @asynccontextmanager
@@ -33,15 +33,15 @@ class Clock:
 
 
 @asynccontextmanager
-async def seats(count: int, clock: Clock) -> AsyncIterator[tuple[Commons, list[Seat]]]:
+async def seats(count: int, clock: Clock) -> AsyncIterator[tuple[SharedState, list[WorkerLink]]]:
     """Workers of one parent, which only keeps what they have in common."""
-    commons = Commons(clock, clock)
-    found: list[Seat] = []
+    commons = SharedState(clock, clock)
+    found: list[WorkerLink] = []
 
     async def with_more() -> None:
         async with wire() as (ours, theirs):
-            ours.handlers.update(commons.handlers(len(found), ours.note))
-            found.append(Seat(theirs))
+            ours.handlers.update(commons.handlers(len(found), ours.notify))
+            found.append(WorkerLink(theirs))
             if len(found) == count:
                 ready.set()
                 await done.wait()

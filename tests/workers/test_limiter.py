@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
-from proxy.workers.limiter import SeatLimiter
-from proxy.workers.worker import Seat
+from proxy.upstream.limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
+from proxy.workers.limiter import WorkerLimits
+from proxy.workers.worker import WorkerLink
 from tests.workers.kit import Clock, seats
 
 WHERE = ("quota", "gpt-4o")
 
 
-async def ask(limiter: SeatLimiter, allowance: Allowance, tokens: int, clock: Clock) -> Reservation | Wait | Never:
+async def ask(
+    limiter: WorkerLimits, allowance: RateLimiter, tokens: int, clock: Clock
+) -> Reservation | Wait | ExceedsLimit:
     """As the exchange asks."""
     while True:
         answer = allowance.reserve(tokens, clock())
@@ -25,9 +27,9 @@ async def ask(limiter: SeatLimiter, allowance: Allowance, tokens: int, clock: Cl
             return answer
 
 
-def several(found: list[Seat], clock: Clock, limits: Limits) -> list[tuple[SeatLimiter, Allowance]]:
-    limiters = [SeatLimiter(seat, clock) for seat in found]
-    return [(limiter, limiter.allowance(WHERE, limits, 1.0)) for limiter in limiters]
+def several(found: list[WorkerLink], clock: Clock, limits: Limits) -> list[tuple[WorkerLimits, RateLimiter]]:
+    limiters = [WorkerLimits(seat, clock) for seat in found]
+    return [(limiter, limiter.rate_limiter(WHERE, limits, 1.0)) for limiter in limiters]
 
 
 async def test_no_window_holds_more_than_the_limit() -> None:
@@ -79,7 +81,7 @@ async def test_places_are_returned_by_settling_leaving_and_giving_up() -> None:
         assert isinstance(await ask(other, yours, 1, clock), Wait)
         first.settle(1)
         clock.now += 1
-        await one._seat.channel.call("maker", b"\x91\x90")  # what was noted before is known now
+        await one._seat.channel.request("maker", b"\x91\x90")  # what was noted before is known now
         second = await ask(other, yours, 1, clock)
         assert isinstance(second, Reservation)
         commons.left(1)  # the other worker dies
@@ -126,14 +128,16 @@ async def test_what_was_learned_is_told_once() -> None:
     told: list[tuple[str, bytes]] = []
     heard: list[Any] = []
     async with seats(2, clock) as (_, found):
-        one, other = (SeatLimiter(seat, clock) for seat in found)
+        one, other = (WorkerLimits(seat, clock) for seat in found)
         found[0].tell = lambda kind, body: told.append((kind, body))  # type: ignore[method-assign]
         await other.open(lambda *state: heard.append(state))
-        one.learned("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 5.0, "429")})
+        one.publish_key_state("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 5.0, "429")})
         clock.now += 1
-        one.learned("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 4.0, "429")})
+        one.publish_key_state("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 4.0, "429")})
         assert len(told) == 1
-        one.learned("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 9.0, "429"), "rests *": ("rejected", 600.0, "401")})
+        one.publish_key_state(
+            "k1", "gpt-4o", {"cools gpt-4o": ("cooling", 9.0, "429"), "rests *": ("rejected", 600.0, "401")}
+        )
         assert len(told) == 3
         for kind, body in told:
             found[1].channel.handlers[kind](body)
@@ -142,4 +146,6 @@ async def test_what_was_learned_is_told_once() -> None:
             ("k1", "gpt-4o", "cooling", 9.0, "429"),
             ("k1", "*", "rejected", 600.0, "401"),
         ]
-        other.learned("k1", "gpt-4o", {"rests *": ("rejected", 600.0, "401")})  # they know, as it came from them
+        other.publish_key_state(
+            "k1", "gpt-4o", {"rests *": ("rejected", 600.0, "401")}
+        )  # they know, as it came from them

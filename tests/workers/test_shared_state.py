@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from decimal import Decimal
 
-from proxy.accounting.runs.run import Run, Sums
+from proxy.accounting.runs.run import Run, RunTotals
 from proxy.observability.aggregate import Family
-from proxy.workers.worker import SeatObjects, SeatRuns
+from proxy.workers.worker import WorkerOwners, WorkerRuns
 from tests.workers.kit import Clock, seats
 
 KEY = "ab" * 32
@@ -20,7 +20,7 @@ def run_of(seat: int, clock: Clock) -> Run:
 async def test_numbers_are_given_once() -> None:
     clock = Clock()
     async with seats(2, clock) as (_, found):
-        books = [SeatRuns(seat) for seat in found]
+        books = [WorkerRuns(seat) for seat in found]
         runs = [run_of(n, clock) for n in range(2)]
         assert [await books[n % 2].number(runs[n % 2], KEY, False) for n in range(4)] == [0, 1, 2, 3]
         await books[0].ended(runs[0], KEY, 2, False)
@@ -32,15 +32,15 @@ async def test_numbers_are_given_once() -> None:
 async def test_sums_are_everybodys_and_a_limit_holds_for_all() -> None:
     clock = Clock()
     async with seats(2, clock) as (_, found):
-        books = [SeatRuns(seat) for seat in found]
+        books = [WorkerRuns(seat) for seat in found]
         runs = [run_of(n, clock) for n in range(2)]
         for run in runs:
-            run.add(Sums(requests=1, misses=1, cost=Decimal("0.4")), clock())
+            run.add(RunTotals(requests=1, misses=1, cost=Decimal("0.4")), clock())
         assert await books[0].share(runs[0], runs[0].share(clock() + 60))
         assert await books[1].share(runs[1], runs[1].share(clock() + 60))
         assert runs[1].cost == Decimal("0.8")
         before = runs[1].committed
-        runs[1].hold(Decimal("0.3"))
+        runs[1].reserve(Decimal("0.3"))
         assert await books[1].share(runs[1], runs[1].share(clock() + 60), before, Decimal(1)) is False
         assert await books[1].share(runs[1], runs[1].share(clock() + 60), before, Decimal(2)) is True
         known = await books[0].read("eval-7")
@@ -58,7 +58,7 @@ async def test_sums_are_everybodys_and_a_limit_holds_for_all() -> None:
 async def test_who_made_an_object() -> None:
     clock = Clock()
     async with seats(2, clock) as (_, found):
-        one, other = (SeatObjects(seat) for seat in found)
+        one, other = (WorkerOwners(seat) for seat in found)
         await one.put(["resp_1"], "k2")
         assert await one.get(["resp_0", "resp_1"]) == "k2"
         assert await other.get(["resp_1"]) == "k2"

@@ -14,14 +14,14 @@ from decimal import Context, Decimal
 from typing import Any, Final, Literal
 
 from ...cost.pricing import usd
-from ...protocol.errors import Refusal
+from ...protocol.errors import ProxyError
 
 Kind = Literal["day", "month"]
 
 EXACT: Final = Context(prec=60)  # as in pricing: nothing is ever rounded
 ZERO: Final = Decimal(0)
 
-UNDER_WAY: Final = 1.0
+IN_FLIGHT: Final = 1.0
 """Seconds to come back after where only what is under way leaves no room: it is over soon."""
 
 _DAY: Final = 86400.0
@@ -44,7 +44,7 @@ def _sum(*amounts: Decimal) -> Decimal:
     return total
 
 
-class Pot:
+class BudgetPeriod:
     """One budget in one period. Money is in USD.
 
     settled, assumed: of this process; recorded: what its receipts say, which is in the ledger, too; others: what other
@@ -65,7 +65,7 @@ class Pot:
         self.base = held
         """What was spent and held here when the others were last heard of."""
 
-    def turn(self, wall: float, held: Decimal) -> None:
+    def start_period(self, wall: float, held: Decimal) -> None:
         """Starts anew where another period has begun. A clock that is set back changes nothing."""
         if wall >= self.end:
             self._begin(wall, held)
@@ -85,7 +85,7 @@ class Account:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.pots: dict[Kind, Pot] = {}
+        self.pots: dict[Kind, BudgetPeriod] = {}
         self.held = ZERO
         self.others_held = ZERO
         """What other processes hold, as they last said; `peers`: how many spend from here, this one too."""
@@ -97,17 +97,17 @@ class Account:
             del self.pots[kind]
         for kind, limit in limits.items():
             if kind not in self.pots:
-                self.pots[kind] = Pot(kind, limit, wall)
+                self.pots[kind] = BudgetPeriod(kind, limit, wall)
             elif self.pots[kind].limit != limit:
                 self.pots[kind].limit, self.pots[kind].warned = limit, False
 
-    def at(self, wall: float) -> Sequence[Pot]:
+    def at(self, wall: float) -> Sequence[BudgetPeriod]:
         """Its pots as they are now."""
         for pot in self.pots.values():
-            pot.turn(wall, self.held)
+            pot.start_period(wall, self.held)
         return tuple(self.pots.values())
 
-    def short(self, amount: Decimal, wall: float, alone: bool = False) -> Pot | None:
+    def short(self, amount: Decimal, wall: float, alone: bool = False) -> BudgetPeriod | None:
         """The pot that has no room for another `amount`; of several the one that is full for longest; None: it fits.
 
         alone: the others cannot be heard, so each keeps to an equal share of what was left when they last were.
@@ -115,7 +115,7 @@ class Account:
         full = [pot for pot in self.at(wall) if not self._fits(pot, amount, alone)]
         return max(full, key=lambda pot: pot.end, default=None)
 
-    def _fits(self, pot: Pot, amount: Decimal, alone: bool) -> bool:
+    def _fits(self, pot: BudgetPeriod, amount: Decimal, alone: bool) -> bool:
         mine = _sum(pot.own, self.held)
         if alone and self.peers > 1:
             left = EXACT.subtract(pot.limit, _sum(pot.base, pot.others, self.others_held))
@@ -124,7 +124,7 @@ class Account:
         taken = _sum(mine, pot.others, self.others_held)
         return taken < pot.limit and _sum(taken, amount) <= pot.limit
 
-    def hold(self, amount: Decimal) -> None:
+    def reserve(self, amount: Decimal) -> None:
         self.held = EXACT.add(self.held, amount)
 
     def release(self, amount: Decimal) -> None:
@@ -152,14 +152,16 @@ class Account:
                 pot.before = EXACT.subtract(total, pot.recorded)
                 pot.others = max(pot.others, pot.before)
 
-    def heard(self, others: Mapping[tuple[Kind, float], Decimal], held: Decimal, peers: int, wall: float) -> None:
+    def apply_shared(
+        self, others: Mapping[tuple[Kind, float], Decimal], held: Decimal, peers: int, wall: float
+    ) -> None:
         """What other processes have spent, by period (kind, begin), and hold; peers: how many there are with us."""
         self.others_held, self.peers = held, max(peers, 1)
         for pot in self.at(wall):
             pot.others = max(pot.others, others.get((pot.kind, pot.start), ZERO))
             pot.base = EXACT.add(pot.own, self.held)
 
-    def crossed(self, share: Decimal, wall: float) -> Sequence[Pot]:
+    def crossed(self, share: Decimal, wall: float) -> Sequence[BudgetPeriod]:
         """Pots of which at least this share has been spent, each once a period."""
         new = [p for p in self.at(wall) if not p.warned and p.limit and p.spent >= EXACT.multiply(p.limit, share)]
         for pot in new:
@@ -182,7 +184,7 @@ class Account:
         }
 
 
-class Stake:
+class BudgetReservation:
     """What one request holds of the budgets that it counts in; ended once, later calls do nothing.
 
     estimate: USD, 0 where the model has no price; changed: called after every change, must not raise; held: whether the
@@ -199,7 +201,7 @@ class Stake:
         self._changed = changed
         self._open = True
         for account in () if held else accounts:
-            account.hold(estimate)
+            account.reserve(estimate)
 
     def settle(self, cost: Decimal | None, wall: float) -> None:
         """An answer came. cost: None where it is not known: then the estimate counts."""
@@ -224,11 +226,11 @@ class Stake:
             self._changed()
 
 
-def refused(account: Account, pot: Pot, amount: Decimal, wall: float, cache_only: bool) -> Refusal:
+def budget_exceeded(account: Account, pot: BudgetPeriod, amount: Decimal, wall: float, cache_only: bool) -> ProxyError:
     """What is told to a request that the pot has no room for."""
     whose = f"client {account.name}" if account.name else "this proxy"
     begun = EXACT.add(pot.spent, amount) <= pot.limit and pot.spent < pot.limit  # only what is under way is in the way
-    seconds = UNDER_WAY if begun else max(pot.end - wall, 1.0)
+    seconds = IN_FLIGHT if begun else max(pot.end - wall, 1.0)
     might = f" and this request might cost {usd(amount)}" if amount else ""
     held = EXACT.add(account.held, account.others_held)
     message = (
@@ -242,7 +244,7 @@ def refused(account: Account, pot: Pot, amount: Decimal, wall: float, cache_only
         if cache_only
         else "; stored answers are still given"
     )
-    return Refusal("budget_exceeded", message, retry_after=seconds)
+    return ProxyError("budget_exceeded", message, retry_after=seconds)
 
 
 def stamp(wall: float) -> str:

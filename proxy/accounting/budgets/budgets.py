@@ -16,37 +16,37 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from ...config.settings import Settings
 from ...cost.pricing import usd
 from ...cost.usage import Usage
-from ...protocol.request import Call, Client
-from ...system.clock import Seams, spawn
+from ...protocol.request import Client, ProxyRequest
+from ...system.clock import Clock, spawn
 from ...upstream.limits.clients import CARRIES_NO_MODEL
-from ...upstream.limits.estimate import Measure
+from ...upstream.limits.estimate import RequestSize
 from ..receipt import Receipt
-from ..runs.registry import dearest
-from .account import ZERO, Account, Kind, Pot, Stake, refused
+from ..runs.registry import max_cost_estimate
+from .account import ZERO, Account, BudgetPeriod, BudgetReservation, Kind, budget_exceeded
 
 if TYPE_CHECKING:
-    from ...services import World
+    from ...services import Services
 
 log = logging.getLogger("proxy")
 
-EVERY: Final = 3.0
+READ_INTERVAL: Final = 3.0
 """Seconds between two looks into the ledger, at least; a look may take a twentieth of the time."""
 
-BEAT: Final = 1.0
+PUBLISH_INTERVAL: Final = 1.0
 """Seconds between two words to the other proxies, at most."""
 
 Spent = Callable[[float, str | None], Awaitable[Decimal]]
 """USD spent since then (Unix seconds) by the ledger, by one client (None: all)."""
 
 
-class Shared(Protocol):
+class SharedBudgets(Protocol):
     """What proxies share. Nothing here raises."""
 
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
 
-    async def tell(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
+    async def publish(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
         """Tells what this process has spent and holds, and hears the others; with `ask`, which is part of what is
         held: only where there is room for all of it, False where not. None: it could not be asked.
         """
@@ -55,9 +55,9 @@ class Shared(Protocol):
 class Budgets:
     """All budgets of this process; they outlive a reload. '' is the whole proxy's name."""
 
-    def __init__(self, settings: Settings, seams: Seams, shared: Shared | None = None) -> None:
-        self._seams = seams
-        self.wall = seams.wall
+    def __init__(self, settings: Settings, clock: Clock, shared: SharedBudgets | None = None) -> None:
+        self._clock = clock
+        self.wall = clock.wall
         self._shared = shared
         self._accounts: dict[str, Account] = {}
         self._spent: Spent | None = None
@@ -65,11 +65,11 @@ class Budgets:
         self._unsaid: set[str] = set()
         self._saying: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
-        self.change(settings)
+        self.apply_settings(settings)
 
-    def change(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """Other settings are in force; what was spent stays."""
-        budget, wall = settings.cost.budget, self._seams.wall()
+        budget, wall = settings.cost.budget, self._clock.wall()
         self._share = Decimal(str(budget.warn_at))
         self.cache_only = budget.on_exceeded == "cache_only"
         limits: dict[str, dict[Kind, Decimal]] = {"": {}}
@@ -102,18 +102,18 @@ class Budgets:
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
-    async def hold(self, client: Client, estimate: Decimal | None) -> Stake | None:
+    async def reserve(self, client: Client, estimate: Decimal | None) -> BudgetReservation | None:
         """A stake for a request that may cost `estimate` USD, None where no price is known; no stake where nothing is
-        to be counted. Raises Refusal(budget_exceeded).
+        to be counted. Raises ProxyError(budget_exceeded).
         """
         accounts = self._of(client)
         if not accounts or (estimate == 0 and not self.cache_only):
             return None
-        amount, wall = estimate or ZERO, self._seams.wall()
+        amount, wall = estimate or ZERO, self._clock.wall()
         if self._shared is None:
             for account in accounts:
                 self._check(account, amount, wall)
-            return Stake(accounts, amount, self._changed)
+            return BudgetReservation(accounts, amount, self._changed)
         held: list[Account] = []
         try:
             for account in accounts:
@@ -124,19 +124,19 @@ class Budgets:
                 account.release(amount)
             self._changed()
             raise
-        return Stake(accounts, amount, self._changed, held=True)
+        return BudgetReservation(accounts, amount, self._changed, held=True)
 
-    async def _reserve(self, shared: Shared, account: Account, amount: Decimal, wall: float) -> None:
-        """Holds `amount`, here and for all to know. Raises Refusal, and then nothing is held.
+    async def _reserve(self, shared: SharedBudgets, account: Account, amount: Decimal, wall: float) -> None:
+        """Holds `amount`, here and for all to know. Raises ProxyError, and then nothing is held.
 
         What does not fit by what is known here is not even held: else in a burst each would stand in the others' way.
         """
         if account.short(amount, wall) is not None:  # the others may have given back since they were heard last
-            heard = await shared.tell(account, wall)
+            heard = await shared.publish(account, wall)
             self._check(account, amount, wall, alone=heard is None)
-        account.hold(amount)
+        account.reserve(amount)
         try:
-            fits = await shared.tell(account, wall, amount)
+            fits = await shared.publish(account, wall, amount)
         except BaseException:
             account.release(amount)
             raise
@@ -144,26 +144,26 @@ class Budgets:
             account.release(amount)  # it is not to stand in its own way
             self._check(account, amount, wall, alone=fits is None)
             if fits is False:
-                raise refused(account, _fullest(account, wall), amount, wall, self.cache_only)
-            account.hold(amount)
+                raise budget_exceeded(account, _fullest(account, wall), amount, wall, self.cache_only)
+            account.reserve(amount)
 
     def _check(self, account: Account, amount: Decimal, wall: float, alone: bool = False) -> None:
         pot = account.short(amount, wall, alone)
         if pot is not None:
-            raise refused(account, pot, amount, wall, self.cache_only)
+            raise budget_exceeded(account, pot, amount, wall, self.cache_only)
 
-    def check_passage(self, client: Client, method: str, segment: str) -> None:
+    def check_passthrough(self, client: Client, method: str, segment: str) -> None:
         """For a route whose cost nobody knows: it is refused once a budget is used up, if it may cost anything. Raises
         Refusal(budget_exceeded).
         """
         if self._accounts and method not in ("GET", "HEAD", "DELETE") and segment not in CARRIES_NO_MODEL:
             for account in self._of(client):
-                self._check(account, ZERO, self._seams.wall())
+                self._check(account, ZERO, self._clock.wall())
 
     def recorded(self, receipt: Receipt) -> None:
         """A receipt was written; the ledger will have it."""
         if self._accounts and receipt.cost_usd is not None and receipt.attempts:
-            cost, wall = Decimal(receipt.cost_usd), self._seams.wall()
+            cost, wall = Decimal(receipt.cost_usd), self._clock.wall()
             for name in {receipt.client, ""} & self._accounts.keys():
                 self._accounts[name].record(cost, receipt.finished_at, wall)
 
@@ -175,7 +175,7 @@ class Budgets:
                 self._saying = spawn(self._say(), "budgets")
 
     def _warn(self) -> None:
-        wall = self._seams.wall()
+        wall = self._clock.wall()
         for account in self._accounts.values():
             for pot in account.crossed(self._share, wall):
                 whose = f"client {account.name}" if account.name else "this proxy"
@@ -193,7 +193,7 @@ class Budgets:
         """Learns what was spent before. spent: asks the ledger, None where there is none."""
         self._spent = spent
         await self._read()
-        await self._tell_all()
+        await self._publish_all()
         self._running = spawn(self._run(), "budgets")
 
     async def close(self) -> None:
@@ -201,19 +201,19 @@ class Budgets:
         if self._running is not None:
             self._running.cancel()
         if self._shared is not None:
-            await self._tell_all()
+            await self._publish_all()
             await self._shared.close()
 
     async def _run(self) -> None:
         while True:
             if self._shared is not None:
-                await self._seams.sleep(BEAT)
+                await self._clock.sleep(PUBLISH_INTERVAL)
                 await self._read()
-                await self._tell_all()
+                await self._publish_all()
             else:
-                began = self._seams.monotonic()
+                began = self._clock.monotonic()
                 await self._read()
-                await self._seams.sleep(max(EVERY, 20 * (self._seams.monotonic() - began)))
+                await self._clock.sleep(max(READ_INTERVAL, 20 * (self._clock.monotonic() - began)))
             self._warn()
 
     async def _read(self) -> None:
@@ -224,23 +224,23 @@ class Budgets:
             if self._shared is not None and account.name in self._known:
                 continue
             self._known.add(account.name)
-            for pot in account.at(self._seams.wall()):
+            for pot in account.at(self._clock.wall()):
                 kind, start = pot.kind, pot.start
                 try:
                     total = await self._spent(start, account.name or None)
                 except OSError as error:
                     log.warning("budgets: the ledger cannot be read: %s", error)
                     return
-                account.read(kind, start, total, self._seams.wall())
+                account.read(kind, start, total, self._clock.wall())
 
     async def _say(self) -> None:
         assert self._shared is not None
         while self._unsaid:
             names, self._unsaid = self._unsaid, set()
             for account in [self._accounts[name] for name in names if name in self._accounts]:
-                await self._shared.tell(account, self._seams.wall())
+                await self._shared.publish(account, self._clock.wall())
 
-    async def _tell_all(self) -> None:
+    async def _publish_all(self) -> None:
         if self._shared is None or not self._accounts:
             return
         await self._shared.open()
@@ -249,40 +249,42 @@ class Budgets:
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
-    def told(self, client: Client) -> str:
+    def client_usage(self, client: Client) -> str:
         """What a client has used of its own budget, for `X-Proxy-Client-Limit`; "" where it has none."""
         account = self._accounts.get(client.name) if client.name else None
         if account is None:
             return ""
-        return ", ".join(f"usd_per_{p.kind}={usd(p.spent)}/{usd(p.limit)}" for p in account.at(self._seams.wall()))
+        return ", ".join(f"usd_per_{p.kind}={usd(p.spent)}/{usd(p.limit)}" for p in account.at(self._clock.wall()))
 
     def report(self) -> Mapping[str, Any]:
         """For `GET /_proxy/status`."""
-        wall = self._seams.wall()
+        wall = self._clock.wall()
         told = {name: account.report(wall) for name, account in self._accounts.items()}
         return {"proxy": told.pop("", {}), "clients": told}
 
 
-async def stake_for(world: World, call: Call, measure: Measure | None) -> Stake | None:
-    """What the call may cost, held of the budgets that it counts in. Raises Refusal(budget_exceeded)."""
-    if measure is None or not world.budgets.active:
+async def reserve_budget(
+    services: Services, request: ProxyRequest, measure: RequestSize | None
+) -> BudgetReservation | None:
+    """What the call may cost, held of the budgets that it counts in. Raises ProxyError(budget_exceeded)."""
+    if measure is None or not services.budgets.active:
         return None
-    return await world.budgets.hold(call.client, likely_cost(world, call, measure))
+    return await services.budgets.reserve(request.client, likely_cost(services, request, measure))
 
 
-def likely_cost(world: World, call: Call, measure: Measure) -> Decimal | None:
+def likely_cost(services: Services, request: ProxyRequest, measure: RequestSize) -> Decimal | None:
     """USD the request may cost, by estimate at the dearest of the upstreams that serve its model; None: no price is
     known. An answer's length where the request sets no limit is what the model's answers have taught. One token at
     least each way: else what is not free might look so.
     """
-    habits = world.habits
-    ratio, expected = habits.ratio(call.model), habits.output(call.model)
+    habits = services.calibration
+    ratio, expected = habits.ratio(request.model), habits.output(request.model)
     prompt = measure.prompt_tokens(ratio)
     output = measure.tokens(ratio, expected) - prompt
     prompt, output = max(prompt, 1), max(output, 1) if measure.choices else 0
-    return dearest(world, call, Usage(prompt, output, prompt + output))
+    return max_cost_estimate(services, request, Usage(prompt, output, prompt + output))
 
 
-def _fullest(account: Account, wall: float) -> Pot:
+def _fullest(account: Account, wall: float) -> BudgetPeriod:
     """The pot to name where another proxy's last word was that there is no room."""
     return max(account.at(wall), key=lambda pot: (pot.spent / pot.limit if pot.limit else ZERO, pot.end))

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError, ResponseError
 
-from ...system.redis import Link
+from ...system.redis import RedisConnection
 from ...system.redis_keys import digest
 from ..runs.run import rounded_up
-from .account import EXACT, Account, Kind, Pot
+from .account import EXACT, Account, BudgetPeriod, Kind
 
 DEADLINE: Final = 0.09
 """Seconds a request waits for an answer, at most."""
@@ -36,7 +36,9 @@ class RedisBudgets:
     """
 
     def __init__(self, url: str, prefix: str, process: str, deadline: float = DEADLINE) -> None:
-        self._link = Link(url, deadline, "redis budgets", "each proxy holds its share of what was left of the budgets")
+        self._link = RedisConnection(
+            url, deadline, "redis budgets", "each proxy holds its share of what was left of the budgets"
+        )
         self._script = self._link.redis.register_script(_SCRIPT)
         self._prefix = prefix
         self._process = process
@@ -56,7 +58,7 @@ class RedisBudgets:
         """Of one account all keys are in one slot of a cluster: the first part is its hash tag. At most 120 bytes."""
         return ":".join([f"{self._prefix}:b1:{{{digest(account.name)}}}", *map(str, parts)])
 
-    async def tell(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
+    async def publish(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
         if not self._link.up:
             return None
         pots = account.at(wall)
@@ -77,11 +79,11 @@ class RedisBudgets:
         spent: dict[tuple[Kind, float], Decimal] = {}
         for pot, total, mine in zip(pots, totals[::2], totals[1::2], strict=True):
             spent[pot.kind, float(keys[1 + pots.index(pot)].rpartition(":")[2])] = _usd(int(total) - int(mine))
-        account.heard(spent, _usd(int(held)), int(proxies), wall)
+        account.apply_shared(spent, _usd(int(held)), int(proxies), wall)
         return bool(room)
 
 
-def _least(pot: Pot) -> int:
+def _least(pot: BudgetPeriod) -> int:
     """What the total cannot be less than: what was spent before this process was started, and what it has spent."""
     return rounded_up(EXACT.add(pot.before, pot.own), _PICO)
 

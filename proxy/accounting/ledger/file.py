@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from ...system import sqlite as files
-from .records import Kind, Record
+from .records import LedgerRecord, RecordKind
 
 ROWS: Final = "rows_v1"
 KINDS: Final = "kinds_v1"
@@ -46,10 +46,10 @@ CREATE TABLE IF NOT EXISTS {ROWS} (
     names=frozenset({ROWS, KINDS}),
 )
 
-PUT_KIND: Final = f"INSERT OR IGNORE INTO {KINDS} VALUES ({', '.join('?' * (1 + len(Kind._fields)))})"
+PUT_KIND: Final = f"INSERT OR IGNORE INTO {KINDS} VALUES ({', '.join('?' * (1 + len(RecordKind._fields)))})"
 PUT_ROW: Final = (
-    f"INSERT OR IGNORE INTO {ROWS} (time, place, {', '.join(Record._fields[1:])}) "
-    f"VALUES ({', '.join('?' * (1 + len(Record._fields)))})"
+    f"INSERT OR IGNORE INTO {ROWS} (time, place, {', '.join(LedgerRecord._fields[1:])}) "
+    f"VALUES ({', '.join('?' * (1 + len(LedgerRecord._fields)))})"
 )
 
 
@@ -63,15 +63,15 @@ def open_to_write(path: Path, busy: float) -> sqlite3.Connection:
     return files.open_to_write(path, busy, LAYOUT)
 
 
-def kind_row(number: int, kind: Kind) -> tuple[object, ...]:
+def kind_row(number: int, kind: RecordKind) -> tuple[object, ...]:
     return number, *kind[:-2], msgspec.json.encode(kind.tags).decode(), kind.run
 
 
-def kinds(connection: sqlite3.Connection) -> dict[int, Kind]:
+def kinds(connection: sqlite3.Connection) -> dict[int, RecordKind]:
     """By number, every kind that there is."""
     found = {}
-    for number, *fields in connection.execute(f"SELECT id, {', '.join(Kind._fields)} FROM {KINDS}"):
-        kind = Kind._make(fields)
+    for number, *fields in connection.execute(f"SELECT id, {', '.join(RecordKind._fields)} FROM {KINDS}"):
+        kind = RecordKind._make(fields)
         tags = tuple(msgspec.json.decode(fields[-2]))
         found[number] = kind._replace(stream=bool(kind.stream), sampled=bool(kind.sampled), tags=tags)
     return found

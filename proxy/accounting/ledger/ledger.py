@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...cache.entry import Entry
-from ...system.clock import Seams
+from ...system.clock import Clock
 from ..receipt import Receipt
 from . import reader
 from .reader import Span
-from .records import Hits, kind_of, record_of, refusal
-from .reporting import Sums
-from .writer import Writer
+from .records import HitCounter, error_receipt, kind_of, record_of
+from .reporting import ReportRow
+from .writer import LedgerWriter
 
-EVERY: Final = 0.25
+FLUSH_INTERVAL: Final = 0.25
 """Seconds between two flushes: a killed process loses so much, and what its last commit was still writing."""
 
-PATIENCE: Final = 5.0
+CLOSE_TIMEOUT: Final = 5.0
 """Seconds a clean stop waits for the file."""
 
-MOST: Final = 50_000
+MAX_WAITING: Final = 50_000
 """Receipts, and different hits, between two flushes; what is beyond is counted as lost."""
 
 
@@ -41,18 +41,18 @@ log = logging.getLogger("proxy.ledger")
 class Ledger:
     """The records of one process. `hit`, `record` and `refused` are on the way of requests, on the event loop alone."""
 
-    def __init__(self, path: str | None, seams: Seams) -> None:
+    def __init__(self, path: str | None, clock: Clock) -> None:
         self.path = _place(path) if path is not None else None
-        self.since_start = Sums()
-        self._seams = seams
+        self.since_start = ReportRow()
+        self._clock = clock
         self._receipts: list[Receipt] = []
-        self._hits: dict[tuple[object, ...], Hits] = {}
+        self._hits: dict[tuple[object, ...], HitCounter] = {}
         self._refused: dict[tuple[str, int, str, str], int] = {}
         self._lost = 0
         self._reading = asyncio.Lock()
-        self._writer: Writer | None = None
+        self._writer: LedgerWriter | None = None
         if self.path is not None:
-            self._writer = Writer(self.path, int(seams.new_id()[:10], 16), self.since_start)
+            self._writer = LedgerWriter(self.path, int(clock.new_id()[:10], 16), self.since_start)
 
     # -- every request -------------------------------------------------------------------------------------------------
 
@@ -63,14 +63,14 @@ class Ledger:
         if hits is not None:
             hits.count += 1
             hits.milliseconds += spent
-        elif len(self._hits) < MOST:
-            self._hits[name] = Hits(entry, client, tags, run, wall, spent)
+        elif len(self._hits) < MAX_WAITING:
+            self._hits[name] = HitCounter(entry, client, tags, run, wall, spent)
         else:
             self._lost += 1
 
     def record(self, receipt: Receipt) -> None:
         """One request that was no hit."""
-        if len(self._receipts) < MOST:
+        if len(self._receipts) < MAX_WAITING:
             self._receipts.append(receipt)
         else:
             self._lost += 1
@@ -90,7 +90,7 @@ class Ledger:
     async def run(self) -> None:
         """Flushes now and then, forever."""
         while True:
-            await self._seams.sleep(EVERY)
+            await self._clock.sleep(FLUSH_INTERVAL)
             self.flush()
 
     def flush(self, done: threading.Event | None = None) -> None:
@@ -98,8 +98,8 @@ class Ledger:
         lost, self._lost = self._lost, 0
         receipts = [(receipt, 1) for receipt in self._receipts]
         if self._refused:
-            wall = self._seams.wall()
-            receipts += [(refusal(*name, wall), count) for name, count in self._refused.items()]
+            wall = self._clock.wall()
+            receipts += [(error_receipt(*name, wall), count) for name, count in self._refused.items()]
         hits = list(self._hits.values())
         self._receipts, self._hits, self._refused = [], {}, {}
         if self._writer is not None:
@@ -115,7 +115,7 @@ class Ledger:
         """Writes what is left."""
         self.flush()
         if self._writer is not None:
-            await asyncio.to_thread(self._writer.close, PATIENCE)
+            await asyncio.to_thread(self._writer.close, CLOSE_TIMEOUT)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class Ledger:
         async with self._reading:  # one at a time: a large file takes seconds, which the event loop feels
             try:
                 rows, total = await asyncio.to_thread(reader.report, self.path, by, span)
-            except reader.NoLedger as error:
+            except reader.LedgerMissing as error:
                 return answer | {"rows": [], "total": None, "trouble": str(error)}
         return answer | {"by": list(by), "rows": rows, "total": total}
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from ...system import sqlite as files
 from .file import KINDS, ROWS, is_ours, kinds
 from .records import dollars
-from .reporting import DAY, SLOT, Label, Sums, WhatIf, labels, ordered, replay
+from .reporting import DAY, SLOT, Label, ReportRow, WhatIf, labels, ordered, replay
 
 BUSY: Final = 5.0
 _LATEST: Final = 2**62
@@ -23,7 +23,7 @@ _MONEY: Final = 1_000_000
 """Amounts are summed in two parts, of which neither comes near 64 bits."""
 
 
-class NoLedger(Exception):
+class LedgerMissing(Exception):
     """There is nothing to read; says why, in one line."""
 
 
@@ -42,38 +42,38 @@ class Span:
 
 @contextmanager
 def opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file, to read only. Raises NoLedger."""
+    """The file, to read only. Raises LedgerMissing."""
     if not path.is_file():
-        raise NoLedger(f"there is no ledger {path}: no proxy has written one yet, or ledger.enabled is false")
+        raise LedgerMissing(f"there is no ledger {path}: no proxy has written one yet, or ledger.enabled is false")
     try:
         connection = files.open_to_read(path, BUSY)
         try:
             if connection.execute("PRAGMA page_count").fetchone() == (0,):
-                raise NoLedger(f"the ledger {path} is still empty")
+                raise LedgerMissing(f"the ledger {path} is still empty")
             if not is_ours(connection):
-                raise NoLedger(f"{path} is not a ledger")
+                raise LedgerMissing(f"{path} is not a ledger")
             yield connection
         finally:
             connection.close()
     except sqlite3.Error as error:
-        raise NoLedger(f"{path} cannot be read: {error}") from None
+        raise LedgerMissing(f"{path} cannot be read: {error}") from None
 
 
 def report(path: Path, by: Sequence[str], span: Span) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(a row for each of what it is by, all of them together). Raises NoLedger."""
-    groups: dict[Label, Sums] = {}
-    all_ = Sums()
+    """(a row for each of what it is by, all of them together). Raises LedgerMissing."""
+    groups: dict[Label, ReportRow] = {}
+    all_ = ReportRow()
     day = f"time / {DAY}" if {"day", "month"} & set(by) else "0"
     where = f"FROM {ROWS} WHERE time >= ? AND time < ?"
     with opened(path) as connection:
         connection.execute("BEGIN")
         known = kinds(connection)
-        places: dict[tuple[int, int], list[Sums]] = {}
+        places: dict[tuple[int, int], list[ReportRow]] = {}
 
-        def sums_of(number: int, day: int) -> list[Sums]:
+        def sums_of(number: int, day: int) -> list[ReportRow]:
             found = places.get((number, day))
             if found is None:
-                found = [groups.setdefault(label, Sums()) for label in labels(by, known[number], day)]
+                found = [groups.setdefault(label, ReportRow()) for label in labels(by, known[number], day)]
                 found.append(all_)
                 places[number, day] = found
             return found
@@ -115,7 +115,7 @@ def report(path: Path, by: Sequence[str], span: Span) -> tuple[list[dict[str, An
 
 
 def what_if(path: Path, span: Span, what: WhatIf) -> dict[str, Any]:
-    """What another cache would have done in this time. Raises NoLedger."""
+    """What another cache would have done in this time. Raises LedgerMissing."""
     with opened(path) as connection:
         connection.execute("BEGIN")
         rows = connection.execute(
@@ -140,5 +140,5 @@ def spent(path: Path, since: float, client: str | None = None) -> Decimal:
             for (rest,) in connection.execute(f"SELECT rest {where} AND rest IS NOT NULL", bounds):
                 total = dollars(0, total, Decimal(rest.split()[0]))
             return total
-    except NoLedger:
+    except LedgerMissing:
         return Decimal(0)

@@ -15,7 +15,7 @@ import msgspec
 
 from ...cache.entry import Entry
 from ...cost.usage import Usage
-from ...protocol.json_parse import sayable
+from ...protocol.json_parse import printable_name
 from ..receipt import Receipt
 
 LONGEST: Final = 200
@@ -32,7 +32,7 @@ _EXACT: Final = Context(prec=80)
 _USUAL: Final = frozenset({"prompt_tokens", "cached_tokens", "completion_tokens", "total_tokens"})
 
 
-class Kind(NamedTuple):
+class RecordKind(NamedTuple):
     """What requests have in common. key: the label of the upstream key; sampled: neither temperature 0 nor a seed."""
 
     client: str
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
     run: str
 
 
-class Record(NamedTuple):
+class LedgerRecord(NamedTuple):
     """One row: some requests of a kind. Tokens, attempts and money are sums over them, times (µs) their mean.
 
     time: Unix milliseconds; other: tokens of rarer kinds, as JSON; cost, saved: 1e-12 USD, None where unknown; rest:
@@ -77,7 +77,7 @@ class Record(NamedTuple):
     digest: int | None
 
 
-class Hits:
+class HitCounter:
     """Equal hits of one second. count and milliseconds grow; the rest is the first one's."""
 
     __slots__ = (
@@ -138,7 +138,7 @@ class Hits:
         )
 
 
-def refusal(code: str, status: int, client: str, endpoint: str, wall: float) -> Receipt:
+def error_receipt(code: str, status: int, client: str, endpoint: str, wall: float) -> Receipt:
     """Of a request that was turned away before it became a call."""
     return Receipt(
         id="",
@@ -152,9 +152,9 @@ def refusal(code: str, status: int, client: str, endpoint: str, wall: float) -> 
     )
 
 
-def kind_of(receipt: Receipt) -> Kind:
+def kind_of(receipt: Receipt) -> RecordKind:
     """Names are cut: what a client invents must not fill the ledger."""
-    return Kind(
+    return RecordKind(
         client=receipt.client,
         endpoint=_name(receipt.endpoint),
         model=_name(receipt.model),
@@ -172,18 +172,18 @@ def kind_of(receipt: Receipt) -> Kind:
     )
 
 
-def kind_id(kind: Kind) -> int:
+def kind_id(kind: RecordKind) -> int:
     """63 bits of a digest: every process gives a kind the same number without asking the file."""
     return int.from_bytes(hashlib.blake2b(msgspec.json.encode(kind), digest_size=8).digest(), "big") >> 1
 
 
-def record_of(receipt: Receipt, kind: int, count: int = 1) -> Record:
+def record_of(receipt: Receipt, kind: int, count: int = 1) -> LedgerRecord:
     """The row for `count` requests with this receipt."""
     usage = receipt.usage
     cost, cost_rest = amount(receipt.cost_usd, count)
     saved, saved_rest = amount(receipt.saved_usd, count)
     first = receipt.total_ms if receipt.first_byte_ms is None else receipt.first_byte_ms
-    return Record(
+    return LedgerRecord(
         time=int(receipt.finished_at * 1000),
         kind=kind,
         requests=count,
@@ -242,4 +242,4 @@ def _digest(key: str) -> int:
 
 
 def _name(text: str) -> str:
-    return text if text.isascii() and len(text) <= LONGEST else sayable(text[:LONGEST])
+    return text if text.isascii() and len(text) <= LONGEST else printable_name(text[:LONGEST])

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ...cost.pricing import usd
 from ...protocol.durations import parse_duration
-from .records import Kind, Record, dollars
+from .records import LedgerRecord, RecordKind, dollars
 
 BY: Final = ("day", "month", "model", "endpoint", "client", "key", "tag", "run", "error")
 """What a report can be by. Days and months are UTC, as on OpenAI's own pages."""
@@ -32,7 +32,7 @@ Label = tuple[str | None, ...]
 
 
 @dataclass(slots=True)
-class Sums:
+class ReportRow:
     """Requests added up. Money is in 1e-12 USD and an exact rest; latency, first: how many took so many slots."""
 
     requests: int = 0
@@ -75,7 +75,7 @@ class Sums:
             self.completion += completion
             self.total += total
 
-    def add(self, kind: Kind, row: Record) -> None:
+    def add(self, kind: RecordKind, row: LedgerRecord) -> None:
         """One row; its times are not kept."""
         self.count(kind.cache, kind.status, kind.error, row.requests, row.requests if row.cost is None else 0)
         self.tokens(kind.cache, row.attempts, row.prompt, row.cached, row.completion, row.total)
@@ -132,7 +132,7 @@ def day_of(number: int) -> str:
     return (_EPOCH + timedelta(days=number)).isoformat()
 
 
-def labels(by: Sequence[str], kind: Kind, day: int) -> list[Label]:
+def labels(by: Sequence[str], kind: RecordKind, day: int) -> list[Label]:
     """Where a request of this kind belongs; with several tags in several places. day: days since 1970."""
     choices: list[Sequence[str | None]] = []
     for name in by:
@@ -148,7 +148,7 @@ def labels(by: Sequence[str], kind: Kind, day: int) -> list[Label]:
     return list(product(*choices))
 
 
-def ordered(by: Sequence[str], groups: dict[Label, Sums]) -> list[dict[str, Any]]:
+def ordered(by: Sequence[str], groups: dict[Label, ReportRow]) -> list[dict[str, Any]]:
     """The rows of a report: in order of time where it is by time first, else the dearest first."""
     items = list(groups.items())
     items.sort(key=lambda item: tuple(text or "" for text in item[0]))
@@ -157,7 +157,7 @@ def ordered(by: Sequence[str], groups: dict[Label, Sums]) -> list[dict[str, Any]
     return [dict(zip(by, label, strict=True)) | sums.as_json() for label, sums in items]
 
 
-def moment(text: str, now: float) -> float:
+def parse_moment(text: str, now: float) -> float:
     """Unix seconds of `7d` (so long before `now`), `2026-11-01` or `2026-11-01T12:00` (UTC, or with an offset).
 
     Raises ValueError that says what is expected.
@@ -198,7 +198,9 @@ class WhatIf:
         return cls(ttl, deterministic)
 
 
-def replay(rows: Iterable[tuple[int, int, int, int, int, int]], kinds: dict[int, Kind], what: WhatIf) -> dict[str, Any]:
+def replay(
+    rows: Iterable[tuple[int, int, int, int, int, int]], kinds: dict[int, RecordKind], what: WhatIf
+) -> dict[str, Any]:
     """What a cache like `what` would have done for these requests, beside what was done.
 
     rows: (milliseconds, kind, count, cost, saved, digest) in order of time, with a digest each. A good answer is

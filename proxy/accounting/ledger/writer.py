@@ -21,12 +21,12 @@ from typing import Any, Final
 from ...system import sqlite as files
 from ..receipt import Receipt
 from . import file as ledger
-from .records import Hits, Kind, Record, kind_id, kind_of, record_of
-from .reporting import Sums
+from .records import HitCounter, LedgerRecord, RecordKind, kind_id, kind_of, record_of
+from .reporting import ReportRow
 
 log = logging.getLogger("proxy.ledger")
 
-Batch = tuple[Sequence[tuple[Receipt, int]], Sequence[Hits], int, threading.Event | None]
+LedgerBatch = tuple[Sequence[tuple[Receipt, int]], Sequence[HitCounter], int, threading.Event | None]
 """Receipts with how many requests each stands for, hits, how many were lost before, and whom to tell."""
 
 MOST_WAITING: Final = 50_000
@@ -42,13 +42,13 @@ _KINDS_KNOWN: Final = 20_000
 _SUMMED: Final = ("requests", "attempts", "prompt", "cached", "completion", "total")
 
 
-class Writer:
+class LedgerWriter:
     """Owns the writing connection and what waits for it. put and close: from any thread.
 
     state: "ok", or what is wrong; lost: requests that nobody will find in the file.
     """
 
-    def __init__(self, path: Path, place: int, totals: Sums) -> None:
+    def __init__(self, path: Path, place: int, totals: ReportRow) -> None:
         """place: the number of the process's first row; totals: everything is added to them."""
         self.path = path
         self._totals = totals
@@ -56,13 +56,13 @@ class Writer:
         self.lost = 0
         self._place = place
         self._wake = threading.Condition()
-        self._batches: deque[Batch] = deque()
+        self._batches: deque[LedgerBatch] = deque()
         self._closing = False
         # Below: the thread's own.
-        self._rows: list[tuple[int, Record]] = []
+        self._rows: list[tuple[int, LedgerRecord]] = []
         self._folded: dict[tuple[int, int | None], int] = {}
-        self._kinds: dict[Kind, int] = {}
-        self._new_kinds: dict[int, Kind] = {}
+        self._kinds: dict[RecordKind, int] = {}
+        self._new_kinds: dict[int, RecordKind] = {}
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         self._retry_at = 0.0
@@ -86,7 +86,7 @@ class Writer:
     def put(
         self,
         receipts: Sequence[tuple[Receipt, int]],
-        hits: Sequence[Hits],
+        hits: Sequence[HitCounter],
         lost: int = 0,
         done: threading.Event | None = None,
     ) -> None:
@@ -158,12 +158,12 @@ class Writer:
         elif not (kind.cache == "hit" and self._fold(record)):
             self.lost += count
 
-    def _learn(self, kind: Kind) -> int:
+    def _learn(self, kind: RecordKind) -> int:
         number = self._kinds[kind] = kind_id(kind)
         self._new_kinds[number] = kind
         return number
 
-    def _fold(self, record: Record) -> bool:
+    def _fold(self, record: LedgerRecord) -> bool:
         """Adds hits to equal ones that wait; whether there were any."""
         if not self._folded:
             self._folded = {(row.kind, row.digest): index for index, (_, row) in enumerate(self._rows)}
@@ -216,7 +216,7 @@ class Writer:
         """Says what is wrong, and gets out of its way; rows wait for the next attempt."""
         was = self._identity
         self._disconnect()
-        if not isinstance(error, sqlite3.Error | OSError | files.Foreign):
+        if not isinstance(error, sqlite3.Error | OSError | files.NotOurFile):
             log.exception("ledger %s: unexpected", self.path, exc_info=error)
             self.lost += sum(record.requests for _, record in self._rows)
             self._rows, self._folded = [], {}  # else the same would happen again and again

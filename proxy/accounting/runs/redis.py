@@ -17,8 +17,8 @@ from typing import Any, Final, cast
 import msgspec
 from redis.exceptions import RedisError, ResponseError
 
-from ...system.redis import Link
-from .run import MOST_KEYS, Run, Share, rounded_up
+from ...system.redis import RedisConnection
+from .run import MOST_KEYS, Run, RunShare, rounded_up
 
 DEADLINE: Final = 0.09
 """Seconds a request waits for each of at most two answers."""
@@ -97,11 +97,11 @@ return {1, all}
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class RedisKnownRun:
     """What is shared of one client's run. shares: by process; keys: distinct requests."""
 
     client: str
-    shares: Mapping[str, Share]
+    shares: Mapping[str, RunShare]
     keys: int
 
 
@@ -112,7 +112,7 @@ class RedisRuns:
 
     def __init__(
         self,
-        link: Link,
+        link: RedisConnection,
         prefix: str,
         wall: Callable[[], float],
         *,
@@ -153,7 +153,7 @@ class RedisRuns:
         await self._ask(lambda: self._ended(keys=[numbers], args=args))
 
     async def share(
-        self, run: Run, share: Share, before: Decimal = Decimal(0), limit: Decimal | None = None
+        self, run: Run, share: RunShare, before: Decimal = Decimal(0), limit: Decimal | None = None
     ) -> bool | None:
         _, shares, clients = self.keys_of(run.name, run.owner)
         spent = rounded_up(share.sums.cost + share.sums.assumed, _NANO)
@@ -169,14 +169,14 @@ class RedisRuns:
         fits, pairs = answer
         found = _shares(dict(zip(pairs[::2], pairs[1::2], strict=True)))
         found.pop(run.id, None)
-        run.heard(list(found.values()), wall)
+        run.apply_shared(list(found.values()), wall)
         return bool(fits)
 
-    async def read(self, name: str) -> Mapping[str, Known] | None:
+    async def read(self, name: str) -> Mapping[str, RedisKnownRun] | None:
         redis = self._link.redis
         _, _, clients = self.keys_of(name, "")
 
-        async def all_of_it() -> dict[str, Known]:
+        async def all_of_it() -> dict[str, RedisKnownRun]:
             known = {}
             named = await cast("Awaitable[dict[bytes, bytes]]", redis.hgetall(clients))
             for owner_bytes, client in named.items():
@@ -185,10 +185,10 @@ class RedisRuns:
                 found = _shares(await cast("Awaitable[dict[bytes, bytes]]", redis.hgetall(shares)))
                 keys = await cast("Awaitable[bytes | None]", redis.hget(numbers, "requests"))
                 if found:
-                    known[owner] = Known(client.decode("utf-8", "replace"), found, int(keys or 0))
+                    known[owner] = RedisKnownRun(client.decode("utf-8", "replace"), found, int(keys or 0))
             return known
 
-        known: Mapping[str, Known] | None = await self._ask(all_of_it, _READ)
+        known: Mapping[str, RedisKnownRun] | None = await self._ask(all_of_it, _READ)
         return known
 
     async def _ask(self, command: Callable[[], Awaitable[Any]], patience: float | None = None) -> Any:
@@ -204,12 +204,12 @@ class RedisRuns:
         return None
 
 
-def _shares(stored: Mapping[bytes, bytes]) -> dict[str, Share]:
+def _shares(stored: Mapping[bytes, bytes]) -> dict[str, RunShare]:
     """What can be read of them: whatever else stands there is not ours."""
     found = {}
     for process, value in stored.items():
         try:
-            found[process.decode()] = msgspec.json.decode(value.split(b" ", 4)[4], type=Share)
+            found[process.decode()] = msgspec.json.decode(value.split(b" ", 4)[4], type=RunShare)
         except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
             continue
     return found

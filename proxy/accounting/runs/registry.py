@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from ...cache.entry import Entry
 from ...cost.pricing import usd
 from ...cost.usage import Usage
-from ...protocol.errors import Refusal
-from ...protocol.request import Call
-from ...system.clock import Seams, spawn
+from ...protocol.errors import ProxyError
+from ...protocol.request import ProxyRequest
+from ...system.clock import Clock, spawn
 from ...upstream.limits.estimate import estimate_tokens
 from ..receipt import Receipt
-from .run import NOTHING, Run, Runs, Share, Sums, as_json, joined
+from .run import NOTHING, Run, Runs, RunShare, RunTotals, as_json, joined
 
 if TYPE_CHECKING:
-    from ...services import World
+    from ...services import Services
 
 log = logging.getLogger("proxy")
 
@@ -37,21 +37,21 @@ _PAID_FOR: Final = frozenset({"client_gone", "upstream_timeout", "upstream_inval
 """How a request can end that the upstream may well charge for, though no usage came."""
 
 
-class Known(Protocol):
+class KnownRun(Protocol):
     """What is shared of one client's run. shares: by process."""
 
     @property
     def client(self) -> str: ...
 
     @property
-    def shares(self) -> Mapping[str, Share]: ...
+    def shares(self) -> Mapping[str, RunShare]: ...
 
     @property
     def keys(self) -> int:
         """Distinct requests."""
 
 
-class Shared(Protocol):
+class SharedRuns(Protocol):
     """What processes share. None: it could not be asked, and the caller goes on alone. Nothing here raises."""
 
     async def open(self) -> None: ...
@@ -64,17 +64,19 @@ class Shared(Protocol):
     async def ended(self, run: Run, key: str, number: int, delivered: bool) -> None:
         """The request with this number is over."""
 
-    async def share(self, run: Run, share: Share, before: Decimal = _ZERO, limit: Decimal | None = None) -> bool | None:
+    async def share(
+        self, run: Run, share: RunShare, before: Decimal = _ZERO, limit: Decimal | None = None
+    ) -> bool | None:
         """Publishes this process's share and hears the others'; with `limit`: only where there is room for all of it,
         False where not. before: USD of it that this request does not add.
         """
 
-    async def read(self, name: str) -> Mapping[str, Known] | None:
+    async def read(self, name: str) -> Mapping[str, KnownRun] | None:
         """All clients' runs of this name, by owner."""
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class RunTicket:
     """One request in a run. number: None where it is not numbered; held: USD reserved; buying: it may have gone
     upstream, so that a receipt will tell what it cost.
     """
@@ -86,14 +88,14 @@ class Ticket:
     buying: bool = False
 
 
-class RunBook:
+class RunRegistry:
     """The runs of one world."""
 
-    def __init__(self, seams: Seams, shared: Shared | None = None) -> None:
-        self._seams = seams
+    def __init__(self, clock: Clock, shared: SharedRuns | None = None) -> None:
+        self._clock = clock
         self._shared = shared
         self._runs = Runs()
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: dict[str, RunTicket] = {}
         self._publishing: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -109,29 +111,29 @@ class RunBook:
 
     # -- one request, from its arrival to its end ----------------------------------------------------------------------
 
-    def enter(self, call: Call) -> Run | None:
-        """A request arrives; None where it is in no run. Raises Refusal(invalid_option)."""
-        name, max_cost = call.options.run, call.options.max_cost
+    def enter(self, request: ProxyRequest) -> Run | None:
+        """A request arrives; None where it is in no run. Raises ProxyError(invalid_option)."""
+        name, max_cost = request.options.run, request.options.max_cost
         if not name:
             if max_cost is not None:
-                raise Refusal("invalid_option", "max-cost is a run's: name it with X-Proxy-Run", param="max-cost")
+                raise ProxyError("invalid_option", "max-cost is a run's: name it with X-Proxy-Run", param="max-cost")
             return None
-        owner = f"{call.client.name}\n{call.client.scope}"
+        owner = f"{request.client.name}\n{request.client.cache_partition}"
         run = self._runs.get(owner, name)
         if run is None:
-            run = Run(self._seams.new_id()[:16], _digest(owner), call.client.name, name, self._seams.wall())
+            run = Run(self._clock.new_id()[:16], _digest(owner), request.client.name, name, self._clock.wall())
             self._runs.begin(owner, run)
         if max_cost is not None:
             run.max_cost = max_cost
-        self._tickets[call.id] = Ticket(run)
+        self._tickets[request.id] = RunTicket(run)
         return run
 
-    async def sample(self, call: Call, key: str) -> str:
+    async def sample(self, request: ProxyRequest, key: str) -> str:
         """What stands for the sample in the key of this request, whose key without one is `key`."""
-        ticket = self._tickets.get(call.id)
-        if ticket is None or call.options.sample:
-            return call.options.sample
-        run, retry = ticket.run, _is_retry(call)
+        ticket = self._tickets.get(request.id)
+        if ticket is None or request.options.sample:
+            return request.options.sample
+        run, retry = ticket.run, _is_retry(request)
         number = None
         if self._shared is not None:
             number, _ = await asyncio.gather(
@@ -145,15 +147,15 @@ class RunBook:
         ticket.key, ticket.number = key, number
         return str(number)
 
-    async def admit(self, world: World, call: Call) -> None:
-        """Reserves what the request may cost, before anything goes upstream. Raises Refusal(budget_exceeded)."""
-        ticket, limit = self._tickets.get(call.id), call.options.max_cost
+    async def admit(self, services: Services, request: ProxyRequest) -> None:
+        """Reserves what the request may cost, before anything goes upstream. Raises ProxyError(budget_exceeded)."""
+        ticket, limit = self._tickets.get(request.id), request.options.max_cost
         if ticket is None:
             return
         run = ticket.run
-        amount = likely_cost(world, call, run.completion_mean)
+        amount = likely_cost(services, request, run.completion_mean)
         before, fits = run.committed, limit is None or run.room_for(amount, limit)
-        run.hold(amount)
+        run.reserve(amount)
         ticket.held = amount
         if self._shared is not None and limit is not None:
             answer = await self._shared.share(run, run.share(self._until()), before, limit)
@@ -165,15 +167,15 @@ class RunBook:
                 f"the run {run.name!r} has cost {usd(run.cost)} USD and this request might cost {usd(amount)}, with "
                 f"those under way more than its max-cost of {usd(limit)}; stored answers are still given"
             )
-            raise Refusal("budget_exceeded", message, param="max-cost")
+            raise ProxyError("budget_exceeded", message, param="max-cost")
         ticket.buying = True
 
-    def hit(self, call: Call, entry: Entry) -> None:
+    def hit(self, request: ProxyRequest, entry: Entry) -> None:
         """It was answered from the cache."""
-        ticket = self._tickets.pop(call.id, None)
+        ticket = self._tickets.pop(request.id, None)
         if ticket is not None:
             saved = Decimal(entry.cost) if entry.cost is not None else _ZERO
-            self._end(ticket, Sums(requests=1, hits=1, saved=saved), call.model, delivered=True)
+            self._end(ticket, RunTotals(requests=1, hits=1, saved=saved), request.model, delivered=True)
 
     def finished(self, receipt: Receipt) -> None:
         """It is over, as its receipt says."""
@@ -186,7 +188,7 @@ class RunBook:
         cost = Decimal(receipt.cost_usd) if receipt.cost_usd is not None else None
         charged = bought or receipt.error in _PAID_FOR
         usage = receipt.usage if not from_cache else None
-        sums = Sums(
+        sums = RunTotals(
             requests=1,
             hits=good and from_cache,
             misses=bought,
@@ -200,24 +202,24 @@ class RunBook:
         )
         self._end(ticket, sums, receipt.model, delivered=good)
 
-    def left(self, call: Call, gone: bool) -> None:
+    def abandoned(self, request: ProxyRequest, gone: bool) -> None:
         """It ended without an answer. gone: its client is; what it bought may go on for others, and its receipt comes
         when that is over.
         """
-        ticket = self._tickets.get(call.id)
+        ticket = self._tickets.get(request.id)
         if ticket is None:
             return
         if gone and ticket.buying:
             if ticket.number is not None:
                 ticket.run.ended(ticket.key, ticket.number, False)
             return
-        del self._tickets[call.id]
-        self._end(ticket, Sums(requests=1, errors=1), call.model, delivered=False)
+        del self._tickets[request.id]
+        self._end(ticket, RunTotals(requests=1, errors=1), request.model, delivered=False)
 
-    def _end(self, ticket: Ticket, sums: Sums, model: str, *, delivered: bool) -> None:
+    def _end(self, ticket: RunTicket, sums: RunTotals, model: str, *, delivered: bool) -> None:
         run = ticket.run
         run.release(ticket.held)
-        run.add(sums, self._seams.wall(), model[:128])
+        run.add(sums, self._clock.wall(), model[:128])
         if ticket.number is not None:
             run.ended(ticket.key, ticket.number, delivered)
         if self._shared is not None:
@@ -225,7 +227,7 @@ class RunBook:
             self._publishing.add(task)
             task.add_done_callback(self._publishing.discard)
 
-    async def _publish(self, shared: Shared, ticket: Ticket, delivered: bool) -> None:
+    async def _publish(self, shared: SharedRuns, ticket: RunTicket, delivered: bool) -> None:
         run = ticket.run
         if ticket.number is not None:
             await asyncio.gather(
@@ -235,7 +237,7 @@ class RunBook:
             await shared.share(run, run.share(self._until()))
 
     def _until(self) -> float:
-        return self._seams.wall() + HELD_FOR
+        return self._clock.wall() + HELD_FOR
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -245,13 +247,13 @@ class RunBook:
         Alone, what other processes did is what was heard of them last.
         """
         known = await self._shared.read(name) if self._shared is not None else None
-        clients: dict[str, tuple[str, list[Share], int]] = {}
+        clients: dict[str, tuple[str, list[RunShare], int]] = {}
         for owner, one in (known or {}).items():
             clients[owner] = one.client, list(one.shares.values()), one.keys
         for run in self._runs.named(name):
             mine = run.share(self._until())
             if known is None or run.owner not in known:
-                others = [] if run.others_sums is NOTHING else [Share(0, run.others_sums, first=mine.first)]
+                others = [] if run.others_sums is NOTHING else [RunShare(0, run.others_sums, first=mine.first)]
                 clients[run.owner] = run.client, [mine, *others], run.keys
             else:
                 shares = {**known[run.owner].shares, run.id: mine}
@@ -276,34 +278,34 @@ def run_lines(run: Run) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in run_headers(run)])
 
 
-def likely_cost(world: World, call: Call, expected_output: int) -> Decimal:
+def likely_cost(services: Services, request: ProxyRequest, expected_output: int) -> Decimal:
     """USD the request may cost, by estimate at the dearest of the upstreams that serve its model; 0 where no price is
     known. expected_output: tokens of an answer where the request sets no limit.
     """
-    tokens = estimate_tokens(call.endpoint, call.document, expected_output)
-    without = {name: value for name, value in call.document.items() if not name.startswith("max_")}  # output limits
-    prompt = min(tokens, estimate_tokens(call.endpoint, without))
-    return dearest(world, call, Usage(prompt, tokens - prompt, tokens)) or _ZERO
+    tokens = estimate_tokens(request.endpoint, request.document, expected_output)
+    without = {name: value for name, value in request.document.items() if not name.startswith("max_")}  # output limits
+    prompt = min(tokens, estimate_tokens(request.endpoint, without))
+    return max_cost_estimate(services, request, Usage(prompt, tokens - prompt, tokens)) or _ZERO
 
 
-def dearest(world: World, call: Call, usage: Usage) -> Decimal | None:
+def max_cost_estimate(services: Services, request: ProxyRequest, usage: Usage) -> Decimal | None:
     """USD of `usage` at the dearest of the upstreams and service tiers that may serve the call; None: no price known.
 
     Of tiers: the one asked for, where it has a price, and the default one, which it may be served by instead.
     """
-    serving = {key.upstream for group in world.ring.serving(call.model) for key in group}
-    tiers = {None, tier} if isinstance(tier := call.document.get("service_tier"), str) else {None}
+    serving = {key.upstream for group in services.pool.serving(request.model) for key in group}
+    tiers = {None, tier} if isinstance(tier := request.document.get("service_tier"), str) else {None}
     costs = [
-        world.upstreams[index].prices.cost(world.upstreams[index].site.kind, (call.model,), usage, tier)
+        services.upstreams[index].prices.cost(services.upstreams[index].address.kind, (request.model,), usage, tier)
         for index in serving
         for tier in tiers
     ]
     return max([cost.usd for cost in costs if cost is not None], default=None)
 
 
-def _is_retry(call: Call) -> bool:
+def _is_retry(request: ProxyRequest) -> bool:
     """Whether an official SDK says that it asks again."""
-    for name, value in call.headers:
+    for name, value in request.headers:
         if len(name) == 23 and name.lower() == b"x-stainless-retry-count":
             return value.strip().isdigit() and int(value[:9]) > 0
     return False

@@ -31,7 +31,7 @@ _ZERO: Final = Decimal(0)
 _EXACT: Final = Context(prec=60)  # as in pricing: nothing is ever rounded
 
 
-class Sums(msgspec.Struct, frozen=True):
+class RunTotals(msgspec.Struct, frozen=True):
     """What requests have come to. assumed: USD of those that went up and whose true cost nobody knows, by estimate: it
     counts against `max_cost` only. unpriced: answers without a known cost. Money is in USD.
     """
@@ -47,24 +47,24 @@ class Sums(msgspec.Struct, frozen=True):
     saved: Decimal = _ZERO
     assumed: Decimal = _ZERO
 
-    def plus(self, other: Sums) -> Sums:
-        return Sums(*[_add(getattr(self, name), getattr(other, name)) for name in Sums.__struct_fields__])
+    def plus(self, other: RunTotals) -> RunTotals:
+        return RunTotals(*[_add(getattr(self, name), getattr(other, name)) for name in RunTotals.__struct_fields__])
 
 
 def _add(one: Any, other: Any) -> Any:
     return _EXACT.add(one, other) if isinstance(one, Decimal) else one + other
 
 
-NOTHING: Final = Sums()
+NOTHING: Final = RunTotals()
 
 
-class Share(msgspec.Struct, frozen=True):
+class RunShare(msgspec.Struct, frozen=True):
     """What one process has done in a run, all of it: of two states of the same process the one with the larger `seq`
     holds. held: USD reserved for requests under way, true until `until` (Unix seconds: a process may die).
     """
 
     seq: int
-    sums: Sums
+    sums: RunTotals
     held: Decimal = _ZERO
     until: float = 0.0
     first: float = 0.0
@@ -76,7 +76,7 @@ class Share(msgspec.Struct, frozen=True):
         return self.held if wall < self.until else _ZERO
 
 
-def joined(shares: list[Share]) -> Share:
+def joined(shares: list[RunShare]) -> RunShare:
     """Several processes' (or clients') shares as one: sums added; the latest `max_cost`."""
     if len(shares) == 1:
         return shares[0]
@@ -85,7 +85,7 @@ def joined(shares: list[Share]) -> Share:
         sums = sums.plus(share.sums)
     latest = max(shares, key=lambda share: share.last)
     models = dict.fromkeys(model for share in shares for model in share.models)
-    return Share(
+    return RunShare(
         seq=0,
         sums=sums,
         held=sum((share.held for share in shares), _ZERO),
@@ -96,7 +96,7 @@ def joined(shares: list[Share]) -> Share:
     )
 
 
-def as_json(share: Share, keys: int) -> dict[str, Any]:
+def as_json(share: RunShare, keys: int) -> dict[str, Any]:
     """What `GET /_proxy/runs/{run}` says. keys: distinct requests."""
     sums = share.sums
     return {
@@ -211,13 +211,13 @@ class Run:
         taken = _EXACT.add(self.committed, self.others)
         return taken < limit and (not taken or _EXACT.add(taken, amount) <= limit)
 
-    def hold(self, amount: Decimal) -> None:
+    def reserve(self, amount: Decimal) -> None:
         self.held = _EXACT.add(self.held, amount)
 
     def release(self, amount: Decimal) -> None:
         self.held = _EXACT.subtract(self.held, amount)
 
-    def add(self, sums: Sums, wall: float, model: str = "") -> None:
+    def add(self, sums: RunTotals, wall: float, model: str = "") -> None:
         """A request's sums."""
         self.sums = self.sums.plus(sums)
         self._last = max(self._last, wall)
@@ -230,14 +230,14 @@ class Run:
         bought = self.sums.misses
         return -(-self.sums.completion_tokens // bought) if bought else 0
 
-    def share(self, until: float) -> Share:
+    def share(self, until: float) -> RunShare:
         """This process's share, newer than all before."""
         self._seq += 1
-        return Share(
+        return RunShare(
             self._seq, self.sums, self.held, until, self._first, self._last, self.max_cost, tuple(self._models)
         )
 
-    def heard(self, shares: list[Share], wall: float) -> None:
+    def apply_shared(self, shares: list[RunShare], wall: float) -> None:
         """What the other processes have done."""
         sums, taken = NOTHING, _ZERO
         for share in shares:

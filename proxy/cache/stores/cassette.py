@@ -18,22 +18,22 @@ from typing import Final
 
 import msgspec
 
-from ...system.clock import Seams
-from ..cassette import BadLine, read, write
+from ...system.clock import Clock
+from ..cassette import CassetteLineError, read, write
 from ..entry import Entry
-from .interface import Name, Store
+from .interface import EntryName, Store
 from .memory import MemoryStore
 from .tiered import TieredStore
 
 log = logging.getLogger("proxy.cache")
 
-Entries = Mapping[Name, Entry]
+Entries = Mapping[EntryName, Entry]
 
 _LOCK_TRIES: Final = 200
 _LOCK_PAUSE: Final = 0.05
 
 
-class Unusable(Exception):
+class CassetteError(Exception):
     """A cassette that cannot be used. Says which file, where in it, and why."""
 
 
@@ -45,7 +45,7 @@ class ReplayStore(TieredStore):
         if entry is None:
             found = await self.newest(key, form, wall)
             if found is not None:
-                entry = without_scope(found)
+                entry = without_partition(found)
                 self.memory.put(entry)
         return entry
 
@@ -74,11 +74,11 @@ class ReplayStore(TieredStore):
 class RecordingStore(TieredStore):
     """Notes which entries are found and stored, and merges them into the cassette `file` when it is closed."""
 
-    def __init__(self, memory: MemoryStore, slower: Store | None, file: str, seams: Seams) -> None:
+    def __init__(self, memory: MemoryStore, slower: Store | None, file: str, clock: Clock) -> None:
         super().__init__(memory, slower)
         self._file = file
-        self._seams = seams
-        self._used: dict[Name, Entry] = {}
+        self._clock = clock
+        self._used: dict[EntryName, Entry] = {}
 
     def load(self, entries: Entries) -> None:
         """What the cassette holds need not be asked again while it is fresh."""
@@ -107,22 +107,22 @@ class RecordingStore(TieredStore):
 
     async def close(self) -> None:
         await super().close()
-        used = {name: without_scope(entry) for name, entry in self._used.items()}
+        used = {name: without_partition(entry) for name, entry in self._used.items()}
         try:
-            async with alone(self._file, self._seams):
+            async with alone(self._file, self._clock):
                 count = await asyncio.to_thread(merge_into, self._file, used)
             log.info("cassette %s: %d answers", self._file, count)
-        except (Unusable, OSError, ValueError) as error:
+        except (CassetteError, OSError, ValueError) as error:
             log.error("cassette %s: what this run used could not be merged into it: %s", self._file, error)
 
 
-def without_scope(entry: Entry) -> Entry:
+def without_partition(entry: Entry) -> Entry:
     """The entry under its bare key."""
     return msgspec.structs.replace(entry, key=entry.bare, bare="") if entry.bare else entry
 
 
 def open_cassette(store: TieredStore | None, file: str | None) -> int:
-    """Reads the cassette into the store; how many answers it holds. Raises Unusable.
+    """Reads the cassette into the store; how many answers it holds. Raises CassetteError.
 
     One to be recorded may be missing, but it must be possible to write it.
     """
@@ -135,32 +135,32 @@ def open_cassette(store: TieredStore | None, file: str | None) -> int:
     held = read_file(file)
     folder = _path(file).parent
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise Unusable(f"{file}: cache.cassette: expected a place to write it to, found none ({folder})")
+        raise CassetteError(f"{file}: cache.cassette: expected a place to write it to, found none ({folder})")
     if isinstance(store, RecordingStore):
         store.load(held)
     return len(held)
 
 
-def read_file(file: str, *, must_exist: bool = False) -> dict[Name, Entry]:
-    """What the cassette holds, by bare key; of several clients' answers the newest. Raises Unusable."""
+def read_file(file: str, *, must_exist: bool = False) -> dict[EntryName, Entry]:
+    """What the cassette holds, by bare key; of several clients' answers the newest. Raises CassetteError."""
     try:
         with _path(file).open("rb") as lines:
-            return _newest(without_scope(entry) for entry in read(file, lines))
+            return _newest(without_partition(entry) for entry in read(file, lines))
     except FileNotFoundError:
         if must_exist:
-            raise Unusable(f"{file}: cache.cassette: expected a file of recorded answers, found none") from None
+            raise CassetteError(f"{file}: cache.cassette: expected a file of recorded answers, found none") from None
         return {}
     except OSError as error:
-        raise Unusable(f"{file}: cache.cassette: expected a readable file, found: {error.strerror}") from None
-    except BadLine as error:
-        raise Unusable(str(error)) from None
+        raise CassetteError(f"{file}: cache.cassette: expected a readable file, found: {error.strerror}") from None
+    except CassetteLineError as error:
+        raise CassetteError(str(error)) from None
 
 
 def merge_into(file: str, used: Entries) -> int:
     """Merges entries into the file, which is replaced as a whole or not at all; how many it holds then.
 
     Nothing it holds is dropped; a newer answer replaces an older one. A line whose answer has not changed stays as it
-    is, and a file that would not change is not touched: what git shows has changed. Raises Unusable, OSError, or
+    is, and a file that would not change is not touched: what git shows has changed. Raises CassetteError, OSError, or
     ValueError for what no line can hold.
     """
     held = read_file(file)
@@ -173,7 +173,7 @@ def merge_into(file: str, used: Entries) -> int:
 
 
 @contextlib.asynccontextmanager
-async def alone(file: str, seams: Seams) -> AsyncIterator[None]:
+async def alone(file: str, clock: Clock) -> AsyncIterator[None]:
     """One process at a time: a lock on the folder, so that no lock file is left beside the cassette. Raises OSError."""
     handle = os.open(_path(file).parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -181,7 +181,7 @@ async def alone(file: str, seams: Seams) -> AsyncIterator[None]:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            await seams.sleep(_LOCK_PAUSE)
+            await clock.sleep(_LOCK_PAUSE)
         yield
     finally:
         os.close(handle)
@@ -194,8 +194,8 @@ def _news(held: Entry | None, entry: Entry) -> bool:
     return not same and entry.stored_at > held.stored_at
 
 
-def _newest(entries: Iterable[Entry]) -> dict[Name, Entry]:
-    found: dict[Name, Entry] = {}
+def _newest(entries: Iterable[Entry]) -> dict[EntryName, Entry]:
+    found: dict[EntryName, Entry] = {}
     for entry in entries:
         name = (entry.key, entry.form)
         if name not in found or entry.stored_at > found[name].stored_at:

@@ -13,7 +13,7 @@ _FEW = 200
 _FEW_BYTES = 8 * 1024 * 1024
 
 
-class Taken(msgspec.Struct):
+class ImportResult(msgspec.Struct):
     """What became of the entries. new, replaced: there was none, or one, before; expired: their time was over;
     refused: larger than the store takes.
     """
@@ -24,11 +24,11 @@ class Taken(msgspec.Struct):
     refused: int = 0
 
 
-async def take_in(
+async def import_entries(
     store: Store, entries: Iterable[Entry], wall: float, grace: float = 0.0, told: Callable[[], object] = lambda: None
-) -> Taken:
+) -> ImportResult:
     """Puts the entries. wall: now, Unix seconds; grace: as for `Store`; told: called after each. Raises StoreError."""
-    taken = Taken()
+    taken = ImportResult()
     count = size = 0
     for entry in entries:
         if entry.expires_at + grace <= wall:

@@ -16,10 +16,10 @@ import msgspec
 
 from ..entry import Entry
 
-Name = tuple[str, str]
+EntryName = tuple[str, str]
 """Key and form: what an entry is stored under."""
 
-SKEW: Final = 300.0
+MAX_CLOCK_SKEW: Final = 300.0
 """An entry from further in the future than this (seconds) was written by a clock that was wrong: a miss."""
 
 
@@ -73,17 +73,17 @@ def purge_of(text: str | bytes) -> Filter:
         return ALL
 
 
-class Listed(NamedTuple):
+class ListedEntry(NamedTuple):
     """An entry in a list. entry: with an empty body; size: bytes it takes in its store."""
 
     entry: Entry
     size: int
 
 
-class Page(NamedTuple):
+class EntryPage(NamedTuple):
     """Part of a list. next: where to go on, "" at the end."""
 
-    entries: list[Listed]
+    entries: list[ListedEntry]
     next: str
 
 
@@ -123,10 +123,10 @@ class Store(Protocol):
         More than that where the store cannot tell. Never raises: what is not said now is said later.
         """
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         """Those of `names` that are there, whole, in no order; they do not count as used. Raises StoreError."""
 
-    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
+    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> EntryPage:
         """About `limit` matching entries, in no order; `after`: the page before's `next`. Raises StoreError.
 
         Entries put or dropped between two pages may be missing; one that is there all along is listed.
@@ -147,7 +147,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StoreOptions:
     """Where a backend keeps entries, and how much: each takes what it needs.
 
     path: of the file; max_size, max_entry: bytes; redis_url: a secret; grace: as for `Store`; wall: the clock.
@@ -159,9 +159,9 @@ class Place:
     redis_url: str = field(repr=False)
     redis_prefix: str
     wall: Callable[[], float]
-    grace: float = 0.0
+    max_stale: float = 0.0
 
 
 def plausible(entry: Entry, wall: float, grace: float) -> bool:
     """Whether its age can be told at `wall` (Unix seconds). Where nothing ages (grace: inf), it need not be."""
-    return entry.stored_at - wall <= SKEW or grace == math.inf
+    return entry.stored_at - wall <= MAX_CLOCK_SKEW or grace == math.inf

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from ..entry import Entry
-from .interface import Filter, Listed, Name
+from .interface import EntryName, Filter, ListedEntry
 
 
 class MemoryStore:
@@ -25,9 +25,9 @@ class MemoryStore:
         self._bytes = 0
         self._evictions = 0
         self._expirations = 0
-        self._entries: OrderedDict[Name, Entry] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[EntryName, Entry] = OrderedDict()  # least recently used first
         # By end of life. Lines of entries that went another way stay until they are due or too many.
-        self._calendar: list[tuple[float, Name]] = []
+        self._calendar: list[tuple[float, EntryName]] = []
 
     def get(self, key: str, form: str) -> Entry | None:
         """The entry, now the most recently used. One that names another key or form is dropped: None."""
@@ -76,22 +76,22 @@ class MemoryStore:
                 dropped += 1
         return dropped
 
-    def matching(self, which: Filter) -> list[Name]:
+    def matching(self, which: Filter) -> list[EntryName]:
         """The names of what matches. Walks over everything: for administration."""
         return [name for name, entry in self._entries.items() if which.matches(entry)]
 
-    def remove(self, names: Iterable[Name]) -> int:
+    def remove(self, names: Iterable[EntryName]) -> int:
         """Drops those of `names` that are there; how many."""
         present = [name for name in names if name in self._entries]
         for name in present:
             self._remove(name)
         return len(present)
 
-    def listed(self, names: Iterable[Name]) -> list[Listed]:
+    def listed(self, names: Iterable[EntryName]) -> list[ListedEntry]:
         """Those of `names` that are there, less their bodies. They do not count as used."""
-        return [Listed(msgspec.structs.replace(entry, body=b""), entry.size) for entry in self.read(names)]
+        return [ListedEntry(msgspec.structs.replace(entry, body=b""), entry.size) for entry in self.read(names)]
 
-    def read(self, names: Iterable[Name]) -> list[Entry]:
+    def read(self, names: Iterable[EntryName]) -> list[Entry]:
         """Those of `names` that are there. They do not count as used."""
         return [entry for name in names if (entry := self._entries.get(name)) is not None]
 
@@ -105,5 +105,5 @@ class MemoryStore:
             "expirations": self._expirations,
         }
 
-    def _remove(self, name: Name) -> None:
+    def _remove(self, name: EntryName) -> None:
         self._bytes -= self._entries.pop(name).size

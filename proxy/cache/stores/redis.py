@@ -21,10 +21,21 @@ from typing import Any, Final
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from ...system.clock import spawn
-from ...system.redis import LONGEST, Link, text_of
+from ...system.redis import DEADLINE_MAX, RedisConnection, text_of
 from ..codec import FRAME_SIZE, VERSION, decode, describe, encode, head_size
 from ..entry import Entry
-from .interface import ALL, MOST_PURGES, Filter, Listed, Name, Page, StoreError, plausible, purge_of, purge_text
+from .interface import (
+    ALL,
+    MOST_PURGES,
+    EntryName,
+    EntryPage,
+    Filter,
+    ListedEntry,
+    StoreError,
+    plausible,
+    purge_of,
+    purge_text,
+)
 
 log = logging.getLogger("proxy.cache")
 
@@ -66,7 +77,7 @@ class RedisStore:
     ) -> None:
         if not 0 < len(prefix.encode()) <= LONGEST_PREFIX:
             raise ValueError(f"redis.prefix: between 1 and {LONGEST_PREFIX} bytes, found {len(prefix.encode())}")
-        self.link = Link(url, deadline)
+        self.link = RedisConnection(url, deadline)
         self._redis = self.link.redis
         self._start = f"{prefix}:c{VERSION}:"
         self._pointers = f"{prefix}:b{VERSION}:"
@@ -78,9 +89,9 @@ class RedisStore:
         self._wall = wall
         self._refused_until = 0.0
         self._refused = ""
-        self._pending: dict[Name, Entry] = {}
+        self._pending: dict[EntryName, Entry] = {}
         self._pending_bytes = 0
-        self._writing: dict[Name, Entry] = {}
+        self._writing: dict[EntryName, Entry] = {}
         self._writers: set[asyncio.Task[None]] = set()
         self._counts = {"hits": 0, "misses": 0, "rejected": 0, "written": 0, "dropped": 0}
 
@@ -89,11 +100,11 @@ class RedisStore:
         """Whether Redis is asked at all; while it is not, everything is a miss at once."""
         return self.link.up
 
-    def key_of(self, name: Name) -> str:
+    def key_of(self, name: EntryName) -> str:
         """The Redis key: at most 160 bytes, whatever the entry's is."""
         return self._start + _short(name)
 
-    def pointer_of(self, name: Name) -> str:
+    def pointer_of(self, name: EntryName) -> str:
         """The Redis key that says which entry was stored last under a bare key and a form."""
         return self._pointers + _short(name)
 
@@ -120,7 +131,7 @@ class RedisStore:
         names = [(key, form) for key in keys]
         entries = [self._pending.get(name) or self._writing.get(name) for name in names]
         left = [at for at, entry in enumerate(entries) if entry is None]
-        if left and self.link.doubtful:  # the batch as a whole was asked for just now, and in vain: once is enough
+        if left and self.link.in_doubt:  # the batch as a whole was asked for just now, and in vain: once is enough
             return None
         if left:
             # GETs in a pipeline, not an MGET: in a cluster their keys lie in different slots.
@@ -162,7 +173,7 @@ class RedisStore:
             return None
         return value if isinstance(value, bytes) else None
 
-    async def _read(self, name: Name) -> Entry | None:
+    async def _read(self, name: EntryName) -> Entry | None:
         blob = await self._value(self.key_of(name))
         if blob is None:
             return None
@@ -196,7 +207,7 @@ class RedisStore:
             writer.add_done_callback(self._writers.discard)
         return True
 
-    def _forget_pending(self, name: Name) -> Entry | None:
+    def _forget_pending(self, name: EntryName) -> Entry | None:
         entry = self._pending.pop(name, None)
         if entry is not None:
             self._pending_bytes -= entry.size
@@ -214,7 +225,7 @@ class RedisStore:
                 if self._writing.get(name) is entry:
                     del self._writing[name]
 
-    async def _write(self, name: Name, entry: Entry) -> None:
+    async def _write(self, name: EntryName, entry: Entry) -> None:
         life = min(entry.expires_at + self._grace - self._wall(), _LONGEST_LIFE)
         if life <= 0 or not self.link.up or time.monotonic() < self._refused_until:
             self._counts["dropped"] += 1
@@ -222,10 +233,10 @@ class RedisStore:
         parts = await asyncio.to_thread(encode, entry) if len(entry.body) > _IN_THREAD else encode(entry)
         blob, redis_key, milliseconds = b"".join(parts), self.key_of(name), max(1, math.ceil(life * 1000))
         try:
-            await self.link.run(lambda: self._redis.set(redis_key, blob, px=milliseconds), LONGEST)
+            await self.link.run(lambda: self._redis.set(redis_key, blob, px=milliseconds), DEADLINE_MAX)
             if entry.bare:
                 pointer = self.pointer_of((entry.bare, entry.form))
-                await self.link.run(lambda: self._redis.set(pointer, entry.key, px=milliseconds), LONGEST)
+                await self.link.run(lambda: self._redis.set(pointer, entry.key, px=milliseconds), DEADLINE_MAX)
         except ResponseError as error:  # OOM, READONLY, MISCONF, NOPERM: reads go on, writes pause
             self._counts["dropped"] += 1
             self._refused_until = time.monotonic() + _REFUSED_PAUSE
@@ -280,18 +291,18 @@ class RedisStore:
             return [ALL]  # some are forgotten already
         return [purge_of(fields.get(b"which", b"")) for _, fields in lines]
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         await self.flush()
         blobs = await self._each("get", [self.key_of(name).encode() for name in names])
         pairs = [(blob, *name) for blob, name in zip(blobs, names, strict=True) if isinstance(blob, bytes)]
         return await asyncio.to_thread(lambda: [entry for pair in pairs if (entry := decode(*pair)) is not None])
 
-    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
+    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> EntryPage:
         if not after:
             await self.flush()
         cursor, keys = await self._scan(which, int(after or 0), limit)
         found = await self._heads(which, keys)
-        return Page([Listed(entry, size) for _, entry, size in found], str(cursor) if cursor else "")
+        return EntryPage([ListedEntry(entry, size) for _, entry, size in found], str(cursor) if cursor else "")
 
     @property
     def errors(self) -> int:
@@ -368,11 +379,11 @@ class RedisStore:
             raise StoreError(f"redis: {text_of(error)}") from None
 
 
-def _decoded(blobs: Sequence[Any], names: Sequence[Name]) -> list[Entry | None]:
+def _decoded(blobs: Sequence[Any], names: Sequence[EntryName]) -> list[Entry | None]:
     return [decode(blob, *name) if isinstance(blob, bytes) else None for blob, name in zip(blobs, names, strict=True)]
 
 
-def _short(name: Name) -> str:
+def _short(name: EntryName) -> str:
     key, form = name
     if len(key) > 64 or not key.isascii():
         key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

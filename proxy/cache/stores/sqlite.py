@@ -20,8 +20,19 @@ from ...system import sqlite as files
 from ...system.sqlite import PURGES, TABLE
 from ..codec import decode, describe
 from ..entry import Entry
-from .interface import ALL, MOST_PURGES, Filter, Listed, Name, Page, StoreError, plausible, purge_of, purge_text
-from .sqlite_writer import Writer
+from .interface import (
+    ALL,
+    MOST_PURGES,
+    EntryName,
+    EntryPage,
+    Filter,
+    ListedEntry,
+    StoreError,
+    plausible,
+    purge_of,
+    purge_text,
+)
+from .sqlite_writer import SQLiteWriter
 
 T = TypeVar("T")
 
@@ -70,7 +81,7 @@ class SQLiteStore:
         self._max_size = max_size
         self._max_entry = min(max_entry, max_size // 4)
         self._grace = grace
-        self._writer = Writer(self.path, max_size, grace, wall)
+        self._writer = SQLiteWriter(self.path, max_size, grace, wall)
         self._reader: sqlite3.Connection | None = None
         self._reading = 0  # the generation of the file the reader is for
         self._heard = (0, 0)  # the generation of the file, and its last purge that `purged` told of
@@ -114,7 +125,7 @@ class SQLiteStore:
             key = found[0][0] if found else bare
         return await self.get(key, form, wall)
 
-    async def _read(self, name: Name) -> Entry | None:
+    async def _read(self, name: EntryName) -> Entry | None:
         generation = self._writer.generation
         try:
             row = self._row(name, generation)
@@ -132,7 +143,7 @@ class SQLiteStore:
                 self._writer.suspect(generation)
             return None
 
-    def _row(self, name: Name, generation: int) -> tuple[bytes, bytes | None] | None:
+    def _row(self, name: EntryName, generation: int) -> tuple[bytes, bytes | None] | None:
         if not generation:
             return None
         rows: list[tuple[bytes, bytes | None]] = self._connection(generation).execute(_GET, name).fetchall()
@@ -179,11 +190,11 @@ class SQLiteStore:
             return [ALL]  # some are forgotten already
         return [purge_of(which) for number, which in rows if number > heard]
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         await self.flush()
         return await self._ask(lambda connection: _read(connection, names))
 
-    async def list(self, which: Filter = ALL, after: str = "", limit: int = _CHUNK) -> Page:
+    async def list(self, which: Filter = ALL, after: str = "", limit: int = _CHUNK) -> EntryPage:
         if not after:
             await self.flush()
         return await self._ask(lambda connection: _page(connection, which, int(after or 0), limit))
@@ -222,7 +233,7 @@ async def _outcome(future: Future[T]) -> T:
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
-def _read_long(path: Path, name: Name) -> Entry | None:
+def _read_long(path: Path, name: EntryName) -> Entry | None:
     connection = files.open_to_read(path, _BUSY)
     try:
         rows = connection.execute(_GET_LONG, name).fetchall()
@@ -287,15 +298,15 @@ def _count(connection: sqlite3.Connection, which: Filter) -> int:
     return count
 
 
-def _page(connection: sqlite3.Connection, which: Filter, after: int, limit: int) -> Page:
+def _page(connection: sqlite3.Connection, which: Filter, after: int, limit: int) -> EntryPage:
     condition, values = _condition(which)
     query = f"SELECT rowid, head, size FROM {TABLE} WHERE {condition} ORDER BY rowid LIMIT ?"
     rows = connection.execute(query, (after, *values, limit)).fetchall()
-    entries = [Listed(entry, size) for _, head, size in rows if (entry := describe(head)) is not None]
-    return Page(entries, str(rows[-1][0]) if len(rows) == limit else "")
+    entries = [ListedEntry(entry, size) for _, head, size in rows if (entry := describe(head)) is not None]
+    return EntryPage(entries, str(rows[-1][0]) if len(rows) == limit else "")
 
 
-def _read(connection: sqlite3.Connection, names: Sequence[Name]) -> Sequence[Entry]:
+def _read(connection: sqlite3.Connection, names: Sequence[EntryName]) -> Sequence[Entry]:
     found = []
     for name in names:
         for head, body in connection.execute(_GET_LONG, name).fetchall():

@@ -21,7 +21,7 @@ from ...system import sqlite as files
 from ...system.sqlite import TABLE
 from ..codec import encode
 from ..entry import Entry
-from .interface import Name, StoreError
+from .interface import EntryName, StoreError
 
 log = logging.getLogger("proxy.cache")
 T = TypeVar("T")
@@ -52,7 +52,7 @@ _SWEEP: Final = f"DELETE FROM {TABLE} WHERE rowid IN (SELECT rowid FROM {TABLE} 
 _DROP: Final = f"DELETE FROM {TABLE} WHERE rowid=?"
 
 
-class Writer:
+class SQLiteWriter:
     """Owns the writing connection and what waits for it. put, pending, touch, submit and suspect: from any thread.
 
     generation: which opening of the file readers may use, 0 while there is none; state: "ok", or what is wrong.
@@ -70,10 +70,10 @@ class Writer:
         self._wall = wall
         self._tick = 0.0
         self._wake = threading.Condition()
-        self._pending: dict[Name, Entry] = {}
+        self._pending: dict[EntryName, Entry] = {}
         self._pending_bytes = 0
-        self._writing: dict[Name, Entry] = {}
-        self._touched: dict[Name, None] = {}
+        self._writing: dict[EntryName, Entry] = {}
+        self._touched: dict[EntryName, None] = {}
         self._accepted = self._taken = 0
         self._jobs: list[tuple[int, Callable[[sqlite3.Connection], Any], Future[Any]]] = []
         self._suspected = 0
@@ -113,12 +113,12 @@ class Writer:
             self._wake.notify()
             return True
 
-    def waiting(self, name: Name) -> Entry | None:
+    def waiting(self, name: EntryName) -> Entry | None:
         """The entry, when it was put but is not yet in the file."""
         with self._wake:
             return self._pending.get(name) or self._writing.get(name)
 
-    def touch(self, name: Name) -> None:
+    def touch(self, name: EntryName) -> None:
         touched = self._touched  # the thread swaps the dict: what goes into the old one meanwhile may be lost, no more
         if len(touched) < 10 * MOST_PENDING:
             touched[name] = None
@@ -204,7 +204,7 @@ class Writer:
             self._sweep(connection)
         self._well()
 
-    def _take(self) -> tuple[dict[Name, Entry], dict[Name, None]]:
+    def _take(self) -> tuple[dict[EntryName, Entry], dict[EntryName, None]]:
         now = time.monotonic()
         with self._wake:
             size = 0
@@ -215,13 +215,15 @@ class Writer:
                 size += entry.size
                 self._taken += 1
             self._pending_bytes -= size
-            touched: dict[Name, None] = {}
+            touched: dict[EntryName, None] = {}
             if self._writing or now >= self._touch_at:
                 touched, self._touched = self._touched, touched
                 self._touch_at = now + _TOUCH_EVERY
             return self._writing, touched
 
-    def _write(self, connection: sqlite3.Connection, batch: dict[Name, Entry], touched: dict[Name, None]) -> None:
+    def _write(
+        self, connection: sqlite3.Connection, batch: dict[EntryName, Entry], touched: dict[EntryName, None]
+    ) -> None:
         rows = [row for entry in batch.values() if (row := self._row(entry)) is not None]
         uses = [(self._now(), *name) for name in touched]
         connection.execute("BEGIN IMMEDIATE")
@@ -321,7 +323,7 @@ class Writer:
         was = self._identity
         self.failures += 1
         self._disconnect()
-        if not isinstance(error, sqlite3.Error | OSError | files.Foreign):
+        if not isinstance(error, sqlite3.Error | OSError | files.NotOurFile):
             log.exception("cache file %s: unexpected", self.path, exc_info=error)
             self.counts["dropped"] += len(self._writing)
             return

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ...system.clock import spawn
 from ..entry import Entry
-from .interface import ALL, Filter, Name, Page, Store
+from .interface import ALL, EntryName, EntryPage, Filter, Store
 from .memory import MemoryStore
 
 _CHUNK = 2000
@@ -152,26 +152,26 @@ class TieredStore:
                 for which in await self.purged():
                     await self._forget(self.memory.matching(which))
 
-    async def _forget(self, names: list[Name]) -> None:
+    async def _forget(self, names: list[EntryName]) -> None:
         """Drops these from memory, a few at a time."""
         self._purges += 1
         for start in range(0, len(names), _CHUNK):
             self.memory.remove(names[start : start + _CHUNK])
             await asyncio.sleep(0)
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         if self.slower is None:
             return self.memory.read(names)
         behind = await self.slower.read(names)
         there = {(entry.key, entry.form) for entry in behind}
         return [*behind, *self.memory.read(name for name in names if name not in there)]
 
-    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
+    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> EntryPage:
         if self.slower is not None:
             return await self.slower.list(which, after, limit)
         start = tuple(after.split("\n", 1)) if after else ("", "")
         names = heapq.nsmallest(limit, (name for name in self.memory.matching(which) if name > start))
-        return Page(self.memory.listed(names), "\n".join(names[-1]) if len(names) == limit else "")
+        return EntryPage(self.memory.listed(names), "\n".join(names[-1]) if len(names) == limit else "")
 
     async def stats(self) -> dict[str, int | str]:
         """Memory's counts as `memory_…`, the slower store's under their own names; alone, memory's are those."""

@@ -15,8 +15,8 @@ from typing import Final
 
 from ...cache.stores.interface import StoreError
 from ..common import USAGE_ERROR, add_config_arguments, load_from_args
-from .interface import Misused, Trouble
-from .local import Session
+from .interface import CommandError, UsageError
+from .local import CacheCommand
 
 SUBCOMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "stats": ("stats", "how many answers are stored, of which models, and what hits on them save"),
@@ -47,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; 1 where it could not be done. Raises SystemExit(2) for bad usage or settings that cannot be used."""
     # Upstreams and keys of theirs are not needed, so whatever is wrong with them does not matter.
-    session = Session(load_from_args(args, upstream="").settings, args.url)
+    session = CacheCommand(load_from_args(args, upstream="").settings, args.url)
     module = importlib.import_module(f".{SUBCOMMANDS[args.subcommand][0]}", __name__)
     logging.getLogger("proxy").setLevel(logging.ERROR)  # what a store warns of, it also raises here
     try:
         status: int = asyncio.run(module.run(args, session))
-    except Misused as error:
+    except UsageError as error:
         print(f"openai-proxy cache {args.subcommand}: {error}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
-    except (Trouble, StoreError) as error:
+    except (CommandError, StoreError) as error:
         print(f"openai-proxy cache {args.subcommand}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

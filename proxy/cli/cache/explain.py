@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...config.settings import Settings
-from ...pipeline.explain import call_of, client_named, explained
-from ...protocol.errors import Refusal
+from ...pipeline.explain import client_named, explain, request_of
+from ...protocol.errors import ProxyError
 from ...protocol.headers import Raw
 from ...protocol.routes import ENDPOINTS
-from ...services import compile_world
-from ...system.clock import REAL
+from ...services import build_services
+from ...system.clock import SYSTEM_CLOCK
 from ..common import load_from_args
-from .interface import Misused, Trouble
-from .local import Session
-from .text import Progress, cut, duration, say
+from .interface import CommandError, UsageError
+from .local import CacheCommand
+from .text import ProgressLine, cut, duration, say
 
 _TARGETS: Final = {endpoint: f"/v1{path}" for path, endpoint in ENDPOINTS.items()}
 
@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
-    """0; also where nothing like it is stored. Raises Misused for what is no request."""
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
+    """0; also where nothing like it is stored. Raises UsageError for what is no request."""
     try:
         body = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()
     except OSError as error:
-        raise Trouble(f"{args.file}: {error.strerror or error}") from None
+        raise CommandError(f"{args.file}: {error.strerror or error}") from None
     target: str = args.target or _TARGETS[args.endpoint]
     if session.url is not None:
         found = await _asked(session, session.url, target, args, body)
@@ -56,7 +56,7 @@ async def run(args: argparse.Namespace, session: Session) -> int:
     return 0
 
 
-async def _asked(session: Session, url: str, target: str, args: argparse.Namespace, body: bytes) -> dict[str, Any]:
+async def _asked(session: CacheCommand, url: str, target: str, args: argparse.Namespace, body: bytes) -> dict[str, Any]:
     """By the running proxy."""
     from .remote import asking
 
@@ -68,19 +68,19 @@ async def _asked(session: Session, url: str, target: str, args: argparse.Namespa
 
 
 async def _worked_out(
-    session: Session, settings: Settings, target: str, args: argparse.Namespace, body: bytes
+    session: CacheCommand, settings: Settings, target: str, args: argparse.Namespace, body: bytes
 ) -> dict[str, Any]:
     """Here, by the settings that a proxy would have. (`session` knows no upstreams, which are part of the key.)"""
-    world = compile_world(settings, REAL)
+    services = build_services(settings, SYSTEM_CLOCK)
     try:
         client = client_named(settings, args.client)
-        call = call_of(world, target, args.header, body, client)
-    except Refusal as refusal:
-        raise Misused(refusal.message) from None
-    async with session.cabinet() as cabinet:
+        call = request_of(services, target, args.header, body, client)
+    except ProxyError as refusal:
+        raise UsageError(refusal.message) from None
+    async with session.client() as cabinet:
         total = int((await cabinet.facts()).get("entries", 0))
-        with Progress("comparing", total) as progress:
-            found = await explained(world, call, cabinet.cards({"endpoint": call.endpoint}), progress.step)
+        with ProgressLine("comparing", total) as progress:
+            found = await explain(services, call, cabinet.list({"endpoint": call.endpoint}), progress.step)
     return {"client": client.name or None} | found
 
 

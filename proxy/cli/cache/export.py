@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from ...cache.cassette import write
-from ...cache.stores.interface import Name
-from .interface import Cabinet, Trouble
-from .local import Session
-from .text import Progress, add_filters, say, wanted_of
+from ...cache.stores.interface import EntryName
+from .interface import CacheClient, CommandError
+from .local import CacheCommand
+from .text import ProgressLine, add_filters, say, wanted_of
 
 _FEW = 500
 _FEW_BYTES = 4 * 1024 * 1024
@@ -25,29 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_filters(parser)
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
     """0. The file is there only when it is whole."""
     count = 0
-    async with session.cabinet() as cabinet:
-        names: dict[Name, int] = {}
-        async for page in cabinet.cards(wanted_of(args)):
+    async with session.client() as cabinet:
+        names: dict[EntryName, int] = {}
+        async for page in cabinet.list(wanted_of(args)):
             names.update(((card["key"], card["form"]), card["size"]) for card in page)
         try:
-            with replacing(args.file) as file, Progress("exporting", len(names)) as progress:
+            with replacing(args.file) as file, ProgressLine("exporting", len(names)) as progress:
                 async for lines in _lines(cabinet, names):
                     file.writelines(lines)
                     count += len(lines)
                     progress.step(len(lines))
         except OSError as error:
-            raise Trouble(f"{args.file}: {error.strerror or error}") from None
+            raise CommandError(f"{args.file}: {error.strerror or error}") from None
     entries = "entry" if count == 1 else "entries"
     say(args, {"exported": count, "file": str(args.file)}, [f"{count:,} {entries} exported to {args.file}"])
     return 0
 
 
-async def _lines(cabinet: Cabinet, names: dict[Name, int]) -> AsyncIterator[list[bytes]]:
+async def _lines(cabinet: CacheClient, names: dict[EntryName, int]) -> AsyncIterator[list[bytes]]:
     """The lines in order, a few at a time."""
-    few: list[Name] = []
+    few: list[EntryName] = []
     size = 0
     for name in sorted(names):
         few.append(name)

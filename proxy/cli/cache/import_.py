@@ -10,38 +10,38 @@ from typing import IO
 
 import msgspec
 
-from ...cache.cassette import BadLine, read
-from .interface import Trouble
-from .local import Session
-from .text import Progress, say
+from ...cache.cassette import CassetteLineError, read
+from .interface import CommandError
+from .local import CacheCommand
+from .text import ProgressLine, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="the file to read")
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
     """0; 1 for a bad line, which changes nothing."""
     try:
         with args.file.open("rb") as file:
             return await _import(args, session, file)
-    except BadLine as error:
-        raise Trouble(str(error)) from None
+    except CassetteLineError as error:
+        raise CommandError(str(error)) from None
     except OSError as error:
-        raise Trouble(f"{args.file}: {error.strerror or error}") from None
+        raise CommandError(f"{args.file}: {error.strerror or error}") from None
 
 
-async def _import(args: argparse.Namespace, session: Session, file: IO[bytes]) -> int:
+async def _import(args: argparse.Namespace, session: CacheCommand, file: IO[bytes]) -> int:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise Trouble(f"{args.file}: not a file")  # it is read twice
+        raise CommandError(f"{args.file}: not a file")  # it is read twice
     count = 0
-    with Progress("checking", 0) as progress:
+    with ProgressLine("checking", 0) as progress:
         for _ in read(str(args.file), file):
             count += 1
             progress.step()
     file.seek(0)
-    async with session.cabinet(filling=True) as cabinet:
-        with Progress("importing", count) as progress:
+    async with session.client(filling=True) as cabinet:
+        with ProgressLine("importing", count) as progress:
             taken = await cabinet.take(read(str(args.file), file), progress.step)
     line = f"{taken.new:,} new, {taken.replaced:,} replaced, {taken.expired:,} skipped (their time is over)"
     if taken.refused:

@@ -6,9 +6,9 @@ import argparse
 import heapq
 from decimal import Decimal
 
-from .interface import Card
-from .local import Session
-from .text import Progress, add_filters, cut, duration, say, size, table, wanted_of
+from .interface import EntrySummary
+from .local import CacheCommand
+from .text import ProgressLine, add_filters, cut, duration, say, size, table, wanted_of
 
 _HEADS = ("KEY", "FORM", "ENDPOINT", "MODEL", "AGE", "LEFT", "SIZE", "SAVES")
 _RIGHT = ("AGE", "LEFT", "SIZE", "SAVES")
@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_limit, default=50, metavar="N", help="so many, 0 for all (default: 50)")
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
     """0."""
-    cards: list[Card] = []
+    cards: list[EntrySummary] = []
     count = 0
-    async with session.cabinet() as cabinet:
+    async with session.client() as cabinet:
         total = int((await cabinet.facts()).get("entries", 0))
-        with Progress("listing", total) as progress:
-            async for page in cabinet.cards(wanted_of(args)):
+        with ProgressLine("listing", total) as progress:
+            async for page in cabinet.list(wanted_of(args)):
                 cards += page
                 count += len(page)
                 if args.limit and len(cards) > 4 * args.limit:
@@ -46,7 +46,7 @@ async def run(args: argparse.Namespace, session: Session) -> int:
     return 0
 
 
-def _newest(cards: list[Card], limit: int) -> list[Card]:
+def _newest(cards: list[EntrySummary], limit: int) -> list[EntrySummary]:
     return heapq.nsmallest(limit, cards, key=lambda card: (card["age_s"], card["key"], card["form"]))
 
 

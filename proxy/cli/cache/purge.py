@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .interface import Misused, find_key
-from .local import Session
+from .interface import UsageError, find_key
+from .local import CacheCommand
 from .text import add_filters, add_key, say, wanted_of
 
 
@@ -16,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="count only")
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
-    """0. Raises Misused where neither filters nor --all are given, or both."""
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
+    """0. Raises UsageError where neither filters nor --all are given, or both."""
     wanted = wanted_of(args)
     filtered = bool(wanted or args.key)
     if filtered == args.all:
-        raise Misused("--all goes without filters" if filtered else "a purge needs a filter, or --all")
-    async with session.cabinet() as cabinet:
+        raise UsageError("--all goes without filters" if filtered else "a purge needs a filter, or --all")
+    async with session.client() as cabinet:
         if args.key:
             wanted["key"] = await find_key(cabinet, args.key)
         count = await cabinet.purge(wanted, args.dry_run)

@@ -10,23 +10,23 @@ from urllib.parse import quote
 
 import aiohttp
 
-from ...cache.cassette import BadLine, name_of, read, write_line
+from ...cache.cassette import CassetteLineError, name_of, read, write_line
 from ...cache.entry import Entry
-from ...cache.stores.intake import Taken
-from ...cache.stores.interface import Name
+from ...cache.stores.intake import ImportResult
+from ...cache.stores.interface import EntryName
 from ...config.problems import Invalid
 from ...config.secret import Secret
 from ...config.urls import parse_url
 from ...config.values import is_loopback
-from .interface import PAGE, Card, Misused, Trouble, Wanted
+from .interface import PAGE, CommandError, EntrySummary, FilterArguments, UsageError
 
 _PATIENCE: Final = aiohttp.ClientTimeout(total=600, sock_connect=5, sock_read=120)
 _SENT_AT_ONCE: Final = 1024 * 1024
 
 
 @asynccontextmanager
-async def asking(url: str, admin_key: Secret | None) -> AsyncIterator[Remote]:
-    """The proxy at `url`; `unix:PATH` is one on a socket. Raises Misused."""
+async def asking(url: str, admin_key: Secret | None) -> AsyncIterator[RemoteCache]:
+    """The proxy at `url`; `unix:PATH` is one on a socket. Raises UsageError."""
     connector: aiohttp.BaseConnector | None = None
     if url.startswith("unix:"):
         base, near = "http://localhost", True
@@ -35,22 +35,22 @@ async def asking(url: str, admin_key: Secret | None) -> AsyncIterator[Remote]:
         try:
             parsed = parse_url(url)
         except Invalid as error:
-            raise Misused(f"--url: {error}") from None
+            raise UsageError(f"--url: {error}") from None
         base = parsed.origin + parsed.path.removesuffix("/v1")
         near = parsed.scheme == "https" or is_loopback(parsed.host)
     headers = {}
     if admin_key is not None:
         if not near:
-            raise Misused("--url: the admin key would go over plain http to another machine: use https")
+            raise UsageError("--url: the admin key would go over plain http to another machine: use https")
         headers["Authorization"] = f"Bearer {admin_key.reveal()}"
     async with aiohttp.ClientSession(
         headers=headers, connector=connector, timeout=_PATIENCE, trust_env=False
     ) as session:
-        yield Remote(session, base, url)
+        yield RemoteCache(session, base, url)
 
 
-class Remote:
-    """`Cabinet` over HTTP."""
+class RemoteCache:
+    """`CacheClient` over HTTP."""
 
     def __init__(self, session: aiohttp.ClientSession, base: str, shown: str) -> None:
         self._session = session
@@ -60,11 +60,11 @@ class Remote:
     async def facts(self) -> dict[str, Any]:
         status = json.loads(await self._ask("GET", "status"))
         if status["cache"] is None:
-            raise Trouble("nothing is stored: the cache of that proxy is off")
+            raise CommandError("nothing is stored: the cache of that proxy is off")
         facts: dict[str, Any] = status["cache"]
         return {"backend": status["settings"]["cache"]["backend"], "where": self._shown} | facts
 
-    async def cards(self, wanted: Wanted) -> AsyncIterator[Sequence[Card]]:
+    async def list(self, wanted: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
         asked = {name: str(value) for name, value in wanted.items()} | {"limit": str(PAGE)}
         while True:
             page = json.loads(await self._ask("GET", "cache", params=asked))
@@ -73,23 +73,23 @@ class Remote:
                 return
             asked["after"] = page["next"]
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         found: list[Entry] = []
         for key in dict.fromkeys(key for key, _ in names):
             lines = await self._ask("GET", f"cache/{quote(key, safe='')}", params={"cassette": "1"}, absent=b"")
             try:
                 found += [entry for entry in read(self._shown, lines.splitlines()) if name_of(entry) in names]
-            except BadLine as error:
-                raise Trouble(str(error)) from None
+            except CassetteLineError as error:
+                raise CommandError(str(error)) from None
         return found
 
-    async def purge(self, wanted: Wanted, dry_run: bool) -> int:
+    async def purge(self, wanted: FilterArguments, dry_run: bool) -> int:
         asked = {**wanted, "dry_run": dry_run} | ({} if wanted else {"all": True})
         count: int = json.loads(await self._ask("POST", "cache/purge", json=asked))["purged"]
         return count
 
-    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> Taken:
-        total = Taken()
+    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> ImportResult:
+        total = ImportResult()
         lines: list[bytes] = []
         size = 0
 
@@ -117,22 +117,22 @@ class Remote:
         return found
 
     async def _ask(self, method: str, path: str, *, absent: bytes | None = None, **request: Any) -> bytes:
-        """The answer's body; `absent`: what stands for a 404. Raises Trouble."""
+        """The answer's body; `absent`: what stands for a 404. Raises CommandError."""
         try:
             async with self._session.request(
                 method, f"{self._base}/_proxy/{path}", allow_redirects=False, **request
             ) as answer:
                 body = await answer.read()
         except TimeoutError:
-            raise Trouble(f"{self._shown} does not answer") from None
+            raise CommandError(f"{self._shown} does not answer") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = getattr(getattr(error, "os_error", error), "strerror", None) or type(error).__name__
-            raise Trouble(f"{self._shown} is not reached: {reason}") from None
+            raise CommandError(f"{self._shown} is not reached: {reason}") from None
         if answer.status == 404 and absent is not None:
             return absent
         if answer.status != 200:
             hint = " (server.admin_key, or PROXY__SERVER__ADMIN_KEY)" if answer.status == 401 else ""
-            raise Trouble(f"{self._shown} answers {answer.status}: {_message(body)}{hint}")
+            raise CommandError(f"{self._shown} answers {answer.status}: {_message(body)}{hint}")
         return body
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from ...cache.entry import Entry
 from ...cache.listing import listing
-from ...system.clock import REAL
-from .interface import Trouble, find_key
-from .local import Session
+from ...system.clock import SYSTEM_CLOCK
+from .interface import CommandError, find_key
+from .local import CacheCommand
 from .text import add_key, cut, duration, say, size
 
 
@@ -18,14 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--body", action="store_true", help="the answers themselves too")
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
     """0; 1 where no key, or more than one, begins so."""
-    async with session.cabinet() as cabinet:
+    async with session.client() as cabinet:
         key = await find_key(cabinet, args.key)
         found = sorted(await cabinet.read([(key, "json"), (key, "sse")]), key=lambda entry: entry.form)
     if not found:
-        raise Trouble(f"the answer with the key {key!r} cannot be read")
-    wall = REAL.wall()
+        raise CommandError(f"the answer with the key {key!r} cannot be read")
+    wall = SYSTEM_CLOCK.wall()
     cards = [listing(entry, entry.size, wall) for entry in found]
     forms = [
         card | ({"body": entry.body.decode("utf-8", "replace")} if args.body else {})

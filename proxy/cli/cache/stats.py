@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .interface import Card
-from .local import Session
-from .text import Progress, cut, say, size, table
+from .interface import EntrySummary
+from .local import CacheCommand
+from .text import ProgressLine, cut, say, size, table
 
 _RIGHT = ("ENTRIES", "SIZE", "OVER", "SAVES USD")
 _SIZES = frozenset({"bytes", "file_bytes", "max_bytes", "memory_bytes", "memory_max_bytes"})
 
 
 @dataclass(slots=True)
-class _Sum:
+class _GroupTotal:
     entries: int = 0
     size: int = 0
     over: int = 0
     saves: Decimal = Decimal(0)
 
-    def add(self, card: Card) -> None:
+    def add(self, card: EntrySummary) -> None:
         self.entries += 1
         self.size += card["size"]
         self.over += card["ttl_left_s"] < 0
@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None of its own."""
 
 
-async def run(args: argparse.Namespace, session: Session) -> int:
+async def run(args: argparse.Namespace, session: CacheCommand) -> int:
     """0. `saves`: one hit on each entry; `over`: their lifetime has ended."""
-    sums: dict[tuple[str, str], _Sum] = {}
-    async with session.cabinet() as cabinet:
+    sums: dict[tuple[str, str], _GroupTotal] = {}
+    async with session.client() as cabinet:
         facts = await cabinet.facts()
-        with Progress("counting", int(facts.get("entries", 0))) as progress:
-            async for page in cabinet.cards({}):
+        with ProgressLine("counting", int(facts.get("entries", 0))) as progress:
+            async for page in cabinet.list({}):
                 for card in page:
-                    sums.setdefault((card["endpoint"], card["model"]), _Sum()).add(card)
+                    sums.setdefault((card["endpoint"], card["model"]), _GroupTotal()).add(card)
                 progress.step(len(page))
     ordered = sorted(sums.items(), key=lambda item: (-item[1].size, item[0]))
     rows = [

@@ -11,8 +11,8 @@ import orjson
 
 from ...protocol.durations import parse_duration
 from ...protocol.routes import ENDPOINTS, printable
-from ...system.clock import REAL
-from .interface import Wanted
+from ...system.clock import SYSTEM_CLOCK
+from .interface import FilterArguments
 
 _BAR: Final = 24
 _EVERY: Final = 0.1
@@ -64,7 +64,7 @@ def say(args: argparse.Namespace, document: object, lines: Sequence[str]) -> Non
         print("\n".join(lines))
 
 
-class Progress:
+class ProgressLine:
     """A bar on stderr, where that is a terminal. total: 0 where it is not known."""
 
     def __init__(self, label: str, total: int) -> None:
@@ -74,7 +74,7 @@ class Progress:
         self._shown = sys.stderr.isatty()
         self._next = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +84,7 @@ class Progress:
 
     def step(self, count: int = 1) -> None:
         self._done += count
-        if self._shown and (now := REAL.monotonic()) >= self._next:
+        if self._shown and (now := SYSTEM_CLOCK.monotonic()) >= self._next:
             self._next = now + _EVERY
             sys.stderr.write(f"\r{self.line()}\x1b[K")
             sys.stderr.flush()
@@ -110,7 +110,9 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted_of(args: argparse.Namespace) -> dict[str, str | float]:
-    given: Wanted = {name: getattr(args, name) for name in ("model", "endpoint", "namespace", "tag", "older_than")}
+    given: FilterArguments = {
+        name: getattr(args, name) for name in ("model", "endpoint", "namespace", "tag", "older_than")
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ from typing import Final
 from ...protocol.errors import error_event
 from ...upstream.interfaces import Write
 from ...upstream.retry.outcome import TransportFailure
-from ..relay import SHUTTING_DOWN, Dress, Ending, Flow, StreamBroken
+from ..relay import SHUTTING_DOWN, ClientFilter, StreamBroken, StreamEnd, StreamRelay
 
 WINDOW: Final = 256 * 1024
 """So far (bytes) the upstream is read ahead of the fastest reader."""
@@ -29,14 +29,14 @@ _CATCH_UP: Final = 16
 _JOINED: Final = 64 * 1024
 
 
-class Reel:
+class Broadcast:
     """flow: where it comes from; keep: bytes held for readers yet to come; full: told once when they are exceeded and
     nobody new may come; all_here: whether those who may come then have their readers, so that what all have read can be
     let go; unread: whether nobody will read, so that nobody is waited for."""
 
     def __init__(
         self,
-        flow: Flow,
+        flow: StreamRelay,
         keep: int,
         full: Callable[[], None],
         all_here: Callable[[], bool],
@@ -53,8 +53,8 @@ class Reel:
         self._size = 0  # bytes, with what was let go
         self._held = 0
         self._front = 0  # bytes that the fastest reader ever has passed on
-        self._readers: set[Reader] = set()
-        self._asleep: dict[Reader, asyncio.Future[None]] = {}
+        self._readers: set[Subscriber] = set()
+        self._asleep: dict[Subscriber, asyncio.Future[None]] = {}
         self._room: asyncio.Future[None] | None = None
         self._closed = False
         self._failure: TransportFailure | None = None
@@ -69,10 +69,10 @@ class Reel:
         """The number of the next read."""
         return self._cut + len(self._reads)
 
-    def reader(self) -> Reader:
+    def reader(self) -> Subscriber:
         """One more reader, from the first byte on."""
         assert self._cut == 0, "the beginning is gone"
-        reader = Reader(self)
+        reader = Subscriber(self)
         self._readers.add(reader)
         return reader
 
@@ -80,7 +80,7 @@ class Reel:
         """Lets the whole stream flow in. A failure of it is every reader's."""
         failure: TransportFailure | None = TransportFailure("invalid", "the proxy failed on this stream")
         try:
-            await self.flow.pump(self.append)
+            await self.flow.relay(self.publish)
             failure = None
         except StreamBroken as broken:
             failure = broken.failure.again()
@@ -89,7 +89,7 @@ class Reel:
             self._closed = True
             self._wake()
 
-    async def append(self, data: bytes) -> None:
+    async def publish(self, data: bytes) -> None:
         """One more read; returns when the next may be made."""
         self._reads.append(data)
         self._size += len(data)
@@ -101,7 +101,7 @@ class Reel:
                 self._complete = False
                 self._full()
             if self._all_here():
-                self._trim()
+                self._drop_consumed()
         while self._size - self._front > WINDOW and not self._unread():
             self._room = asyncio.get_running_loop().create_future()
             await self._room
@@ -132,7 +132,7 @@ class Reel:
                     del self._asleep[reader]
                     future.set_result(None)
 
-    def _trim(self) -> None:
+    def _drop_consumed(self) -> None:
         """Lets go of what all have read, and drops the slowest while too much is held."""
         while True:
             slowest = min((reader.at for reader in self._readers), default=self.end)
@@ -147,7 +147,7 @@ class Reel:
 
     # -- what readers do ----------------------------------------------------------------------------------------------
 
-    async def read(self, reader: Reader) -> tuple[bytes, int] | None:
+    async def subscribe(self, reader: Subscriber) -> tuple[bytes, int] | None:
         """The reader's next read, or several from there on, and the number of the next; nothing where it is behind with
         what it took; None at the end. Raises TransportFailure."""
         while reader.at == self.end:
@@ -182,17 +182,17 @@ class Reel:
         if room is not None and not room.done():
             room.set_result(None)
 
-    def forget(self, reader: Reader) -> None:
+    def unsubscribe(self, reader: Subscriber) -> None:
         self._readers.discard(reader)
 
 
-class Reader:
+class Subscriber:
     """A place in a reel. at: the number of its next read; too_slow: told when it is dropped; take: passes a read on
     without waiting, and says whether more can be taken so; behind: the last time it said no."""
 
     __slots__ = ("_dropped", "_reel", "_taken", "at", "behind", "take", "too_slow")
 
-    def __init__(self, reel: Reel) -> None:
+    def __init__(self, reel: Broadcast) -> None:
         self._reel = reel
         self._taken = 0
         self._dropped = False
@@ -219,7 +219,7 @@ class Reader:
         self._reel.passed(self._taken)
         if self._dropped:
             raise TransportFailure("timeout", "the client reads too slowly")
-        found = await self._reel.read(self)
+        found = await self._reel.subscribe(self)
         if found is None:
             return None
         data, self.at = found
@@ -240,16 +240,16 @@ class Reader:
 
     def close(self) -> None:
         """Reads no more."""
-        self._reel.forget(self)
+        self._reel.unsubscribe(self)
         self.take = self.too_slow = None
 
 
-class View:
+class SubscriberStream:
     """A reel as one client gets it: in its own dress, at its own pace. ended: called exactly once; push: a `write` that
     does not wait, and says whether the client takes as much as is written: it spares a turn of the loop for each read.
     """
 
-    def __init__(self, reel: Reel, dress: Dress, ended: Callable[[Ending], None]) -> None:
+    def __init__(self, reel: Broadcast, dress: ClientFilter, ended: Callable[[StreamEnd], None]) -> None:
         self.audit = reel.flow.audit
         self.interrupted = ""
         self.push: Callable[[bytes], bool] | None = None
@@ -263,10 +263,10 @@ class View:
         self._too_slow = False
         self._task: asyncio.Task[object] | None = None
 
-    def abandon(self) -> None:
+    def client_left(self) -> None:
         """The client left before the first byte. After `pump` it does nothing."""
         if not self._pumped:
-            self._end(Ending(gone=True))
+            self._end(StreamEnd(client_left=True))
 
     def _cut(self) -> None:
         """The client takes its stream so slowly that it gets no more of it."""
@@ -274,7 +274,7 @@ class View:
         if self._task is not None:
             self._task.cancel()
 
-    async def pump(self, write: Write) -> None:
+    async def relay(self, write: Write) -> None:
         """Passes the whole stream to `write`. Raises StreamBroken after a failure has been told, or could not be."""
         self._pumped = True
         self._task = asyncio.current_task()
@@ -291,7 +291,7 @@ class View:
                 await write(out)
         except TransportFailure as failure:
             if self._flow.over:  # it broke off after its end: nothing is missing
-                self._end(Ending())
+                self._end(StreamEnd())
                 return
             await self._break(write, failure.code, failure, self._flow.open_for_error and self._dress.at_boundary)
         except asyncio.CancelledError:
@@ -301,7 +301,7 @@ class View:
             if self._task is not None:
                 self._task.uncancel()
             if self._too_slow:
-                self._end(Ending(failure="client_too_slow"))
+                self._end(StreamEnd(failure="client_too_slow"))
                 slow = TransportFailure("timeout", "the client reads too slowly")
                 raise StreamBroken(slow, at_once=True) from None
             open_ = self._dress.at_boundary
@@ -312,7 +312,7 @@ class View:
             self._leave()
             raise
         else:
-            self._end(Ending())
+            self._end(StreamEnd())
 
     def _take(self, data: bytes) -> bool:
         assert self.push is not None
@@ -321,16 +321,16 @@ class View:
 
     def _leave(self) -> None:
         """The client has gone; most SDKs hang up as soon as they have the last event, and then nothing is missing."""
-        self._end(Ending(gone=not (self._flow.over and self._reader.caught_up)))
+        self._end(StreamEnd(client_left=not (self._flow.over and self._reader.caught_up)))
 
     async def _break(self, write: Write, code: str, failure: TransportFailure, open_: bool) -> None:
         told = self.audit is not None and self.audit.error
-        self._end(Ending(failure=code))
+        self._end(StreamEnd(failure=code))
         if open_ and not told:
             await write(error_event(code, failure.detail))
         raise StreamBroken(failure)
 
-    def _end(self, ending: Ending) -> None:
+    def _end(self, ending: StreamEnd) -> None:
         if not self._done:
             self._done = True
             self._task = None

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from ...cache.lookup import Hit, Shelf
+from ...cache.lookup import CacheHit, ResponseCache
 from ...cache.plan import CachePlan
-from ...protocol.request import Call
-from ...services import World
+from ...protocol.request import ProxyRequest
+from ...services import Services
 from ...system.clock import spawn
-from ...upstream.interfaces import Leases
-from ...upstream.progress import Progress
+from ...upstream.interfaces import LockStore
+from ...upstream.progress import AttemptLog
 
 LEASE: Final = 10.0
 """Seconds that a lease lasts when it is not renewed: so long does a crash keep others waiting."""
@@ -34,11 +34,11 @@ _PAUSES: Final = (0.05, 0.25)
 _WRITTEN: Final = 1.0
 
 
-class Claim:
+class FetchLock:
     """A lease that is ours. `end` gives it back, once."""
 
-    def __init__(self, world: World, leases: Leases, name: str, token: str) -> None:
-        self._world = world
+    def __init__(self, services: Services, leases: LockStore, name: str, token: str) -> None:
+        self._services = services
         self._leases = leases
         self._name = name
         self._token = token
@@ -46,7 +46,7 @@ class Claim:
 
     async def _renew(self) -> None:
         while True:
-            await self._world.seams.sleep(RENEW)
+            await self._services.clock.sleep(RENEW)
             if not await self._leases.renew(self._name, self._token, LEASE):
                 return
 
@@ -58,57 +58,59 @@ class Claim:
             spawn(self._release(avoid), "lease end")
 
     async def _release(self, avoid: bool) -> None:
-        if self._world.store is not None and not avoid:
+        if self._services.store is not None and not avoid:
             try:
                 async with asyncio.timeout(_WRITTEN):  # who takes the lease next shall find the entry
-                    await self._world.store.flush()
+                    await self._services.store.flush()
             except TimeoutError:
                 pass
         await self._leases.release(self._name, self._token, AVOID_FOR if avoid else 0.0)
 
 
-class Elsewhere:
+class CrossProcessFlight:
     """What is being bought by others who share the store."""
 
-    def __init__(self, world: World, leases: Leases, shelf: Shelf) -> None:
-        self._world = world
+    def __init__(self, services: Services, leases: LockStore, shelf: ResponseCache) -> None:
+        self._services = services
         self._leases = leases
         self._shelf = shelf
 
-    async def claim(self, call: Call, plan: CachePlan, name: tuple[str, str], progress: Progress) -> Hit | Claim | None:
+    async def acquire(
+        self, request: ProxyRequest, plan: CachePlan, name: tuple[str, str], attempt_log: AttemptLog
+    ) -> CacheHit | FetchLock | None:
         """The answer that another process bought; or a lease, to buy it; None: to be bought without one."""
-        seams, full = self._world.seams, ":".join(name)
-        token = seams.new_id()
-        began = seams.monotonic()
-        until = min(began + (STREAM_WAIT if call.stream else WAIT), progress.horizon.until)
+        clock, full = self._services.clock, ":".join(name)
+        token = clock.new_id()
+        began = clock.monotonic()
+        until = min(began + (STREAM_WAIT if request.stream else WAIT), attempt_log.deadline.at)
         pause, longest = _PAUSES
         waited = False
-        progress.elsewhere = True
+        attempt_log.waiting_for_peer = True
         try:
             while True:
-                state = await self._leases.take(full, token, LEASE)
+                state = await self._leases.acquire(full, token, LEASE)
                 if state == "mine":
-                    claim = Claim(self._world, self._leases, full, token)
-                    if waited and (hit := await self._looked(call, plan, claim)) is not None:
+                    claim = FetchLock(self._services, self._leases, full, token)
+                    if waited and (hit := await self._looked(request, plan, claim)) is not None:
                         return hit
                     return claim
-                if state == "open" or seams.monotonic() + pause >= until:
+                if state == "open" or clock.monotonic() + pause >= until:
                     return None
                 waited = True
-                await seams.sleep(pause)
+                await clock.sleep(pause)
                 pause = min(1.5 * pause, longest)
-                hit, _ = await self._shelf.look(call, plan)
+                hit, _ = await self._shelf.lookup(request, plan)
                 if hit is not None:
                     return hit
         finally:
-            progress.elsewhere = False
-            progress.paused_ms += (seams.monotonic() - began) * 1000
+            attempt_log.waiting_for_peer = False
+            attempt_log.paused_ms += (clock.monotonic() - began) * 1000
 
-    async def _looked(self, call: Call, plan: CachePlan, claim: Claim) -> Hit | None:
+    async def _looked(self, request: ProxyRequest, plan: CachePlan, claim: FetchLock) -> CacheHit | None:
         """It may have been stored just before its lease was given back."""
         hit = None
         try:
-            hit, _ = await self._shelf.look(call, plan)
+            hit, _ = await self._shelf.lookup(request, plan)
         except BaseException:
             claim.end()
             raise

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 
 from redis.exceptions import RedisError
 
-from ...system.redis import Link
+from ...system.redis import RedisConnection
 
 _TAKE: Final = """
 local held = redis.call('GET', KEYS[1])
@@ -34,10 +34,10 @@ return 1
 """
 
 
-class RedisLeases:
+class RedisLockStore:
     """prefix: of every key, as for the entries; deadline: seconds an operation may take."""
 
-    def __init__(self, link: Link, prefix: str, deadline: float) -> None:
+    def __init__(self, link: RedisConnection, prefix: str, deadline: float) -> None:
         self._link = link
         self._start = f"{prefix}:lease:"
         self._deadline = deadline
@@ -46,8 +46,8 @@ class RedisLeases:
         """At most 160 bytes, whatever the name."""
         return self._start + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
-    async def take(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
-        if self._link.doubtful:  # the read before it has waited for Redis in vain: once is enough
+    async def acquire(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
+        if self._link.in_doubt:  # the read before it has waited for Redis in vain: once is enough
             return "open"
         said = await self._run(_TAKE, name, token, seconds)
         if said in (b"mine", b"theirs"):

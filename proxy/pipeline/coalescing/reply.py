@@ -7,17 +7,17 @@ from decimal import Decimal
 
 import msgspec
 
-from ...cache.embeddings import Saved
+from ...cache.embeddings import Savings
 from ...cost.pricing import Cost, usd
 from ...cost.usage import Usage
 from ...protocol.headers import Raw
-from ..relay import Dress, Flow
+from ..relay import ClientFilter, StreamRelay
 from ..response_headers import ZERO_COST
-from .broadcast import Reel, View
-from .single_flight import Share
+from .broadcast import Broadcast, SubscriberStream
+from .single_flight import Sharing
 
 
-class Purchase(msgspec.Struct):
+class Charge(msgspec.Struct):
     """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; savings: of the
     items of a batch that were cached, or all of it to one who shares it."""
 
@@ -25,17 +25,17 @@ class Purchase(msgspec.Struct):
     cost: Cost | None = None
     answer_model: str | None = None
     error: str = ""
-    savings: Saved | None = None
+    savings: Savings | None = None
 
-    def spared(self) -> Saved:
+    def saved_by_sharing(self) -> Savings:
         """What it spares whoever gets it, too: all of it, cached items and bought ones."""
-        cached = self.savings or Saved(None, ZERO_COST, estimated=False)
+        cached = self.savings or Savings(None, ZERO_COST, estimated=False)
         if self.cost is None or cached.cost is None:
             return msgspec.structs.replace(cached, cost=None)
         return msgspec.structs.replace(cached, cost=usd(self.cost.usd + Decimal(cached.cost)))
 
 
-class Bought(msgspec.Struct, frozen=True):
+class Reply(msgspec.Struct, frozen=True):
     """An answer from upstream. lines: our headers, as text, and with them `extra`: those that hold for everybody who
     gets it; body: whole, or None where `flow` streams it.
 
@@ -48,10 +48,10 @@ class Bought(msgspec.Struct, frozen=True):
     headers: Sequence[Raw]
     lines: str
     body: bytes | None
-    flow: Flow | View | None = None
-    share: Share = Share.OWN
-    purchase: Purchase | None = None
+    stream: StreamRelay | SubscriberStream | None = None
+    share: Sharing = Sharing.PRIVATE
+    charge: Charge | None = None
     extra: str = ""
-    reel: Reel | None = None
-    dress: Dress | None = None
+    broadcast: Broadcast | None = None
+    client_filter: ClientFilter | None = None
     usage_asked: bool = True

@@ -9,14 +9,14 @@ from typing import Final, Literal
 
 import msgspec
 
-from ...accounting.budgets.account import Stake
+from ...accounting.budgets.account import BudgetReservation
 from ...config.limits import Limits
-from ..limits.clients import Hold
+from ..limits.clients import ClientReservation
 from ..limits.rate_limiter import Reservation, Wait
 
 
 @dataclass(frozen=True, slots=True)
-class PoolKey:
+class UpstreamKey:
     """A key as the ring sees it: no secret. upstream: index of its upstream; models: globs that upstream serves."""
 
     label: str
@@ -35,30 +35,30 @@ class Lease(msgspec.Struct, frozen=True):
     """A key with its share of the limits reserved; `reservation` is None where no limit applies; hold: of its client's
     own limits; stake: of the budgets."""
 
-    key: PoolKey
+    key: UpstreamKey
     reservation: Reservation | None
     tokens: int = 0
-    hold: Hold | None = None
-    stake: Stake | None = None
+    client_reservation: ClientReservation | None = None
+    budget_reservation: BudgetReservation | None = None
 
 
-class Wish(msgspec.Struct, frozen=True):
+class KeyRequest(msgspec.Struct, frozen=True):
     """What a request asks of the key it gets. prefix: digest of its prompt's beginning, b"" for none; only: the label
     of the one key that will do (''): any); above: only priorities of a higher number than this; avoid: upstreams that
     failed it, to be taken last.
     """
 
     prefix: bytes = b""
-    only: str = ""
-    above: int | None = None
+    pinned_to: str = ""
+    min_priority: int | None = None
     avoid: frozenset[int] = frozenset()
 
 
-ANY_KEY: Final = Wish()
+ANY_KEY: Final = KeyRequest()
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class NotReady:
     """No key now. The gate waits `wait.seconds`; why decides the error when patience ends before."""
 
     wait: Wait
@@ -76,24 +76,24 @@ class NoKey:
     retry_after: float | None = None
 
 
-class Search(msgspec.Struct):
+class Candidates(msgspec.Struct):
     """What stood in the way of each key."""
 
     cooling: list[float] = msgspec.field(default_factory=list)
     throttled: list[float] = msgspec.field(default_factory=list)
     open: list[float] = msgspec.field(default_factory=list)
-    resting: list[str] = msgspec.field(default_factory=list)
-    missing: list[PoolKey] = msgspec.field(default_factory=list)
+    unusable: list[str] = msgspec.field(default_factory=list)
+    missing: list[UpstreamKey] = msgspec.field(default_factory=list)
     too_large: str | None = None
 
-    def answer(self) -> Held | NoKey:
+    def answer(self) -> NotReady | NoKey:
         if self.throttled or self.cooling:
             if self.cooling and (not self.throttled or min(self.cooling) < min(self.throttled)):
-                return Held(Wait(min(self.cooling)), "keys_cooling")
-            return Held(Wait(min(self.throttled)), "throttled")
+                return NotReady(Wait(min(self.cooling)), "keys_cooling")
+            return NotReady(Wait(min(self.throttled)), "throttled")
         if self.too_large is not None:
             return NoKey("request_exceeds_limit", self.too_large)
         if self.open:
             detail = "every upstream that serves this has failed too often of late and is left alone for a while"
             return NoKey("circuit_open", detail, min(self.open))
-        return NoKey("no_usable_key", "no usable key: " + (", ".join(self.resting) or "every key was refused"))
+        return NoKey("no_usable_key", "no usable key: " + (", ".join(self.unusable) or "every key was refused"))

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from ...protocol.request import Call
+from ...protocol.request import ProxyRequest
 from ...protocol.sse import Splitter, data_of
 from ...system.clock import spawn
-from .lease import PoolKey
-from .pool import KeyRing
-from .stored_objects import Makers, ids_named, made_by, made_by_event
+from .lease import UpstreamKey
+from .pool import KeyPool
+from .stored_objects import OwnerTable, ids_made_by, ids_made_by_event, ids_named
 
 _NAME_OBJECTS: Final = frozenset({"chat", "responses"})
 """Of the five endpoints, those whose requests can name stored objects."""
 
 
-class Shared(Protocol):
+class SharedOwners(Protocol):
     """Where proxies tell each other. Neither method raises; both are quick about it when it is lost."""
 
     async def open(self) -> None: ...
@@ -28,12 +28,12 @@ class Shared(Protocol):
     async def get(self, ids: list[str]) -> str | None: ...
 
 
-class Objects:
+class ObjectOwners:
     """Remembers who made what. `wall`: Unix seconds."""
 
-    def __init__(self, wall: Callable[[], float], shared: Shared | None = None) -> None:
+    def __init__(self, wall: Callable[[], float], shared: SharedOwners | None = None) -> None:
         self._wall = wall
-        self._makers = Makers()
+        self._makers = OwnerTable()
         self.shared = shared
 
     async def open(self) -> None:
@@ -44,44 +44,44 @@ class Objects:
         if self.shared is not None:
             await self.shared.close()
 
-    def made(self, ids: list[str], label: str) -> None:
+    def record_owner(self, ids: list[str], label: str) -> None:
         """These objects are seen by that key."""
         wall = self._wall()
-        news = [id_ for id_ in ids if self._makers.made(id_, label, wall)]
+        news = [id_ for id_ in ids if self._makers.record(id_, label, wall)]
         if news and self.shared is not None:
             spawn(self.shared.put(news, label), "objects")
 
-    async def maker(self, ids: list[str]) -> str | None:
+    async def owner_of(self, ids: list[str]) -> str | None:
         """The label of the key that made one of them; None where nobody knows."""
-        label = self._makers.maker(ids, self._wall())
+        label = self._makers.owner_of(ids, self._wall())
         if label is None and self.shared is not None and ids:
             label = await self.shared.get(ids)
             if label is not None:
-                self._makers.made(ids[0], label, self._wall())
+                self._makers.record(ids[0], label, self._wall())
         return label
 
-    async def tied_to(self, ring: KeyRing, call: Call) -> str:
+    async def pinned_key(self, pool: KeyPool, request: ProxyRequest) -> str:
         """The label of the one key that may see the stored objects a request names; '' where it names none."""
-        if len(ring.keys) == 1 or call.endpoint not in _NAME_OBJECTS:
+        if len(pool.keys) == 1 or request.endpoint not in _NAME_OBJECTS:
             return ""
-        ids = ids_named(call.body, call.document)
+        ids = ids_named(request.body, request.document)
         if not ids:
             return ""
-        label = await self.maker(ids)
-        key = ring.named(label) if label is not None else None
+        label = await self.owner_of(ids)
+        key = pool.named(label) if label is not None else None
         if key is None:
-            key = ring.fixed(call.model)
+            key = pool.fixed(request.model)
         return key.label if key is not None else ""
 
-    def note(self, ring: KeyRing, call: Call, key: PoolKey, document: object) -> None:
+    def record_answer(self, pool: KeyPool, request: ProxyRequest, key: UpstreamKey, document: object) -> None:
         """Remembers which key made what an answer brings, where it is stored upstream."""
-        if len(ring.keys) > 1 and (
-            call.endpoint == "responses" or (call.endpoint == "chat" and call.document.get("store") is True)
+        if len(pool.keys) > 1 and (
+            request.endpoint == "responses" or (request.endpoint == "chat" and request.document.get("store") is True)
         ):
-            self.made(made_by(document), key.label)
+            self.record_owner(ids_made_by(document), key.label)
 
-    def note_stream(self, ring: KeyRing, call: Call, key: PoolKey, first: Sequence[bytes]) -> None:
+    def record_stream(self, pool: KeyPool, request: ProxyRequest, key: UpstreamKey, first: Sequence[bytes]) -> None:
         """The same for a stream, of which the first event tells. first: its bytes so far."""
-        if len(ring.keys) > 1 and call.endpoint == "responses":
+        if len(pool.keys) > 1 and request.endpoint == "responses":
             for event in Splitter().feed(b"".join(first)):
-                self.made(made_by_event(data_of(event) or b""), key.label)
+                self.record_owner(ids_made_by_event(data_of(event) or b""), key.label)

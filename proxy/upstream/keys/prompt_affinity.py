@@ -16,7 +16,7 @@ TTL: Final = 3600.0
 """Seconds a key is remembered: OpenAI drops a cached prompt within an hour of its last use
 (https://platform.openai.com/docs/guides/prompt-caching)."""
 
-MOST: Final = 20_000
+MAX_PREFIXES: Final = 20_000
 
 _BEGINNINGS: Final = ("instructions", "tools", "functions", "messages", "input", "prompt")
 """Fields of a prompt, in the order in which a model reads them."""
@@ -69,7 +69,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-class Affinity:
+class PromptAffinity:
     """The key each prefix was served by last. `now` is monotonic seconds."""
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ class Affinity:
         found = self._homes.get(prefix)
         return found[0] if found is not None and now - found[1] < TTL else None
 
-    def served(self, prefix: bytes, label: str, now: float) -> None:
+    def record(self, prefix: bytes, label: str, now: float) -> None:
         self._homes[prefix] = (label, now)
         self._homes.move_to_end(prefix)
-        if len(self._homes) > MOST:
+        if len(self._homes) > MAX_PREFIXES:
             self._homes.popitem(last=False)

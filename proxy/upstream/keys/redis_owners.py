@@ -11,8 +11,8 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from ...system.redis import Link
-from .stored_objects import KEPT
+from ...system.redis import RedisConnection
+from .stored_objects import KEPT_FOR
 
 DEADLINE: Final = 0.09
 """Seconds a request waits for an answer, at most; a label that comes too late is one that nobody knows."""
@@ -21,11 +21,11 @@ _PUT_DEADLINE: Final = 2.0
 _MOST_ASKED: Final = 8
 
 
-class RedisObjects:
+class RedisOwners:
     """`objects.Shared`. url: a secret; prefix: of every key. Raises ValueError, without the URL's text."""
 
     def __init__(self, url: str, prefix: str) -> None:
-        self.link = Link(url, DEADLINE)
+        self.link = RedisConnection(url, DEADLINE)
         self._start = f"{prefix}:o1:"
 
     async def open(self) -> None:
@@ -43,7 +43,7 @@ class RedisObjects:
                 return
             key = self._key(id_)
             try:
-                await self.link.run(lambda key=key: self.link.redis.set(key, label, ex=int(KEPT)), _PUT_DEADLINE)  # type: ignore[misc]
+                await self.link.run(lambda key=key: self.link.redis.set(key, label, ex=int(KEPT_FOR)), _PUT_DEADLINE)  # type: ignore[misc]
             except (RedisError, OSError, TimeoutError):
                 return
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Literal
 
-from ..retry.outcome import Class
+from ..retry.outcome import OutcomeKind
 
-REST: Final = 600.0
+UNUSABLE_FOR: Final = 600.0
 """Seconds after which a rejected or exhausted key is tried again."""
 
 PROBE_REST: Final = 30.0
@@ -39,7 +39,7 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class Transition:
     """The outcome takes the key out of use. whole: for every model; asked: as long as upstream asks, else `REST`."""
 
     status: Status
@@ -47,25 +47,25 @@ class Marks:
     asked: bool = False
 
 
-Effect = Marks | Literal["proves", "nothing"]
+Effect = Transition | Literal["proves", "nothing"]
 """`proves`: the key works, so that a rest or a probe is over; a deadline set for cooling still stands."""
 
-TRANSITIONS: Final[Mapping[Class, Effect]] = {
-    Class.OK: "proves",
-    Class.FINAL: "proves",
-    Class.RATE_LIMITED: Marks(Status.COOLING, whole=False, asked=True),
-    Class.QUOTA: Marks(Status.EXHAUSTED, whole=True),
-    Class.UNAUTHORIZED: Marks(Status.REJECTED, whole=True),
-    Class.FORBIDDEN: Marks(Status.REJECTED, whole=False),
-    Class.MODEL_MISSING: Marks(Status.MISSING, whole=False),
-    Class.ORGANIZATION: "nothing",  # the headers are wrong, not the key
-    Class.TOO_LARGE: "nothing",  # smaller requests pass
-    Class.RETRY: "nothing",  # one odd 5xx is the upstream's affair
-    Class.UNREACHED: "nothing",
-    Class.STALE: "nothing",
-    Class.AMBIGUOUS: "nothing",
-    Class.TIMEOUT: "nothing",
-    Class.INVALID: "nothing",
+TRANSITIONS: Final[Mapping[OutcomeKind, Effect]] = {
+    OutcomeKind.OK: "proves",
+    OutcomeKind.FINAL: "proves",
+    OutcomeKind.RATE_LIMITED: Transition(Status.COOLING, whole=False, asked=True),
+    OutcomeKind.QUOTA: Transition(Status.EXHAUSTED, whole=True),
+    OutcomeKind.UNAUTHORIZED: Transition(Status.REJECTED, whole=True),
+    OutcomeKind.FORBIDDEN: Transition(Status.REJECTED, whole=False),
+    OutcomeKind.MODEL_MISSING: Transition(Status.MISSING, whole=False),
+    OutcomeKind.ORGANIZATION: "nothing",  # the headers are wrong, not the key
+    OutcomeKind.TOO_LARGE: "nothing",  # smaller requests pass
+    OutcomeKind.RETRY: "nothing",  # one odd 5xx is the upstream's affair
+    OutcomeKind.UNREACHED: "nothing",
+    OutcomeKind.STALE: "nothing",
+    OutcomeKind.AMBIGUOUS: "nothing",
+    OutcomeKind.TIMEOUT: "nothing",
+    OutcomeKind.INVALID: "nothing",
 }
 """From whatever state, by outcome."""
 
@@ -109,7 +109,7 @@ class KeyStates:
         state = states.get(where)
         return state if state is not None and state.until > now else None
 
-    def standing(self, label: str, model: str, now: float) -> dict[str, KeyState]:
+    def active(self, label: str, model: str, now: float) -> dict[str, KeyState]:
         """The same, each by its kind and the model it is about: `rests *`, `rests M`, `cools M`."""
         found = {
             f"rests {ANY_MODEL}": self._held(self._resting, (label, ANY_MODEL), now),
@@ -134,13 +134,13 @@ class KeyStates:
                 probes = state.probes + 1
                 self._cooling[label, model] = replace(state, until=now + PROBE_COOL / probes, probes=probes)
 
-    def learn(
-        self, label: str, model: str, outcome: Class, now: float, wait: float, reason: str, floor: int = 0
+    def record(
+        self, label: str, model: str, outcome: OutcomeKind, now: float, wait: float, reason: str, floor: int = 0
     ) -> None:
         """Applies the table. wait: seconds a rate-limited key cools; floor: see KeyState."""
         effect = TRANSITIONS[outcome]
-        if isinstance(effect, Marks):
-            until = now + (wait if effect.asked else REST)
+        if isinstance(effect, Transition):
+            until = now + (wait if effect.asked else UNUSABLE_FOR)
             self.mark(label, ANY_MODEL if effect.whole else model, effect.status, now, until, reason, floor)
         elif effect == "proves":
             if self._resting:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import orjson
 
-KEPT: Final = 30 * 86_400.0
+KEPT_FOR: Final = 30 * 86_400.0
 """Seconds for which it is remembered who made an object; OpenAI keeps responses for 30 days."""
 
 MOST: Final = 100_000
@@ -65,7 +65,7 @@ def ids_in_path(path: str) -> list[str]:
     return [unquote(part) for part in path.split("/")[2:] if 0 < len(part) <= LONGEST]
 
 
-def made_by(document: object) -> list[str]:
+def ids_made_by(document: object) -> list[str]:
     """The ids an answer brings: its own, and those of a list's items. What is no object of the API brings none."""
     if not isinstance(document, Mapping):
         return []
@@ -77,7 +77,7 @@ def made_by(document: object) -> list[str]:
     return found
 
 
-class Copy:
+class BodyCopy:
     """The beginning of an answer that flows by, copied to see which object it brings; bounded, for it may be large."""
 
     LIMIT: Final = 256 * 1024
@@ -97,12 +97,12 @@ class Copy:
     def ids(self) -> list[str]:
         """What the whole answer brings; nothing where it was too large, compressed or no JSON."""
         try:
-            return made_by(orjson.loads(b"".join(self._parts))) if self._parts else []
+            return ids_made_by(orjson.loads(b"".join(self._parts))) if self._parts else []
         except orjson.JSONDecodeError:
             return []
 
 
-def made_by_event(data: bytes) -> list[str]:
+def ids_made_by_event(data: bytes) -> list[str]:
     """The id in the first event of a streamed answer of the Responses API (`response.created`)."""
     if b'"response"' not in data:
         return []
@@ -110,16 +110,16 @@ def made_by_event(data: bytes) -> list[str]:
         event: Any = orjson.loads(data)
     except orjson.JSONDecodeError:
         return []
-    return made_by(event.get("response")) if isinstance(event, dict) else []
+    return ids_made_by(event.get("response")) if isinstance(event, dict) else []
 
 
-class Makers:
+class OwnerTable:
     """The label of the key that made each object. `wall` is Unix seconds."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
-    def made(self, id_: str, label: str, wall: float) -> bool:
+    def record(self, id_: str, label: str, wall: float) -> bool:
         """Remembers it; whether that is news worth telling others (once a day is enough)."""
         old = self._known.get(id_)
         self._known[id_] = (label, wall)
@@ -128,10 +128,10 @@ class Makers:
             self._known.popitem(last=False)
         return old is None or old[0] != label or wall - old[1] > 86_400
 
-    def maker(self, ids: list[str], wall: float) -> str | None:
+    def owner_of(self, ids: list[str], wall: float) -> str | None:
         """The label for the first id that is known."""
         for id_ in ids:
             found = self._known.get(id_)
-            if found is not None and wall - found[1] < KEPT:
+            if found is not None and wall - found[1] < KEPT_FOR:
                 return found[0]
         return None

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import Final
 
 from ...cost.usage import Usage
-from .estimate import Measure
+from .estimate import RequestSize
 
 MODELS: Final = 1000
 """So many are remembered; the one unused for longest goes."""
@@ -27,7 +27,7 @@ _PRIOR: Final = 1024.0
 _OUTPUT_FADE: Final = 1 / 8
 
 
-class _Habit:
+class _ModelCalibration:
     __slots__ = ("expected", "output", "used")
 
     def __init__(self) -> None:
@@ -36,17 +36,17 @@ class _Habit:
         self.output: float | None = None
 
 
-class Habits:
+class TokenCalibration:
     """Estimates requests, and learns from what they used. Bounded in memory; forgetting costs precision only."""
 
     def __init__(self) -> None:
-        self._habits: OrderedDict[str, _Habit] = OrderedDict()
+        self._habits: OrderedDict[str, _ModelCalibration] = OrderedDict()
 
-    def estimate(self, model: str, measure: Measure) -> int:
+    def estimate(self, model: str, measure: RequestSize) -> int:
         """Tokens to reserve for a request of this measure."""
         return measure.tokens(self.ratio(model), self.output(model))
 
-    def used(self, model: str, measure: Measure, said: int) -> Usage:
+    def used(self, model: str, measure: RequestSize, said: int) -> Usage:
         """What a request of this measure has used by estimate, with an answer of so many bytes of text."""
         ratio = self.ratio(model)
         prompt, completion = measure.prompt_tokens(ratio), math.ceil(said * ratio / 4)
@@ -62,11 +62,11 @@ class Habits:
         habit = self._habits.get(model)
         return 0 if habit is None or habit.output is None else round(habit.output)
 
-    def learn(self, model: str, measure: Measure, usage: Usage) -> None:
+    def record(self, model: str, measure: RequestSize, usage: Usage) -> None:
         """Takes note of what a request used."""
         habit = self._habits.get(model)
         if habit is None:
-            habit = self._habits[model] = _Habit()
+            habit = self._habits[model] = _ModelCalibration()
             if len(self._habits) > MODELS:
                 self._habits.popitem(last=False)
         else:

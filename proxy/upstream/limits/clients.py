@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from ...config.limits import Limits
-from ...protocol.errors import Refusal
+from ...protocol.errors import ProxyError
 from ...protocol.request import Client
-from .rate_limiter import Allowance, Never, Reservation, Wait
+from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 
 CARRIES_NO_MODEL: Final = frozenset({"chat", "containers", "conversations", "files", "models", "responses", "uploads"})
 """First segments of passed-through routes on which nothing is run by a model that only the unread body names."""
@@ -23,22 +23,22 @@ _UNKNOWN: Final = 1.0
 
 
 def check_model(client: Client, *models: str) -> None:
-    """Raises Refusal(model_not_allowed) unless the client may use all of them."""
+    """Raises ProxyError(model_not_allowed) unless the client may use all of them."""
     if client.models:
         for model in models:
             if not any(fnmatchcase(model, glob) for glob in client.models):
-                raise Refusal("model_not_allowed", f"client {client.name} may not use {model[:60]!r}", param="model")
+                raise ProxyError("model_not_allowed", f"client {client.name} may not use {model[:60]!r}", param="model")
 
 
-def check_passage(client: Client, method: str, segment: str) -> None:
+def check_passthrough(client: Client, method: str, segment: str) -> None:
     """The same for a route whose body is not read: what could run a model nobody looked at is not for this client."""
     if client.models and method not in ("GET", "HEAD", "DELETE") and segment not in CARRIES_NO_MODEL:
         message = f"client {client.name} may use some models only, and which one this route uses is not read"
-        raise Refusal("model_not_allowed", message)
+        raise ProxyError("model_not_allowed", message)
 
 
 @dataclass(slots=True)
-class Use:
+class ClientUsage:
     """What a client has sent upstream since the start. running: requests at work now; tokens: as settled."""
 
     requests: int = 0
@@ -46,12 +46,12 @@ class Use:
     running: int = 0
 
 
-class Hold:
+class ClientReservation:
     """One request's share of its client's limits; ended once, later calls do nothing."""
 
     __slots__ = ("_open", "_tokens", "_use", "reservation")
 
-    def __init__(self, use: Use, reservation: Reservation | None, tokens: int) -> None:
+    def __init__(self, use: ClientUsage, reservation: Reservation | None, tokens: int) -> None:
         self._use = use
         self.reservation = reservation
         self._tokens = tokens
@@ -77,24 +77,24 @@ class Hold:
                 self.reservation.cancel()
 
 
-Make = Callable[[tuple[str, str], Limits, float], Allowance]
+Make = Callable[[tuple[str, str], Limits, float], RateLimiter]
 """(name, limits, share to use) -> the windows that hold them."""
 
 
-class Clients:
+class ClientLimits:
     """The client keys' limits. For one event loop: it takes no lock. `limits`: by client name."""
 
     def __init__(self, limits: Mapping[str, Limits], make: Make | None = None) -> None:
         self._allowances = {
-            name: make(("client", name), each, 1.0) if make is not None else Allowance(each)
+            name: make(("client", name), each, 1.0) if make is not None else RateLimiter(each)
             for name, each in limits.items()
             if each != Limits()
         }
         self._limits = limits
-        self._uses = {name: Use() for name in limits}
+        self._uses = {name: ClientUsage() for name in limits}
         self.counts_tokens = any(each.tpm is not None for each in limits.values())
 
-    def inherit(self, old: Clients) -> None:
+    def inherit(self, old: ClientLimits) -> None:
         """Takes over what the clients that stay have used: after a reload."""
         for name, use in old._uses.items():
             if name in self._uses:
@@ -104,31 +104,31 @@ class Clients:
                     before.change(limits, 1.0)
                     self._allowances[name] = before
 
-    def hold(self, client: Client, tokens: int, now: float) -> Hold | None:
+    def reserve(self, client: Client, tokens: int, now: float) -> ClientReservation | None:
         """A hold for one request of `tokens` (an estimate); None where this client has no key of its own.
 
-        Raises Refusal(client_limit, request_exceeds_limit).
+        Raises ProxyError(client_limit, request_exceeds_limit).
         """
         use = self._uses.get(client.name)
         if use is None:
             return None
         allowance = self._allowances.get(client.name)
         if allowance is None:
-            return Hold(use, None, tokens)
+            return ClientReservation(use, None, tokens)
         answer = allowance.reserve(tokens, now)
         if isinstance(answer, Reservation):
-            return Hold(use, answer, tokens)
+            return ClientReservation(use, answer, tokens)
         raise self.refused(client, answer)
 
-    def refused(self, client: Client, answer: Wait | Never) -> Refusal:
+    def refused(self, client: Client, answer: Wait | ExceedsLimit) -> ProxyError:
         """What a client beyond its limits is told."""
-        if isinstance(answer, Never):
-            return Refusal("request_exceeds_limit", f"{answer.reason} for client {client.name}")
+        if isinstance(answer, ExceedsLimit):
+            return ProxyError("request_exceeds_limit", f"{answer.reason} for client {client.name}")
         seconds = answer.seconds if answer.seconds < 1e9 else _UNKNOWN
         message = f"client {client.name} has used up its own limits ; {seconds:.1f} s to go"
-        return Refusal("client_limit", message, retry_after=seconds)
+        return ProxyError("client_limit", message, retry_after=seconds)
 
-    def line(self, client: Client, now: float, money: str = "") -> str:
+    def headers(self, client: Client, now: float, money: str = "") -> str:
         """The header line that tells used and limit of each of a client's limits; "" for one without limits. money: the
         same of its budget.
         """

@@ -55,7 +55,7 @@ _JPEG_HEADER_CHARACTERS = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class RequestSize:
     """What a request's body tells of its size. text: UTF-8 bytes of its prompt; counted: tokens of the prompt that are
     no text (token arrays, images, audio, files); limit: most tokens of one answer, None where the request sets none;
     choices: answers asked for, 0 where the endpoint makes none.
@@ -75,7 +75,7 @@ class Measure:
         return min(math.ceil(self.text * ratio / 4) + self.counted, _MOST)
 
 
-def measure(endpoint: str, document: Mapping[str, Any]) -> Measure:
+def request_size(endpoint: str, document: Mapping[str, Any]) -> RequestSize:
     """Reads `document` (a request's parsed JSON body). Never raises.
 
     `endpoint`: chat, completions, embeddings, responses or moderations; of another every known field counts.
@@ -84,7 +84,7 @@ def measure(endpoint: str, document: Mapping[str, Any]) -> Measure:
     for field in _PROMPTS.get(endpoint, _ANY_PROMPT):
         prompt.read(document.get(field))
     if endpoint in _WITHOUT_OUTPUT:
-        return Measure(prompt.text_bytes, prompt.tokens, None, 0)
+        return RequestSize(prompt.text_bytes, prompt.tokens, None, 0)
     for field in _DEFINITIONS:
         if field in document:
             prompt.read_definition(document[field])
@@ -93,14 +93,14 @@ def measure(endpoint: str, document: Mapping[str, Any]) -> Measure:
     if "text" in document:
         prompt.read_definition(_inside(document, "text", "format", "schema"))
     limits = [number for field in _OUTPUT_LIMITS if (number := _number(document.get(field))) is not None]
-    return Measure(prompt.text_bytes, prompt.tokens, max(limits) if limits else None, _choices(endpoint, document))
+    return RequestSize(prompt.text_bytes, prompt.tokens, max(limits) if limits else None, _choices(endpoint, document))
 
 
 def estimate_tokens(endpoint: str, document: Mapping[str, Any], expected_output: int = 0) -> int:
     """Tokens, input and output, that `document` will take, with nothing learned but, perhaps, what one answer takes
     where the request sets no limit to it.
     """
-    return measure(endpoint, document).tokens(expected_output=_number(expected_output) or 0)
+    return request_size(endpoint, document).tokens(expected_output=_number(expected_output) or 0)
 
 
 def _choices(endpoint: str, document: Mapping[str, Any]) -> int:

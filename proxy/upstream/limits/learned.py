@@ -20,14 +20,14 @@ LONGEST: Final = 60.0
 """Seconds after which what an answer told is forgotten, and which a reset may be away at most."""
 
 _MOST: Final = 1e12
-_MAX_ROOMS: Final = 10_000
+_MAX_QUOTAS: Final = 10_000
 
 Where = tuple[str, str]
 """(quota, model)"""
 
 
 @dataclass(slots=True)
-class Room:
+class RemainingQuota:
     """What was left of one limit at `seen` (monotonic s), and is whole again `reset` seconds later; limit 0: not told.
 
     Upstream's windows slide: room comes back evenly until then (https://platform.openai.com/docs/guides/rate-limits).
@@ -60,7 +60,7 @@ class Room:
         return min(lacking / rate, until_reset) if rate > 0 else until_reset
 
 
-def rooms_told(headers: Mapping[str, str], now: float) -> Iterator[tuple[Dimension, Room]]:
+def parse_rate_limit_headers(headers: Mapping[str, str], now: float) -> Iterator[tuple[Dimension, RemainingQuota]]:
     """What an answer tells of each dimension; nonsense (text, negative, huge) is as if it were not there."""
     for dimension in DIMENSIONS:
         remaining = read_number(headers.get(f"x-ratelimit-remaining-{dimension}"))
@@ -72,32 +72,35 @@ def rooms_told(headers: Mapping[str, str], now: float) -> Iterator[tuple[Dimensi
         reset = read_reset(headers.get(f"x-ratelimit-reset-{dimension}"))
         if remaining == 0.0 and (reset is None or limit == 0.0):
             continue  # Azure and lookalikes answer zeros where they tell nothing
-        yield dimension, Room(max(limit, remaining) if limit else 0.0, remaining, min(reset or LONGEST, LONGEST), now)
+        yield (
+            dimension,
+            RemainingQuota(max(limit, remaining) if limit else 0.0, remaining, min(reset or LONGEST, LONGEST), now),
+        )
 
 
-_NOTHING_TOLD: Final[Mapping[Dimension, Room]] = {}
+_NOTHING_TOLD: Final[Mapping[Dimension, RemainingQuota]] = {}
 
 
-class Learned:
+class UpstreamLimits:
     """The room each (quota, model) was told of last. `tokens`: whether any answer spoke of tokens."""
 
     def __init__(self) -> None:
-        self._rooms: OrderedDict[Where, dict[Dimension, Room]] = OrderedDict()
+        self._rooms: OrderedDict[Where, dict[Dimension, RemainingQuota]] = OrderedDict()
         self.tokens = False
 
-    def tell(self, where: Where, headers: Mapping[str, str], now: float) -> None:
+    def record(self, where: Where, headers: Mapping[str, str], now: float) -> None:
         """Takes note of an answer's headers. Never raises."""
-        told = dict(rooms_told(headers, now))
+        told = dict(parse_rate_limit_headers(headers, now))
         if not told:
             return
         if "tokens" in told:
             self.tokens = True
         self._rooms.setdefault(where, {}).update(told)
         self._rooms.move_to_end(where)
-        while len(self._rooms) > _MAX_ROOMS:
+        while len(self._rooms) > _MAX_QUOTAS:
             self._rooms.popitem(last=False)
 
-    def _current(self, where: Where, now: float) -> Iterator[tuple[Dimension, Room]]:
+    def _current(self, where: Where, now: float) -> Iterator[tuple[Dimension, RemainingQuota]]:
         for dimension, room in self._rooms.get(where, _NOTHING_TOLD).items():
             if now - room.seen < LONGEST:
                 yield dimension, room

@@ -56,7 +56,7 @@ class _Waiter:
         self._sleep: asyncio.Future[None] | None = None
         self.missed = False
 
-    async def sleep(self, seconds: float, call_later: CallLater | None) -> None:
+    async def wait(self, seconds: float, call_later: CallLater | None) -> None:
         """Until `wake`, at most `seconds`."""
         loop = asyncio.get_running_loop()
         self._sleep = loop.create_future()
@@ -74,7 +74,7 @@ class _Waiter:
             self.missed = True
 
 
-class _Lane:
+class _ModelQueue:
     """Who waits, in order, and when (monotonic s; math.inf: unknown) the head was told to ask again."""
 
     __slots__ = ("count", "due", "queues")
@@ -108,7 +108,7 @@ class _Lane:
         return UNKNOWN if self.due == math.inf else max(self.due - now, UNKNOWN)
 
 
-class Gate:
+class AdmissionQueue:
     """`clock`: monotonic seconds. `call_later`: the running loop's own unless a test turns time. `recheck`: seconds
     after which a head asks again though it was told a longer wait: where others may give back unheard."""
 
@@ -123,10 +123,10 @@ class Gate:
         self.max_queue = max_queue
         self._clock = clock
         self._call_later = call_later
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[str, _ModelQueue] = {}
         self.depth = 0
 
-    async def admit(
+    async def acquire(
         self,
         lane: str,
         attempt: Callable[[float], T | Wait | Coroutine[Any, Any, T | Wait]],
@@ -153,7 +153,7 @@ class Gate:
                 now = self._clock()
             if not isinstance(answer, Wait):
                 return answer
-            nap = self._nap(answer, deadline - now)
+            nap = self._wait(answer, deadline - now)
             due = now + answer.seconds
             line = self._lanes.get(lane)
             if line is not None:  # others came while it asked
@@ -163,14 +163,14 @@ class Gate:
         if self.depth >= self.max_queue:
             raise QueueFull
         if line is None:
-            line = self._lanes[lane] = _Lane(due)
+            line = self._lanes[lane] = _ModelQueue(due)
         waiter = _Waiter()
         line.enter(client, waiter)
         self.depth += 1
         admitted = False
         try:
             while True:
-                await waiter.sleep(nap, self._call_later)
+                await waiter.wait(nap, self._call_later)
                 now = self._clock()
                 if line.head() is waiter:
                     waiter.missed = False
@@ -183,7 +183,7 @@ class Gate:
                         admitted = True
                         return answer
                     line.due = now + answer.seconds
-                    nap = self._nap(answer, deadline - now)
+                    nap = self._wait(answer, deadline - now)
                     if asked and waiter.missed:
                         nap = 0.0
                 elif now >= deadline:
@@ -201,7 +201,7 @@ class Gate:
             elif was_head:
                 line.head().wake()
 
-    def notify(self, lane: str | None = None) -> None:
+    def wake(self, lane: str | None = None) -> None:
         """Something came back (None: perhaps to every lane): the head asks again, one wake-up a lane."""
         if lane is None:
             for line in self._lanes.values():
@@ -213,7 +213,7 @@ class Gate:
         """How many wait in each lane; a lane without waiters does not exist."""
         return {lane: line.count for lane, line in self._lanes.items()}
 
-    def _nap(self, answer: Wait, left: float) -> float:
+    def _wait(self, answer: Wait, left: float) -> float:
         """How long the head may sleep with `left` s of patience. Raises TimedOut where sleep cannot help."""
         if answer.seconds == math.inf:
             if left <= 0:

@@ -31,13 +31,13 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class Never:
+class ExceedsLimit:
     """No waiting can help: the request is larger than a whole window."""
 
     reason: str
 
 
-class _Slot:
+class _Bucket:
     """An amount stamped between `opened` and `latest` (s). Once `gone` from its window it stays as it is."""
 
     __slots__ = ("amount", "gone", "latest", "opened")
@@ -60,7 +60,7 @@ class _Window:
         self.span = seconds * MARGIN
         self.width = self.span / SLOTS
         self.total = 0
-        self.slots: deque[_Slot] = deque()
+        self.slots: deque[_Bucket] = deque()
 
     def advance(self, now: float) -> None:
         """Let go of what is a whole window old."""
@@ -91,7 +91,7 @@ class _Window:
         # One unit in the last place more, so that `now + delay` cannot round to just before `due`.
         return due - now + math.ulp(due)
 
-    def add(self, amount: int, now: float) -> _Slot:
+    def add(self, amount: int, now: float) -> _Bucket:
         """Count `amount` at `now`; whether it fits was asked before."""
         self.total += amount
         if self.slots:
@@ -101,19 +101,19 @@ class _Window:
                 if now > last.latest:
                     last.latest = now
                 return last
-        slot = _Slot(now, amount)
+        slot = _Bucket(now, amount)
         self.slots.append(slot)
         return slot
 
-    def add_alone(self, amount: int, now: float) -> _Slot:
+    def add_alone(self, amount: int, now: float) -> _Bucket:
         """Count `amount`, which may be negative, in a slot of its own."""
-        slot = _Slot(now, amount)
+        slot = _Bucket(now, amount)
         slot.opened = -math.inf  # nothing joins it
         self.slots.append(slot)
         self.total += amount
         return slot
 
-    def correct(self, slot: _Slot, change: int) -> None:
+    def correct(self, slot: _Bucket, change: int) -> None:
         """Change what was counted in `slot`, at its own time stamp. Too late once its window has passed."""
         if not slot.gone:
             slot.amount += change
@@ -128,7 +128,7 @@ class Reservation:
 
     __slots__ = ("_allowance", "_open", "_slots", "_windows", "tokens")
 
-    def __init__(self, allowance: Allowance, tokens: int, windows: tuple[_Window, ...], slots: list[_Slot]) -> None:
+    def __init__(self, allowance: RateLimiter, tokens: int, windows: tuple[_Window, ...], slots: list[_Bucket]) -> None:
         self.tokens = tokens
         self._windows = windows  # those it was counted in, whatever the limits are by now
         self._allowance = allowance
@@ -152,7 +152,7 @@ class Reservation:
             self._allowance._release(self._windows, self._slots, -self.tokens, -1)
 
 
-class Allowance:
+class RateLimiter:
     """All limits of one (quota, model), decided together or not at all. For one event loop: it takes no lock.
 
     `use` is the share of each limit to use, which leaves at least 1. `now` is always monotonic seconds.
@@ -182,7 +182,7 @@ class Allowance:
         self._windows = tuple(windows)
         self._concurrency = None if limits.concurrency is None else _share(limits.concurrency, use)
 
-    def reserve(self, tokens: int, now: float) -> Reservation | Wait | Never:
+    def reserve(self, tokens: int, now: float) -> Reservation | Wait | ExceedsLimit:
         """Take one request of `tokens` (an estimate; below 0 is 0) from every limit, or nothing from any."""
         tokens = max(tokens, 0)
         longest = 0.0
@@ -190,13 +190,13 @@ class Allowance:
             amount = tokens if window.of_tokens else 1
             if amount > window.limit:
                 what = "tokens" if window.of_tokens else "request"
-                return Never(f"the request counts as {amount} {what} and {window.name} allows {window.limit}")
+                return ExceedsLimit(f"the request counts as {amount} {what} and {window.name} allows {window.limit}")
             delay = window.delay(amount, now)
             if delay > longest:
                 longest = delay
         if self._concurrency is not None and self._running >= self._concurrency:
             if self._concurrency == 0:
-                return Never("concurrency allows 0 requests")
+                return ExceedsLimit("concurrency allows 0 requests")
             longest = math.inf
         if longest:
             return Wait(longest)
@@ -204,7 +204,7 @@ class Allowance:
         slots = [window.add(tokens if window.of_tokens else 1, now) for window in self._windows]
         return Reservation(self, tokens, self._windows, slots)
 
-    def _release(self, windows: tuple[_Window, ...], slots: list[_Slot], tokens: int, requests: int) -> None:
+    def _release(self, windows: tuple[_Window, ...], slots: list[_Bucket], tokens: int, requests: int) -> None:
         self._running -= 1
         for window, slot in zip(windows, slots, strict=True):
             change = tokens if window.of_tokens else requests

@@ -22,21 +22,21 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from ...config.limits import Limits
 from ...system.clock import spawn
-from ...system.redis import LONGEST, Link
+from ...system.redis import DEADLINE_MAX, RedisConnection
 from ...system.redis_keys import Amount, digest, literal, shape
-from .rate_limiter import Allowance, Reservation
-from .redis_key_states import KeyStates
-from .redis_limiter import Asked, SharedAllowance, SharedReservation
-from .redis_loss import GLANCE, SHORT, Silence, loop_time
-from .redis_snapshot import look
-from .shared import Adopt, State
+from .rate_limiter import RateLimiter, Reservation
+from .redis_key_states import RedisKeyStates
+from .redis_limiter import Asked, RedisRateLimiter, RedisReservation
+from .redis_loss import FORGET_AFTER, KEY_STATE_WAIT, OutageDetector, loop_time
+from .redis_snapshot import read_usage
+from .shared import ApplyRemoteState, RemoteState
 
 log = logging.getLogger("proxy")
 
 DEADLINE: Final = 1.0
 """Seconds a call waits for its answer; a late one is no loss (redis_silence)."""
 
-BEAT: Final = 1.0
+HEARTBEAT: Final = 1.0
 """Seconds between two signs of life."""
 
 GRACE: Final = 8.0
@@ -51,7 +51,7 @@ _SCRIPT: Final = resources.files(__package__).joinpath("redis.lua").read_text(en
 _LOST = (RedisError, OSError, TimeoutError)
 
 
-class RedisLimiter:
+class RedisLimits:
     """url: a secret; prefix: of every key; proxy: an id of this process; clock: monotonic seconds.
 
     offset: ms added to the server's clock, in tests only. Raises ValueError, without the URL's text.
@@ -66,23 +66,23 @@ class RedisLimiter:
         deadline: float = DEADLINE,
         offset: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.link = Link(url, deadline, "redis limits", "each proxy holds its share of the limits")
+        self.link = RedisConnection(url, deadline, "redis limits", "each proxy holds its share of the limits")
         self._script = self.link.redis.register_script(_SCRIPT)
         self._start = f"{{{prefix}}}:l1:"
-        self._states = KeyStates(self.link, self._script, self._key("s"), offset)
+        self._states = RedisKeyStates(self.link, self._script, self._key("s"), offset)
         self._proxy = proxy
         self._clock = clock
         self._deadline = deadline
         self._offset = offset
-        self._allowances: WeakValueDictionary[str, SharedAllowance] = WeakValueDictionary()
+        self._allowances: WeakValueDictionary[str, RedisRateLimiter] = WeakValueDictionary()
         self._phase = "alone"
         self._lost_at, self._back_at = -math.inf, math.inf
-        self._silence = Silence()
+        self._silence = OutageDetector()
         self._skew = 0.0  # server's ms less ours
         self._proxies, self._rank = 1, 0
         self._epoch, self._resets, self._forgotten = b"", b"", False
         self._sequence = 0
-        self._outbox: deque[tuple[SharedAllowance, tuple[Amount, ...]]] = deque()
+        self._outbox: deque[tuple[RedisRateLimiter, tuple[Amount, ...]]] = deque()
         self._flushing: asyncio.Task[None] | None = None
         self._beating: asyncio.Task[None] | None = None
 
@@ -90,15 +90,15 @@ class RedisLimiter:
     def sound(self) -> bool:
         return self._phase == "shared"
 
-    def allowance(self, where: tuple[str, str], limits: Limits, use: float) -> Allowance:
+    def rate_limiter(self, where: tuple[str, str], limits: Limits, use: float) -> RateLimiter:
         name = digest(*where)
-        made = SharedAllowance(name, limits, use, self._tell)
+        made = RedisRateLimiter(name, limits, use, self._tell)
         if not self.sound:
             made.lose(self._proxies, self._rank, self._clock())
         self._allowances[name] = made
         return made
 
-    async def open(self, adopt: Adopt) -> None:
+    async def open(self, adopt: ApplyRemoteState) -> None:
         self._states.adopt = adopt
         await self.link.open()
         if await self._beat() or not self.link.gone:  # late is not lost, and nobody knows yet of how many we are one
@@ -123,17 +123,17 @@ class RedisLimiter:
     # -- decisions ----------------------------------------------------------------------------------------------------
 
     async def confirm(self, reservation: Reservation | None, key: str = "", model: str = "") -> bool:
-        assert reservation is None or isinstance(reservation, SharedReservation)
+        assert reservation is None or isinstance(reservation, RedisReservation)
         if reservation is None or reservation.allowance.most is None:
             return await self._confirm(reservation, key, model)
         async with reservation.allowance.turn:
             return await self._confirm(reservation, key, model)
 
-    async def _confirm(self, reservation: SharedReservation | None, key: str, model: str) -> bool:
+    async def _confirm(self, reservation: RedisReservation | None, key: str, model: str) -> bool:
         until = loop_time() + DEADLINE
         while self.sound:
             if self.link.up:
-                asked, patience = Asked(), self._deadline if reservation is not None else GLANCE
+                asked, patience = Asked(), self._deadline if reservation is not None else KEY_STATE_WAIT
                 try:
                     await self.link.run(lambda asked=asked: self._ask(asked, reservation, key, model), patience)  # type: ignore[misc]
                 except ResponseError as error:
@@ -167,7 +167,7 @@ class RedisLimiter:
         self._count_alone(reservation)
         return True
 
-    async def _ask(self, asked: Asked, reservation: SharedReservation | None, key: str, model: str) -> None:
+    async def _ask(self, asked: Asked, reservation: RedisReservation | None, key: str, model: str) -> None:
         allowance = reservation.allowance if reservation is not None else None
         name = allowance.name if allowance is not None else "none"
         keys = [self._key("e"), self._key("a", name), self._key("r", name)]
@@ -185,17 +185,17 @@ class RedisLimiter:
         if asked.abandoned:
             self._undo(reply, reservation)
 
-    def _abandon(self, asked: Asked, reservation: SharedReservation | None) -> None:
+    def _abandon(self, asked: Asked, reservation: RedisReservation | None) -> None:
         """Nobody waits for this answer any more: what it admits, or has admitted, is taken back."""
         asked.abandoned = True
         if asked.reply is not None:
             self._undo(asked.reply, reservation)
 
-    def _undo(self, reply: Sequence[Any], reservation: SharedReservation | None) -> None:
+    def _undo(self, reply: Sequence[Any], reservation: RedisReservation | None) -> None:
         if reply[0] == 1 and reservation is not None:
             self._enqueue(reservation.allowance, int(reply[1]), -reservation.tokens, -1)
 
-    async def _decided(self, reply: Sequence[Any], reservation: SharedReservation | None, key: str, model: str) -> bool:
+    async def _decided(self, reply: Sequence[Any], reservation: RedisReservation | None, key: str, model: str) -> bool:
         code, server, wait, running, states, totals = reply
         now = self._clock()
         news = self._states.news(key, model, states, server)
@@ -220,11 +220,11 @@ class RedisLimiter:
 
     # -- what others must know ----------------------------------------------------------------------------------------
 
-    def _tell(self, reservation: SharedReservation, tokens: int, requests: int) -> None:
+    def _tell(self, reservation: RedisReservation, tokens: int, requests: int) -> None:
         assert reservation.stamp is not None
         self._enqueue(reservation.allowance, int(reservation.stamp), tokens, requests)
 
-    def _enqueue(self, allowance: SharedAllowance, stamp: int, tokens: int, requests: int) -> None:
+    def _enqueue(self, allowance: RedisRateLimiter, stamp: int, tokens: int, requests: int) -> None:
         amounts = tuple(
             (window.name, *shape(window.span), stamp, change)
             for window in allowance.windows
@@ -233,7 +233,7 @@ class RedisLimiter:
         if amounts or allowance.most is not None:
             self._post(allowance, amounts)
 
-    def _post(self, allowance: SharedAllowance, amounts: tuple[Amount, ...]) -> None:
+    def _post(self, allowance: RedisRateLimiter, amounts: tuple[Amount, ...]) -> None:
         self._outbox.append((allowance, amounts))
         if len(self._outbox) > _MOST_PENDING:
             self._outbox.popleft()
@@ -244,7 +244,7 @@ class RedisLimiter:
         while self._outbox and self.link.up and self._phase != "alone":
             batch = [self._outbox.popleft() for _ in range(min(len(self._outbox), _BATCH))]
             try:
-                await self.link.run(lambda batch=batch: self._send(batch), LONGEST)  # type: ignore[misc]
+                await self.link.run(lambda batch=batch: self._send(batch), DEADLINE_MAX)  # type: ignore[misc]
             except _LOST as error:
                 if isinstance(error, NoScriptError):
                     self._outbox.extendleft(reversed(batch))
@@ -256,7 +256,7 @@ class RedisLimiter:
                     self.link.complain(f"takes no settlement: {error}")
                 return
 
-    async def _send(self, batch: Sequence[tuple[SharedAllowance, tuple[Amount, ...]]]) -> None:
+    async def _send(self, batch: Sequence[tuple[RedisRateLimiter, tuple[Amount, ...]]]) -> None:
         async with self.link.redis.pipeline(transaction=False) as pipe:
             for allowance, amounts in batch:
                 args: list[Any] = ["add", self._offset(), self._proxy, self._next()]
@@ -266,8 +266,8 @@ class RedisLimiter:
                 pipe.evalsha(self._script.sha, 2, self._key("a", allowance.name), self._key("r", allowance.name), *args)
             await pipe.execute()
 
-    def learned(self, key: str, model: str, states: Mapping[str, State]) -> None:
-        self._states.learned(key, model, states, self._server(self._clock()))
+    def publish_key_state(self, key: str, model: str, states: Mapping[str, RemoteState]) -> None:
+        self._states.publish(key, model, states, self._server(self._clock()))
 
     def reset(self) -> None:
         spawn(self._reset(), "redis limits reset")
@@ -286,7 +286,7 @@ class RedisLimiter:
 
     async def _beats(self) -> None:
         while True:
-            await asyncio.sleep(BEAT if self.sound else BEAT / 5)
+            await asyncio.sleep(HEARTBEAT if self.sound else HEARTBEAT / 5)
             try:
                 await self._beat()
             except Exception:
@@ -333,7 +333,7 @@ class RedisLimiter:
         if self.sound:
             hashes = [(self._key("a", each.name), each) for each in self._allowances.values()]
             with contextlib.suppress(*_LOST):
-                await look(self.link, self._script.sha, self._offset(), hashes, self._clock, self._deadline)
+                await read_usage(self.link, self._script.sha, self._offset(), hashes, self._clock, self._deadline)
         return True
 
     def _lose(self) -> None:
@@ -352,7 +352,7 @@ class RedisLimiter:
         if self._phase == "alone" and self._lost_at > -math.inf:
             self._phase, self._back_at = "back", now
             if self._forgotten:
-                self._lost_at = now - SHORT  # it does not even know who else is there: all are given time
+                self._lost_at = now - FORGET_AFTER  # it does not even know who else is there: all are given time
                 self._outbox.clear()
             since = -math.inf if self._forgotten else self._lost_at
             self._forgotten = False
@@ -365,7 +365,7 @@ class RedisLimiter:
             if self._outbox:
                 self._post_counts()
             elif now >= self._back_at + GRACE or (
-                self._back_at < self._lost_at + SHORT and heard > self._server(self._lost_at)
+                self._back_at < self._lost_at + FORGET_AFTER and heard > self._server(self._lost_at)
             ):
                 self._phase = "shared"
                 for allowance in self._allowances.values():
@@ -379,7 +379,7 @@ class RedisLimiter:
         if self._outbox and (self._flushing is None or self._flushing.done()):
             self._flushing = spawn(self._flush(), "redis limits settle")
 
-    def _count_alone(self, reservation: SharedReservation) -> None:
+    def _count_alone(self, reservation: RedisReservation) -> None:
         """Admitted by ourselves: told once Redis is back, at once where it is."""
         server = self._server(self._clock())
         reservation.allowance.admitted(reservation, server, counted=self._phase == "back")

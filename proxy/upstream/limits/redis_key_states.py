@@ -13,18 +13,18 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
 from ...system.clock import spawn
-from ...system.redis import LONGEST, Link
+from ...system.redis import DEADLINE_MAX, RedisConnection
 from ...system.redis_keys import digest
-from .shared import Adopt, State
+from .shared import ApplyRemoteState, RemoteState
 
 MOST_TOLD: Final = 10_000
 
 
-class KeyStates:
-    """adopt: takes what another proxy has learned; start: of every key in Redis; offset: as `RedisLimiter` has it."""
+class RedisKeyStates:
+    """adopt: takes what another proxy has learned; start: of every key in Redis; offset: as `RedisLimits` has it."""
 
-    def __init__(self, link: Link, script: AsyncScript, start: str, offset: Callable[[], int]) -> None:
-        self.adopt: Adopt = lambda *_: None
+    def __init__(self, link: RedisConnection, script: AsyncScript, start: str, offset: Callable[[], int]) -> None:
+        self.adopt: ApplyRemoteState = lambda *_: None
         self._link = link
         self._script = script
         self._start = start
@@ -47,7 +47,7 @@ class KeyStates:
                 self.adopt(key, slot.partition(" ")[2], state["status"], seconds, state["reason"])
         return found
 
-    def learned(self, key: str, model: str, states: Mapping[str, State], server: float) -> None:
+    def publish(self, key: str, model: str, states: Mapping[str, RemoteState], server: float) -> None:
         """Tells what is new to the others: states that have come or grown, and rests that are over before their time
         because the key works; a time to cool stands whatever works.
         """
@@ -75,7 +75,7 @@ class KeyStates:
         if self._link.up:
             args: list[Any] = ["learn", self._offset(), lasts, text]
             with contextlib.suppress(RedisError, OSError, TimeoutError):
-                await self._link.run(lambda: self._script(keys=[self._key(key, slot)], args=args), LONGEST)
+                await self._link.run(lambda: self._script(keys=[self._key(key, slot)], args=args), DEADLINE_MAX)
 
     def _key(self, key: str, slot: str) -> str:
         return f"{self._start}:{digest(key, slot)}"

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...config.limits import Limits
-from .rate_limiter import Allowance, Never, Reservation, Wait, _Slot, _Window
+from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait, _Bucket, _Window
 from .shared import RECHECK
 
-FROZEN = 3.0
+HOLD_AFTER_OUTAGE = 3.0
 """Seconds after the loss of the others for which nothing counts as given back."""
 
 _FREE = (-math.inf, -math.inf, 0)
@@ -32,14 +32,14 @@ class Asked:
         self.reply: list[Any] | None = None
 
 
-class SharedReservation(Reservation):
+class RedisReservation(Reservation):
     """stamp: server's ms at which it was admitted, None until it is; round: None where the others have counted it, else
-    `SharedAllowance.round` at its beginning: when that has moved on, they have been told of it.
+    `RedisRateLimiter.round` at its beginning: when that has moved on, they have been told of it.
     """
 
     __slots__ = ("allowance", "alone", "round", "stamp")
 
-    def __init__(self, allowance: SharedAllowance, tokens: int, made: Reservation) -> None:
+    def __init__(self, allowance: RedisRateLimiter, tokens: int, made: Reservation) -> None:
         super().__init__(allowance, tokens, made._windows, made._slots)
         self.allowance = allowance
         self.alone = not allowance.shared
@@ -59,10 +59,10 @@ class SharedReservation(Reservation):
             self.allowance.ended(self, -self.tokens, -1)
 
 
-Tell = Callable[[SharedReservation, int, int], None]
+Publish = Callable[[RedisReservation, int, int], None]
 
 
-class SharedAllowance(Allowance):
+class RedisRateLimiter(RateLimiter):
     """`tell(reservation, tokens, requests)` is called with what changes of a reservation counted elsewhere.
 
     confirmed: admitted and at work; turn: held by who asks where requests at once are limited, so that what is still
@@ -90,7 +90,7 @@ class SharedAllowance(Allowance):
         "turn",
     )
 
-    def __init__(self, name: str, limits: Limits, use: float, tell: Tell) -> None:
+    def __init__(self, name: str, limits: Limits, use: float, tell: Publish) -> None:
         self.shared = True
         self._known_at = -math.inf
         super().__init__(limits, use)
@@ -104,7 +104,7 @@ class SharedAllowance(Allowance):
         self._asking = 0, 0  # requests and tokens reserved here, and not yet admitted
         self.turn = asyncio.Lock()
         self._tell = tell
-        self._ghosts: list[tuple[_Window, _Slot]] = []
+        self._ghosts: list[tuple[_Window, _Bucket]] = []
         self._blocked = _FREE
         self._known: dict[str, int] = {}
 
@@ -117,7 +117,7 @@ class SharedAllowance(Allowance):
         """Requests at once, of all proxies together."""
         return self._most
 
-    def reserve(self, tokens: int, now: float) -> Reservation | Wait | Never:
+    def reserve(self, tokens: int, now: float) -> Reservation | Wait | ExceedsLimit:
         tokens = max(tokens, 0)
         until, due, of = self._blocked
         if now < until and tokens >= of:
@@ -130,8 +130,8 @@ class SharedAllowance(Allowance):
         if isinstance(answer, Reservation):
             self._taken = self._taken[0] + 1, self._taken[1] + tokens
             self._asking = self._asking[0] + 1, self._asking[1] + tokens
-            return SharedReservation(self, tokens, answer)
-        if isinstance(answer, Never) and not self.shared and self._fits(tokens):
+            return RedisReservation(self, tokens, answer)
+        if isinstance(answer, ExceedsLimit) and not self.shared and self._fits(tokens):
             return Wait(RECHECK)  # larger than our share, but not than the whole
         return answer
 
@@ -139,7 +139,7 @@ class SharedAllowance(Allowance):
         fits = all((tokens if w.of_tokens else 1) <= full for w, full in zip(self._windows, self._full, strict=True))
         return fits and self._most != 0
 
-    def refused(self, reservation: SharedReservation, wait: float, now: float) -> None:
+    def refused(self, reservation: RedisReservation, wait: float, now: float) -> None:
         """The others leave no room for it for `wait` s (math.inf: unknown), unless they give back: they are asked again
         only after `RECHECK`.
         """
@@ -163,7 +163,7 @@ class SharedAllowance(Allowance):
         known = dict(zip((window.name for window in self._windows), totals, strict=False))
         self.seen(self._known | known, now)
 
-    def ended(self, reservation: SharedReservation, tokens: int, requests: int) -> None:
+    def ended(self, reservation: RedisReservation, tokens: int, requests: int) -> None:
         """Tells the others of what a settlement changed, where they have counted it."""
         if reservation.stamp is not None and reservation.round != self.round:
             for window in self._windows:
@@ -173,14 +173,14 @@ class SharedAllowance(Allowance):
                 self._known["concurrency"] -= 1
             self._tell(reservation, tokens, requests)
 
-    def leave(self, reservation: SharedReservation) -> None:
+    def leave(self, reservation: RedisReservation) -> None:
         """A reservation ends, or is answered."""
         if reservation.stamp is not None:
             self.confirmed -= 1
         else:
             self._asking = self._asking[0] - 1, self._asking[1] - reservation.tokens
 
-    def admitted(self, reservation: SharedReservation, stamp: float, counted: bool) -> None:
+    def admitted(self, reservation: RedisReservation, stamp: float, counted: bool) -> None:
         """It may go up. counted: the others have counted it."""
         self.leave(reservation)
         reservation.stamp = stamp
@@ -188,7 +188,7 @@ class SharedAllowance(Allowance):
         if counted:
             reservation.round = None
 
-    def made_alone(self, reservation: SharedReservation) -> bool:
+    def made_alone(self, reservation: RedisReservation) -> bool:
         """Whether it was reserved of our share, not of the whole limit."""
         return not self.shared and reservation.alone
 
@@ -221,7 +221,7 @@ class SharedAllowance(Allowance):
                 self._ghosts.append((window, slot))
         # For a moment only our part of what was free then, for it may be that only we have lost the others: they go on
         # filling the limit, and what leaves the windows meanwhile is theirs.
-        self._frozen_until, self._taken = now + FROZEN, (0, 0)
+        self._frozen_until, self._taken = now + HOLD_AFTER_OUTAGE, (0, 0)
         self._free = [(window.of_tokens, window.limit - window.total) for window in self._windows]
         if self._most is not None:
             self._concurrency = part(self._most, proxies, rank)

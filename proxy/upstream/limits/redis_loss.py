@@ -8,20 +8,20 @@ import asyncio
 import math
 from typing import Final
 
-GONE: Final = 0.5
+REFUSED_FOR: Final = 0.5
 """Seconds after which it is lost where connections are refused or closed."""
 
-HUNG: Final = 5.0
+SILENT_FOR: Final = 5.0
 """Seconds after which it is lost where answers do not come, since it was seen that one did not: perhaps it is for us
 alone, and perhaps only because this machine is busy."""
 
 SETTLING: Final = 3.0
 """Seconds after the start until who else is there can be taken for known: before, it is not lost."""
 
-GLANCE: Final = 0.5
+KEY_STATE_WAIT: Final = 0.5
 """Seconds a request of no limit waits for what others know of its key."""
 
-SHORT: Final = 5.0
+FORGET_AFTER: Final = 5.0
 """Seconds without Redis after which nobody has forgotten anybody: who has been heard of since, has told everything."""
 
 
@@ -30,7 +30,7 @@ def loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
-class Silence:
+class OutageDetector:
     """Since when calls are not answered, by the running loop's clock."""
 
     __slots__ = ("_since", "settled_at")
@@ -52,4 +52,4 @@ class Silence:
 
     def is_loss(self, gone: bool) -> bool:
         """Whether it is time to part. gone: nobody listens."""
-        return loop_time() >= max(self._since + (GONE if gone else HUNG), self.settled_at)
+        return loop_time() >= max(self._since + (REFUSED_FOR if gone else SILENT_FOR), self.settled_at)

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from ...system.redis import Link
+from ...system.redis import RedisConnection
 from ...system.redis_keys import shape
-from .redis_limiter import SharedAllowance
+from .redis_limiter import RedisRateLimiter
 
 MOST: Final = 200
 """Allowances looked at in one go; the others have their turn when these are known."""
 
 
-async def look(
-    link: Link,
+async def read_usage(
+    link: RedisConnection,
     sha: str,
     offset: int,
-    allowances: Iterable[tuple[str, SharedAllowance]],
+    allowances: Iterable[tuple[str, RedisRateLimiter]],
     clock: Callable[[], float],
     patience: float,
 ) -> None:
-    """allowances: each with the name of its hash; clock: monotonic seconds. sha: the script's. Raises as `Link.run`
-    does."""
+    """allowances: each with the name of its hash; clock: monotonic seconds. sha: the script's.
+
+    Raises as `RedisConnection.run` does.
+    """
     now = clock()
     asked = sorted(
         ((key, each) for key, each in allowances if each.windows and each.stale(now)), key=lambda one: one[1].known_at

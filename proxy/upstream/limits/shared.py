@@ -11,29 +11,29 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from ...config.limits import Limits
-from .rate_limiter import Allowance, Reservation
+from .rate_limiter import RateLimiter, Reservation
 
 RECHECK: Final = 0.25
 """Seconds after which the others are asked again: they give back unheard."""
 
-Adopt = Callable[[str, str, str, float, str], None]
+ApplyRemoteState = Callable[[str, str, str, float, str], None]
 """Takes over what another proxy learned of a key: (label, model, status, seconds it lasts, reason)."""
 
-State = tuple[str, float, str]
+RemoteState = tuple[str, float, str]
 """What keeps a key from use: (status, seconds it lasts, reason)."""
 
 
-class Limiter(Protocol):
+class SharedLimits(Protocol):
     """Limits that hold across proxies. Owned by one event loop."""
 
     @property
     def sound(self) -> bool:
         """Whether they hold across proxies now: False while each holds only its share."""
 
-    def allowance(self, where: tuple[str, str], limits: Limits, use: float) -> Allowance:
+    def rate_limiter(self, where: tuple[str, str], limits: Limits, use: float) -> RateLimiter:
         """The windows of one name, to be reserved from and then confirmed."""
 
-    async def open(self, adopt: Adopt) -> None:
+    async def open(self, adopt: ApplyRemoteState) -> None:
         """Returns within about a second, whether the others can be reached or not."""
 
     async def close(self) -> None: ...
@@ -43,7 +43,7 @@ class Limiter(Protocol):
         the allowance or the key ring now says how long to wait.
         """
 
-    def learned(self, key: str, model: str, states: Mapping[str, State]) -> None:
+    def publish_key_state(self, key: str, model: str, states: Mapping[str, RemoteState]) -> None:
         """Lets others know of a key's states, by kind and model: `rests *`, `cools M`. What is not there is over."""
 
     def reset(self) -> None:

@@ -10,17 +10,17 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from ...protocol.errors import Refusal
+from ...protocol.errors import ProxyError
 from ...protocol.routes import Route
 
 if TYPE_CHECKING:
-    from .interface import Site
+    from .interface import UpstreamAddress
 
 _BY_DEPLOYMENT: Final = frozenset({"chat", "completions", "embeddings", "audio", "images"})
 """First segments of the operations that Azure keeps below `/openai/deployments/{deployment}`."""
 
 
-def deployment_of(site: Site, model: str) -> str:
+def deployment_of(site: UpstreamAddress, model: str) -> str:
     """The deployment that stands for `model`: the map's exact name, else its longest matching glob, else the model's
     own name.
     """
@@ -35,11 +35,11 @@ def _segment(deployment: str) -> str:
     """A deployment as one path segment. Raises Refusal(bad_request) for a name that would lead elsewhere: quoting does
     not help against dots (RFC 3986 section 5.2.4)."""
     if deployment in (".", ".."):
-        raise Refusal("bad_request", "this model cannot be the name of a deployment", param="model")
+        raise ProxyError("bad_request", "this model cannot be the name of a deployment", param="model")
     return quote(deployment, safe="", errors="replace")
 
 
-def url(site: Site, route: Route, model: str) -> str:
+def url(site: UpstreamAddress, route: Route, model: str) -> str:
     root = site.base_url + "/openai"
     query = route.query
     if route.shape == "azure-v1" or (site.api_version is None and route.shape == "openai"):
@@ -54,7 +54,7 @@ def url(site: Site, route: Route, model: str) -> str:
     return f"{root}{route.path}?{query}"
 
 
-def body_model(site: Site, route: Route, model: str, body_model: str | None) -> str | None:
+def body_model(site: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
     if route.deployment is not None or body_model is None:
         return None
     if route.shape == "openai" and site.api_version is not None and route.segment in _BY_DEPLOYMENT:
@@ -73,5 +73,5 @@ def client_auth(scheme: str, token: str) -> tuple[tuple[str, str], ...]:
     return (("api-key", token),)
 
 
-def identity(site: Site, model: str) -> str:
+def identity(site: UpstreamAddress, model: str) -> str:
     return f"azure {site.base_url} {site.api_version} {deployment_of(site, model)}"

@@ -14,7 +14,7 @@ from ...protocol.routes import Route
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class UpstreamAddress:
     """An upstream as a dialect needs it: where it is and how it names things."""
 
     name: str
@@ -24,13 +24,13 @@ class Site:
     deployments: Mapping[str, str]
 
 
-class Dialect(Protocol):
+class Provider(Protocol):
     """The module interface of a provider file."""
 
-    def url(self, site: Site, route: Route, model: str) -> str:
+    def url(self, site: UpstreamAddress, route: Route, model: str) -> str:
         """The absolute upstream URL, percent-encoded as it goes on the wire."""
 
-    def body_model(self, site: Site, route: Route, model: str, body_model: str | None) -> str | None:
+    def body_model(self, site: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
         """The `model` the body must carry upstream; None: as the client wrote it."""
 
     def auth(self, secret: str, organization: str | None, project: str | None) -> tuple[tuple[str, str], ...]:
@@ -39,5 +39,5 @@ class Dialect(Protocol):
     def client_auth(self, scheme: str, token: str) -> tuple[tuple[str, str], ...]:
         """The client's own credential (`bearer` or `api-key`) in this upstream's style, for pass-through."""
 
-    def identity(self, site: Site, model: str) -> str:
+    def identity(self, site: UpstreamAddress, model: str) -> str:
         """What of this upstream can change an answer: part of the cache key."""

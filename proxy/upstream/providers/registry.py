@@ -7,10 +7,10 @@ from typing import Final
 
 from ...protocol.routes import Route
 from . import azure, openai
-from .interface import Dialect, Site
+from .interface import Provider, UpstreamAddress
 
 
-def models_in_path(sites: Sequence[Site], route: Route) -> tuple[str, ...]:
+def models_in_path(sites: Sequence[UpstreamAddress], route: Route) -> tuple[str, ...]:
     """The model that an Azure upstream would serve whatever the body says: that of the deployment in the path."""
     if route.deployment is None or all(site.kind != "azure" for site in sites):
         return ()
@@ -20,10 +20,10 @@ def models_in_path(sites: Sequence[Site], route: Route) -> tuple[str, ...]:
 _GLOB: Final = frozenset("*?[")
 
 
-DIALECTS: Final[dict[str, Dialect]] = {"openai": openai, "azure": azure}
+PROVIDERS: Final[dict[str, Provider]] = {"openai": openai, "azure": azure}
 
 
-def model_named(sites: Sequence[Site], route: Route, body_model: str | None) -> str:
+def model_named(sites: Sequence[UpstreamAddress], route: Route, body_model: str | None) -> str:
     """The model a request is for: the body's, else what the deployment in the path stands for, else ''."""
     if body_model:
         return body_model

@@ -10,7 +10,7 @@ STATES: Final[tuple[State, ...]] = get_args(State)
 
 
 @dataclass(frozen=True, slots=True)
-class Trip:
+class BreakerLimits:
     """When it opens. failures: so many of one kind, without a success between, within `window` seconds; open_for:
     seconds until one request may try again.
     """
@@ -20,7 +20,7 @@ class Trip:
     open_for: float = 15.0
 
 
-class Breaker:
+class CircuitBreaker:
     """One upstream's health. Failures count in a row, so that a busy upstream with a few errors in a thousand answers
     never trips it; and each kind by itself: what is dead fails the same way every time, while different errors are
     news, which the client should see. `now` is monotonic seconds.
@@ -28,8 +28,8 @@ class Breaker:
 
     __slots__ = ("_failed", "_open_until", "_probing", "trip")
 
-    def __init__(self, trip: Trip | None = None) -> None:
-        self.trip = trip or Trip()
+    def __init__(self, trip: BreakerLimits | None = None) -> None:
+        self.trip = trip or BreakerLimits()
         self._failed: dict[int, list[float]] = {}
         self._open_until: float | None = None
         self._probing = False
@@ -46,14 +46,14 @@ class Breaker:
             self._probing = True
             self._open_until = now + self.trip.open_for
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """The upstream answered; whatever it said, it is there."""
         if self._failed or self._open_until is not None:
             self._failed.clear()
             self._open_until = None
             self._probing = False
 
-    def failed(self, now: float, kind: int = 0) -> None:
+    def record_failure(self, now: float, kind: int = 0) -> None:
         """No answer, or an answer that says that the upstream is broken. kind: `outcome.ailment`."""
         if self._open_until is not None:
             if self._probing:

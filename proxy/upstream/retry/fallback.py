@@ -10,7 +10,7 @@ import msgspec
 import orjson
 
 from ...protocol.json_edit import set_field
-from ...protocol.request import Call
+from ...protocol.request import ProxyRequest
 
 
 def fallbacks_for(table: Mapping[str, tuple[str, ...]], model: str) -> tuple[str, ...]:
@@ -22,16 +22,16 @@ def fallbacks_for(table: Mapping[str, tuple[str, ...]], model: str) -> tuple[str
     return tuple(other for other in found if other != model)
 
 
-def asking(call: Call, model: str) -> Call:
+def with_model(request: ProxyRequest, model: str) -> ProxyRequest:
     """The same request for another model; a deployment in the path gives way to it."""
-    route = call.route
+    route = request.route
     if route.deployment is not None:
         route = replace(route, deployment=None, shape="openai")
     return msgspec.structs.replace(
-        call,
+        request,
         route=route,
-        body=set_field(call.body, "model", orjson.dumps(model)),
-        document={**call.document, "model": model},
+        body=set_field(request.body, "model", orjson.dumps(model)),
+        document={**request.document, "model": model},
         model=model,
         body_model=model,
     )

@@ -14,13 +14,13 @@ from typing import Any, Final, Literal
 import orjson
 
 from ...protocol.durations import parse_composite
-from ...protocol.errors import Refusal
+from ...protocol.errors import ProxyError
 
 MAX_WAIT: Final = 3600.0
 """No upstream header makes a key or a request wait longer than this at once (s): it is asked again then."""
 
 
-class Class(Enum):
+class OutcomeKind(Enum):
     """What may follow an outcome."""
 
     OK = "ok"
@@ -42,12 +42,12 @@ class Class(Enum):
 
 KEY_TROUBLE: Final = frozenset(
     {
-        Class.QUOTA,
-        Class.UNAUTHORIZED,
-        Class.FORBIDDEN,
-        Class.MODEL_MISSING,
-        Class.ORGANIZATION,
-        Class.TOO_LARGE,
+        OutcomeKind.QUOTA,
+        OutcomeKind.UNAUTHORIZED,
+        OutcomeKind.FORBIDDEN,
+        OutcomeKind.MODEL_MISSING,
+        OutcomeKind.ORGANIZATION,
+        OutcomeKind.TOO_LARGE,
     }
 )
 """Outcomes that are the key's, not the request's: another key may do better, the same one will not."""
@@ -67,8 +67,8 @@ class TransportFailure(Exception):
         self.detail = detail
 
     @property
-    def outcome(self) -> Class:
-        return Class(self.kind)
+    def outcome(self) -> OutcomeKind:
+        return OutcomeKind(self.kind)
 
     @property
     def code(self) -> str:
@@ -79,9 +79,9 @@ class TransportFailure(Exception):
         """The same anew, to be kept or raised: without the frames that this one holds."""
         return TransportFailure(self.kind, self.detail)
 
-    def refusal(self, spent: bool = False) -> Refusal:
+    def proxy_error(self, spent: bool = False) -> ProxyError:
         """Our own answer in place of the one that did not come. spent: our retries are used up."""
-        return Refusal(self.code, self.detail, should_retry=False if spent else None)
+        return ProxyError(self.code, self.detail, should_retry=False if spent else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class ErrorInfo:
     too_large: bool = False
 
 
-NOTHING_SAID: Final = ErrorInfo()
+NO_ERROR_INFO: Final = ErrorInfo()
 
 _DIMENSION: Final = re.compile(
     r"\b(?:requests|tokens) per (?:min|day)|\b(?:call|request|token) rate limit", re.IGNORECASE
@@ -147,51 +147,51 @@ def _word(value: object) -> str:
 _ORGANIZATION: Final = frozenset({"mismatched_organization", "mismatched_project", "invalid_organization"})
 
 
-def classify(status: int, error: ErrorInfo, should_retry: str | None) -> Class:
+def classify(status: int, error: ErrorInfo, should_retry: str | None) -> OutcomeKind:
     """The class of an answered call.
 
     should_retry: the upstream's `x-should-retry`, obeyed where the key is not at fault.
     """
     if status < 400:
-        return Class.OK
+        return OutcomeKind.OK
     names = (error.code, error.type)
     if status == 429:
         if "insufficient_quota" in names or "billing_hard_limit_reached" in names:
-            return Class.QUOTA
+            return OutcomeKind.QUOTA
         if error.too_large:
-            return Class.TOO_LARGE
-        return Class.FINAL if should_retry == "false" else Class.RATE_LIMITED
+            return OutcomeKind.TOO_LARGE
+        return OutcomeKind.FINAL if should_retry == "false" else OutcomeKind.RATE_LIMITED
     if status == 401:
-        return Class.ORGANIZATION if _ORGANIZATION & set(names) else Class.UNAUTHORIZED
+        return OutcomeKind.ORGANIZATION if _ORGANIZATION & set(names) else OutcomeKind.UNAUTHORIZED
     if status == 403:
-        return Class.FORBIDDEN
+        return OutcomeKind.FORBIDDEN
     if status == 404 and ("model_not_found" in names or "DeploymentNotFound" in names):
-        return Class.MODEL_MISSING
+        return OutcomeKind.MODEL_MISSING
     if should_retry == "true":
-        return Class.RETRY
+        return OutcomeKind.RETRY
     if should_retry != "false" and (status in (408, 409) or status >= 500):
-        return Class.RETRY
-    return Class.FINAL
+        return OutcomeKind.RETRY
+    return OutcomeKind.FINAL
 
 
 NO_ANSWER: Final = 0
 
 
-def ailment(outcome: Class, answer: tuple[int, Mapping[str, str]] | None) -> int | None:
+def breaker_failure(outcome: OutcomeKind, answer: tuple[int, Mapping[str, str]] | None) -> int | None:
     """What speaks against the upstream's health: the status, or `NO_ANSWER`; None where nothing does.
 
     answer: status and headers, None where none came. Who says when to come back is not dead, only busy (RFC 9110
     section 15.6.4).
     """
     if answer is None:
-        return None if outcome is Class.STALE else NO_ANSWER
+        return None if outcome is OutcomeKind.STALE else NO_ANSWER
     status, headers = answer
     if status >= 500:
         return None if "retry-after" in headers or "retry-after-ms" in headers else status
-    return status if status < 400 and outcome is Class.RETRY else None
+    return status if status < 400 and outcome is OutcomeKind.RETRY else None
 
 
-def may_be_stood_in_for(status: int, error: str) -> bool:
+def allows_stale(status: int, error: str) -> bool:
     """Whether a stale answer may take the place of a final failure (RFC 5861 section 4).
 
     error: as in receipts: a code of ours, or `upstream_STATUS`. It may where the upstreams failed, the keys cool or are
@@ -228,7 +228,7 @@ def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
     return status, info
 
 
-def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NOTHING_SAID) -> float | None:
+def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NO_ERROR_INFO) -> float | None:
     """Seconds the upstream asks us to wait, clamped to 0..`MAX_WAIT`; None where it says nothing we understand.
 
     `retry-after-ms` first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or `6m0s`;

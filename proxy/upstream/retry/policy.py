@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from .outcome import KEY_TROUBLE, Class
+from .outcome import KEY_TROUBLE, OutcomeKind
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RetryPolicy:
     """`retry.*` of the settings; times in seconds."""
 
     max_retries: int = 3
@@ -23,7 +23,7 @@ class Policy:
     jitter: float = 1.0
     ambiguous: bool = True
 
-    def asked(self, max_retries: int | None) -> Policy:
+    def with_max_retries(self, max_retries: int | None) -> RetryPolicy:
         """The policy of a request that may ask for a number of retries of its own; None: it does not."""
         return self if max_retries is None else replace(self, max_retries=max_retries)
 
@@ -33,53 +33,55 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Deliver:
+class ReturnToClient:
     """The outcome is the client's. spent: our retries are used up, so an SDK should add none."""
 
     spent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class ChangeKey:
+class TryNextKey:
     """Ask for a key again at once; the last one is not to be used for this request."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
+class RetryOnNewConnection:
     """Send again at once, with the same key, on a connection that nobody used before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class RetryAfter:
     """Wait that long, then ask for a key again."""
 
     seconds: float
 
 
-Step = Deliver | ChangeKey | Fresh | Pause
+Step = ReturnToClient | TryNextKey | RetryOnNewConnection | RetryAfter
 
 
-_ELSEWHERE: Final = frozenset({*KEY_TROUBLE, Class.RETRY, Class.RATE_LIMITED, Class.UNREACHED})
+_ELSEWHERE: Final = frozenset({*KEY_TROUBLE, OutcomeKind.RETRY, OutcomeKind.RATE_LIMITED, OutcomeKind.UNREACHED})
 
 
-class Attempts:
+class RetryState:
     """One request's use of the policy."""
 
     __slots__ = ("_random", "policy", "retries", "stale_used")
 
-    def __init__(self, policy: Policy, random: Callable[[], float]) -> None:
+    def __init__(self, policy: RetryPolicy, random: Callable[[], float]) -> None:
         self.policy = policy
         self._random = random
         self.retries = 0
         self.stale_used = False
 
-    def elsewhere(self, outcome: Class) -> bool:
+    def can_fail_over(self, outcome: OutcomeKind) -> bool:
         """Whether another upstream, or another model, may be tried once this one's retries are used up."""
-        return outcome in _ELSEWHERE or (outcome in (Class.AMBIGUOUS, Class.STALE) and self.policy.ambiguous)
+        return outcome in _ELSEWHERE or (
+            outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.STALE) and self.policy.ambiguous
+        )
 
-    def after(
+    def next(
         self,
-        outcome: Class,
+        outcome: OutcomeKind,
         *,
         asked_wait: float | None,
         left: float,
@@ -92,28 +94,28 @@ class Attempts:
         other_key: another key could be used now; granted: takes one retry out of the upstream's budget, False where it
         is empty.
         """
-        if outcome in (Class.OK, Class.FINAL, Class.INVALID, Class.TIMEOUT):
-            return Deliver()
+        if outcome in (OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT):
+            return ReturnToClient()
         if outcome in KEY_TROUBLE:
-            return ChangeKey()
-        if outcome is Class.STALE:
+            return TryNextKey()
+        if outcome is OutcomeKind.STALE:
             if not self.stale_used:
                 self.stale_used = True
-                return Fresh()
-            outcome = Class.AMBIGUOUS
-        if outcome is Class.RATE_LIMITED and other_key:
-            return ChangeKey()
-        if outcome is Class.AMBIGUOUS and not self.policy.ambiguous:
-            return Deliver()
+                return RetryOnNewConnection()
+            outcome = OutcomeKind.AMBIGUOUS
+        if outcome is OutcomeKind.RATE_LIMITED and other_key:
+            return TryNextKey()
+        if outcome is OutcomeKind.AMBIGUOUS and not self.policy.ambiguous:
+            return ReturnToClient()
         if self.retries >= self.policy.max_retries:
-            return Deliver(spent=self.policy.max_retries > 0)
+            return ReturnToClient(spent=self.policy.max_retries > 0)
         pause = max(self.policy.delay(self.retries, self._random), asked_wait or 0.0)
         if pause >= left:
-            return Deliver(spent=self.retries > 0)
+            return ReturnToClient(spent=self.retries > 0)
         if not granted():
-            return Deliver(spent=True)
+            return ReturnToClient(spent=True)
         self.retries += 1
-        return Pause(pause)
+        return RetryAfter(pause)
 
 
 class RetryBudget:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.accounting.budgets.account import Account, Kind, Stake, refused, span, stamp
+from proxy.accounting.budgets.account import Account, BudgetReservation, Kind, budget_exceeded, span, stamp
 
 D = Decimal
 
@@ -34,8 +34,8 @@ def account(day: str | None = "1", month: str | None = None, name: str = "") -> 
     return made
 
 
-def stake(amount: str, *accounts: Account) -> Stake:
-    return Stake(accounts, D(amount), lambda: None)
+def stake(amount: str, *accounts: Account) -> BudgetReservation:
+    return BudgetReservation(accounts, D(amount), lambda: None)
 
 
 def spent(one: Account, wall: float = NOON) -> Mapping[str, str]:
@@ -90,7 +90,7 @@ def test_of_two_full_ones_the_one_that_is_full_for_longer_is_told() -> None:
     stake("1", one).settle(D(1), NOON)
     pot = one.short(D("0.1"), NOON)
     assert pot is not None
-    refusal = refused(one, pot, D("0.1"), NOON, cache_only=False)
+    refusal = budget_exceeded(one, pot, D("0.1"), NOON, cache_only=False)
     assert (refusal.status, refusal.code, refusal.should_retry) == (429, "budget_exceeded", False)
     assert refusal.retry_after == at(2026, 12, 1) - NOON
     assert "2026-12-01T00:00:00Z" in refusal.message
@@ -103,19 +103,19 @@ def test_what_is_in_the_way_is_said() -> None:
     held = stake("0.8", one)
     pot = one.short(D("0.5"), NOON)
     assert pot is not None
-    refusal = refused(one, pot, D("0.5"), NOON, cache_only=True)
+    refusal = budget_exceeded(one, pot, D("0.5"), NOON, cache_only=True)
     assert refusal.retry_after == 1.0  # only what is under way is in the way
     assert "client anna" in refusal.message
     assert "0.800000 held" in refusal.message
     assert "cache_only" in refusal.message
     held.cancel()
-    assert "this request alone" in refused(one, pot, D("1.5"), NOON, cache_only=False).message
+    assert "this request alone" in budget_exceeded(one, pot, D("1.5"), NOON, cache_only=False).message
 
 
 def test_a_stake_ends_once() -> None:
     one, other = account(), account("5", "9", "anna")
     told: list[None] = []
-    mine = Stake((one, other), D("0.3"), lambda: told.append(None))
+    mine = BudgetReservation((one, other), D("0.3"), lambda: told.append(None))
     assert (one.held, other.held) == (D("0.3"), D("0.3"))
     mine.settle(D("0.25"), NOON)
     mine.settle(D(7), NOON)
@@ -166,7 +166,7 @@ def test_the_ledger_tells_what_others_have_spent_and_lags_behind() -> None:
 def test_alone_each_keeps_to_an_equal_share_of_what_was_left() -> None:
     one, today = account("10"), at(2026, 11, 21)
     stake("0", one).settle(D(1), NOON)
-    one.heard({("day", today): D(2)}, D(1), 3, NOON)  # 6 are left, for three
+    one.apply_shared({("day", today): D(2)}, D(1), 3, NOON)  # 6 are left, for three
     assert one.short(D(2), NOON, alone=True) is None
     assert one.short(D("2.01"), NOON, alone=True) is not None
     assert one.short(D(6), NOON) is None
@@ -176,7 +176,7 @@ def test_alone_each_keeps_to_an_equal_share_of_what_was_left() -> None:
     assert one.short(D(0), NOON, alone=True) is not None
     assert one.short(D(3), MIDNIGHT, alone=True) is None  # a third of the new day's, less what others hold
     assert one.short(D("3.01"), MIDNIGHT, alone=True) is not None
-    one.heard({("day", at(2026, 11, 22)): D(1)}, D(0), 1, MIDNIGHT)
+    one.apply_shared({("day", at(2026, 11, 22)): D(1)}, D(0), 1, MIDNIGHT)
     assert one.short(D(9), MIDNIGHT, alone=True) is None
 
 
@@ -243,7 +243,7 @@ def test_only_what_was_underestimated_is_overspent(moves: list[tuple[str, object
     limits: dict[Kind, Decimal] = {"day": D(2), "month": D(5)}
     one, wall = Account(""), at(2026, 12, 28)
     one.change(limits, wall)
-    flying: list[tuple[Stake, Decimal, Decimal]] = []
+    flying: list[tuple[BudgetReservation, Decimal, Decimal]] = []
     reference: dict[tuple[Kind, float], list[Decimal]] = {}
     for move, first, second in moves:
         if move == "ask":

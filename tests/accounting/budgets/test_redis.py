@@ -11,14 +11,14 @@ from decimal import Decimal
 import pytest
 
 from proxy.accounting.budgets import redis as module
-from proxy.accounting.budgets.account import Account, Pot, Stake
+from proxy.accounting.budgets.account import Account, BudgetPeriod, BudgetReservation
 from proxy.accounting.budgets.budgets import Budgets
 from proxy.accounting.budgets.redis import RedisBudgets
-from proxy.config.settings import Budget, Cost, Settings
-from proxy.protocol.errors import Refusal
+from proxy.config.settings import BudgetSettings, CostSettings, Settings
+from proxy.protocol.errors import ProxyError
 from proxy.protocol.request import Client
 from proxy.system import redis as redis_link
-from proxy.system.clock import Seams
+from proxy.system.clock import Clock
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, until, valkey
 
 D = Decimal
@@ -36,14 +36,14 @@ class Proxy:
     def account(self) -> Account:
         return self.budgets.accounts[0]
 
-    def pot(self, kind: str = "day") -> Pot:
+    def pot(self, kind: str = "day") -> BudgetPeriod:
         return next(pot for pot in self.account.at(self.budgets.wall()) if pot.kind == kind)
 
-    async def hold(self, amount: str) -> Stake | None:
+    async def hold(self, amount: str) -> BudgetReservation | None:
         """A stake, or None where there is no room."""
         try:
-            return await self.budgets.hold(NOBODY, D(amount))
-        except Refusal:
+            return await self.budgets.reserve(NOBODY, D(amount))
+        except ProxyError:
             return None
 
     async def spend(self, amount: str, cost: str | None = None) -> bool:
@@ -58,7 +58,7 @@ class Proxy:
 
     async def told(self) -> None:
         """All is said, and the others are heard."""
-        await self.budgets._tell_all()
+        await self.budgets._publish_all()
 
 
 Start = Callable[..., Awaitable[Proxy]]
@@ -77,24 +77,24 @@ def server(shared: Valkey) -> Iterator[Valkey]:
     shared.signal(signal.SIGCONT)
 
 
-class Clock:
+class Hands:
     wall = NOW
 
 
 @pytest.fixture
 async def start(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    monkeypatch.setattr(redis_link, "LONGEST", PATIENT)
+    monkeypatch.setattr(redis_link, "DEADLINE_MAX", PATIENT)
     monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.5)
     monkeypatch.setattr(module, "HELD_FOR", 10 * PATIENT)
-    Clock.wall = NOW
+    Hands.wall = NOW
     started: list[Proxy] = []
 
     async def one(day: str = "10", month: str = "100", before: str = "0", prefix: str = "p") -> Proxy:
-        settings = Settings(cost=Cost(budget=Budget(D(day), D(month))))
+        settings = Settings(cost=CostSettings(budget=BudgetSettings(D(day), D(month))))
         link = RedisBudgets(server.url, prefix, f"p{len(started)}", deadline=PATIENT)
         await link.open()
         await until(lambda: link._link.up)
-        proxy = Proxy(Budgets(settings, Seams(wall=lambda: Clock.wall), link), link)
+        proxy = Proxy(Budgets(settings, Clock(wall=lambda: Hands.wall), link), link)
 
         async def spent(since: float, client: str | None) -> Decimal:
             return D(before)
@@ -163,7 +163,7 @@ async def test_what_is_said_twice_counts_once_and_old_news_not_at_all(start: Sta
     early = Account("")
     early.change({"day": D(10), "month": D(100)}, NOW)  # as it was before: a message that was under way for long
     one.shared._seq -= 3
-    await one.shared.tell(early, NOW)
+    await one.shared.publish(early, NOW)
     one.shared._seq += 3
     await other.told()
     assert (other.pot().spent, other.pot("month").spent) == (D(2), D(2))
@@ -174,7 +174,7 @@ async def test_a_new_day(start: Start, server: Valkey) -> None:
     await one.spend("9")
     await one.told()
     assert not await other.spend("2")
-    Clock.wall += 86400.0
+    Hands.wall += 86400.0
     assert await other.spend("2")
     for proxy in (other, one):
         await proxy.told()

@@ -21,14 +21,14 @@ import pytest
 from proxy.accounting.ledger import writer
 from proxy.accounting.ledger.file import LAYOUT, open_to_write
 from proxy.accounting.ledger.ledger import Ledger
-from proxy.accounting.ledger.reader import NoLedger, Span, report, spent, what_if
-from proxy.accounting.ledger.reporting import Sums, WhatIf
-from proxy.accounting.ledger.writer import Writer
+from proxy.accounting.ledger.reader import LedgerMissing, Span, report, spent, what_if
+from proxy.accounting.ledger.reporting import ReportRow, WhatIf
+from proxy.accounting.ledger.writer import LedgerWriter
 from proxy.accounting.receipt import Receipt
 from proxy.cache.entry import Entry
 from proxy.cost.usage import Usage
 from proxy.system import sqlite as files
-from proxy.system.clock import REAL
+from proxy.system.clock import SYSTEM_CLOCK
 from tests.launch import ROOT, environment
 
 NOW = 1_800_000_000.0
@@ -61,15 +61,15 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def running(path: Path) -> Iterator[Writer]:
+def running(path: Path) -> Iterator[LedgerWriter]:
     """A writer at work; ended after the test."""
-    one = Writer(path, 1, Sums())
+    one = LedgerWriter(path, 1, ReportRow())
     one.start()
     yield one
     one.close(10.0)
 
 
-def put(one: Writer, *receipts: Receipt) -> None:
+def put(one: LedgerWriter, *receipts: Receipt) -> None:
     """Returns when they were tried to be written."""
     done = threading.Event()
     one.put([(each, 1) for each in receipts], (), done=done)
@@ -81,7 +81,7 @@ def total(path: Path) -> dict[str, Any]:
 
 
 async def test_hits_misses_and_refusals(path: Path) -> None:
-    ledger = Ledger(str(path), REAL)
+    ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
     for _ in range(3):
         ledger.hit(entry(), "anna", ("team:a",), "nightly", NOW, 0.25)
@@ -104,7 +104,7 @@ async def test_hits_misses_and_refusals(path: Path) -> None:
 
 
 async def test_what_a_clean_stop_still_holds_is_written(path: Path) -> None:
-    ledger = Ledger(str(path), REAL)
+    ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
     for number in range(1000):
         ledger.record(receipt(id=str(number)))
@@ -114,7 +114,7 @@ async def test_what_a_clean_stop_still_holds_is_written(path: Path) -> None:
 
 
 async def test_without_a_path_there_are_totals_alone(tmp_path: Path) -> None:
-    ledger = Ledger(None, REAL)
+    ledger = Ledger(None, SYSTEM_CLOCK)
     ledger.open()
     ledger.record(receipt())
     ledger.hit(entry(), "", (), "", NOW, 0.1)
@@ -127,7 +127,7 @@ async def test_without_a_path_there_are_totals_alone(tmp_path: Path) -> None:
 
 
 async def test_it_is_flushed_without_being_asked(path: Path) -> None:
-    ledger = Ledger(str(path), REAL)
+    ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
     task = asyncio.create_task(ledger.run())
     ledger.record(receipt())
@@ -138,7 +138,7 @@ async def test_it_is_flushed_without_being_asked(path: Path) -> None:
 
 
 async def test_what_was_spent(path: Path) -> None:
-    ledger = Ledger(str(path), REAL)
+    ledger = Ledger(str(path), SYSTEM_CLOCK)
     assert await ledger.spent(0.0) == 0  # no file yet
     ledger.open()
     for client, at, cost in (
@@ -155,7 +155,7 @@ async def test_what_was_spent(path: Path) -> None:
     assert await ledger.spent(NOW, "nobody") == 0
 
 
-def test_days_and_bounds(path: Path, running: Writer) -> None:
+def test_days_and_bounds(path: Path, running: LedgerWriter) -> None:
     put(running, *(receipt(finished_at=NOW + days * 86400) for days in (-40, 0, 0, 1)))
     rows, all_ = report(path, ["day"], ALL)
     assert [(row["day"], row["requests"]) for row in rows] == [
@@ -172,22 +172,22 @@ def test_days_and_bounds(path: Path, running: Writer) -> None:
     assert report(path, ["day"], Span(NOW + 1e6))[0] == []
 
 
-def test_a_request_with_two_tags_counts_in_both_and_once_in_all(path: Path, running: Writer) -> None:
+def test_a_request_with_two_tags_counts_in_both_and_once_in_all(path: Path, running: LedgerWriter) -> None:
     put(running, receipt(tags=("team:a", "env:ci")), receipt(tags=("team:a",)), receipt())
     rows, all_ = report(path, ["tag"], ALL)
     assert {row["tag"]: row["requests"] for row in rows} == {"team:a": 2, "env:ci": 1, None: 1}
     assert all_["requests"] == 3
 
 
-def test_another_cache(path: Path, running: Writer) -> None:
+def test_another_cache(path: Path, running: LedgerWriter) -> None:
     put(running, *(receipt(finished_at=NOW + hours * 3600) for hours in range(4)))
     found = what_if(path, ALL, WhatIf.parse("ttl=2h"))
     assert (found["hits"], found["what_if_hits"], found["what_if_saved_usd"]) == (0, 2, "0.004500")
 
 
-def test_a_row_that_is_written_again_counts_once(path: Path, running: Writer) -> None:
+def test_a_row_that_is_written_again_counts_once(path: Path, running: LedgerWriter) -> None:
     """When a commit fails it is not known whether it was one."""
-    one = Writer(path, 1, Sums())
+    one = LedgerWriter(path, 1, ReportRow())
     one.put([(receipt(), 1)], ())
     one._take()
     rows = list(one._rows)
@@ -202,7 +202,7 @@ async def test_without_a_home_there_is_no_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ledger = Ledger("~nobody-of-this-name/usage.db", REAL)
+    ledger = Ledger("~nobody-of-this-name/usage.db", SYSTEM_CLOCK)
     ledger.open()
     await ledger.close()
     assert list(tmp_path.iterdir()) == []
@@ -212,7 +212,7 @@ async def test_without_a_home_there_is_no_ledger(
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_locked_file_is_waited_for(path: Path, running: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_file_is_waited_for(path: Path, running: LedgerWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BUSY", 0.05)
     put(running, receipt())
     with running._wake:
@@ -227,7 +227,7 @@ def test_a_locked_file_is_waited_for(path: Path, running: Writer, monkeypatch: p
     assert total(path)["requests"] == 2
 
 
-def test_a_full_disk(path: Path, running: Writer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk(path: Path, running: LedgerWriter, caplog: pytest.LogCaptureFixture) -> None:
     """As SQLite tells it: the file may not grow."""
     put(running, receipt())
 
@@ -254,10 +254,10 @@ def test_when_too_much_waits_equal_hits_are_one_and_the_rest_is_counted_as_lost(
 ) -> None:
     monkeypatch.setattr(writer, "MOST_WAITING", 10)
     (tmp_path / "file").write_text("")
-    totals = Sums()
-    one = Writer(tmp_path / "file" / "usage.db", 1, totals)
+    totals = ReportRow()
+    one = LedgerWriter(tmp_path / "file" / "usage.db", 1, totals)
     one.start()
-    ledger = Ledger(None, REAL)
+    ledger = Ledger(None, SYSTEM_CLOCK)
 
     def hits(of: Entry, count: int) -> None:
         for _ in range(count):
@@ -283,8 +283,8 @@ def test_when_too_much_waits_equal_hits_are_one_and_the_rest_is_counted_as_lost(
 
 
 async def test_what_is_beyond_the_memory_is_counted(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    monkeypatch.setattr("proxy.accounting.ledger.ledger.MOST", 2)
-    ledger = Ledger(str(path), REAL)
+    monkeypatch.setattr("proxy.accounting.ledger.ledger.MAX_WAITING", 2)
+    ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
     for number in range(4):
         ledger.record(receipt())
@@ -297,7 +297,7 @@ async def test_what_is_beyond_the_memory_is_counted(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("content", [b"no database at all" * 1000, None])
 def test_a_damaged_file_is_moved_aside(path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
     if content is None:
-        first = Writer(path, 1, Sums())
+        first = LedgerWriter(path, 1, ReportRow())
         first.start()
         put(first, *(receipt(id=str(n), tags=(f"n:{n}",)) for n in range(2000)))
         first.close(10)
@@ -305,7 +305,7 @@ def test_a_damaged_file_is_moved_aside(path: Path, content: bytes | None, caplog
         whole[4096 * 2 :] = b"\xff" * (len(whole) - 4096 * 2)
         content = bytes(whole)
     path.write_bytes(content)
-    one = Writer(path, 1, Sums())
+    one = LedgerWriter(path, 1, ReportRow())
     one.start()
     for _ in range(3):
         put(one, receipt())
@@ -320,18 +320,18 @@ def test_another_programs_database_is_left_alone(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE theirs (a)")
     before = path.read_bytes()
-    one = Writer(path, 1, Sums())
+    one = LedgerWriter(path, 1, ReportRow())
     one.start()
     put(one, receipt())
     assert one.state == "it is another program's database"
     one.close(10)
     assert path.read_bytes() == before
-    with pytest.raises(NoLedger, match="is not a ledger"):
+    with pytest.raises(LedgerMissing, match="is not a ledger"):
         report(path, ["day"], ALL)
     assert spent(path, 0.0) == 0
 
 
-def test_a_file_that_was_removed_is_made_anew_with_all_its_kinds(path: Path, running: Writer) -> None:
+def test_a_file_that_was_removed_is_made_anew_with_all_its_kinds(path: Path, running: LedgerWriter) -> None:
     put(running, receipt(client="anna"))
     path.unlink()
     put(running, receipt(client="anna"), receipt(client="ben"))
@@ -339,7 +339,7 @@ def test_a_file_that_was_removed_is_made_anew_with_all_its_kinds(path: Path, run
 
 
 def test_a_row_that_cannot_be_written_does_not_stop_the_others(
-    path: Path, running: Writer, caplog: pytest.LogCaptureFixture
+    path: Path, running: LedgerWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(running, receipt(cache_key="no hex"), receipt())
     assert running.lost == 1
@@ -351,19 +351,19 @@ def test_a_row_that_cannot_be_written_does_not_stop_the_others(
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(NoLedger, match="there is no ledger"):
+    with pytest.raises(LedgerMissing, match="there is no ledger"):
         report(tmp_path / "none.db", ["day"], ALL)
     assert not (tmp_path / "none.db").exists()
     (tmp_path / "new.db").touch()
-    with pytest.raises(NoLedger, match="still empty"):
+    with pytest.raises(LedgerMissing, match="still empty"):
         report(tmp_path / "new.db", ["day"], ALL)
     (tmp_path / "text.db").write_bytes(b"text" * 1000)
-    with pytest.raises(NoLedger, match="cannot be read"):
+    with pytest.raises(LedgerMissing, match="cannot be read"):
         report(tmp_path / "text.db", ["day"], ALL)
 
 
 def test_a_stop_that_takes_too_long_says_so(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one = Writer(path, 1, Sums())
+    one = LedgerWriter(path, 1, ReportRow())
     one.start()
     put(one, receipt())
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -381,7 +381,7 @@ def test_a_stop_that_takes_too_long_says_so(path: Path, caplog: pytest.LogCaptur
 WRITES = """
 import sys, threading
 from tests.accounting.ledger.test_ledger import *
-one = Writer(Path(sys.argv[1]), int(sys.argv[2]), Sums())
+one = LedgerWriter(Path(sys.argv[1]), int(sys.argv[2]), ReportRow())
 one.start()
 for number in range(10**9):
     put(one, *(receipt(client=sys.argv[3]) for _ in range(10)))
@@ -389,7 +389,7 @@ for number in range(10**9):
 """
 
 
-def test_killed_while_writing_beside_another(path: Path, running: Writer, tmp_path: Path) -> None:
+def test_killed_while_writing_beside_another(path: Path, running: LedgerWriter, tmp_path: Path) -> None:
     """What was said to be written is there, and the file is whole."""
     command = [sys.executable, "-c", WRITES, str(path)]
     processes = [

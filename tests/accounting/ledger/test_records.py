@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from proxy.accounting.ledger.records import (
     LONGEST,
     MOST_TAGS,
-    Hits,
+    HitCounter,
     amount,
     dollars,
+    error_receipt,
     kind_id,
     kind_of,
     record_of,
-    refusal,
 )
 from proxy.accounting.receipt import Receipt
 from proxy.cache.entry import Entry
@@ -122,7 +122,7 @@ def test_equal_hits_are_one_row() -> None:
         *("ab" * 32, "sse", 200, (), b"", None, 0.0, 60.0, "chat", "gpt-4o", "gpt-4o-2024"),
         *(usage, "0.002250", "ci", ("stored:by",), True),
     )
-    hits = Hits(entry, "anna", ("team:a",), "nightly", 1.5, 0.25)
+    hits = HitCounter(entry, "anna", ("team:a",), "nightly", 1.5, 0.25)
     hits.count, hits.milliseconds = 4, 1.0
     got = hits.receipt()
     kind, row = kind_of(got), record_of(got, 1, hits.count)
@@ -151,5 +151,5 @@ def test_a_kind_has_one_number_everywhere() -> None:
 
 
 def test_a_refusal() -> None:
-    got = refusal("invalid_json", 400, "anna", "chat", 2.0)
+    got = error_receipt("invalid_json", 400, "anna", "chat", 2.0)
     assert (kind_of(got).error, kind_of(got).status, record_of(got, 1, 3).requests) == ("invalid_json", 400, 3)

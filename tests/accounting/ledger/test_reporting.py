@@ -10,26 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.accounting.ledger.records import Kind, Record
-from proxy.accounting.ledger.reporting import BY, Sums, WhatIf, labels, moment, ordered, percentiles, replay
+from proxy.accounting.ledger.records import LedgerRecord, RecordKind
+from proxy.accounting.ledger.reporting import BY, ReportRow, WhatIf, labels, ordered, parse_moment, percentiles, replay
 
 DAY = 20_000
 """2024-10-04."""
 
 
-def kind(**fields: Any) -> Kind:
-    base = dict.fromkeys(Kind._fields, "")
+def kind(**fields: Any) -> RecordKind:
+    base = dict.fromkeys(RecordKind._fields, "")
     usual = {"model": "gpt-4o", "endpoint": "chat", "status": 200, "cache": "miss", "stream": False, "sampled": False}
-    return Kind(**(base | usual | {"tags": ()} | fields))  # type: ignore[arg-type]
+    return RecordKind(**(base | usual | {"tags": ()} | fields))  # type: ignore[arg-type]
 
 
-def row(**fields: Any) -> Record:
-    base: dict[str, Any] = dict.fromkeys(Record._fields, 0) | {"requests": 1, "other": None, "rest": None}
-    return Record(**(base | fields))
+def row(**fields: Any) -> LedgerRecord:
+    base: dict[str, Any] = dict.fromkeys(LedgerRecord._fields, 0) | {"requests": 1, "other": None, "rest": None}
+    return LedgerRecord(**(base | fields))
 
 
 def test_sums() -> None:
-    sums = Sums()
+    sums = ReportRow()
     bought = row(attempts=2, prompt=100, cached=60, completion=20, total=120, cost=2_250_000_000, saved=0)
     sums.add(kind(), bought)
     sums.add(kind(cache="hit"), row(requests=3, total=360, prompt=300, cost=0, saved=6_750_000_000))
@@ -59,7 +59,7 @@ def test_sums() -> None:
 
 
 def test_nothing_is_no_division() -> None:
-    assert Sums().as_json()["hit_rate"] == 0.0
+    assert ReportRow().as_json()["hit_rate"] == 0.0
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=300))
@@ -89,8 +89,8 @@ def test_where_a_request_belongs(by: list[str], fields: dict[str, Any], wanted: 
 
 
 def test_the_order_of_rows() -> None:
-    def sums(cost: int, requests: int = 1) -> Sums:
-        return Sums(requests=requests, cost=cost)
+    def sums(cost: int, requests: int = 1) -> ReportRow:
+        return ReportRow(requests=requests, cost=cost)
 
     by_day = ordered(["day"], {("2024-10-05",): sums(9), ("2024-10-04",): sums(1)})
     assert [line["day"] for line in by_day] == ["2024-10-04", "2024-10-05"]
@@ -111,13 +111,13 @@ def test_the_order_of_rows() -> None:
     ],
 )
 def test_moments(text: str, wanted: float) -> None:
-    assert moment(text, 1e9) == wanted
+    assert parse_moment(text, 1e9) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "tomorrow", "2001-13-01", "7 days", "-7d"])
 def test_what_is_no_moment(text: str) -> None:
     with pytest.raises(ValueError, match="a duration back such as 7d"):
-        moment(text, 1e9)
+        parse_moment(text, 1e9)
 
 
 # --- what if ----------------------------------------------------------------------------------------------------------

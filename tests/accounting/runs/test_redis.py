@@ -12,10 +12,10 @@ import pytest
 
 from proxy.accounting.runs import redis as redis_runs
 from proxy.accounting.runs.redis import RedisRuns
-from proxy.accounting.runs.run import Run, Sums
+from proxy.accounting.runs.run import Run, RunTotals
 from proxy.cache.stores.redis import LONGEST_PREFIX
 from proxy.system import redis as redis_link
-from proxy.system.redis import Link
+from proxy.system.redis import RedisConnection
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, until, valkey
 
 Open = Callable[..., Awaitable[RedisRuns]]
@@ -38,11 +38,11 @@ def server(shared: Valkey) -> Iterator[Valkey]:
 
 @pytest.fixture
 async def opened(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Open]:
-    monkeypatch.setattr(redis_link, "LONGEST", PATIENT)
+    monkeypatch.setattr(redis_link, "DEADLINE_MAX", PATIENT)
     opened = []
 
     async def open_runs(prefix: str = "p", url: str | None = None, deadline: float = PATIENT) -> RedisRuns:
-        link = Link(url or server.url, PATIENT)
+        link = RedisConnection(url or server.url, PATIENT)
         runs = RedisRuns(link, prefix, lambda: NOW, deadline=deadline)
         await runs.open()
         opened.append(runs)
@@ -107,10 +107,10 @@ async def test_a_run_that_is_full_is_numbered_by_each_alone(opened: Open, monkey
 async def test_sums_of_all_processes_and_each_counts_once(opened: Open) -> None:
     one, two = await opened(), await opened()
     mine, theirs = run("p1"), run("p2")
-    mine.add(Sums(2, 1, 1, cost=Decimal("0.002250000000000001"), saved=Decimal("0.5")), NOW, "gpt-4o")
+    mine.add(RunTotals(2, 1, 1, cost=Decimal("0.002250000000000001"), saved=Decimal("0.5")), NOW, "gpt-4o")
     for _ in range(3):  # said again: counted once
         assert await told(one, mine)
-    theirs.add(Sums(1, 0, 1, cost=Decimal("1")), NOW + 5, "gpt-4.1")
+    theirs.add(RunTotals(1, 0, 1, cost=Decimal("1")), NOW + 5, "gpt-4.1")
     assert await told(two, theirs)
     assert (theirs.cost, theirs.saved) == (Decimal("1.002250000000000001"), Decimal("0.5"))
     assert await told(one, mine)
@@ -126,7 +126,7 @@ async def test_an_older_share_does_not_undo_a_newer(opened: Open) -> None:
     one = await opened()
     mine = run("p1")
     old = mine.share(NOW)
-    mine.add(Sums(1, cost=Decimal(1)), NOW)
+    mine.add(RunTotals(1, cost=Decimal(1)), NOW)
     await one.share(mine, mine.share(NOW))
     await one.share(mine, old)
     theirs = run("p2")
@@ -141,7 +141,7 @@ async def test_two_processes_do_not_overrun_together(opened: Open) -> None:
 
     async def ask(runs: RedisRuns, r: Run) -> None:
         before = r.committed
-        r.hold(amount)
+        r.reserve(amount)
         fits = await runs.share(r, r.share(NOW + 60), before, limit)
         assert fits is not None
         if fits:
@@ -160,7 +160,7 @@ async def test_two_processes_do_not_overrun_together(opened: Open) -> None:
 async def test_what_a_dead_process_held_counts_no_longer(opened: Open) -> None:
     one = await opened()
     dead, mine = run("p1"), run("p2")
-    dead.hold(Decimal(5))
+    dead.reserve(Decimal(5))
     await told(one, dead, until=NOW)
     await told(one, mine)
     assert mine.others == 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.accounting.runs import run as runs
-from proxy.accounting.runs.run import NOTHING, Run, Runs, Share, Sums, as_json, joined, rounded_up
+from proxy.accounting.runs.run import NOTHING, Run, Runs, RunShare, RunTotals, as_json, joined, rounded_up
 
 WALL = 1_800_000_000.0
 
@@ -163,7 +163,7 @@ AMOUNTS = st.decimals(0, 1000, places=18)
 def test_sums_are_exact(amounts: list[Decimal]) -> None:
     one = run()
     for amount in amounts:
-        one.add(Sums(requests=1, cost=amount, saved=amount), WALL)
+        one.add(RunTotals(requests=1, cost=amount, saved=amount), WALL)
     nano = sum(int(amount.scaleb(18)) for amount in amounts)
     assert int(one.cost.scaleb(18)) == int(one.saved.scaleb(18)) == nano
     assert one.sums.requests == len(amounts)
@@ -177,12 +177,12 @@ def test_what_costs_no_more_than_its_estimate_never_overruns(steps: list[tuple[D
     for amount, ends in steps:
         amount = min(amount, limit)  # the first may try whatever it may cost
         if one.room_for(amount, limit):
-            one.hold(amount)
+            one.reserve(amount)
             under_way.append(amount)
         if ends and under_way:
             estimate = under_way.pop(0)
             one.release(estimate)
-            one.add(Sums(requests=1, cost=estimate), WALL)
+            one.add(RunTotals(requests=1, cost=estimate), WALL)
         assert one.committed <= limit
     for estimate in under_way:
         one.release(estimate)
@@ -204,24 +204,24 @@ def test_what_costs_no_more_than_its_estimate_never_overruns(steps: list[tuple[D
 )
 def test_room(spent: str, held: str, others: str, amount: str, limit: str, fits: bool) -> None:
     one = run()
-    one.add(Sums(cost=Decimal(spent)), WALL)
-    one.hold(Decimal(held))
-    one.heard([Share(1, Sums(cost=Decimal(others)))], WALL)
+    one.add(RunTotals(cost=Decimal(spent)), WALL)
+    one.reserve(Decimal(held))
+    one.apply_shared([RunShare(1, RunTotals(cost=Decimal(others)))], WALL)
     assert one.room_for(Decimal(amount), Decimal(limit)) is fits
 
 
 def test_what_others_hold_counts_while_they_live() -> None:
     one = run()
-    share = Share(1, Sums(cost=Decimal(1), assumed=Decimal(2), saved=Decimal(7)), Decimal(3), until=WALL + 10)
-    one.heard([share], WALL)
+    share = RunShare(1, RunTotals(cost=Decimal(1), assumed=Decimal(2), saved=Decimal(7)), Decimal(3), until=WALL + 10)
+    one.apply_shared([share], WALL)
     assert (one.others, one.cost, one.saved) == (Decimal(6), Decimal(1), Decimal(7))
-    one.heard([share], WALL + 10)
+    one.apply_shared([share], WALL + 10)
     assert one.others == 3
 
 
 def test_what_is_assumed_counts_against_the_limit_only() -> None:
     one = run()
-    one.add(Sums(assumed=Decimal(2)), WALL)
+    one.add(RunTotals(assumed=Decimal(2)), WALL)
     assert (one.cost, one.committed) == (Decimal(0), Decimal(2))
 
 
@@ -238,8 +238,8 @@ def test_rounding_up(amount: str, units: int) -> None:
 def test_a_run_as_json() -> None:
     one = run()
     one.max_cost = Decimal("2.5")
-    one.add(Sums(1, 0, 1, 0, 0, 100, 200, Decimal("0.00225")), WALL, "gpt-4o")
-    one.add(Sums(1, 1, saved=Decimal("0.00225")), WALL + 1, "gpt-4o")
+    one.add(RunTotals(1, 0, 1, 0, 0, 100, 200, Decimal("0.00225")), WALL, "gpt-4o")
+    one.add(RunTotals(1, 1, saved=Decimal("0.00225")), WALL + 1, "gpt-4o")
     assert as_json(one.share(WALL), 1) == {
         "requests": 2,
         "hits": 1,
@@ -268,8 +268,8 @@ def test_model_names_are_bounded() -> None:
 
 
 def test_shares_are_joined() -> None:
-    one = Share(1, Sums(requests=2, cost=Decimal(1)), first=5, last=9, max_cost=Decimal(3), models=("a", "b"))
-    two = Share(4, Sums(requests=1, cost=Decimal(2)), first=4, last=8, max_cost=Decimal(4), models=("b", "c"))
+    one = RunShare(1, RunTotals(requests=2, cost=Decimal(1)), first=5, last=9, max_cost=Decimal(3), models=("a", "b"))
+    two = RunShare(4, RunTotals(requests=1, cost=Decimal(2)), first=4, last=8, max_cost=Decimal(4), models=("b", "c"))
     both = joined([one, two])
     assert (both.sums.requests, both.sums.cost, both.first, both.last) == (3, Decimal(3), 4.0, 9.0)
     assert (both.max_cost, both.models) == (Decimal(3), ("a", "b", "c"))

@@ -12,21 +12,21 @@ from proxy.cache.cassette import write
 from proxy.cache.entry import Entry
 from proxy.cache.stores import cassette as cassettes
 from proxy.cache.stores.cassette import (
+    CassetteError,
     RecordingStore,
-    Unusable,
     alone,
     merge_into,
     open_cassette,
     read_file,
-    without_scope,
+    without_partition,
 )
-from proxy.cache.stores.interface import Name
+from proxy.cache.stores.interface import EntryName
 from proxy.cache.stores.memory import MemoryStore
-from proxy.system.clock import REAL
+from proxy.system.clock import SYSTEM_CLOCK
 from tests.cache.stores.kit import NOW, entry
 
 
-def named(*entries: Entry) -> dict[Name, Entry]:
+def named(*entries: Entry) -> dict[EntryName, Entry]:
     return {(one.key, one.form): one for one in entries}
 
 
@@ -74,11 +74,11 @@ def test_of_several_clients_answers_the_newest_is_read(tmp_path: Path) -> None:
     file = tmp_path / "c"
     old, new = one("x", bare="b"), one("a", b"[]", bare="b", stored_at=NOW + 1)
     file.write_bytes(lines(old, new))
-    assert read_file(str(file)) == named(without_scope(new))
+    assert read_file(str(file)) == named(without_partition(new))
 
 
 async def recorder(file: Path, *entries: Entry) -> RecordingStore:
-    store = RecordingStore(MemoryStore(2**20, 2**18), None, str(file), REAL)
+    store = RecordingStore(MemoryStore(2**20, 2**18), None, str(file), SYSTEM_CLOCK)
     assert open_cassette(store, str(file)) == 0
     for each in entries:
         store.put(each)
@@ -108,24 +108,27 @@ async def test_trouble_at_the_stop_is_told_and_harms_nothing(
 async def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c"
     store = await recorder(file, one())
-    async with alone(str(file), REAL):
+    async with alone(str(file), SYSTEM_CLOCK):
         closing = asyncio.create_task(store.close())
         await asyncio.sleep(0.1)
         assert not file.exists()
     await closing
     assert file.read_bytes() == lines(one())
     monkeypatch.setattr(cassettes, "_LOCK_TRIES", 1)
-    async with alone(str(file), REAL), alone(str(file), REAL):  # whoever holds it for ever is not waited for so long
+    async with (
+        alone(str(file), SYSTEM_CLOCK),
+        alone(str(file), SYSTEM_CLOCK),
+    ):  # whoever holds it for ever is not waited for so long
         pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(Unusable, match="a place to write it to"):
+    with pytest.raises(CassetteError, match="a place to write it to"):
         open_cassette(None, str(tmp_path / "c"))
 
 
 def test_a_directory_is_no_cassette(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="expected a readable file, found: Is a directory"):
+    with pytest.raises(CassetteError, match="expected a readable file, found: Is a directory"):
         read_file(str(tmp_path))

@@ -15,7 +15,7 @@ import pytest
 
 from proxy.cache.entry import Entry
 from proxy.cache.stores.build import BACKENDS
-from proxy.cache.stores.interface import ALL, Filter, Listed, Place, Store
+from proxy.cache.stores.interface import ALL, Filter, ListedEntry, Store, StoreOptions
 from proxy.cache.stores.memory import MemoryStore
 from proxy.cache.stores.redis import RedisStore
 from proxy.cache.stores.tiered import TieredStore
@@ -39,7 +39,7 @@ async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     """Opens the same store again and again; what is still open at the end is closed."""
     monkeypatch.setattr("proxy.cache.stores.sqlite.DEADLINE", PATIENT)
     for module in ("cache.stores.redis", "system.redis"):
-        monkeypatch.setattr(f"proxy.{module}.LONGEST", PATIENT)
+        monkeypatch.setattr(f"proxy.{module}.DEADLINE_MAX", PATIENT)
     kind = request.param
     prefix, opened = f"test-{uuid.uuid4().hex}", list[Store]()
 
@@ -49,7 +49,7 @@ async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
             return RedisStore(request.getfixturevalue("server"), prefix, MAX_ENTRY, wall=lambda: NOW, deadline=PATIENT)
         factory = BACKENDS[name]
         assert factory is not None
-        return factory(Place(str(tmp_path / "d" / "cache.db"), 2**28, MAX_ENTRY, "", "", lambda: NOW))
+        return factory(StoreOptions(str(tmp_path / "d" / "cache.db"), 2**28, MAX_ENTRY, "", "", lambda: NOW))
 
     async def make() -> Store:
         store: Store
@@ -76,8 +76,8 @@ async def store(make: Make) -> Store:
     return await make()
 
 
-async def everything(store: Store, which: Filter = ALL, limit: int = 500) -> dict[tuple[str, str], Listed]:
-    found: dict[tuple[str, str], Listed] = {}
+async def everything(store: Store, which: Filter = ALL, limit: int = 500) -> dict[tuple[str, str], ListedEntry]:
+    found: dict[tuple[str, str], ListedEntry] = {}
     after = ""
     while True:
         page = await store.list(which, after, limit)

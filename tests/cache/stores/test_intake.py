@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cache.stores.intake import Taken, take_in
+from proxy.cache.stores.intake import ImportResult, import_entries
 from proxy.cache.stores.interface import StoreError
 from proxy.cache.stores.sqlite import SQLiteStore
 from tests.cache.stores.kit import NOW, entry
@@ -19,11 +19,11 @@ async def test_what_becomes_of_each(tmp_path: Path) -> None:
     told: list[int] = []
     entries = [entry(f"k{number}", stored_at=NOW) for number in range(3000)]
     entries += [entry("there"), entry("over", ttl=1.0), entry("large", bytes(2**16 + 1))]
-    taken = await take_in(store, entries, NOW + 1, told=lambda: told.append(1))
-    assert taken == Taken(new=3000, replaced=1, expired=1, refused=1)
+    taken = await import_entries(store, entries, NOW + 1, told=lambda: told.append(1))
+    assert taken == ImportResult(new=3000, replaced=1, expired=1, refused=1)
     assert len(told) == 3003
     assert (await store.stats())["entries"] == 3001
-    assert await take_in(store, [entry("over", ttl=1.0)], NOW + 1, grace=5.0) == Taken(new=1)
+    assert await import_entries(store, [entry("over", ttl=1.0)], NOW + 1, grace=5.0) == ImportResult(new=1)
     await store.close()
 
 
@@ -32,5 +32,5 @@ async def test_a_store_that_does_not_write_is_told_of(tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path / "cache.db", 2**28, 2**16, wall=lambda: NOW)
     await store.open()
     with pytest.raises(StoreError, match="not everything was written"):
-        await take_in(store, [entry()], NOW)
+        await import_entries(store, [entry()], NOW)
     await store.close()

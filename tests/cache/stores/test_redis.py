@@ -70,8 +70,8 @@ async def opened(server: Valkey) -> AsyncIterator[Open]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_link, "_PROBE_FIRST", 0.05)
     monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.1)
-    monkeypatch.setattr(redis_link, "LONGEST", PATIENT)
-    monkeypatch.setattr(redis, "LONGEST", PATIENT)
+    monkeypatch.setattr(redis_link, "DEADLINE_MAX", PATIENT)
+    monkeypatch.setattr(redis, "DEADLINE_MAX", PATIENT)
 
 
 def waits(store: RedisStore, seconds: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from proxy.cache.entry import Entry
-from proxy.cache.stores.interface import ALL, Filter, Name, Page, StoreError
+from proxy.cache.stores.interface import ALL, EntryName, EntryPage, Filter, StoreError
 from proxy.cache.stores.memory import MemoryStore
 from proxy.cache.stores.tiered import TieredStore
 from tests.cache.stores.kit import NOW, entry
@@ -60,11 +60,11 @@ class Slower:
         heard, self.heard = self.heard, []
         return heard
 
-    async def read(self, names: Sequence[Name]) -> Sequence[Entry]:
+    async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         return [self.entries[name] for name in names if name in self.entries]
 
-    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> Page:
-        return Page([], "")
+    async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> EntryPage:
+        return EntryPage([], "")
 
     @property
     def errors(self) -> int:

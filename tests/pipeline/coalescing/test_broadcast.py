@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.pipeline.coalescing.broadcast import LAG, WINDOW, Reader, Reel
-from proxy.pipeline.relay import Dress, Flow
+from proxy.pipeline.coalescing.broadcast import LAG, WINDOW, Broadcast, Subscriber
+from proxy.pipeline.relay import ClientFilter, StreamRelay
 from proxy.upstream.keys.lease import Lease
-from proxy.upstream.response import Answered
+from proxy.upstream.response import ResponseInHand
 from proxy.upstream.retry.outcome import TransportFailure
 from proxy.upstream.target import Upstream
-from tests.pipeline.clock import run, settled, story, turned_loop
-from tests.pipeline.script import ScriptedReply
+from tests.pipeline.clock import run, settled, virtual_time, virtual_time_loop
+from tests.pipeline.script import ScriptedResponse
 
 READ = b"x" * 65536
 
@@ -30,23 +30,23 @@ class Told:
         self.unread = False
 
 
-def reel(keep: int = 2**20) -> tuple[Reel, Told]:
+def reel(keep: int = 2**20) -> tuple[Broadcast, Told]:
     told = Told()
 
     def full() -> None:
         told.full += 1
 
-    return Reel(flow(), keep, full, lambda: told.here, lambda: told.unread), told
+    return Broadcast(flow(), keep, full, lambda: told.here, lambda: told.unread), told
 
 
-def flow() -> Flow:
-    reply = ScriptedReply(200, "OK", (), {}, deque(), at_once=False)
+def flow() -> StreamRelay:
+    reply = ScriptedResponse(200, "OK", (), {}, deque(), at_once=False)
     lease = cast("Lease", None)
-    answered = Answered(200, reply, cast("Upstream", None), lease, False, True, False, False, steps())
-    return Flow(answered, None, 0, Dress(False, None), lambda ending: None)
+    answered = ResponseInHand(200, reply, cast("Upstream", None), lease, False, True, False, False, steps())
+    return StreamRelay(answered, None, 0, ClientFilter(False, None), lambda ending: None)
 
 
-def record(stream: Reel, reads: AsyncIterator[bytes]) -> Coroutine[Any, Any, None]:
+def record(stream: Broadcast, reads: AsyncIterator[bytes]) -> Coroutine[Any, Any, None]:
     stream.flow.answered.more = reads
     return stream.record()
 
@@ -61,12 +61,12 @@ async def steps(*steps: bytes | float | TransportFailure) -> AsyncIterator[bytes
             await asyncio.sleep(step)
 
 
-async def reads(reader: Reader) -> AsyncIterator[bytes]:
+async def reads(reader: Subscriber) -> AsyncIterator[bytes]:
     while (data := await reader.next()) is not None:
         yield data
 
 
-async def all_of(reader: Reader, pause: float = 0.0) -> list[bytes]:
+async def all_of(reader: Subscriber, pause: float = 0.0) -> list[bytes]:
     got = []
     async for data in reads(reader):
         got.append(data)
@@ -75,7 +75,7 @@ async def all_of(reader: Reader, pause: float = 0.0) -> list[bytes]:
     return got
 
 
-@story
+@virtual_time
 async def test_each_read_reaches_everybody_at_once_and_the_late_one_gets_what_was() -> None:
     stream, told = reel()
     times: dict[str, list[float]] = {"early": [], "late": []}
@@ -88,7 +88,7 @@ async def test_each_read_reaches_everybody_at_once_and_the_late_one_gets_what_wa
         reader.close()
         return got
 
-    loop = turned_loop()
+    loop = virtual_time_loop()
     began = loop.time()
     early = loop.create_task(follow("early"))
     recording = loop.create_task(record(stream, steps(1.0, b"a", 1.0, b"b", 1.0, b"c")))
@@ -100,7 +100,7 @@ async def test_each_read_reaches_everybody_at_once_and_the_late_one_gets_what_wa
     assert told.full == 0
 
 
-@story
+@virtual_time
 async def test_a_failure_is_everybodys_after_all_that_came() -> None:
     stream, _ = reel()
     readers = [stream.reader(), stream.reader()]
@@ -112,7 +112,7 @@ async def test_a_failure_is_everybodys_after_all_that_came() -> None:
         assert caught.value.kind == "timeout"
 
 
-@story
+@virtual_time
 async def test_a_lone_reader_exerts_back_pressure() -> None:
     stream, told = reel(keep=LAG)
     reader = stream.reader()
@@ -128,7 +128,7 @@ async def test_a_lone_reader_exerts_back_pressure() -> None:
     assert told.full == 0
 
 
-@story
+@virtual_time
 async def test_what_all_have_read_is_let_go_once_nobody_new_may_come() -> None:
     stream, told = reel(keep=10 * len(READ))
     reader = stream.reader()
@@ -141,7 +141,7 @@ async def test_what_all_have_read_is_let_go_once_nobody_new_may_come() -> None:
     assert (total, told.full) == (1000 * len(READ), 1)
 
 
-@story
+@virtual_time
 async def test_nothing_is_let_go_before_all_who_may_come_are_there() -> None:
     stream, told = reel(keep=10)
     told.here = False
@@ -154,12 +154,12 @@ async def test_nothing_is_let_go_before_all_who_may_come_are_there() -> None:
     await recording
 
 
-@story
+@virtual_time
 async def test_a_slow_reader_holds_up_nobody_and_is_dropped_beyond_the_bound() -> None:
     stream, _ = reel(keep=2**20)
     slow, fast = stream.reader(), stream.reader()
     dropped = []
-    slow.too_slow = lambda: dropped.append(turned_loop().time())
+    slow.too_slow = lambda: dropped.append(virtual_time_loop().time())
     await anext_later(slow)
     most = 0
     recording = asyncio.create_task(record(stream, steps(*[READ] * 400)))
@@ -175,7 +175,7 @@ async def test_a_slow_reader_holds_up_nobody_and_is_dropped_beyond_the_bound() -
         await slow.next()
 
 
-async def anext_later(reader: Reader) -> None:
+async def anext_later(reader: Subscriber) -> None:
     """It waits for its first read, and never takes a second."""
     task = asyncio.create_task(reader.next())
     await settled()
@@ -183,21 +183,21 @@ async def anext_later(reader: Reader) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-@story
+@virtual_time
 async def test_a_slow_reader_within_the_bound_gets_everything() -> None:
     stream, _ = reel(keep=2**20)
     slow, fast = stream.reader(), stream.reader()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
-    began = turned_loop().time()
+    began = virtual_time_loop().time()
     await all_of(fast)
-    assert turned_loop().time() == began
+    assert virtual_time_loop().time() == began
     got = await all_of(slow, 1.0)
     await recording
     assert b"".join(got) == READ * 100
     assert stream.held <= LAG
 
 
-@story
+@virtual_time
 async def test_who_is_far_behind_gets_several_reads_as_one() -> None:
     stream, _ = reel()
     first = stream.reader()
@@ -230,7 +230,7 @@ def test_everybody_gets_all_of_it(reads: list[tuple[bytes, float]], readers: lis
     run(tell())
 
 
-@story
+@virtual_time
 async def test_who_takes_reads_at_once_is_woken_only_where_he_must_wait() -> None:
     stream, _ = reel()
     reader = stream.reader()
@@ -243,17 +243,17 @@ async def test_who_takes_reads_at_once_is_woken_only_where_he_must_wait() -> Non
     reader.take = take
     waiting = asyncio.create_task(reader.next())
     await settled(3)
-    await stream.append(b"a")
+    await stream.publish(b"a")
     await settled(3)
     assert not waiting.done()
-    await stream.append(b"b")
+    await stream.publish(b"b")
     assert (await waiting, got, reader.caught_up) == (b"", [b"a", b"b"], True)
-    await stream.append(b"c")
+    await stream.publish(b"c")
     assert await reader.next() == b"c"  # while nobody sleeps, reads are kept as ever
     assert got == [b"a", b"b"]
 
 
-@story
+@virtual_time
 async def test_a_client_that_is_gone_is_its_readers_trouble_alone() -> None:
     stream, _ = reel()
     gone, other = stream.reader(), stream.reader()
@@ -264,7 +264,7 @@ async def test_a_client_that_is_gone_is_its_readers_trouble_alone() -> None:
     gone.take = take
     waiting = asyncio.create_task(gone.next())
     await settled(3)
-    await stream.append(b"a")
+    await stream.publish(b"a")
     with pytest.raises(ConnectionResetError):
         await waiting
     assert await other.next() == b"a"

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from proxy.pipeline.coalescing.redis_lock import RedisLeases
-from proxy.system.redis import Link
+from proxy.pipeline.coalescing.redis_lock import RedisLockStore
+from proxy.system.redis import RedisConnection
 from tests.cache.stores.kit import HASTY, PATIENT, Valkey, until, valkey
 
 NAME = "k" * 64 + ":sse without usage"
@@ -22,45 +22,45 @@ def server() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def leases(server: Valkey) -> AsyncIterator[RedisLeases]:
-    link = Link(server.url, PATIENT)
+async def leases(server: Valkey) -> AsyncIterator[RedisLockStore]:
+    link = RedisConnection(server.url, PATIENT)
     await link.open()
     await until(lambda: link.up)
-    yield RedisLeases(link, "p" * 64, PATIENT)
+    yield RedisLockStore(link, "p" * 64, PATIENT)
     await link.close()
 
 
-async def test_one_has_it_until_it_is_given_back(leases: RedisLeases) -> None:
-    taken = [await leases.take(NAME, token, 1000.0) for token in ("a", "b", "a")]
+async def test_one_has_it_until_it_is_given_back(leases: RedisLockStore) -> None:
+    taken = [await leases.acquire(NAME, token, 1000.0) for token in ("a", "b", "a")]
     assert taken == ["mine", "theirs", "mine"]
     assert not await leases.renew(NAME, "b", 1000.0)
     await leases.release(NAME, "b", 0.0)
     assert await leases.renew(NAME, "a", 1000.0)
     await leases.release(NAME, "a", 0.0)
-    assert await leases.take(NAME, "b", 1000.0) == "mine"
-    assert await leases.take("other", "c", 1000.0) == "mine"
+    assert await leases.acquire(NAME, "b", 1000.0) == "mine"
+    assert await leases.acquire("other", "c", 1000.0) == "mine"
 
 
-async def test_it_ends_by_itself(leases: RedisLeases) -> None:
-    assert await leases.take(NAME, "a", 0.05) == "mine"
+async def test_it_ends_by_itself(leases: RedisLockStore) -> None:
+    assert await leases.acquire(NAME, "a", 0.05) == "mine"
     await asyncio.sleep(0.2)
     assert not await leases.renew(NAME, "a", 1000.0)
-    assert await leases.take(NAME, "b", 1000.0) == "mine"
+    assert await leases.acquire(NAME, "b", 1000.0) == "mine"
 
 
-async def test_what_need_not_be_waited_for_is_open_for_all(leases: RedisLeases, server: Valkey) -> None:
-    await leases.take(NAME, "a", 1000.0)
+async def test_what_need_not_be_waited_for_is_open_for_all(leases: RedisLockStore, server: Valkey) -> None:
+    await leases.acquire(NAME, "a", 1000.0)
     await leases.release(NAME, "a", 500.0)
-    assert [await leases.take(NAME, token, 1000.0) for token in ("a", "b")] == ["open", "open"]
+    assert [await leases.acquire(NAME, token, 1000.0) for token in ("a", "b")] == ["open", "open"]
     key = leases.key_of(NAME)
     assert 0 < int(server.say("PTTL", key).strip(b":\r\n")) <= 500_000
     server.say("PEXPIRE", key, "0")
-    assert await leases.take(NAME, "b", 1000.0) == "mine"
+    assert await leases.acquire(NAME, "b", 1000.0) == "mine"
 
 
-async def test_every_key_is_short_and_has_a_lifetime(leases: RedisLeases, server: Valkey) -> None:
-    await leases.take(NAME * 10, "a", 1000.0)
-    await leases.take(NAME, "a", 1000.0)
+async def test_every_key_is_short_and_has_a_lifetime(leases: RedisLockStore, server: Valkey) -> None:
+    await leases.acquire(NAME * 10, "a", 1000.0)
+    await leases.acquire(NAME, "a", 1000.0)
     await leases.release(NAME, "a", 1000.0)
     for name in (NAME, NAME * 10):
         key = leases.key_of(name)
@@ -68,20 +68,22 @@ async def test_every_key_is_short_and_has_a_lifetime(leases: RedisLeases, server
         assert 0 < int(server.say("PTTL", key).strip(b":\r\n")) <= 1_000_000
 
 
-async def test_a_server_in_trouble_has_no_leases(leases: RedisLeases, server: Valkey) -> None:
-    assert await leases.take(NAME, "a", 1000.0) == "mine"
+async def test_a_server_in_trouble_has_no_leases(leases: RedisLockStore, server: Valkey) -> None:
+    assert await leases.acquire(NAME, "a", 1000.0) == "mine"
     server.kill()
-    assert await leases.take(NAME, "b", 1000.0) == "open"
+    assert await leases.acquire(NAME, "b", 1000.0) == "open"
     assert not await leases.renew(NAME, "a", 1000.0)
     await leases.release(NAME, "a", 0.0)
 
 
-async def test_nobody_waits_for_a_lease_after_another_command_has_failed(leases: RedisLeases, server: Valkey) -> None:
+async def test_nobody_waits_for_a_lease_after_another_command_has_failed(
+    leases: RedisLockStore, server: Valkey
+) -> None:
     server.signal(signal.SIGSTOP)
     leases._deadline = HASTY
     try:
         assert await leases.renew(NAME, "a", 1000.0) is False
-        assert await leases.take(NAME, "a", 1000.0) == "open"
+        assert await leases.acquire(NAME, "a", 1000.0) == "open"
         assert leases._link.failures == 1  # it was not asked again
     finally:
         server.signal(signal.SIGCONT)

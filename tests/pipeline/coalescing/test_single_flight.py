@@ -12,24 +12,32 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from proxy.config.limits import Limits
-from proxy.config.settings import Cache, Cost, Settings, Throttle, Timeouts
-from proxy.pipeline.coalescing.broadcast import View
-from proxy.pipeline.coalescing.single_flight import AVOID_FOR, AVOIDED, Flights, Landing, Lead, Seat, Share
-from proxy.pipeline.relay import Flow, StreamBroken
+from proxy.config.settings import CacheSettings, CostSettings, Settings, ThrottleSettings, TimeoutSettings
+from proxy.pipeline.coalescing.broadcast import SubscriberStream
+from proxy.pipeline.coalescing.single_flight import (
+    HIT_FOR_MISS,
+    HIT_FOR_MISS_KEPT,
+    FlightResult,
+    Lead,
+    Sharing,
+    SingleFlight,
+    Waiter,
+)
+from proxy.pipeline.relay import StreamBroken, StreamRelay
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
 from proxy.upstream.interfaces import Write
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.pipeline.clock import run, settled, story, turned_loop
-from tests.pipeline.fixture import Scene, Told, ask, pool, settings
+from tests.pipeline.clock import run, settled, virtual_time, virtual_time_loop
+from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
 from tests.pipeline.script import (
     HANG,
     JSON,
     USAGE,
     Fails,
     Move,
-    Says,
-    ScriptedWayUp,
+    Responds,
+    ScriptedTransport,
     chunk,
     completion,
     dump,
@@ -50,7 +58,9 @@ UNFINISHED = completion(choices=[{"index": 0, "message": {"content": "Hel"}, "fi
 """Cut by the model's own limit: passed on, never stored."""
 
 
-def begin(scene: Scene, count: int, document: Any = None, options: Options | None = None, **more: Any) -> list[Any]:
+def begin(
+    scene: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
+) -> list[Any]:
     return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
 
 
@@ -60,24 +70,24 @@ async def leave(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.wait(tasks)
 
 
-def over(scene: Scene) -> None:
+def over(scene: PipelineFixture) -> None:
     """Nothing is left: no flight, no task, no lease, no connection; and every upstream call is on one receipt."""
-    assert len(scene.journey.sharing.flights) == 0
+    assert len(scene.journey.coalescer.flights) == 0
     assert {task.get_name() for task in asyncio.all_tasks()} & {"flight"} == set()
-    scene.balanced()
-    assert sum(receipt.attempts for receipt in scene.receipts) == len(scene.way_up.sent)
+    scene.assert_nothing_leaked()
+    assert sum(receipt.attempts for receipt in scene.receipts) == len(scene.transport.sent)
 
 
-def caches(tolds: Sequence[Told]) -> list[str]:
+def caches(tolds: Sequence[Result]) -> list[str]:
     return [told.cache for told in tolds]
 
 
 # Plain answers.
 
 
-@story
+@virtual_time
 async def test_one_call_for_all_who_ask_the_same() -> None:
-    scene = Scene(says(wait=2.0))
+    scene = PipelineFixture(says(wait=2.0))
     first = begin(scene, 1)
     await asyncio.sleep(1.5)
     told = await asyncio.gather(*first, *begin(scene, 49))
@@ -102,16 +112,16 @@ async def test_one_call_for_all_who_ask_the_same() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_what_is_not_the_same_is_not_shared() -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says(wait=1.0)))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
     asked = begin(scene, 1)
     asked += begin(scene, 1, ask("other"))
     asked += begin(scene, 1, None, Options(namespace="n"))
     asked += begin(scene, 1, client=Client("c", "scope"))
     asked += begin(scene, 1, None, Options(sample="1"))
     assert caches(await asyncio.gather(*asked)) == ["miss"] * 5
-    assert len(scene.way_up.sent) == 5
+    assert len(scene.transport.sent) == 5
     over(scene)
 
 
@@ -121,17 +131,17 @@ async def test_what_is_not_the_same_is_not_shared() -> None:
 )
 def test_who_wants_no_cached_answer_shares_nothing(options: Options, cache: str) -> None:
     async def tell() -> None:
-        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says(wait=1.0)))
+        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
         assert caches(await asyncio.gather(*begin(scene, 3, None, options))) == [cache] * 3
-        assert len(scene.way_up.sent) == 3
+        assert len(scene.transport.sent) == 3
         over(scene)
 
     run(tell())
 
 
-@story
+@virtual_time
 async def test_coalesce_false() -> None:
-    scene = Scene(says(wait=1.0), says(wait=1.0), config=settings(cache=Cache(coalesce=False)))
+    scene = PipelineFixture(says(wait=1.0), says(wait=1.0), config=settings(cache=CacheSettings(coalesce=False)))
     assert caches(await asyncio.gather(*begin(scene, 2))) == ["miss", "miss"]
     over(scene)
 
@@ -140,14 +150,14 @@ async def test_coalesce_false() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_whoever_leaves_the_others_are_served(gone: int, stream: bool) -> None:
     async def tell() -> None:
-        scene = Scene(streams([2.0, *SLOW]) if stream else says(wait=3.0))
+        scene = PipelineFixture(streams([2.0, *SLOW]) if stream else says(wait=3.0))
         tasks = begin(scene, 50, ask(stream=stream))
         await asyncio.sleep(1.0)
         await leave(tasks.pop(gone))
         told = await asyncio.gather(*tasks)
         assert {each.status for each in told} == {200}
         assert not any(each.broken for each in told)
-        assert len(scene.way_up.sent) == 1
+        assert len(scene.transport.sent) == 1
         left = [receipt for receipt in scene.receipts if receipt.status == 499]
         assert [(receipt.error, receipt.attempts) for receipt in left] == [("client_gone", int(gone == 0))]
         assert sum(receipt.cost_usd == "0.002250" for receipt in scene.receipts) == 1
@@ -159,7 +169,7 @@ def test_whoever_leaves_the_others_are_served(gone: int, stream: bool) -> None:
 @pytest.mark.parametrize("after", [0.0, 0.5, 1.5, 3.5])
 def test_with_the_last_one_the_upstream_is_closed(after: float) -> None:
     async def tell() -> None:
-        scene = Scene(streams([1.0, *SLOW[1:4], HANG]))
+        scene = PipelineFixture(streams([1.0, *SLOW[1:4], HANG]))
         tasks = begin(scene, 20, STREAM)
         await asyncio.sleep(after)
         await leave(*tasks[:10])
@@ -167,30 +177,30 @@ def test_with_the_last_one_the_upstream_is_closed(after: float) -> None:
         assert scene.receipt.total_ms == pytest.approx(after * 1000)
         assert [receipt.status for receipt in scene.receipts] == [499] * 20
         over(scene)
-        assert scene.world.store is not None
-        assert scene.world.store.memory.stats()["entries"] == 0
+        assert scene.services.store is not None
+        assert scene.services.store.memory.stats()["entries"] == 0
 
     run(tell())
 
 
-@story
+@virtual_time
 async def test_who_asks_in_the_turn_in_which_the_last_one_leaves_gets_a_flight_of_his_own() -> None:
-    scene = Scene(says(wait=9.0), says(wait=1.0))
+    scene = PipelineFixture(says(wait=9.0), says(wait=1.0))
     (first,) = begin(scene, 1)
     await asyncio.sleep(1.0)
     first.cancel()
     (second,) = begin(scene, 1)
     assert (await second).cache == "miss"
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     over(scene)
 
 
 # Deadlines and patience.
 
 
-@story
+@virtual_time
 async def test_a_follower_with_less_time_leaves_alone() -> None:
-    scene = Scene(says(wait=5.0))
+    scene = PipelineFixture(says(wait=5.0))
     asked = begin(scene, 1) + begin(scene, 1, total=2.0)
     leader, follower = await asyncio.gather(*asked)
     assert (leader.status, leader.at, leader.cache) == (200, 5.0, "miss")
@@ -198,9 +208,9 @@ async def test_a_follower_with_less_time_leaves_alone() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_leader_with_less_time_leaves_alone() -> None:
-    scene = Scene(Says(200, (JSON,), (dump(completion())[:9], 2.0, dump(completion())[9:]), wait=3.0))
+    scene = PipelineFixture(Responds(200, (JSON,), (dump(completion())[:9], 2.0, dump(completion())[9:]), wait=3.0))
     asked = begin(scene, 1, total=2.0) + begin(scene, 1, total=4.0) + begin(scene, 1)
     leader, second, third = await asyncio.gather(*asked)
     assert (leader.refused, leader.at, leader.cache) == ("upstream_timeout", 2.0, "miss")
@@ -211,19 +221,19 @@ async def test_a_leader_with_less_time_leaves_alone() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_the_time_of_whoever_has_most_is_the_flights() -> None:
-    scene = Scene(Fails("hang"))
+    scene = PipelineFixture(Fails("hang"))
     told = await asyncio.gather(*begin(scene, 1, total=2.0), *begin(scene, 1, total=7.0))
     assert [(each.refused, each.at) for each in told] == [("upstream_timeout", 2.0), ("upstream_timeout", 7.0)]
-    assert len(scene.way_up.sent) == 1
+    assert len(scene.transport.sent) == 1
     over(scene)
 
 
-@story
+@virtual_time
 async def test_each_waits_for_the_queue_as_long_as_he_said() -> None:
-    config = settings(throttle=Throttle(limits={"*": Limits(rpm=1000, concurrency=1)}, max_wait=1000.0))
-    scene = Scene(says(wait=20.0), says(), config=config)
+    config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)}, max_wait=1000.0))
+    scene = PipelineFixture(says(wait=20.0), says(), config=config)
     other = begin(scene, 1, ask("other"))
     await asyncio.sleep(1.0)
     leader, short, none = begin(scene, 1) + begin(scene, 1, patience=3.0) + begin(scene, 1, patience=0.0)
@@ -234,10 +244,10 @@ async def test_each_waits_for_the_queue_as_long_as_he_said() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_an_impatient_leader_is_followed_by_a_patient_one() -> None:
-    config = settings(throttle=Throttle(limits={"*": Limits(rpm=1000, concurrency=1)}))
-    scene = Scene(says(wait=20.0), says(wait=1.0), config=config)
+    config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)}))
+    scene = PipelineFixture(says(wait=20.0), says(wait=1.0), config=config)
     other = begin(scene, 1, ask("other"))
     await asyncio.sleep(1.0)
     told = await asyncio.gather(*begin(scene, 1, patience=2.0), *begin(scene, 3))
@@ -258,7 +268,7 @@ AGAIN: dict[str, Move] = {
     "unreached": Fails("unreached", 1.0),
     "ambiguous": Fails("ambiguous", 1.0),
     "timeout": Fails("timeout", 1.0),
-    "cut": Says(200, (JSON,), (b"{", TransportFailure("invalid", "cut")), wait=1.0),
+    "cut": Responds(200, (JSON,), (b"{", TransportFailure("invalid", "cut")), wait=1.0),
     "a stream's first event": streams([1.0, event({"error": {"message": "busy", "type": "server_error"}})]),
 }
 
@@ -266,35 +276,35 @@ AGAIN: dict[str, Move] = {
 @pytest.mark.parametrize("move", AGAIN.values(), ids=AGAIN.keys())
 def test_a_failure_that_may_not_come_again_is_its_leaders_alone(move: Move) -> None:
     async def tell() -> None:
-        scene = Scene(move, says(wait=1.0))
-        document = ask(stream=isinstance(move, Says) and move.headers[0] != JSON)
+        scene = PipelineFixture(move, says(wait=1.0))
+        document = ask(stream=isinstance(move, Responds) and move.headers[0] != JSON)
         if document["stream"]:
-            scene.way_up.queue[1] = streams(SLOW)
+            scene.transport.queue[1] = streams(SLOW)
         told = await asyncio.gather(*begin(scene, 5, document, ONCE))
         assert told[0].status != 200 or told[0].broken or b"busy" in told[0].body
         assert told[0].cache == "miss"
         assert [each.status for each in told[1:]] == [200] * 4
         assert caches(told[1:]) == ["miss"] + ["coalesced"] * 3
-        assert len(scene.way_up.sent) == 2
+        assert len(scene.transport.sent) == 2
         over(scene)
 
     run(tell())
 
 
-@story
+@virtual_time
 async def test_at_most_two_try_then_the_failure_is_everybodys() -> None:
-    scene = Scene(error(503, wait=1.0), error(500, wait=1.0))
+    scene = PipelineFixture(error(503, wait=1.0), error(500, wait=1.0))
     told = await asyncio.gather(*begin(scene, 10, None, ONCE))
     assert [(each.status, each.at) for each in told] == [(503, 1.0)] + [(500, 2.0)] * 9
     assert caches(told) == ["miss"] * 2 + ["coalesced"] * 8
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     assert [receipt.error for receipt in scene.receipts].count("upstream_500") == 9
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_refusal_is_shared_with_each_ones_own_id() -> None:
-    scene = Scene(*[Fails("unreached", 1.0)] * 2)
+    scene = PipelineFixture(*[Fails("unreached", 1.0)] * 2)
     told = await asyncio.gather(*begin(scene, 4, None, ONCE))
     assert [each.refused for each in told] == ["upstream_unreachable"] * 4
     assert len({each.headers["X-Proxy-Request-Id"] for each in told}) == 4
@@ -305,7 +315,7 @@ async def test_a_refusal_is_shared_with_each_ones_own_id() -> None:
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_deterministic_error_is_everybodys(status: int) -> None:
     async def tell() -> None:
-        scene = Scene(error(status, wait=1.0))
+        scene = PipelineFixture(error(status, wait=1.0))
         told = await asyncio.gather(*begin(scene, 5))
         assert {each.status for each in told} == {status}
         assert len({each.body for each in told}) == 1
@@ -319,9 +329,9 @@ def test_a_deterministic_error_is_everybodys(status: int) -> None:
     run(tell())
 
 
-@story
+@virtual_time
 async def test_a_leader_may_be_gone_when_its_failure_comes() -> None:
-    scene = Scene(error(500, wait=2.0), says(wait=1.0))
+    scene = PipelineFixture(error(500, wait=2.0), says(wait=1.0))
     tasks = begin(scene, 3, None, ONCE)
     await asyncio.sleep(1.0)
     await leave(tasks.pop(0))
@@ -332,26 +342,26 @@ async def test_a_leader_may_be_gone_when_its_failure_comes() -> None:
 # What cannot be shared.
 
 
-@story
+@virtual_time
 async def test_what_turns_out_uncacheable_is_not_serialised() -> None:
-    scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: says(UNFINISHED, wait=1.0)))
+    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(UNFINISHED, wait=1.0)))
     told = await asyncio.gather(*begin(scene, 100))
     assert caches(told) == ["miss"] * 100
     assert [each.at for each in told] == [1.0] + [2.0] * 99  # all at the same time, not one after the other
-    assert len(scene.way_up.sent) == 100
+    assert len(scene.transport.sent) == 100
     told = await asyncio.gather(*begin(scene, 100))  # and the next ones wait for nobody
     assert [each.at for each in told] == [1.0] * 100
     over(scene)
-    await asyncio.sleep(AVOID_FOR)
-    scene.way_up.otherwise = lambda sent: says(wait=1.0)
+    await asyncio.sleep(HIT_FOR_MISS)
+    scene.transport.otherwise = lambda sent: says(wait=1.0)
     assert caches(await asyncio.gather(*begin(scene, 3))) == ["miss", "coalesced", "coalesced"]
 
 
-@story
+@virtual_time
 async def test_a_stream_that_grows_too_large_for_the_cache_takes_nobody_new_aboard() -> None:
     big = [event(chunk("x" * 30_000)) for _ in range(8)]
     script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
-    scene = Scene(streams(script), streams(script), config=settings(cache=Cache(max_entry=100_000)))
+    scene = PipelineFixture(streams(script), streams(script), config=settings(cache=CacheSettings(max_entry=100_000)))
     early = begin(scene, 2, STREAM)
     await asyncio.sleep(2.5)
     early += begin(scene, 1, STREAM)
@@ -365,13 +375,13 @@ async def test_a_stream_that_grows_too_large_for_the_cache_takes_nobody_new_aboa
 
 @pytest.mark.parametrize(
     "move",
-    [says(wait=1.0), Says(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?"))],
+    [says(wait=1.0), Responds(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?"))],
 )
-def test_what_came_in_another_form_than_asked_is_its_leaders(move: Says) -> None:
+def test_what_came_in_another_form_than_asked_is_its_leaders(move: Responds) -> None:
     async def tell() -> None:
-        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: move))
+        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: move))
         assert caches(await asyncio.gather(*begin(scene, 3, STREAM))) == ["miss"] * 3
-        assert len(scene.way_up.sent) == 3
+        assert len(scene.transport.sent) == 3
         over(scene)
 
     run(tell())
@@ -380,9 +390,9 @@ def test_what_came_in_another_form_than_asked_is_its_leaders(move: Says) -> None
 # Streams.
 
 
-@story
+@virtual_time
 async def test_a_running_stream_is_joined_with_all_events_so_far() -> None:
-    scene = Scene(streams(SLOW))
+    scene = PipelineFixture(streams(SLOW))
     early = begin(scene, 2, STREAM)
     await asyncio.sleep(2.5)
     late = begin(scene, 1, STREAM) + begin(scene, 1, USAGE_TOO)
@@ -401,9 +411,9 @@ async def test_a_running_stream_is_joined_with_all_events_so_far() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_each_gets_the_cost_comment_he_asked_for() -> None:
-    scene = Scene(streams(SLOW))
+    scene = PipelineFixture(streams(SLOW))
     asked = begin(scene, 1, STREAM, Options(stream_cost=True)) + begin(scene, 1, STREAM)
     told = await asyncio.gather(*asked, *begin(scene, 1, STREAM, Options(stream_cost=True)))
     assert b": x-proxy-cost-usd=0.002250 " in told[0].body
@@ -419,46 +429,48 @@ def test_who_wants_usage_never_shares_a_stream_without(inject: str) -> None:
             asked = (sent.json().get("stream_options") or {}).get("include_usage")
             return streams([step for part in events(usage=bool(asked)) for step in (1.0, part)])
 
-        scene = Scene(way_up=ScriptedWayUp(otherwise=answer), config=settings(cost=Cost(stream_usage=inject)))
+        scene = PipelineFixture(
+            transport=ScriptedTransport(otherwise=answer), config=settings(cost=CostSettings(stream_usage=inject))
+        )
         without = ask(stream=True, stream_options={"include_usage": False})
         told = await asyncio.gather(
             *begin(scene, 2, without), *begin(scene, 2, USAGE_TOO), *begin(scene, 2, STREAM), *begin(scene, 1, without)
         )
         assert [USAGE in each.body for each in told] == [False, False, True, True, False, False, False]
-        assert len(scene.way_up.sent) == 2
+        assert len(scene.transport.sent) == 2
         over(scene)
 
     run(tell())
 
 
-@story
+@virtual_time
 async def test_a_stream_that_breaks_breaks_for_all_and_is_told_once() -> None:
-    scene = Scene(streams([*SLOW[:4], 1.0, TransportFailure("timeout", "silent")]))
+    scene = PipelineFixture(streams([*SLOW[:4], 1.0, TransportFailure("timeout", "silent")]))
     told = await asyncio.gather(*begin(scene, 3, STREAM))
     assert [(each.broken, each.at) for each in told] == [(True, 3.0)] * 3
     assert all(each.body.count(b'"upstream_timeout"') == 1 for each in told)
     assert [receipt.error for receipt in scene.receipts] == ["upstream_timeout"] * 3
     over(scene)
-    scene.way_up.queue.append(streams())
+    scene.transport.queue.append(streams())
     assert (await scene.ask(STREAM)).cache == "miss"  # nothing was stored, and nobody avoids anything
-    assert len(scene.journey.sharing.flights._avoided) == 0
+    assert len(scene.journey.coalescer.flights._hit_for_miss) == 0
 
 
-@story
+@virtual_time
 async def test_a_slow_follower_slows_nobody() -> None:
-    scene = Scene(streams(SLOW))
-    call = scene.call(STREAM)
+    scene = PipelineFixture(streams(SLOW))
+    request = scene.request(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
-    plan = await scene.journey.planner.plan(call)
-    bought = await scene.journey.sharing.buy(call, plan)
+    plan = await scene.journey.planner.plan(request)
+    bought = await scene.journey.coalescer.fetch(request, plan)
     got = []
 
     async def write(data: bytes) -> None:
         got.append(data)
         await asyncio.sleep(5.0)
 
-    assert bought.flow is not None
-    slow = scene.loop.create_task(bought.flow.pump(write))
+    assert bought.stream is not None
+    slow = scene.loop.create_task(bought.stream.relay(write))
     told = await asyncio.gather(leader, *fast)
     assert [each.at for each in told] == [6.0] * 3
     await slow
@@ -466,51 +478,51 @@ async def test_a_slow_follower_slows_nobody() -> None:
     over(scene)
 
 
-@story
+@virtual_time
 async def test_a_follower_that_falls_too_far_behind_is_cut_off() -> None:
     big = event(chunk("x" * 1_000_000))
-    scene = Scene(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
-    call = scene.call(STREAM)
+    scene = PipelineFixture(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
+    request = scene.request(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
-    bought = await scene.journey.sharing.buy(call, await scene.journey.planner.plan(call))
-    told = Told(200)
+    bought = await scene.journey.coalescer.fetch(request, await scene.journey.planner.plan(request))
+    told = Result(200)
 
     async def write(data: bytes) -> None:
         await asyncio.Event().wait()
 
-    scene_pump = scene.loop.create_task(_pumped(bought.flow, write, told))
+    scene_pump = scene.loop.create_task(_pumped(bought.stream, write, told))
     done = await asyncio.gather(leader, *fast)
     assert [each.broken for each in done] == [False] * 3
     await scene_pump
     assert told.broken
-    late = next(receipt for receipt in scene.receipts if receipt.id == call.id)
+    late = next(receipt for receipt in scene.receipts if receipt.id == request.id)
     assert late.error == "client_too_slow"
     over(scene)
 
 
-async def _pumped(flow: Flow | View | None, write: Write, told: Told) -> None:
+async def _pumped(flow: StreamRelay | SubscriberStream | None, write: Write, told: Result) -> None:
     assert flow is not None
     try:
-        await flow.pump(write)
+        await flow.relay(write)
     except StreamBroken as broken:
         told.broken = broken.at_once
 
 
-@story
+@virtual_time
 async def test_at_the_stop_each_stream_is_told_and_the_upstream_closed() -> None:
-    scene = Scene(streams([*SLOW[:4], HANG]))
-    calls = [scene.call(STREAM) for _ in range(3)]
+    scene = PipelineFixture(streams([*SLOW[:4], HANG]))
+    calls = [scene.request(STREAM) for _ in range(3)]
     buying = [
-        scene.loop.create_task(scene.journey.sharing.buy(call, await scene.journey.planner.plan(call)))
-        for call in calls
+        scene.loop.create_task(scene.journey.coalescer.fetch(request, await scene.journey.planner.plan(request)))
+        for request in calls
     ]
     bought = await asyncio.gather(*buying)
-    told = [Told(200) for _ in calls]
+    told = [Result(200) for _ in calls]
     pumps = [scene.loop.create_task(scene.pump(each, one)) for each, one in zip(bought, told, strict=True)]
     await asyncio.sleep(5.0)
     for each, pump in zip(bought, pumps, strict=True):
-        assert each.flow is not None
-        each.flow.interrupted = "draining"
+        assert each.stream is not None
+        each.stream.interrupted = "draining"
         pump.cancel()
     await asyncio.wait(pumps)
     assert [one.broken for one in told] == [True] * 3
@@ -523,11 +535,11 @@ async def test_at_the_stop_each_stream_is_told_and_the_upstream_closed() -> None
 # Flights themselves.
 
 
-def lead_of(*landings: Landing[str] | Exception, wait: float = 1.0) -> tuple[Lead[str], list[float]]:
+def lead_of(*landings: FlightResult[str] | Exception, wait: float = 1.0) -> tuple[Lead[str], list[float]]:
     left, began = list(landings), []
 
-    async def lead(seat: Seat[str]) -> Landing[str]:
-        began.append(turned_loop().time())
+    async def lead(seat: Waiter[str]) -> FlightResult[str]:
+        began.append(virtual_time_loop().time())
         await asyncio.sleep(wait)
         landing = left.pop(0)
         if isinstance(landing, Exception):
@@ -538,28 +550,28 @@ def lead_of(*landings: Landing[str] | Exception, wait: float = 1.0) -> tuple[Lea
 
 
 def far() -> tuple[float, float]:
-    return turned_loop().time() + 60.0, turned_loop().time() + 60.0
+    return virtual_time_loop().time() + 60.0, virtual_time_loop().time() + 60.0
 
 
-@story
+@virtual_time
 async def test_a_mistake_of_ours_fails_everybody_once_and_leaves_nothing() -> None:
-    flights: Flights[str] = Flights(turned_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
     lead, began = lead_of(RuntimeError("a bug"))
-    seats = [flights.board([("k", "json")], lead, *far()) for _ in range(3)]
+    seats = [flights.join([("k", "json")], lead, *far()) for _ in range(3)]
     assert len(flights) == 1
     for seat in seats:
         assert seat is not None
         with pytest.raises(RuntimeError, match="a bug"):
-            await seat.landing()
+            await seat.result()
         seat.leave()
     assert (len(flights), len(began)) == (0, 1)
 
 
-@story
+@virtual_time
 async def test_all_leave_before_it_took_off() -> None:
-    flights: Flights[str] = Flights(turned_loop().time)
-    lead, began = lead_of(Landing("a", Share.ALL))
-    first, second = (flights.board([("k", "json")], lead, *far()) for _ in range(2))
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    lead, began = lead_of(FlightResult("a", Sharing.SHARED))
+    first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
     assert first is not None
     assert second is not None
     first.leave()
@@ -571,69 +583,69 @@ async def test_all_leave_before_it_took_off() -> None:
     assert began == []
 
 
-@story
+@virtual_time
 async def test_who_was_first_and_left_before_it_took_off_does_not_lead() -> None:
-    flights: Flights[str] = Flights(turned_loop().time)
-    lead, began = lead_of(Landing("a", Share.ALL))
-    first, second = (flights.board([("k", "json")], lead, *far()) for _ in range(2))
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    lead, began = lead_of(FlightResult("a", Sharing.SHARED))
+    first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
     assert first is not None
     assert second is not None
     first.leave()
-    landing = await second.landing()
+    landing = await second.result()
     assert landing is not None
     assert landing.value == "a"
     assert (first.led, second.led, len(began)) == (False, True, 1)
 
 
-@story
+@virtual_time
 async def test_what_nobody_takes_is_dropped() -> None:
-    flights: Flights[str] = Flights(turned_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
     dropped: list[str] = []
-    landing = Landing("mine", Share.OWN, drop=lambda: dropped.append("mine"))
+    landing = FlightResult("mine", Sharing.PRIVATE, drop=lambda: dropped.append("mine"))
     lead, _ = lead_of(landing, landing)
-    first, second = (flights.board([("k", "json")], lead, *far()) for _ in range(2))
+    first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
     assert first is not None
     assert second is not None
     await asyncio.sleep(0.5)
     first.leave()
-    landed = await second.landing()
+    landed = await second.result()
     assert landed is not None
-    assert landed.share is Share.OWN
+    assert landed.share is Sharing.PRIVATE
     assert dropped == ["mine"]
-    third = flights.board([("k", "json")], lead, *far())
+    third = flights.join([("k", "json")], lead, *far())
     assert third is not None
     await asyncio.sleep(2.0)
     third.leave()  # it landed, and its request was gone in the same turn
     assert dropped == ["mine", "mine"]
 
 
-@story
+@virtual_time
 async def test_what_is_avoided_is_bounded_and_ends() -> None:
-    flights: Flights[str] = Flights(turned_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
     lead, _ = lead_of()
-    for number in range(AVOIDED + 5):
-        flights.avoid([(str(number), "json")])
-    assert len(flights._avoided) == AVOIDED
-    assert flights.board([(str(AVOIDED), "json")], lead, *far()) is None
-    seat = flights.board([("0", "json")], lead, *far())
+    for number in range(HIT_FOR_MISS_KEPT + 5):
+        flights.mark_uncacheable([(str(number), "json")])
+    assert len(flights._hit_for_miss) == HIT_FOR_MISS_KEPT
+    assert flights.join([(str(HIT_FOR_MISS_KEPT), "json")], lead, *far()) is None
+    seat = flights.join([("0", "json")], lead, *far())
     assert seat is not None
     seat.leave()
-    await asyncio.sleep(AVOID_FOR)
-    seat = flights.board([(str(AVOIDED), "json")], lead, *far())
+    await asyncio.sleep(HIT_FOR_MISS)
+    seat = flights.join([(str(HIT_FOR_MISS_KEPT), "json")], lead, *far())
     assert seat is not None
     seat.leave()
-    assert len(flights._avoided) == AVOIDED - 1
+    assert len(flights._hit_for_miss) == HIT_FOR_MISS_KEPT - 1
 
 
-@story
+@virtual_time
 async def test_a_thousand() -> None:
-    scene = Scene(says(wait=1.0), streams(SLOW), config=settings(throttle=Throttle()))
+    scene = PipelineFixture(says(wait=1.0), streams(SLOW), config=settings(throttle=ThrottleSettings()))
     told = await asyncio.gather(*begin(scene, 1000))
     assert caches(told).count("coalesced") == 999
     told = await asyncio.gather(*begin(scene, 1000, ask("other", stream=True)))
     assert caches(told).count("coalesced") == 999
     assert len({each.body for each in told}) == 1
-    assert len(scene.way_up.sent) == 2
+    assert len(scene.transport.sent) == 2
     over(scene)
 
 
@@ -649,7 +661,7 @@ _BAD: list[Move] = [
     error(400, wait=1.0),
     error(401, wait=1.0),
     Fails("hang"),
-    Says(200, (JSON,), (b"{", HANG)),
+    Responds(200, (JSON,), (b"{", HANG)),
 ]
 _REQUEST = st.tuples(
     st.integers(0, 1),  # which prompt
@@ -676,15 +688,15 @@ def test_storms_leave_nothing_behind(
 ) -> None:
     config: Settings = settings(
         pool("k1", "k2"),
-        throttle=Throttle(limits={"*": Limits(rpm=1000, tpm=1_000_000, concurrency=concurrency)}),
-        timeouts=Timeouts(total=60.0, first_byte=15.0),
+        throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, tpm=1_000_000, concurrency=concurrency)}),
+        timeouts=TimeoutSettings(total=60.0, first_byte=15.0),
     )
 
     async def tell() -> None:
         script = iter([*moves] * 100)
-        scene = Scene(way_up=ScriptedWayUp(otherwise=lambda sent: next(script)), config=config)
+        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: next(script)), config=config)
 
-        async def one(prompt: int, stream: bool, usage: bool, after: float, total: float) -> Told:
+        async def one(prompt: int, stream: bool, usage: bool, after: float, total: float) -> Result:
             await asyncio.sleep(after)
             document = ask(str(prompt), stream=stream) | ({"stream_options": {"include_usage": True}} if usage else {})
             return await scene.ask(document, Options(max_retries=retries), total=total)
@@ -722,7 +734,7 @@ def test_the_story_of_a_flight_left_in_every_turn() -> None:
 
         async def tell() -> None:
             nonlocal turns
-            scene = Scene(*([streams(SLOW)] if stream else [error(500, wait=1.0), says(wait=1.0)]))
+            scene = PipelineFixture(*([streams(SLOW)] if stream else [error(500, wait=1.0), says(wait=1.0)]))
             began = scene.loop.steps
             tasks = begin(scene, 3, ask(stream=stream), ONCE)
             if at is not None:
@@ -736,7 +748,7 @@ def test_the_story_of_a_flight_left_in_every_turn() -> None:
             told = [task.result() for task in tasks if not task.cancelled()]
             assert not any(each.broken for each in told)
             assert [each.status for each in told].count(200) >= (len(told) if stream else len(told) - 1)
-            assert len(scene.way_up.sent) <= 2
+            assert len(scene.transport.sent) <= 2
 
         run(tell())
         return turns

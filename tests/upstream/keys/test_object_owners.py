@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from proxy.upstream.keys.object_owners import Objects
+from proxy.upstream.keys.object_owners import ObjectOwners
 
 
 class Board:
@@ -27,25 +27,25 @@ class Board:
 
 
 async def test_alone() -> None:
-    objects = Objects(lambda: 0.0)
+    objects = ObjectOwners(lambda: 0.0)
     await objects.open()
-    objects.made(["file-1"], "k1")
-    assert await objects.maker(["x", "file-1"]) == "k1"
-    assert await objects.maker(["x"]) is None
-    assert await objects.maker([]) is None
+    objects.record_owner(["file-1"], "k1")
+    assert await objects.owner_of(["x", "file-1"]) == "k1"
+    assert await objects.owner_of(["x"]) is None
+    assert await objects.owner_of([]) is None
     await objects.close()
 
 
 async def test_in_common() -> None:
     board = Board()
-    one, other = Objects(lambda: 0.0, board), Objects(lambda: 0.0, board)
-    one.made(["file-1"], "k1")
+    one, other = ObjectOwners(lambda: 0.0, board), ObjectOwners(lambda: 0.0, board)
+    one.record_owner(["file-1"], "k1")
     await asyncio.sleep(0)
-    assert await other.maker(["file-1"]) == "k1"
-    assert await other.maker(["file-1"]) == "k1"
-    assert await one.maker(["file-1"]) == "k1"
+    assert await other.owner_of(["file-1"]) == "k1"
+    assert await other.owner_of(["file-1"]) == "k1"
+    assert await one.owner_of(["file-1"]) == "k1"
     assert board.asked == 1  # afterwards it is known here
     board.known.clear()
-    one.made(["file-1"], "k1")
+    one.record_owner(["file-1"], "k1")
     await asyncio.sleep(0)
     assert board.known == {}  # no news

@@ -13,47 +13,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config.limits import Limits
-from proxy.upstream.keys.lease import Held, Lease, NoKey, PoolKey
-from proxy.upstream.keys.pool import KeyRing
-from proxy.upstream.keys.states import ANY_MODEL, REST, Status
+from proxy.upstream.keys.lease import Lease, NoKey, NotReady, UpstreamKey
+from proxy.upstream.keys.pool import KeyPool
+from proxy.upstream.keys.states import ANY_MODEL, UNUSABLE_FOR, Status
 from proxy.upstream.limits.rate_limiter import MARGIN
-from proxy.upstream.retry.outcome import Class
+from proxy.upstream.retry.outcome import OutcomeKind
 
 M = "gpt-4o"
 NOBODY: frozenset[str] = frozenset()
 MINUTE = 60 * MARGIN
 
 
-def in_order(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes) -> list[PoolKey]:
+def in_order(keys: Sequence[UpstreamKey], ring: KeyPool, model: str, now: float, prefix: bytes) -> list[UpstreamKey]:
     return list(keys)
 
 
-def pool(*names: str, limits: Mapping[str, Limits] | None = None, **fields: Any) -> KeyRing:
-    return KeyRing([PoolKey(name, 0, ("*",), **fields) for name in names], in_order, limits or {})
+def pool(*names: str, limits: Mapping[str, Limits] | None = None, **fields: Any) -> KeyPool:
+    return KeyPool([UpstreamKey(name, 0, ("*",), **fields) for name in names], in_order, limits or {})
 
 
-def ring_of(*keys: PoolKey, limits: Mapping[str, Limits] | None = None, use: float = 1.0) -> KeyRing:
-    return KeyRing(keys, in_order, limits or {}, use)
+def ring_of(*keys: UpstreamKey, limits: Mapping[str, Limits] | None = None, use: float = 1.0) -> KeyPool:
+    return KeyPool(keys, in_order, limits or {}, use)
 
 
-def got(ring: KeyRing, now: float, model: str = M, tokens: int = 1, excluded: frozenset[str] = NOBODY) -> str:
+def got(ring: KeyPool, now: float, model: str = M, tokens: int = 1, excluded: frozenset[str] = NOBODY) -> str:
     """The label of the leased key, or what there was instead."""
     answer = ring.lease(model, tokens, excluded, now)
     match answer:
         case Lease(key):
             return key.label
-        case Held(wait, why):
+        case NotReady(wait, why):
             return f"{why} {wait.seconds:.3f}"
         case NoKey(why):
             return why
 
 
-def learn(ring: KeyRing, name: str, outcome: Class, now: float, wait: float = 0.0, model: str = M) -> None:
+def learn(ring: KeyPool, name: str, outcome: OutcomeKind, now: float, wait: float = 0.0, model: str = M) -> None:
     key = next(key for key in ring.keys if key.label == name)
-    ring.learn(key, model, outcome, now, wait, "why")
+    ring.record_outcome(key, model, outcome, now, wait, "why")
 
 
-def status(ring: KeyRing, name: str, now: float, model: str = M) -> str:
+def status(ring: KeyPool, name: str, now: float, model: str = M) -> str:
     state = ring.state(name, model, now)
     return "ready" if state is None else f"{state.status.value} {state.until - now:.0f}"
 
@@ -63,7 +63,7 @@ def status(ring: KeyRing, name: str, now: float, model: str = M) -> str:
 
 def test_a_limited_key_cools_and_the_other_serves() -> None:
     ring = pool("a", "b")
-    learn(ring, "a", Class.RATE_LIMITED, 0.0, wait=30.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
     assert got(ring, 1.0) == "b"
     assert status(ring, "a", 1.0) == "cooling 29"
     assert got(ring, 29.99) == "b"
@@ -73,20 +73,20 @@ def test_a_limited_key_cools_and_the_other_serves() -> None:
 
 def test_cooling_is_a_matter_of_one_model() -> None:
     ring = pool("a")
-    learn(ring, "a", Class.RATE_LIMITED, 0.0, wait=30.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
     assert got(ring, 1.0, "gpt-4o-mini") == "a"
 
 
 def test_when_all_cool_the_wait_is_that_of_the_first_to_return() -> None:
     ring = pool("a", "b")
-    learn(ring, "a", Class.RATE_LIMITED, 0.0, wait=30.0)
-    learn(ring, "b", Class.RATE_LIMITED, 0.0, wait=12.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
+    learn(ring, "b", OutcomeKind.RATE_LIMITED, 0.0, wait=12.0)
     assert got(ring, 2.0) == "keys_cooling 10.000"
 
 
 def test_a_single_key_cools_like_any() -> None:
     ring = pool("a")
-    learn(ring, "a", Class.RATE_LIMITED, 0.0, wait=30.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
     assert got(ring, 0.0) == "keys_cooling 30.000"
     assert got(ring, 30.0) == "a"
 
@@ -100,7 +100,7 @@ def test_cooling_is_extended_never_shortened(story: list[tuple[float, float]]) -
     now, until = 0.0, 0.0
     for step, wait in story:
         now += step
-        learn(ring, "a", Class.RATE_LIMITED, now, wait)
+        learn(ring, "a", OutcomeKind.RATE_LIMITED, now, wait)
         until = max(until, now + wait)
         state = ring.state("a", M, now)
         assert (state.until if state is not None else now) == max(until, now)
@@ -110,34 +110,44 @@ def test_cooling_is_extended_never_shortened(story: list[tuple[float, float]]) -
 def test_success_and_other_answers_do_not_shorten_cooling() -> None:
     """A request that was under way when the limit was hit proves nothing about the limit."""
     ring = pool("a", "b")
-    learn(ring, "a", Class.RATE_LIMITED, 0.0, wait=30.0)
-    for outcome in (Class.OK, Class.FINAL, Class.RETRY, Class.TIMEOUT, Class.INVALID, Class.AMBIGUOUS, Class.UNREACHED):
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
+    for outcome in (
+        OutcomeKind.OK,
+        OutcomeKind.FINAL,
+        OutcomeKind.RETRY,
+        OutcomeKind.TIMEOUT,
+        OutcomeKind.INVALID,
+        OutcomeKind.AMBIGUOUS,
+        OutcomeKind.UNREACHED,
+    ):
         learn(ring, "a", outcome, 1.0)
         assert status(ring, "a", 1.0) == "cooling 29"
 
 
 @pytest.mark.parametrize("first", ["limit", "refusal"])
-@pytest.mark.parametrize("trouble", [Class.FORBIDDEN, Class.MODEL_MISSING, Class.UNAUTHORIZED, Class.QUOTA])
-def test_cooling_and_a_refusal_stand_side_by_side(trouble: Class, first: str) -> None:
+@pytest.mark.parametrize(
+    "trouble", [OutcomeKind.FORBIDDEN, OutcomeKind.MODEL_MISSING, OutcomeKind.UNAUTHORIZED, OutcomeKind.QUOTA]
+)
+def test_cooling_and_a_refusal_stand_side_by_side(trouble: OutcomeKind, first: str) -> None:
     """Two requests under way at once can end with both; neither deadline is lost to the other."""
     for wait in (30.0, 3600.0):
         ring = pool("a", "b")
-        learn(ring, "b", Class.UNAUTHORIZED, 0.0)
-        outcomes = [Class.RATE_LIMITED, trouble]
+        learn(ring, "b", OutcomeKind.UNAUTHORIZED, 0.0)
+        outcomes = [OutcomeKind.RATE_LIMITED, trouble]
         for outcome in outcomes if first == "limit" else reversed(outcomes):
-            learn(ring, "a", outcome, 0.0, wait if outcome is Class.RATE_LIMITED else 0.0)
-        assert status(ring, "a", 1.0).endswith(f" {max(wait, REST) - 1:.0f}")
-        assert got(ring, min(wait, REST) - 1.0) != "a"
-        if wait > REST:
-            assert got(ring, REST, excluded=frozenset({"b"})) == f"keys_cooling {wait - REST:.3f}"
-        assert got(ring, max(wait, REST)) == "a"
+            learn(ring, "a", outcome, 0.0, wait if outcome is OutcomeKind.RATE_LIMITED else 0.0)
+        assert status(ring, "a", 1.0).endswith(f" {max(wait, UNUSABLE_FOR) - 1:.0f}")
+        assert got(ring, min(wait, UNUSABLE_FOR) - 1.0) != "a"
+        if wait > UNUSABLE_FOR:
+            assert got(ring, UNUSABLE_FOR, excluded=frozenset({"b"})) == f"keys_cooling {wait - UNUSABLE_FOR:.3f}"
+        assert got(ring, max(wait, UNUSABLE_FOR)) == "a"
 
 
 def test_a_single_key_that_rests_still_cools() -> None:
     ring = pool("a")
-    learn(ring, "a", Class.QUOTA, 0.0)
+    learn(ring, "a", OutcomeKind.QUOTA, 0.0)
     assert got(ring, 1.0) == "a"
-    learn(ring, "a", Class.RATE_LIMITED, 1.0, wait=30.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 1.0, wait=30.0)
     assert got(ring, 2.0) == "keys_cooling 29.000"
     assert got(ring, 31.0) == "a"
 
@@ -145,16 +155,16 @@ def test_a_single_key_that_rests_still_cools() -> None:
 # --- exhausted, rejected, missing -------------------------------------------------------------------------------------
 
 RESTS = {
-    Class.QUOTA: ("exhausted", True),
-    Class.UNAUTHORIZED: ("rejected", True),
-    Class.FORBIDDEN: ("rejected", False),
-    Class.MODEL_MISSING: ("missing", False),
+    OutcomeKind.QUOTA: ("exhausted", True),
+    OutcomeKind.UNAUTHORIZED: ("rejected", True),
+    OutcomeKind.FORBIDDEN: ("rejected", False),
+    OutcomeKind.MODEL_MISSING: ("missing", False),
 }
 """Outcome -> (state, whether it is the whole key's)."""
 
 
 @pytest.mark.parametrize("outcome", RESTS)
-def test_a_bad_key_rests_ten_minutes_and_is_tried_again(outcome: Class) -> None:
+def test_a_bad_key_rests_ten_minutes_and_is_tried_again(outcome: OutcomeKind) -> None:
     name, whole = RESTS[outcome]
     ring = pool("a", "b")
     learn(ring, "a", outcome, 100.0)
@@ -166,26 +176,28 @@ def test_a_bad_key_rests_ten_minutes_and_is_tried_again(outcome: Class) -> None:
 
 
 @pytest.mark.parametrize("outcome", RESTS)
-def test_an_answer_proves_that_the_key_works(outcome: Class) -> None:
+def test_an_answer_proves_that_the_key_works(outcome: OutcomeKind) -> None:
     ring = pool("a", "b")
     learn(ring, "a", outcome, 0.0)
-    learn(ring, "a", Class.OK, 1.0)
+    learn(ring, "a", OutcomeKind.OK, 1.0)
     assert status(ring, "a", 1.0) == "ready"
 
 
-@pytest.mark.parametrize("outcome", [Class.RETRY, Class.UNREACHED, Class.STALE, Class.AMBIGUOUS, Class.TIMEOUT])
-def test_an_upstreams_trouble_is_not_the_keys(outcome: Class) -> None:
+@pytest.mark.parametrize(
+    "outcome", [OutcomeKind.RETRY, OutcomeKind.UNREACHED, OutcomeKind.STALE, OutcomeKind.AMBIGUOUS, OutcomeKind.TIMEOUT]
+)
+def test_an_upstreams_trouble_is_not_the_keys(outcome: OutcomeKind) -> None:
     ring = pool("a", "b")
     for _ in range(25):
         learn(ring, "a", outcome, 0.0)
     assert status(ring, "a", 0.0) == "ready"
-    learn(ring, "a", Class.UNAUTHORIZED, 0.0)
+    learn(ring, "a", OutcomeKind.UNAUTHORIZED, 0.0)
     learn(ring, "a", outcome, 1.0)
     assert status(ring, "a", 1.0) == "rejected 599"  # nor does it prove anything
 
 
 @pytest.mark.parametrize("outcome", RESTS)
-def test_a_single_key_is_never_blacked_out(outcome: Class) -> None:
+def test_a_single_key_is_never_blacked_out(outcome: OutcomeKind) -> None:
     """Without another key the upstream's own answer helps the client more than ours."""
     ring = pool("a")
     learn(ring, "a", outcome, 0.0)
@@ -195,9 +207,9 @@ def test_a_single_key_is_never_blacked_out(outcome: Class) -> None:
 
 def test_all_keys_bad_is_said_at_once() -> None:
     ring = pool("a", "b", "c")
-    learn(ring, "a", Class.UNAUTHORIZED, 0.0)
-    learn(ring, "b", Class.QUOTA, 0.0)
-    learn(ring, "c", Class.FORBIDDEN, 0.0)
+    learn(ring, "a", OutcomeKind.UNAUTHORIZED, 0.0)
+    learn(ring, "b", OutcomeKind.QUOTA, 0.0)
+    learn(ring, "c", OutcomeKind.FORBIDDEN, 0.0)
     answer = ring.lease(M, 1, NOBODY, 1.0)
     assert isinstance(answer, NoKey)
     assert answer.why == "no_usable_key"
@@ -207,7 +219,7 @@ def test_all_keys_bad_is_said_at_once() -> None:
 
 def test_a_model_missing_at_one_key_is_served_by_another_and_the_key_serves_others() -> None:
     ring = pool("a", "b")
-    learn(ring, "a", Class.MODEL_MISSING, 0.0)
+    learn(ring, "a", OutcomeKind.MODEL_MISSING, 0.0)
     assert got(ring, 1.0) == "b"
     assert got(ring, 1.0, "gpt-4o-mini") == "a"
 
@@ -215,20 +227,20 @@ def test_a_model_missing_at_one_key_is_served_by_another_and_the_key_serves_othe
 def test_a_model_missing_everywhere_is_asked_for_again() -> None:
     """It may be a new model, or a slip of the client's: the upstream's 404 says it best."""
     ring = pool("a", "b")
-    learn(ring, "a", Class.MODEL_MISSING, 0.0)
-    learn(ring, "b", Class.MODEL_MISSING, 0.0)
+    learn(ring, "a", OutcomeKind.MODEL_MISSING, 0.0)
+    learn(ring, "b", OutcomeKind.MODEL_MISSING, 0.0)
     assert got(ring, 1.0) == "a"
     assert got(ring, 1.0, excluded=frozenset({"a"})) == "b"
     assert got(ring, 1.0, excluded=frozenset({"a", "b"})) == "no_usable_key"
-    learn(ring, "a", Class.RATE_LIMITED, 1.0, wait=5.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 1.0, wait=5.0)
     assert got(ring, 2.0, excluded=frozenset({"b"})) == "keys_cooling 4.000"
 
 
 def test_a_missing_model_is_no_way_round_the_limits() -> None:
-    ring = ring_of(PoolKey("a", 0, ("*",)), PoolKey("b", 0, ("*",)), limits={"*": Limits(rpm=1, tpm=100)})
+    ring = ring_of(UpstreamKey("a", 0, ("*",)), UpstreamKey("b", 0, ("*",)), limits={"*": Limits(rpm=1, tpm=100)})
     assert [got(ring, 0.0), got(ring, 0.0)] == ["a", "b"]
     for name in ("a", "b"):
-        learn(ring, name, Class.MODEL_MISSING, 0.0)
+        learn(ring, name, OutcomeKind.MODEL_MISSING, 0.0)
     assert got(ring, 1.0) == f"throttled {MINUTE - 1:.3f}"
     assert got(ring, 1.0, tokens=101) == "request_exceeds_limit"
 
@@ -244,15 +256,15 @@ def test_ten_bad_keys_and_a_good_one() -> None:
     ring = pool(*names)
     for name in names[:10]:
         assert got(ring, 0.0) == name
-        learn(ring, name, Class.UNAUTHORIZED, 0.0)
+        learn(ring, name, OutcomeKind.UNAUTHORIZED, 0.0)
     assert [got(ring, 1.0 + number) for number in range(20)] == ["k10"] * 20
 
 
 def test_the_memory_of_states_is_bounded() -> None:
     ring = pool("a", "b")
     for number in range(10_500):
-        learn(ring, "a", Class.MODEL_MISSING, float(number) / 1000, model=f"m{number}")
-        learn(ring, "a", Class.RATE_LIMITED, float(number) / 1000, 1e6, model=f"m{number}")
+        learn(ring, "a", OutcomeKind.MODEL_MISSING, float(number) / 1000, model=f"m{number}")
+        learn(ring, "a", OutcomeKind.RATE_LIMITED, float(number) / 1000, 1e6, model=f"m{number}")
     assert len(ring.report(11.0)[0]["states"]) <= 20_000
     assert status(ring, "a", 11.0, "m10499").startswith("cooling")
 
@@ -262,7 +274,9 @@ def test_the_memory_of_states_is_bounded() -> None:
 
 def test_only_keys_whose_upstream_serves_the_model() -> None:
     ring = ring_of(
-        PoolKey("gpt", 0, ("gpt-*",)), PoolKey("mini", 1, ("gpt-4o-mini", "o1")), PoolKey("ft", 2, ("ft:*",))
+        UpstreamKey("gpt", 0, ("gpt-*",)),
+        UpstreamKey("mini", 1, ("gpt-4o-mini", "o1")),
+        UpstreamKey("ft", 2, ("ft:*",)),
     )
     assert [key.label for group in ring.serving("gpt-4o-mini") for key in group] == ["gpt", "mini"]
     assert [got(ring, 0.0, model) for model in ("gpt-4o", "o1", "ft:x")] == ["gpt", "mini", "ft"]
@@ -279,9 +293,9 @@ def test_many_models_do_not_pile_up() -> None:
     assert len(ring._serving) <= 4096
 
 
-def tiers(**limits: Limits) -> KeyRing:
-    keys = [PoolKey("low1", 0, ("*",), priority=0), PoolKey("high", 1, ("*",), priority=5)]
-    keys += [PoolKey("low2", 0, ("*",), priority=0), PoolKey("higher", 2, ("*",), priority=9)]
+def tiers(**limits: Limits) -> KeyPool:
+    keys = [UpstreamKey("low1", 0, ("*",), priority=0), UpstreamKey("high", 1, ("*",), priority=5)]
+    keys += [UpstreamKey("low2", 0, ("*",), priority=0), UpstreamKey("higher", 2, ("*",), priority=9)]
     return ring_of(*keys, limits=limits)
 
 
@@ -293,11 +307,11 @@ def test_equal_numbers_form_one_pool_in_rising_order() -> None:
 def test_a_higher_number_serves_only_while_all_lower_ones_cool() -> None:
     ring = tiers()
     assert got(ring, 0.0) == "low1"
-    learn(ring, "low1", Class.RATE_LIMITED, 0.0, wait=10.0)
+    learn(ring, "low1", OutcomeKind.RATE_LIMITED, 0.0, wait=10.0)
     assert got(ring, 1.0) == "low2"
-    learn(ring, "low2", Class.RATE_LIMITED, 1.0, wait=20.0)
+    learn(ring, "low2", OutcomeKind.RATE_LIMITED, 1.0, wait=20.0)
     assert got(ring, 2.0) == "high"
-    learn(ring, "high", Class.RATE_LIMITED, 2.0, wait=5.0)
+    learn(ring, "high", OutcomeKind.RATE_LIMITED, 2.0, wait=5.0)
     assert got(ring, 3.0) == "higher"
     assert got(ring, 7.0) == "high"
     assert got(ring, 10.0) == "low1"
@@ -314,8 +328,8 @@ def test_a_higher_number_serves_while_all_lower_ones_are_full() -> None:
 def test_a_higher_number_serves_where_the_lower_ones_were_refused() -> None:
     ring = tiers()
     assert got(ring, 0.0, excluded=frozenset({"low1", "low2"})) == "high"
-    learn(ring, "low1", Class.UNAUTHORIZED, 0.0)
-    learn(ring, "low2", Class.MODEL_MISSING, 0.0)
+    learn(ring, "low1", OutcomeKind.UNAUTHORIZED, 0.0)
+    learn(ring, "low2", OutcomeKind.MODEL_MISSING, 0.0)
     assert got(ring, 1.0) == "high"
     assert got(ring, 1.0, excluded=frozenset({"high", "higher"})) == "low2"  # the last resort
 
@@ -324,7 +338,11 @@ def test_a_higher_number_serves_where_the_lower_ones_were_refused() -> None:
 
 
 def test_keys_of_one_quota_share_its_limits() -> None:
-    keys = [PoolKey("a", 0, ("*",), quota="org"), PoolKey("b", 0, ("*",), quota="org"), PoolKey("c", 0, ("*",))]
+    keys = [
+        UpstreamKey("a", 0, ("*",), quota="org"),
+        UpstreamKey("b", 0, ("*",), quota="org"),
+        UpstreamKey("c", 0, ("*",)),
+    ]
     ring = ring_of(*keys, limits={"*": Limits(rpm=2)})
     assert [got(ring, 0.0) for _ in range(3)] == ["a", "a", "c"]
     report = {row["name"]: row for row in ring.report(0.0)}
@@ -343,7 +361,7 @@ def test_limits_are_per_model() -> None:
 
 
 def test_a_keys_own_limits_lie_over_the_common_ones() -> None:
-    keys = [PoolKey("a", 0, ("*",), limits={"*": Limits(rpm=3)}), PoolKey("b", 0, ("*",))]
+    keys = [UpstreamKey("a", 0, ("*",), limits={"*": Limits(rpm=3)}), UpstreamKey("b", 0, ("*",))]
     ring = ring_of(*keys, limits={"*": Limits(rpm=1)})
     assert [got(ring, 0.0) for _ in range(4)] == ["a", "a", "a", "b"]
     assert ring_of(keys[0]).limited
@@ -351,7 +369,7 @@ def test_a_keys_own_limits_lie_over_the_common_ones() -> None:
 
 
 def test_the_share_to_use() -> None:
-    ring = ring_of(PoolKey("a", 0, ("*",)), limits={"*": Limits(rpm=10)}, use=0.5)
+    ring = ring_of(UpstreamKey("a", 0, ("*",)), limits={"*": Limits(rpm=10)}, use=0.5)
     assert [got(ring, 0.0) for _ in range(6)][4:] == ["a", f"throttled {MINUTE:.3f}"]
 
 
@@ -377,23 +395,23 @@ def test_nothing_is_reserved_where_no_lease_is_given() -> None:
 
 
 def test_larger_than_a_window_fails_at_once_unless_another_key_has_room() -> None:
-    keys = [PoolKey("a", 0, ("*",)), PoolKey("b", 0, ("*",), limits={"*": Limits(tpm=1000)})]
+    keys = [UpstreamKey("a", 0, ("*",)), UpstreamKey("b", 0, ("*",), limits={"*": Limits(tpm=1000)})]
     ring = ring_of(*keys, limits={"*": Limits(tpm=100)})
     assert got(ring, 0.0, tokens=500) == "b"
     assert got(ring, 0.0, tokens=600).startswith("throttled")  # b will have room
     assert got(ring, 0.0, tokens=1001) == "request_exceeds_limit"
-    learn(ring, "b", Class.RATE_LIMITED, 0.0, wait=7.0)
+    learn(ring, "b", OutcomeKind.RATE_LIMITED, 0.0, wait=7.0)
     assert got(ring, 0.0, tokens=500) == "keys_cooling 7.000"
 
 
 def test_why_one_waits_is_what_ends_first() -> None:
     ring = pool("a", "b", limits={"*": Limits(rpm=1)})
     assert got(ring, 0.0) == "a"
-    learn(ring, "b", Class.RATE_LIMITED, 0.0, wait=90.0)
+    learn(ring, "b", OutcomeKind.RATE_LIMITED, 0.0, wait=90.0)
     assert got(ring, 0.0) == f"throttled {MINUTE:.3f}"
     ring = pool("a", "b", limits={"*": Limits(rpm=1)})
     assert got(ring, 0.0) == "a"
-    learn(ring, "b", Class.RATE_LIMITED, 0.0, wait=9.0)
+    learn(ring, "b", OutcomeKind.RATE_LIMITED, 0.0, wait=9.0)
     assert got(ring, 0.0) == "keys_cooling 9.000"
 
 
@@ -401,11 +419,11 @@ def test_each_pass_through_credential_has_its_own_limits() -> None:
     ring = pool("client", limits={"*": Limits(rpm=1)})
     for credential in ("one", "two"):
         assert isinstance(ring.lease(M, 1, NOBODY, 0.0, credential), Lease)
-        assert isinstance(ring.lease(M, 1, NOBODY, 0.0, credential), Held)
+        assert isinstance(ring.lease(M, 1, NOBODY, 0.0, credential), NotReady)
 
 
 def test_idle_allowances_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.upstream.keys.pool._MAX_ALLOWANCES", 10)
+    monkeypatch.setattr("proxy.upstream.keys.pool._MAX_RATE_LIMITERS", 10)
     ring = pool("a", limits={"*": Limits(rpm=1)})
     for number in range(100):
         lease = ring.lease(f"m{number}", 1, NOBODY, number * 100.0)
@@ -421,18 +439,18 @@ def test_headroom() -> None:
     got(ring, 0.0)
     assert [ring.headroom(key, M, 0.0) for key in ring.keys] == [0.75, 1.0]
     assert ring.headroom(ring.keys[0], "other", 0.0) == 1.0
-    assert pool("a").headroom(PoolKey("a", 0, ("*",)), M, 0.0) == 1.0
+    assert pool("a").headroom(UpstreamKey("a", 0, ("*",)), M, 0.0) == 1.0
     partly = pool("a", limits={"o1": Limits(rpm=1)})
     assert partly.headroom(partly.keys[0], M, 0.0) == 1.0
 
 
-OUTCOMES = st.sampled_from(list(Class))
+OUTCOMES = st.sampled_from(list(OutcomeKind))
 STORY = st.lists(st.tuples(st.sampled_from("abc"), OUTCOMES, st.floats(0, 400), st.floats(0, 700)), max_size=30)
 
 
 @given(STORY, st.sampled_from([{}, {"*": Limits(rpm=3)}]))
 def test_a_bad_key_is_never_chosen_while_a_ready_one_has_room(
-    story: list[tuple[str, Class, float, float]], limits: dict[str, Limits]
+    story: list[tuple[str, OutcomeKind, float, float]], limits: dict[str, Limits]
 ) -> None:
     ring = pool("a", "b", "c", limits=limits)
     now = 0.0
@@ -450,7 +468,7 @@ def test_a_bad_key_is_never_chosen_while_a_ready_one_has_room(
             state = before[answer.key.label]
             assert state is not None
             assert state.status is Status.MISSING
-        elif isinstance(answer, Held):
+        elif isinstance(answer, NotReady):
             assert answer.wait.seconds > 0
 
 
@@ -459,8 +477,8 @@ def test_a_bad_key_is_never_chosen_while_a_ready_one_has_room(
 
 def test_the_report_names_labels_states_and_times() -> None:
     ring = pool("a", "b", priority=3)
-    learn(ring, "a", Class.RATE_LIMITED, 10.0, wait=30.0)
-    learn(ring, "b", Class.UNAUTHORIZED, 15.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 10.0, wait=30.0)
+    learn(ring, "b", OutcomeKind.UNAUTHORIZED, 15.0)
     a, b = ring.report(20.0)
     assert (a["name"], a["state"], a["priority"], b["state"]) == ("a", "ready", 3, "rejected")
     assert a["states"] == [{"model": M, "state": "cooling", "since_s": 10.0, "until_s": 20.0, "reason": "why"}]
@@ -471,7 +489,7 @@ def test_the_report_names_labels_states_and_times() -> None:
 def test_the_report_is_json_whatever_clients_call_a_model() -> None:
     ring = pool("a", limits={"*": Limits(rpm=5)})
     assert got(ring, 0.0, "\ud800") == "a"
-    learn(ring, "a", Class.MODEL_MISSING, 0.0, model="\ud800")
+    learn(ring, "a", OutcomeKind.MODEL_MISSING, 0.0, model="\ud800")
     (row,) = json.loads(orjson.dumps(ring.report(1.0)))
     assert row["states"][0]["model"] == "\\ud800"
     assert list(row["limits"]) == ["\\ud800"]
@@ -480,18 +498,18 @@ def test_the_report_is_json_whatever_clients_call_a_model() -> None:
 def test_since_is_when_it_began() -> None:
     ring = pool("a", "b")
     for now in (0.0, 10.0, 20.0):
-        learn(ring, "a", Class.RATE_LIMITED, now, wait=30.0)
+        learn(ring, "a", OutcomeKind.RATE_LIMITED, now, wait=30.0)
     assert ring.report(25.0)[0]["states"][0]["since_s"] == 25.0
-    learn(ring, "a", Class.RATE_LIMITED, 100.0, wait=30.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 100.0, wait=30.0)
     assert ring.report(101.0)[0]["states"][0]["since_s"] == 1.0
 
 
 def test_counts_by_the_worst_state() -> None:
     ring = pool("a", "b", "c", "d")
     assert ring.counts(0.0) == {"ready": 4, "cooling": 0, "exhausted": 0, "rejected": 0, "missing": 0}
-    learn(ring, "a", Class.RATE_LIMITED, 0.0, wait=30.0)
-    learn(ring, "b", Class.QUOTA, 0.0)
-    learn(ring, "c", Class.RATE_LIMITED, 0.0, wait=30.0)
-    learn(ring, "c", Class.UNAUTHORIZED, 0.0)
+    learn(ring, "a", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
+    learn(ring, "b", OutcomeKind.QUOTA, 0.0)
+    learn(ring, "c", OutcomeKind.RATE_LIMITED, 0.0, wait=30.0)
+    learn(ring, "c", OutcomeKind.UNAUTHORIZED, 0.0)
     assert ring.counts(1.0) == {"ready": 1, "cooling": 1, "exhausted": 1, "rejected": 1, "missing": 0}
     assert ring.counts(600.0)["ready"] == 4

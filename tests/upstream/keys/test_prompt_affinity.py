@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.keys.prompt_affinity import HEAD, MOST, TTL, Affinity, prefix_of
+from proxy.upstream.keys.prompt_affinity import HEAD, MAX_PREFIXES, TTL, PromptAffinity, prefix_of
 
 LONG = "You are a helpful assistant. " * 200
 
@@ -77,15 +77,15 @@ def test_nothing_raises(value: Any, model: str) -> None:
 
 
 def test_a_key_is_remembered_for_an_hour_after_its_last_use() -> None:
-    homes = Affinity()
-    homes.served(b"p", "k1", 0.0)
+    homes = PromptAffinity()
+    homes.record(b"p", "k1", 0.0)
     assert (homes.home(b"p", TTL - 1), homes.home(b"p", TTL), homes.home(b"q", 0.0)) == ("k1", None, None)
-    homes.served(b"p", "k2", TTL - 1)
+    homes.record(b"p", "k2", TTL - 1)
     assert homes.home(b"p", 2 * TTL - 2) == "k2"
 
 
 def test_memory_is_bounded() -> None:
-    homes = Affinity()
-    for number in range(MOST + 10):
-        homes.served(str(number).encode(), "k", 0.0)
+    homes = PromptAffinity()
+    for number in range(MAX_PREFIXES + 10):
+        homes.record(str(number).encode(), "k", 0.0)
     assert (homes.home(b"9", 0.0), homes.home(b"10", 0.0)) == (None, "k")

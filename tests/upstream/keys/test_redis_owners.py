@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from proxy.upstream.keys import redis_owners as redis_objects
-from proxy.upstream.keys.redis_owners import RedisObjects
-from proxy.upstream.keys.stored_objects import KEPT
+from proxy.upstream.keys.redis_owners import RedisOwners
+from proxy.upstream.keys.stored_objects import KEPT_FOR
 from tests.cache.stores.kit import PATIENT, until, valkey
 
 
@@ -20,7 +20,7 @@ async def test_one_proxy_tells_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def told(url: str) -> None:
-    one, other = RedisObjects(url, "t"), RedisObjects(url, "t")
+    one, other = RedisOwners(url, "t"), RedisOwners(url, "t")
     await asyncio.gather(one.open(), other.open())
     await until(lambda: one.link.up and other.link.up)
     try:
@@ -31,14 +31,14 @@ async def told(url: str) -> None:
         keys = [key async for key in one.link.redis.scan_iter()]
         assert all(len(key) <= 160 and b"file-1" not in key for key in keys)
         for key in keys:
-            assert 0 < await one.link.redis.ttl(key) <= KEPT
+            assert 0 < await one.link.redis.ttl(key) <= KEPT_FOR
     finally:
         await asyncio.gather(one.close(), other.close())
 
 
 async def test_without_redis_nobody_knows_and_nobody_waits() -> None:
     with valkey() as server:
-        objects = RedisObjects(server.url, "t")
+        objects = RedisOwners(server.url, "t")
         await objects.open()
         server.kill()
     try:

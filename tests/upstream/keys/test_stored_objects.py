@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.upstream.keys import stored_objects as objects
-from proxy.upstream.keys.stored_objects import KEPT, MOST, Copy, Makers, ids_in_path, ids_named, made_by, made_by_event
+from proxy.upstream.keys.stored_objects import (
+    KEPT_FOR,
+    MOST,
+    BodyCopy,
+    OwnerTable,
+    ids_in_path,
+    ids_made_by,
+    ids_made_by_event,
+    ids_named,
+)
 
 
 def named(document: Any) -> list[str]:
@@ -79,49 +88,49 @@ def test_what_a_path_may_name(path: str, ids: list[str]) -> None:
     ],
 )
 def test_what_an_answer_brings(document: Any, ids: list[str]) -> None:
-    assert made_by(document) == ids
+    assert ids_made_by(document) == ids
 
 
 def test_what_a_stream_brings() -> None:
     created = {"type": "response.created", "response": {"id": "resp_1", "object": "response"}}
-    assert made_by_event(orjson.dumps(created)) == ["resp_1"]
+    assert ids_made_by_event(orjson.dumps(created)) == ["resp_1"]
     for data in (b"", b"[DONE]", b'{"response"', b'["response"]', b'{"response": 7}', b'{"choices": []}'):
-        assert made_by_event(data) == []
+        assert ids_made_by_event(data) == []
 
 
 def test_a_copy_is_bounded() -> None:
-    copy = Copy()
+    copy = BodyCopy()
     for piece in (b'{"id": "file-1", ', b'"object": "file"}'):
         copy.feed(piece)
     assert copy.ids() == ["file-1"]
-    copy.feed(b" " * Copy.LIMIT)
+    copy.feed(b" " * BodyCopy.LIMIT)
     assert copy.ids() == []
-    assert Copy().ids() == []
-    broken = Copy()
+    assert BodyCopy().ids() == []
+    broken = BodyCopy()
     broken.feed(b"\x1f\x8b")
     assert broken.ids() == []
 
 
 def test_who_made_it_is_known_for_thirty_days() -> None:
-    makers = Makers()
-    assert makers.made("file-1", "k1", 0.0)
-    assert not makers.made("file-1", "k1", 3600.0)  # no news
-    assert makers.made("file-1", "k1", 3 * 86_400.0)  # told again, so that it is kept elsewhere, too
-    assert makers.maker(["x", "file-1"], 3 * 86_400.0 + KEPT - 1) == "k1"
-    assert makers.maker(["file-1"], 3 * 86_400.0 + KEPT) is None
-    assert makers.made("file-1", "k2", 3 * 86_400.0)
+    makers = OwnerTable()
+    assert makers.record("file-1", "k1", 0.0)
+    assert not makers.record("file-1", "k1", 3600.0)  # no news
+    assert makers.record("file-1", "k1", 3 * 86_400.0)  # told again, so that it is kept elsewhere, too
+    assert makers.owner_of(["x", "file-1"], 3 * 86_400.0 + KEPT_FOR - 1) == "k1"
+    assert makers.owner_of(["file-1"], 3 * 86_400.0 + KEPT_FOR) is None
+    assert makers.record("file-1", "k2", 3 * 86_400.0)
 
 
 def test_memory_is_bounded() -> None:
-    makers = Makers()
+    makers = OwnerTable()
     for number in range(MOST + 5):
-        makers.made(f"f{number}", "k", 0.0)
-    assert makers.maker(["f4"], 0.0) is None
-    assert makers.maker(["f5"], 0.0) == "k"
+        makers.record(f"f{number}", "k", 0.0)
+    assert makers.owner_of(["f4"], 0.0) is None
+    assert makers.owner_of(["f5"], 0.0) == "k"
 
 
 @given(st.recursive(st.none() | st.text(max_size=4), lambda x: st.lists(x) | st.dictionaries(st.text(max_size=4), x)))
 def test_nothing_raises(value: Any) -> None:
     document = {"conversation": value, "file_ids": value, "id": value, "object": "x", "data": value}
     ids_named(orjson.dumps(document), document)
-    made_by(document)
+    ids_made_by(document)

@@ -7,96 +7,98 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.cost.usage import Usage
-from proxy.upstream.limits.calibration import HIGHEST, LOWEST, MODELS, Habits
-from proxy.upstream.limits.estimate import Measure, measure
+from proxy.upstream.limits.calibration import HIGHEST, LOWEST, MODELS, TokenCalibration
+from proxy.upstream.limits.estimate import RequestSize, request_size
 
 
 def used(prompt: int, completion: int = 0) -> Usage:
     return Usage(prompt, completion, prompt + completion)
 
 
-def taught(habits: Habits, times: int, what: Measure, usage: Usage, model: str = "m") -> Habits:
+def taught(habits: TokenCalibration, times: int, what: RequestSize, usage: Usage, model: str = "m") -> TokenCalibration:
     for _ in range(times):
-        habits.learn(model, what, usage)
+        habits.record(model, what, usage)
     return habits
 
 
-TEXT = Measure(text=40_000, counted=0, limit=50, choices=1)
+TEXT = RequestSize(text=40_000, counted=0, limit=50, choices=1)
 
 
 def test_nothing_learned_is_the_contracts_formula() -> None:
-    assert Habits().estimate("m", TEXT) == 10_050
-    assert Habits().estimate("m", Measure(400, 1105, None, 3)) == 1205
+    assert TokenCalibration().estimate("m", TEXT) == 10_050
+    assert TokenCalibration().estimate("m", RequestSize(400, 1105, None, 3)) == 1205
 
 
 @pytest.mark.parametrize(("actual", "ratio"), [(8_000, 0.8), (12_500, 1.25), (100, LOWEST), (10**9, HIGHEST)])
 def test_the_ratio_follows_what_was_used_within_its_clamp(actual: int, ratio: float) -> None:
-    habits = taught(Habits(), 100, TEXT, used(actual, 50))
+    habits = taught(TokenCalibration(), 100, TEXT, used(actual, 50))
     assert habits.ratio("m") == pytest.approx(ratio, rel=0.02)
     assert habits.ratio("another") == 1.0
 
 
 def test_the_ratio_scales_the_text_alone() -> None:
-    habits = taught(Habits(), 100, TEXT, used(20_000, 50))
+    habits = taught(TokenCalibration(), 100, TEXT, used(20_000, 50))
     assert habits.ratio("m") == pytest.approx(2.0, rel=0.01)
-    assert habits.estimate("m", Measure(0, 700, 5_000, 2)) == 10_700
-    assert habits.estimate("m", Measure(4_000, 700, 5_000, 1)) == pytest.approx(7_700, abs=20)
+    assert habits.estimate("m", RequestSize(0, 700, 5_000, 2)) == 10_700
+    assert habits.estimate("m", RequestSize(4_000, 700, 5_000, 1)) == pytest.approx(7_700, abs=20)
 
 
 def test_what_an_answer_took_teaches_nothing_about_text() -> None:
-    habits = taught(Habits(), 50, Measure(4_000, 0, 9_000, 1), used(1_000, 9_000))
+    habits = taught(TokenCalibration(), 50, RequestSize(4_000, 0, 9_000, 1), used(1_000, 9_000))
     assert habits.ratio("m") == pytest.approx(1.0)
 
 
 def test_media_is_taken_off_before_text_is_compared() -> None:
-    habits = taught(Habits(), 50, Measure(40_000, 1_105, None, 1), used(13_105))
+    habits = taught(TokenCalibration(), 50, RequestSize(40_000, 1_105, None, 1), used(13_105))
     assert habits.ratio("m") == pytest.approx(1.2, rel=0.01)
-    few_words = taught(Habits(), 50, Measure(400, 11_050, None, 1), used(11_300))
+    few_words = taught(TokenCalibration(), 50, RequestSize(400, 11_050, None, 1), used(11_300))
     assert few_words.ratio("m") == 1.0
 
 
 def test_one_short_prompt_changes_next_to_nothing() -> None:
     """Most of its tokens are the chat's own framing."""
-    habits = taught(Habits(), 1, measure("chat", {"messages": [{"role": "user", "content": "Hi"}]}), used(8, 9))
+    habits = taught(
+        TokenCalibration(), 1, request_size("chat", {"messages": [{"role": "user", "content": "Hi"}]}), used(8, 9)
+    )
     assert habits.ratio("m") == pytest.approx(1.0, abs=0.01)
 
 
 def test_the_length_of_an_answer_is_learned_where_no_limit_is_set() -> None:
-    free, bound = Measure(400, 0, None, 1), Measure(400, 0, 10, 1)
-    habits = taught(Habits(), 1, free, used(100, 300))
+    free, bound = RequestSize(400, 0, None, 1), RequestSize(400, 0, 10, 1)
+    habits = taught(TokenCalibration(), 1, free, used(100, 300))
     assert habits.output("m") == 300
     taught(habits, 50, bound, used(100, 10))
     assert habits.output("m") == 300, "a limit's answer is no measure of a free one"
     taught(habits, 50, free, used(100, 500))
     assert habits.output("m") == pytest.approx(500, abs=2)
-    assert habits.estimate("m", Measure(400, 0, None, 2)) == pytest.approx(1_100, abs=5)
+    assert habits.estimate("m", RequestSize(400, 0, None, 2)) == pytest.approx(1_100, abs=5)
     assert habits.estimate("m", bound) == 110
-    assert taught(Habits(), 3, Measure(400, 0, None, 4), used(100, 400)).output("m") == 100
-    assert taught(Habits(), 3, measure("embeddings", {"input": "x"}), used(1)).output("m") == 0
+    assert taught(TokenCalibration(), 3, RequestSize(400, 0, None, 4), used(100, 400)).output("m") == 100
+    assert taught(TokenCalibration(), 3, request_size("embeddings", {"input": "x"}), used(1)).output("m") == 0
 
 
 def test_memory_is_bounded_and_the_least_used_goes() -> None:
-    habits = Habits()
+    habits = TokenCalibration()
     for n in range(MODELS + 10):
-        habits.learn(f"m{n}", TEXT, used(20_000))
-        habits.learn("m0", TEXT, used(20_000))
+        habits.record(f"m{n}", TEXT, used(20_000))
+        habits.record("m0", TEXT, used(20_000))
     assert len(habits._habits) == MODELS
     assert habits.ratio("m0") > 1
     assert habits.ratio("m1") == 1.0
 
 
 measures = st.builds(
-    Measure, st.integers(0, 10**9), st.integers(0, 10**9), st.none() | st.integers(0, 10**9), st.integers(0, 100)
+    RequestSize, st.integers(0, 10**9), st.integers(0, 10**9), st.none() | st.integers(0, 10**9), st.integers(0, 100)
 )
 usages = st.builds(used, st.integers(0, 10**12), st.integers(0, 10**12))
 
 
 @given(lessons=st.lists(st.tuples(measures, usages), max_size=20), asked=measures)
 @settings(max_examples=300, deadline=None)
-def test_no_lesson_makes_an_estimate_absurd(lessons: list[tuple[Measure, Usage]], asked: Measure) -> None:
-    habits = Habits()
+def test_no_lesson_makes_an_estimate_absurd(lessons: list[tuple[RequestSize, Usage]], asked: RequestSize) -> None:
+    habits = TokenCalibration()
     for what, usage in lessons:
-        habits.learn("m", what, usage)
+        habits.record("m", what, usage)
     assert LOWEST <= habits.ratio("m") <= HIGHEST
     assert 0 <= habits.estimate("m", asked) <= 10**9
     if asked.limit is not None:
@@ -107,7 +109,7 @@ def test_no_lesson_makes_an_estimate_absurd(lessons: list[tuple[Measure, Usage]]
 @given(ratio=st.floats(0.6, 1.9), sizes=st.lists(st.integers(400, 400_000), min_size=200, max_size=200))
 @settings(max_examples=30, deadline=None)
 def test_whatever_the_sizes_the_ratio_is_found(ratio: float, sizes: list[int]) -> None:
-    habits = Habits()
+    habits = TokenCalibration()
     for size in sizes:
-        habits.learn("m", Measure(size, 0, 100, 1), used(round(size / 4 * ratio)))
+        habits.record("m", RequestSize(size, 0, 100, 1), used(round(size / 4 * ratio)))
     assert habits.ratio("m") == pytest.approx(ratio, rel=0.1)

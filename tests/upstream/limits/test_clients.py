@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.protocol.errors import Refusal
+from proxy.protocol.errors import ProxyError
 from proxy.protocol.request import Client
-from proxy.upstream.limits.clients import Clients, Hold, check_model, check_passage
+from proxy.upstream.limits.clients import ClientLimits, ClientReservation, check_model, check_passthrough
 
 ANNA = Client("anna", models=("gpt-4o-mini", "text-embedding-*"))
 BEN = Client("ben")
 
 
 def refused(*args: object) -> str:
-    with pytest.raises(Refusal) as refusal:
-        check_model(*args) if isinstance(args[-1], str) and len(args) == 2 else check_passage(*args)  # type: ignore[arg-type]
+    with pytest.raises(ProxyError) as refusal:
+        check_model(*args) if isinstance(args[-1], str) and len(args) == 2 else check_passthrough(*args)  # type: ignore[arg-type]
     assert refusal.value.status == 403
     return refusal.value.code
 
@@ -34,7 +34,7 @@ def test_any_other_is_a_403(model: str) -> None:
 
 def test_every_model_that_could_be_served_must_be_allowed() -> None:
     check_model(ANNA, "gpt-4o-mini", "text-embedding-3-large")
-    with pytest.raises(Refusal):
+    with pytest.raises(ProxyError):
         check_model(ANNA, "gpt-4o-mini", "gpt-4o")
 
 
@@ -53,19 +53,19 @@ def test_every_model_that_could_be_served_must_be_allowed() -> None:
     ],
 )
 def test_what_might_run_a_model_nobody_looked_at(method: str, segment: str, allowed: bool) -> None:
-    check_passage(BEN, method, segment)
+    check_passthrough(BEN, method, segment)
     if allowed:
-        check_passage(ANNA, method, segment)
+        check_passthrough(ANNA, method, segment)
     else:
         assert refused(ANNA, method, segment) == "model_not_allowed"
 
 
-def book() -> Clients:
-    return Clients({"anna": Limits(rpm=2, tpm=1000, concurrency=2), "ben": Limits()})
+def book() -> ClientLimits:
+    return ClientLimits({"anna": Limits(rpm=2, tpm=1000, concurrency=2), "ben": Limits()})
 
 
-def held(clients: Clients, tokens: int = 10, now: float = 0.0, who: Client = ANNA) -> Hold:
-    hold = clients.hold(who, tokens, now)
+def held(clients: ClientLimits, tokens: int = 10, now: float = 0.0, who: Client = ANNA) -> ClientReservation:
+    hold = clients.reserve(who, tokens, now)
     assert hold is not None
     return hold
 
@@ -74,8 +74,8 @@ def test_beyond_the_limit_it_is_refused_with_an_honest_delay() -> None:
     clients = book()
     held(clients).settle(10)
     held(clients, now=1.0).settle(10)
-    with pytest.raises(Refusal) as refusal:
-        clients.hold(ANNA, 10, 20.0)
+    with pytest.raises(ProxyError) as refusal:
+        clients.reserve(ANNA, 10, 20.0)
     assert (refusal.value.status, refusal.value.code, refusal.value.should_retry) == (429, "client_limit", None)
     assert refusal.value.retry_after == pytest.approx(40.6)
     held(clients, now=20.0 + 40.61)
@@ -85,13 +85,13 @@ def test_the_others_are_not_concerned() -> None:
     clients = book()
     for _ in range(50):
         held(clients, who=BEN)
-    assert clients.hold(Client(), 10, 0.0) is None
-    assert clients.line(BEN, 0.0) == clients.line(Client(), 0.0) == ""
+    assert clients.reserve(Client(), 10, 0.0) is None
+    assert clients.headers(BEN, 0.0) == clients.headers(Client(), 0.0) == ""
 
 
 def test_a_request_larger_than_the_limit_never_goes() -> None:
-    with pytest.raises(Refusal) as refusal:
-        book().hold(ANNA, 1001, 0.0)
+    with pytest.raises(ProxyError) as refusal:
+        book().reserve(ANNA, 1001, 0.0)
     assert (refusal.value.code, refusal.value.retry_after) == ("request_exceeds_limit", None)
 
 
@@ -104,7 +104,7 @@ def test_what_never_went_up_costs_nothing_and_what_did_counts_once() -> None:
     hold.settle(500)
     hold.cancel()
     unknown = held(clients, 200)
-    assert clients.line(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=2/2, tpm=300/1000, concurrency=1/2\r\n"
+    assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=2/2, tpm=300/1000, concurrency=1/2\r\n"
     unknown.settle(None)
     assert clients.report(0.0) == {
         "anna": {
@@ -122,10 +122,10 @@ def test_what_never_went_up_costs_nothing_and_what_did_counts_once() -> None:
 
 
 def test_a_client_at_its_concurrency_is_told_to_come_back_soon() -> None:
-    clients = Clients({"anna": Limits(concurrency=1)})
+    clients = ClientLimits({"anna": Limits(concurrency=1)})
     first = held(clients)
-    with pytest.raises(Refusal) as refusal:
-        clients.hold(ANNA, 1, 0.0)
+    with pytest.raises(ProxyError) as refusal:
+        clients.reserve(ANNA, 1, 0.0)
     assert refusal.value.retry_after == 1.0
     first.settle(1)
     held(clients)
@@ -136,12 +136,12 @@ def test_a_reset_forgets_what_was_used_and_not_what_runs() -> None:
     running = held(clients, 500)
     held(clients).settle(10)
     clients.reset()
-    assert clients.line(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=1/2\r\n"
+    assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=1/2\r\n"
     running.settle(900)
-    assert clients.line(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=0/2\r\n"
+    assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=0/2\r\n"
 
 
 def test_tokens_are_estimated_only_where_somebody_counts_them() -> None:
     assert book().counts_tokens
-    assert not Clients({"a": Limits(rpm=1)}).counts_tokens
-    assert not Clients({}).counts_tokens
+    assert not ClientLimits({"a": Limits(rpm=1)}).counts_tokens
+    assert not ClientLimits({}).counts_tokens

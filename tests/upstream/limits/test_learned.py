@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.limits.learned import LONGEST, Learned, Room, rooms_told
+from proxy.upstream.limits.learned import LONGEST, RemainingQuota, UpstreamLimits, parse_rate_limit_headers
 
 A = ("a", "gpt-4o")
 
@@ -16,10 +16,10 @@ def headers(limit: object, remaining: object, reset: object, of: str = "requests
     return {f"x-ratelimit-{name}-{of}": str(value) for name, value in told.items() if value is not None}
 
 
-def learned(*told: dict[str, str]) -> Learned:
-    room = Learned()
+def learned(*told: dict[str, str]) -> UpstreamLimits:
+    room = UpstreamLimits()
     for one in told:
-        room.tell(A, one, 0.0)
+        room.record(A, one, 0.0)
     return room
 
 
@@ -114,10 +114,10 @@ TEXT = st.one_of(
 def test_whatever_is_told_nobody_waits_longer_than_a_minute(
     story: list[tuple[object, object, object, str, float]],
 ) -> None:
-    room, now = Learned(), 0.0
+    room, now = UpstreamLimits(), 0.0
     for limit, remaining, reset, of, step in story:
         now += step
-        room.tell(A, headers(limit, remaining, reset, of), now)
+        room.record(A, headers(limit, remaining, reset, of), now)
         room.take(A, 100)
         assert 0.0 <= room.wait(A, 1000, now) <= LONGEST + 0.001
         assert 0.0 <= room.headroom(A, now) <= 1.0
@@ -126,19 +126,19 @@ def test_whatever_is_told_nobody_waits_longer_than_a_minute(
 
 @given(st.integers(1, 1000), st.integers(0, 1000), st.floats(0.1, 60), st.integers(0, 2000), st.floats(0, 60))
 def test_after_the_wait_there_is_room(limit: int, remaining: int, reset: float, amount: int, taken: float) -> None:
-    room = Room(max(limit, remaining), remaining, reset, 0.0, min(taken, remaining))
+    room = RemainingQuota(max(limit, remaining), remaining, reset, 0.0, min(taken, remaining))
     wait = room.wait(amount, 0.0)
     assert room.wait(amount, wait + 1e-6) <= 1e-3
 
 
 def test_memory_is_bounded() -> None:
-    room = Learned()
+    room = UpstreamLimits()
     for number in range(10_500):
-        room.tell(("a", f"m{number}"), headers(10, 1, "1s"), 0.0)
+        room.record(("a", f"m{number}"), headers(10, 1, "1s"), 0.0)
     assert len(room.models("a")) == 10_000
 
 
 def test_both_dimensions_of_one_answer() -> None:
-    told = dict(rooms_told(headers(5, 4, "1s") | headers(100, 50, "6m0s", "tokens"), 7.0))
-    assert told["requests"] == Room(5.0, 4.0, 1.0, 7.0)
-    assert told["tokens"] == Room(100.0, 50.0, LONGEST, 7.0)
+    told = dict(parse_rate_limit_headers(headers(5, 4, "1s") | headers(100, 50, "6m0s", "tokens"), 7.0))
+    assert told["requests"] == RemainingQuota(5.0, 4.0, 1.0, 7.0)
+    assert told["tokens"] == RemainingQuota(100.0, 50.0, LONGEST, 7.0)

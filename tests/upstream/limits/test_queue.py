@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import pytest
 
 from proxy.config.limits import Limits
-from proxy.upstream.limits.queue import Gate, QueueFull, TimedOut
-from proxy.upstream.limits.rate_limiter import Allowance, Never, Reservation, Wait
+from proxy.upstream.limits.queue import AdmissionQueue, QueueFull, TimedOut
+from proxy.upstream.limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 
 T = TypeVar("T")
 
@@ -89,15 +89,15 @@ class Room:
         return attempt
 
 
-def gate_and_clock(max_queue: int = 1000) -> tuple[Gate, Turned]:
+def gate_and_clock(max_queue: int = 1000) -> tuple[AdmissionQueue, Turned]:
     clock = Turned()
-    return Gate(max_queue, clock, clock.call_later), clock
+    return AdmissionQueue(max_queue, clock, clock.call_later), clock
 
 
 def enter(
-    gate: Gate, room: Room, who: object, patience: float = 60.0, lane: str = "m", client: str = ""
+    gate: AdmissionQueue, room: Room, who: object, patience: float = 60.0, lane: str = "m", client: str = ""
 ) -> asyncio.Task[object]:
-    return asyncio.create_task(gate.admit(lane, room.ask(who), patience, client))
+    return asyncio.create_task(gate.acquire(lane, room.ask(who), patience, client))
 
 
 def stepped_once(awaitable: Awaitable[T]) -> T:
@@ -114,16 +114,16 @@ def stepped_once(awaitable: Awaitable[T]) -> T:
 
 def test_with_room_and_nobody_waiting_it_does_not_suspend() -> None:
     gate, clock = gate_and_clock()
-    assert stepped_once(gate.admit("m", Room(free=1).ask("a"), 60)) == "a"
+    assert stepped_once(gate.acquire("m", Room(free=1).ask("a"), 60)) == "a"
     assert gate.depth == 0
     assert clock.pending == 0
 
 
 def test_only_a_wait_means_waiting() -> None:
     gate, _ = gate_and_clock(max_queue=0)
-    never = Never("too large")
-    assert stepped_once(gate.admit("m", lambda now: never, 60)) is never
-    assert stepped_once(gate.admit("m", lambda now: None, 0)) is None
+    never = ExceedsLimit("too large")
+    assert stepped_once(gate.acquire("m", lambda now: never, 60)) is never
+    assert stepped_once(gate.acquire("m", lambda now: None, 0)) is None
 
 
 def test_an_error_of_the_attempt_is_the_callers() -> None:
@@ -133,7 +133,7 @@ def test_an_error_of_the_attempt_is_the_callers() -> None:
         raise LookupError
 
     with pytest.raises(LookupError):
-        asyncio.run(gate.admit("m", attempt, 60))
+        asyncio.run(gate.acquire("m", attempt, 60))
     assert gate.depths() == {}
 
 
@@ -178,7 +178,7 @@ async def test_lanes_do_not_wait_for_each_other() -> None:
     gate, clock = gate_and_clock()
     slow = enter(gate, Room(), "slow", lane="one")
     await clock.turn(0)
-    assert await gate.admit("two", Room(free=1).ask("quick"), 60) == "quick"
+    assert await gate.acquire("two", Room(free=1).ask("quick"), 60) == "quick"
     slow.cancel()
     await settled()
     assert gate.depth == 0
@@ -187,7 +187,7 @@ async def test_lanes_do_not_wait_for_each_other() -> None:
 async def test_a_wait_longer_than_patience_fails_at_once_with_the_honest_delay() -> None:
     gate, _ = gate_and_clock()
     with pytest.raises(TimedOut) as refused:
-        await gate.admit("m", Room(says=7200.0).ask("a"), 60)
+        await gate.acquire("m", Room(says=7200.0).ask("a"), 60)
     assert refused.value.retry_after == 7200.0
     assert "7200.000 s" in str(refused.value)
     assert gate.depths() == {}
@@ -206,16 +206,16 @@ async def test_patience_may_be_exactly_the_wait() -> None:
 @pytest.mark.parametrize("patience", [0.0, -3.0])
 async def test_without_patience_nobody_waits(patience: float) -> None:
     gate, clock = gate_and_clock(max_queue=1)
-    assert await gate.admit("m", Room(free=1).ask("a"), patience) == "a"
+    assert await gate.acquire("m", Room(free=1).ask("a"), patience) == "a"
     for says, delay in ((0.25, 0.25), (0.0, 0.0), (math.inf, 1.0)):
         with pytest.raises(TimedOut) as refused:
-            await gate.admit("m", Room(says=says).ask("a"), patience)
+            await gate.acquire("m", Room(says=says).ask("a"), patience)
         assert refused.value.retry_after == delay
     head = enter(gate, Room(says=30.0), "head")
     await clock.turn(10)
     untried = Room(free=1)
     with pytest.raises(TimedOut) as refused:
-        await gate.admit("m", untried.ask("b"), patience)
+        await gate.acquire("m", untried.ask("b"), patience)
     assert refused.value.retry_after == 20.0
     assert untried.asked == [], "it would have overtaken the head"
     head.cancel()
@@ -261,8 +261,8 @@ async def test_a_queue_that_is_full_says_so_at_once() -> None:
     await clock.turn(0)
     for lane in ("x", "z"):
         with pytest.raises(QueueFull):
-            await gate.admit(lane, Room().ask("c"), 60)
-    assert await gate.admit("z", Room(free=1).ask("c"), 60) == "c", "who need not wait is let in"
+            await gate.acquire(lane, Room().ask("c"), 60)
+    assert await gate.acquire("z", Room(free=1).ask("c"), 60) == "c", "who need not wait is let in"
     one.cancel()
     await settled()
     three = enter(gate, Room(), "d", lane="z")
@@ -285,17 +285,17 @@ async def test_what_cannot_be_timed_waits_for_notify() -> None:
     assert clock.pending == 0
     assert len(room.asked) == 1
     room.free = 1
-    gate.notify("m")
-    gate.notify("m")
-    gate.notify("another")
+    gate.wake("m")
+    gate.wake("m")
+    gate.wake("another")
     await settled()
     assert [task.done() for task in waiting] == [True, False, False]
     assert [who for who, _ in room.asked] == ["a", "a", "b"], "one wake-up, and one for the new head"
     room.free = 2
-    gate.notify()
+    gate.wake()
     await settled()
     assert [await task for task in waiting] == list("abc")
-    gate.notify()
+    gate.wake()
 
 
 async def test_what_cannot_be_timed_ends_with_patience() -> None:
@@ -314,7 +314,7 @@ async def test_notify_wakes_one_head_in_every_lane() -> None:
     rooms = [Room(), Room(), Room()]
     waiting = [enter(gate, room, n, lane=str(n)) for n, room in enumerate(rooms) for _ in range(5)]
     await clock.turn(0)
-    gate.notify()
+    gate.wake()
     await settled()
     assert [len(room.asked) for room in rooms] == [2, 2, 2]
     for task in waiting:
@@ -330,10 +330,10 @@ async def test_notify_from_within_an_attempt_does_not_spin() -> None:
     def attempt(now: float) -> Wait:
         nonlocal asked
         asked += 1
-        gate.notify()
+        gate.wake()
         return Wait(5.0)
 
-    waiting: asyncio.Task[None] = asyncio.create_task(gate.admit("m", attempt, 60))
+    waiting: asyncio.Task[None] = asyncio.create_task(gate.acquire("m", attempt, 60))
     await clock.turn(5)
     assert asked == 2
     waiting.cancel()
@@ -341,7 +341,7 @@ async def test_notify_from_within_an_attempt_does_not_spin() -> None:
 
 async def test_a_timer_that_fires_early_changes_nothing() -> None:
     clock = Turned()
-    gate = Gate(10, clock, lambda delay, callback: clock.call_later(delay * 0.9, callback))
+    gate = AdmissionQueue(10, clock, lambda delay, callback: clock.call_later(delay * 0.9, callback))
     room = Room(says=30.0)
     head, later = enter(gate, room, "a"), enter(gate, room, "b", patience=10)
     await clock.turn(9.99)
@@ -364,7 +364,7 @@ async def test_a_cancelled_head_makes_way() -> None:
     await settled()
     assert room.asked == [("a", 1000.0), ("b", 1001.0)]
     room.free = 1
-    gate.notify("m")
+    gate.wake("m")
     assert await second == "b"
     assert clock.pending == 0
 
@@ -375,7 +375,7 @@ async def test_a_head_cancelled_after_its_wake_up_passes_it_on() -> None:
     first, second = enter(gate, room, "a"), enter(gate, room, "b")
     await clock.turn(1)
     room.free = 1
-    gate.notify("m")
+    gate.wake("m")
     first.cancel()  # woken, but not running yet
     assert await second == "b"
     with pytest.raises(asyncio.CancelledError):
@@ -406,7 +406,7 @@ async def test_an_attempt_that_fails_leaves_the_lane() -> None:
             raise LookupError
         return Wait(5.0)
 
-    first: asyncio.Task[None] = asyncio.create_task(gate.admit("m", breaking, 60))
+    first: asyncio.Task[None] = asyncio.create_task(gate.acquire("m", breaking, 60))
     second = enter(gate, room, "b")
     await clock.turn(0)
     room.free = 1
@@ -428,7 +428,7 @@ async def test_a_cancellation_never_loses_what_was_obtained() -> None:
                 task.cancel()  # as late as can be: with the answer in hand
             return answer
 
-        got.append(await gate.admit("m", attempt, 60))
+        got.append(await gate.acquire("m", attempt, 60))
         await asyncio.sleep(0)
         raise AssertionError("the cancellation comes at the caller's next await")
 
@@ -468,7 +468,7 @@ async def test_who_leaves_does_not_lose_its_clients_turn_and_wakes_the_next() ->
     await settled()
     assert room.asked == [("a0", 1000.0), ("a1", 1001.0)]
     room.free = 2
-    gate.notify("m")
+    gate.wake("m")
     assert (await a1, await b0) == ("a1", "b0")
 
 
@@ -492,14 +492,14 @@ async def test_one_clients_thousand_do_not_starve_another() -> None:
 async def test_a_large_request_is_not_overtaken_for_ever_by_small_ones() -> None:
     """900 of 1,000 tokens, while another client asks for 100 all the time: it goes within two windows."""
     gate, clock = gate_and_clock()
-    allowance = Allowance(Limits(tpm=1000))
+    allowance = RateLimiter(Limits(tpm=1000))
 
     async def small() -> None:
         while True:
-            await gate.admit("m", lambda now: allowance.reserve(100, now), math.inf, "small")
+            await gate.acquire("m", lambda now: allowance.reserve(100, now), math.inf, "small")
 
     async def large() -> float:
-        await gate.admit("m", lambda now: allowance.reserve(900, now), math.inf, "large")
+        await gate.acquire("m", lambda now: allowance.reserve(900, now), math.inf, "large")
         return clock.now
 
     busy = [asyncio.create_task(small()) for _ in range(5)]
@@ -573,10 +573,10 @@ async def test_a_wake_up_while_the_answer_travels_is_not_lost() -> None:
     room = Afar(clock)
     waiting = enter(gate, room, "a")
     await clock.turn(1)
-    gate.notify("m")  # it asks ...
+    gate.wake("m")  # it asks ...
     await settled()
     room.free = 1
-    gate.notify("m")  # ... and while it is told to wait, something comes back
+    gate.wake("m")  # ... and while it is told to wait, something comes back
     await clock.turn(0.05)
     assert waiting.done()
 
@@ -594,7 +594,7 @@ async def test_what_is_cancelled_on_the_way_is_given_back_by_who_asked() -> None
 
 async def test_where_others_give_back_unheard_the_head_asks_now_and_then() -> None:
     clock = Turned()
-    gate = Gate(10, clock, clock.call_later, recheck=0.5)
+    gate = AdmissionQueue(10, clock, clock.call_later, recheck=0.5)
     room = Room()
     waiting = enter(gate, room, "a")
     await clock.turn(1.2)
@@ -612,9 +612,9 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
     rng = random.Random(seed)
     gate, clock = gate_and_clock(max_queue=150)
     lanes = {
-        "requests": Allowance(Limits(rpm=40)),
-        "tokens": Allowance(Limits(rpm=60, tpm=3000)),
-        "slots": Allowance(Limits(concurrency=3)),
+        "requests": RateLimiter(Limits(rpm=40)),
+        "tokens": RateLimiter(Limits(rpm=60, tpm=3000)),
+        "slots": RateLimiter(Limits(concurrency=3)),
     }
     admitted: dict[str, list[int]] = {lane: [] for lane in lanes}
     ends: dict[str, int] = {}
@@ -624,7 +624,7 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
         how = "cancelled"
         reservation: Reservation | None = None
         try:
-            answer = await gate.admit(lane, lambda now: lanes[lane].reserve(cost, now), patience)
+            answer = await gate.acquire(lane, lambda now: lanes[lane].reserve(cost, now), patience)
             assert isinstance(answer, Reservation)
             reservation = answer
             admitted[lane].append(number)
@@ -642,7 +642,7 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
             ends[how] = ends.get(how, 0) + 1
             if reservation is not None:
                 (reservation.settle if rng.random() < 0.8 else lambda _: reservation.cancel())(cost // 2)
-                gate.notify(lane)
+                gate.wake(lane)
 
     tasks: list[asyncio.Task[None]] = []
     for number in range(500):
@@ -656,7 +656,7 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
         if rng.random() < 0.25:
             rng.choice(tasks[-40:]).cancel()
         if rng.random() < 0.05:
-            gate.notify()
+            gate.wake()
     for _ in range(200):
         if all(task.done() for task in tasks):
             break
@@ -675,8 +675,8 @@ async def test_order_and_places_survive_random_departures(seed: int) -> None:
 
 
 async def test_the_loops_own_timers() -> None:
-    gate = Gate(10, time.monotonic)
-    allowance = Allowance(Limits(concurrency=1))
+    gate = AdmissionQueue(10, time.monotonic)
+    allowance = RateLimiter(Limits(concurrency=1))
     held = allowance.reserve(1, time.monotonic())
     assert isinstance(held, Reservation)
     ready = time.monotonic() + 0.03
@@ -684,11 +684,11 @@ async def test_the_loops_own_timers() -> None:
     def soon(now: float) -> str | Wait:
         return "in" if now >= ready else Wait(ready - now)
 
-    assert await gate.admit("timed", soon, 5) == "in"
-    waiting = asyncio.create_task(gate.admit("m", lambda now: allowance.reserve(1, now), 5))
+    assert await gate.acquire("timed", soon, 5) == "in"
+    waiting = asyncio.create_task(gate.acquire("m", lambda now: allowance.reserve(1, now), 5))
     await asyncio.sleep(0)
     held.settle(None)
-    gate.notify("m")
+    gate.wake("m")
     assert isinstance(await waiting, Reservation)
     with pytest.raises(TimedOut):
-        await gate.admit("m", lambda now: allowance.reserve(1, now), 0.02)
+        await gate.acquire("m", lambda now: allowance.reserve(1, now), 0.02)

@@ -12,26 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.config.limits import Limits, limits_for
-from proxy.upstream.limits.rate_limiter import MARGIN, SLOTS, Allowance, Never, Reservation, Wait
+from proxy.upstream.limits.rate_limiter import MARGIN, SLOTS, ExceedsLimit, RateLimiter, Reservation, Wait
 
 MINUTE, DAY = 60.0, 86_400.0
 OF_TOKENS = {"rpm": False, "tpm": True, "rpd": False, "tpd": True}
 SECONDS = {"rpm": MINUTE, "tpm": MINUTE, "rpd": DAY, "tpd": DAY}
 
 
-def taken(allowance: Allowance, tokens: int, now: float) -> Reservation:
+def taken(allowance: RateLimiter, tokens: int, now: float) -> Reservation:
     answer = allowance.reserve(tokens, now)
     assert isinstance(answer, Reservation), answer
     return answer
 
 
-def wait(allowance: Allowance, tokens: int, now: float) -> float:
+def wait(allowance: RateLimiter, tokens: int, now: float) -> float:
     answer = allowance.reserve(tokens, now)
     assert isinstance(answer, Wait), answer
     return answer.seconds
 
 
-def used(allowance: Allowance, name: str, now: float) -> int:
+def used(allowance: RateLimiter, name: str, now: float) -> int:
     return allowance.usage(now)[name]["used"]
 
 
@@ -106,7 +106,7 @@ steps = st.one_of(
 def test_no_window_ever_admits_more_than_the_limit_and_nothing_leaks(
     limits: Limits, script: list[tuple[str, float, int | None]], start: float
 ) -> None:
-    allowance, reference, now = Allowance(limits), Reference(limits), start
+    allowance, reference, now = RateLimiter(limits), Reference(limits), start
     for what, number, tokens in script:
         if what in ("arrive", "burst"):
             assert tokens is not None
@@ -139,12 +139,12 @@ def finish(one: Admitted, how: str, tokens: int | None) -> None:
     one.running = False
 
 
-def check_arrival(allowance: Allowance, reference: Reference, tokens: int, now: float) -> None:
+def check_arrival(allowance: RateLimiter, reference: Reference, tokens: int, now: float) -> None:
     before = allowance.usage(now)
     too_large = any((tokens if OF_TOKENS[name] else 1) > cap for name, cap in reference.caps.items())
     must = reference.must_admit(tokens, now)
     answer = allowance.reserve(tokens, now)
-    assert isinstance(answer, Never) == too_large
+    assert isinstance(answer, ExceedsLimit) == too_large
     if isinstance(answer, Reservation):
         reference.admitted.append(Admitted(now, tokens, answer))
         assert reference.keeps_promise(now)
@@ -166,7 +166,7 @@ def check_arrival(allowance: Allowance, reference: Reference, tokens: int, now: 
 
 def flood(limits: Limits, minutes: float, every: float, cost: int, actual: int, latency: float) -> tuple[int, int]:
     """Requests and actual tokens admitted while more is always asked for; each settles after `latency` s."""
-    allowance = Allowance(limits)
+    allowance = RateLimiter(limits)
     open_ones: list[tuple[float, Reservation]] = []
     requests, now = 0, 0.0
     while now < minutes * MINUTE:
@@ -215,14 +215,14 @@ def test_an_estimate_wrong_by_ten_either_way_keeps_the_long_run_rate(estimate: i
 def test_asking_again_when_told_is_never_a_hair_early() -> None:
     rng = random.Random(3)
     for _ in range(3000):
-        allowance, now = Allowance(Limits(rpm=1)), rng.uniform(0, 1e6)
+        allowance, now = RateLimiter(Limits(rpm=1)), rng.uniform(0, 1e6)
         taken(allowance, 0, now)
         now += rng.uniform(0, 60)
         taken(allowance, 0, now + wait(allowance, 0, now))
 
 
 def test_a_shared_slot_leaves_with_its_latest_stamp() -> None:
-    allowance = Allowance(Limits(rpm=2))
+    allowance = RateLimiter(Limits(rpm=2))
     taken(allowance, 0, 0.0)
     taken(allowance, 0, 0.05)
     assert wait(allowance, 0, 0.05) == pytest.approx(60.6)
@@ -230,7 +230,7 @@ def test_a_shared_slot_leaves_with_its_latest_stamp() -> None:
 
 
 def test_a_burst_of_the_whole_limit_goes_at_once() -> None:
-    allowance = Allowance(Limits(rpm=500, tpm=50_000))
+    allowance = RateLimiter(Limits(rpm=500, tpm=50_000))
     for _ in range(500):
         taken(allowance, 100, 7.0)
     assert wait(allowance, 100, 7.0) == pytest.approx(60.6)
@@ -239,7 +239,7 @@ def test_a_burst_of_the_whole_limit_goes_at_once() -> None:
 
 def test_a_random_long_run_with_both_limits_fills_the_one_that_binds() -> None:
     rng = random.Random(5)
-    allowance, now, requests, tokens = Allowance(Limits(rpm=300, tpm=60_000)), 0.0, 0, 0
+    allowance, now, requests, tokens = RateLimiter(Limits(rpm=300, tpm=60_000)), 0.0, 0, 0
     cost = 200
     while now < 600:
         answer = allowance.reserve(cost, now)
@@ -256,7 +256,7 @@ def test_a_random_long_run_with_both_limits_fills_the_one_that_binds() -> None:
 
 
 def test_without_limits_everything_goes() -> None:
-    allowance = Allowance(Limits())
+    allowance = RateLimiter(Limits())
     reservation = taken(allowance, 10**12, 0.0)
     assert reservation.tokens == 10**12
     assert allowance.headroom(0.0) == 1.0
@@ -266,30 +266,30 @@ def test_without_limits_everything_goes() -> None:
 
 
 def test_a_request_larger_than_a_window_is_told_so_even_while_others_wait() -> None:
-    allowance = Allowance(Limits(rpm=1, tpm=1000))
+    allowance = RateLimiter(Limits(rpm=1, tpm=1000))
     taken(allowance, 10, 0.0)
     answer = allowance.reserve(1001, 0.0)
-    assert answer == Never("the request counts as 1001 tokens and tpm allows 1000")
+    assert answer == ExceedsLimit("the request counts as 1001 tokens and tpm allows 1000")
     assert isinstance(allowance.reserve(1000, 0.0), Wait)
 
 
 @pytest.mark.parametrize("name", ["rpm", "tpm", "rpd", "tpd", "concurrency"])
 def test_a_limit_of_zero_admits_nothing(name: str) -> None:
-    allowance = Allowance(replace(Limits(), **{name: 0}))
+    allowance = RateLimiter(replace(Limits(), **{name: 0}))
     answer = allowance.reserve(1, 0.0)
-    assert isinstance(answer, Never)
+    assert isinstance(answer, ExceedsLimit)
     assert name in answer.reason
     assert allowance.headroom(0.0) == 0.0
 
 
 def test_a_negative_estimate_is_none() -> None:
-    allowance = Allowance(Limits(tpm=10))
+    allowance = RateLimiter(Limits(tpm=10))
     taken(allowance, -50, 0.0)
     assert used(allowance, "tpm", 0.0) == 0
 
 
 def test_a_refusal_by_one_limit_takes_nothing_of_the_others() -> None:
-    allowance = Allowance(Limits(rpm=10, tpm=100, concurrency=3))
+    allowance = RateLimiter(Limits(rpm=10, tpm=100, concurrency=3))
     taken(allowance, 90, 0.0)
     for _ in range(1000):
         wait(allowance, 20, 1.0)
@@ -301,7 +301,7 @@ def test_a_refusal_by_one_limit_takes_nothing_of_the_others() -> None:
 
 
 def test_concurrency_returns_on_either_end_and_only_once() -> None:
-    allowance = Allowance(Limits(concurrency=2))
+    allowance = RateLimiter(Limits(concurrency=2))
     one, two = taken(allowance, 0, 0.0), taken(allowance, 0, 0.0)
     assert wait(allowance, 0, 0.0) == math.inf
     for _ in range(3):
@@ -316,7 +316,7 @@ def test_concurrency_returns_on_either_end_and_only_once() -> None:
 
 
 def test_what_went_up_keeps_its_request_and_settles_its_tokens() -> None:
-    allowance = Allowance(Limits(rpm=10, tpm=1000))
+    allowance = RateLimiter(Limits(rpm=10, tpm=1000))
     taken(allowance, 400, 0.0).settle(50)
     taken(allowance, 400, 0.0).settle(None)
     taken(allowance, 400, 0.0).settle(0)  # an error answer
@@ -325,14 +325,14 @@ def test_what_went_up_keeps_its_request_and_settles_its_tokens() -> None:
 
 
 def test_what_never_went_up_gets_everything_back() -> None:
-    allowance = Allowance(Limits(rpm=1, tpm=1000, rpd=1, tpd=1000, concurrency=1))
+    allowance = RateLimiter(Limits(rpm=1, tpm=1000, rpd=1, tpd=1000, concurrency=1))
     for _ in range(1000):
         taken(allowance, 1000, 0.0).cancel()
     assert all(level["used"] == 0 for level in allowance.usage(0.0).values())
 
 
 def test_an_overdrawn_window_admits_nothing_until_it_fits() -> None:
-    allowance = Allowance(Limits(tpm=1000))
+    allowance = RateLimiter(Limits(tpm=1000))
     early = taken(allowance, 100, 0.0)
     late = taken(allowance, 100, 30.0)
     early.settle(600)
@@ -345,7 +345,7 @@ def test_an_overdrawn_window_admits_nothing_until_it_fits() -> None:
 
 
 def test_a_settlement_counts_at_the_time_of_its_reservation() -> None:
-    allowance = Allowance(Limits(tpm=1000))
+    allowance = RateLimiter(Limits(tpm=1000))
     first = taken(allowance, 100, 0.0)
     first.settle(1000)
     assert wait(allowance, 1, 59.0) == pytest.approx(1.6)
@@ -359,12 +359,12 @@ def test_a_settlement_counts_at_the_time_of_its_reservation() -> None:
 
 def test_a_share_of_a_limit_rounds_down_but_not_to_nothing() -> None:
     limits = Limits(rpm=100, tpm=1, rpd=7, tpd=1000, concurrency=10)
-    shares = {name: level["limit"] for name, level in Allowance(limits, use=0.29).usage(0.0).items()}
+    shares = {name: level["limit"] for name, level in RateLimiter(limits, use=0.29).usage(0.0).items()}
     assert shares == {"rpm": 29, "tpm": 1, "rpd": 2, "tpd": 290, "concurrency": 2}
 
 
 def test_memory_is_bounded_and_a_clock_that_steps_back_gives_nothing_away() -> None:
-    allowance = Allowance(Limits(rpm=10**6))
+    allowance = RateLimiter(Limits(rpm=10**6))
     now = 0.0
     for _ in range(20_000):
         taken(allowance, 1, now)

@@ -8,18 +8,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.protocol.errors import Refusal
+from proxy.protocol.errors import ProxyError
 from proxy.protocol.routes import parse_target
 from proxy.upstream.providers import azure
-from proxy.upstream.providers.interface import Site
+from proxy.upstream.providers.interface import UpstreamAddress
 from proxy.upstream.providers.registry import model_named
 
 ROOT = "https://mine.openai.azure.com"
 DEPLOYMENTS = {"gpt-4o": "my-gpt4o", "text-embedding-*": "embed", "gpt-*": "other", "gpt-4o-mini*": "mini"}
 
 
-def site(api_version: str | None = "2024-10-21", root: str = ROOT, **deployments: str) -> Site:
-    return Site("az", "azure", root, api_version, deployments or DEPLOYMENTS)
+def site(api_version: str | None = "2024-10-21", root: str = ROOT, **deployments: str) -> UpstreamAddress:
+    return UpstreamAddress("az", "azure", root, api_version, deployments or DEPLOYMENTS)
 
 
 def url(target: str, model: str = "gpt-4o", api_version: str | None = "2024-10-21") -> str:
@@ -126,7 +126,7 @@ def test_model_stays_one_segment_of_the_path_or_is_refused(model: str) -> None:
     """The model is the client's text. A dot segment is refused: percent-encoding does not take its meaning away
     (RFC 3986 section 5.2.4)."""
     if model in (".", ".."):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(ProxyError) as refused:
             azure.url(site(), parse_target("/v1/chat/completions"), model)
         assert (refused.value.code, refused.value.param) == ("bad_request", "model")
         return
@@ -152,7 +152,7 @@ def test_no_target_leaves_the_resource(text: str) -> None:
     for target in (f"/v1/{text}", f"/openai/{text}", f"/openai/deployments/{text}", f"/openai/deployments/{text}/x"):
         try:
             route = parse_target(target)
-        except Refusal:
+        except ProxyError:
             continue
         for api_version in ("2024-10-21", None):
             whole = azure.url(site(api_version), route, "m")

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from proxy.protocol.routes import Shape, parse_target
 from proxy.upstream.providers import openai
-from proxy.upstream.providers.interface import Site
-from proxy.upstream.providers.registry import DIALECTS, model_named
+from proxy.upstream.providers.interface import UpstreamAddress
+from proxy.upstream.providers.registry import PROVIDERS, model_named
 
 BASE = "https://api.openai.com/v1"
 
 
-def site(base_url: str = BASE, **deployments: str) -> Site:
-    return Site("openai", "openai", base_url, None, deployments)
+def site(base_url: str = BASE, **deployments: str) -> UpstreamAddress:
+    return UpstreamAddress("openai", "openai", base_url, None, deployments)
 
 
 def url(target: str, base_url: str = BASE, model: str = "gpt-4o") -> str:
@@ -60,11 +60,11 @@ def test_the_base_url_is_the_settings_whatever_the_target(base_url: str) -> None
 
 @given(st.text(st.characters(codec="ascii")))
 def test_no_target_leaves_the_base_url(text: str) -> None:
-    from proxy.protocol.errors import Refusal
+    from proxy.protocol.errors import ProxyError
 
     try:
         route = parse_target("/v1/" + text)
-    except Refusal:
+    except ProxyError:
         return
     for dialect in (openai,):
         assert dialect.url(site(), route, "m").startswith(BASE + "/")
@@ -118,13 +118,13 @@ def test_the_identity_is_the_base_url() -> None:
 
 
 def test_what_there_is() -> None:
-    assert set(DIALECTS) == {"openai", "azure"}
+    assert set(PROVIDERS) == {"openai", "azure"}
 
 
-@pytest.mark.parametrize("kind", DIALECTS)
+@pytest.mark.parametrize("kind", PROVIDERS)
 @pytest.mark.parametrize("scheme", ["bearer", "api-key"])
 def test_exactly_one_credential_goes_up(kind: str, scheme: str) -> None:
-    dialect = DIALECTS[kind]
+    dialect = PROVIDERS[kind]
     names = {"authorization", "api-key"}
     for headers in (dialect.auth("sk-x", "o", "p"), dialect.client_auth(scheme, "sk-x")):
         assert len([name for name, _ in headers if name.lower() in names]) == 1
@@ -133,7 +133,7 @@ def test_exactly_one_credential_goes_up(kind: str, scheme: str) -> None:
 
 def test_dialects_have_identities_of_their_own() -> None:
     where = "https://x.openai.azure.com"
-    assert len({dialect.identity(site(where), "m") for dialect in DIALECTS.values()}) == len(DIALECTS)
+    assert len({dialect.identity(site(where), "m") for dialect in PROVIDERS.values()}) == len(PROVIDERS)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_dialects_have_identities_of_their_own() -> None:
     ],
 )
 def test_the_model_a_request_is_for(target: str, body_model: str | None, model: str) -> None:
-    azure_site = Site(
+    azure_site = UpstreamAddress(
         "az", "azure", "https://x.openai.azure.com", None, {"gpt-4o": "mine", "o*": "all-o", "gpt-[45]?": "maybe"}
     )
     shape: Shape = parse_target(target).shape

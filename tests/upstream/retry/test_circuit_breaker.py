@@ -5,47 +5,47 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.retry.circuit_breaker import Breaker, Trip
+from proxy.upstream.retry.circuit_breaker import BreakerLimits, CircuitBreaker
 
 
-def opened(at: float = 0.0) -> Breaker:
-    breaker = Breaker(Trip(failures=3, window=30.0, open_for=15.0))
+def opened(at: float = 0.0) -> CircuitBreaker:
+    breaker = CircuitBreaker(BreakerLimits(failures=3, window=30.0, open_for=15.0))
     for _ in range(3):
-        breaker.failed(at)
+        breaker.record_failure(at)
     return breaker
 
 
 def test_failures_in_a_row_open_it() -> None:
-    breaker = Breaker(Trip(failures=3))
+    breaker = CircuitBreaker(BreakerLimits(failures=3))
     for now in (0.0, 1.0):
-        breaker.failed(now)
+        breaker.record_failure(now)
         assert (breaker.state(now), breaker.wait(now)) == ("closed", 0.0)
-    breaker.failed(2.0)
+    breaker.record_failure(2.0)
     assert (breaker.state(2.0), breaker.wait(2.0)) == ("open", 15.0)
 
 
 def test_an_answer_in_between_starts_anew() -> None:
-    breaker = Breaker(Trip(failures=3))
+    breaker = CircuitBreaker(BreakerLimits(failures=3))
     for now in range(30):
-        breaker.failed(float(now))
-        breaker.failed(float(now))
-        breaker.succeeded()
+        breaker.record_failure(float(now))
+        breaker.record_failure(float(now))
+        breaker.record_success()
         assert breaker.state(float(now)) == "closed"
 
 
 def test_different_failures_do_not_add_up() -> None:
-    breaker = Breaker(Trip(failures=3))
+    breaker = CircuitBreaker(BreakerLimits(failures=3))
     for now, kind in enumerate([500, 502, 503, 504, 529, 0, 500, 502]):
-        breaker.failed(float(now), kind)
+        breaker.record_failure(float(now), kind)
         assert breaker.state(float(now)) == "closed"
-    breaker.failed(9.0, 500)
+    breaker.record_failure(9.0, 500)
     assert breaker.state(9.0) == "open"
 
 
 def test_failures_far_apart_do_not_add_up() -> None:
-    breaker = Breaker(Trip(failures=3, window=30.0))
+    breaker = CircuitBreaker(BreakerLimits(failures=3, window=30.0))
     for now in range(0, 600, 15):
-        breaker.failed(float(now))
+        breaker.record_failure(float(now))
         assert breaker.state(float(now)) == "closed"
 
 
@@ -55,14 +55,14 @@ def test_one_request_tries_it_and_the_others_wait() -> None:
     assert (breaker.wait(15.0), breaker.state(15.0)) == (0.0, "half_open")
     breaker.sends(15.0)
     assert (breaker.wait(15.0), breaker.state(15.0)) == (15.0, "half_open")
-    breaker.succeeded()
+    breaker.record_success()
     assert (breaker.wait(15.1), breaker.state(15.1)) == (0.0, "closed")
 
 
 def test_a_probe_that_fails_opens_it_again() -> None:
     breaker = opened()
     breaker.sends(15.0)
-    breaker.failed(16.0)
+    breaker.record_failure(16.0)
     assert (breaker.wait(16.0), breaker.state(16.0)) == (15.0, "open")
 
 
@@ -74,20 +74,22 @@ def test_a_probe_that_is_lost_is_followed_by_another() -> None:
 
 def test_what_was_under_way_when_it_opened_changes_nothing() -> None:
     breaker = opened()
-    breaker.failed(10.0)
+    breaker.record_failure(10.0)
     assert breaker.wait(10.0) == 5.0
-    breaker.succeeded()  # but an answer is an answer
+    breaker.record_success()  # but an answer is an answer
     assert breaker.wait(10.0) == 0.0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["sends", "failed", "succeeded"]), st.floats(0, 40)), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from(["sends", "record_failure", "record_success"]), st.floats(0, 40)), max_size=60)
+)
 def test_nobody_waits_longer_than_an_opening(story: list[tuple[str, float]]) -> None:
-    breaker = Breaker(Trip(failures=2))
+    breaker = CircuitBreaker(BreakerLimits(failures=2))
     now = 0.0
     for what, step in story:
         now += step
-        if what == "succeeded":
-            breaker.succeeded()
+        if what == "record_success":
+            breaker.record_success()
         else:
             getattr(breaker, what)(now)
         assert 0.0 <= breaker.wait(now) <= 15.001

@@ -5,10 +5,10 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from proxy.protocol.options import NONE
-from proxy.protocol.request import Call, Client
+from proxy.protocol.options import NO_OPTIONS
+from proxy.protocol.request import Client, ProxyRequest
 from proxy.protocol.routes import parse_target
-from proxy.upstream.retry.fallback import asking, fallbacks_for
+from proxy.upstream.retry.fallback import fallbacks_for, with_model
 
 TABLE = {"gpt-4o": ("gpt-4o-mini", "gpt-4.1"), "gpt-4*": ("gpt-4o-mini",), "*": ("o1",)}
 
@@ -25,22 +25,24 @@ def test_none_configured() -> None:
     assert fallbacks_for({}, "gpt-4o") == ()
 
 
-def call(target: str, body: bytes) -> Call:
+def request(target: str, body: bytes) -> ProxyRequest:
     document = orjson.loads(body)
     route = parse_target(target)
-    return Call("id", route, (), body, document, "gpt-4o", document.get("model"), False, False, NONE, Client(), 0, 9, 9)
+    return ProxyRequest(
+        "id", route, (), body, document, "gpt-4o", document.get("model"), False, False, NO_OPTIONS, Client(), 0, 9, 9
+    )
 
 
 def test_only_the_model_of_the_body_changes() -> None:
-    first = call("/v1/chat/completions", b'{ "model": "gpt-4o",  "n": 1.0 }')
-    other = asking(first, "o1")
+    first = request("/v1/chat/completions", b'{ "model": "gpt-4o",  "n": 1.0 }')
+    other = with_model(first, "o1")
     assert other.body == b'{ "model": "o1",  "n": 1.0 }'
     assert (other.model, other.body_model, other.document) == ("o1", "o1", {"model": "o1", "n": 1.0})
     assert (other.id, other.deadline, other.route) == (first.id, first.deadline, first.route)
 
 
 def test_a_deployment_in_the_path_gives_way() -> None:
-    other = asking(call("/openai/deployments/mine/chat/completions?api-version=1", b"{}"), "o1")
+    other = with_model(request("/openai/deployments/mine/chat/completions?api-version=1", b"{}"), "o1")
     assert (other.route.deployment, other.route.shape, other.route.path) == (None, "openai", "/chat/completions")
     assert other.route.query == "api-version=1"
     assert other.body == b'{"model":"o1"}'

@@ -15,10 +15,10 @@ from proxy.upstream.retry.outcome import (
     KEY_TROUBLE,
     MAX_WAIT,
     NO_ANSWER,
-    Class,
     ErrorInfo,
+    OutcomeKind,
     TransportFailure,
-    ailment,
+    breaker_failure,
     classify,
     dimension_of,
     error_info,
@@ -51,11 +51,11 @@ HINTS = [None, "", "true", "false", "maybe"]
 @pytest.mark.parametrize("status", [200, 201, 204, 206, 301, 302, 307, 399])
 def test_what_is_no_error_is_ok(status: int) -> None:
     for error, hint in product([NOTHING, QUOTA, *MISSING], HINTS):
-        assert classify(status, error, hint) is Class.OK
+        assert classify(status, error, hint) is OutcomeKind.OK
 
 
 RETRIED = {408, 409, *range(500, 600)}
-KEYS_FAULT = {401: Class.UNAUTHORIZED, 403: Class.FORBIDDEN}
+KEYS_FAULT = {401: OutcomeKind.UNAUTHORIZED, 403: OutcomeKind.FORBIDDEN}
 
 
 @pytest.mark.parametrize("status", range(400, 600))
@@ -66,17 +66,17 @@ def test_every_error_status(status: int) -> None:
         if status in KEYS_FAULT:
             assert got is KEYS_FAULT[status]
         elif status == 429 and error is QUOTA:
-            assert got is Class.QUOTA
+            assert got is OutcomeKind.QUOTA
         elif status == 404 and error in MISSING:
-            assert got is Class.MODEL_MISSING
+            assert got is OutcomeKind.MODEL_MISSING
         elif hint == "false":
-            assert got is Class.FINAL
+            assert got is OutcomeKind.FINAL
         elif status == 429:
-            assert got is Class.RATE_LIMITED
+            assert got is OutcomeKind.RATE_LIMITED
         elif hint == "true" or status in RETRIED:
-            assert got is Class.RETRY
+            assert got is OutcomeKind.RETRY
         else:
-            assert got is Class.FINAL
+            assert got is OutcomeKind.FINAL
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,15 @@ def test_every_error_status(status: int) -> None:
     ],
 )
 def test_out_of_quota_is_no_passing_rate_limit(error: ErrorInfo) -> None:
-    assert classify(429, error, None) is Class.QUOTA
-    assert classify(429, error, "true") is Class.QUOTA
-    assert Class.QUOTA in KEY_TROUBLE
+    assert classify(429, error, None) is OutcomeKind.QUOTA
+    assert classify(429, error, "true") is OutcomeKind.QUOTA
+    assert OutcomeKind.QUOTA in KEY_TROUBLE
 
 
 @pytest.mark.parametrize("kind", ["unreached", "stale", "ambiguous", "timeout", "invalid"])
 def test_a_transport_failure_is_an_outcome(kind: Any) -> None:
     failure = TransportFailure(kind, "what happened")
-    assert failure.outcome is Class(kind)
+    assert failure.outcome is OutcomeKind(kind)
     assert failure.outcome not in KEY_TROUBLE
     assert str(failure) == failure.detail == "what happened"
 
@@ -150,9 +150,9 @@ SAID = "Rate limit reached for gpt-4o in organization org-x on {}: Limit {}, Use
 def test_which_limit_a_429_is_about(error: dict[str, Any], limit: str | None, too_large: bool) -> None:
     info = error_info(json.dumps({"error": error}).encode())
     assert (info.limit, info.too_large) == (limit, too_large)
-    assert classify(429, info, None) is (Class.TOO_LARGE if too_large else Class.RATE_LIMITED)
-    assert classify(400, info, None) is Class.FINAL
-    assert classify(500, info, None) is Class.RETRY
+    assert classify(429, info, None) is (OutcomeKind.TOO_LARGE if too_large else OutcomeKind.RATE_LIMITED)
+    assert classify(400, info, None) is OutcomeKind.FINAL
+    assert classify(500, info, None) is OutcomeKind.RETRY
 
 
 @pytest.mark.parametrize(
@@ -176,32 +176,32 @@ def test_the_dimension_that_is_named_tells_the_wait() -> None:
 
 @pytest.mark.parametrize("code", ["mismatched_organization", "mismatched_project", "invalid_organization"])
 def test_a_wrong_organisation_is_not_a_bad_key(code: str) -> None:
-    assert classify(401, ErrorInfo(code, "invalid_request_error"), None) is Class.ORGANIZATION
+    assert classify(401, ErrorInfo(code, "invalid_request_error"), None) is OutcomeKind.ORGANIZATION
 
 
 @pytest.mark.parametrize(
     ("outcome", "status", "sick"),
     [
-        (Class.RETRY, 500, 500),
-        (Class.FINAL, 503, 503),  # x-should-retry: false
-        (Class.RETRY, 200, 200),  # an error as the first event of a stream
-        (Class.RETRY, 408, None),
-        (Class.RATE_LIMITED, 429, None),
-        (Class.UNAUTHORIZED, 401, None),
-        (Class.OK, 200, None),
-        (Class.UNREACHED, None, NO_ANSWER),
-        (Class.AMBIGUOUS, None, NO_ANSWER),
-        (Class.TIMEOUT, None, NO_ANSWER),
-        (Class.STALE, None, None),
+        (OutcomeKind.RETRY, 500, 500),
+        (OutcomeKind.FINAL, 503, 503),  # x-should-retry: false
+        (OutcomeKind.RETRY, 200, 200),  # an error as the first event of a stream
+        (OutcomeKind.RETRY, 408, None),
+        (OutcomeKind.RATE_LIMITED, 429, None),
+        (OutcomeKind.UNAUTHORIZED, 401, None),
+        (OutcomeKind.OK, 200, None),
+        (OutcomeKind.UNREACHED, None, NO_ANSWER),
+        (OutcomeKind.AMBIGUOUS, None, NO_ANSWER),
+        (OutcomeKind.TIMEOUT, None, NO_ANSWER),
+        (OutcomeKind.STALE, None, None),
     ],
 )
-def test_what_speaks_against_an_upstream(outcome: Class, status: int | None, sick: int | None) -> None:
-    assert ailment(outcome, None if status is None else (status, {"date": "now"})) == sick
+def test_what_speaks_against_an_upstream(outcome: OutcomeKind, status: int | None, sick: int | None) -> None:
+    assert breaker_failure(outcome, None if status is None else (status, {"date": "now"})) == sick
 
 
 @pytest.mark.parametrize("header", ["retry-after", "retry-after-ms"])
 def test_who_says_when_to_come_back_is_not_dead(header: str) -> None:
-    assert ailment(Class.RETRY, (503, {header: "1"})) is None
+    assert breaker_failure(OutcomeKind.RETRY, (503, {header: "1"})) is None
 
 
 DEEP = b'{"error":{"code":"503","a":' + b"[" * 400 + b"]" * 400 + b"}}"
@@ -235,29 +235,33 @@ def test_no_body_raises(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("event", "status", "outcome"),
     [
-        ({"error": {"message": "boom", "type": "server_error", "code": None}}, 500, Class.RETRY),
-        ({"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, 429, Class.RATE_LIMITED),
-        ({"error": {"message": "slow down", "code": "429"}}, 429, Class.RATE_LIMITED),
-        ({"error": {"message": "slow down", "code": 429}}, 429, Class.RATE_LIMITED),
-        ({"error": {"message": "pay", "code": "insufficient_quota"}}, 429, Class.QUOTA),
-        ({"error": {"message": "pay", "type": "insufficient_quota", "code": None}}, 429, Class.QUOTA),
-        ({"error": {"message": "overloaded", "code": "503"}}, 503, Class.RETRY),
-        ({"error": {"message": "overloaded", "code": 503}}, 503, Class.RETRY),
-        ({"error": {"message": "key", "code": "401"}}, 401, Class.UNAUTHORIZED),
-        ({"error": {"message": "bad", "code": "400"}}, 400, Class.FINAL),
-        ({"error": {"message": "bad", "type": "invalid_request_error", "code": "x"}}, 400, Class.FINAL),
-        ({"error": {"message": "odd", "code": "200"}}, 500, Class.RETRY),
-        ({"error": {"message": "odd", "code": "600"}}, 500, Class.RETRY),
-        ({"error": {"message": "odd", "code": "²"}}, 500, Class.RETRY),
-        ({"error": {"message": "odd", "code": "٤٢٩"}}, 500, Class.RETRY),
-        ({"error": "overloaded"}, 500, Class.RETRY),
-        ({"error": True}, 500, Class.RETRY),
-        ({"type": "error", "code": "rate_limit_exceeded", "message": "m", "param": None}, 429, Class.RATE_LIMITED),
-        ({"type": "error", "code": "server_error", "message": "m"}, 500, Class.RETRY),
-        ({"type": "error", "error": {"type": "invalid_request_error"}}, 400, Class.FINAL),
+        ({"error": {"message": "boom", "type": "server_error", "code": None}}, 500, OutcomeKind.RETRY),
+        ({"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, 429, OutcomeKind.RATE_LIMITED),
+        ({"error": {"message": "slow down", "code": "429"}}, 429, OutcomeKind.RATE_LIMITED),
+        ({"error": {"message": "slow down", "code": 429}}, 429, OutcomeKind.RATE_LIMITED),
+        ({"error": {"message": "pay", "code": "insufficient_quota"}}, 429, OutcomeKind.QUOTA),
+        ({"error": {"message": "pay", "type": "insufficient_quota", "code": None}}, 429, OutcomeKind.QUOTA),
+        ({"error": {"message": "overloaded", "code": "503"}}, 503, OutcomeKind.RETRY),
+        ({"error": {"message": "overloaded", "code": 503}}, 503, OutcomeKind.RETRY),
+        ({"error": {"message": "key", "code": "401"}}, 401, OutcomeKind.UNAUTHORIZED),
+        ({"error": {"message": "bad", "code": "400"}}, 400, OutcomeKind.FINAL),
+        ({"error": {"message": "bad", "type": "invalid_request_error", "code": "x"}}, 400, OutcomeKind.FINAL),
+        ({"error": {"message": "odd", "code": "200"}}, 500, OutcomeKind.RETRY),
+        ({"error": {"message": "odd", "code": "600"}}, 500, OutcomeKind.RETRY),
+        ({"error": {"message": "odd", "code": "²"}}, 500, OutcomeKind.RETRY),
+        ({"error": {"message": "odd", "code": "٤٢٩"}}, 500, OutcomeKind.RETRY),
+        ({"error": "overloaded"}, 500, OutcomeKind.RETRY),
+        ({"error": True}, 500, OutcomeKind.RETRY),
+        (
+            {"type": "error", "code": "rate_limit_exceeded", "message": "m", "param": None},
+            429,
+            OutcomeKind.RATE_LIMITED,
+        ),
+        ({"type": "error", "code": "server_error", "message": "m"}, 500, OutcomeKind.RETRY),
+        ({"type": "error", "error": {"type": "invalid_request_error"}}, 400, OutcomeKind.FINAL),
     ],
 )
-def test_an_error_as_first_event(event: dict[str, Any], status: int, outcome: Class) -> None:
+def test_an_error_as_first_event(event: dict[str, Any], status: int, outcome: OutcomeKind) -> None:
     found = stream_error(json.dumps(event).encode())
     assert found is not None
     assert found[0] == status

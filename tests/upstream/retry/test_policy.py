@@ -10,27 +10,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.retry.outcome import KEY_TROUBLE, Class
-from proxy.upstream.retry.policy import Attempts, ChangeKey, Deliver, Fresh, Pause, Policy, RetryBudget, Step
+from proxy.upstream.retry.outcome import KEY_TROUBLE, OutcomeKind
+from proxy.upstream.retry.policy import (
+    RetryAfter,
+    RetryBudget,
+    RetryOnNewConnection,
+    RetryPolicy,
+    RetryState,
+    ReturnToClient,
+    Step,
+    TryNextKey,
+)
 
-AT_ONCE = [Class.OK, Class.FINAL, Class.INVALID, Class.TIMEOUT]
-PAUSED = [Class.RETRY, Class.UNREACHED, Class.AMBIGUOUS]
+AT_ONCE = [OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT]
+PAUSED = [OutcomeKind.RETRY, OutcomeKind.UNREACHED, OutcomeKind.AMBIGUOUS]
 
 
 def after(
-    attempts: Attempts,
-    outcome: Class,
+    attempts: RetryState,
+    outcome: OutcomeKind,
     *,
     asked: float | None = None,
     left: float = 600.0,
     other: bool = False,
     granted: Callable[[], bool] = lambda: True,
 ) -> Step:
-    return attempts.after(outcome, asked_wait=asked, left=left, other_key=other, granted=granted)
+    return attempts.next(outcome, asked_wait=asked, left=left, other_key=other, granted=granted)
 
 
-def machine(random: float = 0.5, **policy: float) -> Attempts:
-    return Attempts(Policy(**policy), lambda: random)  # type: ignore[arg-type]
+def machine(random: float = 0.5, **policy: float) -> RetryState:
+    return RetryState(RetryPolicy(**policy), lambda: random)  # type: ignore[arg-type]
 
 
 # --- pauses -----------------------------------------------------------------------------------------------------------
@@ -51,7 +60,7 @@ def machine(random: float = 0.5, **policy: float) -> Attempts:
     ],
 )
 def test_the_delay_by_default(attempt: int, random: float, delay: float) -> None:
-    assert Policy().delay(attempt, lambda: random) == pytest.approx(delay)
+    assert RetryPolicy().delay(attempt, lambda: random) == pytest.approx(delay)
 
 
 SECONDS = st.floats(0, 1e4)
@@ -59,7 +68,7 @@ SECONDS = st.floats(0, 1e4)
 
 @given(st.integers(0, 10**6), SECONDS, SECONDS, SECONDS, st.floats(0, 1, exclude_max=True))
 def test_the_delay_is_within_its_bounds(attempt: int, base: float, most: float, jitter: float, random: float) -> None:
-    delay = Policy(base_delay=base, max_delay=most, jitter=jitter).delay(attempt, lambda: random)
+    delay = RetryPolicy(base_delay=base, max_delay=most, jitter=jitter).delay(attempt, lambda: random)
     assert 0 <= delay <= most
     exact = base * 2.0**attempt if attempt < 30 else math.inf if base else 0.0
     if exact + jitter <= most:
@@ -67,118 +76,118 @@ def test_the_delay_is_within_its_bounds(attempt: int, base: float, most: float, 
 
 
 def test_jitter_spreads_a_crowd() -> None:
-    delays = {Policy().delay(0, lambda n=n: n / 100) for n in range(100)}  # type: ignore[misc]
+    delays = {RetryPolicy().delay(0, lambda n=n: n / 100) for n in range(100)}  # type: ignore[misc]
     assert len(delays) == 100
     assert max(delays) - min(delays) > 0.9
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1, exclude_max=True))
 def test_never_before_retry_after(asked: float, random: float) -> None:
-    step = after(machine(random), Class.RATE_LIMITED, asked=asked, left=math.inf)
-    assert isinstance(step, Pause)
+    step = after(machine(random), OutcomeKind.RATE_LIMITED, asked=asked, left=math.inf)
+    assert isinstance(step, RetryAfter)
     assert step.seconds >= asked
     assert step.seconds >= 1.0  # nor sooner than the policy's own delay
 
 
 def test_without_a_hint_the_policy_alone_decides() -> None:
-    assert after(machine(base_delay=0.25, jitter=0.5), Class.RETRY, asked=None) == Pause(0.5)
-    assert after(machine(base_delay=0.0, jitter=0.0), Class.RETRY, asked=0.0) == Pause(0.0)
+    assert after(machine(base_delay=0.25, jitter=0.5), OutcomeKind.RETRY, asked=None) == RetryAfter(0.5)
+    assert after(machine(base_delay=0.0, jitter=0.0), OutcomeKind.RETRY, asked=0.0) == RetryAfter(0.0)
 
 
 def test_a_longer_retry_after_may_exceed_max_delay() -> None:
-    assert after(machine(), Class.RATE_LIMITED, asked=60.0) == Pause(60.0)
+    assert after(machine(), OutcomeKind.RATE_LIMITED, asked=60.0) == RetryAfter(60.0)
 
 
 # --- what follows an outcome ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outcome", AT_ONCE)
-def test_what_is_never_sent_again(outcome: Class) -> None:
+def test_what_is_never_sent_again(outcome: OutcomeKind) -> None:
     for asked, other in product((None, 0.0, 5.0), (False, True)):
         attempts = machine()
-        assert after(attempts, outcome, asked=asked, other=other) == Deliver(spent=False)
+        assert after(attempts, outcome, asked=asked, other=other) == ReturnToClient(spent=False)
         assert attempts.retries == 0
 
 
 @pytest.mark.parametrize("outcome", sorted(KEY_TROUBLE, key=str))
-def test_trouble_of_the_key_changes_key_for_nothing(outcome: Class) -> None:
+def test_trouble_of_the_key_changes_key_for_nothing(outcome: OutcomeKind) -> None:
     """No retry, no wait, no deadline: also with no retries at all, and for as many keys as there are."""
     attempts = machine(max_retries=0)
     for other in [True] * 50 + [False]:
-        assert after(attempts, outcome, asked=3600.0, left=0.001, other=other, granted=lambda: False) == ChangeKey()
+        assert after(attempts, outcome, asked=3600.0, left=0.001, other=other, granted=lambda: False) == TryNextKey()
     assert attempts.retries == 0
 
 
 def test_a_limited_key_gives_way_to_another_at_once() -> None:
     attempts = machine(max_retries=0)
     for _ in range(9):
-        assert after(attempts, Class.RATE_LIMITED, asked=30.0, other=True, granted=lambda: False) == ChangeKey()
+        assert after(attempts, OutcomeKind.RATE_LIMITED, asked=30.0, other=True, granted=lambda: False) == TryNextKey()
     assert attempts.retries == 0
-    assert after(attempts, Class.RATE_LIMITED, other=False) == Deliver()
+    assert after(attempts, OutcomeKind.RATE_LIMITED, other=False) == ReturnToClient()
 
 
-@pytest.mark.parametrize("outcome", [*PAUSED, Class.RATE_LIMITED])
+@pytest.mark.parametrize("outcome", [*PAUSED, OutcomeKind.RATE_LIMITED])
 @pytest.mark.parametrize("most", [0, 1, 3, 10])
-def test_as_many_retries_as_allowed(outcome: Class, most: int) -> None:
+def test_as_many_retries_as_allowed(outcome: OutcomeKind, most: int) -> None:
     attempts = machine(0.0, max_retries=most)
     for number in range(most):
-        assert after(attempts, outcome, left=math.inf) == Pause(min(2.0**number, 10.0))
+        assert after(attempts, outcome, left=math.inf) == RetryAfter(min(2.0**number, 10.0))
         assert attempts.retries == number + 1
-    assert after(attempts, outcome, left=math.inf) == Deliver(spent=most > 0)
+    assert after(attempts, outcome, left=math.inf) == ReturnToClient(spent=most > 0)
 
 
 @pytest.mark.parametrize("outcome", PAUSED)
-def test_another_key_does_not_help_what_is_not_the_keys_fault(outcome: Class) -> None:
-    assert isinstance(after(machine(), outcome, other=True), Pause)
+def test_another_key_does_not_help_what_is_not_the_keys_fault(outcome: OutcomeKind) -> None:
+    assert isinstance(after(machine(), outcome, other=True), RetryAfter)
 
 
 def test_beyond_the_deadline_the_answer_is_passed_on_at_once() -> None:
     attempts = machine()
-    assert after(attempts, Class.RATE_LIMITED, asked=3600.0, left=600.0) == Deliver(spent=False)
-    assert after(attempts, Class.RATE_LIMITED, asked=600.0, left=600.0) == Deliver(spent=False)
-    assert after(attempts, Class.RETRY, left=1.0) == Deliver(spent=False)
-    assert isinstance(after(attempts, Class.RETRY, left=10.0), Pause)
-    assert after(attempts, Class.RETRY, left=1.0) == Deliver(spent=True)
+    assert after(attempts, OutcomeKind.RATE_LIMITED, asked=3600.0, left=600.0) == ReturnToClient(spent=False)
+    assert after(attempts, OutcomeKind.RATE_LIMITED, asked=600.0, left=600.0) == ReturnToClient(spent=False)
+    assert after(attempts, OutcomeKind.RETRY, left=1.0) == ReturnToClient(spent=False)
+    assert isinstance(after(attempts, OutcomeKind.RETRY, left=10.0), RetryAfter)
+    assert after(attempts, OutcomeKind.RETRY, left=1.0) == ReturnToClient(spent=True)
     assert attempts.retries == 1
 
 
 def test_a_stale_connection_costs_nothing_once() -> None:
     attempts = machine(max_retries=1)
-    assert after(attempts, Class.STALE, left=0.5, granted=lambda: False) == Fresh()
+    assert after(attempts, OutcomeKind.STALE, left=0.5, granted=lambda: False) == RetryOnNewConnection()
     assert attempts.retries == 0
-    assert isinstance(after(attempts, Class.STALE), Pause)
-    assert after(attempts, Class.STALE) == Deliver(spent=True)
+    assert isinstance(after(attempts, OutcomeKind.STALE), RetryAfter)
+    assert after(attempts, OutcomeKind.STALE) == ReturnToClient(spent=True)
 
 
-@pytest.mark.parametrize("outcome", [Class.AMBIGUOUS, Class.STALE])
-def test_what_may_have_been_billed_is_sent_again_only_where_allowed(outcome: Class) -> None:
+@pytest.mark.parametrize("outcome", [OutcomeKind.AMBIGUOUS, OutcomeKind.STALE])
+def test_what_may_have_been_billed_is_sent_again_only_where_allowed(outcome: OutcomeKind) -> None:
     attempts = machine(ambiguous=False)
     attempts.stale_used = True
-    assert after(attempts, outcome) == Deliver(spent=False)
+    assert after(attempts, outcome) == ReturnToClient(spent=False)
     attempts = machine(ambiguous=True)
     attempts.stale_used = True
-    assert isinstance(after(attempts, outcome), Pause)
+    assert isinstance(after(attempts, outcome), RetryAfter)
 
 
-@pytest.mark.parametrize("outcome", [Class.RETRY, Class.UNREACHED, Class.RATE_LIMITED])
-def test_what_was_not_billed_is_sent_again_anyway(outcome: Class) -> None:
-    assert isinstance(after(machine(ambiguous=False), outcome), Pause)
+@pytest.mark.parametrize("outcome", [OutcomeKind.RETRY, OutcomeKind.UNREACHED, OutcomeKind.RATE_LIMITED])
+def test_what_was_not_billed_is_sent_again_anyway(outcome: OutcomeKind) -> None:
+    assert isinstance(after(machine(ambiguous=False), outcome), RetryAfter)
 
 
-@pytest.mark.parametrize("outcome", Class)
+@pytest.mark.parametrize("outcome", OutcomeKind)
 @pytest.mark.parametrize("ambiguous", [True, False])
-def test_what_may_be_tried_elsewhere(outcome: Class, ambiguous: bool) -> None:
+def test_what_may_be_tried_elsewhere(outcome: OutcomeKind, ambiguous: bool) -> None:
     """Another upstream or model may take what may be sent again; what may have been billed only where allowed."""
-    attempts = Attempts(Policy(ambiguous=ambiguous), lambda: 0.0)
-    never = {Class.OK, Class.FINAL, Class.INVALID, Class.TIMEOUT}
+    attempts = RetryState(RetryPolicy(ambiguous=ambiguous), lambda: 0.0)
+    never = {OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT}
     if not ambiguous:
-        never |= {Class.AMBIGUOUS, Class.STALE}
-    assert attempts.elsewhere(outcome) is (outcome not in never)
+        never |= {OutcomeKind.AMBIGUOUS, OutcomeKind.STALE}
+    assert attempts.can_fail_over(outcome) is (outcome not in never)
 
 
 def test_without_budget_no_retry_and_no_more_from_the_sdk() -> None:
     attempts = machine()
-    assert after(attempts, Class.RETRY, granted=lambda: False) == Deliver(spent=True)
+    assert after(attempts, OutcomeKind.RETRY, granted=lambda: False) == ReturnToClient(spent=True)
     assert attempts.retries == 0
 
 
@@ -189,24 +198,26 @@ def test_the_budget_is_asked_only_for_a_retry_that_will_be_made() -> None:
         asked.append(True)
         return True
 
-    for outcome in [*AT_ONCE, *KEY_TROUBLE, Class.STALE]:
+    for outcome in [*AT_ONCE, *KEY_TROUBLE, OutcomeKind.STALE]:
         after(machine(), outcome, granted=granted)
-    after(machine(), Class.RATE_LIMITED, other=True, granted=granted)
-    after(machine(), Class.RETRY, left=0.1, granted=granted)
-    after(machine(max_retries=0), Class.RETRY, granted=granted)
+    after(machine(), OutcomeKind.RATE_LIMITED, other=True, granted=granted)
+    after(machine(), OutcomeKind.RETRY, left=0.1, granted=granted)
+    after(machine(max_retries=0), OutcomeKind.RETRY, granted=granted)
     assert asked == []
-    after(machine(), Class.RETRY, granted=granted)
+    after(machine(), OutcomeKind.RETRY, granted=granted)
     assert asked == [True]
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(Class)), st.booleans(), st.none() | st.floats(0, 100)), max_size=60))
-def test_however_it_goes_the_retries_are_bounded(story: list[tuple[Class, bool, float | None]]) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from(list(OutcomeKind)), st.booleans(), st.none() | st.floats(0, 100)), max_size=60)
+)
+def test_however_it_goes_the_retries_are_bounded(story: list[tuple[OutcomeKind, bool, float | None]]) -> None:
     attempts = machine()
     fresh = 0
     for outcome, other, asked in story:
         step = after(attempts, outcome, other=other, asked=asked)
-        fresh += isinstance(step, Fresh)
-        if isinstance(step, Deliver):
+        fresh += isinstance(step, RetryOnNewConnection)
+        if isinstance(step, ReturnToClient):
             break
     assert attempts.retries <= 3
     assert fresh <= 1

@@ -7,17 +7,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from ..lease import PoolKey
-from ..pool import KeyRing
+from ..lease import UpstreamKey
+from ..pool import KeyPool
 
 FREE: Final = 0.2
 """The share of its limits a key must have free to be stayed with (contract 7, Keys)."""
 
 
-def auto(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
-    order = ring.by_headroom(keys, model, now)
-    home = ring.affinity.home(prefix, now) if prefix else None
+def auto(keys: Sequence[UpstreamKey], pool: KeyPool, model: str, now: float, prefix: bytes = b"") -> list[UpstreamKey]:
+    order = pool.by_headroom(keys, model, now)
+    home = pool.affinity.home(prefix, now) if prefix else None
     for key in order:
-        if key.label == home and ring.headroom(key, model, now) > FREE:
+        if key.label == home and pool.headroom(key, model, now) > FREE:
             return [key, *(other for other in order if other is not key)]
     return order

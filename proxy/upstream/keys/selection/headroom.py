@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..lease import PoolKey
-from ..pool import KeyRing
+from ..lease import UpstreamKey
+from ..pool import KeyPool
 
 
-def headroom(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
-    return ring.by_headroom(keys, model, now)
+def headroom(
+    keys: Sequence[UpstreamKey], pool: KeyPool, model: str, now: float, prefix: bytes = b""
+) -> list[UpstreamKey]:
+    return pool.by_headroom(keys, model, now)

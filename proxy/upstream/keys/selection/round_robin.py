@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..lease import PoolKey
-from ..pool import KeyRing
+from ..lease import UpstreamKey
+from ..pool import KeyPool
 
 
-def round_robin(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
-    turn = ring.turns.get(model, 0)
-    if len(ring.turns) >= 4096:
-        ring.turns.clear()
-    ring.turns[model] = turn + 1
+def round_robin(
+    keys: Sequence[UpstreamKey], pool: KeyPool, model: str, now: float, prefix: bytes = b""
+) -> list[UpstreamKey]:
+    turn = pool.turns.get(model, 0)
+    if len(pool.turns) >= 4096:
+        pool.turns.clear()
+    pool.turns[model] = turn + 1
     start = turn % len(keys)
     return [*keys[start:], *keys[:start]]

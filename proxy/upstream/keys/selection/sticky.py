@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from ..lease import PoolKey
-from ..pool import KeyRing
+from ..lease import UpstreamKey
+from ..pool import KeyPool
 
 
-def sticky(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
+def sticky(
+    keys: Sequence[UpstreamKey], pool: KeyPool, model: str, now: float, prefix: bytes = b""
+) -> list[UpstreamKey]:
     if not prefix:
-        return ring.by_headroom(keys, model, now)
+        return pool.by_headroom(keys, model, now)
     return sorted(keys, key=lambda key: hashlib.sha256(prefix + key.label.encode()).digest())

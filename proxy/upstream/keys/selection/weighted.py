@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..lease import PoolKey
-from ..pool import KeyRing
+from ..lease import UpstreamKey
+from ..pool import KeyPool
 
 
-def weighted(keys: Sequence[PoolKey], ring: KeyRing, model: str, now: float, prefix: bytes = b"") -> list[PoolKey]:
-    if len(ring.credit) >= 4096:
-        ring.credit.clear()
-    credit = ring.credit.setdefault(model, {})
+def weighted(
+    keys: Sequence[UpstreamKey], pool: KeyPool, model: str, now: float, prefix: bytes = b""
+) -> list[UpstreamKey]:
+    if len(pool.credit) >= 4096:
+        pool.credit.clear()
+    credit = pool.credit.setdefault(model, {})
     for key in keys:
         credit[key.label] = credit.get(key.label, 0.0) + key.weight
     order = sorted(keys, key=lambda key: (key.weight > 0, credit[key.label]), reverse=True)

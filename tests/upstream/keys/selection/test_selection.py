@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config.limits import Limits
-from proxy.upstream.keys.lease import Lease, PoolKey, Wish
-from proxy.upstream.keys.pool import KeyRing
+from proxy.upstream.keys.lease import KeyRequest, Lease, UpstreamKey
+from proxy.upstream.keys.pool import KeyPool
 from proxy.upstream.keys.prompt_affinity import TTL
 from proxy.upstream.keys.selection import STRATEGIES
 from proxy.upstream.keys.selection.auto import auto
@@ -19,20 +19,20 @@ from proxy.upstream.keys.selection.round_robin import round_robin
 from proxy.upstream.keys.selection.sticky import sticky
 from proxy.upstream.keys.selection.weighted import weighted
 from proxy.upstream.limits.rate_limiter import MARGIN
-from proxy.upstream.retry.outcome import Class
+from proxy.upstream.retry.outcome import OutcomeKind
 
 M = "gpt-4o"
 NOBODY: frozenset[str] = frozenset()
 
 
-def ring(strategy: str, count: int = 3, limits: dict[str, Limits] | None = None, own: int = 0) -> KeyRing:
+def ring(strategy: str, count: int = 3, limits: dict[str, Limits] | None = None, own: int = 0) -> KeyPool:
     """own: the rpm of the first key instead of the common ones."""
     mine = {"*": Limits(rpm=own)} if own else {}
-    keys = [PoolKey(f"k{n}", 0, ("*",), limits=mine if n == 0 else {}) for n in range(count)]
-    return KeyRing(keys, STRATEGIES[strategy], limits or {})
+    keys = [UpstreamKey(f"k{n}", 0, ("*",), limits=mine if n == 0 else {}) for n in range(count)]
+    return KeyPool(keys, STRATEGIES[strategy], limits or {})
 
 
-def serve(pool: KeyRing, times: int, now: float = 0.0, model: str = M) -> list[str]:
+def serve(pool: KeyPool, times: int, now: float = 0.0, model: str = M) -> list[str]:
     labels = []
     for _ in range(times):
         lease = pool.lease(model, 1, NOBODY, now)
@@ -69,7 +69,7 @@ def test_without_limits_each_in_turn(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_key_that_cools_leaves_its_share_to_the_others(strategy: str) -> None:
     pool = ring(strategy)
-    pool.learn(pool.keys[1], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    pool.record_outcome(pool.keys[1], M, OutcomeKind.RATE_LIMITED, 0.0, 30.0, "")
     assert Counter(serve(pool, 100, 1.0)) == {"k0": 50, "k2": 50}
     assert set(serve(pool, 3, 31.0)) == {"k0", "k1", "k2"}
 
@@ -85,7 +85,7 @@ def test_every_key_is_used_up_before_anybody_waits(strategy: str) -> None:
 def test_most_headroom_first() -> None:
     pool = ring("headroom", 2, {"*": Limits(rpm=100)})
     first, second = pool.keys
-    allowance = pool.allowance(first, M, 0.0)
+    allowance = pool.rate_limiter(first, M, 0.0)
     assert allowance is not None
     for _ in range(50):
         allowance.reserve(1, 0.0)
@@ -131,8 +131,8 @@ def test_round_robin_forgets_old_models() -> None:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def asked(pool: KeyRing, prefix: bytes, now: float = 0.0, tokens: int = 1) -> str:
-    lease = pool.lease(M, tokens, NOBODY, now, wish=Wish(prefix))
+def asked(pool: KeyPool, prefix: bytes, now: float = 0.0, tokens: int = 1) -> str:
+    lease = pool.lease(M, tokens, NOBODY, now, wish=KeyRequest(prefix))
     assert isinstance(lease, Lease)
     return lease.key.label
 
@@ -162,7 +162,7 @@ def test_auto_leaves_a_key_that_is_80_percent_used() -> None:
 def test_auto_leaves_a_key_that_rests_and_stays_where_it_went() -> None:
     pool = ring("auto", 2)
     home = asked(pool, b"p")
-    pool.learn(pool.named(home) or pool.keys[0], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    pool.record_outcome(pool.named(home) or pool.keys[0], M, OutcomeKind.RATE_LIMITED, 0.0, 30.0, "")
     other = asked(pool, b"p", 1.0)
     assert other != home
     assert asked(pool, b"p", 40.0) == other  # its cache is warm now
@@ -187,13 +187,13 @@ def test_sticky_moves_only_the_share_of_a_key_that_rests() -> None:
     pool = ring("sticky", 4)
     prefixes = [str(n).encode() for n in range(200)]
     before = {prefix: asked(pool, prefix) for prefix in prefixes}
-    pool.learn(pool.keys[2], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    pool.record_outcome(pool.keys[2], M, OutcomeKind.RATE_LIMITED, 0.0, 30.0, "")
     after = {prefix: asked(pool, prefix, 1.0) for prefix in prefixes}
     assert all(before[prefix] == "k2" for prefix in prefixes if before[prefix] != after[prefix])
 
 
-def weights(*values: float) -> KeyRing:
-    return KeyRing([PoolKey(f"k{n}", 0, ("*",), weight=w) for n, w in enumerate(values)], weighted, {})
+def weights(*values: float) -> KeyPool:
+    return KeyPool([UpstreamKey(f"k{n}", 0, ("*",), weight=w) for n, w in enumerate(values)], weighted, {})
 
 
 def test_weighted_shares_are_exact_and_interleaved() -> None:
@@ -205,7 +205,7 @@ def test_weighted_shares_are_exact_and_interleaved() -> None:
 def test_weight_0_is_the_last_resort() -> None:
     pool = weights(1, 0)
     assert set(serve(pool, 10)) == {"k0"}
-    pool.learn(pool.keys[0], M, Class.RATE_LIMITED, 0.0, 30.0, "")
+    pool.record_outcome(pool.keys[0], M, OutcomeKind.RATE_LIMITED, 0.0, 30.0, "")
     assert serve(pool, 1, 1.0) == ["k1"]
 
 
