@@ -19,15 +19,6 @@ hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 
-@pytest.fixture(autouse=True)
-def _log_levels() -> Iterator[None]:
-    """Commands set the level of the package's log: the next test finds it as it was."""
-    logger = logging.getLogger("proxy")
-    level = logger.level
-    yield
-    logger.setLevel(level)
-
-
 @pytest.fixture(scope="session")
 def upstream_server() -> Iterator[ScriptedUpstream]:
     server = ScriptedUpstream(behave)
