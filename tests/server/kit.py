@@ -127,7 +127,7 @@ class RawConnection:
         async with asyncio.timeout(PATIENCE):
             try:
                 return await self.reader.read()
-            except ConnectionResetError:
+            except ConnectionError:
                 return b""
 
     async def silent(self, seconds: float = 0.05) -> bool:
