@@ -74,12 +74,17 @@ class Services:
     counters: UpstreamCounters = field(default_factory=UpstreamCounters)
     _identities: dict[str, str] = field(default_factory=dict)
 
+    def serving(self, model: str) -> list[Upstream]:
+        """Return the upstreams that serve `model`."""
+        return [
+            self.upstreams[index] for index in {key.upstream for group in self.pool.serving(model) for key in group}
+        ]
+
     def identity(self, model: str) -> str:
         """What stands in the cache key for all upstreams that serve `model`."""
         found = self._identities.get(model)
         if found is None:
-            serving = {key.upstream for group in self.pool.serving(model) for key in group}
-            found = "\n".join(sorted({self.upstreams[index].identity(model) for index in serving}))
+            found = "\n".join(sorted({upstream.identity(model) for upstream in self.serving(model)}))
             if len(self._identities) >= 4096:
                 self._identities.clear()
             self._identities[model] = found

@@ -35,11 +35,6 @@ LAYERS = (
 """The packages and loose files of `proxy`, from the command line down. An import goes down or stays in its package."""
 
 EXCEPTIONS = {
-    ("proxy.accounting.budgets.budgets", "proxy.services"),
-    ("proxy.accounting.budgets.budgets", "proxy.upstream.limits.clients"),
-    ("proxy.accounting.budgets.budgets", "proxy.upstream.limits.estimate"),
-    ("proxy.accounting.runs.registry", "proxy.services"),
-    ("proxy.accounting.runs.registry", "proxy.upstream.limits.estimate"),
     ("proxy.cache.lookup", "proxy.services"),
     ("proxy.cache.lookup", "proxy.upstream.response"),
     ("proxy.cache.planner", "proxy.services"),

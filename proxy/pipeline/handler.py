@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, Final
 
 from msgspec.structs import replace
@@ -30,7 +31,9 @@ from ..protocol.headers import Raw, downstream_headers
 from ..protocol.json_parse import parse_leniently
 from ..protocol.request import ProxyRequest
 from ..services import Services
+from ..upstream.cost_estimate import max_cost_estimate
 from ..upstream.interfaces import UpstreamTransport
+from ..upstream.limits.estimate import request_size
 from ..upstream.progress import AttemptLog
 from ..upstream.response import ReadAnswer, ResponseInHand
 from ..upstream.retry.fallback import with_model
@@ -112,8 +115,15 @@ class RequestHandler:
             return hit
         check_room()
         if request.options.run:
-            await self.services.runs.admit(self.services, request)
+            await self._admit_to_run(request)
         return await self.stale_fallback.fetch(request, plan)
+
+    async def _admit_to_run(self, request: ProxyRequest) -> None:
+        """Reserve the estimated cost in the request's run. Raises ProxyError(budget_exceeded)."""
+        services, size = self.services, request_size(request.endpoint, request.document)
+        output = services.runs.expected_output(request)
+        estimate = max_cost_estimate(request, size, services.serving(request.model), output=output)
+        await services.runs.admit(request, estimate or Decimal(0))
 
     # -- from upstream -------------------------------------------------------------------------------------------------
 

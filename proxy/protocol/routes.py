@@ -31,6 +31,9 @@ SEGMENTS: Final = frozenset(
 STATELESS: Final = frozenset({"audio", "images", "models"})
 """Passed-through segments that name no stored object, so that any key may serve them."""
 
+CARRIES_NO_MODEL: Final = frozenset({"chat", "containers", "conversations", "files", "models", "responses", "uploads"})
+"""Passed-through segments on which no model runs that only the body, which is not read, could name."""
+
 _FORBIDDEN: Final = re.compile(r"%2e|%2f|%5c|//|\\|\.\.|/\.(?=/|\Z)|[\x00-\x20\x7f]", re.IGNORECASE)
 _NO_TARGET: Final = re.compile(r"[#\ud800-\udfff]")
 """A fragment, which is never part of a target (RFC 9112 section 3.2), and bytes that are not UTF-8."""

@@ -13,7 +13,7 @@ from typing import Final
 import orjson
 from msgspec import structs
 
-from ..accounting.budgets.budgets import reserve_budget
+from ..accounting.budgets.account import BudgetReservation
 from ..cost.pricing import Cost
 from ..cost.usage import Usage
 from ..protocol.errors import ProxyError
@@ -21,12 +21,13 @@ from ..protocol.headers import upstream_headers
 from ..protocol.json_edit import set_field, want_usage
 from ..protocol.request import ProxyRequest
 from ..services import Services
+from .cost_estimate import max_cost_estimate
 from .deadline import SharedDeadline
 from .interfaces import ConnectionInfo, UpstreamTransport
 from .keys.lease import KeyRequest, Lease, NoKey, NotReady
 from .keys.prompt_affinity import HEAD, prefix_of
 from .limits.clients import ClientReservation
-from .limits.estimate import request_size
+from .limits.estimate import RequestSize, request_size
 from .limits.queue import QueueFull, TimedOut
 from .limits.rate_limiter import Wait
 from .progress import AttemptLog
@@ -57,7 +58,7 @@ class RetryingSender:
         whole: the answer is all the client gets; to a part of one no other model may answer.
         """
         tokens = self._estimate(request, attempt_log)
-        stake = attempt_log.budget_reservation = await reserve_budget(self._services, request, attempt_log.size)
+        stake = attempt_log.budget_reservation = await self._reserve_budget(request, attempt_log.size)
         hold: ClientReservation | None = None
         used: int | None = None
         try:
@@ -231,6 +232,15 @@ class RetryingSender:
             return 0
         attempt_log.size = request_size(request.endpoint, request.document)
         return self._services.calibration.estimate(request.model, attempt_log.size)
+
+    async def _reserve_budget(self, request: ProxyRequest, size: RequestSize | None) -> BudgetReservation | None:
+        """Reserve the estimated cost in the budgets that count the request. Raises ProxyError(budget_exceeded)."""
+        services, model = self._services, request.model
+        if size is None or not services.budgets.active:
+            return None
+        ratio, output = services.calibration.ratio(model), services.calibration.output(model)
+        estimate = max_cost_estimate(request, size, services.serving(model), ratio, output)
+        return await services.budgets.reserve(request.client, estimate)
 
     def used(self, request: ProxyRequest, attempt_log: AttemptLog, said: int) -> Usage:
         """What an answer has used by estimate that said so many bytes of text."""

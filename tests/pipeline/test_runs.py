@@ -310,7 +310,7 @@ async def test_what_a_client_left_behind_is_counted_when_it_is_over() -> None:
     mine = book.enter(call)
     assert mine is not None
     await book.sample(call, "0" * 64)
-    await book.admit(scene.services, call)
+    await book.admit(call, Decimal("0.01"))
     book.abandoned(call, gone=True)
     assert mine.number("0" * 64, True) == 0
     assert mine.held > 0

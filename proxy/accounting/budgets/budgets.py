@@ -11,21 +11,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from ...config.settings import Settings
 from ...cost.pricing import usd
-from ...cost.usage import Usage
-from ...protocol.request import Client, ProxyRequest
+from ...protocol.request import Client
+from ...protocol.routes import CARRIES_NO_MODEL
 from ...system.clock import Clock, spawn
-from ...upstream.limits.clients import CARRIES_NO_MODEL
-from ...upstream.limits.estimate import RequestSize
 from ..receipt import Receipt
-from ..runs.registry import max_cost_estimate
 from .account import ZERO, Account, BudgetPeriod, BudgetReservation, Kind, budget_exceeded
-
-if TYPE_CHECKING:
-    from ...services import Services
 
 log = logging.getLogger("proxy")
 
@@ -261,28 +255,6 @@ class Budgets:
         wall = self._clock.wall()
         told = {name: account.report(wall) for name, account in self._accounts.items()}
         return {"proxy": told.pop("", {}), "clients": told}
-
-
-async def reserve_budget(
-    services: Services, request: ProxyRequest, measure: RequestSize | None
-) -> BudgetReservation | None:
-    """What the call may cost, held of the budgets that it counts in. Raises ProxyError(budget_exceeded)."""
-    if measure is None or not services.budgets.active:
-        return None
-    return await services.budgets.reserve(request.client, likely_cost(services, request, measure))
-
-
-def likely_cost(services: Services, request: ProxyRequest, measure: RequestSize) -> Decimal | None:
-    """USD the request may cost, by estimate at the dearest of the upstreams that serve its model; None: no price is
-    known. An answer's length where the request sets no limit is what the model's answers have taught. One token at
-    least each way: else what is not free might look so.
-    """
-    habits = services.calibration
-    ratio, expected = habits.ratio(request.model), habits.output(request.model)
-    prompt = measure.prompt_tokens(ratio)
-    output = measure.tokens(ratio, expected) - prompt
-    prompt, output = max(prompt, 1), max(output, 1) if measure.choices else 0
-    return max_cost_estimate(services, request, Usage(prompt, output, prompt + output))
 
 
 def _fullest(account: Account, wall: float) -> BudgetPeriod:

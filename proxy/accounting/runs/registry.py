@@ -12,20 +12,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from ...cache.entry import Entry
 from ...cost.pricing import usd
-from ...cost.usage import Usage
 from ...protocol.errors import ProxyError
 from ...protocol.request import ProxyRequest
 from ...system.clock import Clock, spawn
-from ...upstream.limits.estimate import estimate_tokens
 from ..receipt import Receipt
 from .run import NOTHING, Run, Runs, RunShare, RunTotals, as_json, joined
-
-if TYPE_CHECKING:
-    from ...services import Services
 
 log = logging.getLogger("proxy")
 
@@ -147,13 +142,17 @@ class RunRegistry:
         ticket.key, ticket.number = key, number
         return str(number)
 
-    async def admit(self, services: Services, request: ProxyRequest) -> None:
-        """Reserves what the request may cost, before anything goes upstream. Raises ProxyError(budget_exceeded)."""
+    def expected_output(self, request: ProxyRequest) -> int:
+        """Return how many tokens an answer in the request's run has taken on average; 0 if there was none."""
+        ticket = self._tickets.get(request.id)
+        return ticket.run.completion_mean if ticket is not None else 0
+
+    async def admit(self, request: ProxyRequest, amount: Decimal) -> None:
+        """Reserve the estimated cost, in USD, before the request is sent. Raises ProxyError(budget_exceeded)."""
         ticket, limit = self._tickets.get(request.id), request.options.max_cost
         if ticket is None:
             return
         run = ticket.run
-        amount = likely_cost(services, request, run.completion_mean)
         before, fits = run.committed, limit is None or run.room_for(amount, limit)
         run.reserve(amount)
         ticket.held = amount
@@ -276,31 +275,6 @@ def run_headers(run: Run) -> tuple[tuple[str, str], ...]:
 
 def run_lines(run: Run) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in run_headers(run)])
-
-
-def likely_cost(services: Services, request: ProxyRequest, expected_output: int) -> Decimal:
-    """USD the request may cost, by estimate at the dearest of the upstreams that serve its model; 0 where no price is
-    known. expected_output: tokens of an answer where the request sets no limit.
-    """
-    tokens = estimate_tokens(request.endpoint, request.document, expected_output)
-    without = {name: value for name, value in request.document.items() if not name.startswith("max_")}  # output limits
-    prompt = min(tokens, estimate_tokens(request.endpoint, without))
-    return max_cost_estimate(services, request, Usage(prompt, tokens - prompt, tokens)) or _ZERO
-
-
-def max_cost_estimate(services: Services, request: ProxyRequest, usage: Usage) -> Decimal | None:
-    """USD of `usage` at the dearest of the upstreams and service tiers that may serve the call; None: no price known.
-
-    Of tiers: the one asked for, where it has a price, and the default one, which it may be served by instead.
-    """
-    serving = {key.upstream for group in services.pool.serving(request.model) for key in group}
-    tiers = {None, tier} if isinstance(tier := request.document.get("service_tier"), str) else {None}
-    costs = [
-        services.upstreams[index].prices.cost(services.upstreams[index].address.kind, (request.model,), usage, tier)
-        for index in serving
-        for tier in tiers
-    ]
-    return max([cost.usd for cost in costs if cost is not None], default=None)
 
 
 def _is_retry(request: ProxyRequest) -> bool:

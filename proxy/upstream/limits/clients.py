@@ -14,10 +14,8 @@ from typing import Any, Final
 from ...config.limits import Limits
 from ...protocol.errors import ProxyError
 from ...protocol.request import Client
+from ...protocol.routes import CARRIES_NO_MODEL
 from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
-
-CARRIES_NO_MODEL: Final = frozenset({"chat", "containers", "conversations", "files", "models", "responses", "uploads"})
-"""First segments of passed-through routes on which nothing is run by a model that only the unread body names."""
 
 _UNKNOWN: Final = 1.0
 
