@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from ..cache.fields import dropped_fields
@@ -15,9 +16,8 @@ from ..cache.planner import Planner
 from ..config.settings import Settings
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
-from ..protocol.json_parse import parse_leniently
 from ..protocol.options import from_headers
-from ..protocol.request import Client, ProxyRequest
+from ..protocol.request import Client, ProxyRequest, parse_body
 from ..protocol.routes import ENDPOINTS, Route, parse_target, printable
 from ..services import Services, configured_clients
 from ..upstream.providers.registry import model_named
@@ -45,30 +45,15 @@ def request_of(services: Services, target: str, headers: Sequence[Raw], body: by
     route: Route = parse_target(target)
     if route.endpoint not in ENDPOINTS.values():
         raise ProxyError("bad_request", f"never cached: only {', '.join(ENDPOINTS)} are", param="target")
-    try:
-        document = parse_leniently(body)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise ProxyError("invalid_json", "the request must be a JSON object")
-    named = document.get("model")
-    model = named if isinstance(named, str) else None
     texts = ((name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in headers)
-    return ProxyRequest(
-        id="",
+    return ProxyRequest.from_body(
+        body,
+        parse_body(body),
+        partial(model_named, services.addresses),
         route=route,
         headers=headers,
-        body=body,
-        document=document,
-        model=model_named(services.addresses, route, model),
-        body_model=model,
-        stream=document.get("stream") is True,
-        wants_usage=False,
         options=replace(from_headers(route.options, texts), run=""),  # which would count it
         client=client,
-        arrived=0.0,
-        deadline=0.0,
-        max_wait=0.0,
     )
 
 

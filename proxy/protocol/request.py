@@ -1,25 +1,31 @@
-"""The values that travel through the journey: who calls, what for, and what goes back."""
+"""A request of a client to one of the cached endpoints, as values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import orjson
 
+from .errors import ProxyError
 from .headers import Raw
 from .json_edit import set_field
+from .json_parse import parse_leniently
 from .options import Options
 from .routes import Route
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who calls. name: the client key's, '' when anonymous; scope: what separates this client's cache from others';
-    auth: (`bearer` or `api-key`, token) of a pass-through client's own credential, to go upstream;
-    models: globs of those it may use, none: all."""
+    """The sender of a request.
+
+    name: that of its client key, "" if it is anonymous.
+    cache_partition: part of the cache key, so that this client's entries are its own.
+    auth: (`bearer` or `api-key`, token) that goes upstream in pass-through.
+    models: globs of the models it may use; all if there are none.
+    """
 
     name: str = ""
     cache_partition: str = ""
@@ -31,8 +37,13 @@ class Client:
 
 
 class ProxyRequest(msgspec.Struct, frozen=True):
-    """One request to one of the five endpoints, read and understood. arrived, deadline: monotonic seconds;
-    patience: seconds it may wait for a key."""
+    """One request to one of the cached endpoints, parsed.
+
+    headers: as they came. body: as it came; document: the same, parsed.
+    model: the body's, else that of the Azure deployment in the path; body_model: the body's alone.
+    wants_usage: it asked for a stream's usage chunk.
+    arrived, deadline: monotonic seconds. max_wait: seconds it may wait for a key.
+    """
 
     id: str
     route: Route
@@ -49,11 +60,62 @@ class ProxyRequest(msgspec.Struct, frozen=True):
     deadline: float
     max_wait: float
 
+    @classmethod
+    def from_body(
+        cls,
+        body: bytes,
+        document: Mapping[str, Any],
+        model_of: Callable[[Route, str | None], str],
+        *,
+        route: Route,
+        headers: Sequence[Raw],
+        options: Options,
+        client: Client,
+        id: str = "",
+        arrived: float = 0.0,
+        deadline: float = 0.0,
+        max_wait: float = 0.0,
+    ) -> ProxyRequest:
+        """Return the request that `body` makes; the keyword arguments are the fields that no body says.
+
+        document: `parse_body(body)`. model_of: the model of a route and a body's `model`.
+        """
+        named = document.get("model")
+        body_model = named if isinstance(named, str) else None
+        stream_options = document.get("stream_options")
+        return cls(
+            id=id,
+            route=route,
+            headers=headers,
+            body=body,
+            document=document,
+            model=model_of(route, body_model),
+            body_model=body_model,
+            stream=document.get("stream") is True,
+            wants_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
+            options=options,
+            client=client,
+            arrived=arrived,
+            deadline=deadline,
+            max_wait=max_wait,
+        )
+
     @property
     def endpoint(self) -> str:
         return self.route.endpoint
 
-    def with_input(self, given: bytes) -> ProxyRequest:
-        """The call with another `input` (JSON text), every other byte of its body as it is."""
-        document = {**self.document, "input": orjson.loads(given)}
-        return msgspec.structs.replace(self, body=set_field(self.body, "input", given), document=document)
+    def with_input(self, input_json: bytes) -> ProxyRequest:
+        """Return the request with another `input` (JSON text); every other byte of its body stays."""
+        document = {**self.document, "input": orjson.loads(input_json)}
+        return msgspec.structs.replace(self, body=set_field(self.body, "input", input_json), document=document)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a request body. Raises `ProxyError("invalid_json")`."""
+    try:
+        document = parse_leniently(body)
+    except ValueError:
+        raise ProxyError("invalid_json", "the request body is not valid JSON") from None
+    if not isinstance(document, dict):
+        raise ProxyError("invalid_json", "the request body must be a JSON object")
+    return document

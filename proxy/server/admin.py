@@ -186,7 +186,7 @@ class AdminHandler:
         return self._json(visit.request, await self._cache.take(await self._body(visit)))
 
     async def _explain(self, visit: _Context) -> FullResponse:
-        body, raw = await self._body(visit), visit.request._message.raw_headers
+        body, raw = await self._body(visit), visit.request.raw_headers
         return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
 
     async def _body(self, visit: _Context) -> bytes:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from operator import itemgetter
 from typing import Final
 
@@ -25,9 +26,8 @@ from ..pipeline.relay import StreamBroken, with_comment
 from ..pipeline.response_headers import TRAILERS, ZERO_COST, Timing, cost_comment, cost_lines, stale_lines, usage_lines
 from ..protocol.errors import ProxyError
 from ..protocol.headers import is_request_option
-from ..protocol.json_parse import parse_leniently
 from ..protocol.options import Options, from_headers
-from ..protocol.request import Client, ProxyRequest
+from ..protocol.request import Client, ProxyRequest, parse_body
 from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
 from ..services import Services
@@ -98,6 +98,7 @@ class ApiHandler:
         self.traffic = traffic
         self._ledger = ledger
         self._hit_log = HitLog()
+        self._model_of = partial(model_named, services.addresses)
 
     # -- every request ------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class ApiHandler:
             if not content_type.startswith("application/json") or "Content-Encoding" in headers:
                 _check_media_type(content_type, headers.get("Content-Encoding"))
             body = await read_body(request, self._max_body)
-            raw = request._message.raw_headers
+            raw = request.raw_headers
             name = None
             plain = self._fast and not visit.client.models  # whose model must be read first
             if plain and _leaves_hits_alone(route.options) and not _asks_something(raw):
@@ -169,7 +170,7 @@ class ApiHandler:
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
             raise _not_allowed(method, "GET, POST")
-        options = from_headers(route.options, _text(request._message.raw_headers))
+        options = from_headers(route.options, _text(request.raw_headers))
         self._check_in_flight()
         return await self._passage.forward(request, route, visit.client, options, cors_headers(visit.origin))
 
@@ -228,20 +229,12 @@ class ApiHandler:
     async def _proxy_request(self, visit: _Context, body: bytes, plain: bool) -> ProxyRequest:
         """The request, read and understood. Raises ProxyError(invalid_json, invalid_option)."""
         services, request, route = self._services, visit.request, visit.route
-        raw = request._message.raw_headers
+        raw = request.raw_headers
         options = route.options if plain else from_headers(route.options, _text(raw))
-        try:
-            if len(body) > LARGE:
-                document = await asyncio.to_thread(parse_leniently, body)
-            else:
-                document = parse_leniently(body)
-        except ValueError:
-            raise ProxyError("invalid_json", "the request body is not valid JSON") from None
-        if not isinstance(document, dict):
-            raise ProxyError("invalid_json", "the request body must be a JSON object")
-        named = document.get("model")
-        body_model = named if isinstance(named, str) else None
-        options_asked = document.get("stream_options")
+        if len(body) > LARGE:
+            document = await asyncio.to_thread(parse_body, body)
+        else:
+            document = parse_body(body)
         now = services.clock.monotonic()
         total = services.settings.timeouts.total if options.timeout is None else options.timeout
         own = _client_timeout(request)
@@ -250,18 +243,15 @@ class ApiHandler:
         patience = options.max_wait if options.max_wait is not None else services.settings.throttle.max_wait
         if patience is None:
             patience = max(0.0, (own if own is not None else total) - 5.0)
-        return ProxyRequest(
-            id=services.clock.new_id(),
+        return ProxyRequest.from_body(
+            body,
+            document,
+            self._model_of,
             route=route,
             headers=raw,
-            body=body,
-            document=document,
-            model=model_named(services.addresses, route, body_model),
-            body_model=body_model,
-            stream=document.get("stream") is True,
-            wants_usage=isinstance(options_asked, dict) and options_asked.get("include_usage") is True,
             options=options,
             client=visit.client,
+            id=services.clock.new_id(),
             arrived=now,
             deadline=now + total,
             max_wait=patience,
@@ -297,7 +287,7 @@ class ApiHandler:
         body = with_comment(hit.body, comment) if comment else hit.body
         self._services.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
         self._metrics.hit(entry)
-        self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request._message.raw_headers)
+        self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request.raw_headers)
         self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
         if visit.origin is not None:
@@ -337,7 +327,7 @@ class ApiHandler:
                 self._ledger.refused(refusal.code, refusal.status, "", "")
             elif visit.route.kind != "own":
                 self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
-            client, trace = visit.client.name if visit is not None else "", traceparent(request._message.raw_headers)
+            client, trace = visit.client.name if visit is not None else "", traceparent(request.raw_headers)
             log_refusal(request_id, request.method, request.raw_path, refusal.code, refusal.status, client, trace)
         if visit is not None and visit.origin is not None:
             pairs = [line.split(": ", 1) for line in cors_headers(visit.origin).decode().splitlines()]

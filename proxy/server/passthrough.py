@@ -233,7 +233,7 @@ class PassthroughHandler:
         self, request: BaseRequest, client: Client, key: UpstreamKey, upload: _Upload
     ) -> list[tuple[str, str]]:
         services = self._services
-        headers = upstream_headers(request._message.raw_headers, pooled=not services.passthrough)
+        headers = upstream_headers(request.raw_headers, pooled=not services.passthrough)
         dialect = services.upstreams[key.upstream].provider
         if not services.passthrough:
             headers.extend(services.credential(key.label))
@@ -322,7 +322,7 @@ class _Trace:
         self._began = services.clock.monotonic()
         self._endpoint = route.segment
         self._client = client.name
-        self._headers = request._message.raw_headers
+        self._headers = request.raw_headers
         self.upstream = self.key = self.code = ""
         self.attempts = 0
         self.first_byte: float | None = None

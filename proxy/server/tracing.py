@@ -85,7 +85,7 @@ class Tracing:
             return await handler(request)
         method = printable(request.method, 20)
         span = self._tracer.start_span(
-            method, self._parent(request._message.raw_headers), self._server, {"http.request.method": method}
+            method, self._parent(request.raw_headers), self._server, {"http.request.method": method}
         )
         current = _Request(span, self._within(span))
         token = _current.set(current)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import orjson
@@ -156,25 +157,20 @@ class PipelineFixture:
         config = self.services.settings
         options = options or route.options
         now = self.loop.time()
-        asked = document.get("stream_options")
         if total is None:
             total = config.timeouts.total if options.timeout is None else options.timeout
         if patience is None:
             patience = options.max_wait if options.max_wait is not None else config.throttle.max_wait
         assert patience is not None
-        named = document.get("model")
-        return ProxyRequest(
-            id=self.clock.new_id(),
+        return ProxyRequest.from_body(
+            orjson.dumps(document) if body is None else body,
+            document,
+            partial(model_named, self.services.addresses),
             route=route,
             headers=headers,
-            body=orjson.dumps(document) if body is None else body,
-            document=document,
-            model=model_named(self.services.addresses, route, named),
-            body_model=named,
-            stream=document.get("stream") is True,
-            wants_usage=isinstance(asked, dict) and asked.get("include_usage") is True,
             options=options,
             client=client or Client(),
+            id=self.clock.new_id(),
             arrived=now,
             deadline=now + total,
             max_wait=patience,

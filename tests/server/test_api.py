@@ -96,7 +96,7 @@ async def test_a_hit_parses_nothing_and_logs_nothing(
     async with running_proxy(says()) as home:
         for _ in range(2):
             await home.ask(body=ask())
-        monkeypatch.setattr(proxy.server.api, "parse_leniently", None)
+        monkeypatch.setattr(proxy.server.api, "parse_body", None)
         caplog.set_level(logging.DEBUG)
         caplog.clear()
         assert (await home.ask(body=ask())).get("X-Proxy-Cache") == "hit"

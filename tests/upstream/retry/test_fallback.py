@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import orjson
 import pytest
 
 from proxy.protocol.options import NO_OPTIONS
-from proxy.protocol.request import Client, ProxyRequest
+from proxy.protocol.request import Client, ProxyRequest, parse_body
 from proxy.protocol.routes import parse_target
 from proxy.upstream.retry.fallback import fallbacks_for, with_model
 
@@ -26,10 +25,16 @@ def test_none_configured() -> None:
 
 
 def request(target: str, body: bytes) -> ProxyRequest:
-    document = orjson.loads(body)
-    route = parse_target(target)
-    return ProxyRequest(
-        "id", route, (), body, document, "gpt-4o", document.get("model"), False, False, NO_OPTIONS, Client(), 0, 9, 9
+    return ProxyRequest.from_body(
+        body,
+        parse_body(body),
+        lambda _, model: model or "gpt-4o",
+        route=parse_target(target),
+        headers=(),
+        options=NO_OPTIONS,
+        client=Client(),
+        id="id",
+        deadline=9.0,
     )
 
 
