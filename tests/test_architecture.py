@@ -38,7 +38,6 @@ EXCEPTIONS = {
     ("proxy.cache.lookup", "proxy.services"),
     ("proxy.cache.lookup", "proxy.upstream.response"),
     ("proxy.cache.planner", "proxy.services"),
-    ("proxy.observability.metrics", "proxy.services"),
     ("proxy.pipeline.coalescing.coalescer", "proxy.services"),
     ("proxy.pipeline.coalescing.cross_process", "proxy.services"),
     ("proxy.pipeline.embeddings", "proxy.services"),
@@ -73,8 +72,8 @@ MAX_PARAMETERS = 6
 MORE_PARAMETERS: dict[str, str] = {
     "proxy.config.loader._read": "until the sources of settings are one value",
     "proxy.lifecycle._run": "until what a process starts with is one value",
-    "proxy.observability.logs.log_refusal": "until a refused request is one value",
     "proxy.pipeline.recorder.Recorder.record": "until a receipt is finished in one place",
+    "proxy.protocol.request.ProxyRequest.from_body": "one for each field that the body does not say",
     "proxy.server.api.ApiHandler.__init__": "what `app` builds for it",
     "proxy.upstream.keys.pool.KeyPool.__init__": "what `services` builds for it",
     "proxy.upstream.keys.pool.KeyPool._reserve_first": "until the search for a key is one value",

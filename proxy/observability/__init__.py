@@ -1,1 +1,1 @@
-"""Metrics and logs."""
+"""Prometheus metrics, the log, and reports of several workers merged into one."""

@@ -1,7 +1,6 @@
-"""What several workers of one proxy know, as one: metrics, states of keys, counts.
+"""Metrics and reports of several workers, merged into those of one proxy.
 
-Metrics add up where that says something: counters, histograms, and the gauges of `SUMMED`. Any other gauge is each
-worker's own (of a state, or a share): it gets a label that says whose.
+Counters, histograms and the gauges of `SUMMED` are added. Any other gauge, a state or a share, gets a label `worker`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SUMMED: Final = frozenset(
         "openai_proxy_cache_bytes",
     }
 )
-"""Gauges of which the sum is what the whole proxy has."""
+"""Gauges whose sum over the workers is the proxy's value."""
 
 WORKER: Final = "worker"
 
@@ -32,7 +31,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Family(msgspec.Struct, frozen=True):
-    """A metric of one worker: samples by name and labels, in their order."""
+    """A metric of one worker. samples: (name, labels, value)."""
 
     name: str
     help: str
@@ -41,26 +40,24 @@ class Family(msgspec.Struct, frozen=True):
 
     @property
     def adds_up(self) -> bool:
-        """Whether its samples still count when their worker is gone."""
+        """True if the samples still count after their worker has ended."""
         return self.kind in ("counter", "histogram", "summary")
 
     def of_worker(self, number: int) -> Family:
-        """With a label that says whose it is, where it does not add up."""
+        """Return the family with a label `worker` if it cannot be summed."""
         if self.adds_up or self.name in SUMMED:
             return self
-        mine = [(name, (*labels, (WORKER, str(number))), value) for name, labels, value in self.samples]
-        return msgspec.structs.replace(self, samples=mine)
+        labelled = [(name, (*labels, (WORKER, str(number))), value) for name, labels, value in self.samples]
+        return msgspec.structs.replace(self, samples=labelled)
 
 
 def summed(workers: Sequence[Sequence[Family]]) -> list[Family]:
-    """All workers' metrics as one's, each sample the sum of those of its name and labels; of times of creation the
-    first.
-    """
-    found: dict[str, Family] = {}
+    """Add the workers' samples by name and labels. Of creation times the earliest stays."""
+    merged: dict[str, Family] = {}
     sums: dict[str, dict[tuple[str, Labels], float]] = {}
     for families in workers:
         for family in families:
-            found.setdefault(family.name, family)
+            merged.setdefault(family.name, family)
             samples = sums.setdefault(family.name, {})
             for name, labels, value in family.samples:
                 old = samples.get((name, labels))
@@ -72,12 +69,12 @@ def summed(workers: Sequence[Sequence[Family]]) -> list[Family]:
         msgspec.structs.replace(
             family, samples=[(name, labels, value) for (name, labels), value in sums[family.name].items()]
         )
-        for family in found.values()
+        for family in merged.values()
     ]
 
 
 def added(one: Any, other: Any) -> Any:
-    """Two workers' counts as one, in any depth: numbers added, all else as the first has it."""
+    """Add two reports at any depth: integers are added, any other value is that of `one`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return {
             name: added(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name))
@@ -88,28 +85,28 @@ def added(one: Any, other: Any) -> Any:
     return one + other
 
 
-_OF_THE_STORE: Final = ("entries", "bytes", "max_bytes", "file_bytes", "state")
-"""What a store that all workers share says of itself; its other counts are each worker's."""
+_SHARED_STORE_FIELDS: Final = ("entries", "bytes", "max_bytes", "file_bytes", "state")
+"""Fields that are the same in every worker if the store is shared; its other counts are per worker."""
 
 
 def statuses_joined(statuses: Sequence[dict[str, Any]], shared_store: bool) -> dict[str, Any]:
-    """What each worker says of itself, for `GET /_proxy/status`; the settings are the same."""
+    """Merge the workers' statuses for `GET /_proxy/status`. shared_store: all workers use one SQLite or Redis store."""
     first = statuses[0]
-    found = {name: first[name] for name in ("in_flight", "queue", "cache")}
+    counts = {name: first[name] for name in ("in_flight", "queue", "cache")}
     clients = first["clients"]
     for other in statuses[1:]:
-        found = {name: added(found[name], other[name]) for name in found}
-        clients = {name: _client_joined(one, other["clients"].get(name)) for name, one in clients.items()}
+        counts = {name: added(counts[name], other[name]) for name in counts}
+        clients = {name: _client_joined(client, other["clients"].get(name)) for name, client in clients.items()}
     if shared_store and first["cache"] is not None:
-        found["cache"] |= {name: first["cache"][name] for name in _OF_THE_STORE if name in first["cache"]}
+        counts["cache"] |= {name: first["cache"][name] for name in _SHARED_STORE_FIELDS if name in first["cache"]}
     workers = [{name: status[name] for name in ("worker", "pid", "uptime_s", "in_flight")} for status in statuses]
     uptime = max(status["uptime_s"] for status in statuses)
-    workers.sort(key=lambda one: one["worker"])
-    return first | found | {"uptime_s": uptime, "clients": clients, "workers": workers}
+    workers.sort(key=lambda worker: worker["worker"])
+    return first | counts | {"uptime_s": uptime, "clients": clients, "workers": workers}
 
 
 def _client_joined(one: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
-    """Requests and tokens add up; the use of limits is common knowledge, and who heard last knows most."""
+    """Add requests and tokens. Limits are shared, so the higher use is the more recent one."""
     if other is None:
         return one
     joined: dict[str, Any] = added(one, other)
@@ -117,7 +114,7 @@ def _client_joined(one: dict[str, Any], other: dict[str, Any] | None) -> dict[st
 
 
 def usages_joined(usage: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`GET /_proxy/usage`, with the totals of all workers; what the file says is of all anyway."""
+    """Add the other workers' totals to `usage`, for `GET /_proxy/usage`. The ledger's rows are of all workers."""
     total, ledger = usage["since_start"], usage["ledger"]
     for other in others:
         money = {name: usd(Decimal(total[name]) + Decimal(other["since_start"][name])) for name in _MONEY}
@@ -130,16 +127,18 @@ def usages_joined(usage: dict[str, Any], others: Sequence[dict[str, Any]]) -> di
 
 
 def pages_joined(pages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each worker's page of the list of what it has in memory, for `GET /_proxy/cache`, as one; in order of names."""
-    names = {f"{row['key']}\n{row['form']}": row for page in reversed(pages) for row in page["entries"]}
+    """Merge the workers' pages of entries in memory, for `GET /_proxy/cache`, ordered by key and form."""
+    entries = {f"{entry['key']}\n{entry['form']}": entry for page in reversed(pages) for entry in page["entries"]}
     ends = [page["next"] for page in pages if page["next"]]
-    end = min(ends, default="")  # beyond it some worker has more
-    return {"entries": [names[name] for name in sorted(names) if not end or name <= end], "next": end}
+    end = min(ends, default="")  # some worker has more entries after it
+    return {"entries": [entries[name] for name in sorted(entries) if not end or name <= end], "next": end}
 
 
 def pools_joined(pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What each worker knows of the pool, for `GET /_proxy/keys`: a key is as bad as any has found it, an upstream is
-    left alone where any leaves it, and what is used of a limit is the most that any has heard of.
+    """Merge what the workers know of the pool, for `GET /_proxy/keys`.
+
+    A key has the worst state that any worker knows, a breaker is open if it is in any worker, and the use of a limit
+    is the highest.
     """
     first, *others = pools
     keys = {row["name"]: row for row in first["keys"]}
@@ -149,8 +148,8 @@ def pools_joined(pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if row["name"] in keys:
                 keys[row["name"]] = _key_joined(keys[row["name"]], row)
         for row in pool["upstreams"]:
-            mine = upstreams.get(row["name"])
-            if mine is not None and mine["state"] == "closed":
+            known = upstreams.get(row["name"])
+            if known is not None and known["state"] == "closed":
                 upstreams[row["name"]] = row
     return {"keys": list(keys.values()), "upstreams": list(upstreams.values())}
 
@@ -158,8 +157,8 @@ def pools_joined(pools: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _key_joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     states = {state["model"]: state for state in one["states"]}
     for state in other["states"]:
-        mine = states.get(state["model"])
-        if mine is None or mine["until_s"] < state["until_s"]:
+        known = states.get(state["model"])
+        if known is None or known["until_s"] < state["until_s"]:
             states[state["model"]] = state
     limits = dict(one["limits"])
     for model, levels in other["limits"].items():
@@ -169,9 +168,9 @@ def _key_joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_used(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Two views of the use of the same limits."""
-    found = dict(one)
+    """Merge two reports of the same limits: the higher use wins."""
+    merged = dict(one)
     for name, level in other.items():
-        if name not in found or found[name]["used"] < level["used"]:
-            found[name] = level
-    return found
+        if name not in merged or merged[name]["used"] < level["used"]:
+            merged[name] = level
+    return merged

@@ -1,4 +1,4 @@
-"""Logging: text for people or JSON lines for machines, on standard error, control characters escaped, keys masked."""
+"""The log on standard error, as text or JSON lines. Keys are masked and control characters are escaped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 FLUSH: Final = 0.05
-"""Seconds for which lines are gathered before they are written together; warnings and worse are written at once."""
+"""Seconds for which lines are buffered. Warnings and errors are written at once."""
 
 
 class _Formatter(logging.Formatter):
@@ -36,14 +36,17 @@ class _Formatter(logging.Formatter):
         self._time = ""
 
     def time(self, created: float, format_: str) -> str:
-        """Made once a second."""
+        """Return `created` (Unix seconds) as local time; it is formatted once a second."""
         second = int(created)
         if second != self._second:
             self._second, self._time = second, time.strftime(format_, time.localtime(second))
         return self._time
 
     def clean(self, text: str) -> str:
-        """Second line of defence: no key is ever given to the log, and what looks like one is masked all the same."""
+        """Mask keys and whatever looks like one, and escape control characters.
+
+        This is a second line of defence: no code logs a key on purpose.
+        """
         text = self._masker.mask_text(text)
         if text.isascii() and text.isprintable() and "sk-" not in text and "Bearer " not in text:
             return text
@@ -51,22 +54,23 @@ class _Formatter(logging.Formatter):
         return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _SECRET.sub("***", text))
 
     def exception(self, record: logging.LogRecord) -> str:
-        """The traceback, the only text of several lines."""
+        """Return the traceback of a record: the only text of several lines."""
         text = self.formatException(record.exc_info) if record.exc_info else ""
         return "".join("\n" + self.clean(line) for line in text.splitlines())
 
 
-_SAID: Final = frozenset({"endpoint", "model", "status"})
-"""Fields that a line for people need not tell where its message does."""
+_IN_MESSAGE: Final = frozenset({"endpoint", "model", "status"})
+"""Fields that a text line leaves out if its message contains them."""
 
 
 class TextFormatter(_Formatter):
     def line(self, created: float, level: str, name: str, message: str, fields: Mapping[str, object]) -> str:
-        def said(name: str, value: object) -> bool:
-            return name in _SAID and str(value) in message
+        def is_in_message(name: str, value: object) -> bool:
+            return name in _IN_MESSAGE and str(value) in message
 
         if fields:
-            message += "  " + " ".join([f"{name}={value}" for name, value in fields.items() if not said(name, value)])
+            shown = [f"{name}={value}" for name, value in fields.items() if not is_in_message(name, value)]
+            message += "  " + " ".join(shown)
         return self.clean(f"{self.time(created, '%H:%M:%S')} {level.lower():7} {message}")
 
     def format(self, record: logging.LogRecord) -> str:
@@ -98,85 +102,81 @@ class JsonFormatter(_Formatter):
 
 
 class _BufferingHandler(logging.Handler):
-    """Writes lines together: a write for each would cost a request more than all else that is done for it."""
+    """Buffers lines and writes them together, because one write for each line is slow."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._held: list[logging.LogRecord | tuple[float, str, str, Receipt]] = []
+        self._pending: list[logging.LogRecord | tuple[float, str, str, Receipt]] = []
         self._timer: asyncio.TimerHandle | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._hold(record, record.levelno)
+        self._append(record, record.levelno)
 
-    def receipt(self, name: str, level: int, receipt: Receipt) -> None:
-        """A request's line, without a LogRecord, which costs more than the line."""
-        self._hold((time.time(), logging.getLevelName(level), name, receipt), level)
+    def emit_receipt(self, name: str, level: int, receipt: Receipt) -> None:
+        """Write the line of a finished request. It skips LogRecord, which is slow to build."""
+        self._append((time.time(), logging.getLevelName(level), name, receipt), level)
 
-    def _hold(self, one: logging.LogRecord | tuple[float, str, str, Receipt], level: int) -> None:
-        self._held.append(one)
-        if level >= logging.WARNING or len(self._held) >= 128:
+    def _append(self, item: logging.LogRecord | tuple[float, str, str, Receipt], level: int) -> None:
+        self._pending.append(item)
+        if level >= logging.WARNING or len(self._pending) >= 128:
             self.flush()
         elif self._timer is None:
             try:
                 self._timer = asyncio.get_running_loop().call_later(FLUSH, self.flush)
-            except RuntimeError:  # before the loop runs, and after
+            except RuntimeError:  # no event loop is running
                 self.flush()
 
     def flush(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        held, self._held = self._held, []
+        pending, self._pending = self._pending, []
         lines = []
-        for one in held:
-            if isinstance(one, logging.LogRecord):
+        for item in pending:
+            if isinstance(item, logging.LogRecord):
                 try:
-                    lines.append(self.format(one) + "\n")
+                    lines.append(self.format(item) + "\n")
                 except Exception:
-                    self.handleError(one)
+                    self.handleError(item)
             else:
-                created, level, name, receipt = one
+                created, level, name, receipt = item
                 assert isinstance(self.formatter, TextFormatter | JsonFormatter)
                 lines.append(self.formatter.line(created, level, name, message(receipt), fields(receipt)) + "\n")
         if lines:
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
-            except (OSError, ValueError):  # nobody reads the log any more: serving goes on
+            except (OSError, ValueError):  # standard error is closed or full: the proxy goes on without a log
                 pass
 
 
-_gathering: _BufferingHandler | None = None
+_buffer: _BufferingHandler | None = None
 _root = logging.getLogger()
 _log = logging.getLogger("proxy.request")
 
 
 def log_receipt(receipt: Receipt) -> None:
-    """The one line a request that was not a hit gets in the log. No prompt, no answer, no key."""
+    """Log one line for a finished request that was not a hit: no prompt, no response, no key."""
     level = logging.WARNING if receipt.status >= 500 else logging.INFO
     if _log.isEnabledFor(level):
-        if _gathering is not None and _root.handlers == [_gathering]:  # nobody else wants records
-            _gathering.receipt(_log.name, level, receipt)
+        if _buffer is not None and _root.handlers == [_buffer]:  # no other handler wants a LogRecord
+            _buffer.emit_receipt(_log.name, level, receipt)
         else:
             _log.log(level, "%s", message(receipt), extra={"fields": fields(receipt)})
 
 
-def message(receipt: Receipt) -> str:
-    return _message(receipt.endpoint, receipt.model, receipt.status)
+def message(receipt: Receipt | Entry) -> str:
+    return f"{receipt.endpoint} {printable(receipt.model, 80) or '-'} -> {receipt.status}"
 
 
-def _message(endpoint: str, model: str, status: int) -> str:
-    return f"{endpoint} {printable(model, 80) or '-'} -> {status}"
-
-
-def _known(told: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in told.items() if value is not None and value != ""}
+def _nonempty(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None and value != ""}
 
 
 def fields(receipt: Receipt) -> dict[str, object]:
-    """What a log line tells of a receipt: only what is known."""
-    told = {
+    """Return the log fields of a receipt, without unknown and empty ones."""
+    known = {
         "endpoint": printable(receipt.endpoint, 80),
         "model": printable(receipt.model, 80),
         "status": receipt.status,
@@ -195,18 +195,17 @@ def fields(receipt: Receipt) -> dict[str, object]:
         "error": receipt.error,
         "traceparent": receipt.traceparent,
     }
-    return _known(told)
+    return _nonempty(known)
 
 
-def log_refusal(id_: str, method: str, path: str, code: str, status: int, client: str, trace: str) -> None:
-    """The line of a request that was turned away before it became a call. trace: its `traceparent`."""
-    told = {"status": status, "id": id_, "client": client, "error": code, "traceparent": trace}
-    text = f"refused {printable(method, 20)} {printable(path)}: {code}"
-    _log.info("%s", text, extra={"fields": _known(told)})
+def log_refusal(method: str, path: str, refusal_fields: Mapping[str, object]) -> None:
+    """Log one line for a request that was refused before it had a receipt. The fields include `error`, its code."""
+    text = f"refused {printable(method, 20)} {printable(path)}: {refusal_fields['error']}"
+    _log.info("%s", text, extra={"fields": _nonempty(refusal_fields)})
 
 
 class HitLog:
-    """Hits are many and cheap, so one a second has its line, the first at once; `hits`: so many since the last one."""
+    """Logs at most one cache hit a second, the first at once; its field `hits` counts those since the last line."""
 
     __slots__ = ("_hits", "_next")
 
@@ -221,7 +220,7 @@ class HitLog:
             return
         self._next = wall + 1.0
         if _log.isEnabledFor(logging.INFO):
-            told = {
+            hit_fields = {
                 "endpoint": entry.endpoint,
                 "model": printable(entry.model, 80),
                 "status": entry.status,
@@ -232,18 +231,17 @@ class HitLog:
                 "hits": self._hits,
                 "traceparent": traceparent(headers),
             }
-            text = _message(entry.endpoint, entry.model, entry.status)
-            _log.info("%s", text, extra={"fields": _known(told)})
+            _log.info("%s", message(entry), extra={"fields": _nonempty(hit_fields)})
         self._hits = 0
 
 
 def configure(level: str, format_: str, masker: SecretMasker) -> None:
-    """Sends the proxy's and its libraries' records to standard error."""
-    # What no line of ours tells need not be found out for each record (the logging HOWTO, "Optimization").
+    """Send the records of the proxy and its libraries to standard error. format_: text or json."""
+    # Records need no caller, thread or process (Python's Logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    global _gathering
-    handler = _gathering = _BufferingHandler(sys.stderr)
+    global _buffer
+    handler = _buffer = _BufferingHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(masker) if format_ == "json" else TextFormatter(masker))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -1,6 +1,7 @@
-"""Prometheus metrics. Label values are few: model names are bounded, the rest are our own words.
+"""Prometheus metrics.
 
-Counted in plain numbers and made into metrics at a scrape: a request pays for additions only.
+Requests only add to plain numbers; metric families are built when Prometheus scrapes. The number of label values is
+bounded: at most `MAX_MODELS` model names, otherwise only the proxy's own words and configured names.
 """
 
 from __future__ import annotations
@@ -8,79 +9,105 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..accounting.budgets.budgets import Budgets
 from ..accounting.receipt import Receipt
 from ..cache.entry import Entry
+from ..cache.stores.tiered import TieredStore
 from ..pipeline.response_headers import ZERO_COST
 from ..protocol.routes import ENDPOINTS, SEGMENTS
-from ..services import Services
 from ..system.clock import Clock
 from ..upstream.counters import GAPS, Histogram, UpstreamCounters
+from ..upstream.keys.pool import KeyPool
+from ..upstream.limits.queue import AdmissionQueue
+from ..upstream.limits.shared import SharedLimits
 from ..upstream.retry.circuit_breaker import STATES
+from ..upstream.target import Upstream
 from .budget_gauges import budget_gauges
 
 MAX_MODELS: Final = 100
 LOOP_LAG_INTERVAL: Final = 0.5
-"""Seconds between two looks at how late the event loop is."""
+"""Seconds between two measurements of the event loop's lag."""
 
 _ENDPOINTS: Final = SEGMENTS | set(ENDPOINTS.values())
-"""What may stand as `endpoint`: any other path is passed on, too, and would be a label of the client's making."""
+"""Values of the label `endpoint`. Clients choose the paths of passed-through requests, so any other is `other`."""
 
 _SECONDS: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_OWN: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
-_KEPT: Final = 10 * MAX_MODELS
+_SHORT: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+_MAX_MEMOIZED: Final = 10 * MAX_MODELS
 _PREFIX: Final = "openai_proxy_"
 
 Labels = tuple[str, ...]
 
 
 class _Counter:
-    """A counter by label values. name: without the prefix and `_total`."""
+    """A counter for each set of label values. name: without the prefix and `_total`."""
 
-    def __init__(self, name: str, about: str, *labels: str) -> None:
-        self._told = _PREFIX + name, about
+    def __init__(self, name: str, help_: str, *labels: str) -> None:
+        self._name_and_help = _PREFIX + name, help_
         self._labels = labels
         self.values: defaultdict[Labels, float] = defaultdict(float)
         if not labels:
             self.values[()] = 0.0
 
     def family(self) -> Metric:
-        found = CounterMetricFamily(*self._told, labels=self._labels)
+        family = CounterMetricFamily(*self._name_and_help, labels=self._labels)
         for labels, value in self.values.items():
-            found.add_metric(labels, value)
-        return found
+            family.add_metric(labels, value)
+        return family
 
 
 class _Histogram:
-    """A histogram by label values. name: without the prefix; bounds: of its buckets."""
+    """A histogram for each set of label values. name: without the prefix; bounds: of its buckets."""
 
-    def __init__(self, name: str, about: str, bounds: Sequence[float], *labels: str) -> None:
-        self._told = _PREFIX + name, about
+    def __init__(self, name: str, help_: str, bounds: Sequence[float], *labels: str) -> None:
+        self._name_and_help = _PREFIX + name, help_
         self._labels = labels
         self.bounds = bounds
         self.values: dict[Labels, Histogram] = {} if labels else {(): Histogram(bounds)}
 
-    def of(self, *labels: str) -> Histogram:
-        found = self.values.get(labels)
-        if found is None:
-            found = self.values[labels] = Histogram(self.bounds)
-        return found
+    def with_labels(self, *labels: str) -> Histogram:
+        histogram = self.values.get(labels)
+        if histogram is None:
+            histogram = self.values[labels] = Histogram(self.bounds)
+        return histogram
 
     def family(self) -> Metric:
-        found = HistogramMetricFamily(*self._told, labels=self._labels)
-        for labels, tally in self.values.items():
-            found.add_metric(labels, tally.cumulative(), tally.total)
-        return found
+        family = HistogramMetricFamily(*self._name_and_help, labels=self._labels)
+        for labels, histogram in self.values.items():
+            family.add_metric(labels, histogram.cumulative(), histogram.total)
+        return family
+
+
+class GaugeSources(Protocol):
+    """The parts of the running proxy that gauges are read from at a scrape."""
+
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def admission(self) -> AdmissionQueue: ...
+    @property
+    def pool(self) -> KeyPool: ...
+    @property
+    def limiter(self) -> SharedLimits | None: ...
+    @property
+    def upstreams(self) -> Sequence[Upstream]: ...
+    @property
+    def store(self) -> TieredStore | None: ...
+    @property
+    def budgets(self) -> Budgets: ...
+    @property
+    def counters(self) -> UpstreamCounters: ...
 
 
 @dataclass(frozen=True, slots=True)
-class _HitCounters:
-    """What requests of one kind move, found once: the labels of counters, and histograms."""
+class _RequestSeries:
+    """The series that requests of one kind add to, looked up once: labels of counters, and histograms."""
 
     requests: Labels
     model: Labels
@@ -92,51 +119,49 @@ class _HitCounters:
 
 
 class Metrics(Collector):
-    """Counts what receipts tell. What stands still between requests is read from a world when a scrape comes."""
+    """Counts finished requests from their receipts; reads gauges when Prometheus scrapes."""
 
     def __init__(self) -> None:
         self._requests = _Counter(
-            "requests", "Requests finished, by status class.", "endpoint", "model", "cache", "status"
+            "requests", "Finished requests, by status class.", "endpoint", "model", "cache", "status"
         )
-        self._tokens = _Counter("tokens", "Tokens bought, by kind.", "model", "kind")
-        self._cost = _Counter("cost_usd", "What answers cost.", "model")
-        self._saved = _Counter("cost_saved_usd", "What came from the cache or was coalesced would have cost.", "model")
-        self._unknown = _Counter("cost_unknown", "Answers whose cost is not known.", "model")
-        self._attempts = _Counter("upstream_attempts", "Calls made to upstreams.", "upstream")
-        self._retries = _Counter(
-            "retries", "Attempts that another followed, by what came of them.", "upstream", "reason"
-        )
+        self._tokens = _Counter("tokens", "Tokens used upstream, by kind.", "model", "kind")
+        self._cost = _Counter("cost_usd", "Cost of responses from upstream in USD.", "model")
+        self._saved = _Counter("cost_saved_usd", "Cost avoided by cache hits and coalesced requests in USD.", "model")
+        self._unknown = _Counter("cost_unknown", "Responses whose cost is unknown.", "model")
+        self._attempts = _Counter("upstream_attempts", "Requests sent to upstreams, retries included.", "upstream")
+        self._retries = _Counter("retries", "Attempts that were retried, by reason.", "upstream", "reason")
         self._errors = _Counter("errors", "Requests that ended in an error, by code.", "code")
         self._seconds = _Histogram(
             "request_duration_seconds",
-            "From a request's arrival to the end of its answer; hits are not in it.",
+            "Time from a request's arrival to the end of its response; without cache hits.",
             _SECONDS,
             "endpoint",
             "cache",
         )
         self._first_byte = _Histogram(
             "time_to_first_byte_seconds",
-            "From a request's arrival to the first byte of its answer; hits are not in it.",
+            "Time from a request's arrival to the first byte of its response; without cache hits.",
             _SECONDS,
             "endpoint",
         )
-        self._queue = _Histogram("queue_wait_seconds", "Time waited for a key or a limit.", _SECONDS)
+        self._queue = _Histogram("queue_wait_seconds", "Time that requests waited for a key or a limit.", _SECONDS)
         self._overhead = _Histogram(
-            "overhead_seconds", "Time that the proxy itself added to a request; hits are not in it.", _OWN
+            "overhead_seconds", "Time that the proxy itself added to a request; without cache hits.", _SHORT
         )
-        self._gaps = _Histogram("stream_chunk_gap_seconds", "Time between two reads of a stream from upstream.", GAPS)
-        self._lag = _Histogram("event_loop_lag_seconds", "How late the event loop is with what is due.", _OWN)
+        self._gaps = _Histogram("stream_chunk_gap_seconds", "Time between two reads of an upstream stream.", GAPS)
+        self._lag = _Histogram("event_loop_lag_seconds", "Delay of timers in the event loop.", _SHORT)
         self._models: set[str] = set()
         self._hits: dict[tuple[str, str], tuple[Labels, Labels]] = {}
-        self._kinds: dict[tuple[str, str, str, int], _HitCounters] = {}
-        self._now: tuple[Services, int] | None = None
+        self._series: dict[tuple[str, str, str, int], _RequestSeries] = {}
+        self._scraped: tuple[GaugeSources, int] | None = None
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    # -- what happens --------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    def model(self, name: str) -> str:
-        """`name` as a label value: bounded in number, length and characters."""
+    def model_label(self, name: str) -> str:
+        """Return `name` as a label value, `other` if it is empty, too long, unprintable, or one too many."""
         if name in self._models:
             return name
         if not name or len(name) > 64 or not name.isprintable() or len(self._models) >= MAX_MODELS:
@@ -144,32 +169,32 @@ class Metrics(Collector):
         self._models.add(name)
         return name
 
-    def hit(self, entry: Entry) -> None:
-        """One hit; cheap, for it is on the hot path."""
+    def record_hit(self, entry: Entry) -> None:
+        """Count a cache hit. This is on the hot path."""
         labels = self._hits.get((entry.endpoint, entry.model))
         if labels is None:
-            model = self.model(entry.model)
+            model = self.model_label(entry.model)
             labels = (entry.endpoint, model, "hit", "2xx"), (model,)
-            if len(self._hits) < _KEPT and len(entry.model) < 1000:
+            if len(self._hits) < _MAX_MEMOIZED and len(entry.model) < 1000:
                 self._hits[entry.endpoint, entry.model] = labels
         self._requests.values[labels[0]] += 1
         if entry.cost is not None:
             self._saved.values[labels[1]] += float(entry.cost)
 
     def observe(self, receipt: Receipt) -> None:
-        """One request that was not a hit."""
-        kind_of = receipt.endpoint, receipt.model, receipt.cache, receipt.status // 100
-        kind = self._kinds.get(kind_of)
-        if kind is None:
-            kind = self._kind(*kind_of)
-            if len(self._kinds) < _KEPT and len(receipt.model) < 1000:
-                self._kinds[kind_of] = kind
-        self._requests.values[kind.requests] += 1
+        """Count a finished request that was not a hit."""
+        kind = receipt.endpoint, receipt.model, receipt.cache, receipt.status // 100
+        series = self._series.get(kind)
+        if series is None:
+            series = self._series_of(*kind)
+            if len(self._series) < _MAX_MEMOIZED and len(receipt.model) < 1000:
+                self._series[kind] = series
+        self._requests.values[series.requests] += 1
         total = receipt.total_ms
-        kind.seconds.add(total / 1000)
+        series.seconds.add(total / 1000)
         if receipt.status < 400:
             first = receipt.first_byte_ms
-            kind.first_byte.add((total if first is None else first) / 1000)
+            series.first_byte.add((total if first is None else first) / 1000)
         if receipt.queue_ms > 1:
             self._queue.values[()].add(receipt.queue_ms / 1000)
         if receipt.attempts and receipt.upstream:
@@ -179,58 +204,58 @@ class Metrics(Collector):
             self._errors.values[receipt.error,] += 1
         saved, usage = receipt.saved_usd, receipt.usage
         if saved is not None and saved != ZERO_COST:
-            self._saved.values[kind.model] += float(saved)
-        if receipt.cache == "stale":  # its usage was bought long ago
+            self._saved.values[series.model] += float(saved)
+        if receipt.cache == "stale":  # its usage was counted when it was stored
             return
         if usage is not None and receipt.cache != "coalesced":
             tokens = self._tokens.values
-            tokens[kind.prompt] += usage.prompt_tokens
+            tokens[series.prompt] += usage.prompt_tokens
             if usage.cached_tokens:
-                tokens[kind.cached] += usage.cached_tokens
-            tokens[kind.completion] += usage.completion_tokens
+                tokens[series.cached] += usage.cached_tokens
+            tokens[series.completion] += usage.completion_tokens
         if receipt.cost_usd is not None:
-            self._cost.values[kind.model] += float(receipt.cost_usd)
+            self._cost.values[series.model] += float(receipt.cost_usd)
         elif receipt.status < 300:
-            self._unknown.values[kind.model] += 1
+            self._unknown.values[series.model] += 1
 
-    def _kind(self, endpoint: str, model: str, cache: str, status: int) -> _HitCounters:
+    def _series_of(self, endpoint: str, model: str, cache: str, status: int) -> _RequestSeries:
         endpoint = endpoint if endpoint in _ENDPOINTS else "other"
-        name = self.model(model)
-        return _HitCounters(
+        name = self.model_label(model)
+        return _RequestSeries(
             requests=(endpoint, name, cache, f"{status}xx"),
             model=(name,),
             prompt=(name, "prompt"),
             cached=(name, "cached"),
             completion=(name, "completion"),
-            seconds=self._seconds.of(endpoint, cache),
-            first_byte=self._first_byte.of(endpoint),
+            seconds=self._seconds.with_labels(endpoint, cache),
+            first_byte=self._first_byte.with_labels(endpoint),
         )
 
-    def refusal(self, code: str) -> None:
-        """A request turned away before it became a call."""
+    def record_refusal(self, code: str) -> None:
+        """Count a request that the proxy refused before it had a receipt."""
         self._errors.values[code,] += 1
 
     async def measure_loop_lag(self, clock: Clock) -> None:
-        """Measures, again and again, how late the event loop is with what is due."""
+        """Measure the lag of the event loop every `LOOP_LAG_INTERVAL`, without end."""
         while True:
             due = clock.monotonic() + LOOP_LAG_INTERVAL
             await clock.sleep(LOOP_LAG_INTERVAL)
             self._lag.values[()].add(max(0.0, clock.monotonic() - due))
 
-    # -- a scrape ------------------------------------------------------------------------------------------------------
+    # -- scrapes -------------------------------------------------------------------------------------------------------
 
-    def render(self, services: Services, in_flight: int) -> bytes:
-        """The text for one scrape (Prometheus exposition format 0.0.4)."""
-        self._now = services, in_flight
+    def render(self, sources: GaugeSources, in_flight: int) -> bytes:
+        """Return the text of one scrape (Prometheus exposition format 0.0.4). in_flight: number of requests."""
+        self._scraped = sources, in_flight
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every family; what stands still between requests is of the world that was rendered last."""
-        services, in_flight = self._now or (None, 0)
-        tallies = services.counters if services is not None else UpstreamCounters()
-        self._retries.values = tallies.retries
-        self._gaps.values[()] = tallies.gaps
-        for one in (
+        """Yield every family; gauges are read from the sources of the last `render`."""
+        sources, in_flight = self._scraped or (None, 0)
+        counters = sources.counters if sources is not None else UpstreamCounters()
+        self._retries.values = counters.retries
+        self._gaps.values[()] = counters.gaps
+        for metric in (
             self._requests,
             self._seconds,
             self._first_byte,
@@ -246,42 +271,41 @@ class Metrics(Collector):
             self._errors,
             self._lag,
         ):
-            yield one.family()
-        yield from _gauges(services, in_flight)
-        yield from budget_gauges(services.budgets if services is not None else None)
+            yield metric.family()
+        yield from _gauges(sources, in_flight)
+        yield from budget_gauges(sources.budgets if sources is not None else None)
 
 
-def _gauges(services: Services | None, in_flight: int) -> list[Metric]:
-    """What stands still between requests."""
-    served = GaugeMetricFamily(_PREFIX + "in_flight", "Requests being served.")
-    waiting = GaugeMetricFamily(_PREFIX + "queue_depth", "Requests waiting for a key.")
-    keys = GaugeMetricFamily(_PREFIX + "keys", "Pool keys by state.", labels=["state"])
-    free = GaugeMetricFamily(
-        _PREFIX + "key_headroom_ratio", "Share still free of the tightest limit of a key.", labels=["key"]
+def _gauges(sources: GaugeSources | None, in_flight: int) -> list[Metric]:
+    served = GaugeMetricFamily(_PREFIX + "in_flight", "Requests in flight.")
+    waiting = GaugeMetricFamily(_PREFIX + "queue_depth", "Requests waiting for a key or a limit.")
+    keys = GaugeMetricFamily(_PREFIX + "keys", "Pool keys, by state.", labels=["state"])
+    headroom = GaugeMetricFamily(
+        _PREFIX + "key_headroom_ratio", "Free share of a key's tightest limit, 0 to 1.", labels=["key"]
     )
-    about = "1 while limits hold as they should, 0 while the Redis they are shared over is lost."
-    sound = GaugeMetricFamily(_PREFIX + "limits_sound", about)
-    about = "1 for the state an upstream's circuit breaker is in; in all but closed it is left alone after failures."
-    breaker = GaugeMetricFamily(_PREFIX + "breaker_state", about, labels=["upstream", "state"])
-    entries = GaugeMetricFamily(_PREFIX + "cache_entries", "Entries in memory.")
-    size = GaugeMetricFamily(_PREFIX + "cache_bytes", "Bytes of entries in memory.")
-    errors = CounterMetricFamily(_PREFIX + "store_errors", "Reads and writes of the store behind memory that failed.")
-    if services is not None:
-        now = services.clock.monotonic()
+    help_ = "1 if limits hold across processes, 0 while the Redis that shares them is unavailable."
+    shared = GaugeMetricFamily(_PREFIX + "limits_sound", help_)
+    help_ = "1 for the current state of an upstream's circuit breaker, 0 for the others."
+    breaker = GaugeMetricFamily(_PREFIX + "breaker_state", help_, labels=["upstream", "state"])
+    entries = GaugeMetricFamily(_PREFIX + "cache_entries", "Cache entries in memory.")
+    size = GaugeMetricFamily(_PREFIX + "cache_bytes", "Bytes of cache entries in memory.")
+    errors = CounterMetricFamily(_PREFIX + "store_errors", "Failed reads and writes of SQLite or Redis.")
+    if sources is not None:
+        now = sources.clock.monotonic()
         served.add_metric([], in_flight)
-        waiting.add_metric([], services.admission.depth)
-        for state, count in services.pool.counts(now).items():
+        waiting.add_metric([], sources.admission.depth)
+        for state, count in sources.pool.counts(now).items():
             keys.add_metric([state], count)
-        for label, share in services.pool.free(now).items():
-            free.add_metric([label], share)
-        sound.add_metric([], float(services.limiter is None or services.limiter.sound))
-        for upstream in services.upstreams:
+        for label, share in sources.pool.free(now).items():
+            headroom.add_metric([label], share)
+        shared.add_metric([], float(sources.limiter is None or sources.limiter.sound))
+        for upstream in sources.upstreams:
             current = upstream.breaker.state(now)
             for state in STATES:
                 breaker.add_metric([upstream.address.name, state], float(current == state))
-        if services.store is not None:
-            stats = services.store.memory.stats()
+        if sources.store is not None:
+            stats = sources.store.memory.stats()
             entries.add_metric([], stats["entries"])
             size.add_metric([], stats["bytes"])
-            errors.add_metric([], services.store.errors)
-    return [served, waiting, keys, free, sound, breaker, entries, size, errors]
+            errors.add_metric([], sources.store.errors)
+    return [served, waiting, keys, headroom, shared, breaker, entries, size, errors]

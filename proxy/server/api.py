@@ -286,7 +286,7 @@ class ApiHandler:
         )
         body = with_comment(hit.body, comment) if comment else hit.body
         self._services.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
-        self._metrics.hit(entry)
+        self._metrics.record_hit(entry)
         self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request.raw_headers)
         self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
         head = head + self._dates.line() + lines.encode()
@@ -322,13 +322,19 @@ class ApiHandler:
         """visit: None where not even the target can be read."""
         request_id = self._services.clock.new_id()
         if not refusal.lines:  # else its receipt was counted and logged
-            self._metrics.refusal(refusal.code)
+            self._metrics.record_refusal(refusal.code)
             if visit is None:
                 self._ledger.refused(refusal.code, refusal.status, "", "")
             elif visit.route.kind != "own":
                 self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
-            client, trace = visit.client.name if visit is not None else "", traceparent(request.raw_headers)
-            log_refusal(request_id, request.method, request.raw_path, refusal.code, refusal.status, client, trace)
+            fields = {
+                "status": refusal.status,
+                "id": request_id,
+                "client": visit.client.name if visit is not None else "",
+                "error": refusal.code,
+                "traceparent": traceparent(request.raw_headers),
+            }
+            log_refusal(request.method, request.raw_path, fields)
         if visit is not None and visit.origin is not None:
             pairs = [line.split(": ", 1) for line in cors_headers(visit.origin).decode().splitlines()]
             refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))

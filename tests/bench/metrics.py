@@ -57,9 +57,9 @@ def main() -> None:
     metrics, log, services = Metrics(), HitLog(), build_services(settings(), SYSTEM_CLOCK)
     read, loop = UpstreamCounters().reads(time.monotonic), cost(lambda: None)
     for number in range(100):
-        metrics.hit(msgspec.structs.replace(ENTRY, model=f"m{number}"))
+        metrics.record_hit(msgspec.structs.replace(ENTRY, model=f"m{number}"))
     rows: dict[str, Callable[[], object]] = {
-        "metrics, a hit": lambda: metrics.hit(ENTRY),
+        "metrics, a hit": lambda: metrics.record_hit(ENTRY),
         "metrics, a miss (11 series)": lambda: metrics.observe(RECEIPT),
         "metrics, a read of a stream": read,
         "log, a hit that has no line": lambda: log.hit("i", "c", ENTRY, 100.0, HEADERS),

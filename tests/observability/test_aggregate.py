@@ -21,7 +21,7 @@ MORE = Family("hits", "Hits.", "counter", [("hits_total", (("model", "b"),), 1.0
 TIMES = Family("t", "Times.", "histogram", [("t_bucket", (("le", "1.0"),), 1.0), ("t_count", (), 2.0)])
 
 
-def test_samples_of_one_name_and_labels_add_up() -> None:
+def test_samples_with_equal_name_and_labels_are_added() -> None:
     (family,) = summed([[HITS], [MORE], [HITS]])
     assert {(name, labels): value for name, labels, value in family.samples} == {
         ("hits_total", (("model", "a"),)): 6.0,
@@ -38,7 +38,7 @@ def test_samples_of_one_name_and_labels_add_up() -> None:
     [("x", "counter", False), ("x", "histogram", False), ("x", "gauge", True), ("x", "unknown", True)]
     + [(name, "gauge", False) for name in sorted(SUMMED)],
 )
-def test_what_does_not_add_up_says_whose_it_is(name: str, kind: str, labelled: bool) -> None:
+def test_gauges_that_cannot_be_summed_get_a_worker_label(name: str, kind: str, labelled: bool) -> None:
     family = Family(name, "", kind, [(name, (("state", "ready"),), 1.0)]).of_worker(2)
     expected = (("state", "ready"), ("worker", "2")) if labelled else (("state", "ready"),)
     assert family.samples == [(name, expected, 1.0)]
@@ -54,7 +54,7 @@ def test_what_does_not_add_up_says_whose_it_is(name: str, kind: str, labelled: b
         (None, None, None),
     ],
 )
-def test_counts_are_added_in_any_depth(one: Any, other: Any, together: Any) -> None:
+def test_counts_are_added_at_any_depth(one: Any, other: Any, together: Any) -> None:
     assert added(one, other) == together
 
 
@@ -63,7 +63,7 @@ def row(state: str, states: list[dict[str, Any]], used: int) -> dict[str, Any]:
     return {"name": "k", "quota": "k", "state": state, "states": states, "limits": limits}
 
 
-def test_a_key_is_as_bad_as_any_worker_has_found_it() -> None:
+def test_key_has_the_worst_state_of_all_workers() -> None:
     short = {"model": "m", "state": "cooling", "until_s": 1.0}
     long = {"model": "m", "state": "cooling", "until_s": 9.0}
     whole = {"model": "*", "state": "rejected", "until_s": 5.0}
@@ -82,7 +82,7 @@ def test_a_key_is_as_bad_as_any_worker_has_found_it() -> None:
     assert pools_joined(pools[:1]) == pools[0]
 
 
-def test_the_use_of_a_limit_is_the_most_that_was_heard() -> None:
+def test_use_of_a_limit_is_the_highest_reported() -> None:
     assert most_used({"rpm": {"used": 1}}, {"rpm": {"used": 2}, "tpm": {"used": 0}}) == {
         "rpm": {"used": 2},
         "tpm": {"used": 0},
@@ -103,7 +103,7 @@ def state(number: int, requests: int, used: int, cache: dict[str, Any] | None) -
     }
 
 
-def test_statuses_add_up_but_for_what_is_common() -> None:
+def test_statuses_are_added_except_shared_fields() -> None:
     cache = {"memory_entries": 1, "entries": 7, "hits": 2, "state": "ok"}
     joined = statuses_joined([state(2, 1, 3, cache), state(1, 4, 2, cache)], shared_store=True)
     assert (joined["worker"], joined["in_flight"], joined["queue"], joined["uptime_s"]) == (2, 4, {"waiting": 2}, 2.0)
@@ -121,7 +121,7 @@ def listed(*names: str) -> list[dict[str, str]]:
     return [{"key": name, "form": "json"} for name in names]
 
 
-def test_pages_are_cut_where_some_worker_has_more() -> None:
+def test_merged_page_ends_where_a_worker_has_more() -> None:
     pages = [{"entries": listed("a", "c", "e"), "next": "e\njson"}, {"entries": listed("b", "e", "g"), "next": ""}]
     assert pages_joined(pages) == {"entries": listed("a", "b", "c", "e"), "next": "e\njson"}
     assert pages_joined([{"entries": listed("b", "a"), "next": ""}] * 2) == {"entries": listed("a", "b"), "next": ""}
@@ -132,7 +132,7 @@ def usage(requests: int, hits: int, cost: str, lost: int) -> dict[str, Any]:
     return {"since_start": total | {"p50_ms": None}, "ledger": {"path": "x", "state": "ok", "lost": lost}}
 
 
-def test_totals_of_all_workers_are_exact() -> None:
+def test_usage_totals_of_workers_are_added_exactly() -> None:
     mine = usage(2, 1, "0.000000150", 1) | {"rows": [1]}
     joined = usages_joined(mine, [usage(1, 1, "2.250000", 0), usage(1, 1, "0.000000", 2)])
     assert joined["since_start"] == {

@@ -1,4 +1,4 @@
-"""The log: one line an event, whatever is in it; no key in it; and it never stands in the way of serving."""
+"""The log: one line for each record, keys masked, and no exception if it cannot be written."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def record(message: str, *args: object, level: int = logging.INFO, fields: Any =
     return made
 
 
-def test_a_line_for_people() -> None:
+def test_text_line() -> None:
     text = TextFormatter(MASKER).format(record("%s -> %d", "chat", 200, fields={"id": "x", "cost_usd": "0.1"}))
     assert text[2] == text[5] == ":"
     assert text[8:] == " info    chat -> 200  id=x cost_usd=0.1"
 
 
-def test_a_line_for_machines() -> None:
+def test_json_line() -> None:
     line = json.loads(JsonFormatter(MASKER).format(record("%s", "ä“\n", fields={"id": "x", "attempts": 2})))
     assert {name: line[name] for name in ("level", "logger", "message", "id", "attempts")} == {
         "level": "info",
@@ -52,7 +52,7 @@ def test_a_line_for_machines() -> None:
 
 @pytest.mark.parametrize("formatter", [TextFormatter(MASKER), JsonFormatter(MASKER)], ids=["text", "json"])
 @pytest.mark.parametrize("text", ["pool-key-one", "sk-pool-key-two", "sk-" + "x" * 20, "Bearer abc.def"])
-def test_no_key_shows_wherever_it_is(formatter: logging.Formatter, text: str) -> None:
+def test_keys_are_masked(formatter: logging.Formatter, text: str) -> None:
     secret = text.removeprefix("Bearer ")
     for made in (
         record(f"this is {text}!"),
@@ -67,7 +67,7 @@ def test_no_key_shows_wherever_it_is(formatter: logging.Formatter, text: str) ->
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(MASKER), JsonFormatter(MASKER)], ids=["text", "json"])
-def test_one_event_is_one_line_without_control_characters(formatter: logging.Formatter) -> None:
+def test_record_is_one_line_without_control_characters(formatter: logging.Formatter) -> None:
     for made in (record(NASTY), record("%s", NASTY), record("x", fields={"model": NASTY})):
         line = formatter.format(made)
         assert len(line.splitlines()) == 1
@@ -77,8 +77,8 @@ def test_one_event_is_one_line_without_control_characters(formatter: logging.For
         line.encode()
 
 
-def test_a_traceback_is_shown_line_by_line() -> None:
-    """The only text of several lines; nothing in it can look like a line of ours."""
+def test_traceback_lines_are_cleaned() -> None:
+    """A traceback is the only text of several lines; no line of it can pass for a log line."""
     lines = TextFormatter(MASKER).format(record("it failed", error=True)).split("\n")
     assert lines[0].endswith("it failed")
     assert lines[1] == "Traceback (most recent call last):"
@@ -87,12 +87,12 @@ def test_a_traceback_is_shown_line_by_line() -> None:
     assert "ValueError: ***" in json.loads(JsonFormatter(MASKER).format(record("x", error=True)))["exception"]
 
 
-def test_what_is_no_json_is_told_as_text() -> None:
+def test_values_that_json_lacks_are_logged_as_text() -> None:
     line = json.loads(JsonFormatter(MASKER).format(record("x", fields={"where": {1, 2}, "big": 2**70})))
     assert line["where"] == "{1, 2}"
 
 
-def test_times_follow_the_records() -> None:
+def test_time_follows_the_record() -> None:
     formatter = TextFormatter(MASKER)
     made = [record("x") for _ in range(3)]
     for each, second in zip(made, (1_790_000_000.1, 1_790_000_000.9, 1_790_000_001.0), strict=True):
@@ -101,7 +101,7 @@ def test_times_follow_the_records() -> None:
     assert (first == same, same == next_) == (True, False)
 
 
-# Where it goes.
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
@@ -121,14 +121,14 @@ def test_levels_and_formats(capsys: pytest.CaptureFixture[str], format_: str) ->
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
-def test_debug_shows_more_and_still_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_level_masks_keys(capsys: pytest.CaptureFixture[str]) -> None:
     configure("debug", "text", MASKER)
     logging.getLogger("proxy").debug("with pool-key-one")
     assert capsys.readouterr().err.endswith("debug   with ***\n")
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
-async def test_lines_are_gathered_for_a_moment_and_written_in_order(
+async def test_lines_are_buffered_and_written_in_order(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy.observability.logs, "FLUSH", 0.02)
@@ -148,9 +148,7 @@ async def test_lines_are_gathered_for_a_moment_and_written_in_order(
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
-def test_what_cannot_be_formatted_disturbs_nobody(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unformattable_record_is_skipped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
     configure("info", "text", MASKER)
     log = logging.getLogger("proxy")
@@ -161,7 +159,7 @@ def test_what_cannot_be_formatted_disturbs_nobody(
 
 @pytest.mark.usefixtures("logging_as_it_was")
 @pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])
-def test_a_log_that_nobody_reads_stops_nobody(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_closed_standard_error_raises_nothing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     class Broken(io.StringIO):
         def write(self, text: str) -> int:
             raise error

@@ -1,4 +1,4 @@
-"""Metrics and the log line of a request: what is counted, and that labels stay few whatever clients send."""
+"""Metrics and the log line of a request: what they count, and that clients cannot add labels without bound."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def entry(model: str = "gpt-4o", cost: str | None = "0.002250") -> Entry:
 
 
 def samples(metrics: Metrics, in_flight: int = 0, of: Services | None = None) -> dict[str, float]:
-    """`name{label=value,…}` without the prefix, as scraped; those that are 0 left out."""
+    """Return the scraped samples that are not 0, by `name{label=value,…}` without the prefix."""
     text = metrics.render(of or services(), in_flight).decode()
     found = {}
     for family in text_string_to_metric_families(text):
@@ -62,7 +62,7 @@ def samples(metrics: Metrics, in_flight: int = 0, of: Services | None = None) ->
     return found
 
 
-def test_a_miss() -> None:
+def test_miss() -> None:
     metrics = Metrics()
     usage = Usage(100, 200, 300, cached_tokens=40)
     metrics.observe(
@@ -80,17 +80,17 @@ def test_a_miss() -> None:
     assert not any(name.startswith(("errors", "cost_unknown", "cost_saved")) for name in seen)
 
 
-def test_a_hit_saves_and_is_not_in_the_durations() -> None:
+def test_hit_adds_to_saved_cost_and_not_to_durations() -> None:
     metrics = Metrics()
     for cost in ("0.002250", "0.002250", None):
-        metrics.hit(entry(cost=cost))
+        metrics.record_hit(entry(cost=cost))
     seen = samples(metrics)
     assert seen["requests_total{cache=hit,endpoint=chat,model=gpt-4o,status=2xx}"] == 3
     assert seen["cost_saved_usd_total{model=gpt-4o}"] == 0.0045
     assert not any(name.startswith("request_duration") for name in seen)
 
 
-def test_a_batch_of_embeddings_may_cost_and_save() -> None:
+def test_partial_batch_adds_to_cost_and_saved_cost() -> None:
     metrics = Metrics()
     metrics.observe(receipt(endpoint="embeddings", cache="partial", cost_usd="0.000004", saved_usd="0.000002"))
     seen = samples(metrics)
@@ -102,7 +102,7 @@ def test_errors_by_code_and_unknown_costs() -> None:
     metrics = Metrics()
     metrics.observe(receipt(status=502, error="upstream_unreachable", upstream="openai", attempts=4))
     metrics.observe(receipt(status=200, model="mystery"))
-    metrics.refusal("invalid_json")
+    metrics.record_refusal("invalid_json")
     seen = samples(metrics)
     assert seen["errors_total{code=upstream_unreachable}"] == 1
     assert seen["errors_total{code=invalid_json}"] == 1
@@ -111,7 +111,7 @@ def test_errors_by_code_and_unknown_costs() -> None:
     assert seen["requests_total{cache=miss,endpoint=chat,model=gpt-4o,status=5xx}"] == 1
 
 
-def test_a_short_wait_is_no_wait() -> None:
+def test_queue_wait_under_1_ms_is_not_counted() -> None:
     metrics = Metrics()
     metrics.observe(receipt(queue_ms=0.5))
     assert not any(name.startswith("queue_wait") for name in samples(metrics))
@@ -128,13 +128,13 @@ def test_gauges_are_read_at_each_scrape() -> None:
     assert samples(metrics, 1, services(cache=CacheSettings(backend="off")))["in_flight"] == 1
 
 
-def test_rendering_without_a_scrape_before_shows_every_state_of_keys() -> None:
+def test_first_scrape_shows_every_key_state() -> None:
     text = Metrics().render(services(), 0).decode()
     assert set(re.findall(r'openai_proxy_keys\{state="(\w+)"\}', text)) >= {"ready", "cooling", "exhausted", "rejected"}
 
 
-def test_the_registry_knows_the_world_that_was_rendered_last() -> None:
-    """Several workers' metrics are summed from there."""
+def test_registry_collects_gauges_of_last_render() -> None:
+    """The metrics of several workers are summed from the registries."""
     metrics, of = Metrics(), services()
     assert not [sample for family in metrics.registry.collect() for sample in family.samples if family.type == "gauge"]
     metrics.render(of, 7)
@@ -143,7 +143,7 @@ def test_the_registry_knows_the_world_that_was_rendered_last() -> None:
     assert (seen["openai_proxy_in_flight"], seen["openai_proxy_retries_total"]) == (7, 1)
 
 
-def test_how_long_and_what_of_it_was_ours() -> None:
+def test_overhead_and_time_to_first_byte() -> None:
     metrics = Metrics()
     metrics.observe(receipt(total_ms=1003.0, queue_ms=200.0, upstream_ms=800.0, attempts=1, upstream="openai"))
     metrics.observe(receipt(total_ms=500.0, status=500, queue_ms=0.0, upstream_ms=501.0, attempts=1, upstream="openai"))
@@ -159,11 +159,11 @@ def test_how_long_and_what_of_it_was_ours() -> None:
     assert samples(metrics)["time_to_first_byte_seconds_sum{endpoint=chat}"] == pytest.approx(1.1)
 
 
-def test_money_adds_up() -> None:
+def test_sum_of_costs_is_exact() -> None:
     metrics, exact = Metrics(), Decimal(0)
-    dice = random.Random(7)
+    rng = random.Random(7)
     for _ in range(10_000):
-        cost = Decimal(dice.randrange(10_000_000)).scaleb(-9)
+        cost = Decimal(rng.randrange(10_000_000)).scaleb(-9)
         exact += cost
         metrics.observe(receipt(cost_usd=f"{cost:f}"))
     assert abs(Decimal(samples(metrics)["cost_usd_total{model=gpt-4o}"]) - exact) < Decimal("1e-9")
@@ -171,12 +171,14 @@ def test_money_adds_up() -> None:
 
 @virtual_time
 async def test_retries_are_counted_by_reason() -> None:
-    scene = PipelineFixture(error(500), rate_limited(), Fails("unreached"), says(), config=settings(pool("k1", "k2")))
-    assert (await scene.ask()).status == 200
+    pipeline = PipelineFixture(
+        error(500), rate_limited(), Fails("unreached"), says(), config=settings(pool("k1", "k2"))
+    )
+    assert (await pipeline.ask()).status == 200
     metrics = Metrics()
-    for one in scene.receipts:
+    for one in pipeline.receipts:
         metrics.observe(one)
-    seen = samples(metrics, of=scene.services)
+    seen = samples(metrics, of=pipeline.services)
     reasons = {name: value for name, value in seen.items() if name.startswith("retries")}
     assert reasons == {
         f"retries_total{{reason={reason},upstream=openai}}": 1 for reason in ("retry", "rate_limited", "unreached")
@@ -185,32 +187,32 @@ async def test_retries_are_counted_by_reason() -> None:
 
 
 @virtual_time
-async def test_a_retry_that_does_not_come_is_none() -> None:
-    scene = PipelineFixture(error(400), *[error(500)] * 4)
-    await scene.ask()
-    await scene.ask()
-    assert sum(scene.services.counters.retries.values()) == 3
+async def test_last_attempt_is_not_counted_as_retry() -> None:
+    pipeline = PipelineFixture(error(400), *[error(500)] * 4)
+    await pipeline.ask()
+    await pipeline.ask()
+    assert sum(pipeline.services.counters.retries.values()) == 3
 
 
-async def test_retries_on_other_routes() -> None:
+async def test_retries_of_passed_through_requests_are_counted() -> None:
     async with running_proxy(
         error(500), says(), config=settings(pool("k1"), retry=RetrySettings(base_delay=0, jitter=0))
-    ) as home:
-        assert (await home.ask("GET", "/v1/models")).status == 200
-        await home.settled()
-        assert dict(home.services.counters.retries) == {("openai", "retry"): 1}
+    ) as server:
+        assert (await server.ask("GET", "/v1/models")).status == 200
+        await server.settled()
+        assert dict(server.services.counters.retries) == {("openai", "retry"): 1}
 
 
 @virtual_time
-async def test_gaps_between_the_reads_of_a_stream() -> None:
+async def test_gaps_between_reads_of_a_stream() -> None:
     first, *more = events(usage=True)
     steps: list[Any] = [first]
     for one in more:
         steps += [0.2, one]
-    scene = PipelineFixture(streams(steps), says())
-    await scene.ask(ask(stream=True))
-    await scene.ask(ask("plain"))
-    seen = samples(Metrics(), of=scene.services)
+    pipeline = PipelineFixture(streams(steps), says())
+    await pipeline.ask(ask(stream=True))
+    await pipeline.ask(ask("plain"))
+    seen = samples(Metrics(), of=pipeline.services)
     assert seen["stream_chunk_gap_seconds_count"] == len(more)
     assert seen["stream_chunk_gap_seconds_sum"] == pytest.approx(0.2 * len(more))
     assert "stream_chunk_gap_seconds_bucket{le=0.1}" not in seen
@@ -218,41 +220,41 @@ async def test_gaps_between_the_reads_of_a_stream() -> None:
 
 
 @virtual_time
-async def test_headroom_of_keys_and_what_cools() -> None:
+async def test_key_headroom_by_configured_and_reported_limits() -> None:
     limits = {"gpt-4o": Limits(rpm=4), "*": LIMITS}
-    told = says(headers=[("x-ratelimit-limit-requests", "10"), ("x-ratelimit-remaining-requests", "1")])
+    reported = says(headers=[("x-ratelimit-limit-requests", "10"), ("x-ratelimit-remaining-requests", "1")])
     config = settings(pool("k1", "k2"), throttle=ThrottleSettings(limits=limits), selection="round_robin")
-    scene = PipelineFixture(says(), told, rate_limited("60"), config=config)
+    pipeline = PipelineFixture(says(), reported, rate_limited("60"), config=config)
     for text in ("a", "b"):
-        await scene.ask(ask(text))
-    seen = samples(Metrics(), of=scene.services)
+        await pipeline.ask(ask(text))
+    seen = samples(Metrics(), of=pipeline.services)
     assert seen["key_headroom_ratio{key=k1}"] == 0.75
     assert seen["key_headroom_ratio{key=k2}"] == pytest.approx(0.1)
     assert seen["keys{state=ready}"] == 2
 
 
 @virtual_time
-async def test_where_no_limit_is_known_all_is_free() -> None:
+async def test_key_without_limits_has_full_headroom() -> None:
     seen = samples(Metrics(), of=services(throttle=ThrottleSettings()))
     assert seen["key_headroom_ratio{key=k1}"] == 1
 
 
 @virtual_time
-async def test_breakers_by_state() -> None:
-    scene = PipelineFixture(
+async def test_breaker_state() -> None:
+    pipeline = PipelineFixture(
         *[error(500)] * 2, config=settings(breaker=BreakerSettings(failures=1), retry=RetrySettings(max_retries=0))
     )
     states = "breaker_state{state=%s,upstream=openai}"
-    assert samples(Metrics(), of=scene.services)[states % "closed"] == 1
-    await scene.ask()
-    seen = samples(Metrics(), of=scene.services)
+    assert samples(Metrics(), of=pipeline.services)[states % "closed"] == 1
+    await pipeline.ask()
+    seen = samples(Metrics(), of=pipeline.services)
     assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, 1, None]
     await asyncio.sleep(16)
-    seen = samples(Metrics(), of=scene.services)
+    seen = samples(Metrics(), of=pipeline.services)
     assert [seen.get(states % state) for state in ("closed", "open", "half_open")] == [None, None, 1]
 
 
-async def test_errors_of_the_store(tmp_path: Path) -> None:
+async def test_store_errors(tmp_path: Path) -> None:
     file = tmp_path / "cache.db"
     of = services(cache=CacheSettings(backend="sqlite", path=str(file)))
     assert of.store is not None
@@ -268,17 +270,17 @@ async def test_errors_of_the_store(tmp_path: Path) -> None:
 
 
 @virtual_time
-async def test_how_late_the_loop_is() -> None:
+async def test_event_loop_lag() -> None:
     loop, metrics, late = virtual_time_loop(), Metrics(), 0.0
 
     def clock() -> float:
         return loop.time() + late
 
-    feeling = asyncio.ensure_future(metrics.measure_loop_lag(Clock(monotonic=clock)))
+    measuring = asyncio.ensure_future(metrics.measure_loop_lag(Clock(monotonic=clock)))
     await asyncio.sleep(1.2)
     late = 0.3
     await asyncio.sleep(0.9)
-    feeling.cancel()
+    measuring.cancel()
     seen = samples(metrics)
     assert seen["event_loop_lag_seconds_count"] == 4
     assert seen["event_loop_lag_seconds_bucket{le=0.25}"] == 3
@@ -289,63 +291,63 @@ async def test_how_late_the_loop_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb", "\ud800", "a\x00", "\u2028"])
-def test_names_that_are_no_label(name: str) -> None:
+def test_unusable_model_names_are_counted_as_other(name: str) -> None:
     metrics = Metrics()
     metrics.observe(receipt(model=name))
-    metrics.hit(entry(model=name))
+    metrics.record_hit(entry(model=name))
     seen = samples(metrics)
     assert seen["requests_total{cache=miss,endpoint=chat,model=other,status=2xx}"] == 1
     assert seen["requests_total{cache=hit,endpoint=chat,model=other,status=2xx}"] == 1
 
 
-def test_labels_stay_few_whatever_models_are_asked_for() -> None:
+def test_model_labels_are_bounded() -> None:
     metrics = Metrics()
     metrics.observe(receipt(model="gpt-4o"))
     for n in range(5000):
         metrics.observe(receipt(model=f"model-{n}"))
-        metrics.hit(entry(model=f"model-{n}"))
+        metrics.record_hit(entry(model=f"model-{n}"))
     metrics.observe(receipt(model="gpt-4o"))
     seen = samples(metrics)
     models = {re.search(r"model=([^,}]*)", name) for name in seen if name.startswith("requests_total")}
     assert len({found[1] for found in models if found}) == MAX_MODELS + 1
     assert seen["requests_total{cache=miss,endpoint=chat,model=gpt-4o,status=2xx}"] == 2
     assert seen["requests_total{cache=miss,endpoint=chat,model=other,status=2xx}"] == 5000 - (MAX_MODELS - 1)
-    assert len(metrics._kinds) <= 10 * MAX_MODELS
+    assert len(metrics._series) <= 10 * MAX_MODELS
     assert len(metrics._hits) <= 10 * MAX_MODELS
 
 
-def test_long_names_are_not_held() -> None:
-    """20 KB of name, ten thousand times, would be 200 MB."""
+def test_long_model_names_are_not_kept() -> None:
+    """Ten thousand names of 20 KB would take 200 MB."""
     metrics = Metrics()
     for n in range(50):
         metrics.observe(receipt(model=f"{n}" + "x" * 20_000))
-        metrics.hit(entry(model=f"{n}" + "x" * 20_000))
-    assert (len(metrics._kinds), len(metrics._hits), len(metrics._models)) == (0, 0, 0)
+        metrics.record_hit(entry(model=f"{n}" + "x" * 20_000))
+    assert (len(metrics._series), len(metrics._hits), len(metrics._models)) == (0, 0, 0)
     assert len(metrics.render(services(), 0)) < 20_000
 
 
-async def test_labels_stay_few_whatever_routes_are_asked_for() -> None:
-    """Any path below /v1 is passed on; its first segment must not become a label of its own."""
-    async with running_proxy(*[error(404)] * 50) as home:
+async def test_endpoint_labels_are_bounded() -> None:
+    """Any path below /v1 is passed through; its first segment must not become a label value."""
+    async with running_proxy(*[error(404)] * 50) as server:
         for n in range(50):
-            assert (await home.ask("GET", f"/v1/invented-{n}/x")).status == 404
-        await home.settled()  # the last receipt may come after its answer
-        text = home.metrics.render(home.services, 0).decode()
+            assert (await server.ask("GET", f"/v1/invented-{n}/x")).status == 404
+        await server.settled()  # the last receipt may come after its answer
+        text = server.metrics.render(server.services, 0).decode()
         endpoints = set(re.findall(r'endpoint="([^"]*)"', text))
         assert endpoints == {"other"}
-        assert {receipt.endpoint for receipt in home.receipts} == {f"invented-{n}" for n in range(50)}
+        assert {receipt.endpoint for receipt in server.receipts} == {f"invented-{n}" for n in range(50)}
 
 
-async def test_known_routes_have_their_names() -> None:
-    async with running_proxy(says(), says(), config=settings(pool("k1"))) as home:
-        await home.ask("GET", "/v1/models")
-        await home.ask(body=ask())
-        await home.settled()
-        text = home.metrics.render(home.services, 0).decode()
+async def test_known_routes_are_labelled_by_name() -> None:
+    async with running_proxy(says(), says(), config=settings(pool("k1"))) as server:
+        await server.ask("GET", "/v1/models")
+        await server.ask(body=ask())
+        await server.settled()
+        text = server.metrics.render(server.services, 0).decode()
         assert set(re.findall(r'endpoint="([^"]*)"', text)) == {"models", "chat"}
 
 
-async def test_a_refused_request_names_no_upstream() -> None:
+async def test_refused_request_has_no_upstream_label() -> None:
     metrics = Metrics()
     metrics.observe(receipt(status=429, error="throttled"))
     assert 'upstream=""' not in metrics.render(services(), 0).decode()
@@ -354,7 +356,7 @@ async def test_a_refused_request_names_no_upstream() -> None:
 # The log line.
 
 
-def test_the_line_says_what_is_known_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_has_known_fields_only(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "proxy.request")
     log_receipt(receipt(usage=Usage(1, 2, 3), cost_usd="0.1", attempts=1, upstream="openai", key="k1", reason="new"))
     [record] = caplog.records
@@ -377,19 +379,19 @@ def test_the_line_says_what_is_known_and_nothing_else(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize(("status", "level"), [(200, "INFO"), (499, "INFO"), (429, "INFO"), (500, "WARNING")])
-def test_only_failures_are_warnings(status: int, level: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_server_errors_are_warnings(status: int, level: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "proxy.request")
     log_receipt(receipt(status=status, error="x"))
     assert caplog.records[0].levelname == level
 
 
-def test_no_line_where_nobody_reads_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_line_above_the_log_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "proxy.request")
     log_receipt(receipt())
     assert caplog.records == []
 
 
-def test_a_model_name_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_name_cannot_forge_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "proxy.request")
     log_receipt(receipt(model="gpt\n12:00:00 info    all is well\ud800\u2028" + "x" * 1000))
     text = caplog.records[0].getMessage()

@@ -1,4 +1,4 @@
-"""What the log says of requests: one line for each miss, refusal and error, a sample of hits, and no key."""
+"""Log lines of requests: one for each miss, refusal and error, a sample of the hits, and no key in any."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIG = settings(
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
-    """Every line for machines so far, parsed, without its time."""
+    """Yield the JSON lines logged so far, parsed, without their times."""
     caplog.set_level(logging.DEBUG, "proxy")
     found: list[dict[str, Any]] = []
 
@@ -47,16 +47,16 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
     logging.getLogger("proxy.request").removeHandler(handler)
 
 
-def logged(home: RunningProxy) -> None:
-    for receipt in home.receipts:
+def logged(server: RunningProxy) -> None:
+    for receipt in server.receipts:
         log_receipt(receipt)
 
 
-async def test_a_miss(lines: list[dict[str, Any]]) -> None:
-    async with running_proxy(says(), config=CONFIG) as home:
-        answer = await home.ask(body=ask(), headers=[*TRACED, AUTH])
-        assert home.transport.sent[0].headers.getall("traceparent") == [TRACE]
-        logged(home)
+async def test_miss(lines: list[dict[str, Any]]) -> None:
+    async with running_proxy(says(), config=CONFIG) as server:
+        answer = await server.ask(body=ask(), headers=[*TRACED, AUTH])
+        assert server.transport.sent[0].headers.getall("traceparent") == [TRACE]
+        logged(server)
     [line] = lines
     times = {name: line.pop(name) for name in ("queue_ms", "total_ms")}
     assert all(0 <= ms < 5000 for ms in times.values())
@@ -79,28 +79,28 @@ async def test_a_miss(lines: list[dict[str, Any]]) -> None:
     }
 
 
-async def test_a_stream_says_when_its_first_byte_came(lines: list[dict[str, Any]]) -> None:
-    async with running_proxy(streams(), config=CONFIG) as home:
-        await home.ask(body=ask(stream=True), headers=[AUTH])
-        logged(home)
+async def test_line_of_a_stream_has_time_to_first_byte(lines: list[dict[str, Any]]) -> None:
+    async with running_proxy(streams(), config=CONFIG) as server:
+        await server.ask(body=ask(stream=True), headers=[AUTH])
+        logged(server)
     assert lines[0]["first_byte_ms"] <= lines[0]["total_ms"]
 
 
-async def test_an_error_and_another_route(lines: list[dict[str, Any]]) -> None:
-    async with running_proxy(error(418), says(), config=CONFIG) as home:
-        await home.ask(body=ask(), headers=[*TRACED, AUTH])
-        await home.ask("GET", "/v1/models", headers=[*TRACED, AUTH])
-        assert [sent.headers["traceparent"] for sent in home.transport.sent] == [TRACE, TRACE]
-        logged(home)
-    told = [[line.get(name) for name in ("status", "error", "key", "traceparent", "client")] for line in lines]
-    assert told == [[418, "upstream_418", "k1", TRACE, "alice"], [200, None, "k1", TRACE, "alice"]]
+async def test_lines_of_an_error_and_a_passed_through_request(lines: list[dict[str, Any]]) -> None:
+    async with running_proxy(error(418), says(), config=CONFIG) as server:
+        await server.ask(body=ask(), headers=[*TRACED, AUTH])
+        await server.ask("GET", "/v1/models", headers=[*TRACED, AUTH])
+        assert [sent.headers["traceparent"] for sent in server.transport.sent] == [TRACE, TRACE]
+        logged(server)
+    fields_logged = [[line.get(name) for name in ("status", "error", "key", "traceparent", "client")] for line in lines]
+    assert fields_logged == [[418, "upstream_418", "k1", TRACE, "alice"], [200, None, "k1", TRACE, "alice"]]
 
 
 async def test_refusals(lines: list[dict[str, Any]]) -> None:
-    async with running_proxy(config=CONFIG) as home:
-        one = await home.ask(body=ask(), headers=TRACED)
-        two = await home.ask(body=b"{", headers=[AUTH])
-        await home.ask("GET", "/nowhere", headers=[("traceparent", "00-nonsense")])
+    async with running_proxy(config=CONFIG) as server:
+        one = await server.ask(body=ask(), headers=TRACED)
+        two = await server.ask(body=b"{", headers=[AUTH])
+        await server.ask("GET", "/nowhere", headers=[("traceparent", "00-nonsense")])
     common = {"level": "info", "status": 401, "error": "invalid_client_key", "traceparent": TRACE}
     message = "refused POST /v1/chat/completions: invalid_client_key"
     assert lines[0] == common | {"message": message, "id": one.get("X-Proxy-Request-Id")}
@@ -113,10 +113,10 @@ async def test_refusals(lines: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("sent", ["", "x", "00-nonsense", TRACE.upper(), "00-\xe9", TRACE + "-x"])
-async def test_a_traceparent_that_is_none_goes_up_as_it_came(sent: str, lines: list[dict[str, Any]]) -> None:
-    async with running_proxy(says(), config=CONFIG) as home:
-        assert (await home.ask(body=ask(), headers=[("traceparent", sent), AUTH])).status == 200
-        logged(home)
+async def test_invalid_traceparent_is_forwarded_and_not_logged(sent: str, lines: list[dict[str, Any]]) -> None:
+    async with running_proxy(says(), config=CONFIG) as server:
+        assert (await server.ask(body=ask(), headers=[("traceparent", sent), AUTH])).status == 200
+        logged(server)
     assert "traceparent" not in lines[0]
 
 
@@ -124,7 +124,7 @@ def entry(model: str = "gpt-4o") -> Entry:
     return Entry("k", "json", 200, (), b"{}", None, 0.0, 60.0, "chat", model, None, None, "0.002250", "", (), False)
 
 
-def test_hits_have_a_line_a_second(lines: list[dict[str, Any]]) -> None:
+def test_one_hit_a_second_is_logged(lines: list[dict[str, Any]]) -> None:
     log = HitLog()
     for n, wall in enumerate([100.0, 100.2, 100.9, 101.0, 101.5, 105.0, 50.0, 50.5]):  # the clock is set back once
         log.hit(f"id-{n}", "alice", entry(), wall, [(b"traceparent", TRACE.encode())])
@@ -144,14 +144,14 @@ def test_hits_have_a_line_a_second(lines: list[dict[str, Any]]) -> None:
     }
 
 
-async def test_hits_of_a_house(lines: list[dict[str, Any]]) -> None:
-    async with running_proxy(says(), config=CONFIG) as home:
-        answers = [await home.ask(body=ask(), headers=[AUTH]) for _ in range(3)]
+async def test_hit_is_logged_by_the_server(lines: list[dict[str, Any]]) -> None:
+    async with running_proxy(says(), config=CONFIG) as server:
+        answers = [await server.ask(body=ask(), headers=[AUTH]) for _ in range(3)]
     assert len(lines) == 1
     assert (lines[0]["id"], lines[0]["cache"]) == (answers[1].get("X-Proxy-Request-Id"), "hit")
 
 
-def test_a_line_for_people_says_things_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_text_line_does_not_repeat_the_message(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "proxy.request")
     HitLog().hit("id-1", "", entry("a\nb" + "x" * 20_000), 1.0, [])
     [record] = caplog.records

@@ -11,7 +11,7 @@ from tests.pipeline.fixture import settings
 
 def test_metrics_say_the_same_after_the_way_over_the_wire() -> None:
     metrics = Metrics()
-    metrics.refusal("invalid_json")
+    metrics.record_refusal("invalid_json")
     text = metrics.render(build_services(settings(), SYSTEM_CLOCK), 3)
     assert text_of(families_of(metrics.registry.collect())) == text == generate_latest(metrics.registry)
 
