@@ -6,7 +6,6 @@ A row is named by its time and a number that its process alone gives, so that wr
 from __future__ import annotations
 
 import sqlite3
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -18,7 +17,7 @@ ROWS: Final = "rows_v1"
 KINDS: Final = "kinds_v1"
 
 LAYOUT: Final = files.Layout(
-    mark=0x4F43506C,  # "OCPl"
+    application_id=0x4F43506C,  # "OCPl"
     schema=f"""
 CREATE TABLE IF NOT EXISTS {KINDS} (
   id INTEGER PRIMARY KEY,    -- core/records.py: kind_id()
@@ -54,13 +53,8 @@ PUT_ROW: Final = (
 
 
 def is_ours(connection: sqlite3.Connection) -> bool:
-    mark: int = connection.execute("PRAGMA application_id").fetchone()[0]
-    return mark == LAYOUT.mark
-
-
-def open_to_write(path: Path, busy: float) -> sqlite3.Connection:
-    """Raises sqlite3.Error, OSError or files.Foreign."""
-    return files.open_to_write(path, busy, LAYOUT)
+    found: int = connection.execute("PRAGMA application_id").fetchone()[0]
+    return found == LAYOUT.application_id
 
 
 def kind_row(number: int, kind: RecordKind) -> tuple[object, ...]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ...system import sqlite as files
-from ...system.sqlite import PURGES, TABLE
 from ..codec import decode, describe
 from ..entry import Entry
 from .interface import (
@@ -32,7 +31,8 @@ from .interface import (
     purge_of,
     purge_text,
 )
-from .sqlite_writer import SQLiteWriter
+from .sqlite_file import PURGES, TABLE, tag_text
+from .sqlite_writer import CacheWriter
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class SQLiteStore:
         self._max_size = max_size
         self._max_entry = min(max_entry, max_size // 4)
         self._grace = grace
-        self._writer = SQLiteWriter(self.path, max_size, grace, wall)
+        self._writer = CacheWriter(self.path, max_size, grace, wall)
         self._reader: sqlite3.Connection | None = None
         self._reading = 0  # the generation of the file the reader is for
         self._heard = (0, 0)  # the generation of the file, and its last purge that `purged` told of
@@ -266,7 +266,7 @@ def _condition(which: Filter) -> tuple[str, list[Any]]:
         values += (len(which.prefix), which.prefix)
     if which.tag is not None:
         terms.append("instr(tags, ?)")
-        values.append(files.tag_text(which.tag))
+        values.append(tag_text(which.tag))
     if which.stored_before is not None:
         terms.append("stored_at < ?")
         values.append(which.stored_before)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from decimal import Decimal
@@ -19,16 +20,20 @@ from typing import Any
 import pytest
 
 from proxy.accounting.ledger import writer
-from proxy.accounting.ledger.file import LAYOUT, open_to_write
+from proxy.accounting.ledger.file import LAYOUT
 from proxy.accounting.ledger.ledger import Ledger
 from proxy.accounting.ledger.reader import LedgerMissing, Span, report, spent, what_if
 from proxy.accounting.ledger.reporting import ReportRow, WhatIf
 from proxy.accounting.ledger.writer import LedgerWriter
 from proxy.accounting.receipt import Receipt
 from proxy.cache.entry import Entry
+from proxy.cache.stores.sqlite_file import LAYOUT as CACHE
 from proxy.cost.usage import Usage
 from proxy.system import sqlite as files
+from proxy.system import sqlite_writer as writer_thread
 from proxy.system.clock import SYSTEM_CLOCK
+from proxy.system.sqlite import open_to_write
+from tests.garbage import uncollected
 from tests.launch import ROOT, environment
 
 NOW = 1_800_000_000.0
@@ -191,9 +196,9 @@ def test_a_row_that_is_written_again_counts_once(path: Path, running: LedgerWrit
     one.put([(receipt(), 1)], ())
     one._take()
     rows = list(one._rows)
-    one._write()
+    one._round()
     one._rows = rows
-    one._write()
+    one._round()
     assert total(path)["requests"] == 1
     one._disconnect()
 
@@ -213,7 +218,7 @@ async def test_without_a_home_there_is_no_ledger(
 
 
 def test_a_locked_file_is_waited_for(path: Path, running: LedgerWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "BUSY", 0.05)
+    monkeypatch.setattr(writer_thread, "BUSY", 0.05)
     put(running, receipt())
     with running._wake:
         running._identity = None  # it opens the file anew
@@ -231,13 +236,13 @@ def test_a_full_disk(path: Path, running: LedgerWriter, caplog: pytest.LogCaptur
     """As SQLite tells it: the file may not grow."""
     put(running, receipt())
 
-    def small(where: Path, busy: float) -> sqlite3.Connection:
-        connection = open_to_write(where, busy)
+    def small(where: Path, busy: float, layout: files.Layout) -> sqlite3.Connection:
+        connection = open_to_write(where, busy, layout)
         connection.execute("PRAGMA max_page_count=1")  # no smaller than it is
         return connection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proxy.accounting.ledger.file.open_to_write", small)
+        patch.setattr("proxy.system.sqlite.open_to_write", small)
         with running._wake:
             running._identity = None  # it opens the file anew
         put(running, *(receipt(model=f"m-{number}") for number in range(5000)))
@@ -314,6 +319,25 @@ def test_a_damaged_file_is_moved_aside(path: Path, content: bytes | None, caplog
     aside = [file for file in path.parent.iterdir() if ".corrupt-" in file.name]
     assert [file.read_bytes()[-100:] for file in aside if not file.name.endswith(("-wal", "-shm"))] == [content[-100:]]
     assert any("is damaged" in record.getMessage() for record in caplog.records)
+
+
+def test_damage_leaves_no_reference_cycle(path: Path) -> None:
+    """Neither the file that is moved aside nor the next one, which comes too soon for that."""
+    path.write_text("no database " * 1000)
+    found = Counter[str]()
+    with uncollected(found, ours=True):
+        one = LedgerWriter(path, 1, ReportRow())
+        one.start()
+        put(one, receipt())
+        one.close(10)
+        path.write_text("no database " * 1000)
+        one = LedgerWriter(path, 1, ReportRow())
+        one._moved_aside_at = time.monotonic()
+        one.start()
+        put(one, receipt())
+        assert "not a database" in one.state
+        one.close(10)
+    assert not found
 
 
 def test_another_programs_database_is_left_alone(path: Path) -> None:
@@ -423,7 +447,7 @@ def test_killed_while_writing_beside_another(path: Path, running: LedgerWriter, 
 
 
 def test_the_file_says_whose_it_is(path: Path) -> None:
-    connection = open_to_write(path, 1.0)
-    assert connection.execute("PRAGMA application_id").fetchone() == (LAYOUT.mark,)
-    assert files.CACHE.mark != LAYOUT.mark
+    connection = open_to_write(path, 1.0, LAYOUT)
+    assert connection.execute("PRAGMA application_id").fetchone() == (LAYOUT.application_id,)
+    assert CACHE.application_id != LAYOUT.application_id
     connection.close()

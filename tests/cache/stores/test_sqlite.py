@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from functools import partial
@@ -24,9 +25,12 @@ import pytest
 from proxy.cache.stores import sqlite, sqlite_writer
 from proxy.cache.stores.interface import ALL, Filter, StoreError
 from proxy.cache.stores.sqlite import SQLiteStore
+from proxy.cache.stores.sqlite_file import LAYOUT, TABLE
 from proxy.system import sqlite as sqlite_file
+from proxy.system import sqlite_writer as writer_thread
 from tests.cache.stores.kit import NOW, entry, until
 from tests.cache.stores.writer_process import body_of
+from tests.garbage import uncollected
 
 ROUNDS = int(os.environ.get("KILLS", "3"))
 """How often writers are killed; more than the usual few where somebody wants to be sure."""
@@ -60,7 +64,7 @@ async def opened(path: Path) -> AsyncIterator[Open]:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again after a second is tried again at once."""
-    monkeypatch.setattr(sqlite_writer, "_RETRY", 0.05)
+    monkeypatch.setattr(writer_thread, "RETRY", 0.05)
 
 
 async def written(store: SQLiteStore, *keys: str, **changes: Any) -> None:
@@ -114,7 +118,7 @@ class TestFile:
         with closing(sqlite3.connect(path)) as connection:
             assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
-            assert connection.execute("PRAGMA application_id").fetchone() == (sqlite_file.APPLICATION_ID,)
+            assert connection.execute("PRAGMA application_id").fetchone() == (LAYOUT.application_id,)
 
     async def test_left_tidy(self, path: Path) -> None:
         store = SQLiteStore(path, 2**26, 2**20)
@@ -289,8 +293,8 @@ class TestDamage:
         store = await opened()
         await written(store, "a", "b")
         with closing(sqlite3.connect(path)) as other, other:
-            other.execute(f"UPDATE {sqlite_file.TABLE} SET body=x'00' WHERE key='b'")
-            other.execute(f"UPDATE {sqlite_file.TABLE} SET head=(SELECT head FROM {sqlite_file.TABLE} WHERE key='b')")
+            other.execute(f"UPDATE {TABLE} SET body=x'00' WHERE key='b'")
+            other.execute(f"UPDATE {TABLE} SET head=(SELECT head FROM {TABLE} WHERE key='b')")
         assert await kept(store, "a", "b") == []
         assert (await store.stats())["rejected"] == 2
         await written(store, "a")
@@ -309,6 +313,21 @@ class TestDamage:
             await until(partial(_moved_on, store, identity))
         assert len(list(path.parent.glob("cache.db.corrupt-*"))) == 1
         assert await kept(store, "a") == []
+
+    async def test_damage_leaves_no_reference_cycle(self, opened: Open, path: Path) -> None:
+        """Neither the file that is moved aside nor the next one, which comes too soon for that."""
+        path.parent.mkdir(parents=True)
+        path.write_text("no database " * 1000)
+        found = Counter[str]()
+        store = await opened()
+        with uncollected(found, ours=True):
+            identity = store._writer._identity
+            path.write_text("broken again " * 1000)
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            store._writer.suspect(store._writer.generation)
+            await until(partial(_moved_on, store, identity))
+        assert not found
 
     async def test_another_programs_database_is_left_alone(
         self, opened: Open, path: Path, caplog: pytest.LogCaptureFixture
@@ -446,7 +465,7 @@ class TestTrouble:
         await until(lambda: again._writer.state == "ok")
 
     async def test_locked_by_another_process(self, opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sqlite_writer, "BUSY", 0.1)
+        monkeypatch.setattr(writer_thread, "BUSY", 0.1)
         store = await opened()
         await written(store, "a")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -462,7 +481,7 @@ class TestTrouble:
     async def test_another_process_is_making_the_file(
         self, opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sqlite_file, "_LOCK_PATIENCE", 0.1)
+        monkeypatch.setattr(sqlite_file, "_MAX_LOCK_WAIT", 0.1)
         sqlite_file.make_private(path)
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -496,12 +515,21 @@ class TestTrouble:
     ) -> None:
         store = await opened()
         with monkeypatch.context() as patch:
-            patch.setattr(store._writer, "_write", lambda *_: 1 / 0)
+            patch.setattr(store._writer, "_write_batch", lambda *_: 1 / 0)
             store.put(entry("a"))
             await store.flush()
         await written(store, "b")
         assert await kept(store, "a", "b") == ["b"]
         assert "ZeroDivisionError" in caplog.text
+
+    async def test_a_job_that_fails_leaves_no_reference_cycle(self, opened: Open) -> None:
+        store = await opened()
+        found = Counter[str]()
+        with uncollected(found, ours=True):
+            assert isinstance(store._writer.submit(lambda _: 1 / 0).exception(10), ZeroDivisionError)
+            assert isinstance(store._writer.submit(lambda it: it.execute("no SQL")).exception(10), StoreError)
+            await store.flush()
+        assert not found
 
     async def test_a_long_read_that_takes_too_long(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         store = await opened()
