@@ -18,6 +18,7 @@ from .cache.stores.build import max_stale
 from .config.loader import LoadedSettings
 from .config.settings import Settings
 from .config.urls import parse_url
+from .coordination import NO_COORDINATION, Coordination
 from .observability import logs
 from .observability.metrics import Metrics
 from .pipeline.handler import RequestHandler
@@ -29,7 +30,7 @@ from .server.in_flight import InFlight
 from .server.passthrough import PassthroughHandler
 from .server.responses import DateHeader, error_response
 from .server.tracing import Tracing
-from .services import Coordination, Services, build_services
+from .services import Services, build_services
 from .system.clock import SYSTEM_CLOCK, Clock, spawn
 from .upstream.client import AiohttpTransport, ConnectOptions
 from .upstream.entra import EntraTokens, default_identity
@@ -66,7 +67,7 @@ class App:
         self._traced_way_up = self.transport if tracing is None else tracing.transport(self.transport)
         self._dates = DateHeader(clock.wall)
         self._renewals: list[asyncio.Task[None]] = []
-        self._build(build_services(settings, clock, commons=_coordination(seat, clock)))
+        self._build(build_services(settings, clock, coordination=_worker_coordination(seat, clock)))
 
     def _build(self, services: Services) -> None:
         """Everything that stands in this world. What is in flight keeps the rooms it is in."""
@@ -138,7 +139,7 @@ class App:
     async def sweep(self) -> None:
         """Takes entries out of memory whose time is over; a little at a time."""
         store, grace = self.services.store, max_stale(self.services.settings.cache)
-        while store is not None:
+        while store.enabled:
             await self.services.clock.sleep(SWEEP_INTERVAL)
             while store.sweep(self.services.clock.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
@@ -169,11 +170,16 @@ class App:
             await asyncio.wait(tasks, timeout=0.5)
 
 
-def _coordination(seat: WorkerLink | None, clock: Clock) -> Coordination | None:
-    """What a worker has in common with the others."""
-    if seat is None:
-        return None
-    return Coordination(WorkerLimits(seat, clock.monotonic), WorkerRuns(seat), WorkerOwners(seat), WorkerBudgets(seat))
+def _worker_coordination(link: WorkerLink | None, clock: Clock) -> Coordination:
+    """Return the ports to the other workers, over the supervisor; none if there are no workers."""
+    if link is None:
+        return NO_COORDINATION
+    return Coordination(
+        limits=WorkerLimits(link, clock.monotonic),
+        budgets=WorkerBudgets(link),
+        runs=WorkerRuns(link),
+        owners=WorkerOwners(link),
+    )
 
 
 def connect_options(settings: Settings) -> dict[str, ConnectOptions]:

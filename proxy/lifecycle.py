@@ -127,8 +127,7 @@ async def _run(
     background: list[asyncio.Task[None]] = []
     app.traffic.address = listeners.address
     try:
-        if app.services.store is not None:
-            await app.services.store.open()
+        await app.services.store.open()
         if app.services.limiter is not None:
             await app.services.limiter.open(lambda *state: app.services.apply_remote_state(*state))
         await asyncio.gather(*(tokens.first() for tokens in app.start_tokens()))
@@ -193,8 +192,7 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> No
     await app.services.runs.close()
     await app.services.budgets.close()
     await app.ledger.close()
-    if app.services.store is not None:
-        await app.services.store.close()
+    await app.services.store.close()
     await app.services.object_owners.close()
     if app.tracing is not None:
         await app.tracing.close()

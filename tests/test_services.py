@@ -6,6 +6,7 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
+from proxy.cache.lookup import endpoint_ttl
 from proxy.config.limits import Limits
 from proxy.config.secret import Secret
 from proxy.config.settings import (
@@ -19,7 +20,8 @@ from proxy.config.settings import (
     UpstreamSettings,
 )
 from proxy.cost.usage import Usage
-from proxy.services import Services, build_services, partition_of_credential
+from proxy.server.access import partition_of_credential
+from proxy.services import Services, build_services
 from proxy.system.clock import SYSTEM_CLOCK
 from proxy.upstream.target import CLIENTS_KEY
 
@@ -76,9 +78,9 @@ def test_no_secret_shows() -> None:
 
 
 def test_the_store_is_there_only_where_it_is_used() -> None:
-    assert services().store is not None
-    assert services(cache=CacheSettings(backend="off")).store is None
-    assert services(cache=CacheSettings(when="never")).store is None
+    assert services().store.enabled
+    assert not services(cache=CacheSettings(backend="off")).store.enabled
+    assert not services(cache=CacheSettings(when="never")).store.enabled
 
 
 def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path: Path) -> None:
@@ -89,7 +91,6 @@ def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path:
         (services(cache=CacheSettings(backend="redis"), redis=RedisSettings(url=url)), "RedisStore"),
         (services(), "NoneType"),
     ):
-        assert made.store is not None
         assert type(made.store.slower).__name__ == kind
     assert not path.parent.exists()
 
@@ -105,7 +106,10 @@ def test_policy_limits_and_lifetimes_are_the_settings() -> None:
     allowance = made.pool.rate_limiter(made.pool.keys[0], "m", 0.0)
     assert allowance is not None
     assert allowance.usage(0.0)["rpm"]["limit"] == 5
-    assert [made.ttl(name) for name in ("chat", "completions", "responses", "embeddings", "moderations")] == [
+    assert [
+        endpoint_ttl(made.settings.cache, name)
+        for name in ("chat", "completions", "responses", "embeddings", "moderations")
+    ] == [
         86400,
         86400,
         86400,
@@ -142,21 +146,21 @@ def test_identity_is_of_the_upstreams_that_serve_the_model() -> None:
         keys=(key("b"),),
     )
     made = services(openai, azure)
-    assert made.identity("o1") == "openai https://a.test/v1"
-    both = made.identity("gpt-4o")
+    assert made.identities.of("o1") == "openai https://a.test/v1"
+    both = made.identities.of("gpt-4o")
     assert both.splitlines() == ["azure https://b.test 2024-10-21 mine", "openai https://a.test/v1"]
-    assert made.identity("gpt-4o") is both  # worked out once
-    assert services(azure, openai).identity("gpt-4o") == both  # in whatever order they are listed
-    assert services(replace(azure, cache_as="x"), replace(openai, cache_as="x")).identity("gpt-4o") == "x"
+    assert made.identities.of("gpt-4o") is both  # worked out once
+    assert services(azure, openai).identities.of("gpt-4o") == both  # in whatever order they are listed
+    assert services(replace(azure, cache_as="x"), replace(openai, cache_as="x")).identities.of("gpt-4o") == "x"
 
 
 def test_identities_of_invented_models_do_not_pile_up() -> None:
     made = services()
-    known = made.identity("gpt-4o")
+    known = made.identities.of("gpt-4o")
     for number in range(10_000):
-        made.identity(f"model-{number}")
-    assert len(made._identities) <= 4096
-    assert made.identity("gpt-4o") == known
+        made.identities.of(f"model-{number}")
+    assert len(made.identities._known) <= 4096
+    assert made.identities.of("gpt-4o") == known
 
 
 def test_scopes_of_pass_through_clients() -> None:

@@ -1,6 +1,6 @@
-"""The cache as the journey sees it: what is found there, in either form, and what is put there.
+"""`ResponseCache`: finds stored responses, in either form, and stores new ones.
 
-`peek` is the short way: an answer from memory, found by the digest of the raw bytes, without parsing anything.
+`peek` is the fast path: it finds a response in memory by the digest of the raw bytes, without parsing anything.
 """
 
 from __future__ import annotations
@@ -10,52 +10,51 @@ import contextlib
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
+from ..config.settings import CacheSettings
 from ..cost.pricing import Cost, usd
 from ..cost.usage import Usage
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw, storable_headers
 from ..protocol.request import ProxyRequest
 from ..protocol.routes import printable
-from ..services import Services
-from ..upstream.response import ResponseInHand
+from ..system.clock import Clock
 from .completeness import is_deterministic
 from .embeddings import EmbeddingBatch, cached, item_entries, made_of
 from .entry import Entry, Form
 from .forms import converted, other_form
 from .miss_reason import RecentRequests, nearest, shown_names, why_missed
 from .plan import CachePlan
-from .stores.build import max_stale
 from .stores.interface import Filter, StoreError
+from .stores.tiered import TieredStore
 
 LARGE: Final = 256 * 1024
-"""Stored answers above this are converted in a thread (bytes)."""
+"""Stored responses larger than this are converted in a thread (bytes)."""
 
 REVALIDATING: Final = "stale-while-revalidate"
 
 COMPARED: Final = 20_000
-"""So many recorded requests are compared with one that was not."""
+"""The number of recorded requests that one which was not recorded is compared with, at most."""
 
 _MEMO_SIZE: Final = 20_000
 
 
 class CacheHit(msgspec.Struct, frozen=True):
-    """An answer from the cache. body: as this caller asked for it; sampled is told in Cache-Status; lines: more of our
-    headers; run: whose it is.
+    """A response from the cache.
 
-    stale: why an entry past its lifetime was served, '' on other hits; attempts: calls that failed before it was;
-    forwarded: whether it stands in for an upstream's answer.
+    body: in the form this client asked for. headers: more of the proxy's own. run: the name of the request's run.
+    stale: why an expired entry was served, "" on other hits. attempts: upstream attempts that failed before it was.
+    fwd: it replaces an upstream response that failed (`fwd=stale`, RFC 9211).
     """
 
     entry: Entry
     body: bytes
     id: str
-    lines: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
     run: str = ""
     stale: str = ""
     attempts: int = 0
@@ -63,21 +62,39 @@ class CacheHit(msgspec.Struct, frozen=True):
 
 
 class NewEntry(NamedTuple):
-    """What was bought, less its body. model: as the answer names it."""
+    """A response to be stored, without its body.
 
-    answered: ResponseInHand
+    model: as the response names it. injected: the proxy asked for the usage chunk, the client did not.
+    price: returns the cost of a part of its usage.
+    """
+
+    status: int
     headers: Sequence[Raw]
     usage: Usage | None
     cost: Cost | None
     model: object
+    injected: bool = False
+    price: Callable[[Usage], Cost | None] | None = None
 
 
 RequestDigest = tuple[str, str, bytes]
-"""What a request is remembered by: raw target, the client's scope, the digest of the raw body."""
+"""What a request is remembered by: raw target, the client's cache partition, digest of the raw body."""
 
 
-def digest_of_request(target: str, scope: str, body: bytes) -> RequestDigest:
-    return target, scope, hashlib.sha256(body).digest()
+def digest_of_request(target: str, partition: str, body: bytes) -> RequestDigest:
+    return target, partition, hashlib.sha256(body).digest()
+
+
+def endpoint_ttl(settings: CacheSettings, endpoint: str) -> float:
+    """Return for how many seconds responses of this endpoint are fresh, by the settings."""
+    seconds: float = getattr(settings.ttl, endpoint)
+    return seconds
+
+
+def ttl_of(settings: CacheSettings, request: ProxyRequest) -> float:
+    """Return for how many seconds the response to this request is fresh."""
+    asked = request.options.ttl
+    return endpoint_ttl(settings, request.endpoint) if asked is None else asked
 
 
 class MemoizedKey(msgspec.Struct, frozen=True, gc=False):
@@ -89,84 +106,97 @@ class MemoizedKey(msgspec.Struct, frozen=True, gc=False):
 
 
 class ResponseCache:
-    """Finds and keeps the answers of one world."""
+    """Finds and stores responses.
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
-        self._memo: OrderedDict[tuple[str, str, bytes], MemoizedKey] = OrderedDict()
+    settings: those of the cache.
+    identity: returns what stands in the key for all upstreams that serve a model.
+    mask: takes secrets out of a text.
+    """
+
+    def __init__(
+        self,
+        store: TieredStore,
+        settings: CacheSettings,
+        clock: Clock,
+        *,
+        identity: Callable[[str], str],
+        mask: Callable[[str], str],
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._clock = clock
+        self._identity = identity
+        self._mask = mask
+        self._memo: OrderedDict[RequestDigest, MemoizedKey] = OrderedDict()
         self.recent = RecentRequests()
         self._purges = 0
-        self._replays = services.replays
-        self._past_end = math.inf if services.replays else 0.0
+        self._replays = settings.mode == "replay"
+        self._past_end = math.inf if self._replays else 0.0
 
-    def peek(self, name: RequestDigest) -> CacheHit | None:
-        """The stored answer to a request whose very bytes were seen before and which asks for nothing special."""
-        known = self._memo.get(name)
-        if known is None or self._services.store is None:
+    def peek(self, digest: RequestDigest) -> CacheHit | None:
+        """Return the response to a request whose very bytes were seen before and which asks for nothing special."""
+        known = self._memo.get(digest)
+        if known is None:
             return None
-        return self._find(self._services.store.peek(known.key, known.form), known.wants_usage, None)
+        return self._find(self._store.peek(known.key, known.form), known.wants_usage, None, self._past_end)
 
-    def _find(
-        self, entry: Entry | None, wants_usage: bool, max_age: int | None, past_end: float | None = None
-    ) -> CacheHit | None:
-        """past_end: seconds by which its lifetime may be over; None: as always in this mode."""
-        if entry is None or not self._may_serve(entry, max_age, self._past_end if past_end is None else past_end):
+    def _find(self, entry: Entry | None, wants_usage: bool, max_age: int | None, past_end: float) -> CacheHit | None:
+        """Return the hit that this entry is for the client. past_end: seconds by which its lifetime may be over."""
+        if entry is None or not self._may_serve(entry, max_age, past_end):
             return None
         body = entry.body_for(wants_usage)
         if body is None:
             return None
-        return CacheHit(entry, body, self._services.clock.new_id())
+        return CacheHit(entry, body, self._clock.new_id())
 
     def _may_serve(self, entry: Entry, max_age: int | None, past_end: float) -> bool:
-        wall = self._services.clock.wall()
+        wall = self._clock.wall()
         return wall < entry.expires_at + past_end and (max_age is None or entry.age(wall) <= max_age)
 
-    def memoize(self, name: RequestDigest, call: ProxyRequest, plan: CachePlan) -> None:
-        """Lets `peek` answer when the same bytes come again."""
+    def memoize(self, digest: RequestDigest, request: ProxyRequest, plan: CachePlan) -> None:
+        """Let `peek` answer when the same bytes come again."""
         if plan.key and plan.read and plan.write:
-            self._memo[name] = MemoizedKey(plan.key, "sse" if call.stream else "json", call.wants_usage)
+            self._memo[digest] = MemoizedKey(plan.key, "sse" if request.stream else "json", request.wants_usage)
             if len(self._memo) > _MEMO_SIZE:
                 self._memo.popitem(last=False)
 
-    async def lookup(self, call: ProxyRequest, plan: CachePlan) -> tuple[CacheHit | None, CachePlan]:
-        """The stored answer, or the plan with the reason why there is none. Raises ProxyError(not_cached)."""
-        store, options = self._services.store, call.options
-        if store is not None and plan.read:
-            form: Form = "sse" if call.stream else "json"
-            wall = self._services.clock.wall()
-            entry, other = await store.get_both(plan.key, form, other_form(form), wall)
-            max_age = None if self._replays else options.max_age
-            hit = await self._in_either_form(call, entry, other, max_age, self._past_end)
+    async def lookup(self, request: ProxyRequest, plan: CachePlan) -> tuple[CacheHit | None, CachePlan]:
+        """Return the stored response, or None and the plan with the reason. Raises ProxyError(not_cached)."""
+        if plan.read:
+            form: Form = "sse" if request.stream else "json"
+            wall = self._clock.wall()
+            entry, other = await self._store.get_both(plan.key, form, other_form(form), wall)
+            max_age = None if self._replays else request.options.max_age
+            hit = await self._in_either_form(request, entry, other, max_age, self._past_end)
             if hit is not None:
-                self.recent.add(call.client.cache_partition, hit.entry)
+                self.recent.add(request.client.cache_partition, hit.entry)
                 return hit, plan
             if plan.batch is not None:
                 plan = await self._lookup_items(plan, plan.batch, max_age)
                 if plan.batch is not None and len(plan.batch.found) == len(plan.batch.keys):
                     return await self._made_of_items(plan.key, plan.batch), plan
             if self._replays:
-                plan = msgspec.structs.replace(plan, reason=await self._why_not_recorded(call, plan))
+                plan = msgspec.structs.replace(plan, reason=await self._why_not_recorded(request, plan))
             elif plan.fwd != "partial":
-                reason, forward = self._why_missed(call, plan, entry, other, wall)
-                plan = msgspec.structs.replace(plan, reason=reason, fwd=forward)
-            if while_revalidate := self._services.settings.cache.stale_while_revalidate:
-                hit = await self._in_either_form(call, entry, other, max_age, while_revalidate)
+                reason, fwd = self._why_missed(request, plan, entry, other, wall)
+                plan = msgspec.structs.replace(plan, reason=reason, fwd=fwd)
+            if seconds := self._settings.stale_while_revalidate:
+                hit = await self._in_either_form(request, entry, other, max_age, seconds)
                 if hit is not None:
                     return msgspec.structs.replace(hit, stale=REVALIDATING), plan
         if self._replays:
-            raise _not_cached(plan, _not_recorded(call, plan, self._services.identity(call.model)))
-        if options.only_if_cached:
+            raise _not_cached(plan, _not_recorded(request, plan, self._identity(request.model)))
+        if request.options.only_if_cached:
             raise _not_cached(plan, f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan
 
-    async def _why_not_recorded(self, call: ProxyRequest, plan: CachePlan) -> str:
-        """How a request differs from the nearest of those that were recorded, whatever it asks."""
-        assert self._services.store is not None
+    async def _why_not_recorded(self, request: ProxyRequest, plan: CachePlan) -> str:
+        """Return how a request differs from the nearest of those that were recorded."""
         found: tuple[Entry, list[str]] | None = None
         after, compared = "", 0
         with contextlib.suppress(StoreError):
             while compared < COMPARED:
-                page = await self._services.store.list(Filter(endpoint=call.endpoint), after)
+                page = await self._store.list(Filter(endpoint=request.endpoint), after)
                 entries = [listed.entry for listed in page.entries] + ([found[0]] if found is not None else [])
                 found = nearest(((entry, entry.traits) for entry in entries), plan.field_digests)
                 after, compared = page.next, compared + len(page.entries)
@@ -175,9 +205,8 @@ class ResponseCache:
         return f"{plan.reason}; {shown_names(found[1])}" if found is not None and found[1] else plan.reason
 
     async def _lookup_items(self, plan: CachePlan, batch: EmbeddingBatch, max_age: int | None) -> CachePlan:
-        """The plan with those items that are cached."""
-        assert self._services.store is not None
-        entries = await self._services.store.get_many(batch.keys, "json", self._services.clock.wall())
+        """Return the plan with those items that are cached."""
+        entries = await self._store.get_many(batch.keys, "json", self._clock.wall())
         usable = {
             number: entry
             for number, entry in enumerate(entries)
@@ -198,151 +227,134 @@ class ResponseCache:
             entry, body = await asyncio.to_thread(made_of, key, batch)
         else:
             entry, body = made_of(key, batch)
-        return CacheHit(entry, body, self._services.clock.new_id())
+        return CacheHit(entry, body, self._clock.new_id())
 
     def _why_missed(
-        self, call: ProxyRequest, plan: CachePlan, entry: Entry | None, other: Entry | None, wall: float
+        self, request: ProxyRequest, plan: CachePlan, entry: Entry | None, other: Entry | None, wall: float
     ) -> tuple[str, str]:
-        """The reason, and the `fwd` of Cache-Status."""
-        why = why_missed(entry, other, wall, call.options.max_age, call.wants_usage)
+        """Return the reason of a miss, and the `fwd` of Cache-Status."""
+        why = why_missed(entry, other, wall, request.options.max_age, request.wants_usage)
         if why is not None:
             return why
-        assert self._services.store is not None
-        if self._purges != self._services.store.purges:
-            self._purges = self._services.store.purges
+        if self._purges != self._store.purges:
+            self._purges = self._store.purges
             self.recent.clear()
-        return self.recent.reason(
-            call.client.cache_partition, call.endpoint, plan.key, plan.field_digests, wall
-        ), plan.fwd
+        partition = request.client.cache_partition
+        return self.recent.reason(partition, request.endpoint, plan.key, plan.field_digests, wall), plan.fwd
 
-    def stale_if_error_seconds(self, call: ProxyRequest, plan: CachePlan) -> float:
-        """Seconds past its lifetime for which an answer may stand in for a failure; 0: none may.
+    # -- in place of a failure ----------------------------------------------------------------------------------------
 
-        RFC 5861 section 4: a request's own stale-if-error goes before the setting, and before what else it says of age;
-        without one its no-cache holds.
+    def stale_if_error_seconds(self, request: ProxyRequest, plan: CachePlan) -> float:
+        """Return for how many seconds after its lifetime a response may replace a failure; 0: not at all.
+
+        A request's own stale-if-error overrides the setting and what else the request says of age; without one its
+        no-cache holds (RFC 5861 section 4).
         """
-        if self._services.store is None or not plan.key:
+        if not plan.key:
             return 0.0
-        if call.options.stale_if_error is not None:
-            return float(call.options.stale_if_error)
-        return self._services.settings.cache.stale_if_error if plan.read else 0.0
-
-    def stale_if_budget_seconds(self, plan: CachePlan) -> float:
-        """The same where a budget is used up: as long as answers are kept, where only the cache is to serve then."""
-        services = self._services
-        if services.store is None or not (
-            plan.key and plan.read and services.budgets.active and services.budgets.cache_only
-        ):
-            return 0.0
-        return max_stale(services.settings.cache)
+        if request.options.stale_if_error is not None:
+            return float(request.options.stale_if_error)
+        return self._settings.stale_if_error if plan.read else 0.0
 
     async def stale_if_error(
-        self, call: ProxyRequest, plan: CachePlan, why: str, attempts: int, patience: float = 0.0
+        self, request: ProxyRequest, plan: CachePlan, why: str, attempts: int, max_stale: float = 0.0
     ) -> CacheHit | None:
-        """A stored answer in place of the failure `why`, however old the settings or the request accept it to be, or
-        `patience` seconds past its lifetime.
+        """Return a stored response in place of the failure `why`; None: there is none.
+
+        It may be as old as the settings or the request allow, or `max_stale` seconds past its lifetime.
         """
-        wall = self._services.clock.wall()
-        store, seconds = self._services.store, max(self.stale_if_error_seconds(call, plan), patience)
-        if store is None or seconds <= 0:
+        seconds = max(self.stale_if_error_seconds(request, plan), max_stale)
+        if seconds <= 0:
             return None
-        form: Form = "sse" if call.stream else "json"
-        max_age = call.options.max_age if call.options.stale_if_error is None else None
-        hit = await self._in_either_form(
-            call, *await store.get_both(plan.key, form, other_form(form), wall), max_age, seconds
-        )
+        form: Form = "sse" if request.stream else "json"
+        max_age = request.options.max_age if request.options.stale_if_error is None else None
+        entry, other = await self._store.get_both(plan.key, form, other_form(form), self._clock.wall())
+        hit = await self._in_either_form(request, entry, other, max_age, seconds)
         if hit is None:
             return None
-        return msgspec.structs.replace(hit, id=call.id, stale=f"stale-if-error: {why}", attempts=attempts, fwd=True)
+        return msgspec.structs.replace(hit, id=request.id, stale=f"stale-if-error: {why}", attempts=attempts, fwd=True)
 
     async def _in_either_form(
-        self, call: ProxyRequest, entry: Entry | None, other: Entry | None, max_age: int | None, past_end: float
+        self, request: ProxyRequest, entry: Entry | None, other: Entry | None, max_age: int | None, past_end: float
     ) -> CacheHit | None:
-        """The answer from the entry in the form asked for, else from the one in the other form."""
-        hit = self._find(entry, call.wants_usage, max_age, past_end)
-        if hit is None and other is not None and self._services.clock.wall() < other.expires_at + past_end:
-            hit = self._find(await self._converted(call, other), call.wants_usage, max_age, past_end)
+        """Return the hit made of the entry in the form asked for, else of the one in the other form."""
+        hit = self._find(entry, request.wants_usage, max_age, past_end)
+        if hit is None and other is not None and self._clock.wall() < other.expires_at + past_end:
+            hit = self._find(await self._converted(request, other), request.wants_usage, max_age, past_end)
         return hit
 
-    async def _converted(self, call: ProxyRequest, other: Entry) -> Entry | None:
-        """The answer as stored for the other kind of request, in this one's form; kept in it for the next time."""
+    async def _converted(self, request: ProxyRequest, other: Entry) -> Entry | None:
+        """Return the entry in this request's form, and store it in that form for the next time."""
         if len(other.body) > LARGE:
-            entry = await asyncio.to_thread(converted, other, call.document)
+            entry = await asyncio.to_thread(converted, other, request.document)
         else:
-            entry = converted(other, call.document)
-        if entry is not None and self._services.store is not None:
-            self._services.store.put(entry)
+            entry = converted(other, request.document)
+        if entry is not None:
+            self._store.put(entry)
         return entry
+
+    # -- storing ------------------------------------------------------------------------------------------------------
 
     def store(
         self,
-        call: ProxyRequest,
+        request: ProxyRequest,
         plan: CachePlan,
-        goods: NewEntry,
+        new: NewEntry,
         body: bytes,
         usage_span: tuple[int, int] | None = None,
     ) -> bool:
-        """Stores an answer. Whether it was."""
-        assert self._services.store is not None
-        entry = self._entry(call, plan, goods, body, usage_span)
-        return entry.ttl > 0 and self._put(call.client.cache_partition, entry)
+        """Store a response. Returns whether it was stored."""
+        entry = self._entry(request, plan, new, body, usage_span)
+        stored = entry.ttl > 0 and self._store.put(entry)
+        if stored:
+            self.recent.add(request.client.cache_partition, entry)
+        return stored
 
     async def store_items(
-        self, call: ProxyRequest, plan: CachePlan, goods: NewEntry, numbers: Sequence[int], vectors: Sequence[bytes]
+        self, request: ProxyRequest, plan: CachePlan, new: NewEntry, numbers: Sequence[int], vectors: Sequence[bytes]
     ) -> bool:
-        """Stores each of the items of these `numbers` under its own key. Whether any was."""
-        store, batch = self._services.store, plan.batch
-        assert store is not None
+        """Store each of the items of these `numbers` under its own key. Returns whether any was stored."""
+        batch = plan.batch
         assert batch is not None
         plan = msgspec.structs.replace(plan, field_digests="")  # those of the whole batch say nothing of one item
-        template = self._entry(call, plan, goods._replace(cost=None), b"", None)
+        template = self._entry(request, plan, new._replace(cost=None), b"", None)
         if template.ttl <= 0:
             return False
-        upstream, models = goods.answered.upstream, (template.answer_model, call.model)
-        price = partial(upstream.prices.cost, upstream.address.kind, models) if goods.cost is not None else None
+        price = new.price if new.cost is not None else None
         if sum(map(len, vectors)) > LARGE:
             entries = await asyncio.to_thread(item_entries, template, batch, numbers, vectors, price)
         else:
             entries = item_entries(template, batch, numbers, vectors, price)
         if plan.request is not None:
-            mask = self._services.masker.mask_text
-            entries = [msgspec.structs.replace(entry, request=mask(entry.request or "")) for entry in entries]
-        stored = [store.put(entry) for entry in entries]
+            entries = [msgspec.structs.replace(entry, request=self._mask(entry.request or "")) for entry in entries]
+        stored = [self._store.put(entry) for entry in entries]
         return any(stored)
 
     def _entry(
-        self, call: ProxyRequest, plan: CachePlan, goods: NewEntry, body: bytes, usage_span: tuple[int, int] | None
+        self, request: ProxyRequest, plan: CachePlan, new: NewEntry, body: bytes, usage_span: tuple[int, int] | None
     ) -> Entry:
-        ttl = call.options.ttl if call.options.ttl is not None else self._services.ttl(call.endpoint)
         return Entry(
             key=plan.key,
-            form="sse" if call.stream else "json",
-            status=goods.answered.status,
-            headers=storable_headers(goods.headers),
+            form="sse" if request.stream else "json",
+            status=new.status,
+            headers=storable_headers(new.headers),
             body=body,
             usage_span=usage_span,
-            stored_at=self._services.clock.wall(),
-            ttl=ttl,
-            endpoint=call.endpoint,
-            model=call.model,
-            answer_model=goods.model if isinstance(goods.model, str) else None,
-            usage=goods.usage,
-            cost=usd(goods.cost.usd) if goods.cost is not None else None,
-            namespace=call.options.namespace,
-            tags=call.options.tags,
-            sampled=not is_deterministic(call.endpoint, call.document),
-            usage_asked=call.wants_usage or goods.answered.injected,
+            stored_at=self._clock.wall(),
+            ttl=ttl_of(self._settings, request),
+            endpoint=request.endpoint,
+            model=request.model,
+            answer_model=new.model if isinstance(new.model, str) else None,
+            usage=new.usage,
+            cost=usd(new.cost.usd) if new.cost is not None else None,
+            namespace=request.options.namespace,
+            tags=request.options.tags,
+            sampled=not is_deterministic(request.endpoint, request.document),
+            usage_asked=request.wants_usage or new.injected,
             traits=plan.field_digests,
             request=plan.request,
             bare=plan.unpartitioned_key,
         )
-
-    def _put(self, scope: str, entry: Entry) -> bool:
-        assert self._services.store is not None
-        stored = self._services.store.put(entry)
-        if stored:
-            self.recent.add(scope, entry)
-        return stored
 
 
 def _not_cached(plan: CachePlan, message: str) -> ProxyError:
@@ -350,15 +362,15 @@ def _not_cached(plan: CachePlan, message: str) -> ProxyError:
     return ProxyError("not_cached", message, headers=headers)
 
 
-def _not_recorded(call: ProxyRequest, plan: CachePlan, identity: str) -> str:
-    """What a person needs to find out why a replay has no answer: what it looked for."""
+def _not_recorded(request: ProxyRequest, plan: CachePlan, identity: str) -> str:
+    """Return what a person needs to find out why a replay has no response: what it looked for."""
     if not plan.key:
         return f"replay: this request is never stored ({plan.reason}), and nothing is sent upstream"
-    options = call.options
-    asked = {"namespace": options.namespace, "sample": options.sample, "query": call.route.query}
+    options = request.options
+    asked = {"namespace": options.namespace, "sample": options.sample, "query": request.route.query}
     further = "".join(f", {name} {value!r}" for name, value in asked.items() if value)
-    model, upstream = printable(call.model, 60), printable(identity.replace("\n", " + "))
+    model, upstream = printable(request.model, 60), printable(identity.replace("\n", " + "))
     return (
-        f"replay: {plan.reason}, and nothing is sent upstream; looked for {call.endpoint}, model {model!r}, "
+        f"replay: {plan.reason}, and nothing is sent upstream; looked for {request.endpoint}, model {model!r}, "
         f"upstream {upstream}{further}"
     )

@@ -1,14 +1,16 @@
-"""What the cache may do for a call, and under which key: the first decision of every journey."""
+"""What the cache may do for a request, and under which key: the first decision about every request."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from msgspec.structs import replace
 
+from ..config.settings import CacheSettings
+from ..protocol.masking import SecretMasker
 from ..protocol.request import ProxyRequest
-from ..services import Services
 from .completeness import is_deterministic
 from .embeddings import EmbeddingBatch, read_batch
 from .fields import dropped_fields, request_bypass
@@ -17,88 +19,116 @@ from .miss_reason import field_digests_of
 from .plan import CachePlan
 
 LARGE: Final = 1024 * 1024
-"""Bodies above this are read in a thread, so that the loop stays free (bytes)."""
+"""Bodies larger than this are read in a thread, so that the event loop stays free (bytes)."""
 
 
 class Planner:
-    """Plans calls in one world."""
+    """Plans requests.
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    settings: those of the cache.
+    identity: returns what stands in the key for all upstreams that serve a model.
+    sample: returns the sample number that a run gives a request, by its key without one.
+    masker: takes secrets out of request bodies that are stored.
+    """
 
-    async def plan(self, call: ProxyRequest) -> CachePlan:
-        """What the cache may do for this call, and under which key."""
-        services, options = self._services, call.options
-        if services.store is None:
-            why = "off" if services.settings.cache.backend == "off" else "when=never"
-            return CachePlan("", why, False, False, "bypass")
-        if options.no_store:
-            return CachePlan("", "no-store", False, False, "bypass")
-        why_not = request_bypass(call.endpoint, call.document)
-        if why_not is None and services.settings.cache.when == "deterministic":
-            why_not = None if is_deterministic(call.endpoint, call.document) else "uncacheable: sampled"
+    def __init__(
+        self,
+        settings: CacheSettings,
+        *,
+        identity: Callable[[str], str],
+        sample: Callable[[ProxyRequest, str], Awaitable[str]],
+        masker: SecretMasker,
+    ) -> None:
+        self._settings = settings
+        self._identity = identity
+        self._sample = sample
+        self._masker = masker
+
+    async def plan(self, request: ProxyRequest) -> CachePlan:
+        """Return what the cache may do for this request, and under which key."""
+        settings, options = self._settings, request.options
+        why_not = self._bypass(request)
         if why_not is not None:
-            return CachePlan("", why_not, False, False, "bypass")
-        drop = dropped_fields(call.endpoint, services.settings.cache.ignore_fields)
+            return _bypassed(why_not)
+        drop = dropped_fields(request.endpoint, settings.ignore_fields)
         try:
-            if len(call.body) > LARGE:
-                parts = await asyncio.to_thread(self.key_parts, call, drop)
+            if len(request.body) > LARGE:
+                parts = await asyncio.to_thread(self.key_parts, request, drop)
             else:
-                parts = self.key_parts(call, drop)
+                parts = self.key_parts(request, drop)
         except NotCacheable as error:
-            return CachePlan("", f"uncacheable: {error.reason}", False, False, "bypass")
-        sample, scope = options.sample, call.client.cache_partition
+            return _bypassed(f"uncacheable: {error.reason}")
+        sample, partition = options.sample, request.client.cache_partition
         if options.run and not sample:
-            sample = await services.runs.sample(call, partitioned((await self._key(parts))[0], scope))
-        parts = _sampled(parts, sample)
-        batch = await self._batch(call, parts, drop)
-        bare, traits = await self._key(parts)
+            sample = await self._sample(request, partitioned((await self._key(parts))[0], partition))
+        parts = _with_sample(parts, sample)
+        batch = await self._batch(request, parts, drop)
+        unpartitioned, digests = await self._key(parts)
         if batch is not None and len(batch.order) == 1:
-            bare, batch = batch.unpartitioned_keys[0], None  # the answer to one item is what is kept of that item
-        if services.replays:  # whose answer it was, and how old it is, do not matter: no-cache is about age
-            return CachePlan(bare, "not recorded", True, True, batch=batch, field_digests=traits)
-        key = partitioned(bare, scope)
-        if batch is not None and scope:
-            batch = replace(batch, keys=tuple([partitioned(item, scope) for item in batch.unpartitioned_keys]))
-        reason, read, forward = "new", True, "uri-miss"
-        if services.settings.cache.mode == "refresh":
-            reason, read, forward = "refresh", False, "bypass"
+            unpartitioned, batch = batch.unpartitioned_keys[0], None  # stored as that one item
+        if settings.mode == "replay":  # neither whose response it was nor its age matters; no-cache is about age
+            return CachePlan(unpartitioned, "not recorded", True, True, batch=batch, field_digests=digests)
+        key = partitioned(unpartitioned, partition)
+        if batch is not None and partition:
+            batch = replace(batch, keys=tuple([partitioned(item, partition) for item in batch.unpartitioned_keys]))
+        reason, read, fwd = "new", True, "uri-miss"
+        if settings.mode == "refresh":
+            reason, read, fwd = "refresh", False, "bypass"
         elif options.no_cache:
-            reason, read, forward = "no-cache", False, "request"
-        request = services.masker.mask(parts.body).decode() if services.settings.cache.store_requests else None
-        return CachePlan(key, reason, read, True, forward, batch, traits, bare if bare != key else "", request)
+            reason, read, fwd = "no-cache", False, "request"
+        stored_body = self._masker.mask(parts.body).decode() if settings.store_requests else None
+        other = unpartitioned if unpartitioned != key else ""
+        return CachePlan(key, reason, read, True, fwd, batch, digests, other, stored_body)
+
+    def _bypass(self, request: ProxyRequest) -> str | None:
+        """Return why the cache may do nothing for this request; None: it may."""
+        settings = self._settings
+        if settings.backend == "off":
+            return "off"
+        if settings.when == "never":
+            return "when=never"
+        if request.options.no_store:
+            return "no-store"
+        why_not = request_bypass(request.endpoint, request.document)
+        if why_not is None and settings.when == "deterministic":
+            why_not = None if is_deterministic(request.endpoint, request.document) else "uncacheable: sampled"
+        return why_not
 
     async def _key(self, parts: KeyParts) -> tuple[str, str]:
-        """The key less the client's scope, and the digests that tell later how it differs from another."""
+        """Return the key without the client's partition, and the digests that tell how it differs from another."""
         if len(parts.body) > LARGE:
             return await asyncio.to_thread(_key_and_field_digests, parts)
         return _key_and_field_digests(parts)
 
-    def key_parts(self, call: ProxyRequest, drop: frozenset[str]) -> KeyParts:
-        """What the key is made of, before sample and scope are added. Raises NotCacheable."""
-        beta = [value for name, value in call.headers if len(name) == 11 and name.lower() == b"openai-beta"]
-        route = call.route
+    def key_parts(self, request: ProxyRequest, drop: frozenset[str]) -> KeyParts:
+        """Return what the key is made of, without sample and partition. Raises NotCacheable."""
+        beta = [value for name, value in request.headers if len(name) == 11 and name.lower() == b"openai-beta"]
+        route = request.route
         return KeyParts(
-            endpoint=call.endpoint,
-            namespace=call.options.namespace,
-            model=f"{call.model}\n{route.deployment or ''}",
-            upstreams=self._services.identity(call.model),
+            endpoint=request.endpoint,
+            namespace=request.options.namespace,
+            model=f"{request.model}\n{route.deployment or ''}",
+            upstreams=self._identity(request.model),
             beta=b", ".join(beta).decode("latin-1"),
             sample="",
             query=route.query,
-            body=canonical(call.body, drop),
+            body=canonical(request.body, drop),
         )
 
-    async def _batch(self, call: ProxyRequest, parts: KeyParts, drop: frozenset[str]) -> EmbeddingBatch | None:
-        """The items of a request that have keys of their own."""
-        if call.endpoint != "embeddings" or call.stream or not self._services.settings.cache.embeddings_per_item:
+    async def _batch(self, request: ProxyRequest, parts: KeyParts, drop: frozenset[str]) -> EmbeddingBatch | None:
+        """Return the items of a request that have keys of their own."""
+        if request.endpoint != "embeddings" or request.stream or not self._settings.embeddings_per_item:
             return None
-        if len(call.body) > LARGE:
-            return await asyncio.to_thread(read_batch, call.body, call.document, parts, drop)
-        return read_batch(call.body, call.document, parts, drop)
+        if len(request.body) > LARGE:
+            return await asyncio.to_thread(read_batch, request.body, request.document, parts, drop)
+        return read_batch(request.body, request.document, parts, drop)
 
 
-def _sampled(parts: KeyParts, sample: str) -> KeyParts:
+def _bypassed(reason: str) -> CachePlan:
+    return CachePlan("", reason, read=False, write=False, fwd="bypass")
+
+
+def _with_sample(parts: KeyParts, sample: str) -> KeyParts:
     """Sample 0 is a request without one."""
     return parts if sample in ("", "0") else replace(parts, sample=sample)
 

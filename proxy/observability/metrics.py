@@ -98,7 +98,7 @@ class GaugeSources(Protocol):
     @property
     def upstreams(self) -> Sequence[Upstream]: ...
     @property
-    def store(self) -> TieredStore | None: ...
+    def store(self) -> TieredStore: ...
     @property
     def budgets(self) -> Budgets: ...
     @property
@@ -303,7 +303,7 @@ def _gauges(sources: GaugeSources | None, in_flight: int) -> list[Metric]:
             current = upstream.breaker.state(now)
             for state in STATES:
                 breaker.add_metric([upstream.address.name, state], float(current == state))
-        if sources.store is not None:
+        if sources.store.enabled:
             stats = sources.store.memory.stats()
             entries.add_metric([], stats["entries"])
             size.add_metric([], stats["bytes"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -20,8 +21,8 @@ from ..cost.pricing import Cost, total_cost
 from ..cost.usage import Usage
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
+from ..protocol.masking import SecretMasker
 from ..protocol.request import ProxyRequest
-from ..services import Services
 from ..upstream.progress import AttemptLog
 from ..upstream.response import ReadAnswer, ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
@@ -44,20 +45,21 @@ class JoinedEmbeddings(msgspec.Struct, frozen=True):
 
 
 class EmbeddingsFetcher:
-    """Buys what is left of batches, in one world. read: reads an answer whole and settles it, None where it is longer
-    than so many bytes; raises Refusal.
+    """Fetches the items of batches that are not cached.
+
+    read: reads a response whole and settles it. None if it is longer than that many bytes. Raises ProxyError.
     """
 
     def __init__(
         self,
-        services: Services,
-        exchange: RetryingSender,
-        shelf: ResponseCache,
+        sender: RetryingSender,
+        cache: ResponseCache,
+        masker: SecretMasker,
         read: Callable[[ProxyRequest, ResponseInHand, AttemptLog, int], Awaitable[ReadAnswer | None]],
     ) -> None:
-        self._services = services
-        self._exchange = exchange
-        self._shelf = shelf
+        self._sender = sender
+        self._cache = cache
+        self._masker = masker
         self._read = read
 
     async def fetch(
@@ -76,7 +78,7 @@ class EmbeddingsFetcher:
         while parts := batch.parts(bought):
             numbers = parts[0]
             part = request.with_input(batch.input(numbers))
-            answered = await self._exchange.send(part, attempt_log, whole=False)
+            answered = await self._sender.send(part, attempt_log, whole=False)
             if answered.body is not None:
                 return answered
             read = await self._whole(part, answered, attempt_log)
@@ -89,8 +91,8 @@ class EmbeddingsFetcher:
             model = named
             leaked = leaked or answered.leaked
             if plan.write and not answered.leaked:
-                goods = NewEntry(answered, read.headers, read.usage, read.cost, model)
-                stored |= await self._shelf.store_items(request, plan, goods, numbers, vectors)
+                goods = new_entry(answered, read.headers, read.usage, read.cost, model, part.model)
+                stored |= await self._cache.store_items(request, plan, goods, numbers, vectors)
             bought.update(zip(numbers, vectors, strict=True))
             if any(found.entry.answer_model != model for found in batch.found.values()):
                 batch = msgspec.structs.replace(batch, found={})  # vectors of two models cannot be compared
@@ -101,7 +103,7 @@ class EmbeddingsFetcher:
         else:
             body = join(everything, batch.order, model, attempt_log.usage)
         if leaked:
-            body = self._services.masker.mask(body)
+            body = self._masker.mask(body)
         savings = savings_of(batch.found.values()) if batch.found else None
         return JoinedEmbeddings(plan, answered.response.reason, read.headers, body, model, stored, savings)
 
@@ -110,7 +112,7 @@ class EmbeddingsFetcher:
         if not (answered.is_stream or answered.opaque):
             read = await self._read(part, answered, attempt_log, SPILL_OF_ITEMS)
         if read is None:
-            self._exchange.settle(part, answered.lease, None)
+            self._sender.settle(part, answered.lease, None)
             answered.response.close()
             raise _not_whole("a stream, encoded, or too long")
         return read
@@ -128,6 +130,21 @@ def _vectors(part: ProxyRequest, answered: ResponseInHand, read: ReadAnswer) -> 
         raise _not_whole(why_not or "not of the usual form")
     model = read.document.get("model")
     return vectors, model if isinstance(model, str) else None
+
+
+def new_entry(
+    answered: ResponseInHand,
+    headers: Sequence[Raw],
+    usage: Usage | None,
+    cost: Cost | None,
+    model: object,
+    asked_model: str = "",
+) -> NewEntry:
+    upstream = answered.upstream
+    price = partial(
+        upstream.prices.cost, upstream.address.kind, (model if isinstance(model, str) else None, asked_model)
+    )
+    return NewEntry(answered.status, headers, usage, cost, model, answered.injected, price)
 
 
 def _not_whole(why: str) -> ProxyError:

@@ -1,5 +1,6 @@
-"""What an operator wants to know of a request: its key and what that is made of, whether it would be cached, and how it
-differs from the nearest stored one (`POST /_proxy/cache/explain`, `openai-proxy cache explain`).
+"""Explains what the cache makes of a request: its key, whether it would be cached, and the nearest stored request.
+
+`POST /_proxy/cache/explain` and `openai-proxy cache explain` show it.
 """
 
 from __future__ import annotations
@@ -13,35 +14,26 @@ from ..cache.fields import dropped_fields
 from ..cache.key import NotCacheable
 from ..cache.miss_reason import nearest, reason_of
 from ..cache.planner import Planner
-from ..config.settings import Settings
+from ..config.settings import CacheSettings
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..protocol.options import from_headers
 from ..protocol.request import Client, ProxyRequest, parse_body
-from ..protocol.routes import ENDPOINTS, Route, parse_target, printable
-from ..services import Services, configured_clients
+from ..protocol.routes import ENDPOINTS, Route, parse_target
+from ..upstream.providers.interface import UpstreamAddress
 from ..upstream.providers.registry import model_named
 
 EntrySummary = Mapping[str, Any]
-"""A stored answer as `core.listing` shows it."""
+"""A stored response as `cache/listing.py` shows it."""
 
 CLIENT: Final = "client"
-"""What differs where nothing else does and the keys are not the same."""
+"""What is said to differ if no field does and the keys still do."""
 
 
-def client_named(settings: Settings, name: str | None) -> Client:
-    """The client of that name; of None: the only one there is, or nobody. Raises ProxyError."""
-    clients = configured_clients(settings)
-    for client in clients:
-        if client.name == name:
-            return client
-    if name is not None:
-        raise ProxyError("invalid_option", f"no client key has the name {printable(name)!r}", param="client")
-    return clients[0] if len(clients) == 1 else Client()
-
-
-def request_of(services: Services, target: str, headers: Sequence[Raw], body: bytes, client: Client) -> ProxyRequest:
-    """The request that `body` would be, sent to `target`. Raises ProxyError."""
+def request_of(
+    addresses: Sequence[UpstreamAddress], target: str, headers: Sequence[Raw], body: bytes, client: Client
+) -> ProxyRequest:
+    """Return the request that `body` would be, sent to `target`. Raises ProxyError."""
     route: Route = parse_target(target)
     if route.endpoint not in ENDPOINTS.values():
         raise ProxyError("bad_request", f"never cached: only {', '.join(ENDPOINTS)} are", param="target")
@@ -49,7 +41,7 @@ def request_of(services: Services, target: str, headers: Sequence[Raw], body: by
     return ProxyRequest.from_body(
         body,
         parse_body(body),
-        partial(model_named, services.addresses),
+        partial(model_named, addresses),
         route=route,
         headers=headers,
         options=replace(from_headers(route.options, texts), run=""),  # which would count it
@@ -58,18 +50,19 @@ def request_of(services: Services, target: str, headers: Sequence[Raw], body: by
 
 
 async def explain(
-    services: Services,
+    planner: Planner,
+    settings: CacheSettings,
     request: ProxyRequest,
     pages: AsyncIterator[Sequence[EntrySummary]],
-    told: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """All of it, for JSON. pages: the stored answers of the call's endpoint; told: how many of them were looked at.
+    """Return the explanation of a request, for JSON. Raises what the pages raise.
 
-    Raises what the pages raise.
+    settings: those of the cache. pages: the stored responses of the request's endpoint. progress: is called with the
+    number of responses that each page held.
     """
-    planner = Planner(services)
     plan = await planner.plan(request)
-    dropped = dropped_fields(request.endpoint, services.settings.cache.ignore_fields)
+    dropped = dropped_fields(request.endpoint, settings.ignore_fields)
     explanation: dict[str, Any] = {
         "endpoint": request.endpoint,
         "cacheable": bool(plan.key),
@@ -99,7 +92,7 @@ async def explain(
     if not plan.key:
         return explanation
     explanation["fields"] = _fields(plan.field_digests)
-    ageless = services.settings.cache.mode == "replay"
+    ageless = settings.mode == "replay"
     best: tuple[EntrySummary, list[str]] | None = None
     async for page in pages:
         explanation["stored"] += [dict(card) for card in page if card["key"] == plan.key]
@@ -108,7 +101,7 @@ async def explain(
             others.append(best[0])
         best = nearest(((card, card["traits"]) for card in sorted(others, key=_age)), plan.field_digests)
         explanation["compared"] += len(page)
-        told(len(page))
+        progress(len(page))
     if best is not None:
         explanation["nearest"], explanation["differs"] = dict(best[0]), best[1] or [CLIENT]
     if plan.read:

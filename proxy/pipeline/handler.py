@@ -20,9 +20,8 @@ from ..accounting.receipt import Receipt
 from ..accounting.runs.registry import run_headers, run_lines
 from ..cache.completeness import plain_complete
 from ..cache.embeddings import in_order, join, read_answer, vectors_of
-from ..cache.lookup import CacheHit, NewEntry, RequestDigest, ResponseCache
+from ..cache.lookup import CacheHit, RequestDigest, ResponseCache
 from ..cache.plan import CachePlan
-from ..cache.planner import Planner
 from ..cache.stream_audit import StreamAudit
 from ..cost.pricing import Cost
 from ..cost.usage import NO_TOKENS, Usage, usage_of
@@ -42,7 +41,7 @@ from ..upstream.sender import RetryingSender
 from .coalescing.coalescer import Coalescer
 from .coalescing.reply import Charge, Reply
 from .coalescing.single_flight import Sharing
-from .embeddings import SPILL_OF_ITEMS, EmbeddingsFetcher
+from .embeddings import SPILL_OF_ITEMS, EmbeddingsFetcher, new_entry
 from .recorder import Recorder
 from .relay import ClientFilter, StreamEnd, StreamRelay
 from .response_headers import cost_comment, cost_lines
@@ -66,12 +65,24 @@ class RequestHandler:
 
     def __init__(self, services: Services, transport: UpstreamTransport, observe: Callable[[Receipt], None]) -> None:
         self.services = services
-        self.recorder = Recorder(services, observe)
+        self.recorder = Recorder(
+            services.clock,
+            services.clients,
+            services.budgets,
+            show_key=len(services.settings.server.client_keys) < 2,
+            observers=(services.runs.finished, services.budgets.recorded, services.receipts.put, observe),
+        )
         self.sender = RetryingSender(services, transport)
-        self.planner = Planner(services)
-        self.cache = ResponseCache(services)
+        self.planner = services.planner
+        self.cache = ResponseCache(
+            services.store,
+            services.settings.cache,
+            services.clock,
+            identity=services.identities.of,
+            mask=services.masker.mask_text,
+        )
         self.coalescer = Coalescer(services, self.fetch_alone, self.cache, self.recorder)
-        self.embeddings = EmbeddingsFetcher(services, self.sender, self.cache, self._read)
+        self.embeddings = EmbeddingsFetcher(self.sender, self.cache, services.masker, self._read)
         self.stale_fallback = StaleFallback(services, self.cache, self.coalescer.fetch, self.recorder.finish)
         self.recorder.held = self.stale_fallback.holds
         self.revalidator = BackgroundRevalidator(services, self.coalescer.fetch)
@@ -97,7 +108,7 @@ class RequestHandler:
             raise
         if isinstance(served, CacheHit):
             runs.hit(request, served.entry)
-            return replace(served, lines=run_lines(run), run=run.name)
+            return replace(served, headers=run_headers(run), run=run.name)
         return replace(served, lines=served.lines + run_lines(run))
 
     async def _handle(
@@ -183,7 +194,7 @@ class RequestHandler:
                     vectors = vectors_of(document) if plan.batch is not None else None
                     if vectors is not None and plan.batch is not None and not in_order(document):
                         body = join(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
-                    goods = NewEntry(answered, read.headers, usage, cost, answer_model)
+                    goods = new_entry(answered, read.headers, usage, cost, answer_model, request.model)
                     stored = self.cache.store(request, plan, goods, body)
                     if vectors is not None:
                         numbers = range(len(vectors))
@@ -323,7 +334,7 @@ class RequestHandler:
             stored = False
             if ending.why is None and ending.body is not None and not services.masker.found_in(ending.body):
                 span = audit.usage_span if audit else None
-                goods = NewEntry(answered, headers, known, price_of_it, model)
+                goods = new_entry(answered, headers, known, price_of_it, model)
                 stored = self.cache.store(request, plan, goods, ending.body, span)
             if not (stored or ending.failure or ending.client_left or (audit is not None and audit.error)):
                 self.coalescer.mark_uncacheable(request, plan)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from ..accounting.budgets.budgets import Budgets
 from ..accounting.receipt import Receipt
 from ..cache.completeness import is_deterministic
 from ..cache.embeddings import Savings
@@ -15,7 +16,8 @@ from ..cost.usage import Usage
 from ..protocol.request import ProxyRequest
 from ..protocol.routes import printable
 from ..protocol.traceparent import traceparent
-from ..services import Services
+from ..system.clock import Clock
+from ..upstream.limits.clients import ClientLimits
 from ..upstream.progress import AttemptLog
 from .response_headers import ZERO_COST, Timing, cache_status, cost_status
 
@@ -26,11 +28,26 @@ WARNED: Final = 100
 
 
 class Recorder:
-    """observe: is told every receipt; held: whether a receipt is not the last word on its request."""
+    """Makes the receipts and response headers of requests that were not cache hits.
 
-    def __init__(self, services: Services, observe: Callable[[Receipt], None]) -> None:
-        self._services = services
-        self._observe = observe
+    show_key: the cache key may be shown, as there are no several clients that must not learn of each other.
+    observers: are called with every finished receipt, in this order.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        clients: ClientLimits,
+        budgets: Budgets,
+        *,
+        show_key: bool,
+        observers: Sequence[Callable[[Receipt], None]],
+    ) -> None:
+        self._clock = clock
+        self._clients = clients
+        self._budgets = budgets
+        self._show_key = show_key
+        self._observers = observers
         self._unpriced: set[str] = set()
         self.held: Callable[[Receipt], bool] = lambda receipt: False
 
@@ -44,14 +61,13 @@ class Recorder:
         why_not: str | None = None,
     ) -> str:
         """Our headers on an answer from upstream."""
-        services = self._services
-        total = (services.clock.monotonic() - request.arrived) * 1000
+        total = (self._clock.monotonic() - request.arrived) * 1000
         timing = Timing(attempt_log.queue_ms + attempt_log.paused_ms, attempt_log.upstream_ms, total)
         detail = plan.reason if plan.fwd in ("bypass", "request") else why_not or ""
-        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and len(services.settings.server.client_keys) < 2 else ""
+        key = f"X-Proxy-Cache-Key: {plan.key}\r\n" if plan.key and self._show_key else ""
         why = "" if plan.collapsed else f"X-Proxy-Cache-Reason: {plan.reason}\r\n"
-        spent = services.budgets.client_usage(request.client)
-        limits = services.clients.headers(request.client, services.clock.monotonic(), spent)
+        spent = self._budgets.client_usage(request.client)
+        limits = self._clients.headers(request.client, self._clock.monotonic(), spent)
         return (
             f"X-Proxy-Request-Id: {request.id}\r\nX-Proxy-Cache: {plan.status}\r\n{why}"
             f"Cache-Status: {cache_status(plan.fwd, detail, stored, plan.collapsed)}\r\n{key}"
@@ -74,7 +90,7 @@ class Recorder:
         savings: Savings | None = None,
     ) -> None:
         """The request's receipt. saved: what sharing spared it, in USD."""
-        clock = self._services.clock
+        clock = self._clock
         if attempt_log.client_left is not None:
             status, error = attempt_log.client_left
         usage, cost = usage or attempt_log.usage, cost or attempt_log.cost
@@ -130,7 +146,5 @@ class Recorder:
 
     def finish(self, receipt: Receipt) -> None:
         """A request is over: its receipt is kept, counted and logged."""
-        self._services.runs.finished(receipt)
-        self._services.budgets.recorded(receipt)
-        self._services.receipts.put(receipt)
-        self._observe(receipt)
+        for observe in self._observers:
+            observe(receipt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -25,6 +26,11 @@ class Timing(msgspec.Struct, frozen=True):
     def header(self) -> str:
         own = max(0.0, self.total - self.queue - self.upstream)
         return f"queue;dur={self.queue:.1f}, upstream;dur={self.upstream:.1f}, proxy;dur={own:.1f}"
+
+
+def lines_of(headers: Sequence[tuple[str, str]]) -> str:
+    """Return header lines as text."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers])
 
 
 def usage_lines(usage: Usage | None) -> str:

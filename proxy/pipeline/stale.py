@@ -22,6 +22,7 @@ import msgspec
 from ..accounting.receipt import Receipt
 from ..cache.lookup import CacheHit, ResponseCache
 from ..cache.plan import CachePlan
+from ..cache.stores.build import max_stale
 from ..protocol.errors import ProxyError
 from ..protocol.request import ProxyRequest
 from ..services import Services
@@ -71,7 +72,7 @@ class StaleFallback(Generic[A]):
 
     async def fetch(self, request: ProxyRequest, plan: CachePlan) -> A | CacheHit:
         """The answer from upstream, or the stale one in its place. Raises ProxyError."""
-        if self._shelf.stale_if_error_seconds(request, plan) <= 0 and not self._shelf.stale_if_budget_seconds(plan):
+        if self._shelf.stale_if_error_seconds(request, plan) <= 0 and not self._budget_seconds(plan):
             return await self._buy(request, plan)
         self._held[request.id] = None
         try:
@@ -85,7 +86,7 @@ class StaleFallback(Generic[A]):
             failed = self._held[request.id]
             if failed is not None and failed.error:
                 why = failed.error
-            spent = why == "budget_exceeded" and self._shelf.stale_if_budget_seconds(plan)
+            spent = why == "budget_exceeded" and self._budget_seconds(plan)
             if why and (spent or allows_stale(status, why)):
                 attempts = failed.attempts if failed is not None else 0
                 hit = await self._shelf.stale_if_error(request, plan, why, attempts, spent or 0.0)
@@ -101,6 +102,13 @@ class StaleFallback(Generic[A]):
             receipt = self._held.pop(request.id)
             if receipt is not None:
                 self._finish(receipt)
+
+    def _budget_seconds(self, plan: CachePlan) -> float:
+        """Return for how many seconds after its lifetime a response may be served because a budget is used up."""
+        budgets = self._services.budgets
+        if not (plan.key and plan.read and budgets.active and budgets.cache_only):
+            return 0.0
+        return max_stale(self._services.settings.cache)
 
     def holds(self, receipt: Receipt) -> bool:
         """Whether it is not the last word yet: another may take its place."""

@@ -15,7 +15,7 @@ from aiohttp.web import BaseRequest
 from ..config.settings import Settings
 from ..protocol.errors import ProxyError
 from ..protocol.request import Client
-from ..services import configured_clients, partition_of_credential
+from ..protocol.routes import printable
 
 _ALWAYS: Final = ("localhost", "127.0.0.1", "[::1]")
 _KEEP: Final = 1024
@@ -124,6 +124,38 @@ class AccessControl:
                 else "without server.admin_key this route answers to this machine only",
                 headers=(("WWW-Authenticate", 'Basic realm="openai-proxy"'),),
             )
+
+
+def partition_of_credential(scheme: str, token: str, *parts: str) -> str:
+    """Return the cache partition of a pass-through client: a digest of its credential.
+
+    parts: what else decides for whom the upstream answers.
+    """
+    return "credential " + hashlib.sha256("\0".join((scheme, token, *parts)).encode()).hexdigest()
+
+
+def configured_clients(settings: Settings) -> tuple[Client, ...]:
+    """Return one client for each of `server.client_keys`, in their order."""
+    shared = settings.cache.shared
+    return tuple(
+        Client(
+            key.name,
+            "" if shared else f"namespace {key.namespace}" if key.namespace else f"name {key.name}",
+            models=key.models,
+        )
+        for key in settings.server.client_keys
+    )
+
+
+def client_named(settings: Settings, name: str | None) -> Client:
+    """Return the client of that name; for None the only one there is, or an anonymous one. Raises ProxyError."""
+    clients = configured_clients(settings)
+    for client in clients:
+        if client.name == name:
+            return client
+    if name is not None:
+        raise ProxyError("invalid_option", f"no client key has the name {printable(name)!r}", param="client")
+    return clients[0] if len(clients) == 1 else Client()
 
 
 def _credential(request: BaseRequest) -> tuple[str, str] | None:

@@ -159,7 +159,7 @@ class AdminHandler:
         status, others = await self._own_status(), await self.siblings.ask("status")
         if self.siblings.any:
             store = self._services.store
-            status = statuses_joined([status, *others], store is not None and store.slower is not None)
+            status = statuses_joined([status, *others], store.slower is not None)
         return self._json(visit.request, status)
 
     async def _keys(self, visit: _Context) -> FullResponse:
@@ -257,7 +257,7 @@ class AdminHandler:
             "clients": services.clients.report(services.clock.monotonic()),
             "budgets": services.budgets.report(),
             "keys": services.pool.counts(services.clock.monotonic()),
-            "cache": await services.store.stats() if services.store is not None else None,
+            "cache": await services.store.stats() if services.store.enabled else None,
             "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},
             "settings": plain(settings),
         }

@@ -17,12 +17,13 @@ from ..cache.stores.intake import import_entries
 from ..cache.stores.interface import Filter, StoreError
 from ..cache.stores.tiered import TieredStore
 from ..observability.aggregate import pages_joined
-from ..pipeline.explain import client_named, explain, request_of
+from ..pipeline.explain import explain, request_of
 from ..protocol.durations import parse_duration
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..protocol.routes import printable
 from ..services import Services
+from .access import client_named
 from .peers import LocalAnswer, PeerWorkers
 
 _TEXTS: Final = ("model", "endpoint", "namespace", "tag", "key", "prefix")
@@ -148,17 +149,19 @@ class CacheAdmin:
     async def explain(self, query: str, headers: Sequence[Raw], body: bytes) -> dict[str, Any]:
         """The key of the request `body`, and how it differs from what is stored. Options by header, as in a request."""
         asked = _query(query, ("target", "client"))
-        client = client_named(self._services.settings, asked.get("client"))
-        call = request_of(self._services, asked.get("target", "/v1/chat/completions"), headers, body, client)
+        services = self._services
+        client = client_named(services.settings, asked.get("client"))
+        call = request_of(services.addresses, asked.get("target", "/v1/chat/completions"), headers, body, client)
         try:
-            found = await explain(self._services, call, self._summaries(Filter(endpoint=call.endpoint)))
+            pages = self._summaries(Filter(endpoint=call.endpoint))
+            found = await explain(services.planner, services.settings.cache, call, pages)
         except StoreError as error:
             raise _broken(error) from None
         return {"client": client.name or None} | found
 
     async def _summaries(self, which: Filter) -> AsyncIterator[Sequence[dict[str, Any]]]:
         store, after, wall = self._services.store, "", self._services.clock.wall()
-        while store is not None:
+        while store.enabled:
             page = await store.list(which, after, _MOST_LISTED)
             yield [listing(entry, size, wall) for entry, size in page.entries]
             after = page.next
@@ -166,7 +169,7 @@ class CacheAdmin:
                 return
 
     def _store(self) -> TieredStore:
-        if self._services.store is None:
+        if not self._services.store.enabled:
             raise ProxyError("bad_request", "nothing is stored: the cache is off")
         return self._services.store
 

@@ -23,7 +23,16 @@ from ..pipeline.coalescing.broadcast import SubscriberStream
 from ..pipeline.coalescing.reply import Reply
 from ..pipeline.handler import LARGE, RequestHandler
 from ..pipeline.relay import StreamBroken, with_comment
-from ..pipeline.response_headers import TRAILERS, ZERO_COST, Timing, cost_comment, cost_lines, stale_lines, usage_lines
+from ..pipeline.response_headers import (
+    TRAILERS,
+    ZERO_COST,
+    Timing,
+    cost_comment,
+    cost_lines,
+    lines_of,
+    stale_lines,
+    usage_lines,
+)
 from ..protocol.errors import ProxyError
 from ..protocol.headers import is_request_option
 from ..protocol.options import Options, from_headers
@@ -282,7 +291,7 @@ class ApiHandler:
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
             f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
-            f"{hit.lines}"
+            f"{lines_of(hit.headers)}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
         self._services.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
@@ -296,7 +305,7 @@ class ApiHandler:
 
     def _stale(self, visit: _Context, hit: CacheHit, comment: bytes) -> FullResponse:
         """An answer past its lifetime. Its receipt is written."""
-        lines = hit.lines + stale_lines(hit.entry, self._services.clock.wall(), hit.stale, hit.fwd)
+        lines = lines_of(hit.headers) + stale_lines(hit.entry, self._services.clock.wall(), hit.stale, hit.fwd)
         spent = Timing(total=(self._services.clock.monotonic() - visit.began) * 1000)
         lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
         head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()

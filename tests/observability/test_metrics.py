@@ -119,7 +119,6 @@ def test_queue_wait_under_1_ms_is_not_counted() -> None:
 
 def test_gauges_are_read_at_each_scrape() -> None:
     metrics, of = Metrics(), services()
-    assert of.store is not None
     of.store.put(entry())
     seen = samples(metrics, 7, of)
     assert (seen["in_flight"], seen["cache_entries"], seen["keys{state=ready}"]) == (7, 1, 1)
@@ -257,7 +256,6 @@ async def test_breaker_state() -> None:
 async def test_store_errors(tmp_path: Path) -> None:
     file = tmp_path / "cache.db"
     of = services(cache=CacheSettings(backend="sqlite", path=str(file)))
-    assert of.store is not None
     await of.store.open()
     try:
         assert "store_errors_total" not in samples(Metrics(), of=of)

@@ -24,6 +24,7 @@ from proxy.config.settings import (
     TimeoutSettings,
     UpstreamSettings,
 )
+from proxy.coordination import NO_COORDINATION, Coordination
 from proxy.pipeline.coalescing.broadcast import SubscriberStream
 from proxy.pipeline.coalescing.reply import Reply
 from proxy.pipeline.handler import RequestHandler
@@ -120,7 +121,11 @@ class PipelineFixture:
     """One proxy without its edges, in turned time. `moves`: what the upstream does, in order."""
 
     def __init__(
-        self, *moves: Move, config: Settings | None = None, transport: ScriptedTransport | None = None
+        self,
+        *moves: Move,
+        config: Settings | None = None,
+        transport: ScriptedTransport | None = None,
+        coordination: Coordination = NO_COORDINATION,
     ) -> None:
         self.loop = virtual_time_loop()
         numbers = itertools.count(1)
@@ -131,11 +136,16 @@ class PipelineFixture:
             new_id=lambda: f"id-{next(numbers)}",
         )
         self.transport = transport or ScriptedTransport(*moves)
-        self.services: Services = build_services(config or settings(), self.clock)
+        self.services: Services = build_services(config or settings(), self.clock, coordination=coordination)
         self.receipts: list[Receipt] = []
-        self.journey = RequestHandler(self.services, self.transport, self.receipts.append)
+        self.rebuild()
         self.flows: list[StreamRelay | SubscriberStream] = []
         self.write: Write | None = None  # a client that is slow, or gone
+
+    def rebuild(self, services: Services | None = None) -> None:
+        """Build the handler anew, from other services or from those that a test has changed."""
+        self.services = services or self.services
+        self.journey = RequestHandler(self.services, self.transport, self.receipts.append)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 

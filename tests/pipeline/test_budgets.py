@@ -22,7 +22,6 @@ from proxy.config.settings import (
     Settings,
     TtlSettings,
 )
-from proxy.pipeline.handler import RequestHandler
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
 from proxy.services import build_services
@@ -367,8 +366,7 @@ async def test_a_reload_keeps_what_was_spent_and_what_is_held() -> None:
     await scene.clock.sleep(1.0)
     services = build_services(budget("0.003"), scene.clock, scene.services)
     assert services.budgets is scene.services.budgets
-    journey = RequestHandler(services, scene.transport, scene.receipts.append)
-    scene.journey, scene.services = journey, services
+    scene.rebuild(services)
     assert (await scene.ask(ask("b", **SMALL))).refused == "budget_exceeded"
     assert (await task).status == 200
     assert spent(scene) == COST

@@ -89,7 +89,6 @@ def told_once(moves: Sequence[Move], stream: bool, at: int | None, landed: list[
         assert 0 <= tokens <= 400 * len(scene.transport.sent)
         if task.cancelled():
             assert len(scene.receipts) <= 1
-            assert scene.services.store is not None
             entries = scene.services.store.memory.stats()["entries"]
             if scene.transport.sent and (scene.receipt.status, scene.receipt.error) != (499, "client_gone"):
                 landed.append(at)  # what it waited for came in the very turn in which it left

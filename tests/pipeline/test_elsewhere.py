@@ -12,8 +12,8 @@ from typing import Any, Literal
 import pytest
 
 from proxy.config.settings import CacheSettings
+from proxy.coordination import Coordination
 from proxy.pipeline.coalescing.cross_process import AVOID_FOR, LEASE, STREAM_WAIT, WAIT
-from proxy.pipeline.handler import RequestHandler
 from proxy.protocol.options import Options
 from tests.pipeline.clock import virtual_time, virtual_time_loop
 from tests.pipeline.fixture import PipelineFixture, ask, settings
@@ -65,9 +65,9 @@ def two(transport: ScriptedTransport) -> tuple[PipelineFixture, PipelineFixture,
     for name, scene in zip("ab", scenes, strict=True):
         scene.clock = replace(scene.clock, new_id=partial(_numbered, name, itertools.count()))
         scene.services.clock = scene.clock
-        scene.services.locks = held
+        scene.services.coordination = Coordination(locks=held)
         scene.services.store = scenes[0].services.store
-        scene.journey = RequestHandler(scene.services, transport, scene.receipts.append)
+        scene.rebuild()
     return *scenes, held
 
 
@@ -222,9 +222,8 @@ async def test_a_stream_holds_its_lease_to_its_end() -> None:
 
 @virtual_time
 async def test_nobody_asks_for_leases_where_coalesce_is_off() -> None:
-    scene = PipelineFixture(error(400), config=settings(cache=CacheSettings(coalesce=False)))
     held = Held()
-    scene.services.locks = held
-    scene.journey = RequestHandler(scene.services, scene.transport, scene.receipts.append)
+    config = settings(cache=CacheSettings(coalesce=False))
+    scene = PipelineFixture(error(400), config=config, coordination=Coordination(locks=held))
     assert (await scene.ask()).status == 400
     assert held.held == {}

@@ -83,7 +83,6 @@ async def stored(path: Path) -> None:
     """What a proxy leaves behind that had this configuration."""
     config = settings(pool("k1", cache_as="up"), cache=CacheSettings(backend="sqlite", path=str(path)))
     scene = PipelineFixture(says(), says(), config=config)
-    assert scene.services.store is not None
     await scene.services.store.open()
     await scene.ask(None, Options(ttl=FOREVER))
     await scene.ask(None, Options(ttl=FOREVER, namespace="ci"))

@@ -16,9 +16,9 @@ import pytest
 
 from proxy.config.limits import Limits
 from proxy.config.settings import CacheSettings, RetrySettings, Settings, ThrottleSettings, TtlSettings
+from proxy.coordination import Coordination
 from proxy.pipeline.coalescing.broadcast import SubscriberStream
 from proxy.pipeline.coalescing.reply import Reply
-from proxy.pipeline.handler import RequestHandler
 from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.garbage import uncollected
@@ -206,8 +206,8 @@ async def bug(scene: PipelineFixture, n: int) -> None:
 async def leased(scene: PipelineFixture, n: int) -> None:
     """Where another process may be buying the same."""
     if scene.services.locks is None:
-        scene.services.locks = Held()
-        scene.journey = RequestHandler(scene.services, scene.transport, scene.receipts.append)
+        scene.services.coordination = Coordination(locks=Held())
+        scene.rebuild()
     await plain(scene, n)
     await streamed(scene, n + 1000)
 

@@ -196,6 +196,7 @@ async def test_a_clock_set_back_makes_nothing_immortal_and_no_age_negative() -> 
     await scene.ask()
     back = replace(scene.clock, wall=lambda: 1_000_000_000.0)
     scene.services.clock = back
+    scene.rebuild()
     hit = await scene.ask(None, Options(max_age=5))
     assert hit.hit is not None
     assert hit.hit.entry.age(back.wall()) == 0

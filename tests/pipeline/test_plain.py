@@ -22,7 +22,6 @@ BODY = dump(completion())
 
 
 def store_size(scene: PipelineFixture) -> int:
-    assert scene.services.store is not None
     return scene.services.store.memory.stats()["entries"]
 
 

@@ -77,7 +77,6 @@ async def test_its_time_is_over_whether_it_was_swept_or_not() -> None:
         await scene.ask()
         await scene.clock.sleep(11.0)
         if swept:
-            assert scene.services.store is not None
             assert scene.services.store.sweep(scene.clock.wall()) == 1
         assert await why(scene, ask(seed=1)) == ("miss", "new")
         assert await why(scene) == ("miss", "expired")
@@ -87,7 +86,6 @@ async def test_its_time_is_over_whether_it_was_swept_or_not() -> None:
 async def test_it_had_to_make_room() -> None:
     scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(memory_size=2000)))
     await scene.ask()
-    assert scene.services.store is not None
     scene.services.store.memory.remove(scene.services.store.memory.matching(ALL))
     assert await why(scene) == ("miss", "gone")
 
@@ -96,7 +94,6 @@ async def test_it_had_to_make_room() -> None:
 async def test_after_a_purge_all_is_new() -> None:
     scene = PipelineFixture(says(), says())
     await scene.ask()
-    assert scene.services.store is not None
     await scene.services.store.purge(ALL)
     assert await why(scene, ask(seed=1)) == ("miss", "new")
 
@@ -107,6 +104,7 @@ async def test_one_found_in_the_store_is_a_neighbour_too() -> None:
     first, again = PipelineFixture(says()), PipelineFixture(says())
     await first.ask()
     again.services.store = first.services.store
+    again.rebuild()
     assert (await again.ask()).cache == "hit"
     assert await why(again, ask(seed=1)) == ("miss", "differs: seed")
 

@@ -30,7 +30,6 @@ async def recorded(file: Path, *moves: Move, **more: Any) -> PipelineFixture:
 
 
 async def closed(scene: PipelineFixture) -> None:
-    assert scene.services.store is not None
     await scene.services.store.close()
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import proxy.accounting.runs.run
 from proxy.accounting.receipt import Receipt
-from proxy.accounting.runs.registry import RunRegistry
 from proxy.accounting.runs.run import Run, RunShare
 from proxy.config.settings import CacheSettings
+from proxy.coordination import Coordination
 from proxy.protocol.headers import Raw
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client
@@ -43,7 +43,7 @@ def money(told: Result) -> tuple[str, str]:
     if told.refusal is not None:
         headers = dict(told.refusal.headers)
     elif told.hit is not None:
-        headers = dict(line.split(": ") for line in told.hit.lines.split("\r\n")[:-1])
+        headers = dict(told.hit.headers)
     else:
         headers = told.headers
     return headers[COST], headers[SAVED]
@@ -361,8 +361,7 @@ class Alone:
 
 @virtual_time
 async def test_without_the_redis_it_shares_a_process_goes_on_alone() -> None:
-    scene = PipelineFixture(*answers(3))
-    scene.services.runs = RunRegistry(scene.clock, Alone())
+    scene = PipelineFixture(*answers(3), coordination=Coordination(runs=Alone()))
     await scene.services.runs.open()
     told = [await scene.ask(ask(max_tokens=1000), run(max_cost="0.0124")) for _ in range(3)]
     assert [one.status for one in told] == [200, 200, 429]  # 0.00225 spent each, and 0.01 to be reserved

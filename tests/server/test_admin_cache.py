@@ -41,14 +41,12 @@ ENTRIES = [
 @pytest.fixture
 async def home() -> AsyncIterator[RunningProxy]:
     async with running_proxy(clock=replace(SYSTEM_CLOCK, wall=lambda: WALL)) as built:
-        assert built.services.store is not None
         for one in ENTRIES:
             built.services.store.put(one)
         yield built
 
 
 def left(home: RunningProxy) -> list[str]:
-    assert home.services.store is not None
     return sorted(entry.key + entry.form for entry, _ in home.services.store.memory.listed(NAMES))
 
 
@@ -266,7 +264,6 @@ async def test_a_store_in_trouble_is_said_to_be(home: RunningProxy) -> None:
 
         purge = list = read = fail
 
-    assert home.services.store is not None
     home.services.store.slower = Broken("nowhere", 2**20, 2**20)
     for method, path in (("POST", "/purge"), ("GET", ""), ("GET", "/aa11")):
         answer = await home.ask(method, f"/_proxy/cache{path}", {"all": True} if method == "POST" else None)

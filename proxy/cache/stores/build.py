@@ -16,18 +16,27 @@ from .tiered import TieredStore
 
 
 def store_options(settings: Settings, wall: Callable[[], float]) -> StoreOptions:
-    """Where these settings keep answers behind memory; `wall`: the clock, Unix seconds."""
+    """Return what the store behind memory needs to know of the settings. wall: returns Unix seconds."""
     cache, redis = settings.cache, settings.redis
     url = redis.url.reveal() if redis.url is not None else ""
     max_size = sys.maxsize if cache.mode == "replay" else cache.max_size  # there nothing is removed
     return StoreOptions(cache.path, max_size, cache.max_entry, url, redis.prefix, wall, max_stale(cache))
 
 
-def build_store(settings: Settings, clock: Clock) -> TieredStore | None:
-    """Memory, with the configured backend behind it; a driver is imported only where its name is configured."""
+class NullStore(TieredStore):
+    """Stands in for the store where the cache is off: it finds nothing and keeps nothing."""
+
+    enabled = False
+
+    def __init__(self) -> None:
+        super().__init__(MemoryStore(0, 0))
+
+
+def build_store(settings: Settings, clock: Clock) -> TieredStore:
+    """Return memory with the configured backend behind it. A driver is imported only if its name is configured."""
     cache, replays = settings.cache, settings.cache.mode == "replay"
     if cache.backend == "off" or cache.when == "never":
-        return None
+        return NullStore()
     if replays and cache.cassette is not None:  # it alone: what is replayed is what was committed
         return ReplayStore(MemoryStore(sys.maxsize, sys.maxsize))
     make = BACKENDS[cache.backend]
@@ -41,20 +50,23 @@ def build_store(settings: Settings, clock: Clock) -> TieredStore | None:
 
 
 def max_stale(cache: CacheSettings) -> float:
-    """Seconds an entry is kept after its ttl, for it may yet serve as stale; in replay for ever (contract 7, Cache)."""
+    """Return for how many seconds after its end of life an entry is kept, as it may still be served stale.
+
+    In replay mode entries are kept for ever.
+    """
     return math.inf if cache.mode == "replay" else max(cache.stale_while_revalidate, cache.stale_if_error)
 
 
-def _sqlite(place: StoreOptions) -> Store:
+def _sqlite(options: StoreOptions) -> Store:
     from .sqlite import SQLiteStore
 
-    return SQLiteStore(place.path, place.max_size, place.max_entry, place.max_stale, place.wall)
+    return SQLiteStore(options.path, options.max_size, options.max_entry, options.max_stale, options.wall)
 
 
-def _redis(place: StoreOptions) -> Store:
+def _redis(options: StoreOptions) -> Store:
     from .redis import RedisStore
 
-    return RedisStore(place.redis_url, place.redis_prefix, place.max_entry, place.max_stale, wall=place.wall)
+    return RedisStore(options.redis_url, options.redis_prefix, options.max_entry, options.max_stale, wall=options.wall)
 
 
 BACKENDS: Final[Mapping[str, Callable[[StoreOptions], Store] | None]] = {
@@ -62,4 +74,4 @@ BACKENDS: Final[Mapping[str, Callable[[StoreOptions], Store] | None]] = {
     "sqlite": _sqlite,
     "redis": _redis,
 }
-"""`cache.backend` -> what makes the tier behind memory, None where nothing stands behind it."""
+"""`cache.backend` -> what builds the tier behind memory; None: memory alone."""

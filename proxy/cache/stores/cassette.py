@@ -121,7 +121,7 @@ def without_partition(entry: Entry) -> Entry:
     return msgspec.structs.replace(entry, key=entry.bare, bare="") if entry.bare else entry
 
 
-def open_cassette(store: TieredStore | None, file: str | None) -> int:
+def open_cassette(store: TieredStore, file: str | None) -> int:
     """Reads the cassette into the store; how many answers it holds. Raises CassetteError.
 
     One to be recorded may be missing, but it must be possible to write it.

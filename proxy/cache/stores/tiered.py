@@ -24,6 +24,9 @@ class TieredStore:
     The slower store (None: memory alone) writes in the background, within bounds of its own; `close` waits for it.
     """
 
+    enabled = True
+    """False only where a `NullStore` stands in for a cache that is off."""
+
     def __init__(self, memory: MemoryStore, slower: Store | None = None) -> None:
         self.memory = memory
         self.slower = slower

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...config.settings import Settings
-from ...pipeline.explain import client_named, explain, request_of
+from ...pipeline.explain import explain, request_of
 from ...protocol.errors import ProxyError
 from ...protocol.headers import Raw
 from ...protocol.routes import ENDPOINTS
@@ -71,16 +71,19 @@ async def _worked_out(
     session: CacheCommand, settings: Settings, target: str, args: argparse.Namespace, body: bytes
 ) -> dict[str, Any]:
     """Here, by the settings that a proxy would have. (`session` knows no upstreams, which are part of the key.)"""
+    from ...server.access import client_named  # which loads the HTTP library
+
     services = build_services(settings, SYSTEM_CLOCK)
     try:
         client = client_named(settings, args.client)
-        call = request_of(services, target, args.header, body, client)
+        call = request_of(services.addresses, target, args.header, body, client)
     except ProxyError as refusal:
         raise UsageError(refusal.message) from None
     async with session.client() as cabinet:
         total = int((await cabinet.facts()).get("entries", 0))
         with ProgressLine("comparing", total) as progress:
-            found = await explain(services, call, cabinet.list({"endpoint": call.endpoint}), progress.step)
+            pages = cabinet.list({"endpoint": call.endpoint})
+            found = await explain(services.planner, settings.cache, call, pages, progress.step)
     return {"client": client.name or None} | found
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ...cache.lookup import CacheHit, ResponseCache
+from ...cache.lookup import CacheHit, ResponseCache, ttl_of
 from ...cache.plan import CachePlan
 from ...cost.pricing import Cost
 from ...cost.usage import Usage, usage_of
@@ -73,7 +73,9 @@ class Coalescer:
         self._finish = cache.on_disconnect == "finish"
         self._coalesce = cache.coalesce
         leases = services.locks if cache.coalesce else None
-        self._elsewhere = CrossProcessFlight(services, leases, shelf) if leases is not None else None
+        self._elsewhere = (
+            CrossProcessFlight(leases, shelf, services.store, services.clock) if leases is not None else None
+        )
         self.flights: SingleFlight[Value] = SingleFlight(services.clock.monotonic, self._finish)
 
     async def fetch(self, request: ProxyRequest, plan: CachePlan) -> Reply:
@@ -142,8 +144,7 @@ class Coalescer:
         """
         if not (plan.write and plan.key):
             return ()
-        ttl = request.options.ttl if request.options.ttl is not None else self._services.ttl(request.endpoint)
-        if ttl <= 0:
+        if ttl_of(self._services.settings.cache, request) <= 0:
             return ()
         if not (self._coalesce and plan.read):
             return ((plan.key, request.id),) if self._finish else ()  # a flight of its own, that can be read to its end

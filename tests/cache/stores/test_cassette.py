@@ -11,6 +11,7 @@ import pytest
 from proxy.cache.cassette import write
 from proxy.cache.entry import Entry
 from proxy.cache.stores import cassette as cassettes
+from proxy.cache.stores.build import NullStore
 from proxy.cache.stores.cassette import (
     CassetteError,
     RecordingStore,
@@ -126,7 +127,7 @@ async def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CassetteError, match="a place to write it to"):
-        open_cassette(None, str(tmp_path / "c"))
+        open_cassette(NullStore(), str(tmp_path / "c"))
 
 
 def test_a_directory_is_no_cassette(tmp_path: Path) -> None:

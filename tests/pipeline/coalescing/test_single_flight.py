@@ -177,7 +177,6 @@ def test_with_the_last_one_the_upstream_is_closed(after: float) -> None:
         assert scene.receipt.total_ms == pytest.approx(after * 1000)
         assert [receipt.status for receipt in scene.receipts] == [499] * 20
         over(scene)
-        assert scene.services.store is not None
         assert scene.services.store.memory.stats()["entries"] == 0
 
     run(tell())
