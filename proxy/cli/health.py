@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import os
 import socket
 import sys
 
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     server = load_from_args(args, upstream="").settings.server
     timeout: float = args.timeout
     if server.socket is not None:
-        where = f"unix socket {server.socket}"
-        connection: http.client.HTTPConnection = _UnixConnection(server.socket, timeout)
+        path = os.path.expanduser(server.socket)
+        where = f"unix socket {path}"
+        connection: http.client.HTTPConnection = _UnixConnection(path, timeout)
     else:
         host = _ANY_ADDRESS.get(server.host, server.host)
         where = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"

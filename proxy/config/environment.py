@@ -1,53 +1,55 @@
-"""What the environment says (contract 2), as trees like the file's. An empty variable is an unset one."""
+"""What the environment says (`docs/settings.md`), as trees like the file's. An empty variable is an unset one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
-from .keys import AdminKey
-from .problems import ENVIRONMENT, Invalid, Problem, SourceLocation, shown_name
-from .reading import Reader, Reading, Section, Single, unknown
-from .schema import SCHEMA
+from .description import Kind, Leaf, Section
+from .problems import ENVIRONMENT, Invalid, SourceLocation, shown_name
+from .reading import Reading, unknown
+from .schema import PREFIX, SETTINGS
 from .secret import Secret
+from .settings import ADMIN_KEY
 from .tree import Listing, Node, Scalar, Table, parse
 from .urls import parse_url
 
-PREFIX: Final = "PROXY__"
 CLIENT_KEYS: Final = "PROXY_CLIENT_KEYS"
 
 
-def _where(name: str) -> SourceLocation:
-    return SourceLocation(ENVIRONMENT, via=name)
-
-
 def _literal(environ: Mapping[str, str], *names: str) -> Scalar | None:
-    """The first of these variables that is set, taken as it is."""
+    """Return the first of these variables that is set, taken as it is."""
     for name in names:
         if value := environ.get(name, "").strip():
-            return Scalar(value, _where(name), literal=True)
+            return Scalar(value, SourceLocation(ENVIRONMENT, via=name), literal=True)
     return None
 
 
-def _table(where: SourceLocation, **entries: Node | None) -> Table:
-    return Table(tuple((name, node) for name, node in entries.items() if node is not None), where)
+def _table(where: SourceLocation, **entries: Node | str | None) -> Table:
+    """Return a table of what is not None; a text is taken as it is."""
+    nodes = {n: Scalar(e, where, literal=True) if isinstance(e, str) else e for n, e in entries.items()}
+    return Table(tuple((name, node) for name, node in nodes.items() if node is not None), where)
 
 
 def settings_layers(environ: Mapping[str, str], reading: Reading) -> list[Node]:
-    """`PROXY_CLIENT_KEYS` and every `PROXY__SECTION__KEY` as trees, the more precise name the stronger."""
-    client_keys = _client_keys(environ, reading)
-    layers = [] if client_keys is None else [_nested(["server", "client_keys"], client_keys)]
+    """Return `PROXY_CLIENT_KEYS` and every `PROXY__SECTION__KEY` as trees, the more precise name the stronger."""
+    layers = []
+    if (client_keys := _literal(environ, CLIENT_KEYS)) is not None:
+        layers.append(_nested(["server", "client_keys"], _client_keys(client_keys, reading)))
     for name in sorted(environ, key=lambda name: (name.count("__"), name)):
-        if not name.startswith(PREFIX) or not environ[name].strip():
+        if not name.startswith(PREFIX) or not (text := environ[name].strip()):
             continue
-        place = _where(name)
+        where = SourceLocation(ENVIRONMENT, via=name)
         try:
-            path, reader = _setting(name, reading)
+            path, kind = _setting(name)
         except Invalid as error:
-            reading.problems.append(place.problem("", str(error)))
+            reading.problems.append(where.problem("", str(error)))
             continue
-        node = _value(environ[name].strip(), reader, place, ".".join(path), reading.problems)
+        # `::` is a table to YAML, and `#` begins a comment: where one text is expected it is taken whole.
+        single = isinstance(kind, Leaf) or (kind is ADMIN_KEY and not text.startswith("{"))
+        whole = single and text[0] not in "'\""
+        node = Scalar(text, where) if whole else parse(text, where, reading.problems, ".".join(path))
         if node is not None:
             layers.append(_nested(path, node))
     return layers
@@ -59,57 +61,46 @@ def _nested(path: list[str], node: Node) -> Node:
     return node
 
 
-def _setting(name: str, reading: Reading) -> tuple[list[str], Reader[Any]]:
-    """The setting that a variable names. Raises Invalid if there is none."""
+def _setting(name: str) -> tuple[list[str], Kind]:
+    """Return the path and the kind of the setting that a variable names. Raises Invalid if there is none."""
     path = [shown_name(part) for part in name.removeprefix(PREFIX).lower().split("__")]
-    reader: Reader[Any] = SCHEMA
+    kind: Kind = SETTINGS
     for i, part in enumerate(path):
-        if not isinstance(reader, Section):
+        if not isinstance(kind, Section):
             setting = "__".join(path[:i]).upper()
             raise Invalid(f"expected {PREFIX}{setting} with a YAML value, found a name that goes further")
-        if part not in reader.readers:
-            raise Invalid(unknown(part, reader.readers, reading))
-        reader = reader.readers[part]
-    return path, reader
+        if part not in kind.settings:
+            raise Invalid(unknown(part, kind.settings))
+        kind = kind.settings[part].kind
+    return path, kind
 
 
-def _value(text: str, reader: Reader[Any], where: SourceLocation, path: str, problems: list[Problem]) -> Node | None:
-    # `::` is a table to YAML, and `#` begins a comment: where one text is expected it is taken whole.
-    single = isinstance(reader, Single) or (isinstance(reader, AdminKey) and not text.startswith("{"))
-    if single and text[0] not in "'\"":
-        return Scalar(text, where)
-    return parse(text, where, problems, path)
-
-
-def _client_keys(environ: Mapping[str, str], reading: Reading) -> Listing | None:
-    """`name:key,…` as a list of client keys."""
-    where = _where(CLIENT_KEYS)
-    text = environ.get(CLIENT_KEYS, "").strip()
-    if not text:
-        return None
+def _client_keys(written: Scalar, reading: Reading) -> Listing:
+    """Return `name:key,…` as a list of client keys."""
     items: list[Node] = []
-    entries = [part.strip() for part in text.split(",") if part.strip()]
+    entries = [part.strip() for part in written.text.split(",") if part.strip()]
     for i, entry in enumerate(entries or [""], 1):
-        name, colon, key = (part.strip() for part in entry.partition(":"))
-        if not colon or not name or not key:
-            reading.fail(where, "server.client_keys", f"expected name:key as entry {i}, found no such pair")
-            continue
-        items.append(_table(where, name=Scalar(name, where, literal=True), key=Scalar(key, where, literal=True)))
-    return Listing(tuple(items), where)
+        name, _, key = (part.strip() for part in entry.partition(":"))
+        if name and key:
+            items.append(_table(written.where, name=name, key=key))
+        else:
+            message = f"expected name:key as entry {i}, found no such pair"
+            reading.fail(written.where, "server.client_keys", message)
+    return Listing(tuple(items), written.where)
 
 
 def upstreams(environ: Mapping[str, str], reading: Reading) -> Listing:
-    """The upstreams that `OPENAI_*` and `AZURE_*` make, OpenAI's first; it alone where they say nothing."""
+    """Return the upstreams that `OPENAI_*` and `AZURE_*` make, OpenAI's first; it alone if they say nothing."""
     azure = _azure(environ)
     openai = _openai(environ)
     if azure is None and (stray := _literal(environ, "AZURE_OPENAI_API_KEY")):
         reading.warn(f"{stray.where.via} is set without AZURE_OPENAI_ENDPOINT, and so is not used")
-    listed = [table for table in (openai, azure) if table is not None]
-    return Listing(tuple(listed) or (Table((), SourceLocation("default")),), SourceLocation("default"))
+    where = SourceLocation("default")
+    return Listing(tuple(table for table in (openai, azure) if table is not None) or (Table((), where),), where)
 
 
 def upstream_at(url: str, where: SourceLocation, environ: Mapping[str, str]) -> Table:
-    """The one upstream that `--upstream URL` names, with the environment's keys of its kind."""
+    """Return the one upstream that `--upstream URL` names, with the environment's keys of its kind."""
     table = _azure(environ, needs_endpoint=False) if is_azure(url) else _openai(environ)
     return (table or Table((), where)).replaced("base_url", Scalar(url, where, literal=True))
 
@@ -124,19 +115,13 @@ def is_azure(url: str) -> bool:
 def _openai(environ: Mapping[str, str]) -> Table | None:
     base_url = _literal(environ, "OPENAI_API_BASE")
     key = _literal(environ, "OPENAI_API_KEY")
-    organization = _literal(environ, "OPENAI_ORG_ID", "OPENAI_ORGANIZATION")
-    project = _literal(environ, "OPENAI_PROJECT_ID")
     first = key or base_url
     if first is None:
         return None
     version = _literal(environ, "OPENAI_API_VERSION") if base_url and is_azure(base_url.text) else None
-    return _table(
-        first.where,
-        name=Scalar("openai", first.where, literal=True),
-        base_url=base_url,
-        api_version=version,
-        keys=_keys(key, organization, project),
-    )
+    organization = _literal(environ, "OPENAI_ORG_ID", "OPENAI_ORGANIZATION")
+    keys = _keys(key, organization, _literal(environ, "OPENAI_PROJECT_ID"))
+    return _table(first.where, name="openai", base_url=base_url, api_version=version, keys=keys)
 
 
 def _azure(environ: Mapping[str, str], needs_endpoint: bool = True) -> Table | None:
@@ -145,25 +130,18 @@ def _azure(environ: Mapping[str, str], needs_endpoint: bool = True) -> Table | N
     first = endpoint or (None if needs_endpoint else key)
     if first is None:
         return None
-    return _table(
-        first.where,
-        name=Scalar("azure", first.where, literal=True),
-        kind=Scalar("azure", first.where, literal=True),
-        base_url=endpoint,
-        api_version=_literal(environ, "OPENAI_API_VERSION"),
-        keys=_keys(key),
-    )
+    version = _literal(environ, "OPENAI_API_VERSION")
+    return _table(first.where, name="azure", kind="azure", base_url=endpoint, api_version=version, keys=_keys(key))
 
 
 def _keys(key: Scalar | None, organization: Scalar | None = None, project: Scalar | None = None) -> Listing | None:
     if key is None:
         return None
-    table = _table(key.where, key=key, organization=organization, project=project)
-    return Listing((table,), key.where)
+    return Listing((_table(key.where, key=key, organization=organization, project=project),), key.where)
 
 
 def defaults(environ: Mapping[str, str]) -> dict[str, tuple[object, SourceLocation]]:
-    """Defaults that the environment gives to settings the file may leave alone."""
+    """Return defaults that the environment gives to settings the file may leave out."""
     if url := _literal(environ, "REDIS_URL"):
         return {"redis.url": (Secret(url.text), url.where)}
     if host := _literal(environ, "REDIS_HOST"):
@@ -175,8 +153,6 @@ def defaults(environ: Mapping[str, str]) -> dict[str, tuple[object, SourceLocati
 
 
 def warn_unread(environ: Mapping[str, str], reading: Reading) -> None:
-    """`HTTPS_PROXY` is for other programs: an upstream says by itself how it is reached."""
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        if environ.get(name, "").strip():
-            reading.warn(f"{name} is set, but not read: upstreams are called directly")
-            return
+    """Warn of `HTTPS_PROXY`: it is for other programs, an upstream says by itself how it is reached."""
+    if found := _literal(environ, "HTTPS_PROXY", "https_proxy"):
+        reading.warn(f"{found.where.via} is set, but not read: upstreams are called directly")

@@ -4,304 +4,162 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from decimal import Decimal
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
+from .description import optional
+from .key_sources import read_key_file
 from .limits import Limits
 from .problems import Invalid, SourceLocation
-from .reading import ListOf, MapByGlob, Reader, Reading, Section, Single, kind_of, scalar
-from .secret import Secret, read_key_file, unusable_key
-from .settings import ClientKeySettings
+from .reading import Reading, items_of, kind_of, read, read_items, scalar
+from .secret import Secret, unusable_key
+from .settings import ADMIN_KEY, CLIENT, KEY, KEY_WAYS, LIMITS, LIMITS_BY_GLOB, ClientKeySettings, KeySettings
 from .tree import Listing, Node, Scalar, Table
-from .values import GLOB, HEADER_ID, MONEY, NAME, PATH, SECRET_TEXT, SHA256, TEXT, VISIBLE, integer, number, optional
+from .values import SECRET_TEXT
 
-SHORT_CLIENT_KEY = 16
-
-LIMITS: Section[Limits] = Section(
-    Limits, {name: Single(optional(integer(1))) for name in ("rpm", "tpm", "rpd", "tpd", "concurrency")}
-)
-LIMITS_BY_GLOB: MapByGlob[Limits] = MapByGlob(GLOB, LIMITS)
+SHORT_CLIENT_KEY: Final = 16
+"""Characters; shorter client keys are a warning."""
 
 
-class KeyLimits(MapByGlob[Limits]):
-    """The limits of one key: plain ones hold for every model, else they are given by model."""
+class WrittenKey(NamedTuple):
+    """A key of the pool as it was written: its label may be empty. `path`, `where`: its place in the settings."""
 
-    def __init__(self) -> None:
-        super().__init__(GLOB, LIMITS)
-
-    def read(self, node: Node, path: str, reading: Reading) -> dict[str, Limits]:
-        if isinstance(node, Table) and not any(isinstance(child, Table) for _, child in node.entries):
-            limits = LIMITS.read(node, path, reading)
-            return {} if limits == Limits() else {"*": limits}
-        return super().read(node, path, reading)
-
-
-@dataclass(frozen=True, slots=True)
-class RawKey:
-    """A key of an upstream as the file has it."""
-
-    name: str | None = None
-    key: str | None = None
-    key_file: str | None = None
-    key_command: tuple[str, ...] = ()
-    organization: str | None = None
-    project: str | None = None
-    weight: float = 1.0
-    quota: str | None = None
-    limits: Mapping[str, Limits] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedKey:
-    """A key of the pool before it has its label, and where it was written."""
-
-    secret: str = field(repr=False)
-    written: RawKey = field(repr=False)
+    key: KeySettings
     path: str
     where: SourceLocation
 
 
-_GIVEN: Mapping[str, Reader[Any]] = {
-    "key": Single(optional(SECRET_TEXT)),
-    "key_file": Single(optional(PATH)),
-    "key_command": ListOf(TEXT),
-}
-_WRITTEN_KEY: Section[RawKey] = Section(
-    RawKey,
-    {
-        "name": Single(optional(NAME)),
-        **_GIVEN,
-        "organization": Single(optional(HEADER_ID)),
-        "project": Single(optional(HEADER_ID)),
-        "weight": Single(number(1e6)),
-        "quota": Single(optional(NAME)),
-        "limits": KeyLimits(),
-    },
-)
+def read_key(given: Mapping[str, Any], where: SourceLocation, reading: Reading) -> str:
+    """Return the text of `key`, what `key_file` holds, or what `key_command` prints.
 
-
-class KeySource(Protocol):
-    """The three ways to give a key, of which one is taken."""
-
-    @property
-    def key(self) -> str | None: ...
-    @property
-    def key_file(self) -> str | None: ...
-    @property
-    def key_command(self) -> tuple[str, ...]: ...
-
-
-def read_key(given: KeySource, where: SourceLocation, reading: Reading) -> str:
-    """The text of `key`, what `key_file` holds, or what `key_command` prints. Raises Invalid unless it is one of
-    them.
+    `given`: the settings of a table that has these three. Raises Invalid unless exactly one is given.
     """
-    ways = [given.key is not None, given.key_file is not None, bool(given.key_command)]
-    if sum(ways) != 1:
-        raise Invalid(f"expected one of key, key_file and key_command, found {'several' if any(ways) else 'none'}")
-    if given.key is not None:
-        return given.key
-    if given.key_command:
-        return reading.command(where, given.key_command)
-    text, warning = read_key_file(reading.watch(where, given.key_file or ""))
+    ways = [way for way in KEY_WAYS if given.get(way)]
+    if len(ways) != 1:
+        raise Invalid(f"expected one of key, key_file and key_command, found {'several' if ways else 'none'}")
+    if ways == ["key"]:
+        return str(given["key"])
+    if ways == ["key_command"]:
+        return reading.command(where, given["key_command"])
+    text, warning = read_key_file(reading.watch(where, given["key_file"]))
     if warning:
         reading.warn(warning)
     return text
 
 
-class Keys:
-    """The keys of one upstream, before they have labels. A text with commas is several keys."""
-
-    def read(self, node: Node, path: str, reading: Reading) -> tuple[ParsedKey, ...]:
-        if isinstance(node, Scalar) and node.null:
-            return ()
-        drafts: list[ParsedKey] = []
-        for i, item in enumerate(node.items if isinstance(node, Listing) else (node,)):
-            inner = f"{path}.{i}"
-            reading.places[inner] = item.where
-            try:
-                drafts += self._item(item, inner, reading)
-            except Invalid as error:
-                reading.fail(item.where, inner, str(error))
-        return tuple(drafts)
-
-    def _item(self, node: Node, path: str, reading: Reading) -> list[ParsedKey]:
-        if isinstance(node, Scalar):
-            written = RawKey()
-            text = scalar(node, SECRET_TEXT, reading)
-            if not text and ":-" in node.text:
-                return []  # ${NAME:-}: says itself that there may be none
-        elif isinstance(node, Table):
-            written = _WRITTEN_KEY.read(node, path, reading)
-            if not reading.sound(path):
-                return []
-            text = read_key(written, node.where, reading)
-        else:
-            raise Invalid(f"expected a key, or a table with key, key_file or key_command; found {kind_of(node)}")
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not parts:
-            raise Invalid("expected a key, found an empty text")
-        several = len(parts) > 1
-        return [
-            ParsedKey(part, _numbered(written, i) if several else written, path, node.where)
-            for i, part in enumerate(parts, 1)
-        ]
-
-    def show(self, value: Any) -> object:
-        """Of finished keys: each by its label, and only what is not the default."""
-        shown = []
-        for key in value:
-            entry: dict[str, object] = {"name": key.label, "key": str(key.secret)}
-            entry |= {n: v for n in ("organization", "project") if (v := getattr(key, n))}
-            entry |= {"weight": key.weight} if key.weight != 1.0 else {}
-            entry |= {"quota": key.quota} if key.quota != key.label else {}
-            entry |= {"limits": LIMITS_BY_GLOB.show(key.limits)} if key.limits else {}
-            shown.append(entry)
-        return shown
+def read_key_limits(node: Node, path: str, reading: Reading) -> dict[str, Limits]:
+    """Return the limits of one key by model: plain ones hold for every model."""
+    if isinstance(node, Table) and not any(isinstance(child, Table) for _, child in node.entries):
+        limits: Limits = read(LIMITS, node, path, reading)
+        return {} if limits == Limits() else {"*": limits}
+    by_glob: dict[str, Limits] = read(LIMITS_BY_GLOB, node, path, reading)
+    return by_glob
 
 
-def _numbered(written: RawKey, i: int) -> RawKey:
-    if written.name is None:
-        return written
-    return RawKey(
-        name=f"{written.name}-{i}",
-        organization=written.organization,
-        project=written.project,
-        weight=written.weight,
-        quota=written.quota,
-        limits=written.limits,
-    )
+def read_keys(node: Node, path: str, reading: Reading) -> tuple[WrittenKey, ...]:
+    """Return the keys of one upstream. A text with commas is several keys."""
+    if isinstance(node, Scalar) and node.null:
+        return ()
+    items = node.items if isinstance(node, Listing) else (node,)
+    return read_items(items, path, reading, lambda item, inner: _keys_of(item, inner, reading))
 
 
-@dataclass(frozen=True, slots=True)
-class _ClientLimits:
-    rpm: int | None = None
-    tpm: int | None = None
-    concurrency: int | None = None
-    usd_per_day: Decimal | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _WrittenClient:
-    name: str | None = None
-    key: str | None = None
-    key_file: str | None = None
-    key_command: tuple[str, ...] = ()
-    key_sha256: bytes | None = None
-    namespace: str | None = None
-    models: tuple[str, ...] = ()
-    limits: _ClientLimits = field(default_factory=_ClientLimits)
-
-
-_WRITTEN_CLIENT: Section[_WrittenClient] = Section(
-    _WrittenClient,
-    {
-        "name": Single(optional(NAME)),
-        **_GIVEN,
-        "key_sha256": Single(optional(SHA256)),
-        "namespace": Single(optional(VISIBLE)),
-        "models": ListOf(GLOB),
-        "limits": Section(
-            _ClientLimits,
-            {
-                **{name: Single(optional(integer(1))) for name in ("rpm", "tpm", "concurrency")},
-                "usd_per_day": Single(optional(MONEY)),
-            },
-        ),
-    },
-)
-
-
-class ClientKeys:
-    """Who may call: names and keys are each unique."""
-
-    def read(self, node: Node, path: str, reading: Reading) -> tuple[ClientKeySettings, ...]:
-        if isinstance(node, Scalar) and node.null:
-            return ()
-        if not isinstance(node, Listing):
-            raise Invalid(f"expected a list of client keys, found {kind_of(node)}")
-        clients: list[ClientKeySettings] = []
-        for i, item in enumerate(node.items):
-            inner = f"{path}.{i}"
-            reading.places[inner] = item.where
-            try:
-                client = self._client(item, inner, i + 1, reading)
-                if client is None:
-                    continue
-                if any(other.name == client.name for other in clients):
-                    raise Invalid(f"expected a name of its own, found {client.name} again")
-                if any(other.digest == client.digest for other in clients):
-                    raise Invalid(f"expected a key of its own, found that {client.name} has another client's")
-                clients.append(client)
-            except Invalid as error:
-                reading.fail(item.where, inner, str(error))
-        return tuple(clients)
-
-    def _client(self, node: Node, path: str, ordinal: int, reading: Reading) -> ClientKeySettings | None:
-        if not isinstance(node, Table):
-            raise Invalid(f"expected a table with name and key, found {kind_of(node)}")
-        written = _WRITTEN_CLIENT.read(node, path, reading)
+def _keys_of(node: Node, path: str, reading: Reading) -> list[WrittenKey]:
+    given: dict[str, Any] = {}
+    if isinstance(node, Scalar):
+        text = scalar(node, SECRET_TEXT, reading)
+        if not text and ":-" in node.text:
+            return []  # ${NAME:-}: says itself that there may be none
+    elif isinstance(node, Table):
+        given = read(KEY, node, path, reading)
         if not reading.sound(path):
-            return None
-        name = written.name or f"client-{ordinal}"
-        own = written.limits
-        limits = Limits(rpm=own.rpm, tpm=own.tpm, concurrency=own.concurrency)
-        if written.key_sha256 is not None:
-            if written.key is not None or written.key_file is not None or written.key_command:
-                raise Invalid("expected one of key, key_file, key_command and key_sha256, found several")
-            return ClientKeySettings(
-                name, written.key_sha256, written.namespace, written.models, limits, own.usd_per_day
-            )
-        key = usable(f"the key of {name}", read_key(written, node.where, reading).strip())
+            return []
+        text = read_key(given, node.where, reading)
+    else:
+        raise Invalid(f"expected a key, or a table with key, key_file or key_command; found {kind_of(node)}")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise Invalid("expected a key, found an empty text")
+    label = given.get("name") or ""
+    rest = {name: value for name, value in given.items() if name not in KEY_WAYS and name != "name"}
+    labels = [f"{label}-{i}" for i in range(1, len(parts) + 1)] if label and len(parts) > 1 else [label] * len(parts)
+    return [
+        WrittenKey(KeySettings(label, Secret(part), **rest), path, node.where)
+        for label, part in zip(labels, parts, strict=True)
+    ]
+
+
+def labelled(upstream: str, path: str, written: tuple[WrittenKey, ...], reading: Reading) -> tuple[KeySettings, ...]:
+    """Return the keys of an upstream with their labels. Records those that cannot be keys, or are there twice."""
+    keys: dict[Secret, KeySettings] = {}
+    for i, (key, place, where) in enumerate(written):
+        label = key.label or f"{upstream}-{i + 1}"
+        reading.places[f"{path}.{i}"] = where
+        with reading.recording(where, place):
+            usable(f"the key {label}", key.secret.reveal())
+            if key.secret in keys:
+                first = keys[key.secret].label
+                raise Invalid(f"expected different keys, found that {label} is the same as {first}")
+            keys[key.secret] = replace(key, label=label, quota=key.quota or label)
+    return tuple(keys.values())
+
+
+def read_client_keys(node: Node, path: str, reading: Reading) -> tuple[ClientKeySettings, ...]:
+    """Return the clients that may call. Names and keys are each unique."""
+    clients: list[ClientKeySettings] = []
+
+    def add(item: Node, inner: str) -> tuple[()]:
+        client = _client(item, inner, reading)
+        if client is None:
+            return ()
+        if any(other.name == client.name for other in clients):
+            raise Invalid(f"expected a name of its own, found {client.name} again")
+        if any(other.digest == client.digest for other in clients):
+            raise Invalid(f"expected a key of its own, found that {client.name} has another client's")
+        clients.append(client)
+        return ()
+
+    read_items(items_of(node, "a list of client keys"), path, reading, add)
+    return tuple(clients)
+
+
+def _client(node: Node, path: str, reading: Reading) -> ClientKeySettings | None:
+    """Return one client; None if a mistake in it is recorded. Raises Invalid."""
+    if not isinstance(node, Table):
+        raise Invalid(f"expected a table with name and key, found {kind_of(node)}")
+    given = read(CLIENT, node, path, reading)
+    if not reading.sound(path):
+        return None
+    name = given.get("name") or f"client-{int(path.rpartition('.')[2]) + 1}"
+    digest = given.get("key_sha256")
+    if digest is None:
+        key = usable(f"the key of {name}", read_key(given, node.where, reading).strip())
         if len(key) < SHORT_CLIENT_KEY:
             reading.warn(f"the key of {name} is short: {SHORT_CLIENT_KEY} characters and more are hard to guess")
         digest = hashlib.sha256(key.encode()).digest()
-        return ClientKeySettings(name, digest, written.namespace, written.models, limits, own.usd_per_day)
-
-    def show(self, value: Any) -> object:
-        return [
-            {"name": client.name, "key": "***"}
-            | ({"namespace": client.namespace} if client.namespace else {})
-            | ({"models": list(client.models)} if client.models else {})
-            | ({"limits": shown} if (shown := _given(client)) else {})
-            for client in value
-        ]
+    elif any(given.get(way) for way in KEY_WAYS):
+        raise Invalid("expected one of key, key_file, key_command and key_sha256, found several")
+    limits = dict(given.get("limits", {}))
+    usd_per_day = limits.pop("usd_per_day", None)
+    return ClientKeySettings(
+        name, digest, given.get("namespace"), given.get("models", ()), Limits(**limits), usd_per_day
+    )
 
 
-def _given(client: ClientKeySettings) -> dict[str, object]:
-    money = None if client.usd_per_day is None else MONEY.show(client.usd_per_day)
-    limits = asdict(client.limits) | {"usd_per_day": money}
-    return {name: limit for name, limit in limits.items() if limit is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class _WrittenAdmin:
-    key: str | None = None
-    key_file: str | None = None
-    key_command: tuple[str, ...] = ()
-
-
-class AdminKey:
-    """A key as plain text, or a table with key, key_file or key_command; nothing: none."""
-
-    _table: Section[_WrittenAdmin] = Section(_WrittenAdmin, _GIVEN)
-
-    def read(self, node: Node, path: str, reading: Reading) -> Secret | None:
-        if isinstance(node, Table):
-            written = self._table.read(node, path, reading)
-            if not reading.sound(path):
-                return None
-            text: str | None = read_key(written, node.where, reading)
-        else:
-            text = scalar(node, optional(SECRET_TEXT), reading)
-        return None if text is None else Secret(usable("the admin key", text.strip()))
-
-    def show(self, value: Any) -> object:
-        return "" if value is None else str(value)
+def read_admin_key(node: Node, path: str, reading: Reading) -> Secret | None:
+    """Return a key written as a text, or as a table with key, key_file or key_command; None for nothing."""
+    if isinstance(node, Table):
+        given = read(ADMIN_KEY.kinds[-1], node, path, reading)
+        if not reading.sound(path):
+            return None
+        text = read_key(given, node.where, reading)
+    else:
+        text = scalar(node, optional(SECRET_TEXT), reading)
+    return None if text is None else Secret(usable("the admin key", text.strip()))
 
 
 def usable(name: str, key: str) -> str:
-    """The key itself. Raises Invalid, naming it by its label, if it cannot be one."""
+    """Return the key itself. Raises Invalid, which names it by its label, if it cannot be one."""
     if reason := unusable_key(key):
         raise Invalid(f"expected a key, found that {name} {reason}")
     return key

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 from . import environment
 from .fixed import with_fixed
 from .problems import COMMAND_LINE, DEFAULT, Invalid, Problem, SettingsError, SourceLocation
-from .reading import Reading
-from .schema import KNOWN, SCHEMA
+from .reading import Reading, read_section
+from .schema import SETTINGS
 from .settings import Settings
 from .tree import Listing, Node, Scalar, Table, parse
+from .upstreams import READERS
 from .urls import parse_url
 from .validate import check, check_upstreams
 
@@ -33,14 +33,14 @@ FLAGS: Final[Mapping[str, str]] = {
 }
 
 _LARGEST_FILE: Final = 256 * 1024
-_SECTIONS: Final = re.compile(rf"^(?:{'|'.join(SCHEMA.readers)})\s*:", re.MULTILINE)
+_SECTIONS: Final = re.compile(rf"^(?:{'|'.join(SETTINGS.settings)})\s*:", re.MULTILINE)
 _SUBSTITUTED: Final = re.compile(r"\$\{[^}]*\}")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedSettings:
-    """Settings that may be used. `sources`: dotted path -> where the value comes from. `watched`: key files and the
-    like, whose change counts. `sections`: those of the file that say anything.
+    """Settings that may be used. `sources`: dotted path -> where the value comes from. `watched`: key files and other
+    files whose change counts. `sections`: those of the file that say anything.
     """
 
     settings: Settings
@@ -49,6 +49,18 @@ class LoadedSettings:
     sources: Mapping[str, str] = field(default_factory=dict)
     watched: tuple[Path, ...] = ()
     sections: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """The arguments of `load`."""
+
+    config: Path | None
+    flags: Mapping[str, object]
+    environ: Mapping[str, str]
+    cwd: Path
+    use_upstreams: bool
+    in_force: LoadedSettings | None
 
 
 def load(
@@ -60,83 +72,77 @@ def load(
     use_upstreams: bool = True,
     in_force: LoadedSettings | None = None,
 ) -> LoadedSettings:
-    """The settings to be put in force. Raises SettingsError with every problem there is.
+    """Return the settings to be put in force. Raises SettingsError with every problem there is.
 
-    Replay needs no key, so that a CI without the secrets of `upstreams` can use the file that recorded: none is read.
+    Replay needs no key, so a CI without the secrets of `upstreams` can use the file that recorded: no key is read then.
 
     `config` None: `config.yaml` in `cwd`, if it is there and ours. `flags`: the paths of `FLAGS` -> values,
     None for a flag not given. `use_upstreams` False: no upstream and no upstream key is read from anywhere.
     `in_force`: what a running proxy has; the settings must also be usable with what it keeps of that (`with_fixed`).
     """
-    read = partial(_read, config, flags, environ, cwd, use_upstreams, in_force)
-    reading, loaded = read(with_keys=True)
+    sources = _Sources(config, flags, environ, cwd, use_upstreams, in_force)
+    reading, loaded = _read(sources, with_keys=True)
     if use_upstreams and (in_force or loaded).settings.cache.mode == "replay":
-        reading, loaded = read(with_keys=False)
+        reading, loaded = _read(sources, with_keys=False)
     if reading.problems:
         raise SettingsError(_in_order(reading.problems, reading.file))
     return loaded
 
 
-def _read(
-    config: Path | None,
-    flags: Mapping[str, object],
-    environ: Mapping[str, str],
-    cwd: Path,
-    use_upstreams: bool,
-    in_force: LoadedSettings | None,
-    with_keys: bool,
-) -> tuple[Reading, LoadedSettings]:
-    """One reading; what came of it may be used where it has no problems."""
-    file = config if config is not None else Path(AUTOMATIC)
+def _read(sources: _Sources, with_keys: bool) -> tuple[Reading, LoadedSettings]:
+    """Return one reading and what came of it, which may be used if there are no problems."""
+    environ, in_force, automatic = sources.environ, sources.in_force, sources.config is None
+    file = sources.config or Path(AUTOMATIC)
+    path = sources.cwd / file
     reading = Reading(
         environ=environ,
-        folder=(cwd / file).parent,
-        cwd=cwd,
+        folder=path.parent,
+        cwd=sources.cwd,
+        readers=READERS,
         file=str(file),
         defaults=environment.defaults(environ),
-        known=KNOWN,
-        automatic=config is None,
+        automatic=automatic,
     )
-    from_file, used = _file_layer(cwd / file, config is None, reading)
+    from_file = _file_layer(path, reading)
     sections = _sections(from_file)
     if in_force is not None and not reading.problems:
         _check_lost(in_force, sections, reading)
-    from_environment = environment.settings_layers(environ, reading)
-    upstream_flag, from_flags = _flag_layer(flags)
-    layers = [from_file, *from_environment, from_flags]
+    upstream_flag, from_flags = _flag_layer(sources.flags)
+    layers = [from_file or Table((), SourceLocation(reading.file))]
+    layers += [*environment.settings_layers(environ, reading), from_flags]
+    rest = [layer.without("upstreams") if isinstance(layer, Table) else layer for layer in layers]
     listing: Node | None = None
-    if use_upstreams:
-        written = _highest(layers, "upstreams")
-        listing = _upstreams(written, upstream_flag, environ, reading)
+    if sources.use_upstreams:
+        listing = _upstreams(_highest(layers, "upstreams"), upstream_flag, environ, reading)
         if not with_keys:
             listing = _without_keys(listing)
-        layers = [_without_upstreams(layer) for layer in layers] + [Table((("upstreams", listing),), listing.where)]
-    else:
-        layers = [_without_upstreams(layer) for layer in layers]
-    settings = SCHEMA.read_layers(layers, "", reading)
+        rest.append(Table((("upstreams", listing),), listing.where))
+    settings: Settings = read_section(SETTINGS, rest, "", reading)
     check(settings, reading)
-    if use_upstreams:
+    if listing is not None:
         check_upstreams(settings, reading)
-    if listing is not None and config is None:
-        _check_automatic(settings, listing, reading)
+        if automatic:
+            _check_automatic(settings, listing, reading)
     if in_force is not None and not reading.problems:
         _check_kept(in_force.settings, settings, reading)
     environment.warn_unread(environ, reading)
-    sources = {path: where.label for path, where in reading.places.items()}
+    places = {setting: where.label for setting, where in reading.places.items()}
     warnings, watched = tuple(reading.warnings), tuple(reading.watched)
-    return reading, LoadedSettings(settings, file if used else None, warnings, sources, watched, sections)
+    used = file if from_file is not None else None
+    return reading, LoadedSettings(settings, used, warnings, places, watched, sections)
 
 
 def _check_lost(in_force: LoadedSettings, sections: frozenset[str], reading: Reading) -> None:
-    """A file that is being written, or was emptied by mistake, is no wish to go on with the defaults."""
+    """Refuse a file that has lost its sections: it is being written, or was emptied by mistake."""
+    where = SourceLocation(reading.file)
     if in_force.sections and not sections:
-        reading.fail(SourceLocation(reading.file), "", "expected the sections that it had, found none of them")
+        reading.fail(where, "", "expected the sections that it had, found none of them")
     elif "upstreams" in in_force.sections - sections:
-        reading.fail(SourceLocation(reading.file), "upstreams", "expected the section that it had, found none")
+        reading.fail(where, "upstreams", "expected the section that it had, found none")
 
 
 def _check_kept(in_force: Settings, settings: Settings, reading: Reading) -> None:
-    """The rules over several values hold for what will be in force: the new settings beside those that stay."""
+    """Check the rules over several values for what will be in force: the new settings beside those that stay."""
     merged, kept = with_fixed(in_force, settings)
     if merged.passthrough and not in_force.passthrough:
         reading.fail_at("upstreams", "expected a key, as before, found none; without keys it must be started anew")
@@ -148,43 +154,48 @@ def _check_kept(in_force: Settings, settings: Settings, reading: Reading) -> Non
         reading.problems[i] = replace(problem, file=file, message=problem.message + stays)
 
 
-def _sections(layer: Node) -> frozenset[str]:
-    """The sections of a file that say anything."""
+def _sections(layer: Node | None) -> frozenset[str]:
+    """Return the sections of a file that say anything."""
     entries = layer.entries if isinstance(layer, Table) else ()
     return frozenset(name for name, node in entries if not _is_empty(node) and node != Table((), node.where))
 
 
-def _file_layer(path: Path, automatic: bool, reading: Reading) -> tuple[Node, bool]:
-    """The tree of the settings file, and whether there is one that counts."""
+def _file_layer(path: Path, reading: Reading) -> Node | None:
+    """Return the tree of the settings file; None if there is none that counts."""
     where = SourceLocation(reading.file)
-    nothing = Scalar("", where)
+    try:
+        text = _text_of(path)
+    except FileNotFoundError:
+        if not reading.automatic:
+            reading.problems.append(where.problem("", "expected a settings file, found none"))
+        return None
+    except Invalid as error:
+        reading.problems.append(where.problem("", str(error)))
+        return None
+    if reading.automatic and not _SECTIONS.search(text):
+        reading.warn(f"{AUTOMATIC} in this directory has no section of ours and is not read")
+        return None
+    return parse(text, where, reading.problems) or Scalar("", where)
+
+
+def _text_of(path: Path) -> str:
+    """Return a file's text. Raises FileNotFoundError, and Invalid for a file that cannot be used."""
     try:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE + 1)
         if len(raw) > _LARGEST_FILE:
             raise Invalid(f"expected at most {_LARGEST_FILE // 1024} KiB of settings, found more")
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except FileNotFoundError:
-        if not automatic:
-            reading.problems.append(where.problem("", "expected a settings file, found none"))
-        return nothing, False
+        raise
     except OSError as error:
-        reading.problems.append(where.problem("", f"expected a readable file, found: {error.strerror}"))
-        return nothing, False
+        raise Invalid(f"expected a readable file, found: {error.strerror}") from None
     except UnicodeDecodeError:
-        reading.problems.append(where.problem("", "expected UTF-8, found other bytes"))
-        return nothing, False
-    except Invalid as error:
-        reading.problems.append(where.problem("", str(error)))
-        return nothing, False
-    if automatic and not _SECTIONS.search(text):
-        reading.warn(f"{AUTOMATIC} in this directory has no section of ours and is not read")
-        return nothing, False
-    return parse(text, where, reading.problems) or nothing, True
+        raise Invalid("expected UTF-8, found other bytes") from None
 
 
 def _flag_layer(flags: Mapping[str, object]) -> tuple[Scalar | None, Table]:
-    """`--upstream`, which is no setting of its own, and all the others as a tree."""
+    """Return `--upstream`, which is no setting of its own, and the other flags as a tree."""
     sections: dict[str, Table] = {}
     upstream: Scalar | None = None
     for path, value in flags.items():
@@ -201,7 +212,7 @@ def _flag_layer(flags: Mapping[str, object]) -> tuple[Scalar | None, Table]:
 
 
 def _highest(layers: list[Node], name: str) -> Node | None:
-    """The strongest layer's `upstreams` that says anything."""
+    """Return the value of the strongest layer that says anything about `name`."""
     for layer in reversed(layers):
         node = layer.get(name) if isinstance(layer, Table) else None
         if node is not None and not _is_empty(node):
@@ -211,10 +222,6 @@ def _highest(layers: list[Node], name: str) -> Node | None:
 
 def _is_empty(node: Node) -> bool:
     return (isinstance(node, Listing) and not node.items) or (isinstance(node, Scalar) and node.null)
-
-
-def _without_upstreams(layer: Node) -> Node:
-    return layer.without("upstreams") if isinstance(layer, Table) else layer
 
 
 def _without_keys(listing: Node) -> Node:
@@ -227,7 +234,7 @@ def _without_keys(listing: Node) -> Node:
 
 
 def _upstreams(written: Node | None, flag: Scalar | None, environ: Mapping[str, str], reading: Reading) -> Node:
-    """The upstreams' tree: the file's, else the environment's; `--upstream` moves the only one."""
+    """Return the upstreams' tree: what is written, else the environment's. `--upstream` moves the only one."""
     if flag is None:
         return environment.upstreams(environ, reading) if written is None else written
     if written is None:
@@ -242,7 +249,7 @@ def _upstreams(written: Node | None, flag: Scalar | None, environ: Mapping[str, 
 
 
 def _check_automatic(settings: Settings, listing: Node, reading: Reading) -> None:
-    """A `config.yaml` that merely lies in the directory must not send this user's keys wherever it likes."""
+    """Refuse a `config.yaml` that nobody named if it sends keys from outside itself to a foreign host."""
     items = listing.items if isinstance(listing, Listing) else ()
     if len(items) != len(settings.upstreams):
         return  # some could not be read, which is reported
@@ -260,7 +267,7 @@ def _check_automatic(settings: Settings, listing: Node, reading: Reading) -> Non
 
 
 def _takes_secrets(upstream: Table, reading: Reading) -> bool:
-    """Whether an upstream as written takes anything from the environment, or a key from a file elsewhere."""
+    """Return whether an upstream as written takes anything from the environment, or a key from a file elsewhere."""
     base_url = upstream.get("base_url")
     if isinstance(base_url, Scalar) and "${" in base_url.text and not _SUBSTITUTED.fullmatch(base_url.text):
         return True
@@ -279,7 +286,7 @@ def _takes_from_outside(node: Node, name: str, reading: Reading) -> bool:
 
 
 def _in_order(problems: list[Problem], file: str) -> tuple[Problem, ...]:
-    """The file's by line, then the environment's, then the command line's."""
+    """Return the file's problems by line, then the environment's, then the command line's."""
     return tuple(
         sorted(
             dict.fromkeys(problems),

@@ -1,29 +1,111 @@
-"""The settings in force as text or plain data, with secrets masked and where each value comes from."""
+"""Settings as text or plain data, with secrets masked and where each value comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
-from .loader import LoadedSettings
-from .reading import Section
-from .schema import SCHEMA
-from .settings import Settings
+from .description import Kind, Leaf, ListOf, MapOf, OneOf, Section
+from .schema import SETTINGS
+from .settings import (
+    CLIENT_KEYS,
+    KEYS,
+    LIMITS_BY_GLOB,
+    UPSTREAM,
+    UPSTREAMS,
+    ClientKeySettings,
+    KeySettings,
+    Settings,
+    UpstreamSettings,
+)
+from .values import MONEY
+
+if TYPE_CHECKING:
+    from .loader import LoadedSettings
 
 _COLUMN = 48
 
 
-def plain(settings: Settings, section: Section[Any] = SCHEMA) -> dict[str, object]:
-    """Every setting as text, list or dict, as it could stand in a file. Holds no secret."""
+def show(kind: Kind, value: Any) -> object:
+    """Return a value as text, list or dict, as it could stand in a file. Secrets are masked.
+
+    A table inside a list or a table holds only what is not the default.
+    """
+    if kind in _SHORT:
+        return [_SHORT[kind](item) for item in value]
+    if isinstance(kind, Leaf):
+        return kind.show(value)
+    if isinstance(kind, ListOf):
+        return [show(kind.item, item) for item in value]
+    if isinstance(kind, MapOf):
+        return {name: show(kind.value, item) for name, item in value.items()}
+    if isinstance(kind, OneOf):
+        return show(kind.kinds[-1], value) if isinstance(value, Mapping) else "" if value is None else str(value)
+    return {
+        name: show(setting.kind, getattr(value, name))
+        for name, setting in kind.settings.items()
+        if getattr(value, name) != setting.default
+    }
+
+
+def plain(settings: Settings) -> dict[str, object]:
+    """Return every setting as `show` gives it. Holds no secret."""
+    return _plain(SETTINGS, settings)
+
+
+def _plain(section: Section, values: object) -> dict[str, object]:
     shown: dict[str, object] = {}
-    for name, reader in section.readers.items():
-        value = getattr(settings, name)
-        shown[name] = plain(value, reader) if isinstance(reader, Section) else reader.show(value)
+    for name, setting in section.settings.items():
+        kind, value = setting.kind, getattr(values, name)
+        shown[name] = _plain(kind, value) if isinstance(kind, Section) else show(kind, value)
     return shown
 
 
+def _client(client: ClientKeySettings) -> dict[str, object]:
+    limits = {name: limit for name, limit in asdict(client.limits).items() if limit is not None}
+    if client.usd_per_day is not None:
+        limits["usd_per_day"] = MONEY.show(client.usd_per_day)
+    optional = {"namespace": client.namespace, "models": list(client.models), "limits": limits}
+    return {"name": client.name, "key": "***"} | {name: value for name, value in optional.items() if value}
+
+
+def _key(key: KeySettings) -> dict[str, object]:
+    optional = {
+        "organization": key.organization,
+        "project": key.project,
+        "weight": key.weight if key.weight != 1.0 else None,
+        "quota": key.quota if key.quota != key.label else None,
+        "limits": show(LIMITS_BY_GLOB, key.limits) if key.limits else None,
+    }
+    return {"name": key.label, "key": str(key.secret)} | {
+        n: value for n, value in optional.items() if value is not None
+    }
+
+
+def _upstream(upstream: UpstreamSettings) -> dict[str, object]:
+    """Return what is in force, short: what is the default of its kind is left out."""
+    shown: dict[str, object] = {}
+    for name, setting in UPSTREAM.settings.items():
+        value = getattr(upstream, name)
+        if name == "api_version" and upstream.kind == "azure":
+            shown[name] = value or "v1"
+        elif value or name == "priority":
+            shown[name] = show(setting.kind, value)
+    shown["keys"] = shown.pop("keys", [])
+    return shown
+
+
+_SHORT: Final[Mapping[Kind, Callable[[Any], dict[str, object]]]] = {
+    CLIENT_KEYS: _client,
+    KEYS: _key,
+    UPSTREAMS: _upstream,
+}
+"""Lists of tables whose values in force are not of the form in which they are written."""
+
+
 def lines(loaded: LoadedSettings) -> Iterator[str]:
-    """YAML lines, each with the source of its value as a comment."""
+    """Yield YAML lines, each with the source of its value as a comment."""
     yield from _section(plain(loaded.settings), "", loaded.sources)
 
 

@@ -1,6 +1,7 @@
-"""The settings in force, as frozen values: the shape and the defaults of contract 3.
+"""Every setting: its kind, its default and one sentence, as the fields of frozen dataclasses.
 
-Durations are seconds, sizes bytes, money is Decimal. `schema.py` says how each is read from text.
+Durations are seconds, sizes are bytes, money is `Decimal`. Reading, `openai-proxy check`, the manual
+(`docs/settings.md`), the JSON Schema and `config.yaml` follow from this description.
 """
 
 from __future__ import annotations
@@ -8,25 +9,121 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import Final
 
 from ..cost.pricing import Kind
+from .description import Leaf, ListOf, MapOf, OneOf, Section, Setting, optional, section, section_of, setting
 from .limits import Limits
+from .problems import Invalid
 from .secret import Secret
 from .tiers import with_tier
+from .urls import parse_url, proxy_url
+from .values import (
+    ALLOWED_HOST,
+    API_VERSION,
+    BOOLEAN,
+    DEPLOYMENT,
+    FIELD,
+    GLOB,
+    HEADER_ID,
+    HOST,
+    HOST_AND_PORT,
+    MONEY,
+    NAME,
+    ORIGIN,
+    PATH,
+    SECRET,
+    SECRET_TEXT,
+    SHA256,
+    SHARE,
+    SOCKET_PATH,
+    TEXT,
+    VISIBLE,
+    choice,
+    duration,
+    duration_or_auto,
+    integer,
+    number,
+    size,
+)
 
-KIB = 1024
-MIB = 1024 * KIB
-GIB = 1024 * MIB
-
-DEFAULT_API_VERSION = "2024-10-21"
+MIB: Final = 1024 * 1024
+GIB: Final = 1024 * MIB
+HOUR: Final = 3600.0
+DEFAULT_API_VERSION: Final = "2024-10-21"
 Prices = Mapping[str, Mapping[str, Decimal]]
+
+_SPAN: Final = duration()
+_POSITIVE_SPAN: Final = duration(0.001)
+_RATE: Final = choice("input", "cached_input", "cache_write", "output")
+_PRICES: Final = MapOf(GLOB, MapOf(_RATE, MONEY, needed="input"))
+_BASE_URL: Final = Leaf("a base URL", parse_url, secret=True)
+_PROXY: Final = Leaf("a proxy such as http://proxy.example:3128", lambda text: Secret(proxy_url(text)), secret=True)
+_ESSENTIAL: Final = frozenset({"model", "messages", "input", "prompt", "instructions", "tools"})
+
+
+def _no_essential(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in _ESSENTIAL:
+            raise Invalid(f"expected fields that do not change the answer, found {name}")
+
+
+_LIMIT: Final = optional(integer(1))
+_LIMITS: Final = {
+    "rpm": Setting(_LIMIT, "Requests a minute."),
+    "tpm": Setting(_LIMIT, "Tokens a minute."),
+    "rpd": Setting(_LIMIT, "Requests a day."),
+    "tpd": Setting(_LIMIT, "Tokens a day."),
+    "concurrency": Setting(_LIMIT, "Requests at the same time."),
+}
+LIMITS: Final = Section(_LIMITS, Limits)
+LIMITS_BY_GLOB: Final = MapOf(GLOB, LIMITS)
+KEY_LIMITS: Final = OneOf((LIMITS, LIMITS_BY_GLOB))
+
+KEY_WAYS: Final = {
+    "key": Setting(optional(SECRET_TEXT), "The key itself."),
+    "key_file": Setting(optional(PATH), "A file that holds the key; the proxy follows its changes."),
+    "key_command": Setting(ListOf(TEXT), "A command that prints the key: its arguments, no shell, at most 10 s.", ()),
+}
+"""The ways to give a key. One of them is needed."""
+
+KEY: Final = Section(
+    {
+        "name": Setting(optional(NAME), "Label in headers and logs; default: the upstream's name and a number."),
+        **KEY_WAYS,
+        "organization": Setting(optional(HEADER_ID), "OpenAI organization to send with the key."),
+        "project": Setting(optional(HEADER_ID), "OpenAI project to send with the key."),
+        "weight": Setting(number(1e6), "Share of requests with `selection: weighted`; 0: only if no other can.", 1.0),
+        "quota": Setting(optional(NAME), "Keys that name the same quota share its limits; default: the label."),
+        "limits": Setting(KEY_LIMITS, "Limits of this key, for all models or by model.", {}),
+    }
+)
+KEYS: Final = OneOf((SECRET_TEXT, ListOf(OneOf((SECRET_TEXT, KEY)))))
+ADMIN_KEY: Final = OneOf((optional(SECRET_TEXT), Section(KEY_WAYS)))
+
+_CLIENT_LIMITS: Final = {name: _LIMITS[name] for name in ("rpm", "tpm", "concurrency")}
+CLIENT: Final = Section(
+    {
+        "name": Setting(optional(NAME), "Name in logs and receipts; default: client-1, client-2 …"),
+        **KEY_WAYS,
+        "key_sha256": Setting(optional(SHA256), "SHA-256 of the key instead of the key."),
+        "namespace": Setting(optional(VISIBLE), "Clients that name the same one share cached answers."),
+        "models": Setting(ListOf(GLOB), "Models that the client may ask for; none: all.", ()),
+        "limits": Setting(
+            Section(_CLIENT_LIMITS | {"usd_per_day": Setting(optional(MONEY), "USD a day (UTC).")}),
+            "Limits of what goes upstream for this client; cached answers are free.",
+            {},
+        ),
+    }
+)
+CLIENT_KEYS: Final = ListOf(CLIENT)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientKeySettings:
-    """Somebody who may call. `digest`: SHA-256 of the key. `namespace`: the cache of those who share it.
+    """A client that may call. `digest`: SHA-256 of its key. `namespace`: the cache it shares with those of that name.
 
-    `models`: globs, none for all; `limits`, `usd_per_day`: of what goes upstream for this client.
+    `models`: globs, none for all. `limits`, `usd_per_day`: of what goes upstream for this client.
     """
 
     name: str
@@ -39,22 +136,26 @@ class ClientKeySettings:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """`socket` stands instead of host and port. `ops`: where the listener for probes and metrics is."""
-
-    host: str = "127.0.0.1"
-    port: int = 8484
-    workers: int = 1
-    max_body: int = 64 * MIB
-    max_in_flight: int = 1000
-    drain_timeout: float = 30.0
-    drain_delay: float = 0.0
-    socket: str | None = None
-    ops: tuple[str, int] | None = None
-    client_keys: tuple[ClientKeySettings, ...] = ()
-    allow_anonymous: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    admin_key: Secret | None = None
+    host: str = setting(HOST, "127.0.0.1", "Address to listen on; one beyond loopback needs client keys.", fixed=True)
+    port: int = setting(integer(0, 65535), 8484, "Port; 0: any free one, printed at the start.", fixed=True)
+    workers: int = setting(integer(1, 256), 1, "Processes that share the port.", fixed=True)
+    max_body: int = setting(size(1), 64 * MIB, "Largest request; a larger one is refused with 413.")
+    max_in_flight: int = setting(integer(1), 1000, "Requests at the same time; more are refused with 503 overloaded.")
+    drain_timeout: float = setting(_SPAN, 30.0, "After SIGTERM, running requests may take this long to finish.")
+    drain_delay: float = setting(_SPAN, 0.0, "How long SIGTERM still accepts connections while /readyz says 503.")
+    socket: str | None = setting(optional(SOCKET_PATH), None, "Unix socket instead of host and port.", fixed=True)
+    ops: tuple[str, int] | None = setting(
+        optional(HOST_AND_PORT), None, "Second listener for /healthz, /readyz and /metrics, without a key.", fixed=True
+    )
+    client_keys: tuple[ClientKeySettings, ...] = setting(
+        CLIENT_KEYS, (), "Clients that may call; none: every client on this machine, and no other."
+    )
+    allow_anonymous: bool = setting(BOOLEAN, False, "Serve an address beyond loopback without client keys.")
+    allowed_hosts: tuple[str, ...] = setting(
+        ListOf(ALLOWED_HOST), (), "Host names accepted besides localhost, 127.0.0.1 and [::1]."
+    )
+    allowed_origins: tuple[str, ...] = setting(ListOf(ORIGIN), (), "Browser origins that may call.")
+    admin_key: Secret | None = setting(ADMIN_KEY, None, "Key for /metrics and /_proxy; none: loopback only.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,159 +173,206 @@ class KeySettings:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSettings:
-    """Where requests go. `base_url` has no trailing slash; Azure's is the resource's root, less `/openai`.
+    """An upstream. `base_url` has no trailing slash; Azure's is the resource's root, without `/openai`.
 
-    `api_version` is Azure's: None means its `/openai/v1` surface. `deployments`: model glob -> deployment.
-    `entra_id`: called with tokens of the proxy's own identity instead of keys. `proxy`: a secret, as it may hold a
-    password. `ca_file`: certificates trusted in place of the system's.
+    `api_version` is Azure's: None means its `/openai/v1` surface. `proxy` is a secret, as it may hold a password.
     """
 
-    name: str = "openai"
-    kind: Kind = "openai"
-    base_url: str = "https://api.openai.com/v1"
-    models: tuple[str, ...] = ("*",)
-    priority: int = 0
-    cache_as: str | None = None
-    keys: tuple[KeySettings, ...] = ()
-    api_version: str | None = None
-    deployments: Mapping[str, str] = field(default_factory=dict)
-    insecure: bool = False
-    prices: Prices = field(default_factory=dict)
-    entra_id: bool = False
-    proxy: Secret | None = None
-    ca_file: str | None = None
+    name: str = setting(optional(NAME), "openai", "Name in headers and logs; default: its kind, numbered from 2.")
+    kind: Kind = setting(optional(choice("openai", "azure")), "openai", "API it speaks; default: what the URL shows.")
+    base_url: str = setting(optional(_BASE_URL), "https://api.openai.com/v1", "Base URL.")
+    models: tuple[str, ...] = setting(ListOf(GLOB, at_least=1), ("*",), "Models that it serves.")
+    priority: int = setting(
+        integer(0, 1000), 0, "Equal numbers form one pool; a higher number serves only if no lower one can."
+    )
+    cache_as: str | None = setting(
+        optional(VISIBLE), None, "Name that replaces base URL, api-version and deployment in the cache key."
+    )
+    keys: tuple[KeySettings, ...] = setting(KEYS, (), "Keys: a text each, or a table.")
+    api_version: str | None = setting(
+        optional(API_VERSION), None, f"Azure's api-version; default: {DEFAULT_API_VERSION}; v1: /openai/v1."
+    )
+    deployments: Mapping[str, str] = setting(
+        MapOf(GLOB, DEPLOYMENT), {}, "Azure: model to deployment; default: the model's name."
+    )
+    insecure: bool = setting(BOOLEAN, False, "Allow plain http with a key to another machine.")
+    prices: Prices = setting(_PRICES, {}, "As cost.prices, for this upstream.")
+    entra_id: bool = setting(BOOLEAN, False, "Azure: use tokens of this machine's identity instead of keys.")
+    proxy: Secret | None = setting(optional(_PROXY), None, "HTTP proxy to reach it through.")
+    ca_file: str | None = setting(optional(PATH), None, "Certificates (PEM) to trust instead of the system's.")
 
     @property
     def pooled(self) -> bool:
-        """Whether it is called with a credential of ours."""
+        """Whether it is called with a credential of the proxy's."""
         return bool(self.keys) or self.entra_id
+
+
+UPSTREAM: Final = Section(section_of(UpstreamSettings).settings)
+UPSTREAMS: Final = ListOf(UPSTREAM)
 
 
 @dataclass(frozen=True, slots=True)
 class TtlSettings:
-    chat: float = 86400.0
-    completions: float = 86400.0
-    responses: float = 86400.0
-    embeddings: float = 604800.0
-    moderations: float = 86400.0
+    chat: float = setting(_SPAN, 24 * HOUR, "Of chat completions.")
+    completions: float = setting(_SPAN, 24 * HOUR, "Of completions.")
+    responses: float = setting(_SPAN, 24 * HOUR, "Of responses.")
+    embeddings: float = setting(_SPAN, 168 * HOUR, "Of embeddings.")
+    moderations: float = setting(_SPAN, 24 * HOUR, "Of moderations.")
+
+
+_IGNORED: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    backend: str = "memory"
-    path: str = "~/.cache/openai-proxy/cache.db"
-    memory_size: int = 256 * MIB
-    max_size: int = 4 * GIB
-    max_entry: int = 8 * MIB
-    ttl: TtlSettings = field(default_factory=TtlSettings)
-    when: str = "always"
-    mode: str = "normal"
-    cassette: str | None = None
-    store_requests: bool = False
-    ignore_fields: tuple[str, ...] = (
-        "user",
-        "metadata",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
+    backend: str = setting(
+        choice("memory", "sqlite", "redis", "off"), "memory", "Where answers are stored.", fixed=True
     )
-    shared: bool = False
-    embeddings_per_item: bool = True
-    stale_while_revalidate: float = 0.0
-    stale_if_error: float = 0.0
-    coalesce: bool = True
-    on_disconnect: str = "cancel"
+    path: str = setting(PATH, "~/.cache/openai-proxy/cache.db", "File of the sqlite backend.", fixed=True)
+    memory_size: int = setting(size(), 256 * MIB, "Memory for answers; the least recently used go first.", fixed=True)
+    max_size: int = setting(size(1), 4 * GIB, "Size of the sqlite file; the least recently used go first.", fixed=True)
+    max_entry: int = setting(size(1), 8 * MIB, "Largest answer that is stored.", fixed=True)
+    ttl: TtlSettings = section(TtlSettings, "How long answers are fresh.")
+    when: str = setting(
+        choice("always", "deterministic", "never"), "always", "Which requests; deterministic: temperature 0 or a seed."
+    )
+    mode: str = setting(
+        choice("normal", "replay", "refresh"),
+        "normal",
+        "Replay: nothing goes upstream, a miss is 504; refresh: always ask, and overwrite.",
+        fixed=True,
+    )
+    cassette: str | None = setting(
+        optional(PATH), None, "File of answers: replay reads it; otherwise used answers are merged into it.", fixed=True
+    )
+    store_requests: bool = setting(BOOLEAN, False, "Store the request with the answer, without its headers.")
+    ignore_fields: tuple[str, ...] = setting(
+        ListOf(FIELD, check=_no_essential), _IGNORED, "Request fields left out of the cache key."
+    )
+    shared: bool = setting(BOOLEAN, False, "Clients with different client keys share answers.")
+    embeddings_per_item: bool = setting(BOOLEAN, True, "Send only those texts of a batch that are not cached.")
+    stale_while_revalidate: float = setting(
+        _SPAN, 0.0, "How long past its ttl an answer is served while a new one is fetched.", fixed=True
+    )
+    stale_if_error: float = setting(
+        _SPAN, 0.0, "How long past its ttl an answer is served if every key and upstream fails.", fixed=True
+    )
+    coalesce: bool = setting(BOOLEAN, True, "Identical requests at the same time make one upstream call.")
+    on_disconnect: str = setting(
+        choice("cancel", "finish"), "cancel", "Finish: read the answer to its end, within 60 s, and store it."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ThrottleSettings:
     """`limits`: model glob -> limits of each quota. `max_wait` None: the client's own deadline (`auto`)."""
 
-    backend: str = "memory"
-    limits: Mapping[str, Limits] = field(default_factory=dict)
-    tier: str | None = None
-    use: float = 1.0
-    adaptive: bool = True
-    max_wait: float | None = 60.0
-    max_queue: int = 1000
+    backend: str = setting(
+        choice("memory", "redis"), "memory", "Redis: limits hold across every proxy that uses it.", fixed=True
+    )
+    limits: Mapping[str, Limits] = setting(LIMITS_BY_GLOB, {}, "Limits by model, for each quota.")
+    tier: str | None = setting(
+        optional(choice("1", "2", "3", "4", "5", "free")), None, "OpenAI's published limits; `limits` override them."
+    )
+    use: float = setting(SHARE, 1.0, "Share of each limit to use.")
+    adaptive: bool = setting(BOOLEAN, True, "Obey the limits in the upstream's x-ratelimit-* headers too.")
+    max_wait: float | None = setting(
+        duration_or_auto(), 60.0, "Longest wait in the queue; auto: the client's own deadline less 5 s."
+    )
+    max_queue: int = setting(integer(), 1000, "Requests that may wait; more are refused with 429 queue_full.")
 
 
 @dataclass(frozen=True, slots=True)
 class RetrySettings:
-    max_retries: int = 3
-    base_delay: float = 1.0
-    max_delay: float = 10.0
-    jitter: float = 1.0
-    budget: float = 0.2
-    ambiguous: bool = True
-    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    max_retries: int = setting(integer(0, 10), 3, "Retries of one request.")
+    base_delay: float = setting(_SPAN, 1.0, "Delay: min(base_delay * 2^attempt + random(0, jitter), max_delay).")
+    max_delay: float = setting(_SPAN, 10.0, "Longest delay.")
+    jitter: float = setting(_SPAN, 1.0, "Largest random part of a delay.")
+    budget: float = setting(
+        number(1.0), 0.2, "Retries as a share of an upstream's requests in 10 s, over a floor of 10."
+    )
+    ambiguous: bool = setting(BOOLEAN, True, "Retry if the connection died after sending and before any answer.")
+    fallbacks: Mapping[str, tuple[str, ...]] = setting(
+        MapOf(GLOB, ListOf(GLOB, at_least=1)), {}, "Model to models to try when every key and upstream failed."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerSettings:
-    failures: int = 5
-    window: float = 30.0
-    open_for: float = 15.0
+    failures: int = setting(integer(1), 5, "Equal failures in a row that open the breaker.")
+    window: float = setting(_POSITIVE_SPAN, 30.0, "They count if they happen within this time.")
+    open_for: float = setting(_POSITIVE_SPAN, 15.0, "After this time one request may try the upstream.")
 
 
 @dataclass(frozen=True, slots=True)
 class TimeoutSettings:
-    connect: float = 5.0
-    first_byte: float = 600.0
-    idle: float = 300.0
-    total: float = 600.0
+    connect: float = setting(_POSITIVE_SPAN, 5.0, "To connect.")
+    first_byte: float = setting(_POSITIVE_SPAN, 600.0, "Until the answer begins.")
+    idle: float = setting(_POSITIVE_SPAN, 300.0, "Longest pause within an answer.")
+    total: float = setting(_POSITIVE_SPAN, 600.0, "Of a plain answer, and of a stream up to its first event.")
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetSettings:
-    usd_per_day: Decimal | None = None
-    usd_per_month: Decimal | None = None
-    on_exceeded: str = "refuse"
-    warn_at: float = 0.8
+    usd_per_day: Decimal | None = setting(optional(MONEY), None, "USD a day (UTC).")
+    usd_per_month: Decimal | None = setting(optional(MONEY), None, "USD a month (UTC).")
+    on_exceeded: str = setting(choice("refuse", "cache_only"), "refuse", "What happens when it is spent.")
+    warn_at: float = setting(SHARE, 0.8, "Share at which the log warns.")
 
 
 @dataclass(frozen=True, slots=True)
 class CostSettings:
-    prices: Prices = field(default_factory=dict)
-    stream_usage: str = "inject"
-    stream_comment: bool = False
-    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    prices: Prices = setting(_PRICES, {}, "Model to USD per 1M tokens, over the built-in list.")
+    stream_usage: str = setting(
+        choice("inject", "off"), "inject", "Inject: ask upstream for a stream's usage if the client did not."
+    )
+    stream_comment: bool = setting(BOOLEAN, False, "End streams with a comment that holds the cost.")
+    budget: BudgetSettings = section(BudgetSettings, "What the proxy may spend.")
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerSettings:
-    path: str = "~/.local/share/openai-proxy/usage.db"
-    enabled: bool = True
+    path: str = setting(PATH, "~/.local/share/openai-proxy/usage.db", "File of the ledger.", fixed=True)
+    enabled: bool = setting(BOOLEAN, True, "Keep the ledger.", fixed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class RedisSettings:
     """`url` is a secret: it may hold a password."""
 
-    url: Secret | None = None
-    prefix: str = "openai-proxy"
+    url: Secret | None = setting(
+        optional(SECRET),
+        None,
+        "redis://, rediss:// or unix://; default: REDIS_URL, or REDIS_HOST and its like.",
+        fixed=True,
+    )
+    prefix: str = setting(NAME, "openai-proxy", "Beginning of every key in Redis, at most 64 bytes.", fixed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    level: str = "info"
-    format: str = "text"
+    level: str = setting(choice("debug", "info", "warning", "error"), "info", "Least important lines that are written.")
+    format: str = setting(choice("text", "json"), "text", "Form of log lines.")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    server: ServerSettings = field(default_factory=ServerSettings)
-    upstreams: tuple[UpstreamSettings, ...] = (UpstreamSettings(),)
-    selection: str = "auto"
-    cache: CacheSettings = field(default_factory=CacheSettings)
-    throttle: ThrottleSettings = field(default_factory=ThrottleSettings)
-    retry: RetrySettings = field(default_factory=RetrySettings)
-    breaker: BreakerSettings = field(default_factory=BreakerSettings)
-    timeouts: TimeoutSettings = field(default_factory=TimeoutSettings)
-    cost: CostSettings = field(default_factory=CostSettings)
-    ledger: LedgerSettings = field(default_factory=LedgerSettings)
-    redis: RedisSettings = field(default_factory=RedisSettings)
-    log: LogSettings = field(default_factory=LogSettings)
+    server: ServerSettings = section(ServerSettings, "How the proxy listens, and who may call.")
+    upstreams: tuple[UpstreamSettings, ...] = setting(
+        UPSTREAMS, (UpstreamSettings(),), "Where requests go; none: what the OPENAI_* and AZURE_* variables say."
+    )
+    selection: str = setting(
+        choice("auto", "headroom", "round_robin", "sticky", "weighted"), "auto", "How a key of the pool is chosen."
+    )
+    cache: CacheSettings = section(CacheSettings, "Which answers are stored, where and for how long.")
+    throttle: ThrottleSettings = section(ThrottleSettings, "Rate limits, and how requests wait for them.")
+    retry: RetrySettings = section(RetrySettings, "How failed requests are tried again.")
+    breaker: BreakerSettings = section(BreakerSettings, "When an upstream that fails is left alone.")
+    timeouts: TimeoutSettings = section(TimeoutSettings, "How long the proxy waits for an upstream.")
+    cost: CostSettings = section(CostSettings, "Prices and budgets.")
+    ledger: LedgerSettings = section(LedgerSettings, "Counts and costs of requests, never prompts or answers.")
+    redis: RedisSettings = section(RedisSettings, "For cache.backend and throttle.backend redis.")
+    log: LogSettings = section(LogSettings, "The log.")
 
     @property
     def passthrough(self) -> bool:

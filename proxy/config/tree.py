@@ -140,7 +140,9 @@ class _Builder:
             inner = f"{path}.{shown_name(name)}".lstrip(".")
             if name in entries:
                 first = entries[name].where.line
-                message = "expected each name once, found it again" + (f" (first in line {first})" if first else "")
+                message = "expected each name once, found a duplicate key" + (
+                    f" (first in line {first})" if first else ""
+                )
                 self._problems.append(place.problem(inner, message))
             child = self.node(value, inner, depth + 1)
             # A block value begins below its name; a person looks for the name.

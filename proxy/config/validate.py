@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Final
 
@@ -9,15 +10,16 @@ from .problems import Invalid
 from .reading import Reading
 from .settings import Settings, UpstreamSettings
 from .urls import Url, parse_url
-from .values import is_loopback
+from .values import LONGEST_SOCKET_PATH, is_loopback
 
 LONGEST_REDIS_PREFIX: Final = 64
-"""So that every key in Redis stays below 160 bytes (contract 7, Cache)."""
+"""Bytes; longer ones would make keys in Redis longer than 160 bytes."""
 
 
 def check(settings: Settings, reading: Reading) -> None:
     """Adds to the reading's problems and warnings. Says nothing about values that could not be read."""
     _check_exposure(settings, reading)
+    _check_socket(settings, reading)
     _check_ops(settings, reading)
     _check_redis(settings, reading)
     _check_mode(settings, reading)
@@ -121,6 +123,13 @@ def _check_exposure(settings: Settings, reading: Reading) -> None:
         "expected a loopback address, or client_keys (also PROXY_CLIENT_KEYS=name:key), or "
         f"allow_anonymous: true; found {server.host} without them",
     )
+
+
+def _check_socket(settings: Settings, reading: Reading) -> None:
+    path = os.path.expanduser(settings.server.socket or "")
+    if len(path.encode()) > LONGEST_SOCKET_PATH:
+        message = f"expected a socket's path of at most {LONGEST_SOCKET_PATH} bytes, found {path}"
+        reading.fail_at("server.socket", message)
 
 
 def _check_ops(settings: Settings, reading: Reading) -> None:

@@ -5,9 +5,9 @@ from dataclasses import fields, is_dataclass
 import pytest
 import yaml
 
-from proxy.config.reading import Section
+from proxy.config.description import Section
 from proxy.config.render import lines, plain
-from proxy.config.schema import SCHEMA
+from proxy.config.schema import SETTINGS
 from proxy.config.settings import Settings
 from tests.config.kit import Load
 
@@ -58,15 +58,15 @@ def test_sources_are_beside_the_values(load: Load) -> None:
     assert any(line.startswith("    chat: 24h") and line.endswith("# default") for line in shown)
 
 
-@pytest.mark.parametrize("section", [SCHEMA])
-def test_every_field_has_a_reader_and_the_reverse(section: Section[object]) -> None:
-    def compare(section: Section[object], value: object) -> None:
+@pytest.mark.parametrize("section", [SETTINGS])
+def test_every_field_has_a_description_and_the_reverse(section: Section) -> None:
+    def compare(section: Section, value: object) -> None:
         assert is_dataclass(value)
         assert not isinstance(value, type)
-        assert [field.name for field in fields(value)] == list(section.readers)
-        for name, reader in section.readers.items():
-            assert isinstance(reader, Section) == is_dataclass(getattr(value, name))
-            if isinstance(reader, Section):
-                compare(reader, getattr(value, name))
+        assert [field.name for field in fields(value)] == list(section.settings)
+        for name, setting in section.settings.items():
+            assert isinstance(setting.kind, Section) == is_dataclass(getattr(value, name))
+            if isinstance(setting.kind, Section):
+                compare(setting.kind, getattr(value, name))
 
     compare(section, Settings())

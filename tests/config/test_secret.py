@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.config.key_sources import read_key_file
 from proxy.config.problems import Invalid
-from proxy.config.secret import Secret, read_key_file, unusable_key
+from proxy.config.secret import Secret, unusable_key
 from tests.config.kit import write
 
 

@@ -64,7 +64,7 @@ def test_anchors_are_followed() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\nb: 2\na: 3", "a.yaml:3: a: expected each name once, found it again (first in line 1)"),
+        ("a: 1\nb: 2\na: 3", "a.yaml:3: a: expected each name once, found a duplicate key (first in line 1)"),
         ("a:\n  b: 1\n  b: 1", "a.yaml:3: a.b: expected each name once"),
         ("a: [1, 2", "a.yaml:1: expected YAML"),
         ("a: 1\n b: 2", "a.yaml:2: expected YAML, found a mistake: mapping values are not allowed here"),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import values
-from proxy.config.values import Leaf, duration, integer, number, optional, size
+from proxy.config.description import Leaf, optional
+from proxy.config.values import duration, integer, number, size
 
 LEAVES: list[tuple[Leaf[Any], dict[str, object], list[str]]] = [
     (
