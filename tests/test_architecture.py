@@ -64,7 +64,6 @@ LONGER_FUNCTIONS: dict[str, str] = {
 
 MAX_PARAMETERS = 6
 MORE_PARAMETERS: dict[str, str] = {
-    "proxy.config.loader._read": "until the sources of settings are one value",
     "proxy.lifecycle._run": "until what a process starts with is one value",
     "proxy.pipeline.recorder.Recorder.record": "until a receipt is finished in one place",
     "proxy.protocol.request.ProxyRequest.from_body": "one for each field that the body does not say",

@@ -88,13 +88,14 @@ def test_an_address_that_means_all_is_asked_on_the_loopback(health: Health, host
     assert (done.returncode, done.stdout) == (0, f"healthy: http://{shown}:{port}\n"), done.stderr
 
 
-def test_the_unix_socket_is_asked_where_there_is_one(health: Health, tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["{home}/s", "~/s"])
+def test_the_unix_socket_is_asked_where_there_is_one(health: Health, tmp_path: Path, written: str) -> None:
     path = tmp_path / "s"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
     with listening(listener, OK):
-        done = health(PROXY__SERVER__SOCKET=str(path))
+        done = health(PROXY__SERVER__SOCKET=written.format(home=tmp_path), HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, f"healthy: unix socket {path}\n"), done.stderr
 
 

@@ -82,6 +82,13 @@ def test_the_listener_for_probes_has_its_own_port(load: Load) -> None:
     assert load("server: {ops: '10.0.0.1:8484'}").settings.server.ops == ("10.0.0.1", 8484)
 
 
+def test_a_sockets_path_is_measured_with_the_home_directory(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/" + "h" * 90)
+    assert load("server: {socket: ~/short.sock}").settings.server.socket == "~/short.sock"
+    (problem,) = problems(load, "server:\n  socket: ~/proxy-of-the-team.sock")
+    assert problem.startswith("settings.yaml:2: server.socket: expected a socket's path of at most 103 bytes, found /h")
+
+
 def test_risky_settings_are_warnings(load: Load) -> None:
     (warning,) = load(f"server: {{{CLIENT}}}").warnings
     assert "upstreams are called without a credential" in warning
