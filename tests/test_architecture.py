@@ -144,6 +144,7 @@ IMPURE = {
     "proxy.system.sockets": "sets up sockets",
     "proxy.system.sqlite": "opens SQLite",
     "proxy.system.sqlite_writer": "a thread that writes SQLite",
+    "proxy.system.threads": "calls functions in threads",
     "proxy.upstream.client": "speaks HTTP",
     "proxy.upstream.deadline": "a timeout that can move",
     "proxy.upstream.entra": "a background task",

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import math
@@ -23,6 +22,7 @@ from ..protocol.headers import Raw, storable_headers
 from ..protocol.request import ProxyRequest
 from ..protocol.routes import printable
 from ..system.clock import Clock
+from ..system.threads import in_thread_if_large
 from .completeness import is_deterministic
 from .embeddings import EmbeddingBatch, cached, item_entries, made_of
 from .entry import Entry, Form
@@ -31,9 +31,6 @@ from .miss_reason import RecentRequests, nearest, shown_names, why_missed
 from .plan import CachePlan
 from .stores.interface import Filter, StoreError
 from .stores.tiered import TieredStore
-
-LARGE: Final = 256 * 1024
-"""Stored responses larger than this are converted in a thread (bytes)."""
 
 REVALIDATING: Final = "stale-while-revalidate"
 
@@ -212,10 +209,7 @@ class ResponseCache:
             for number, entry in enumerate(entries)
             if entry is not None and self._may_serve(entry, max_age, self._past_end)
         }
-        if sum(len(entry.body) for entry in usable.values()) > LARGE:
-            found = await asyncio.to_thread(cached, usable)
-        else:
-            found = cached(usable)
+        found = await in_thread_if_large(sum(len(entry.body) for entry in usable.values()), cached, usable)
         if not found:
             return plan
         new = f"{len(batch.keys) - len(found)} of {len(batch.keys)} new"
@@ -223,10 +217,8 @@ class ResponseCache:
         return msgspec.structs.replace(plan, reason=new, fwd="partial", batch=batch)
 
     async def _made_of_items(self, key: str, batch: EmbeddingBatch) -> CacheHit:
-        if sum(len(found.vector) for found in batch.found.values()) > LARGE:
-            entry, body = await asyncio.to_thread(made_of, key, batch)
-        else:
-            entry, body = made_of(key, batch)
+        size = sum(len(found.vector) for found in batch.found.values())
+        entry, body = await in_thread_if_large(size, made_of, key, batch)
         return CacheHit(entry, body, self._clock.new_id())
 
     def _why_missed(
@@ -285,10 +277,7 @@ class ResponseCache:
 
     async def _converted(self, request: ProxyRequest, other: Entry) -> Entry | None:
         """Return the entry in this request's form, and store it in that form for the next time."""
-        if len(other.body) > LARGE:
-            entry = await asyncio.to_thread(converted, other, request.document)
-        else:
-            entry = converted(other, request.document)
+        entry = await in_thread_if_large(len(other.body), converted, other, request.document)
         if entry is not None:
             self._store.put(entry)
         return entry
@@ -321,10 +310,8 @@ class ResponseCache:
         if template.ttl <= 0:
             return False
         price = new.price if new.cost is not None else None
-        if sum(map(len, vectors)) > LARGE:
-            entries = await asyncio.to_thread(item_entries, template, batch, numbers, vectors, price)
-        else:
-            entries = item_entries(template, batch, numbers, vectors, price)
+        size = sum(map(len, vectors))
+        entries = await in_thread_if_large(size, item_entries, template, batch, numbers, vectors, price)
         if plan.request is not None:
             entries = [msgspec.structs.replace(entry, request=self._mask(entry.request or "")) for entry in entries]
         stored = [self._store.put(entry) for entry in entries]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
 
 from msgspec.structs import replace
 
 from ..config.settings import CacheSettings
 from ..protocol.masking import SecretMasker
 from ..protocol.request import ProxyRequest
+from ..system.threads import in_thread_if_large
 from .completeness import is_deterministic
 from .embeddings import EmbeddingBatch, read_batch
 from .fields import dropped_fields, request_bypass
 from .key import KeyParts, NotCacheable, cache_key, canonical, partitioned
 from .miss_reason import field_digests_of
 from .plan import CachePlan
-
-LARGE: Final = 1024 * 1024
-"""Bodies larger than this are read in a thread, so that the event loop stays free (bytes)."""
 
 
 class Planner:
@@ -52,10 +48,7 @@ class Planner:
             return _bypassed(why_not)
         drop = dropped_fields(request.endpoint, settings.ignore_fields)
         try:
-            if len(request.body) > LARGE:
-                parts = await asyncio.to_thread(self.key_parts, request, drop)
-            else:
-                parts = self.key_parts(request, drop)
+            parts = await in_thread_if_large(len(request.body), self.key_parts, request, drop)
         except NotCacheable as error:
             return _bypassed(f"uncacheable: {error.reason}")
         sample, partition = options.sample, request.client.cache_partition
@@ -96,9 +89,7 @@ class Planner:
 
     async def _key(self, parts: KeyParts) -> tuple[str, str]:
         """Return the key without the client's partition, and the digests that tell how it differs from another."""
-        if len(parts.body) > LARGE:
-            return await asyncio.to_thread(_key_and_field_digests, parts)
-        return _key_and_field_digests(parts)
+        return await in_thread_if_large(len(parts.body), _key_and_field_digests, parts)
 
     def key_parts(self, request: ProxyRequest, drop: frozenset[str]) -> KeyParts:
         """Return what the key is made of, without sample and partition. Raises NotCacheable."""
@@ -119,9 +110,7 @@ class Planner:
         """Return the items of a request that have keys of their own."""
         if request.endpoint != "embeddings" or request.stream or not self._settings.embeddings_per_item:
             return None
-        if len(request.body) > LARGE:
-            return await asyncio.to_thread(read_batch, request.body, request.document, parts, drop)
-        return read_batch(request.body, request.document, parts, drop)
+        return await in_thread_if_large(len(request.body), read_batch, request.body, request.document, parts, drop)
 
 
 def _bypassed(reason: str) -> CachePlan:

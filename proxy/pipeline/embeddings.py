@@ -6,7 +6,6 @@ once, and is stored when its own call has ended well, whatever becomes of the ne
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
@@ -15,7 +14,7 @@ import msgspec
 
 from ..cache.completeness import plain_complete
 from ..cache.embeddings import Savings, join, savings_of, total_usage, vectors_of
-from ..cache.lookup import LARGE, NewEntry, ResponseCache
+from ..cache.lookup import NewEntry, ResponseCache
 from ..cache.plan import CachePlan
 from ..cost.pricing import Cost, total_cost
 from ..cost.usage import Usage
@@ -23,6 +22,7 @@ from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..protocol.masking import SecretMasker
 from ..protocol.request import ProxyRequest
+from ..system.threads import in_thread_if_large
 from ..upstream.progress import AttemptLog
 from ..upstream.response import ReadAnswer, ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
@@ -98,10 +98,8 @@ class EmbeddingsFetcher:
                 batch = msgspec.structs.replace(batch, found={})  # vectors of two models cannot be compared
                 plan = msgspec.structs.replace(plan, batch=batch, reason="model changed", fwd="request")
         everything = bought | {number: found.vector for number, found in batch.found.items()}
-        if sum(map(len, everything.values())) > LARGE:
-            body = await asyncio.to_thread(join, everything, batch.order, model, attempt_log.usage)
-        else:
-            body = join(everything, batch.order, model, attempt_log.usage)
+        size = sum(map(len, everything.values()))
+        body = await in_thread_if_large(size, join, everything, batch.order, model, attempt_log.usage)
         if leaked:
             body = self._masker.mask(body)
         savings = savings_of(batch.found.values()) if batch.found else None

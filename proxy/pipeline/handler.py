@@ -30,6 +30,7 @@ from ..protocol.headers import Raw, downstream_headers
 from ..protocol.json_parse import parse_leniently
 from ..protocol.request import ProxyRequest
 from ..services import Services
+from ..system.threads import in_thread_if_large
 from ..upstream.cost_estimate import max_cost_estimate
 from ..upstream.interfaces import UpstreamTransport
 from ..upstream.limits.estimate import request_size
@@ -48,9 +49,6 @@ from .response_headers import cost_comment, cost_lines
 from .stale import BackgroundRevalidator, StaleFallback
 
 log = logging.getLogger("proxy.request")
-
-LARGE: Final = 1024 * 1024
-"""Bodies above this are parsed in a thread, so that the loop stays free (bytes)."""
 
 SPILL: Final = 64 * 1024 * 1024
 """A plain answer above this is no longer held to be understood: it flows through (bytes)."""
@@ -293,9 +291,7 @@ class RequestHandler:
         if answered.status == 204:
             return None
         try:
-            if len(body) > LARGE:
-                return await asyncio.to_thread(parse, body)
-            return parse(body)
+            return await in_thread_if_large(len(body), parse, body)
         except ValueError:
             raise TransportFailure("invalid", "the upstream's JSON answer is cut short or broken") from None
 

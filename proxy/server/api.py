@@ -21,7 +21,7 @@ from ..observability.logs import HitLog, log_refusal
 from ..observability.metrics import Metrics
 from ..pipeline.coalescing.broadcast import SubscriberStream
 from ..pipeline.coalescing.reply import Reply
-from ..pipeline.handler import LARGE, RequestHandler
+from ..pipeline.handler import RequestHandler
 from ..pipeline.relay import StreamBroken, with_comment
 from ..pipeline.response_headers import (
     TRAILERS,
@@ -40,6 +40,7 @@ from ..protocol.request import Client, ProxyRequest, parse_body
 from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
 from ..services import Services
+from ..system.threads import in_thread_if_large
 from ..upstream.limits.clients import check_model
 from ..upstream.providers.registry import model_named, models_in_path
 from .access import ANONYMOUS, AccessControl
@@ -240,10 +241,7 @@ class ApiHandler:
         services, request, route = self._services, visit.request, visit.route
         raw = request.raw_headers
         options = route.options if plain else from_headers(route.options, _text(raw))
-        if len(body) > LARGE:
-            document = await asyncio.to_thread(parse_body, body)
-        else:
-            document = parse_body(body)
+        document = await in_thread_if_large(len(body), parse_body, body)
         now = services.clock.monotonic()
         total = services.settings.timeouts.total if options.timeout is None else options.timeout
         own = _client_timeout(request)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import proxy.cache.planner
+import proxy.system.threads
 from proxy.config.limits import Limits
 from proxy.config.settings import RetrySettings, ThrottleSettings
 from proxy.protocol.options import Options
@@ -149,7 +149,7 @@ def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
 
 
 def test_a_large_request_that_leaves_while_it_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.cache.planner, "LARGE", 10)
+    monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
 
     async def tell() -> None:
         scene = PipelineFixture(says())

@@ -11,6 +11,7 @@ import pytest
 import proxy.cache.lookup
 import proxy.cache.planner
 import proxy.pipeline.handler
+import proxy.system.threads
 from proxy.cache.lookup import digest_of_request
 from proxy.config.settings import CacheSettings, TtlSettings
 from proxy.pipeline.coalescing.reply import Reply
@@ -163,7 +164,7 @@ async def test_a_stored_stream_serves_a_plain_request() -> None:
 
 @virtual_time
 async def test_a_large_answer_is_converted_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.cache.lookup, "LARGE", 10)
+    monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
     scene = PipelineFixture(streams())
     await scene.ask(ask(stream=True))
     assert (await scene.ask()).cache == "hit"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import proxy.pipeline.handler
+import proxy.system.threads
 from proxy.config.settings import CostSettings, RetrySettings
 from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
@@ -169,7 +170,7 @@ async def test_an_answer_that_is_not_an_object() -> None:
 
 @virtual_time
 async def test_a_large_answer_is_parsed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.pipeline.handler, "LARGE", 10)
+    monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
     scene = PipelineFixture(says(), Responds(body=(b'{"id": "cut short',)))
     assert (await scene.ask()).cost == "0.002250"
     assert (await scene.ask()).cache == "hit"

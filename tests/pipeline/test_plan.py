@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import proxy.cache.planner
+import proxy.system.threads
 from proxy.cache.plan import CachePlan
 from proxy.config.settings import CacheSettings, ClientKeySettings, ServerSettings, UpstreamSettings
 from proxy.protocol.options import Options
@@ -188,7 +188,7 @@ async def test_other_upstreams_are_other_keys_unless_they_stand_for_the_same() -
 async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = PipelineFixture()
     small = await scene.planned()
-    monkeypatch.setattr(proxy.cache.planner, "LARGE", 10)
+    monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
     assert await scene.planned() == small
     assert isinstance(small, CachePlan)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-import proxy.pipeline.handler
-import proxy.server.api
+import proxy.system.threads
 from proxy.config.settings import ClientKeySettings, ServerSettings, Settings
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask, settings
@@ -121,7 +120,7 @@ async def test_a_failure_inside_is_told_as_such(
 
 async def test_what_passes_for_json(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other content types that are JSON, charsets, odd bodies that an upstream may take: all go up as they are."""
-    monkeypatch.setattr(proxy.server.api, "LARGE", 50)
+    monkeypatch.setattr(proxy.system.threads, "LARGE", 50)
     bodies: list[tuple[str, bytes]] = [
         ("application/json; charset=utf-8", b'{"model":"gpt-4o","messages":[]}'),
         ("Application/JSON", b'{"model":"gpt-4o","messages":[],"a":1}'),

@@ -22,6 +22,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from ...system.clock import spawn
 from ...system.redis import DEADLINE_MAX, RedisConnection, text_of
+from ...system.threads import in_thread_if_large
 from ..codec import FRAME_SIZE, VERSION, decode, describe, encode, head_size
 from ..entry import Entry
 from .interface import (
@@ -52,7 +53,6 @@ _REFUSED_PAUSE: Final = 5.0
 _ADMIN: Final = 5.0
 _CLOSING: Final = 3.0
 _LONGEST_LIFE: Final = 10 * 365 * 86400.0
-_IN_THREAD: Final = 128 * 1024
 _HEAD_GUESS: Final = 2048
 _FORMS: Final = ("json", "sse")
 _PURGES_KEPT: Final = 86400
@@ -177,10 +177,7 @@ class RedisStore:
         blob = await self._value(self.key_of(name))
         if blob is None:
             return None
-        if len(blob) > _IN_THREAD:
-            entry = await asyncio.to_thread(decode, blob, *name)
-        else:
-            entry = decode(blob, *name)
+        entry = await in_thread_if_large(len(blob), decode, blob, *name)
         if entry is None:
             await self._rejected(blob)
         return entry
@@ -230,7 +227,7 @@ class RedisStore:
         if life <= 0 or not self.link.up or time.monotonic() < self._refused_until:
             self._counts["dropped"] += 1
             return
-        parts = await asyncio.to_thread(encode, entry) if len(entry.body) > _IN_THREAD else encode(entry)
+        parts = await in_thread_if_large(len(entry.body), encode, entry)
         blob, redis_key, milliseconds = b"".join(parts), self.key_of(name), max(1, math.ceil(life * 1000))
         try:
             await self.link.run(lambda: self._redis.set(redis_key, blob, px=milliseconds), DEADLINE_MAX)
