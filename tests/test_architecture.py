@@ -45,7 +45,6 @@ EXCEPTIONS = {
 
 MAX_LINES = 400
 LONGER: dict[str, str] = {
-    "proxy/pipeline/handler.py": "until it reads from top to bottom",
     "proxy/server/passthrough.py": "holds a retry loop of its own until there is one for all",
     "proxy/upstream/client.py": "until it is split",
     "proxy/upstream/sender.py": "the retry loop, until it is split",
