@@ -19,8 +19,13 @@ from .cost.pricing import PriceTable
 from .protocol.masking import SecretMasker
 from .protocol.request import Client
 from .system.clock import Clock
+from .upstream.attempt import AttemptRunner
 from .upstream.counters import UpstreamCounters
-from .upstream.interfaces import LockStore
+from .upstream.credentials import Credentials
+from .upstream.endpoint_sender import EndpointSender
+from .upstream.estimates import Estimates
+from .upstream.interfaces import LockStore, UpstreamTransport
+from .upstream.key_lease import KeyLeases
 from .upstream.keys.lease import UpstreamKey
 from .upstream.keys.object_owners import ObjectOwners
 from .upstream.keys.pool import KeyPool
@@ -32,12 +37,14 @@ from .upstream.limits.queue import AdmissionQueue
 from .upstream.limits.shared import RECHECK, SharedLimits
 from .upstream.providers.interface import UpstreamAddress
 from .upstream.providers.registry import PROVIDERS
-from .upstream.retry.circuit_breaker import BreakerLimits, CircuitBreaker
+from .upstream.reservations import Reservations
+from .upstream.retry.circuit_breaker import CircuitBreaker
 from .upstream.retry.outcome import OutcomeKind, TransportFailure
-from .upstream.retry.policy import RetryBudget, RetryPolicy
+from .upstream.retry.policy import RetryBudget
+from .upstream.sender import RetryingSender
 from .upstream.target import CLIENTS_KEY, Upstream
 
-Credentials = dict[str, tuple[tuple[str, str], ...]]
+CredentialHeaders = dict[str, tuple[tuple[str, str], ...]]
 """Headers that carry a pool key, by the key's label."""
 
 
@@ -53,8 +60,7 @@ class Services:
     clock: Clock
     upstreams: tuple[Upstream, ...]
     pool: KeyPool
-    credentials: Credentials
-    retry_policy: RetryPolicy
+    credentials: CredentialHeaders
     admission: AdmissionQueue
     store: TieredStore
     planner: Planner
@@ -169,6 +175,30 @@ class Identities:
         return found
 
 
+def build_sender(services: Services, transport: UpstreamTransport) -> RetryingSender:
+    """Return the sender of every route."""
+    clock, pool, pooled = services.clock, services.pool, not services.passthrough
+    leases = KeyLeases(pool, services.admission, services.limiter, clock, pooled)
+    credentials = Credentials(services.credentials, of_client=services.passthrough)
+    first_byte = services.settings.timeouts.first_byte
+    attempts = AttemptRunner(transport, credentials, pool, clock, first_byte, pooled)
+    return RetryingSender(leases, attempts, services.upstreams, services.settings.retry, services.counters, clock)
+
+
+def build_endpoint_sender(services: Services, sender: RetryingSender) -> EndpointSender:
+    """Return what sends the requests to the five endpoints."""
+    pool, clients, budgets = services.pool, services.clients, services.budgets
+
+    def counted() -> bool:
+        return pool.counts_tokens or clients.counts_tokens or budgets.active
+
+    estimates = Estimates(services.calibration, services.identities.serving, counted)
+    reservations = Reservations(clients, budgets, estimates, services.limiter, services.clock)
+    settings = services.settings
+    inject = settings.cost.stream_usage == "inject"
+    return EndpointSender(sender, reservations, services.object_owners, settings.retry.fallbacks, stream_usage=inject)
+
+
 def build_services(
     settings: Settings, clock: Clock, old: Services | None = None, coordination: Coordination = NO_COORDINATION
 ) -> Services:
@@ -197,7 +227,7 @@ def build_services(
     runs = RunRegistry(clock, coordination.runs) if old is None else old.runs
     identities = Identities(pool, upstreams)
     masker = SecretMasker([key.secret.reveal() for spec in settings.upstreams for key in spec.keys])
-    retry, max_queue = settings.retry, settings.throttle.max_queue
+    max_queue = settings.throttle.max_queue
     recheck = RECHECK if limits is not None else math.inf
     services = Services(
         settings=settings,
@@ -205,7 +235,6 @@ def build_services(
         upstreams=upstreams,
         pool=pool,
         credentials=credentials,
-        retry_policy=RetryPolicy(retry.max_retries, retry.base_delay, retry.max_delay, retry.jitter, retry.ambiguous),
         admission=AdmissionQueue(max_queue, clock.monotonic, recheck=recheck) if old is None else old.admission,
         store=store,
         planner=Planner(settings.cache, identity=identities.of, sample=runs.sample, masker=masker),
@@ -242,26 +271,21 @@ def _inherit(services: Services, old: Services) -> None:
 def _build_upstream(settings: Settings, spec: UpstreamSettings, old: Services | None) -> Upstream:
     """Return one upstream; its retry budget and breaker are the old ones if their settings are the same."""
     before = old.upstream_named(spec.name) if old is not None else None
-    budget, breaker = RetryBudget(settings.retry.budget), _breaker(settings)
+    budget, breaker = RetryBudget(settings.retry.budget), CircuitBreaker(settings.breaker)
     if before is not None and old is not None:
         if old.settings.retry.budget == settings.retry.budget:
             budget = before.budget
-        if before.breaker.trip == breaker.trip:
+        if before.breaker.settings == settings.breaker:
             breaker = before.breaker
     address = UpstreamAddress(spec.name, spec.kind, spec.base_url, spec.api_version, spec.deployments)
     prices = PriceTable({**settings.cost.prices, **spec.prices})
     return Upstream(address, PROVIDERS[spec.kind], prices, budget, spec.cache_as, breaker)
 
 
-def _breaker(settings: Settings) -> CircuitBreaker:
-    breaker = settings.breaker
-    return CircuitBreaker(BreakerLimits(breaker.failures, breaker.window, breaker.open_for))
-
-
-def _build_keys(settings: Settings) -> tuple[list[UpstreamKey], Credentials]:
+def _build_keys(settings: Settings) -> tuple[list[UpstreamKey], CredentialHeaders]:
     """Return the keys of all upstreams, and their credentials as far as they are known at the start."""
     keys: list[UpstreamKey] = []
-    credentials: Credentials = {}
+    credentials: CredentialHeaders = {}
     for index, spec in enumerate(settings.upstreams):
         for key in spec.keys:
             limits: Mapping[str, Limits] = settings.limits_of(spec, key) if settings.throttle.tier else key.limits

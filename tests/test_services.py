@@ -14,7 +14,6 @@ from proxy.config.settings import (
     CostSettings,
     KeySettings,
     RedisSettings,
-    RetrySettings,
     Settings,
     ThrottleSettings,
     UpstreamSettings,
@@ -95,14 +94,10 @@ def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path:
     assert not path.parent.exists()
 
 
-def test_policy_limits_and_lifetimes_are_the_settings() -> None:
+def test_limits_and_lifetimes_are_the_settings() -> None:
     made = services(
-        retry=RetrySettings(max_retries=1, base_delay=2.0, max_delay=3.0, jitter=4.0, ambiguous=False),
         throttle=ThrottleSettings(limits={"*": Limits(rpm=10)}, use=0.5, max_queue=7),
     )
-    policy = made.retry_policy
-    assert (policy.max_retries, policy.base_delay, policy.max_delay, policy.jitter) == (1, 2.0, 3.0, 4.0)
-    assert policy.ambiguous is False
     allowance = made.pool.rate_limiter(made.pool.keys[0], "m", 0.0)
     assert allowance is not None
     assert allowance.usage(0.0)["rpm"]["limit"] == 5

@@ -23,10 +23,10 @@ from ..protocol.headers import Raw
 from ..protocol.masking import SecretMasker
 from ..protocol.request import ProxyRequest
 from ..system.threads import in_thread_if_large
+from ..upstream.endpoint_sender import EndpointSender
 from ..upstream.progress import AttemptLog
 from ..upstream.response import ReadAnswer, ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
-from ..upstream.sender import RetryingSender
 
 SPILL_OF_ITEMS: Final = 256 * 1024 * 1024
 """Embeddings whose items are to be stored are held up to here (bytes): 2,048 vectors as floats are 68 MB and more."""
@@ -52,7 +52,7 @@ class EmbeddingsFetcher:
 
     def __init__(
         self,
-        sender: RetryingSender,
+        sender: EndpointSender,
         cache: ResponseCache,
         masker: SecretMasker,
         read: Callable[[ProxyRequest, ResponseInHand, AttemptLog, int], Awaitable[ReadAnswer | None]],
@@ -110,7 +110,7 @@ class EmbeddingsFetcher:
         if not (answered.is_stream or answered.opaque):
             read = await self._read(part, answered, attempt_log, SPILL_OF_ITEMS)
         if read is None:
-            self._sender.settle(part, answered.lease, None)
+            answered.lease.settle(None)
             answered.response.close()
             raise _not_whole("a stream, encoded, or too long")
         return read

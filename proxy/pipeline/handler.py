@@ -32,13 +32,12 @@ from ..protocol.request import ProxyRequest
 from ..services import Services
 from ..system.threads import in_thread_if_large
 from ..upstream.cost_estimate import max_cost_estimate
-from ..upstream.interfaces import UpstreamTransport
+from ..upstream.endpoint_sender import EndpointSender
 from ..upstream.limits.estimate import request_size
 from ..upstream.progress import AttemptLog
 from ..upstream.response import ReadAnswer, ResponseInHand
 from ..upstream.retry.fallback import with_model
 from ..upstream.retry.outcome import OutcomeKind, TransportFailure
-from ..upstream.sender import RetryingSender
 from .coalescing.coalescer import Coalescer
 from .coalescing.reply import Charge, Reply
 from .coalescing.single_flight import Sharing
@@ -61,7 +60,7 @@ _RETRYABLE: Final = frozenset({OutcomeKind.RETRY, OutcomeKind.RATE_LIMITED})
 class RequestHandler:
     """Serves calls in one world."""
 
-    def __init__(self, services: Services, transport: UpstreamTransport, observe: Callable[[Receipt], None]) -> None:
+    def __init__(self, services: Services, sender: EndpointSender, observe: Callable[[Receipt], None]) -> None:
         self.services = services
         self.recorder = Recorder(
             services.clock,
@@ -70,7 +69,7 @@ class RequestHandler:
             show_key=len(services.settings.server.client_keys) < 2,
             observers=(services.runs.finished, services.budgets.recorded, services.receipts.put, observe),
         )
-        self.sender = RetryingSender(services, transport)
+        self.sender = sender
         self.planner = services.planner
         self.cache = ResponseCache(
             services.store,
@@ -225,15 +224,15 @@ class RequestHandler:
             document = await self._understand(request, answered, body)
             attempt_log.upstream_ms += (self.services.clock.monotonic() - began) * 1000
             usage, cost = self._price(request, answered, document)
-            self.sender.settle(request, answered.lease, usage.total_tokens if usage else None, cost=cost)
-            self.sender.learn(request, attempt_log, usage)
+            answered.lease.settle(usage.total_tokens if usage else None, cost)
+            self.sender.estimates.record(request, attempt_log.size, usage)
             settled = True
             self.services.object_owners.record_answer(self.services.pool, request, answered.lease.key, document)
         except TransportFailure as failure:
             raise failure.proxy_error() from None
         finally:
             if not settled:
-                self.sender.settle(request, answered.lease, None)
+                answered.lease.settle(None)
                 answered.response.close()
         answered.response.close()
         headers = self._headers(answered)
@@ -315,7 +314,7 @@ class RequestHandler:
             if seen.error and not seen.said:
                 return None, None
             # Cut short, or the upstream does not say: what was asked and what was said so far.
-            usage = self.sender.used(request, attempt_log, seen.said)
+            usage = self.sender.estimates.used(request, attempt_log.size, seen.said)
             cost = answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
             return (usage, Cost(cost.usd, "estimated")) if cost is not None else (None, None)
 
@@ -324,8 +323,8 @@ class RequestHandler:
             usage, cost = price(audit) if audit is not None else (None, None)
             model = audit.model if audit is not None else None
             known, price_of_it = (usage, cost) if audit is not None and audit.usage is not None else (None, None)
-            self.sender.settle(request, answered.lease, known.total_tokens if known else None, cost=cost)
-            self.sender.learn(request, attempt_log, known)
+            answered.lease.settle(known.total_tokens if known else None, cost)
+            self.sender.estimates.record(request, attempt_log.size, known)
             sale.usage, sale.cost, sale.answer_model = usage, cost, model
             stored = False
             if ending.why is None and ending.body is not None and not services.masker.found_in(ending.body):

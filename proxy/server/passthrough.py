@@ -97,7 +97,7 @@ class PassthroughHandler:
     ) -> tuple[UpstreamResponse, bytes | None]:
         """The answer to give, and its body where it is an error."""
         services, clock = self._services, self._services.clock
-        attempts = RetryState(services.retry_policy.with_max_retries(options.max_retries), clock.random)
+        attempts = RetryState(services.settings.retry, clock.random, options.max_retries)
         repeatable = request.method in ("GET", "HEAD") and not request.body_exists
         fresh = not repeatable
         deadline = clock.monotonic() + (options.timeout or services.settings.timeouts.total)

@@ -19,7 +19,7 @@ from ..protocol.headers import Raw
 from ..protocol.sse import Splitter, data_of
 from .decompress import Decompressor
 from .interfaces import UpstreamResponse
-from .keys.lease import Lease
+from .key_lease import KeyLease
 from .retry.outcome import ErrorInfo, OutcomeKind, TransportFailure, classify, error_info, stream_error
 from .target import Upstream
 
@@ -47,7 +47,7 @@ class ResponseInHand:
     status: int
     response: UpstreamResponse
     upstream: Upstream
-    lease: Lease
+    lease: KeyLease
     injected: bool
     is_stream: bool
     opaque: bool
@@ -66,13 +66,17 @@ class ResponseInHand:
 
 
 def response_in_hand(
-    reply: UpstreamResponse, upstream: Upstream, lease: Lease, injected: bool, sent_at: float
+    reply: UpstreamResponse, upstream: Upstream, lease: KeyLease, injected: bool, sent_at: float, verbatim: bool
 ) -> ResponseInHand:
-    """What the head alone tells. Raises TransportFailure(invalid) for a redirect: none is followed (contract 6)."""
-    if 300 <= reply.status < 400:
+    """Return what the head of a response tells.
+
+    verbatim: it is handed on as it comes; only an error's body is read, and so decoded. Otherwise a redirect raises
+    TransportFailure(invalid), because none is followed.
+    """
+    if 300 <= reply.status < 400 and not verbatim:
         raise TransportFailure("invalid", f"the upstream answered with a redirect ({reply.status})")
     encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
-    decoded = Decompressor.knows(encoding)
+    decoded = Decompressor.knows(encoding) and (not verbatim or reply.status >= 400)
     return ResponseInHand(
         status=reply.status,
         response=reply,

@@ -1,18 +1,18 @@
-"""What one attempt came to: what it says to the client, to the key ring and to the upstream's breaker."""
+"""What came of an attempt: for the client, for the pool of keys and for the upstream's circuit breaker."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..protocol.errors import ProxyError
-from ..protocol.routes import printable
 from .progress import AttemptLog
-from .response import ResponseInHand
+from .response import ResponseInHand, refuses_stream_options
 from .retry.outcome import (
     KEY_TROUBLE,
     ErrorInfo,
     OutcomeKind,
     TransportFailure,
+    breaker_failure,
     dimension_of,
     error_info,
     read_number,
@@ -20,70 +20,86 @@ from .retry.outcome import (
 )
 
 
-def rate_limit_info(
-    answered: ResponseInHand | None, failure: TransportFailure | None, tokens: int, wall: float
-) -> tuple[float | None, str, int]:
-    """(seconds the upstream asks to wait, the reason in a few words, the least tokens that a limit holds back)."""
-    if answered is None:
-        return None, failure.detail if failure else "", 0
-    info = error_info(answered.body) if answered.body is not None else ErrorInfo()
-    headers = answered.response.headers
-    limit = dimension_of(headers, info) if answered.status == 429 else None
-    reason = f"{answered.status} {info.code or info.type}".strip() + (f" ({limit})" if limit else "")
-    left = read_number(headers.get("x-ratelimit-remaining-tokens")) if limit == "tokens" else None
-    floor = int(left) + 1 if left and left < tokens else 0
-    return retry_after(headers, wall, info), reason, floor
-
-
 @dataclass(frozen=True, slots=True)
-class LastOutcome:
-    """What came of the last attempt, held while another key or upstream is tried, or the same again.
-
-    waits: a key may still be waited for, so that being told to wait longer is the better answer.
-    """
+class AttemptResult:
+    """What came of one attempt: a response, or a failure if there was none."""
 
     response: ResponseInHand | None
     failure: TransportFailure | None
     outcome: OutcomeKind
+
+    @property
+    def refuses_usage(self) -> bool:
+        """Whether the upstream refuses the `stream_options` that the proxy has added."""
+        response = self.response
+        return response is not None and response.injected and refuses_stream_options(response)
+
+    @property
+    def breaker_failure(self) -> int | None:
+        """What counts against the upstream's health, by kind; None: nothing."""
+        response = self.response
+        answer = (response.status, response.response.headers) if response is not None else None
+        return breaker_failure(self.outcome, answer)
+
+    def rate_limit_info(self, tokens: int, wall: float) -> tuple[float | None, str, int]:
+        """Return what a failed attempt says of the key's limits.
+
+        That is the seconds that the upstream asks to wait (None: it does not), the reason in a few words, and the
+        number of tokens from which on a request is held back (0: every request).
+
+        tokens: estimate of this request. wall: Unix time.
+        """
+        if self.response is None:
+            return None, self.failure.detail if self.failure else "", 0
+        body, headers = self.response.body, self.response.response.headers
+        info = error_info(body) if body is not None else ErrorInfo()
+        limit = dimension_of(headers, info) if self.response.status == 429 else None
+        reason = f"{self.response.status} {info.code or info.type}".strip() + (f" ({limit})" if limit else "")
+        left = read_number(headers.get("x-ratelimit-remaining-tokens")) if limit == "tokens" else None
+        floor = int(left) + 1 if left and left < tokens else 0
+        return retry_after(headers, wall, info), reason, floor
+
+
+@dataclass(frozen=True, slots=True)
+class LastOutcome:
+    """The result of the last attempt, kept while another is made: it is the client's if none is possible.
+
+    spent: the retries are used up. waits: a key may still be waited for, so that the pool's error, which says how
+    long, is the better answer.
+    """
+
+    result: AttemptResult
     spent: bool
     waits: bool
 
-    def unwrap(self, attempt_log: AttemptLog, passthrough: bool) -> ResponseInHand:
-        """It is the client's. Raises ProxyError where there was no answer."""
-        attempt_log.no_usable_key = (
-            self.outcome in KEY_TROUBLE and self.outcome is not OutcomeKind.TOO_LARGE and not passthrough
-        )
-        attempt_log.spent = self.spent or self.outcome is OutcomeKind.TOO_LARGE
-        if self.response is None:
-            assert self.failure is not None
-            raise self.failure.proxy_error(self.spent)
-        return self.response
+    def unwrap(self, attempt_log: AttemptLog, pooled: bool) -> ResponseInHand:
+        """Return the response for the client. Raises ProxyError if there was none.
+
+        pooled: the key was the proxy's, so that the client can do nothing about it.
+        """
+        result = self.result
+        too_large = result.outcome is OutcomeKind.TOO_LARGE
+        attempt_log.no_usable_key = result.outcome in KEY_TROUBLE and not too_large and pooled
+        attempt_log.spent = self.spent or too_large
+        if result.response is None:
+            assert result.failure is not None
+            raise result.failure.proxy_error(self.spent)
+        return result.response
 
     def is_less_specific_than(self, code: str) -> bool:
-        """Whether a refusal of the pool is the better answer: one that tells when another try can succeed."""
+        """Whether the pool's own error is more useful to the client: it says when another try can succeed."""
         if code == "circuit_open":
-            return self.outcome in KEY_TROUBLE
+            return self.result.outcome in KEY_TROUBLE
         return self.waits and code not in ("no_usable_key", "request_exceeds_limit")
 
     def close(self) -> None:
-        if self.response is not None:
-            self.response.response.close()
+        """Close the response that is not going to the client."""
+        if self.result.response is not None:
+            self.result.response.response.close()
 
 
 def unwrap(result: ResponseInHand | ProxyError) -> ResponseInHand:
+    """Return the response, or raise the error."""
     if isinstance(result, ProxyError):
         raise result.copy(result.lines)
     return result
-
-
-def waited_too_long(why: str, model: str, seconds: float) -> ProxyError:
-    """The refusal of a request whose patience is over; `seconds`: to go until it may be served."""
-    shown = f"{printable(model, 60)!r}, {seconds:.1f} s to go"
-    if why == "keys_cooling":
-        message = f"all keys that could serve this are cooling down ({shown})"
-        return ProxyError("keys_cooling", message, retry_after=seconds)
-    message = (
-        f"throttle.limits leave no room within the time this request may wait ({shown}); "
-        "throttle.max_wait or X-Proxy-Max-Wait let it wait longer"
-    )
-    return ProxyError("throttled", message, retry_after=seconds)

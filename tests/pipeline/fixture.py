@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,9 +34,9 @@ from proxy.protocol.headers import Raw
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client, ProxyRequest
 from proxy.protocol.routes import parse_target
-from proxy.services import Services, build_services
+from proxy.services import Services, build_endpoint_sender, build_sender, build_services
 from proxy.system.clock import Clock
-from proxy.upstream.interfaces import Write
+from proxy.upstream.interfaces import UpstreamTransport, Write
 from proxy.upstream.limits.rate_limiter import MARGIN
 from proxy.upstream.providers.registry import model_named
 from tests.pipeline.clock import START, WALL, virtual_time_loop
@@ -107,6 +107,13 @@ class Result:
         return orjson.loads(self.body)
 
 
+def request_handler(
+    services: Services, transport: UpstreamTransport, observe: Callable[[Receipt], None]
+) -> RequestHandler:
+    """The handler of the five endpoints, built as `app` builds it."""
+    return RequestHandler(services, build_endpoint_sender(services, build_sender(services, transport)), observe)
+
+
 def header_lines(lines: str) -> dict[str, str]:
     """Our own header lines, each of which must be whole and stand once."""
     pairs = [line.partition(": ") for line in lines.split("\r\n")]
@@ -145,7 +152,7 @@ class PipelineFixture:
     def rebuild(self, services: Services | None = None) -> None:
         """Build the handler anew, from other services or from those that a test has changed."""
         self.services = services or self.services
-        self.journey = RequestHandler(self.services, self.transport, self.receipts.append)
+        self.journey = request_handler(self.services, self.transport, self.receipts.append)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 

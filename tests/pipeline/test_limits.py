@@ -241,8 +241,7 @@ async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() ->
         scene = PipelineFixture(streams() if stream else says(), transport=None, config=limited(tpm=100_000))
         await scene.ask(ask("a", stream=stream))
         before = scene.used()["tpm"]
-        scene.transport = ScriptedTransport(says(wait=5.0), says(wait=5.0))
-        scene.journey.sender._way_up = scene.transport
+        scene.transport.queue += [says(wait=5.0), says(wait=5.0)]
         free = scene.loop.create_task(scene.ask(ask("b")))
         await settled()
         learned = scene.used()["tpm"] - before

@@ -15,7 +15,6 @@ from proxy.accounting.ledger.ledger import Ledger
 from proxy.accounting.receipt import Receipt
 from proxy.config.settings import Settings
 from proxy.observability.metrics import Metrics
-from proxy.pipeline.handler import RequestHandler
 from proxy.server.access import AccessControl
 from proxy.server.admin import AdminHandler
 from proxy.server.api import ApiHandler
@@ -25,7 +24,7 @@ from proxy.server.listeners import bind
 from proxy.server.passthrough import PassthroughHandler
 from proxy.services import Services, build_services
 from proxy.system.clock import SYSTEM_CLOCK, Clock
-from tests.pipeline.fixture import settings
+from tests.pipeline.fixture import request_handler, settings
 from tests.pipeline.script import Move, ScriptedTransport
 
 PATIENCE = 30.0
@@ -211,7 +210,7 @@ class RunningProxy:
         self.ops = AdminHandler(self.services, self.metrics, gatekeeper, self.traffic, self.ledger)
         self.downstream = ApiHandler(
             self.services,
-            RequestHandler(self.services, self.transport, self._observe),
+            request_handler(self.services, self.transport, self._observe),
             PassthroughHandler(self.services, self.transport, self._keep),
             self.ops,
             self.metrics,

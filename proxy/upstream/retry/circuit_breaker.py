@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+if TYPE_CHECKING:
+    from ...config.settings import BreakerSettings
 
 State = Literal["closed", "open", "half_open"]
 STATES: Final[tuple[State, ...]] = get_args(State)
-
-
-@dataclass(frozen=True, slots=True)
-class BreakerLimits:
-    """When it opens. failures: so many of one kind, without a success between, within `window` seconds; open_for:
-    seconds until one request may try again.
-    """
-
-    failures: int = 5
-    window: float = 30.0
-    open_for: float = 15.0
 
 
 class CircuitBreaker:
@@ -26,10 +17,10 @@ class CircuitBreaker:
     news, which the client should see. `now` is monotonic seconds.
     """
 
-    __slots__ = ("_failed", "_open_until", "_probing", "trip")
+    __slots__ = ("_failed", "_open_until", "_probing", "settings")
 
-    def __init__(self, trip: BreakerLimits | None = None) -> None:
-        self.trip = trip or BreakerLimits()
+    def __init__(self, settings: BreakerSettings) -> None:
+        self.settings = settings
         self._failed: dict[int, list[float]] = {}
         self._open_until: float | None = None
         self._probing = False
@@ -44,7 +35,7 @@ class CircuitBreaker:
         """
         if self._open_until is not None and self._open_until <= now:
             self._probing = True
-            self._open_until = now + self.trip.open_for
+            self._open_until = now + self.settings.open_for
 
     def record_success(self) -> None:
         """The upstream answered; whatever it said, it is there."""
@@ -58,13 +49,13 @@ class CircuitBreaker:
         if self._open_until is not None:
             if self._probing:
                 self._probing = False
-                self._open_until = now + self.trip.open_for
+                self._open_until = now + self.settings.open_for
             return  # sent before it opened: it says nothing new
-        same = [stamp for stamp in self._failed.get(kind, ()) if now - stamp < self.trip.window]
+        same = [stamp for stamp in self._failed.get(kind, ()) if now - stamp < self.settings.window]
         self._failed[kind] = [*same, now]
-        if len(self._failed[kind]) >= self.trip.failures:
+        if len(self._failed[kind]) >= self.settings.failures:
             self._failed.clear()
-            self._open_until = now + self.trip.open_for
+            self._open_until = now + self.settings.open_for
 
     def state(self, now: float) -> State:
         if self._open_until is None:

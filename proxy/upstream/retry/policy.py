@@ -7,29 +7,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from .outcome import KEY_TROUBLE, OutcomeKind
 
+if TYPE_CHECKING:
+    from ...config.settings import RetrySettings
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """`retry.*` of the settings; times in seconds."""
 
-    max_retries: int = 3
-    base_delay: float = 1.0
-    max_delay: float = 10.0
-    jitter: float = 1.0
-    ambiguous: bool = True
+def retry_delay(policy: RetrySettings, attempt: int, random: Callable[[], float]) -> float:
+    """Return the seconds to wait before the `attempt`-th retry, counted from 0.
 
-    def with_max_retries(self, max_retries: int | None) -> RetryPolicy:
-        """The policy of a request that may ask for a number of retries of its own; None: it does not."""
-        return self if max_retries is None else replace(self, max_retries=max_retries)
-
-    def delay(self, attempt: int, random: Callable[[], float]) -> float:
-        """`min(base · 2^attempt + random(0, jitter), max)` for the `attempt`-th retry, counted from 0."""
-        return min(self.base_delay * 2.0 ** min(attempt, 30) + random() * self.jitter, self.max_delay)
+    That is `min(base_delay * 2^attempt + random(0, jitter), max_delay)`.
+    """
+    return min(policy.base_delay * 2.0 ** min(attempt, 30) + random() * policy.jitter, policy.max_delay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +55,25 @@ _ELSEWHERE: Final = frozenset({*KEY_TROUBLE, OutcomeKind.RETRY, OutcomeKind.RATE
 
 
 class RetryState:
-    """One request's use of the policy."""
+    """One request's use of the policy. max_retries: the request's own number; None: the policy's."""
 
-    __slots__ = ("_random", "policy", "retries", "stale_used")
+    __slots__ = ("_max_retries", "_policy", "_random", "retries", "stale_used")
 
-    def __init__(self, policy: RetryPolicy, random: Callable[[], float]) -> None:
-        self.policy = policy
+    def __init__(self, policy: RetrySettings, random: Callable[[], float], max_retries: int | None = None) -> None:
+        self._policy = policy
         self._random = random
-        self.retries = 0
+        self._max_retries = policy.max_retries if max_retries is None else max_retries
         self.stale_used = False
+        self.retries = 0
+
+    def delay(self) -> float:
+        """Return the seconds to wait before the next retry, if the upstream does not ask for a time."""
+        return retry_delay(self._policy, self.retries, self._random)
 
     def can_fail_over(self, outcome: OutcomeKind) -> bool:
         """Whether another upstream, or another model, may be tried once this one's retries are used up."""
         return outcome in _ELSEWHERE or (
-            outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.STALE) and self.policy.ambiguous
+            outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.STALE) and self._policy.ambiguous
         )
 
     def next(
@@ -105,11 +102,11 @@ class RetryState:
             outcome = OutcomeKind.AMBIGUOUS
         if outcome is OutcomeKind.RATE_LIMITED and other_key:
             return TryNextKey()
-        if outcome is OutcomeKind.AMBIGUOUS and not self.policy.ambiguous:
+        if outcome is OutcomeKind.AMBIGUOUS and not self._policy.ambiguous:
             return ReturnToClient()
-        if self.retries >= self.policy.max_retries:
-            return ReturnToClient(spent=self.policy.max_retries > 0)
-        pause = max(self.policy.delay(self.retries, self._random), asked_wait or 0.0)
+        if self.retries >= self._max_retries:
+            return ReturnToClient(spent=self._max_retries > 0)
+        pause = max(self.delay(), asked_wait or 0.0)
         if pause >= left:
             return ReturnToClient(spent=self.retries > 0)
         if not granted():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.pipeline.coalescing.broadcast import LAG, WINDOW, Broadcast, Subscriber
 from proxy.pipeline.relay import ClientFilter, StreamRelay
-from proxy.upstream.keys.lease import Lease
+from proxy.upstream.key_lease import KeyLease
 from proxy.upstream.response import ResponseInHand
 from proxy.upstream.retry.outcome import TransportFailure
 from proxy.upstream.target import Upstream
@@ -41,7 +41,7 @@ def reel(keep: int = 2**20) -> tuple[Broadcast, Told]:
 
 def flow() -> StreamRelay:
     reply = ScriptedResponse(200, "OK", (), {}, deque(), at_once=False)
-    lease = cast("Lease", None)
+    lease = cast("KeyLease", None)
     answered = ResponseInHand(200, reply, cast("Upstream", None), lease, False, True, False, False, steps())
     return StreamRelay(answered, None, 0, ClientFilter(False, None), lambda ending: None)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.retry.circuit_breaker import BreakerLimits, CircuitBreaker
+from proxy.config.settings import BreakerSettings
+from proxy.upstream.retry.circuit_breaker import CircuitBreaker
 
 
 def opened(at: float = 0.0) -> CircuitBreaker:
-    breaker = CircuitBreaker(BreakerLimits(failures=3, window=30.0, open_for=15.0))
+    breaker = CircuitBreaker(BreakerSettings(failures=3, window=30.0, open_for=15.0))
     for _ in range(3):
         breaker.record_failure(at)
     return breaker
 
 
 def test_failures_in_a_row_open_it() -> None:
-    breaker = CircuitBreaker(BreakerLimits(failures=3))
+    breaker = CircuitBreaker(BreakerSettings(failures=3))
     for now in (0.0, 1.0):
         breaker.record_failure(now)
         assert (breaker.state(now), breaker.wait(now)) == ("closed", 0.0)
@@ -25,7 +26,7 @@ def test_failures_in_a_row_open_it() -> None:
 
 
 def test_an_answer_in_between_starts_anew() -> None:
-    breaker = CircuitBreaker(BreakerLimits(failures=3))
+    breaker = CircuitBreaker(BreakerSettings(failures=3))
     for now in range(30):
         breaker.record_failure(float(now))
         breaker.record_failure(float(now))
@@ -34,7 +35,7 @@ def test_an_answer_in_between_starts_anew() -> None:
 
 
 def test_different_failures_do_not_add_up() -> None:
-    breaker = CircuitBreaker(BreakerLimits(failures=3))
+    breaker = CircuitBreaker(BreakerSettings(failures=3))
     for now, kind in enumerate([500, 502, 503, 504, 529, 0, 500, 502]):
         breaker.record_failure(float(now), kind)
         assert breaker.state(float(now)) == "closed"
@@ -43,7 +44,7 @@ def test_different_failures_do_not_add_up() -> None:
 
 
 def test_failures_far_apart_do_not_add_up() -> None:
-    breaker = CircuitBreaker(BreakerLimits(failures=3, window=30.0))
+    breaker = CircuitBreaker(BreakerSettings(failures=3, window=30.0))
     for now in range(0, 600, 15):
         breaker.record_failure(float(now))
         assert breaker.state(float(now)) == "closed"
@@ -84,7 +85,7 @@ def test_what_was_under_way_when_it_opened_changes_nothing() -> None:
     st.lists(st.tuples(st.sampled_from(["sends", "record_failure", "record_success"]), st.floats(0, 40)), max_size=60)
 )
 def test_nobody_waits_longer_than_an_opening(story: list[tuple[str, float]]) -> None:
-    breaker = CircuitBreaker(BreakerLimits(failures=2))
+    breaker = CircuitBreaker(BreakerSettings(failures=2))
     now = 0.0
     for what, step in story:
         now += step

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.config.settings import RetrySettings
 from proxy.upstream.retry.outcome import KEY_TROUBLE, OutcomeKind
 from proxy.upstream.retry.policy import (
     RetryAfter,
     RetryBudget,
     RetryOnNewConnection,
-    RetryPolicy,
     RetryState,
     ReturnToClient,
     Step,
     TryNextKey,
+    retry_delay,
 )
 
 AT_ONCE = [OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT]
@@ -39,7 +40,7 @@ def after(
 
 
 def machine(random: float = 0.5, **policy: float) -> RetryState:
-    return RetryState(RetryPolicy(**policy), lambda: random)  # type: ignore[arg-type]
+    return RetryState(RetrySettings(**policy), lambda: random)  # type: ignore[arg-type]
 
 
 # --- pauses -----------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def machine(random: float = 0.5, **policy: float) -> RetryState:
     ],
 )
 def test_the_delay_by_default(attempt: int, random: float, delay: float) -> None:
-    assert RetryPolicy().delay(attempt, lambda: random) == pytest.approx(delay)
+    assert retry_delay(RetrySettings(), attempt, lambda: random) == pytest.approx(delay)
 
 
 SECONDS = st.floats(0, 1e4)
@@ -68,7 +69,7 @@ SECONDS = st.floats(0, 1e4)
 
 @given(st.integers(0, 10**6), SECONDS, SECONDS, SECONDS, st.floats(0, 1, exclude_max=True))
 def test_the_delay_is_within_its_bounds(attempt: int, base: float, most: float, jitter: float, random: float) -> None:
-    delay = RetryPolicy(base_delay=base, max_delay=most, jitter=jitter).delay(attempt, lambda: random)
+    delay = retry_delay(RetrySettings(base_delay=base, max_delay=most, jitter=jitter), attempt, lambda: random)
     assert 0 <= delay <= most
     exact = base * 2.0**attempt if attempt < 30 else math.inf if base else 0.0
     if exact + jitter <= most:
@@ -76,7 +77,7 @@ def test_the_delay_is_within_its_bounds(attempt: int, base: float, most: float, 
 
 
 def test_jitter_spreads_a_crowd() -> None:
-    delays = {RetryPolicy().delay(0, lambda n=n: n / 100) for n in range(100)}  # type: ignore[misc]
+    delays = {retry_delay(RetrySettings(), 0, lambda n=n: n / 100) for n in range(100)}  # type: ignore[misc]
     assert len(delays) == 100
     assert max(delays) - min(delays) > 0.9
 
@@ -178,7 +179,7 @@ def test_what_was_not_billed_is_sent_again_anyway(outcome: OutcomeKind) -> None:
 @pytest.mark.parametrize("ambiguous", [True, False])
 def test_what_may_be_tried_elsewhere(outcome: OutcomeKind, ambiguous: bool) -> None:
     """Another upstream or model may take what may be sent again; what may have been billed only where allowed."""
-    attempts = RetryState(RetryPolicy(ambiguous=ambiguous), lambda: 0.0)
+    attempts = RetryState(RetrySettings(ambiguous=ambiguous), lambda: 0.0)
     never = {OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT}
     if not ambiguous:
         never |= {OutcomeKind.AMBIGUOUS, OutcomeKind.STALE}

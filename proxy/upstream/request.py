@@ -1,0 +1,71 @@
+"""One request as it is sent to the upstreams: what every attempt of it needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from ..protocol.errors import ProxyError
+from ..protocol.headers import Raw
+from ..protocol.request import Client
+from ..protocol.routes import Route
+from .keys.lease import ANY_KEY, KeyRequest
+from .progress import AttemptLog
+from .target import Upstream
+
+Body = bytes | AsyncIterator[bytes] | None
+
+
+class RequestBody(Protocol):
+    """The body of a request, which may differ between upstreams."""
+
+    @property
+    def length(self) -> int | None:
+        """Bytes, if the client announced them and the body is streamed."""
+
+    @property
+    def error(self) -> ProxyError | None:
+        """Why the client's body could not be sent, if that is the client's fault."""
+
+    def for_upstream(self, upstream: Upstream) -> tuple[Body, bool]:
+        """Return the body to send there, and whether the proxy asks in it for the usage of a stream."""
+
+    def without_usage(self, upstream: Upstream) -> None:
+        """The upstream refuses `stream_options`: from now on the proxy does not add the field there."""
+
+
+class UpstreamRequest(msgspec.Struct, frozen=True):
+    """A request to be sent, with a key of the pool and as often as the retry policy allows.
+
+    headers: the client's, as received.
+    model: decides which keys may serve; its limits and key states count.
+    key_request: what else decides the key.
+    tokens: estimate to reserve of the key's limits.
+    max_wait: seconds it may wait for a key; the deadline in `attempt_log` bounds the wait too.
+    max_retries: in place of the setting's; None: the setting counts.
+    quota: under which name its limits count; None: the key's own.
+    repeatable: it may be sent again after bytes of it have gone up.
+    verbatim: the response is handed on as it comes; only errors are read.
+    """
+
+    method: str
+    route: Route
+    headers: Sequence[Raw]
+    body: RequestBody
+    model: str
+    client: Client
+    attempt_log: AttemptLog
+    max_wait: float
+    key_request: KeyRequest = ANY_KEY
+    tokens: int = 0
+    max_retries: int | None = None
+    quota: str | None = None
+    repeatable: bool = True
+    verbatim: bool = False
+
+    @property
+    def queue(self) -> str:
+        """The name of the queue that it waits in."""
+        return f"{self.model} {self.quota}" if self.quota else self.model

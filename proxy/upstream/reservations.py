@@ -1,0 +1,47 @@
+"""What is reserved for a request before it is sent: of its client's limits and of the budgets."""
+
+from __future__ import annotations
+
+from ..accounting.budgets.account import BudgetReservation
+from ..accounting.budgets.budgets import Budgets
+from ..protocol.request import Client, ProxyRequest
+from ..system.clock import Clock
+from .estimates import Estimates
+from .limits.clients import ClientLimits, ClientReservation
+from .limits.estimate import RequestSize
+from .limits.shared import SharedLimits
+
+
+class Reservations:
+    """Reserves for requests. limiter: counts limits for several processes; None: they are counted here."""
+
+    def __init__(
+        self, clients: ClientLimits, budgets: Budgets, estimates: Estimates, limiter: SharedLimits | None, clock: Clock
+    ) -> None:
+        self._clients = clients
+        self._budgets = budgets
+        self.estimates = estimates
+        self._limiter = limiter
+        self._clock = clock
+
+    async def budget(self, request: ProxyRequest, size: RequestSize | None) -> BudgetReservation | None:
+        """Reserve the estimated cost in the budgets that count the request. Raises ProxyError(budget_exceeded)."""
+        if size is None or not self._budgets.active:
+            return None
+        return await self._budgets.reserve(request.client, self.estimates.max_cost(request, size))
+
+    async def client(self, client: Client, tokens: int) -> ClientReservation | None:
+        """Reserve a request of `tokens` in the client's limits. Raises ProxyError(client_limit, …)."""
+        reserved = self._clients.reserve(client, tokens, self._clock.monotonic())
+        if self._limiter is None:
+            return reserved
+        while reserved is not None and reserved.reservation is not None:
+            try:
+                if await self._limiter.confirm(reserved.reservation):
+                    break
+            except BaseException:
+                reserved.cancel()
+                raise
+            reserved.cancel()
+            reserved = self._clients.reserve(client, tokens, self._clock.monotonic())
+        return reserved
