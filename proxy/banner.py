@@ -1,4 +1,4 @@
-"""What a person is told at start (contract 1)."""
+"""The start-up text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .config.settings import Settings
 
 
 def banner_lines(loaded: LoadedSettings, address: str, ops_address: str | None, recorded: int = 0) -> list[str]:
-    """What a person wants to know at start (contract 1). recorded: answers in the cassette."""
+    """Return the lines of the start-up text. recorded: the number of responses in the cassette."""
     settings = loaded.settings
     count = sum(len(upstream.keys) or upstream.entra_id for upstream in settings.upstreams)
     keys = str(count) if count else "none (pass-through)"

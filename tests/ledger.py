@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-# Contract, section 6, "Never sent upstream" (the credential is each test's own affair).
+# docs/headers.md, "Not sent upstream" (the credential is each test's own affair).
 FORBIDDEN_NAMES = {
     *("cookie", "cookie2", "forwarded", "x-real-ip", "via", "origin", "referer", "cache-control"),
     *("keep-alive", "proxy-authorization", "proxy-authenticate", "proxy-connection", "te", "trailer"),
@@ -73,7 +73,7 @@ class Request:
 
 
 def complaints_about(request: Request) -> Iterable[str]:
-    """What about this request may not be, whatever the test (contract, section 6; RFC 9112, 6.3)."""
+    """What about this request may not be, whatever the test (docs/headers.md; RFC 9112, section 6.3)."""
     names = [name.lower() for name, _ in request.headers]
     for name in names:
         if name in FORBIDDEN_NAMES or name.startswith(FORBIDDEN_PREFIXES):

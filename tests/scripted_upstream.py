@@ -2,7 +2,7 @@
 
 It lives in a thread of its own, so that it answers whatever loop (or none) a test runs in. Answers are chosen by a
 script, `(Request) -> Step | Sequence[Step]`, or a queue per path; a step is an async function over the open
-`Connection`. What arrives is kept in a ledger; what must never arrive at an upstream (contract, section 6) is a
+`Connection`. What arrives is kept in a ledger; what must never arrive at an upstream (docs/headers.md) is a
 complaint, and the `upstream` fixture fails the test that caused one.
 """
 

@@ -1,4 +1,4 @@
-"""The stored answers administered while proxies run (contract 1, 4): purge, export, import, on the store or by HTTP."""
+"""`openai-proxy cache` and `/_proxy/cache` while proxies run: purge, export, import (docs/caching.md)."""
 
 from __future__ import annotations
 

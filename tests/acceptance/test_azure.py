@@ -1,4 +1,4 @@
-"""Azure upstreams and Azure-shaped clients (contract, section 4)."""
+"""Azure upstreams and Azure clients (docs/clients.md)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_embeddings_and_models_on_azure(launch: Launch, upstream: Scripted
 async def test_a_model_without_a_mapping_is_its_own_deployment(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    """The contract does not say so; it is how AzureOpenAI itself reads `model`."""
+    """AzureOpenAI itself reads `model` in this way."""
     proxy = launch(azure(upstream.port, deployments=None))
     await client.send(proxy, ask())
     assert upstream.last.path == "/openai/deployments/gpt-4o/chat/completions"

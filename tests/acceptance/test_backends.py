@@ -1,4 +1,4 @@
-"""The cache behind memory: what outlives the process, what processes share, and what its trouble costs (contract 7)."""
+"""SQLite and Redis behind memory: what survives a restart, what is shared, what a failure costs (docs/caching.md)."""
 
 from __future__ import annotations
 

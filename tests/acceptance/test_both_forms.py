@@ -1,6 +1,4 @@
-"""One entry, both forms (issue 3, point 3): what the official SDK reads of an answer stored in either form, through the
-real process, is the same object; and the upstream is called once.
-"""
+"""A response stored in either form gives the official SDK the same object (docs/caching.md)."""
 
 from __future__ import annotations
 

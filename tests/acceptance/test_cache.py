@@ -1,4 +1,4 @@
-"""What is stored, what is replayed, and what an answer says about it (contract, sections 5 to 7)."""
+"""What is stored, what is replayed, and what a response says about it (docs/caching.md, docs/headers.md)."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ async def test_no_cache_refreshes_the_entry(proxy: ProxyProcess, upstream: Scrip
     upstream.script = lambda _: upstream_answers.chat("fresher")
     fresh = await client.send(proxy, question, {"Cache-Control": "no-cache"})
     assert b"fresher" in fresh.body
-    assert fresh.cache in ("miss", "bypass")  # the contract names the effect, not the word
+    assert fresh.cache in ("miss", "bypass")  # the effect is promised, not the word
     hit = await client.send(proxy, question)
     assert (hit.cache, hit.body) == ("hit", fresh.body)
 

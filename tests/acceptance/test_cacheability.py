@@ -1,4 +1,4 @@
-"""What is never read from the cache, and what is never stored in it (contract, section 7: Cache)."""
+"""What is never read from the cache, and what is never stored in it (docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equal requests at the same time: one upstream call (contract, section 7, Cache; C33, T10, T11, T24)."""
+"""Identical requests at the same time make one upstream request (docs/caching.md, Coalescing)."""
 
 from __future__ import annotations
 

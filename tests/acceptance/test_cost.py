@@ -1,4 +1,4 @@
-"""Cost headers and receipts (contract, section 6; the sums are those of the issue)."""
+"""Cost headers and receipts (docs/costs-and-budgets.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings item by item, on the real process: what goes up, what comes back, what is said (contract 6, 7)."""
+"""Embeddings item by item, on the real process: what is sent, and what the client gets (docs/caching.md)."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ async def test_concurrent_batches_are_all_right(proxy: ProxyProcess, client: Cli
 async def test_others_are_served_while_a_large_batch_is_taken_apart(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    """FIELD_REPORTS F5: big JSON must not freeze the loop."""
+    """Parsing a large body does not block the event loop."""
     row = "[" + ", ".join(f"{0.001 * n:.9f}" for n in range(1536)) + "]"
     given = texts(2048)
     rows = ",".join(f'{{"object":"embedding","index":{at},"embedding":{row}}}' for at in range(2048))

@@ -1,4 +1,4 @@
-"""The proxy's own errors: OpenAI's shape, a code, and whether to try again (contract, section 6)."""
+"""The proxy's own errors: OpenAI's form, a code, and whether to try again (docs/routes-and-errors.md)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_invalid_json(proxy: ProxyProcess, upstream: ScriptedUpstream, cli
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"text"', b"7"])
 async def test_json_that_is_no_object_is_no_crash(proxy: ProxyProcess, client: Client, body: bytes) -> None:
-    """The contract does not say whose error it is: ours, or passed to the upstream."""
+    """The proxy may refuse it, or leave that to the upstream."""
     assert (await client.send(proxy, body)).status in (200, 400, 422)
 
 
@@ -134,7 +134,7 @@ async def test_a_request_that_is_not_http_gets_400(proxy: ProxyProcess, upstream
 
 
 async def test_a_model_that_no_upstream_serves(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
-    """Which of its codes the proxy uses here, the contract leaves open."""
+    """The documents leave open which code is used here."""
     config = settings(upstream.port)
     config["upstreams"][0]["models"] = ["gpt-*"]
     answer = await client.send(launch(config), ask(model="claude-3"))

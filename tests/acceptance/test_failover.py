@@ -1,4 +1,4 @@
-"""Upstreams that fail, keys that differ, objects that have a home: the real process (contract 3 and 7)."""
+"""Upstreams that fail, keys that differ, stored objects and their keys (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bad key is invisible while a good one is left (contract, sections 6 and 7: Keys)."""
+"""A client does not notice a bad key while a good one is left (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_a_pool_of_three_one_invalid_one_out_of_quota(
 
 
 async def listed(client: Client, proxy: Address) -> list[dict[str, object]]:
-    """The rows of /_proxy/keys: a list, or a list under `keys` (the contract names content, not shape)."""
+    """Return the rows of /_proxy/keys: a list, or a list under `keys`."""
     answer = await client.get(proxy, "/_proxy/keys")
     assert answer.status == 200
     assert CANARY.search(answer.body.decode()) is None  # labels, never keys
@@ -196,7 +196,7 @@ async def test_organization_and_project_belong_to_the_key(
 async def test_the_clients_organization_stays_behind_with_pooled_keys(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    """FIELD_REPORTS K15; the contract itself speaks of the other direction only."""
+    """The organization belongs to the key, so the client's must not be sent with it."""
     proxy = launch(settings(upstream.port, NAMES[:1]))
     await client.send(proxy, ask(), {"OpenAI-Organization": "org-client"})
     assert upstream.last.header("openai-organization") is None

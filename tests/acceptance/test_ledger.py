@@ -1,4 +1,4 @@
-"""The ledger and the report, on the real process: every request once, sums without a difference (issue 5)."""
+"""The ledger and the report, on the real process: every request once, exact sums (docs/costs-and-budgets.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start, health and stop of the real process (contract, sections 1 to 4, and 7: Stop and reload)."""
+"""Start, health and stop of the real process (docs/deployment.md, docs/commands.md)."""
 
 from __future__ import annotations
 

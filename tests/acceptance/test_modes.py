@@ -1,4 +1,4 @@
-"""Record, replay, refresh and stale answers, with the real process (contract 3, 5 and 7, Cache)."""
+"""Record, replay, refresh and stale responses (docs/record-and-replay.md, docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is sent again, when, how often, and what the client learns of it (contract, section 7: Retry)."""
+"""What is repeated, when and how often, and what the client learns of it (docs/keys-and-limits.md, Retries)."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ async def test_an_answer_that_breaks_off_is_502_and_sent_once(
     assert upstream.count == 1  # a byte of answer came: no retry
     assert answer.status == 502
     if part in (PARTS["half a status line"], PARTS["half the headers"]):
-        # "Cut or broken body" it is not yet; which of the two codes names it, the contract leaves open.
+        # No body was cut yet, so either code is right.
         assert answer.error in ("upstream_invalid_response", "upstream_unreachable")
     else:
         assert answer.error == "upstream_invalid_response"

@@ -1,4 +1,4 @@
-"""Other keys and settings without a stop (contract 7: Keys, Rotation; Stop and reload), on the real process."""
+"""New keys and settings without a stop, on the real process (docs/deployment.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safe from the first day: browsers, targets, client keys, secrets (contract, section 7)."""
+"""Browsers, request targets, client keys and secrets (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_foreign_page_is_403(
 
 
 async def test_not_every_sec_fetch_header_is_a_foreign_page(proxy: ProxyProcess, client: Client) -> None:
-    """node's fetch sends sec-fetch-mode: cors (SDK_FACTS.md)."""
+    """Node's fetch sends `sec-fetch-mode: cors`."""
     headers = {"sec-fetch-mode": "cors", "accept-language": "*"}
     assert (await client.send(proxy, ask(), headers)).status == 200
 

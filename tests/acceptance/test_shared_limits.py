@@ -1,4 +1,4 @@
-"""Several real proxies over one real Redis: one limit, one knowledge of keys, whoever is asked (contract 7, Limits)."""
+"""Several real proxies over one real Redis share limits and key states (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Usage and cost of streams: asked for where the client did not, and taken out again (contract, 6 and 7)."""
+"""Usage and cost of streams: asked for if the client did not, and removed again (docs/costs-and-budgets.md)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_a_stream_that_asked_for_usage_is_untouched(
 async def test_an_explicit_answer_about_usage_is_obeyed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, options: object
 ) -> None:
-    """Only `false` is named by the contract; for null, the client must see no usage chunk."""
+    """Only `false` is promised; for null, the client must see no usage chunk."""
     body = json.dumps(ask(stream=True, stream_options=options)).encode()
     answer = await client.send(proxy, body)
     if options == {"include_usage": False}:

@@ -1,4 +1,4 @@
-"""Streams are relayed read by read, unchanged; a broken one never ends cleanly (contract, sections 6, 7)."""
+"""Streams are relayed read by read, unchanged; a broken one never ends cleanly (docs/routes-and-errors.md)."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ async def test_an_http_error_to_a_stream_request_is_plain(
 async def test_a_plain_200_to_a_stream_request_is_passed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
-    """Mock servers do this (SDK_FACTS.md)."""
+    """Mock servers do this."""
     body = upstream_answers.dump(upstream_answers.completion())
     upstream.always(upstream_answers.reply(200, body))
     answer = await client.send(proxy, ask(stream=True))

@@ -1,4 +1,4 @@
-"""Limits hold, waiting is bounded and honest, hits are free (contract, sections 6 and 7: Limits)."""
+"""Limits hold, waiting is bounded, hits are free (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proxy changes nothing it need not change (contract, sections 4 and 6)."""
+"""The proxy changes nothing that it need not change (docs/headers.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`server.workers` over 1, on the real processes: one proxy to whoever asks (contract 3, 4, 7; issue 5, 7)."""
+"""`server.workers` over 1, on the real processes: one proxy to every client (docs/deployment.md)."""
 
 from __future__ import annotations
 

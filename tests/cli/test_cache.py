@@ -22,7 +22,7 @@ from proxy.cli.cache.interface import CommandError, EntrySummary, FilterArgument
 from proxy.cli.cache.text import ProgressLine, cut, duration, size, table
 
 
-def test_the_subcommands_of_the_contract() -> None:
+def test_subcommands_of_cache() -> None:
     assert {"stats", "list", "show", "purge", "export", "import"} <= set(SUBCOMMANDS)
 
 

@@ -1,4 +1,4 @@
-"""Limits over workers: never more than the limit in any window, whoever asks (contract 7, Limits)."""
+"""Limits over workers: never more than the limit in any window, whichever worker asks (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

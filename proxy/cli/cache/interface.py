@@ -12,7 +12,7 @@ from ...cache.stores.interface import EntryName
 PAGE: Final = 1000
 
 FilterArguments = Mapping[str, str | float]
-"""Which answers: the fields of a purge over HTTP (contract 4) and `prefix`; `older_than` in seconds."""
+"""Which entries: the fields of a purge over HTTP (docs/caching.md); `older_than` in seconds."""
 
 EntrySummary = dict[str, Any]
 """A stored answer as core/listing.py shows it."""

@@ -101,7 +101,7 @@ class ProgressLine:
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
-    """Those of contract 4. All that are given must hold."""
+    """The filters of a purge (docs/caching.md). An entry must match all that are given."""
     parser.add_argument("--model", type=_text, help="the model asked for")
     parser.add_argument("--endpoint", choices=tuple(ENDPOINTS.values()), help="the endpoint")
     parser.add_argument("--namespace", type=_text, help="the namespace asked for; '' for none")
