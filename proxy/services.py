@@ -28,7 +28,7 @@ from .upstream.interfaces import LockStore, UpstreamTransport
 from .upstream.key_lease import KeyLeases
 from .upstream.keys.lease import UpstreamKey
 from .upstream.keys.object_owners import ObjectOwners
-from .upstream.keys.pool import KeyPool
+from .upstream.keys.pool import KeyOutcome, KeyPool
 from .upstream.keys.selection import STRATEGIES
 from .upstream.limits.calibration import TokenCalibration
 from .upstream.limits.clients import ClientLimits, ClientReservation
@@ -119,7 +119,7 @@ class Services:
     ) -> None:
         """Record what an attempt says of a key, and let other processes know."""
         now = self.clock.monotonic()
-        self.pool.record_outcome(key, model, outcome, now, wait, reason, floor)
+        self.pool.record_outcome(key, model, KeyOutcome(outcome, now, wait, reason, floor))
         if self.limiter is not None:
             states = self.pool.active_states(key.label, model, now)
             published = {
@@ -219,7 +219,7 @@ def build_services(
         STRATEGIES[settings.selection],
         settings.throttle.limits,
         settings.throttle.use,
-        make=make,
+        make_limiter=make,
         breakers=[upstream.breaker for upstream in upstreams],
         learned=UpstreamLimits() if settings.throttle.adaptive else None,
     )

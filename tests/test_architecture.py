@@ -54,7 +54,6 @@ LONGER_FUNCTIONS: dict[str, str] = {
     "proxy.pipeline.handler.RequestHandler._stream_answer": "until the handler reads from top to bottom",
     "proxy.server.passthrough.PassthroughHandler._send": "a retry loop of its own until there is one for all",
     "proxy.upstream.client.AiohttpTransport._send": "until failures are told apart by one table",
-    "proxy.upstream.limits.queue.AdmissionQueue.acquire": "until joining and waiting are two functions",
 }
 """Functions of more than `MAX_FUNCTION_LINES` lines, each with its reason. They go; none comes."""
 
@@ -65,10 +64,6 @@ MORE_PARAMETERS: dict[str, str] = {
     "proxy.protocol.request.ProxyRequest.from_body": "one for each field that the body does not say",
     "proxy.server.api.ApiHandler.__init__": "what `app` builds for it",
     "proxy.upstream.keys.pool.KeyPool.__init__": "what `services` builds for it",
-    "proxy.upstream.keys.pool.KeyPool._reserve_first": "until the search for a key is one value",
-    "proxy.upstream.keys.pool.KeyPool.record_outcome": "until an outcome carries its own time",
-    "proxy.upstream.keys.states.KeyStates.mark": "until a transition is one value",
-    "proxy.upstream.keys.states.KeyStates.record": "until a transition is one value",
 }
 """Functions of more than `MAX_PARAMETERS` parameters beside `self` and `cls`, each with its reason."""
 

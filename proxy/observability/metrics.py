@@ -294,9 +294,9 @@ def _gauges(sources: GaugeSources | None, in_flight: int) -> list[Metric]:
         now = sources.clock.monotonic()
         served.add_metric([], in_flight)
         waiting.add_metric([], sources.admission.depth)
-        for state, count in sources.pool.counts(now).items():
+        for state, count in sources.pool.counts_by_state(now).items():
             keys.add_metric([state], count)
-        for label, share in sources.pool.free(now).items():
+        for label, share in sources.pool.headroom_by_label(now).items():
             headroom.add_metric([label], share)
         shared.add_metric([], float(sources.limiter is None or sources.limiter.sound))
         for upstream in sources.upstreams:

@@ -256,7 +256,7 @@ class AdminHandler:
             "queue": {"waiting": services.admission.depth},
             "clients": services.clients.report(services.clock.monotonic()),
             "budgets": services.budgets.report(),
-            "keys": services.pool.counts(services.clock.monotonic()),
+            "keys": services.pool.counts_by_state(services.clock.monotonic()),
             "cache": await services.store.stats() if services.store.enabled else None,
             "prices": {"as_of": prices.as_of, "age_days": prices.age(today)},
             "settings": plain(settings),

@@ -112,7 +112,7 @@ class PassthroughHandler:
                     raise ProxyError("no_usable_key", "no key can serve this route")
                 trace.code = "" if services.passthrough else "no_usable_key"
                 return last
-            services.pool.used(key)
+            services.pool.mark_used(key)
             upstream = services.upstreams[key.upstream]
             closed = upstream.breaker.wait(clock.monotonic())
             if closed:
@@ -207,7 +207,7 @@ class PassthroughHandler:
             with suppress(ValueError):
                 ids += ids_named(body, parse_leniently(body))
         label = await services.object_owners.owner_of(ids) if ids else None
-        return services.pool.named(label) if label is not None else None
+        return services.pool.by_label(label) if label is not None else None
 
     def _choose(
         self, route: Route, excluded: set[str] | frozenset[str], tied: UpstreamKey | None = None

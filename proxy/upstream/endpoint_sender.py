@@ -13,7 +13,7 @@ from ..protocol.json_edit import set_field, want_usage
 from ..protocol.request import ProxyRequest
 from .keys.lease import KeyRequest
 from .keys.object_owners import ObjectOwners
-from .keys.prompt_affinity import HEAD, prefix_of
+from .keys.prompt_affinity import PREFIX_BYTES, prefix_of
 from .limits.clients import ClientReservation
 from .progress import AttemptLog
 from .request import UpstreamRequest
@@ -136,7 +136,7 @@ class EndpointSender:
         return response
 
     def _prefix(self, request: ProxyRequest) -> bytes:
-        if len(self._pool.keys) == 1 or len(request.body) < HEAD:
+        if len(self._pool.keys) == 1 or len(request.body) < PREFIX_BYTES:
             return b""
         return prefix_of(request.endpoint, request.document, request.model)
 

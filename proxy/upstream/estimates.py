@@ -45,7 +45,7 @@ class Estimates:
     def used(self, request: ProxyRequest, size: RequestSize | None, text: int) -> Usage:
         """Return what a response has used by estimate. text: its bytes of text."""
         size = size or request_size(request.endpoint, request.document)
-        return self._calibration.used(request.model, size, text)
+        return self._calibration.estimated_usage(request.model, size, text)
 
     def record(self, request: ProxyRequest, size: RequestSize | None, usage: Usage | None) -> None:
         """Improve the next estimate for the model by what a response used."""

@@ -9,7 +9,7 @@ from ..protocol.request import Client
 from ..protocol.routes import printable
 from ..system.clock import Clock
 from .keys.lease import KeyRequest, Lease, NoKey, NotReady, UpstreamKey
-from .keys.pool import KeyPool
+from .keys.pool import KeyOutcome, KeyPool
 from .limits.clients import ClientReservation
 from .limits.queue import AdmissionQueue, QueueFull, TimedOut
 from .limits.rate_limiter import Reservation, Wait
@@ -131,7 +131,7 @@ class KeyLeases:
         cooling: seconds a rate-limited key cools; floor: tokens from which on a request is held back.
         """
         now = self.clock.monotonic()
-        self.pool.record_outcome(key, model, outcome, now, cooling, reason, floor)
+        self.pool.record_outcome(key, model, KeyOutcome(outcome, now, cooling, reason, floor))
         if self._limiter is not None:
             states = self.pool.active_states(key.label, model, now)
             shared = {

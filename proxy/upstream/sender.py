@@ -147,7 +147,7 @@ class RetryingSender:
             self.leases.record_outcome(lease.key, model, outcome, cooling, reason, floor)
         other_key = pool.other_ready(lease.key.label, model, sending.excluded, now, sending.key_request)
         if outcome is OutcomeKind.RATE_LIMITED and not other_key:
-            soonest = pool.soonest(model, now, sending.key_request)
+            soonest = pool.cooling_for(model, now, sending.key_request)
             asked_wait = asked_wait if soonest is None else soonest
         step = sending.retries.next(
             outcome,
@@ -157,7 +157,7 @@ class RetryingSender:
             granted=partial(upstream.budget.take, now),
         )
         pinned_to = request.key_request.pinned_to
-        if isinstance(step, RetryAfter) and pool.all_closed(model, lease.key.priority, now, pinned_to):
+        if isinstance(step, RetryAfter) and pool.all_breakers_open(model, lease.key.priority, now, pinned_to):
             return ReturnToClient(spent=True)  # its breaker has opened, and no other upstream is left
         return step
 
@@ -165,7 +165,7 @@ class RetryingSender:
         """Whether keys of another priority are tried now that this one's retries are used up."""
         request, log = sending.request, sending.request.attempt_log
         log.exhausted = sending.retries.can_fail_over(outcome)
-        higher = not request.key_request.pinned_to and self._pool.higher(
+        higher = not request.key_request.pinned_to and self._pool.has_lower_group(
             request.model, lease.key.priority, sending.excluded
         )
         if not (log.exhausted and higher and self._clock.monotonic() < log.deadline.at):

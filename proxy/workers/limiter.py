@@ -31,7 +31,7 @@ class _WorkerReservation(Reservation):
     __slots__ = ("allowance", "number", "tell")
 
     def __init__(self, allowance: WorkerRateLimiter, tokens: int, made: Reservation, number: int, tell: Tell) -> None:
-        super().__init__(allowance, tokens, made._windows, made._slots)
+        super().__init__(allowance, tokens, made._windows, made._buckets)
         self.allowance = allowance
         self.number = number
         self.tell = tell

@@ -107,10 +107,10 @@ def cached_share(strategy: str, limits: dict[str, Limits], seed: int = 7) -> flo
         talk["messages"].append({"role": "user", "content": "x" * dice.randrange(100, 2000)})
         tokens = sum(len(message["content"]) for message in talk["messages"]) // 4
         wish = KeyRequest(prefix_of("chat", talk, "gpt-4o"))
-        lease = ring.lease("gpt-4o", tokens, frozenset(), now, wish=wish)
+        lease = ring.lease("gpt-4o", tokens, frozenset(), now, request=wish)
         while not isinstance(lease, Lease):
             now += 1.0
-            lease = ring.lease("gpt-4o", tokens, frozenset(), now, wish=wish)
+            lease = ring.lease("gpt-4o", tokens, frozenset(), now, request=wish)
         if lease.reservation is not None:
             lease.reservation.settle(tokens)
         total += tokens

@@ -8,6 +8,7 @@ import pytest
 
 from proxy.config.settings import BreakerSettings, RetrySettings, TimeoutSettings
 from proxy.protocol.options import Options
+from proxy.upstream.keys.states import KeyOutcome
 from proxy.upstream.retry.outcome import OutcomeKind, TransportFailure
 from tests.pipeline.clock import WALL, virtual_time
 from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
@@ -257,7 +258,7 @@ async def test_a_place_that_comes_just_at_the_deadline_is_of_no_use() -> None:
     """No call is made, none is counted, and the place is given back."""
     scene = PipelineFixture()
     scene.services.pool.record_outcome(
-        scene.services.pool.keys[0], "gpt-4o", OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0, ""
+        scene.services.pool.keys[0], "gpt-4o", KeyOutcome(OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0)
     )
     told = await scene.ask(total=3.0)
     assert (told.status, told.refused, told.attempts, told.at) == (504, "upstream_timeout", 0, 3.0)
@@ -288,7 +289,7 @@ async def test_one_deadline_over_queue_attempts_and_pauses() -> None:
     """3 s in the queue, 4 s for a 500, a pause of 1 s: 2 s are left of ten."""
     scene = PipelineFixture(error(500, wait=4.0), Fails("hang"))
     scene.services.pool.record_outcome(
-        scene.services.pool.keys[0], "gpt-4o", OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0, ""
+        scene.services.pool.keys[0], "gpt-4o", KeyOutcome(OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0)
     )
     told = await scene.ask(total=10.0)
     assert (told.refused, told.at) == ("upstream_timeout", 10.0)

@@ -1,4 +1,4 @@
-"""The values of choosing a key: what there is, what is wanted, what one gets, and why not."""
+"""The values of choosing a key: the keys, what a request asks of one, what it gets, and why it gets none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..limits.rate_limiter import Reservation, Wait
 
 @dataclass(frozen=True, slots=True)
 class UpstreamKey:
-    """A key as the ring sees it: no secret. upstream: index of its upstream; models: globs that upstream serves."""
+    """A key as the pool sees it, without its secret. upstream: index of its upstream; models: globs that it serves."""
 
     label: str
     upstream: int
@@ -32,8 +32,11 @@ class UpstreamKey:
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """A key with its share of the limits reserved; `reservation` is None where no limit applies; hold: of its client's
-    own limits; stake: of the budgets."""
+    """A key with its share of the limits reserved.
+
+    reservation: None if no limit applies. tokens: the estimate. client_reservation, budget_reservation: of the
+    client's own limits and of the budgets.
+    """
 
     key: UpstreamKey
     reservation: Reservation | None
@@ -43,9 +46,10 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class KeyRequest(msgspec.Struct, frozen=True):
-    """What a request asks of the key it gets. prefix: digest of its prompt's beginning, b"" for none; only: the label
-    of the one key that will do (''): any); above: only priorities of a higher number than this; avoid: upstreams that
-    failed it, to be taken last.
+    """What a request asks of the key it gets.
+
+    prefix: digest of the beginning of its prompt, b"" for none. pinned_to: label of the only key that will do, '' for
+    any. min_priority: only priorities of a higher number than this. avoid: upstreams that failed it, to be tried last.
     """
 
     prefix: bytes = b""
@@ -59,7 +63,7 @@ ANY_KEY: Final = KeyRequest()
 
 @dataclass(frozen=True, slots=True)
 class NotReady:
-    """No key now. The gate waits `wait.seconds`; why decides the error when patience ends before."""
+    """No key is ready now. The queue waits `wait.seconds`; `why` is the error's code if `max_wait` ends before."""
 
     wait: Wait
     why: Literal["throttled", "keys_cooling"]
@@ -67,8 +71,9 @@ class NotReady:
 
 @dataclass(frozen=True, slots=True)
 class NoKey:
-    """No key will do, however long one waits. retry_after: seconds until another request may find one, None:
-    unknown.
+    """No key will do, however long the request waits.
+
+    retry_after: seconds until another request may find one, None if unknown.
     """
 
     why: Literal["no_usable_key", "request_exceeds_limit", "circuit_open"]
@@ -77,23 +82,37 @@ class NoKey:
 
 
 class Candidates(msgspec.Struct):
-    """What stood in the way of each key."""
+    """One search for a key: what is asked, and what stands in the way of each key.
 
+    tokens: estimated. now: monotonic seconds. quota: overrides the keys' own (pass-through: one a credential).
+    cooling, throttled, breaker_open: seconds to wait, a key each.
+    """
+
+    model: str
+    tokens: int
+    now: float
+    quota: str | None = None
+    request: KeyRequest = ANY_KEY
     cooling: list[float] = msgspec.field(default_factory=list)
     throttled: list[float] = msgspec.field(default_factory=list)
-    open: list[float] = msgspec.field(default_factory=list)
+    breaker_open: list[float] = msgspec.field(default_factory=list)
     unusable: list[str] = msgspec.field(default_factory=list)
     missing: list[UpstreamKey] = msgspec.field(default_factory=list)
     too_large: str | None = None
 
-    def answer(self) -> NotReady | NoKey:
+    def quota_of(self, key: UpstreamKey) -> tuple[str, str]:
+        """Return the (quota, model) under which a request on this key counts."""
+        return self.quota or key.quota or key.label, self.model
+
+    def result(self) -> NotReady | NoKey:
+        """Return why there is no lease."""
         if self.throttled or self.cooling:
             if self.cooling and (not self.throttled or min(self.cooling) < min(self.throttled)):
                 return NotReady(Wait(min(self.cooling)), "keys_cooling")
             return NotReady(Wait(min(self.throttled)), "throttled")
         if self.too_large is not None:
             return NoKey("request_exceeds_limit", self.too_large)
-        if self.open:
+        if self.breaker_open:
             detail = "every upstream that serves this has failed too often of late and is left alone for a while"
-            return NoKey("circuit_open", detail, min(self.open))
+            return NoKey("circuit_open", detail, min(self.breaker_open))
         return NoKey("no_usable_key", "no usable key: " + (", ".join(self.unusable) or "every key was refused"))

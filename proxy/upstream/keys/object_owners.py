@@ -68,9 +68,9 @@ class ObjectOwners:
         if not ids:
             return ""
         label = await self.owner_of(ids)
-        key = pool.named(label) if label is not None else None
+        key = pool.by_label(label) if label is not None else None
         if key is None:
-            key = pool.fixed(request.model)
+            key = pool.first_serving(request.model)
         return key.label if key is not None else ""
 
     def record_answer(self, pool: KeyPool, request: ProxyRequest, key: UpstreamKey, document: object) -> None:

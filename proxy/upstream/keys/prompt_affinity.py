@@ -1,4 +1,4 @@
-"""Which key served a prompt's beginning last, so that the upstream's prompt cache is used (contract 7, Keys)."""
+"""Which key last served a prompt prefix, so that the upstream's prompt cache is used (`docs/keys-and-limits.md`)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import Any, Final
 
 import orjson
 
-HEAD: Final = 4096
-"""Bytes of a prompt's beginning that decide: 1,024 tokens, from which on OpenAI caches prompts, at 4 bytes a token."""
+PREFIX_BYTES: Final = 4096
+"""Bytes of a prefix: OpenAI caches prompts from 1,024 tokens, at about 4 bytes a token."""
 
 TTL: Final = 3600.0
-"""Seconds a key is remembered: OpenAI drops a cached prompt within an hour of its last use
+"""Seconds for which a key is remembered: OpenAI drops a cached prompt within an hour of its last use
 (https://platform.openai.com/docs/guides/prompt-caching)."""
 
 MAX_PREFIXES: Final = 20_000
 
-_BEGINNINGS: Final = ("instructions", "tools", "functions", "messages", "input", "prompt")
-"""Fields of a prompt, in the order in which a model reads them."""
+_PROMPT_FIELDS: Final = ("instructions", "tools", "functions", "messages", "input", "prompt")
+"""The fields of a prompt, in the order in which a model reads them."""
 
-_CACHED: Final = frozenset({"chat", "completions", "responses"})
+_CACHING_ENDPOINTS: Final = frozenset({"chat", "completions", "responses"})
 
 
 def prefix_of(endpoint: str, document: Mapping[str, Any], model: str) -> bytes:
-    """A digest of what decides where a prompt is cached: `prompt_cache_key`, else the first `HEAD` bytes of the
-    prompt; b"" for prompts too short to be cached, and for endpoints that cache none.
+    """Return a digest of what decides where a prompt is cached; b"" if the upstream would not cache it.
+
+    That is `prompt_cache_key`, else the first `PREFIX_BYTES` bytes. Short prompts and some endpoints are not cached.
     """
-    if endpoint not in _CACHED:
+    if endpoint not in _CACHING_ENDPOINTS:
         return b""
     digest = hashlib.sha256(orjson.dumps([endpoint, model[:256]]) if _encodable(model) else b"")
     size = 0
     pieces = []
     for piece in _pieces(document):
-        pieces.append(piece[: HEAD - size])
+        pieces.append(piece[: PREFIX_BYTES - size])
         size += len(pieces[-1])
-        if size >= HEAD:
+        if size >= PREFIX_BYTES:
             break
-    if size < HEAD:
+    if size < PREFIX_BYTES:
         return b""
     named = document.get("prompt_cache_key")
     if isinstance(named, str) and named:
@@ -49,7 +50,7 @@ def prefix_of(endpoint: str, document: Mapping[str, Any], model: str) -> bytes:
 
 
 def _pieces(document: Mapping[str, Any]) -> Iterator[bytes]:
-    for name in _BEGINNINGS:
+    for name in _PROMPT_FIELDS:
         value = document.get(name)
         if isinstance(value, str):
             yield value.encode("utf-8", "surrogatepass")
@@ -70,18 +71,18 @@ def _encodable(text: str) -> bool:
 
 
 class PromptAffinity:
-    """The key each prefix was served by last. `now` is monotonic seconds."""
+    """The key that last served each prefix. `now` is monotonic seconds."""
 
     def __init__(self) -> None:
-        self._homes: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._keys: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
 
-    def home(self, prefix: bytes, now: float) -> str | None:
-        """The label of the key, None where it is not known or too long ago."""
-        found = self._homes.get(prefix)
+    def key_of(self, prefix: bytes, now: float) -> str | None:
+        """Return the label of the key; None if it is not known or was too long ago."""
+        found = self._keys.get(prefix)
         return found[0] if found is not None and now - found[1] < TTL else None
 
     def record(self, prefix: bytes, label: str, now: float) -> None:
-        self._homes[prefix] = (label, now)
-        self._homes.move_to_end(prefix)
-        if len(self._homes) > MAX_PREFIXES:
-            self._homes.popitem(last=False)
+        self._keys[prefix] = (label, now)
+        self._keys.move_to_end(prefix)
+        if len(self._keys) > MAX_PREFIXES:
+            self._keys.popitem(last=False)

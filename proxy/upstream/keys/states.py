@@ -1,6 +1,6 @@
-"""What each answer does to the state of a key: one table, and the memory it is applied to (contract 7, Keys).
+"""What each outcome does to the state of a key: one table, and the states it is applied to (`docs/keys-and-limits.md`).
 
-State is per (key, model); what is true of the whole key (401, `insufficient_quota`) stands under every model.
+State is per (key, model). What concerns the whole key (401, `insufficient_quota`) is kept under every model.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..retry.outcome import OutcomeKind
 UNUSABLE_FOR: Final = 600.0
 """Seconds after which a rejected or exhausted key is tried again."""
 
-PROBE_REST: Final = 30.0
-"""Seconds for which the one request that tries a rested key has it for itself, unless its answer comes before."""
+PROBE_TIMEOUT: Final = 30.0
+"""Seconds for which one request alone tries an unusable key again, unless its response comes sooner."""
 
-PROBE_COOL: Final = 0.1
-"""A key that has cooled is taken by one request, by the next after so many seconds, then at 1/2, 1/3 … of them: if it
-is still limited few have gone up in vain when its 429 is back, and waiters do not stampede. An answer ends it."""
+PROBE_SPACING: Final = 0.1
+"""After a cooldown, probes are spaced by this many seconds, then by 1/2, 1/3 … of it, until a response comes: few
+requests fail if the key is still limited, and the waiters do not all start at once."""
 
-STALE: Final = 60.0
-"""A cooling that ended so many seconds ago no longer matters."""
+FORGET_COOLING_AFTER: Final = 60.0
+"""Seconds after its end at which a cooldown is forgotten."""
 
 ANY_MODEL: Final = "*"
 _MAX_STATES: Final = 10_000
@@ -35,45 +35,65 @@ class Status(Enum):
     COOLING = "cooling"
     EXHAUSTED = "exhausted"
     REJECTED = "rejected"
-    MISSING = "missing"  # this key cannot see the model; others may
+    MISSING = "missing"  # this key has no access to the model; others may
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The outcome takes the key out of use. whole: for every model; asked: as long as upstream asks, else `REST`."""
+    """The outcome makes the key unusable.
+
+    all_models: for every model, not only the one asked for. until_upstream_says: for as long as the upstream asks,
+    not for `UNUSABLE_FOR`.
+    """
 
     status: Status
-    whole: bool
-    asked: bool = False
+    all_models: bool
+    until_upstream_says: bool = False
 
 
-Effect = Transition | Literal["proves", "nothing"]
-"""`proves`: the key works, so that a rest or a probe is over; a deadline set for cooling still stands."""
+Effect = Transition | Literal["healthy", "nothing"]
+"""`healthy`: the key works, which ends an unusable state or a probe; the deadline of a cooldown still stands."""
 
 TRANSITIONS: Final[Mapping[OutcomeKind, Effect]] = {
-    OutcomeKind.OK: "proves",
-    OutcomeKind.FINAL: "proves",
-    OutcomeKind.RATE_LIMITED: Transition(Status.COOLING, whole=False, asked=True),
-    OutcomeKind.QUOTA: Transition(Status.EXHAUSTED, whole=True),
-    OutcomeKind.UNAUTHORIZED: Transition(Status.REJECTED, whole=True),
-    OutcomeKind.FORBIDDEN: Transition(Status.REJECTED, whole=False),
-    OutcomeKind.MODEL_MISSING: Transition(Status.MISSING, whole=False),
+    OutcomeKind.OK: "healthy",
+    OutcomeKind.FINAL: "healthy",
+    OutcomeKind.RATE_LIMITED: Transition(Status.COOLING, all_models=False, until_upstream_says=True),
+    OutcomeKind.QUOTA: Transition(Status.EXHAUSTED, all_models=True),
+    OutcomeKind.UNAUTHORIZED: Transition(Status.REJECTED, all_models=True),
+    OutcomeKind.FORBIDDEN: Transition(Status.REJECTED, all_models=False),
+    OutcomeKind.MODEL_MISSING: Transition(Status.MISSING, all_models=False),
     OutcomeKind.ORGANIZATION: "nothing",  # the headers are wrong, not the key
     OutcomeKind.TOO_LARGE: "nothing",  # smaller requests pass
-    OutcomeKind.RETRY: "nothing",  # one odd 5xx is the upstream's affair
+    OutcomeKind.RETRY: "nothing",  # a single 5xx is about the upstream, not the key
     OutcomeKind.UNREACHED: "nothing",
     OutcomeKind.STALE: "nothing",
     OutcomeKind.AMBIGUOUS: "nothing",
     OutcomeKind.TIMEOUT: "nothing",
     OutcomeKind.INVALID: "nothing",
 }
-"""From whatever state, by outcome."""
+"""What each outcome does, whatever the state was."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOutcome:
+    """What became of a request on a key.
+
+    at: monotonic seconds. wait: seconds a rate-limited key cools. floor: as in `KeyState`.
+    """
+
+    kind: OutcomeKind
+    at: float
+    wait: float = 0.0
+    reason: str = ""
+    floor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class KeyState:
-    """since, until: monotonic seconds; floor: only requests of at least so many estimated tokens are held back (a
-    token limit leaves room for small ones); probes: requests that tried the key since its time was over.
+    """Why a key is not ready.
+
+    since, until: monotonic seconds. floor: only requests of at least this many estimated tokens are held back, since
+    a token limit leaves room for smaller ones. probes: requests that tried the key since `until` passed.
     """
 
     status: Status
@@ -84,104 +104,103 @@ class KeyState:
     probes: int = 0
 
 
-_Where = tuple[str, str]
-_States = OrderedDict[_Where, KeyState]
+_KeyAndModel = tuple[str, str]
+_States = OrderedDict[_KeyAndModel, KeyState]
 
 
 class KeyStates:
-    """The states of all keys. Cooling stands apart from the rest: neither deadline is lost to the other."""
+    """The states of all keys. Cooldowns are kept apart from unusable states, so that neither deadline is lost."""
 
     def __init__(self) -> None:
         self._cooling: _States = OrderedDict()
-        self._resting: _States = OrderedDict()
+        self._unusable: _States = OrderedDict()
 
-    def of(self, label: str, model: str, now: float) -> tuple[KeyState | None, KeyState | None]:
-        """What keeps a key from use at `now`: (exhausted, rejected or missing; cooling)."""
-        if not (self._resting or self._cooling):
+    def blocking(self, label: str, model: str, now: float) -> tuple[KeyState | None, KeyState | None]:
+        """Return what keeps a key from use at `now`: (exhausted, rejected or missing; cooling)."""
+        if not (self._unusable or self._cooling):
             return None, None
-        resting = self._held(self._resting, (label, ANY_MODEL), now)
-        if resting is None:
-            resting = self._held(self._resting, (label, model), now)
-        return resting, self._held(self._cooling, (label, model), now)
+        unusable = self._active(self._unusable, (label, ANY_MODEL), now)
+        if unusable is None:
+            unusable = self._active(self._unusable, (label, model), now)
+        return unusable, self._active(self._cooling, (label, model), now)
 
     @staticmethod
-    def _held(states: _States, where: _Where, now: float) -> KeyState | None:
+    def _active(states: _States, where: _KeyAndModel, now: float) -> KeyState | None:
         state = states.get(where)
         return state if state is not None and state.until > now else None
 
     def active(self, label: str, model: str, now: float) -> dict[str, KeyState]:
-        """The same, each by its kind and the model it is about: `rests *`, `rests M`, `cools M`."""
+        """Return the same by kind and model, as other proxies are told: `rests *`, `rests M`, `cools M`."""
         found = {
-            f"rests {ANY_MODEL}": self._held(self._resting, (label, ANY_MODEL), now),
-            f"rests {model}": self._held(self._resting, (label, model), now),
-            f"cools {model}": self._held(self._cooling, (label, model), now),
+            f"rests {ANY_MODEL}": self._active(self._unusable, (label, ANY_MODEL), now),
+            f"rests {model}": self._active(self._unusable, (label, model), now),
+            f"cools {model}": self._active(self._cooling, (label, model), now),
         }
         return {kind: state for kind, state in found.items() if state is not None}
 
-    def leased(self, label: str, model: str, now: float) -> None:
-        """A request takes the key: where its time had run out, this one tries it for the others."""
-        if not (self._resting or self._cooling):
+    def record_lease(self, label: str, model: str, now: float) -> None:
+        """Note that a request takes the key. If the key's time was over, this request is the probe for the others."""
+        if not (self._unusable or self._cooling):
             return
         for where in ((label, ANY_MODEL), (label, model)):
-            state = self._resting.get(where)
+            state = self._unusable.get(where)
             if state is not None and state.until <= now:
-                self._resting[where] = replace(state, until=now + PROBE_REST, probes=state.probes + 1)
+                self._unusable[where] = replace(state, until=now + PROBE_TIMEOUT, probes=state.probes + 1)
         state = self._cooling.get((label, model))
         if state is not None and state.until <= now:
-            if now - state.until > STALE:
+            if now - state.until > FORGET_COOLING_AFTER:
                 del self._cooling[label, model]
             else:
                 probes = state.probes + 1
-                self._cooling[label, model] = replace(state, until=now + PROBE_COOL / probes, probes=probes)
+                self._cooling[label, model] = replace(state, until=now + PROBE_SPACING / probes, probes=probes)
 
-    def record(
-        self, label: str, model: str, outcome: OutcomeKind, now: float, wait: float, reason: str, floor: int = 0
-    ) -> None:
-        """Applies the table. wait: seconds a rate-limited key cools; floor: see KeyState."""
-        effect = TRANSITIONS[outcome]
+    def record(self, label: str, model: str, outcome: KeyOutcome) -> None:
+        """Apply the table to an outcome."""
+        effect = TRANSITIONS[outcome.kind]
         if isinstance(effect, Transition):
-            until = now + (wait if effect.asked else UNUSABLE_FOR)
-            self.mark(label, ANY_MODEL if effect.whole else model, effect.status, now, until, reason, floor)
-        elif effect == "proves":
-            if self._resting:
-                self._resting.pop((label, ANY_MODEL), None)
-                self._resting.pop((label, model), None)
+            until = outcome.at + (outcome.wait if effect.until_upstream_says else UNUSABLE_FOR)
+            state = KeyState(effect.status, outcome.at, until, outcome.reason, outcome.floor)
+            self.mark(label, ANY_MODEL if effect.all_models else model, state)
+        elif effect == "healthy":
+            if self._unusable:
+                self._unusable.pop((label, ANY_MODEL), None)
+                self._unusable.pop((label, model), None)
             if self._cooling:
-                state = self._cooling.get((label, model))
-                if state is not None and state.probes:
+                old = self._cooling.get((label, model))
+                if old is not None and old.probes:
                     del self._cooling[label, model]
 
-    def mark(
-        self, label: str, model: str, status: Status, now: float, until: float, reason: str, floor: int = 0
-    ) -> None:
-        """Takes a key out of use until `until`; a deadline is extended, never shortened."""
-        states = self._cooling if status is Status.COOLING else self._resting
+    def mark(self, label: str, model: str, state: KeyState) -> None:
+        """Put a key into `state`, which begins at `state.since`. A deadline is extended, never shortened."""
+        states = self._cooling if state.status is Status.COOLING else self._unusable
         where = label, model
         old = states.get(where)
-        current = old is not None and (old.until > now or old.probes > 0)
-        if old is not None and old.until > now:
-            floor = min(floor, old.floor)
-            if old.until > until:
-                states[where] = replace(old, reason=reason, floor=floor)
-                return
-        since = old.since if old is not None and current and old.status is status else now
-        states[where] = KeyState(status, since, until, reason, floor)
+        if old is not None:
+            running = old.until > state.since
+            if running:
+                state = replace(state, floor=min(state.floor, old.floor))
+                if old.until > state.until:
+                    states[where] = replace(old, reason=state.reason, floor=state.floor)
+                    return
+            if (running or old.probes) and old.status is state.status:
+                state = replace(state, since=old.since)
+        states[where] = state
         states.move_to_end(where)
         while len(states) > _MAX_STATES:
             states.popitem(last=False)
 
     def inherit(self, old: KeyStates, same: Set[str], now: float) -> None:
-        """Takes over what still counts of keys with a label in `same`; what was rejected gets another chance."""
+        """Take over the active states of the keys with a label in `same`, except rejections, which get another try."""
         for where, state in old._cooling.items():
             if where[0] in same and state.until > now:
                 self._cooling[where] = state
-        for where, state in old._resting.items():
+        for where, state in old._unusable.items():
             if where[0] in same and state.until > now and state.status is Status.EXHAUSTED:
-                self._resting[where] = state
+                self._unusable[where] = state
 
     def current(self, now: float) -> Iterator[tuple[str, str, KeyState]]:
-        """(label, model, state) of all that is not ready."""
-        for states in (self._resting, self._cooling):
+        """Yield (label, model, state) of whatever is not ready."""
+        for states in (self._unusable, self._cooling):
             for (label, model), state in states.items():
                 if state.until > now:
                     yield label, model, state

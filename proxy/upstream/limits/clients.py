@@ -1,7 +1,7 @@
-"""What each client key may use: its models, and limits of its own (contract 7: hits are free for them, too).
+"""What each client key may use: its models, and limits of its own (`docs/keys-and-limits.md`). Cache hits are free.
 
-A client beyond its limits is refused at once rather than made to wait: a place in the queue is shared by everybody, and
-one client's excess must not fill it. A hold is taken for a request before it waits for a key, and ended once.
+A client beyond its limits is refused at once and does not wait: all clients share the queue, and one client's excess
+must not fill it. A reservation is made before the request waits for a key, and ended once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ...protocol.request import Client
 from ...protocol.routes import CARRIES_NO_MODEL
 from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 
-_UNKNOWN: Final = 1.0
+UNKNOWN_WAIT: Final = 1.0
 
 
 def check_model(client: Client, *models: str) -> None:
-    """Raises ProxyError(model_not_allowed) unless the client may use all of them."""
+    """Raise ProxyError(model_not_allowed) unless the client may use all of these models."""
     if client.models:
         for model in models:
             if not any(fnmatchcase(model, glob) for glob in client.models):
@@ -29,7 +29,10 @@ def check_model(client: Client, *models: str) -> None:
 
 
 def check_passthrough(client: Client, method: str, segment: str) -> None:
-    """The same for a route whose body is not read: what could run a model nobody looked at is not for this client."""
+    """Check a route whose body is not read. Raises ProxyError(model_not_allowed).
+
+    A client that may use some models only is refused if the route could run a model that the proxy does not see.
+    """
     if client.models and method not in ("GET", "HEAD", "DELETE") and segment not in CARRIES_NO_MODEL:
         message = f"client {client.name} may use some models only, and which one this route uses is not read"
         raise ProxyError("model_not_allowed", message)
@@ -37,119 +40,120 @@ def check_passthrough(client: Client, method: str, segment: str) -> None:
 
 @dataclass(slots=True)
 class ClientUsage:
-    """What a client has sent upstream since the start. running: requests at work now; tokens: as settled."""
+    """What a client has sent upstream since the start. tokens: as settled; in_flight: requests at this moment."""
 
     requests: int = 0
     tokens: int = 0
-    running: int = 0
+    in_flight: int = 0
 
 
 class ClientReservation:
-    """One request's share of its client's limits; ended once, later calls do nothing."""
+    """What one request holds of its client's limits. It is ended once; later calls do nothing."""
 
-    __slots__ = ("_open", "_tokens", "_use", "reservation")
+    __slots__ = ("_open", "_tokens", "_usage", "reservation")
 
-    def __init__(self, use: ClientUsage, reservation: Reservation | None, tokens: int) -> None:
-        self._use = use
+    def __init__(self, usage: ClientUsage, reservation: Reservation | None, tokens: int) -> None:
+        self._usage = usage
         self.reservation = reservation
         self._tokens = tokens
         self._open = True
-        use.running += 1
+        usage.in_flight += 1
 
     def settle(self, tokens: int | None) -> None:
-        """It went up. tokens: what it used, None where that is unknown: then the estimate."""
+        """End it for a request that was sent. tokens: what it used; None if unknown: the estimate counts."""
         if self._open:
             self._open = False
-            self._use.running -= 1
-            self._use.requests += 1
-            self._use.tokens += self._tokens if tokens is None else max(tokens, 0)
+            self._usage.in_flight -= 1
+            self._usage.requests += 1
+            self._usage.tokens += self._tokens if tokens is None else max(tokens, 0)
             if self.reservation is not None:
                 self.reservation.settle(tokens)
 
     def cancel(self) -> None:
-        """It never went up."""
+        """End it for a request that was never sent."""
         if self._open:
             self._open = False
-            self._use.running -= 1
+            self._usage.in_flight -= 1
             if self.reservation is not None:
                 self.reservation.cancel()
 
 
-Make = Callable[[tuple[str, str], Limits, float], RateLimiter]
-"""(name, limits, share to use) -> the windows that hold them."""
+MakeRateLimiter = Callable[[tuple[str, str], Limits, float], RateLimiter]
+"""Makes the rate limiter of (quota, model), or of ("client", name), from its limits and the share to use."""
 
 
 class ClientLimits:
-    """The client keys' limits. For one event loop: it takes no lock. `limits`: by client name."""
+    """The client keys' limits. For one event loop: it takes no lock. limits: by client name."""
 
-    def __init__(self, limits: Mapping[str, Limits], make: Make | None = None) -> None:
-        self._allowances = {
-            name: make(("client", name), each, 1.0) if make is not None else RateLimiter(each)
+    def __init__(self, limits: Mapping[str, Limits], make_limiter: MakeRateLimiter | None = None) -> None:
+        self._rate_limiters = {
+            name: make_limiter(("client", name), each, 1.0) if make_limiter is not None else RateLimiter(each)
             for name, each in limits.items()
             if each != Limits()
         }
         self._limits = limits
-        self._uses = {name: ClientUsage() for name in limits}
+        self._usage = {name: ClientUsage() for name in limits}
         self.counts_tokens = any(each.tpm is not None for each in limits.values())
 
     def inherit(self, old: ClientLimits) -> None:
-        """Takes over what the clients that stay have used: after a reload."""
-        for name, use in old._uses.items():
-            if name in self._uses:
-                self._uses[name] = use
-                limits, before = self._limits[name], old._allowances.get(name)
-                if before is not None and limits != Limits():
-                    before.change(limits, 1.0)
-                    self._allowances[name] = before
+        """Take over, after a reload, what the clients that stay have used."""
+        for name, usage in old._usage.items():
+            if name in self._usage:
+                self._usage[name] = usage
+                limits, rate_limiter = self._limits[name], old._rate_limiters.get(name)
+                if rate_limiter is not None and limits != Limits():
+                    rate_limiter.change(limits, 1.0)
+                    self._rate_limiters[name] = rate_limiter
 
     def reserve(self, client: Client, tokens: int, now: float) -> ClientReservation | None:
-        """A hold for one request of `tokens` (an estimate); None where this client has no key of its own.
+        """Reserve one request of `tokens` (an estimate); None if the client has no key of its own.
 
         Raises ProxyError(client_limit, request_exceeds_limit).
         """
-        use = self._uses.get(client.name)
-        if use is None:
+        usage = self._usage.get(client.name)
+        if usage is None:
             return None
-        allowance = self._allowances.get(client.name)
-        if allowance is None:
-            return ClientReservation(use, None, tokens)
-        answer = allowance.reserve(tokens, now)
-        if isinstance(answer, Reservation):
-            return ClientReservation(use, answer, tokens)
-        raise self.refused(client, answer)
+        rate_limiter = self._rate_limiters.get(client.name)
+        if rate_limiter is None:
+            return ClientReservation(usage, None, tokens)
+        result = rate_limiter.reserve(tokens, now)
+        if isinstance(result, Reservation):
+            return ClientReservation(usage, result, tokens)
+        raise self.limit_error(client, result)
 
-    def refused(self, client: Client, answer: Wait | ExceedsLimit) -> ProxyError:
-        """What a client beyond its limits is told."""
-        if isinstance(answer, ExceedsLimit):
-            return ProxyError("request_exceeds_limit", f"{answer.reason} for client {client.name}")
-        seconds = answer.seconds if answer.seconds < 1e9 else _UNKNOWN
-        message = f"client {client.name} has used up its own limits ; {seconds:.1f} s to go"
+    def limit_error(self, client: Client, result: Wait | ExceedsLimit) -> ProxyError:
+        """Return the error for a client beyond its limits."""
+        if isinstance(result, ExceedsLimit):
+            return ProxyError("request_exceeds_limit", f"{result.reason} for client {client.name}")
+        seconds = result.seconds if result.seconds < 1e9 else UNKNOWN_WAIT
+        message = f"client {client.name} has used up its own limits; try again in {seconds:.1f} s"
         return ProxyError("client_limit", message, retry_after=seconds)
 
     def headers(self, client: Client, now: float, money: str = "") -> str:
-        """The header line that tells used and limit of each of a client's limits; "" for one without limits. money: the
-        same of its budget.
+        """Return the header line with used/limit of each of a client's limits; "" for a client without limits.
+
+        money: the same of its budget.
         """
-        allowance = self._allowances.get(client.name)
-        if allowance is None and not money:
+        rate_limiter = self._rate_limiters.get(client.name)
+        if rate_limiter is None and not money:
             return ""
-        levels = allowance.usage(now) if allowance is not None else {}
+        levels = rate_limiter.usage(now) if rate_limiter is not None else {}
         parts = [f"{name}={level['used']}/{level['limit']}" for name, level in levels.items()]
         return f"X-Proxy-Client-Limit: {', '.join([*parts, money] if money else parts)}\r\n"
 
     def report(self, now: float) -> dict[str, dict[str, Any]]:
-        """For `GET /_proxy/status`: by client name."""
+        """Return what `GET /_proxy/status` shows, by client name."""
         return {
             name: {
-                "requests": use.requests,
-                "tokens": use.tokens,
-                "running": use.running,
-                "limits": self._allowances[name].usage(now) if name in self._allowances else {},
+                "requests": usage.requests,
+                "tokens": usage.tokens,
+                "running": usage.in_flight,
+                "limits": self._rate_limiters[name].usage(now) if name in self._rate_limiters else {},
             }
-            for name, use in self._uses.items()
+            for name, usage in self._usage.items()
         }
 
     def reset(self) -> None:
-        """Forgets what was used; what runs keeps its place."""
-        for allowance in self._allowances.values():
-            allowance.reset()
+        """Forget what was used. Requests in flight keep their place under `concurrency`."""
+        for rate_limiter in self._rate_limiters.values():
+            rate_limiter.reset()

@@ -1,10 +1,10 @@
-"""The waiting room before the limits: a lane for each model, bounded in time and length.
+"""Admission to the limits: one queue for each model, bounded in time and length (`docs/keys-and-limits.md`).
 
-Within a lane clients take turns, so that one with a thousand requests starves nobody, and each client's own requests
-go in order of arrival. Only the head of a lane asks for admission, and stays the head until it is in or gone: a large
-request is not overtaken for ever by small ones, and what comes back wakes one waiter a lane, not all of them. There are
-no tasks here: each waiter sleeps on a future of its own, resolved by a timer, by `notify`, or by the departure of the
-one before it.
+Within a queue clients take turns, so a client with a thousand requests delays nobody else. Each client's own requests
+keep their order of arrival. Only the head of a queue asks for admission, and it stays the head until it is admitted or
+leaves: small requests do not overtake a large one for ever, and freed capacity wakes one waiter a queue, not all of
+them. There are no tasks here. Each waiter sleeps on a future of its own, which a timer, `wake` or the departure of the
+waiter before it resolves.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any, Protocol, TypeVar
 
 from .rate_limiter import Wait
 
-# Said where nobody knows when room will come: the request at work may end at any moment.
-UNKNOWN = 1.0
+# The wait told to a client when nobody knows it: a request in flight may end at any moment.
+UNKNOWN_WAIT = 1.0
 
 T = TypeVar("T")
 
 
 class QueueFull(Exception):
-    """As many wait already as may."""
+    """`max_queue` requests wait already."""
 
 
 class TimedOut(Exception):
-    """Room would come too late. `retry_after`: seconds until it is expected."""
+    """The limits will have no room in time. `retry_after`: seconds until room is expected."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"no room in time; expected in {retry_after:.3f} s")
@@ -36,81 +36,90 @@ class TimedOut(Exception):
 
 
 class Timer(Protocol):
-    """What a `CallLater` answers."""
+    """What a `CallLater` returns."""
 
     def cancel(self) -> None: ...
 
 
 class CallLater(Protocol):
-    """Has the loop call `callback` after `delay` seconds: `loop.call_later`, or a test's turned clock."""
+    """Calls `callback` after `delay` seconds: `loop.call_later`, or the virtual clock of a test."""
 
     def __call__(self, delay: float, callback: Callable[[], None], /) -> Timer: ...
 
 
 class _Waiter:
-    """One sleeper. A wake-up while it is awake is only noted (`missed`): it is about to ask, or has just asked."""
+    """One request that waits. A wake-up while it is awake is only noted: it has just asked, or is about to."""
 
-    __slots__ = ("_sleep", "missed")
+    __slots__ = ("_future", "wake_missed")
 
     def __init__(self) -> None:
-        self._sleep: asyncio.Future[None] | None = None
-        self.missed = False
+        self._future: asyncio.Future[None] | None = None
+        self.wake_missed = False
 
     async def wait(self, seconds: float, call_later: CallLater | None) -> None:
-        """Until `wake`, at most `seconds`."""
+        """Sleep until `wake`, at most `seconds`."""
         loop = asyncio.get_running_loop()
-        self._sleep = loop.create_future()
+        self._future = loop.create_future()
         timer = None if seconds == math.inf else (call_later or loop.call_later)(seconds, self.wake)
         try:
-            await self._sleep
+            await self._future
         finally:
             if timer is not None:
                 timer.cancel()
 
     def wake(self) -> None:
-        if self._sleep is not None and not self._sleep.done():
-            self._sleep.set_result(None)
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
         else:
-            self.missed = True
+            self.wake_missed = True
 
 
 class _ModelQueue:
-    """Who waits, in order, and when (monotonic s; math.inf: unknown) the head was told to ask again."""
+    """The waiters of one model. retry_at: when the head was told to ask again, monotonic s; math.inf if unknown."""
 
-    __slots__ = ("count", "due", "queues")
+    __slots__ = ("by_client", "length", "retry_at")
 
-    def __init__(self, due: float) -> None:
-        self.due = due
-        self.count = 0
-        # Client -> its waiters; the first one of the first client is the head. Ordered: constant time both to find
-        # the head and to leave from the middle.
-        self.queues: OrderedDict[str, OrderedDict[_Waiter, None]] = OrderedDict()
+    def __init__(self, retry_at: float) -> None:
+        self.retry_at = retry_at
+        self.length = 0
+        # Client -> its waiters. The head is the first waiter of the first client. Ordered dicts find the head and
+        # remove a waiter from the middle in constant time.
+        self.by_client: OrderedDict[str, OrderedDict[_Waiter, None]] = OrderedDict()
 
     def head(self) -> _Waiter:
-        return next(iter(next(iter(self.queues.values()))))
+        return next(iter(next(iter(self.by_client.values()))))
 
     def enter(self, client: str, waiter: _Waiter) -> None:
-        self.queues.setdefault(client, OrderedDict())[waiter] = None
-        self.count += 1
+        self.by_client.setdefault(client, OrderedDict())[waiter] = None
+        self.length += 1
 
     def leave(self, client: str, waiter: _Waiter) -> None:
-        queue = self.queues[client]
-        del queue[waiter]
-        if not queue:
-            del self.queues[client]
-        self.count -= 1
+        waiters = self.by_client[client]
+        del waiters[waiter]
+        if not waiters:
+            del self.by_client[client]
+        self.length -= 1
 
-    def pass_on(self, client: str) -> None:
-        """This client's turn is over."""
-        self.queues.move_to_end(client)
+    def end_turn(self, client: str) -> None:
+        """Let the other clients go before this one."""
+        self.by_client.move_to_end(client)
 
-    def expected(self, now: float) -> float:
-        return UNKNOWN if self.due == math.inf else max(self.due - now, UNKNOWN)
+    def expected_wait(self, now: float) -> float:
+        """Return the seconds until the head asks again, as far as is known."""
+        return UNKNOWN_WAIT if self.retry_at == math.inf else max(self.retry_at - now, UNKNOWN_WAIT)
+
+
+Attempt = Callable[[float], T | Wait | Coroutine[Any, Any, T | Wait]]
+"""Asks for admission at a monotonic time; returns what was reserved, or how long to wait."""
 
 
 class AdmissionQueue:
-    """`clock`: monotonic seconds. `call_later`: the running loop's own unless a test turns time. `recheck`: seconds
-    after which a head asks again though it was told a longer wait: where others may give back unheard."""
+    """The queues of all models.
+
+    max_queue: most requests that may wait. clock: monotonic seconds. call_later: the running loop's own unless a test
+    gives another. recheck: seconds after which a head asks again even if it was told to wait longer; needed where
+    other processes free capacity without notifying this one.
+    """
 
     def __init__(
         self,
@@ -123,101 +132,107 @@ class AdmissionQueue:
         self.max_queue = max_queue
         self._clock = clock
         self._call_later = call_later
-        self._lanes: dict[str, _ModelQueue] = {}
+        self._queues: dict[str, _ModelQueue] = {}
         self.depth = 0
 
-    async def acquire(
-        self,
-        lane: str,
-        attempt: Callable[[float], T | Wait | Coroutine[Any, Any, T | Wait]],
-        patience: float,
-        client: str = "",
-    ) -> T:
-        """What `attempt(now)` answers once it is no `Wait`, asking in turn and when `Wait` says.
+    async def acquire(self, model: str, attempt: Attempt[T], max_wait: float, client: str = "") -> T:
+        """Return what `attempt(now)` returns once it is no `Wait`. It is asked in turn, and again when `Wait` says so.
 
-        Does not suspend when nobody waits in this lane and there is room, unless `attempt` answers a coroutine, whose
-        result counts then. `patience`: seconds, math.inf for ever. client: whose turn it is; clients alternate. An
-        answer once obtained is returned without another await, so that no cancellation can lose it (a coroutine that
-        is cancelled gives back itself). `attempt` must not `notify` of what it gives back itself: lanes would wake
-        each other without end. Raises TimedOut as soon as it is known that patience will not do; QueueFull where
-        `max_queue` wait already.
+        Does not suspend when nobody waits for this model and there is room, unless `attempt` returns a coroutine,
+        whose result counts then. max_wait: seconds, math.inf for ever. client: clients take turns. A result once
+        obtained is returned without another await, so no cancellation can lose it; a cancelled coroutine must give
+        back what it took. `attempt` must not call `wake` for what it gives back itself: queues would wake each other
+        without end.
+
+        Raises TimedOut as soon as it is known that waiting `max_wait` will not do, QueueFull if `max_queue` requests
+        wait already.
         """
         now = self._clock()
-        deadline = now + patience
-        line = self._lanes.get(lane)
-        nap, due = patience, math.inf
-        if line is None:
+        deadline = now + max_wait
+        queue = self._queues.get(model)
+        sleep, retry_at = max_wait, math.inf
+        if queue is None:
             answer = attempt(now)
             if isinstance(answer, Coroutine):
                 answer = await answer
                 now = self._clock()
             if not isinstance(answer, Wait):
                 return answer
-            nap = self._wait(answer, deadline - now)
-            due = now + answer.seconds
-            line = self._lanes.get(lane)
-            if line is not None:  # others came while it asked
-                nap = deadline - now
-        elif patience <= 0:
-            raise TimedOut(line.expected(now))
+            sleep = self._sleep_time(answer, deadline - now)
+            retry_at = now + answer.seconds
+            queue = self._queues.get(model)
+            if queue is not None:  # others came while it asked
+                sleep = deadline - now
+        elif max_wait <= 0:
+            raise TimedOut(queue.expected_wait(now))
         if self.depth >= self.max_queue:
             raise QueueFull
-        if line is None:
-            line = self._lanes[lane] = _ModelQueue(due)
+        if queue is None:
+            queue = self._queues[model] = _ModelQueue(retry_at)
         waiter = _Waiter()
-        line.enter(client, waiter)
+        queue.enter(client, waiter)
         self.depth += 1
-        admitted = False
         try:
-            while True:
-                await waiter.wait(nap, self._call_later)
-                now = self._clock()
-                if line.head() is waiter:
-                    waiter.missed = False
-                    answer = attempt(now)
-                    asked = isinstance(answer, Coroutine)
-                    if isinstance(answer, Coroutine):
-                        answer = await answer
-                        now = self._clock()
-                    if not isinstance(answer, Wait):
-                        admitted = True
-                        return answer
-                    line.due = now + answer.seconds
-                    nap = self._wait(answer, deadline - now)
-                    if asked and waiter.missed:
-                        nap = 0.0
-                elif now >= deadline:
-                    raise TimedOut(line.expected(now))
-                else:  # the timer ran a hair fast
-                    nap = deadline - now
-        finally:
-            was_head = line.head() is waiter
-            if admitted:
-                line.pass_on(client)
-            line.leave(client, waiter)
-            self.depth -= 1
-            if not line.count:
-                del self._lanes[lane]
-            elif was_head:
-                line.head().wake()
+            result = await self._wait_in(queue, waiter, attempt, sleep, deadline)
+        except BaseException:
+            self._leave(model, queue, waiter, client)
+            raise
+        self._leave(model, queue, waiter, client, admitted=True)
+        return result
 
-    def wake(self, lane: str | None = None) -> None:
-        """Something came back (None: perhaps to every lane): the head asks again, one wake-up a lane."""
-        if lane is None:
-            for line in self._lanes.values():
-                line.head().wake()
-        elif lane in self._lanes:
-            self._lanes[lane].head().wake()
+    async def _wait_in(
+        self, queue: _ModelQueue, waiter: _Waiter, attempt: Attempt[T], sleep: float, deadline: float
+    ) -> T:
+        """Sleep and ask in turn until `attempt` succeeds. Raises TimedOut."""
+        while True:
+            await waiter.wait(sleep, self._call_later)
+            now = self._clock()
+            if queue.head() is waiter:
+                waiter.wake_missed = False
+                answer = attempt(now)
+                suspended = isinstance(answer, Coroutine)
+                if isinstance(answer, Coroutine):
+                    answer = await answer
+                    now = self._clock()
+                if not isinstance(answer, Wait):
+                    return answer
+                queue.retry_at = now + answer.seconds
+                sleep = self._sleep_time(answer, deadline - now)
+                if suspended and waiter.wake_missed:
+                    sleep = 0.0
+            elif now >= deadline:
+                raise TimedOut(queue.expected_wait(now))
+            else:  # the timer was a little early
+                sleep = deadline - now
+
+    def _leave(self, model: str, queue: _ModelQueue, waiter: _Waiter, client: str, *, admitted: bool = False) -> None:
+        was_head = queue.head() is waiter
+        if admitted:
+            queue.end_turn(client)
+        queue.leave(client, waiter)
+        self.depth -= 1
+        if not queue.length:
+            del self._queues[model]
+        elif was_head:
+            queue.head().wake()
+
+    def wake(self, model: str | None = None) -> None:
+        """Let the head of a model's queue ask again, or that of every queue (None): capacity may have come back."""
+        if model is None:
+            for queue in self._queues.values():
+                queue.head().wake()
+        elif model in self._queues:
+            self._queues[model].head().wake()
 
     def depths(self) -> dict[str, int]:
-        """How many wait in each lane; a lane without waiters does not exist."""
-        return {lane: line.count for lane, line in self._lanes.items()}
+        """Return how many requests wait for each model. A model that nobody waits for is not listed."""
+        return {model: queue.length for model, queue in self._queues.items()}
 
-    def _wait(self, answer: Wait, left: float) -> float:
-        """How long the head may sleep with `left` s of patience. Raises TimedOut where sleep cannot help."""
+    def _sleep_time(self, answer: Wait, left: float) -> float:
+        """Return how long the head may sleep if it may wait `left` s more. Raises TimedOut if sleeping cannot help."""
         if answer.seconds == math.inf:
             if left <= 0:
-                raise TimedOut(UNKNOWN)
+                raise TimedOut(UNKNOWN_WAIT)
         elif left <= 0 or answer.seconds > left:
             raise TimedOut(answer.seconds)
         return min(answer.seconds, left, self._recheck)

@@ -178,7 +178,7 @@ class RedisLimits:
         if reservation is not None and allowance is not None:
             for window in allowance.windows:
                 span, width = shape(window.span)
-                args += [window.name, window.limit, span, width, reservation.tokens if window.of_tokens else 1]
+                args += [window.name, window.limit, span, width, reservation.tokens if window.counts_tokens else 1]
         reply: list[Any] = await self._script(keys=keys, args=args)
         self._silence.answered()
         asked.reply = reply
@@ -228,7 +228,7 @@ class RedisLimits:
         amounts = tuple(
             (window.name, *shape(window.span), stamp, change)
             for window in allowance.windows
-            if (change := tokens if window.of_tokens else requests)
+            if (change := tokens if window.counts_tokens else requests)
         )
         if amounts or allowance.most is not None:
             self._post(allowance, amounts)

@@ -40,7 +40,7 @@ class RedisReservation(Reservation):
     __slots__ = ("allowance", "alone", "round", "stamp")
 
     def __init__(self, allowance: RedisRateLimiter, tokens: int, made: Reservation) -> None:
-        super().__init__(allowance, tokens, made._windows, made._slots)
+        super().__init__(allowance, tokens, made._windows, made._buckets)
         self.allowance = allowance
         self.alone = not allowance.shared
         self.stamp: float | None = None
@@ -136,7 +136,9 @@ class RedisRateLimiter(RateLimiter):
         return answer
 
     def _fits(self, tokens: int) -> bool:
-        fits = all((tokens if w.of_tokens else 1) <= full for w, full in zip(self._windows, self._full, strict=True))
+        fits = all(
+            (tokens if w.counts_tokens else 1) <= full for w, full in zip(self._windows, self._full, strict=True)
+        )
         return fits and self._most != 0
 
     def refused(self, reservation: RedisReservation, wait: float, now: float) -> None:
@@ -168,7 +170,7 @@ class RedisRateLimiter(RateLimiter):
         if reservation.stamp is not None and reservation.round != self.round:
             for window in self._windows:
                 if window.name in self._known:
-                    self._known[window.name] += tokens if window.of_tokens else requests
+                    self._known[window.name] += tokens if window.counts_tokens else requests
             if "concurrency" in self._known:
                 self._known["concurrency"] -= 1
             self._tell(reservation, tokens, requests)
@@ -216,13 +218,13 @@ class RedisRateLimiter(RateLimiter):
             if known is not None and now - self._known_at < window.span:
                 # What others hold leaves our share. Where we hold more than our part, that is not made good: perhaps
                 # they do not know of it yet.
-                ours = window.total - self._asking[window.of_tokens]
+                ours = window.total - self._asking[window.counts_tokens]
                 slot = window.add_alone(max(0, part(known, proxies, proxies - 1 - rank) - ours), now)
                 self._ghosts.append((window, slot))
         # For a moment only our part of what was free then, for it may be that only we have lost the others: they go on
         # filling the limit, and what leaves the windows meanwhile is theirs.
         self._frozen_until, self._taken = now + HOLD_AFTER_OUTAGE, (0, 0)
-        self._free = [(window.of_tokens, window.limit - window.total) for window in self._windows]
+        self._free = [(window.counts_tokens, window.limit - window.total) for window in self._windows]
         if self._most is not None:
             self._concurrency = part(self._most, proxies, rank)
             self._free.append((False, part(max(self._most - self._known.get("concurrency", 0), 0), proxies, rank)))
@@ -248,7 +250,7 @@ class RedisRateLimiter(RateLimiter):
         return [
             (window, slot.latest, slot.amount)
             for window in self._windows
-            for slot in window.slots
+            for slot in window.buckets
             if slot.latest >= moment and slot.amount and id(slot) not in ghosts
         ]
 

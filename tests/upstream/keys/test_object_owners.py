@@ -1,4 +1,4 @@
-"""Who made which stored object, alone and with other proxies (contract 7, Keys)."""
+"""The maker of each stored object, in one process and shared with other proxies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Board:
         return next((self.known[id_] for id_ in ids if id_ in self.known), None)
 
 
-async def test_alone() -> None:
+async def test_one_process_remembers_the_maker_of_an_object() -> None:
     objects = ObjectOwners(lambda: 0.0)
     await objects.open()
     objects.record_owner(["file-1"], "k1")
@@ -36,7 +36,7 @@ async def test_alone() -> None:
     await objects.close()
 
 
-async def test_in_common() -> None:
+async def test_processes_share_makers_over_redis() -> None:
     board = Board()
     one, other = ObjectOwners(lambda: 0.0, board), ObjectOwners(lambda: 0.0, board)
     one.record_owner(["file-1"], "k1")

@@ -1,4 +1,4 @@
-"""Which prompts share an upstream's prompt cache, and how long a key is remembered (contract 7, Keys)."""
+"""Which prompts share an upstream's prompt cache, and how long a key is remembered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.keys.prompt_affinity import HEAD, MAX_PREFIXES, TTL, PromptAffinity, prefix_of
+from proxy.upstream.keys.prompt_affinity import MAX_PREFIXES, PREFIX_BYTES, TTL, PromptAffinity, prefix_of
 
 LONG = "You are a helpful assistant. " * 200
 
@@ -18,20 +18,20 @@ def of(*texts: str, endpoint: str = "chat", model: str = "gpt-4o", **fields: Any
     return prefix_of(endpoint, {"messages": messages, **fields}, model)
 
 
-def test_what_follows_the_beginning_does_not_matter() -> None:
+def test_text_after_the_prefix_does_not_matter() -> None:
     assert of(LONG, "a") == of(LONG, "b", "c")
     assert of(LONG, "a", temperature=1) == of(LONG, "a", user="u")
 
 
-def test_the_beginning_does() -> None:
+def test_the_prefix_matters() -> None:
     assert len({of(LONG), of("x" + LONG), of(LONG, model="o1"), of(LONG, tools=[{"name": "f"}])}) == 4
 
 
-def test_short_prompts_are_cached_nowhere() -> None:
+def test_short_prompts_have_no_prefix() -> None:
     assert of("Hello!") == of("Hello!", prompt_cache_key="k") == b""
 
 
-def test_a_named_cache_decides_alone() -> None:
+def test_prompt_cache_key_decides_alone() -> None:
     assert of(LONG, prompt_cache_key="k") == of("x" + LONG, prompt_cache_key="k")
     assert of(LONG, prompt_cache_key="k") != of(LONG, prompt_cache_key="l")
     assert of(LONG, prompt_cache_key="k") != of(LONG, prompt_cache_key="k", model="o1")
@@ -51,7 +51,7 @@ def test_every_endpoint_that_caches_prompts(endpoint: str, document: dict[str, A
     assert prefix_of(endpoint, document, "gpt-4o")
 
 
-def test_others_cache_none() -> None:
+def test_endpoints_without_prompt_caching_have_no_prefix() -> None:
     assert prefix_of("embeddings", {"input": LONG}, "m") == b""
 
 
@@ -72,20 +72,24 @@ def test_nothing_raises(value: Any, model: str) -> None:
         "prompt_cache_key": value,
     }
     for endpoint in ("chat", "responses", "completions"):
-        prefix_of(endpoint, {**document, "instructions": "x" * HEAD}, model + "\ud800")
+        prefix_of(endpoint, {**document, "instructions": "x" * PREFIX_BYTES}, model + "\ud800")
         prefix_of(endpoint, document, model)
 
 
 def test_a_key_is_remembered_for_an_hour_after_its_last_use() -> None:
-    homes = PromptAffinity()
-    homes.record(b"p", "k1", 0.0)
-    assert (homes.home(b"p", TTL - 1), homes.home(b"p", TTL), homes.home(b"q", 0.0)) == ("k1", None, None)
-    homes.record(b"p", "k2", TTL - 1)
-    assert homes.home(b"p", 2 * TTL - 2) == "k2"
+    affinity = PromptAffinity()
+    affinity.record(b"p", "k1", 0.0)
+    assert (affinity.key_of(b"p", TTL - 1), affinity.key_of(b"p", TTL), affinity.key_of(b"q", 0.0)) == (
+        "k1",
+        None,
+        None,
+    )
+    affinity.record(b"p", "k2", TTL - 1)
+    assert affinity.key_of(b"p", 2 * TTL - 2) == "k2"
 
 
 def test_memory_is_bounded() -> None:
-    homes = PromptAffinity()
+    affinity = PromptAffinity()
     for number in range(MAX_PREFIXES + 10):
-        homes.record(str(number).encode(), "k", 0.0)
-    assert (homes.home(b"9", 0.0), homes.home(b"10", 0.0)) == (None, "k")
+        affinity.record(str(number).encode(), "k", 0.0)
+    assert (affinity.key_of(b"9", 0.0), affinity.key_of(b"10", 0.0)) == (None, "k")

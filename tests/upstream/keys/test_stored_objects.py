@@ -1,4 +1,4 @@
-"""Stored objects: what requests name, what answers bring, who made what (contract 7, Keys)."""
+"""Stored objects: the ids that requests name and responses bring, and the makers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proxy.upstream.keys import stored_objects as objects
 from proxy.upstream.keys.stored_objects import (
     KEPT_FOR,
-    MOST,
+    MAX_OBJECTS,
     BodyCopy,
     OwnerTable,
     ids_in_path,
@@ -50,11 +50,11 @@ def test_what_a_request_names(document: Any, ids: list[str]) -> None:
 
 
 def test_every_name_is_found() -> None:
-    for name in objects._NAMES:
+    for name in objects._ID_FIELDS:
         assert named({name: "x"}) == ["x"]
 
 
-def test_however_deep() -> None:
+def test_ids_are_found_at_any_depth() -> None:
     document: Any = {"file_id": "file-1"}
     for _ in range(5000):
         document = {"x": [document]}
@@ -111,22 +111,22 @@ def test_a_copy_is_bounded() -> None:
     assert broken.ids() == []
 
 
-def test_who_made_it_is_known_for_thirty_days() -> None:
-    makers = OwnerTable()
-    assert makers.record("file-1", "k1", 0.0)
-    assert not makers.record("file-1", "k1", 3600.0)  # no news
-    assert makers.record("file-1", "k1", 3 * 86_400.0)  # told again, so that it is kept elsewhere, too
-    assert makers.owner_of(["x", "file-1"], 3 * 86_400.0 + KEPT_FOR - 1) == "k1"
-    assert makers.owner_of(["file-1"], 3 * 86_400.0 + KEPT_FOR) is None
-    assert makers.record("file-1", "k2", 3 * 86_400.0)
+def test_the_maker_is_known_for_thirty_days() -> None:
+    owners = OwnerTable()
+    assert owners.record("file-1", "k1", 0.0)
+    assert not owners.record("file-1", "k1", 3600.0)  # no news
+    assert owners.record("file-1", "k1", 3 * 86_400.0)  # told again, so that it is kept elsewhere, too
+    assert owners.owner_of(["x", "file-1"], 3 * 86_400.0 + KEPT_FOR - 1) == "k1"
+    assert owners.owner_of(["file-1"], 3 * 86_400.0 + KEPT_FOR) is None
+    assert owners.record("file-1", "k2", 3 * 86_400.0)
 
 
 def test_memory_is_bounded() -> None:
-    makers = OwnerTable()
-    for number in range(MOST + 5):
-        makers.record(f"f{number}", "k", 0.0)
-    assert makers.owner_of(["f4"], 0.0) is None
-    assert makers.owner_of(["f5"], 0.0) == "k"
+    owners = OwnerTable()
+    for number in range(MAX_OBJECTS + 5):
+        owners.record(f"f{number}", "k", 0.0)
+    assert owners.owner_of(["f4"], 0.0) is None
+    assert owners.owner_of(["f5"], 0.0) == "k"
 
 
 @given(st.recursive(st.none() | st.text(max_size=4), lambda x: st.lists(x) | st.dictionaries(st.text(max_size=4), x)))

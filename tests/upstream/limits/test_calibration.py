@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.cost.usage import Usage
-from proxy.upstream.limits.calibration import HIGHEST, LOWEST, MODELS, TokenCalibration
+from proxy.upstream.limits.calibration import MAX_MODELS, MAX_RATIO, MIN_RATIO, TokenCalibration
 from proxy.upstream.limits.estimate import RequestSize, request_size
 
 
@@ -24,12 +24,12 @@ def taught(habits: TokenCalibration, times: int, what: RequestSize, usage: Usage
 TEXT = RequestSize(text=40_000, counted=0, limit=50, choices=1)
 
 
-def test_nothing_learned_is_the_contracts_formula() -> None:
+def test_without_learning_the_documented_formula_holds() -> None:
     assert TokenCalibration().estimate("m", TEXT) == 10_050
     assert TokenCalibration().estimate("m", RequestSize(400, 1105, None, 3)) == 1205
 
 
-@pytest.mark.parametrize(("actual", "ratio"), [(8_000, 0.8), (12_500, 1.25), (100, LOWEST), (10**9, HIGHEST)])
+@pytest.mark.parametrize(("actual", "ratio"), [(8_000, 0.8), (12_500, 1.25), (100, MIN_RATIO), (10**9, MAX_RATIO)])
 def test_the_ratio_follows_what_was_used_within_its_clamp(actual: int, ratio: float) -> None:
     habits = taught(TokenCalibration(), 100, TEXT, used(actual, 50))
     assert habits.ratio("m") == pytest.approx(ratio, rel=0.02)
@@ -43,7 +43,7 @@ def test_the_ratio_scales_the_text_alone() -> None:
     assert habits.estimate("m", RequestSize(4_000, 700, 5_000, 1)) == pytest.approx(7_700, abs=20)
 
 
-def test_what_an_answer_took_teaches_nothing_about_text() -> None:
+def test_completion_tokens_do_not_change_the_text_ratio() -> None:
     habits = taught(TokenCalibration(), 50, RequestSize(4_000, 0, 9_000, 1), used(1_000, 9_000))
     assert habits.ratio("m") == pytest.approx(1.0)
 
@@ -79,10 +79,10 @@ def test_the_length_of_an_answer_is_learned_where_no_limit_is_set() -> None:
 
 def test_memory_is_bounded_and_the_least_used_goes() -> None:
     habits = TokenCalibration()
-    for n in range(MODELS + 10):
+    for n in range(MAX_MODELS + 10):
         habits.record(f"m{n}", TEXT, used(20_000))
         habits.record("m0", TEXT, used(20_000))
-    assert len(habits._habits) == MODELS
+    assert len(habits._models) == MAX_MODELS
     assert habits.ratio("m0") > 1
     assert habits.ratio("m1") == 1.0
 
@@ -95,15 +95,17 @@ usages = st.builds(used, st.integers(0, 10**12), st.integers(0, 10**12))
 
 @given(lessons=st.lists(st.tuples(measures, usages), max_size=20), asked=measures)
 @settings(max_examples=300, deadline=None)
-def test_no_lesson_makes_an_estimate_absurd(lessons: list[tuple[RequestSize, Usage]], asked: RequestSize) -> None:
+def test_estimates_stay_reasonable_whatever_was_learned(
+    lessons: list[tuple[RequestSize, Usage]], asked: RequestSize
+) -> None:
     habits = TokenCalibration()
     for what, usage in lessons:
         habits.record("m", what, usage)
-    assert LOWEST <= habits.ratio("m") <= HIGHEST
+    assert MIN_RATIO <= habits.ratio("m") <= MAX_RATIO
     assert 0 <= habits.estimate("m", asked) <= 10**9
     if asked.limit is not None:
         plain = min(asked.text / 4 + asked.counted + asked.limit * asked.choices, 10**9)
-        assert habits.estimate("m", asked) <= HIGHEST * plain + 1
+        assert habits.estimate("m", asked) <= MAX_RATIO * plain + 1
 
 
 @given(ratio=st.floats(0.6, 1.9), sizes=st.lists(st.integers(400, 400_000), min_size=200, max_size=200))

@@ -27,7 +27,7 @@ def test_models_that_are_named_may_be_used(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt-4o", "gpt-4o-mini-2024-07-18", "GPT-4o-mini", "", "ft:gpt-4o-mini:x"])
-def test_any_other_is_a_403(model: str) -> None:
+def test_other_models_are_a_403(model: str) -> None:
     assert refused(ANNA, model) == "model_not_allowed"
     check_model(BEN, model)
 
@@ -52,7 +52,7 @@ def test_every_model_that_could_be_served_must_be_allowed() -> None:
         ("PUT", "something_new", False),
     ],
 )
-def test_what_might_run_a_model_nobody_looked_at(method: str, segment: str, allowed: bool) -> None:
+def test_routes_that_may_run_an_unread_model_are_refused(method: str, segment: str, allowed: bool) -> None:
     check_passthrough(BEN, method, segment)
     if allowed:
         check_passthrough(ANNA, method, segment)
@@ -81,7 +81,7 @@ def test_beyond_the_limit_it_is_refused_with_an_honest_delay() -> None:
     held(clients, now=20.0 + 40.61)
 
 
-def test_the_others_are_not_concerned() -> None:
+def test_other_clients_are_not_affected() -> None:
     clients = book()
     for _ in range(50):
         held(clients, who=BEN)
@@ -95,7 +95,7 @@ def test_a_request_larger_than_the_limit_never_goes() -> None:
     assert (refusal.value.code, refusal.value.retry_after) == ("request_exceeds_limit", None)
 
 
-def test_what_never_went_up_costs_nothing_and_what_did_counts_once() -> None:
+def test_only_sent_requests_count_and_only_once() -> None:
     clients = book()
     for _ in range(10):
         held(clients, 900).cancel()
@@ -131,7 +131,7 @@ def test_a_client_at_its_concurrency_is_told_to_come_back_soon() -> None:
     held(clients)
 
 
-def test_a_reset_forgets_what_was_used_and_not_what_runs() -> None:
+def test_a_reset_clears_usage_but_not_requests_in_flight() -> None:
     clients = book()
     running = held(clients, 500)
     held(clients).settle(10)
@@ -141,7 +141,7 @@ def test_a_reset_forgets_what_was_used_and_not_what_runs() -> None:
     assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=0/2\r\n"
 
 
-def test_tokens_are_estimated_only_where_somebody_counts_them() -> None:
+def test_tokens_are_estimated_only_if_a_limit_counts_them() -> None:
     assert book().counts_tokens
     assert not ClientLimits({"a": Limits(rpm=1)}).counts_tokens
     assert not ClientLimits({}).counts_tokens

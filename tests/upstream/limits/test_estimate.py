@@ -1,4 +1,4 @@
-"""The contract's formula, case by case, and that nothing a client sends can break it."""
+"""The documented estimate, case by case, and that nothing a client sends can break it."""
 
 from __future__ import annotations
 

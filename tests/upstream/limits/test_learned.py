@@ -1,4 +1,4 @@
-"""What upstreams say of the room they have left (contract 7, Limits; FIELD_REPORTS R13)."""
+"""Remaining quotas as upstreams tell them in their headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.limits.learned import LONGEST, RemainingQuota, UpstreamLimits, parse_rate_limit_headers
+from proxy.upstream.limits.learned import MAX_RESET, RemainingQuota, UpstreamLimits, parse_rate_limit_headers
 
 A = ("a", "gpt-4o")
 
@@ -23,14 +23,14 @@ def learned(*told: dict[str, str]) -> UpstreamLimits:
     return room
 
 
-def test_what_is_left_may_go_and_then_one_waits() -> None:
+def test_the_remaining_quota_is_used_and_then_requests_wait() -> None:
     room = learned(headers(60, 2, "58s"))
     for wait in (0.0, 0.0, 1.0):
         assert room.wait(A, 0, 0.0) == pytest.approx(wait)
-        room.take(A, 0)
+        room.record_sent(A, 0)
 
 
-def test_it_comes_back_evenly() -> None:
+def test_the_quota_comes_back_evenly() -> None:
     room = learned(headers(60, 0, "60s"))
     assert room.wait(A, 0, 0.0) == pytest.approx(1.0)
     assert room.wait(A, 0, 1.0) == 0.0
@@ -41,9 +41,9 @@ def test_tokens_are_counted_as_tokens() -> None:
     room = learned(headers(30_000, 500, "59s", "tokens"))
     assert room.wait(A, 400, 0.0) == 0.0
     assert room.wait(A, 1000, 0.0) == pytest.approx(1.0)
-    assert room.tokens
+    assert room.counts_tokens
     assert room.wait(A, 10**9, 0.0) == 0.0  # more than the limit: upstream may judge it
-    room.take(A, 10**9)
+    room.record_sent(A, 10**9)
     assert room.wait(A, 400, 0.0) == 0.0
 
 
@@ -84,7 +84,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("told", NONSENSE)
-def test_nonsense_is_as_if_it_were_not_there(told: dict[str, str]) -> None:
+def test_nonsense_in_headers_is_ignored(told: dict[str, str]) -> None:
     room = learned(told)
     assert room.wait(A, 1000, 0.0) == 0.0
     assert room.headroom(A, 0.0) == 1.0
@@ -94,15 +94,15 @@ def test_nonsense_is_as_if_it_were_not_there(told: dict[str, str]) -> None:
 def test_azure_tells_no_limit_and_no_reset() -> None:
     room = learned({"x-ratelimit-remaining-requests": "2", "x-ratelimit-remaining-tokens": "900"})
     assert room.wait(A, 900, 0.0) == 0.0
-    assert room.wait(A, 901, 0.0) == LONGEST
+    assert room.wait(A, 901, 0.0) == MAX_RESET
     assert room.headroom(A, 0.0) == 1.0  # a share of what?
 
 
 @pytest.mark.parametrize("reset", ["9999h", "999999999", "1e30"])
-def test_no_header_freezes_a_key(reset: str) -> None:
+def test_no_header_blocks_a_key_for_long(reset: str) -> None:
     room = learned(headers(1, 0, reset))
-    assert 0 < room.wait(A, 0, 0.0) <= LONGEST
-    assert room.wait(A, 0, LONGEST) == 0.0
+    assert 0 < room.wait(A, 0, 0.0) <= MAX_RESET
+    assert room.wait(A, 0, MAX_RESET) == 0.0
 
 
 TEXT = st.one_of(
@@ -111,15 +111,15 @@ TEXT = st.one_of(
 
 
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT, st.sampled_from(["requests", "tokens"]), st.floats(0, 90)), max_size=8))
-def test_whatever_is_told_nobody_waits_longer_than_a_minute(
+def test_no_header_makes_a_request_wait_over_a_minute(
     story: list[tuple[object, object, object, str, float]],
 ) -> None:
     room, now = UpstreamLimits(), 0.0
     for limit, remaining, reset, of, step in story:
         now += step
         room.record(A, headers(limit, remaining, reset, of), now)
-        room.take(A, 100)
-        assert 0.0 <= room.wait(A, 1000, now) <= LONGEST + 0.001
+        room.record_sent(A, 100)
+        assert 0.0 <= room.wait(A, 1000, now) <= MAX_RESET + 0.001
         assert 0.0 <= room.headroom(A, now) <= 1.0
         room.usage(A, now)
 
@@ -141,4 +141,4 @@ def test_memory_is_bounded() -> None:
 def test_both_dimensions_of_one_answer() -> None:
     told = dict(parse_rate_limit_headers(headers(5, 4, "1s") | headers(100, 50, "6m0s", "tokens"), 7.0))
     assert told["requests"] == RemainingQuota(5.0, 4.0, 1.0, 7.0)
-    assert told["tokens"] == RemainingQuota(100.0, 50.0, LONGEST, 7.0)
+    assert told["tokens"] == RemainingQuota(100.0, 50.0, MAX_RESET, 7.0)

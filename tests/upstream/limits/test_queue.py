@@ -174,7 +174,7 @@ async def test_only_the_head_asks_and_order_is_kept() -> None:
     assert gate.depths() == {}
 
 
-async def test_lanes_do_not_wait_for_each_other() -> None:
+async def test_models_do_not_wait_for_each_other() -> None:
     gate, clock = gate_and_clock()
     slow = enter(gate, Room(), "slow", lane="one")
     await clock.turn(0)
@@ -184,7 +184,7 @@ async def test_lanes_do_not_wait_for_each_other() -> None:
     assert gate.depth == 0
 
 
-async def test_a_wait_longer_than_patience_fails_at_once_with_the_honest_delay() -> None:
+async def test_a_wait_longer_than_max_wait_fails_at_once_with_the_delay() -> None:
     gate, _ = gate_and_clock()
     with pytest.raises(TimedOut) as refused:
         await gate.acquire("m", Room(says=7200.0).ask("a"), 60)
@@ -193,7 +193,7 @@ async def test_a_wait_longer_than_patience_fails_at_once_with_the_honest_delay()
     assert gate.depths() == {}
 
 
-async def test_patience_may_be_exactly_the_wait() -> None:
+async def test_max_wait_may_be_exactly_the_wait() -> None:
     gate, clock = gate_and_clock()
     room = Room(says=60.0)
     waiting = enter(gate, room, "a", patience=60)
@@ -204,7 +204,7 @@ async def test_patience_may_be_exactly_the_wait() -> None:
 
 
 @pytest.mark.parametrize("patience", [0.0, -3.0])
-async def test_without_patience_nobody_waits(patience: float) -> None:
+async def test_with_max_wait_0_nothing_waits(patience: float) -> None:
     gate, clock = gate_and_clock(max_queue=1)
     assert await gate.acquire("m", Room(free=1).ask("a"), patience) == "a"
     for says, delay in ((0.25, 0.25), (0.0, 0.0), (math.inf, 1.0)):
@@ -221,7 +221,7 @@ async def test_without_patience_nobody_waits(patience: float) -> None:
     head.cancel()
 
 
-async def test_the_heads_wait_may_grow_beyond_its_patience() -> None:
+async def test_the_heads_wait_may_grow_beyond_max_wait() -> None:
     gate, clock = gate_and_clock()
     room, patient = Room(says=3.0), Room(says=3.0)
     first, second = enter(gate, room, "a", patience=5), enter(gate, patient, "b", patience=60)
@@ -236,7 +236,7 @@ async def test_the_heads_wait_may_grow_beyond_its_patience() -> None:
     assert await second == "b"
 
 
-async def test_a_later_waiter_whose_patience_ends_never_asks() -> None:
+async def test_a_later_waiter_that_times_out_never_asks() -> None:
     gate, clock = gate_and_clock()
     head = enter(gate, Room(says=30.0), "a")
     room = Room(free=1)
@@ -277,7 +277,7 @@ async def test_a_queue_that_is_full_says_so_at_once() -> None:
 # --- notify ---------------------------------------------------------------------------------------
 
 
-async def test_what_cannot_be_timed_waits_for_notify() -> None:
+async def test_an_unknown_wait_ends_with_wake() -> None:
     gate, clock = gate_and_clock()
     room = Room()
     waiting = [enter(gate, room, who, patience=math.inf) for who in "abc"]
@@ -298,7 +298,7 @@ async def test_what_cannot_be_timed_waits_for_notify() -> None:
     gate.wake()
 
 
-async def test_what_cannot_be_timed_ends_with_patience() -> None:
+async def test_an_unknown_wait_ends_with_max_wait() -> None:
     gate, clock = gate_and_clock()
     waiting = enter(gate, Room(), "a", patience=10)
     await clock.turn(9.9)
@@ -309,7 +309,7 @@ async def test_what_cannot_be_timed_ends_with_patience() -> None:
     assert refused.value.retry_after == 1.0
 
 
-async def test_notify_wakes_one_head_in_every_lane() -> None:
+async def test_wake_wakes_the_head_of_every_queue() -> None:
     gate, clock = gate_and_clock()
     rooms = [Room(), Room(), Room()]
     waiting = [enter(gate, room, n, lane=str(n)) for n, room in enumerate(rooms) for _ in range(5)]
@@ -323,7 +323,7 @@ async def test_notify_wakes_one_head_in_every_lane() -> None:
     assert gate.depths() == {}
 
 
-async def test_notify_from_within_an_attempt_does_not_spin() -> None:
+async def test_wake_from_within_an_attempt_does_not_spin() -> None:
     gate, clock = gate_and_clock()
     asked = 0
 
@@ -355,7 +355,7 @@ async def test_a_timer_that_fires_early_changes_nothing() -> None:
 # --- leaving --------------------------------------------------------------------------------------
 
 
-async def test_a_cancelled_head_makes_way() -> None:
+async def test_a_cancelled_head_wakes_the_next() -> None:
     gate, clock = gate_and_clock()
     room = Room(says=30.0)
     first, second = enter(gate, room, "a"), enter(gate, room, "b")
@@ -383,7 +383,7 @@ async def test_a_head_cancelled_after_its_wake_up_passes_it_on() -> None:
     assert gate.depth == 0
 
 
-async def test_one_who_leaves_from_the_middle_wakes_nobody() -> None:
+async def test_a_waiter_that_leaves_from_the_middle_wakes_nobody() -> None:
     gate, clock = gate_and_clock()
     room = Room(says=30.0)
     waiting = [enter(gate, room, who) for who in "abc"]
@@ -397,7 +397,7 @@ async def test_one_who_leaves_from_the_middle_wakes_nobody() -> None:
     assert await waiting[2] == "c"
 
 
-async def test_an_attempt_that_fails_leaves_the_lane() -> None:
+async def test_an_attempt_that_fails_leaves_the_queue() -> None:
     gate, clock = gate_and_clock()
     room = Room(says=5.0)
 
@@ -459,7 +459,7 @@ async def test_clients_take_turns_and_each_ones_requests_keep_their_order() -> N
     assert gate.depths() == {}
 
 
-async def test_who_leaves_does_not_lose_its_clients_turn_and_wakes_the_next() -> None:
+async def test_a_waiter_that_leaves_keeps_its_clients_turn_and_wakes_the_next() -> None:
     gate, clock = gate_and_clock()
     room = Room(says=30.0)
     a0, a1, b0 = (enter(gate, room, name, client=name[0]) for name in ("a0", "a1", "b0"))
@@ -472,7 +472,7 @@ async def test_who_leaves_does_not_lose_its_clients_turn_and_wakes_the_next() ->
     assert (await a1, await b0) == ("a1", "b0")
 
 
-async def test_one_clients_thousand_do_not_starve_another() -> None:
+async def test_a_client_with_a_thousand_requests_does_not_starve_another() -> None:
     gate, clock = gate_and_clock()
     room = Room(says=1.0)
     crowd = [enter(gate, room, n, patience=math.inf, client="crowd") for n in range(900)]
@@ -545,7 +545,7 @@ class Afar(Room):
         return lambda now: asked()
 
 
-async def test_with_room_answers_from_afar_are_awaited_side_by_side() -> None:
+async def test_with_room_coroutine_attempts_run_side_by_side() -> None:
     gate, clock = gate_and_clock()
     room = Afar(clock, free=3)
     tasks = [enter(gate, room, n) for n in range(3)]
@@ -554,7 +554,7 @@ async def test_with_room_answers_from_afar_are_awaited_side_by_side() -> None:
     assert clock.now == 1000.01
 
 
-async def test_who_is_told_to_wait_from_afar_joins_the_line() -> None:
+async def test_a_coroutine_attempt_told_to_wait_joins_the_queue() -> None:
     gate, clock = gate_and_clock()
     room = Afar(clock, says=5.0)
     tasks = [enter(gate, room, who) for who in "abc"]
@@ -568,7 +568,7 @@ async def test_who_is_told_to_wait_from_afar_joins_the_line() -> None:
         await asyncio.gather(enter(gate, room, "d", patience=4), clock.turn(1))
 
 
-async def test_a_wake_up_while_the_answer_travels_is_not_lost() -> None:
+async def test_a_wake_up_during_a_coroutine_attempt_is_not_lost() -> None:
     gate, clock = gate_and_clock()
     room = Afar(clock)
     waiting = enter(gate, room, "a")
@@ -581,7 +581,7 @@ async def test_a_wake_up_while_the_answer_travels_is_not_lost() -> None:
     assert waiting.done()
 
 
-async def test_what_is_cancelled_on_the_way_is_given_back_by_who_asked() -> None:
+async def test_a_cancelled_coroutine_attempt_gives_back_what_it_took() -> None:
     gate, clock = gate_and_clock()
     room = Afar(clock, free=1)
     waiting = enter(gate, room, "a")
@@ -592,7 +592,7 @@ async def test_what_is_cancelled_on_the_way_is_given_back_by_who_asked() -> None
     assert gate.depth == 0
 
 
-async def test_where_others_give_back_unheard_the_head_asks_now_and_then() -> None:
+async def test_the_head_asks_again_after_recheck() -> None:
     clock = Turned()
     gate = AdmissionQueue(10, clock, clock.call_later, recheck=0.5)
     room = Room()

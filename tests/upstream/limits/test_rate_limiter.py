@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.config.limits import Limits, limits_for
-from proxy.upstream.limits.rate_limiter import MARGIN, SLOTS, ExceedsLimit, RateLimiter, Reservation, Wait
+from proxy.upstream.limits.rate_limiter import BUCKETS, MARGIN, ExceedsLimit, RateLimiter, Reservation, Wait
 
 MINUTE, DAY = 60.0, 86_400.0
 OF_TOKENS = {"rpm": False, "tpm": True, "rpd": False, "tpd": True}
@@ -71,7 +71,7 @@ class Reference:
     def must_admit(self, tokens: int, now: float) -> bool:
         """Whether there is room even if every amount is held for the margin and a slot longer."""
         return (self.concurrency is None or self.running() < self.concurrency) and all(
-            self.held(name, now, MARGIN * (1 + 1.01 / SLOTS)) + (tokens if OF_TOKENS[name] else 1) <= cap
+            self.held(name, now, MARGIN * (1 + 1.01 / BUCKETS)) + (tokens if OF_TOKENS[name] else 1) <= cap
             for name, cap in self.caps.items()
         )
 
@@ -212,7 +212,7 @@ def test_an_estimate_wrong_by_ten_either_way_keeps_the_long_run_rate(estimate: i
     assert tokens == pytest.approx(600_000, rel=0.05)
 
 
-def test_asking_again_when_told_is_never_a_hair_early() -> None:
+def test_asking_again_when_told_is_never_too_early() -> None:
     rng = random.Random(3)
     for _ in range(3000):
         allowance, now = RateLimiter(Limits(rpm=1)), rng.uniform(0, 1e6)
@@ -221,7 +221,7 @@ def test_asking_again_when_told_is_never_a_hair_early() -> None:
         taken(allowance, 0, now + wait(allowance, 0, now))
 
 
-def test_a_shared_slot_leaves_with_its_latest_stamp() -> None:
+def test_a_shared_bucket_expires_by_its_latest_stamp() -> None:
     allowance = RateLimiter(Limits(rpm=2))
     taken(allowance, 0, 0.0)
     taken(allowance, 0, 0.05)
@@ -315,7 +315,7 @@ def test_concurrency_returns_on_either_end_and_only_once() -> None:
     assert allowance.idle(0.0)
 
 
-def test_what_went_up_keeps_its_request_and_settles_its_tokens() -> None:
+def test_a_sent_request_stays_counted_and_settles_its_tokens() -> None:
     allowance = RateLimiter(Limits(rpm=10, tpm=1000))
     taken(allowance, 400, 0.0).settle(50)
     taken(allowance, 400, 0.0).settle(None)
@@ -324,7 +324,7 @@ def test_what_went_up_keeps_its_request_and_settles_its_tokens() -> None:
     assert used(allowance, "tpm", 0.0) == 450
 
 
-def test_what_never_went_up_gets_everything_back() -> None:
+def test_an_unsent_request_releases_everything() -> None:
     allowance = RateLimiter(Limits(rpm=1, tpm=1000, rpd=1, tpd=1000, concurrency=1))
     for _ in range(1000):
         taken(allowance, 1000, 0.0).cancel()
@@ -370,7 +370,7 @@ def test_memory_is_bounded_and_a_clock_that_steps_back_gives_nothing_away() -> N
         taken(allowance, 1, now)
         now += 0.006
     (window,) = allowance._windows
-    assert len(window.slots) <= SLOTS + 1
+    assert len(window.buckets) <= BUCKETS + 1
     before = used(allowance, "rpm", now)
     taken(allowance, 1, now - 30)
     assert used(allowance, "rpm", now + 30) >= 1

@@ -1,4 +1,4 @@
-"""Key strategies: one file each, one line in the table."""
+"""Strategies of choosing among ready keys: one file each, one line in the table."""
 
 from __future__ import annotations
 

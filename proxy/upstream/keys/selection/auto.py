@@ -1,5 +1,6 @@
-"""As `headroom`, except that a long prompt stays with the key that last served the same beginning, whose upstream has
-it in its prompt cache, while that key is under 80 % used.
+"""Like `headroom`, but a long prompt stays on the key that last served the same prefix, while it is under 80 % used.
+
+The upstream of that key has the prefix in its prompt cache.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from ..lease import UpstreamKey
 from ..pool import KeyPool
 
 FREE: Final = 0.2
-"""The share of its limits a key must have free to be stayed with (contract 7, Keys)."""
+"""A prompt stays on its key if more than this share of the key's limits is free (`docs/keys-and-limits.md`)."""
 
 
 def auto(keys: Sequence[UpstreamKey], pool: KeyPool, model: str, now: float, prefix: bytes = b"") -> list[UpstreamKey]:
     order = pool.by_headroom(keys, model, now)
-    home = pool.affinity.home(prefix, now) if prefix else None
+    last = pool.affinity.key_of(prefix, now) if prefix else None
     for key in order:
-        if key.label == home and pool.headroom(key, model, now) > FREE:
+        if key.label == last and pool.headroom(key, model, now) > FREE:
             return [key, *(other for other in order if other is not key)]
     return order

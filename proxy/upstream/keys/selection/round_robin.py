@@ -1,4 +1,4 @@
-"""Each key in turn, per model, in the order of the settings."""
+"""Each key in turn for each model, in the order of the settings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The same `prompt_cache_key`, or beginning of a prompt, to the same key always, in every process and after a restart:
-rendezvous hashing (Thaler and Ravishankar, 1996), so that a key which rests moves only its own share. Requests too
-short for prompt caching go as with `headroom`.
+"""The same `prompt_cache_key` or prompt prefix always goes to the same key, in every process and after a restart.
+
+This is rendezvous hashing (Thaler and Ravishankar, 1996): if a key is unusable, only its own share moves. Requests too
+short for prompt caching are ordered as in `headroom`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Keys by `weight`, evenly interleaved: the smooth weighted round robin of nginx (ngx_http_upstream_round_robin.c).
-A key of weight 0 is used when no other will do.
+"""Keys in proportion to `weight`, evenly interleaved: nginx's smooth weighted round robin.
+
+See ngx_http_upstream_round_robin.c. A key of weight 0 is used only if no other is ready.
 """
 
 from __future__ import annotations
