@@ -1,7 +1,8 @@
-"""Fixtures for tests on real sockets: the scripted upstream, the real process, a raw client."""
+"""Fixtures for tests on real sockets (scripted upstream, real process, raw client); which tests are slow."""
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests.client import Client
+from tests.guard import SLOW_FIXTURES, SLOW_FOLDERS, Guard
 from tests.launch import Config, Launch, ProxyProcess, settings, write_config
 from tests.scripted_upstream import ScriptedUpstream
 from tests.upstream_answers import behave
@@ -17,6 +19,39 @@ from tests.upstream_answers import behave
 # The machine may be busy with another worker: how long an example takes says nothing about what it proves.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+
+GUARD = Guard()
+
+
+def pytest_configure() -> None:
+    GUARD.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if item.nodeid.startswith(SLOW_FOLDERS) or not SLOW_FIXTURES.isdisjoint(fixtures):
+            item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Keep modules and collected tests out of the garbage collector's reach: many tests ask for a full collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    if item.get_closest_marker("slow") is None:
+        GUARD.start()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    refused = GUARD.stop()
+    yield
+    assert not refused, f"no slow test, but it opened a socket or started a process: {refused}"
 
 
 @pytest.fixture(scope="session")

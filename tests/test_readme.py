@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from proxy.cache.fields import HOSTED_TOOLS, LABELS
@@ -70,6 +71,7 @@ def test_the_example_upstreams_are_valid(tmp_path: Path) -> None:
     assert [(u.kind, len(u.keys)) for u in settings.upstreams] == [("openai", 3), ("azure", 1)]
 
 
+@pytest.mark.slow
 def test_commands_and_flags_are_those_of_the_program(tmp_path: Path) -> None:
     def usage(*args: str) -> str:
         done = subprocess.run(

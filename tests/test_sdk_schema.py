@@ -26,6 +26,7 @@ def test_missing_lines_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert out[2:] == ["  chat: field seed", "  responses: tool apply_patch"]
 
 
+@pytest.mark.slow
 def test_without_a_registry_the_newest_is_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -36,6 +37,7 @@ def test_without_a_registry_the_newest_is_skipped(
     assert capsys.readouterr().out.startswith("SKIPPED: the newest openai could not be installed: ERROR: ")
 
 
+@pytest.mark.slow
 def test_unreadable_sdk_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = sdk_schema._run
 

@@ -813,6 +813,7 @@ MATRIX = ["content", "tools", "n=2", "refusal", "logprobs", "unknown delta field
 MATRIX += ["legacy function call", "custom tool", "Azure", "Groq"]
 
 
+@pytest.mark.slow
 class TestWithTheSdk:
     @pytest.mark.parametrize("read_as", ["plain", "stream"])
     @pytest.mark.parametrize("stored_as", ["plain", "stream"])

@@ -142,6 +142,7 @@ def pool(base_url: str, *secrets: str) -> UpstreamSettings:
     )
 
 
+@pytest.mark.slow
 async def test_online(models: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "_PATIENCE", 0.3)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # not read

@@ -49,6 +49,7 @@ def pasted(text: str, first: str) -> str:
     return textwrap.dedent(re.split(r"\n(?=\S)", block)[0])
 
 
+@pytest.mark.slow
 def test_start_up_text_lists_every_special_prompt_and_no_configured_key(demo: ProxyProcess) -> None:
     text = demo.stderr_so_far()
     for start, what in SPECIAL_PROMPTS.items():
@@ -57,6 +58,7 @@ def test_start_up_text_lists_every_special_prompt_and_no_configured_key(demo: Pr
     assert "api.openai.com" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_curl_command_shows_a_miss_and_then_a_free_hit(demo: ProxyProcess, tmp_path: Path) -> None:
     command = pasted(demo.stderr_so_far(), "curl ")
@@ -73,6 +75,7 @@ def test_the_curl_command_shows_a_miss_and_then_a_free_hit(demo: ProxyProcess, t
     assert len(set(ids)) == 1
 
 
+@pytest.mark.slow
 def test_the_python_snippet_shows_a_miss_and_then_a_free_hit(demo: ProxyProcess, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", pasted(demo.stderr_so_far(), "from openai import")],
@@ -98,6 +101,7 @@ async def test_provoked_failures_are_not_seen_by_the_client(demo: ProxyProcess, 
     assert answer.headers["X-Proxy-Upstream"] == "simulated"
 
 
+@pytest.mark.slow
 async def test_streams_embeddings_and_models_work_through_it(demo: ProxyProcess) -> None:
     async with openai.AsyncOpenAI(base_url=demo.base_url, api_key="unused") as sdk:
         for _ in range(2):

@@ -14,6 +14,8 @@ import pytest
 
 from tests.launch import environment
 
+pytestmark = pytest.mark.slow
+
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 

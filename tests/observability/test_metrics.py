@@ -193,6 +193,7 @@ async def test_last_attempt_is_not_counted_as_retry() -> None:
     assert sum(pipeline.services.counters.retries.values()) == 3
 
 
+@pytest.mark.slow
 async def test_retries_of_passed_through_requests_are_counted() -> None:
     async with running_proxy(
         error(500), says(), config=settings(pool("k1"), retry=RetrySettings(base_delay=0, jitter=0))
@@ -324,6 +325,7 @@ def test_long_model_names_are_not_kept() -> None:
     assert len(metrics.render(services(), 0)) < 20_000
 
 
+@pytest.mark.slow
 async def test_endpoint_labels_are_bounded() -> None:
     """Any path below /v1 is passed through; its first segment must not become a label value."""
     async with running_proxy(*[error(404)] * 50) as server:
@@ -336,6 +338,7 @@ async def test_endpoint_labels_are_bounded() -> None:
         assert {receipt.endpoint for receipt in server.receipts} == {f"invented-{n}" for n in range(50)}
 
 
+@pytest.mark.slow
 async def test_known_routes_are_labelled_by_name() -> None:
     async with running_proxy(says(), says(), config=settings(pool("k1"))) as server:
         await server.ask("GET", "/v1/models")

@@ -18,6 +18,8 @@ from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import error, says, streams
 from tests.server.kit import RunningProxy, running_proxy
 
+pytestmark = pytest.mark.slow
+
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACED = [("traceparent", TRACE)]
 SECRET = "client-key-of-alice"

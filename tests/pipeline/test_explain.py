@@ -29,6 +29,7 @@ async def told(home: RunningProxy, document: Any, query: str = "", **more: Any) 
     return found
 
 
+@pytest.mark.slow
 async def test_by_the_route() -> None:
     async with running_proxy(says()) as home:
         assert (await told(home, ask()))["reason"] == "new"
@@ -44,6 +45,7 @@ async def test_by_the_route() -> None:
         assert len(home.transport.sent) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("document", "headers", "reason"),
     [
@@ -57,6 +59,7 @@ async def test_why_not(document: Any, headers: list[tuple[str, str]], reason: st
         assert (await told(home, document, headers=headers))["reason"] == reason
 
 
+@pytest.mark.slow
 async def test_other_targets() -> None:
     async with running_proxy() as home:
         found = await told(home, {"input": "x"}, "?target=/_/namespace=ci/v1/embeddings%3Fa=1")
@@ -68,6 +71,7 @@ async def test_other_targets() -> None:
         assert (await home.ask("GET", EXPLAIN)).error == "method_not_allowed"
 
 
+@pytest.mark.slow
 async def test_whose_request_it_is_is_said() -> None:
     keys = tuple(ClientKeySettings(name, hashlib.sha256(name.encode()).digest()) for name in "ab")
     async with running_proxy(says(), config=replace(settings(), server=ServerSettings(client_keys=keys))) as home:

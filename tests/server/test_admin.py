@@ -21,6 +21,8 @@ from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import HANG, Responds, error, rate_limited, says, streams
 from tests.server.kit import Answer, RunningProxy, raw_connection, request, running_proxy, served, until
 
+pytestmark = pytest.mark.slow
+
 GUARDED = ["/metrics", "/_proxy/status", "/_proxy/keys", "/_proxy/requests/x", "/_proxy/runs/x"]
 ADMIN = [("Authorization", "Bearer the-admin-key")]
 

@@ -21,6 +21,8 @@ from tests.pipeline.fixture import ask, settings
 from tests.pipeline.script import says
 from tests.server.kit import RunningProxy, running_proxy
 
+pytestmark = pytest.mark.slow
+
 WALL = NOW + 100
 
 

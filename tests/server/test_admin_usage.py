@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from proxy.config.settings import ClientKeySettings, ServerSettings
 from tests.pipeline.fixture import ask, settings
 from tests.pipeline.script import error, says
 from tests.server.kit import RunningProxy, running_proxy
+
+pytestmark = pytest.mark.slow
 
 
 async def sums(home: RunningProxy) -> dict[str, Any]:

@@ -43,6 +43,8 @@ from tests.pipeline.script import (
 )
 from tests.server.kit import PATIENCE, raw_connection, request, running_proxy, until
 
+pytestmark = pytest.mark.slow
+
 CUT = TransportFailure("invalid", "cut")
 CHAT = "/v1/chat/completions"
 Headers = Iterable[tuple[str, str]]

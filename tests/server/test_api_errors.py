@@ -17,6 +17,8 @@ from tests.pipeline.fixture import ask, settings
 from tests.pipeline.script import dump, error, says, streams
 from tests.server.kit import Answer, RunningProxy, raw_connection, request, running_proxy
 
+pytestmark = pytest.mark.slow
+
 CUT = TransportFailure("invalid", "cut")
 CHAT = "/v1/chat/completions"
 Headers = Iterable[tuple[str, str]]

@@ -14,6 +14,8 @@ from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import Fails, error, rate_limited, says, streams
 from tests.server.kit import Answer, RunningProxy, running_proxy
 
+pytestmark = pytest.mark.slow
+
 
 def config(*upstreams: Any, models: tuple[str, ...] = (), namespace: str | None = None, **limits: int) -> Any:
     keys = (

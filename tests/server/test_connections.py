@@ -13,6 +13,8 @@ import proxy.server.connections
 from proxy.server.responses import FullResponse, read_body, status_line
 from tests.server.kit import PATIENCE, raw_connection, request, served
 
+pytestmark = pytest.mark.slow
+
 OK = status_line(200)
 
 

@@ -22,6 +22,8 @@ from tests.server.kit import Raw, RawConnection, RunningProxy, Say, raw_connecti
 from tests.upstream.transport import OK, send, whole
 from tests.upstream.transport import says as upstream_says
 
+pytestmark = pytest.mark.slow
+
 TIMES = 5
 CUT = TransportFailure("invalid", "cut")
 FILES, MODELS = "/v1/files", "/v1/models"

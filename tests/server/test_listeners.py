@@ -19,6 +19,8 @@ from proxy.server.connections import ListeningServer
 from proxy.server.responses import error_response
 from tests.server.kit import until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:

@@ -11,6 +11,8 @@ from tests.pipeline.fixture import ask
 from tests.pipeline.script import says
 from tests.server.kit import running_proxy
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/moderations", "/v1/responses"]
 PIECES = [b"NaN", b"-Infinity", b"1e999", b"-0", b"1" * 5000, b"9" * 400 + b".5", b'"\\ud800"', b'"\\udc00\\ud83d"']
 PIECES += [b'"\xf0\x9f\x98\x80"', b'"\\u0000"', b"[" * 70 + b"]" * 70, b"[" * 20_000 + b"]" * 20_000, b'{"a":1,"a":2}']

@@ -17,6 +17,8 @@ from tests.pipeline.fixture import pool, settings
 from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
 from tests.server.kit import PATIENCE, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
 
+pytestmark = pytest.mark.slow
+
 FILES, MODELS = "/v1/files", "/v1/models"
 CUT = TransportFailure("invalid", "cut")
 QUICK = RetrySettings(base_delay=0.01, jitter=0.0)

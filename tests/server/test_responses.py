@@ -21,6 +21,8 @@ from proxy.server.responses import (
 )
 from tests.server.kit import Answer, RawConnection, chunked, raw_connection, request, served, until
 
+pytestmark = pytest.mark.slow
+
 HEAD = status_line(200, "Fine") + b"Content-Type: text/plain\r\n"
 
 

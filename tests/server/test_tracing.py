@@ -23,6 +23,8 @@ from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import Fails, Move, ScriptedTransport, completion, error, events, rate_limited, says, streams
 from tests.server.kit import CHAT, PATIENCE, Answer, raw_connection, request, served
 
+pytestmark = pytest.mark.slow
+
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 INCOMING = [("traceparent", f"00-{TRACE}-{PARENT}-01"), ("tracestate", "vendor=a1,other=b2")]
 CONFIG = settings(

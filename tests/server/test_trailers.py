@@ -13,6 +13,8 @@ from tests.pipeline.fixture import ask
 from tests.pipeline.script import Step, event, events, says, streams
 from tests.server.kit import Answer, raw_connection, request, running_proxy
 
+pytestmark = pytest.mark.slow
+
 STREAM = ask(stream=True)
 TE = [("TE", "trailers")]
 BOUGHT = {

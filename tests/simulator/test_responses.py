@@ -19,6 +19,8 @@ from pydantic import BaseModel
 
 from proxy.simulator.server import running_simulator
 
+pytestmark = pytest.mark.slow
+
 WEATHER: FunctionToolParam = {
     "type": "function",
     "name": "weather",

@@ -21,6 +21,8 @@ from pydantic import BaseModel
 from proxy.simulator.answers import BadRequest, count_tokens, example, inputs_of, vector
 from proxy.simulator.server import SPECIAL_PROMPTS, running_simulator
 
+pytestmark = pytest.mark.slow
+
 KEY = {"Authorization": "Bearer sk-any"}
 WEATHER: ChatCompletionToolParam = {
     "type": "function",

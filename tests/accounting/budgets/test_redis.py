@@ -21,6 +21,8 @@ from proxy.system import redis as redis_link
 from proxy.system.clock import Clock
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, until, valkey
 
+pytestmark = pytest.mark.slow
+
 D = Decimal
 NOBODY = Client()
 

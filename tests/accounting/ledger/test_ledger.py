@@ -413,6 +413,7 @@ for number in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_writing_beside_another(path: Path, running: LedgerWriter, tmp_path: Path) -> None:
     """What was said to be written is there, and the file is whole."""
     command = [sys.executable, "-c", WRITES, str(path)]

@@ -18,6 +18,8 @@ from proxy.system import redis as redis_link
 from proxy.system.redis import RedisConnection
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, until, valkey
 
+pytestmark = pytest.mark.slow
+
 Open = Callable[..., Awaitable[RedisRuns]]
 A = hashlib.sha256(b"a").hexdigest()
 OWNER = "0" * 32

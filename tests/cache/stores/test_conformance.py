@@ -34,7 +34,12 @@ def server() -> Iterator[str]:
 BEHIND = [name for name, make in BACKENDS.items() if make is not None]
 
 
-@pytest.fixture(params=["memory", *BEHIND, *(f"tiered {name}" for name in BEHIND)])
+def _params() -> Iterator[Any]:
+    for name in ("memory", *BEHIND, *(f"tiered {name}" for name in BEHIND)):
+        yield pytest.param(name, marks=pytest.mark.slow if name.endswith("redis") else ())
+
+
+@pytest.fixture(params=_params())
 async def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Opens the same store again and again; what is still open at the end is closed."""
     monkeypatch.setattr("proxy.cache.stores.sqlite.DEADLINE", PATIENT)

@@ -26,6 +26,8 @@ from proxy.cache.stores.tiered import TieredStore
 from proxy.system import redis as redis_link
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, entry, until, valkey
 
+pytestmark = pytest.mark.slow
+
 Open = Callable[..., Awaitable[RedisStore]]
 
 

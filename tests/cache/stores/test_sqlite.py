@@ -565,6 +565,7 @@ def _start(path: Path, number: int) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 async def test_killed_while_writing(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -603,6 +604,7 @@ async def test_killed_while_writing(
     assert not caplog.records
 
 
+@pytest.mark.slow
 async def test_several_processes_start_at_once(path: Path) -> None:
     processes = await asyncio.gather(*(asyncio.to_thread(_start, path, number) for number in range(3)))
     await asyncio.sleep(0.3)
@@ -612,6 +614,7 @@ async def test_several_processes_start_at_once(path: Path) -> None:
     assert not list(path.parent.glob("*corrupt*"))
 
 
+@pytest.mark.slow
 def test_only_the_named_driver_is_imported() -> None:
     script = (
         "import sys, proxy.cache.stores.tiered, proxy.cache.stores.memory, proxy.app\n"

@@ -12,6 +12,8 @@ from proxy.pipeline.coalescing.redis_lock import RedisLockStore
 from proxy.system.redis import RedisConnection
 from tests.cache.stores.kit import HASTY, PATIENT, Valkey, until, valkey
 
+pytestmark = pytest.mark.slow
+
 NAME = "k" * 64 + ":sse without usage"
 
 

@@ -11,6 +11,8 @@ from proxy.upstream.keys.redis_owners import RedisOwners
 from proxy.upstream.keys.stored_objects import KEPT_FOR
 from tests.cache.stores.kit import PATIENT, until, valkey
 
+pytestmark = pytest.mark.slow
+
 
 async def test_one_proxy_tells_another(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DEADLINE", "_PUT_DEADLINE"):

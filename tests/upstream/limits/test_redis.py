@@ -28,6 +28,8 @@ from proxy.upstream.limits.shared import RECHECK
 from tests.cache.stores.kit import HASTY, PATIENT, Valkey, redis_url, until, valkey
 from tests.upstream.limits.test_rate_limiter import OF_TOKENS, SECONDS
 
+pytestmark = pytest.mark.slow
+
 WHERE = ("quota", "gpt-4o")
 
 
