@@ -1,4 +1,4 @@
-"""What is known of a finished request: the receipt behind `GET /_proxy/requests/{id}`."""
+"""Receipts of finished requests, as `GET /_proxy/requests/{id}` shows them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ RECEIPTS_KEPT: Final = 10_000
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
-    """One request's. Thousands are kept, none in a cycle (so gc=False).
+    """The receipt of one request. Thousands are kept; none can be part of a reference cycle, hence `gc=False`.
 
-    cost_usd, saved_usd: plain decimals, None where unknown; times in milliseconds; first_byte_ms: to a stream's first
-    event, None where the answer went in one piece; finished_at: Unix seconds; sampled: neither temperature 0 nor a
-    seed; traceparent: of the trace it belongs to, where it names a valid one."""
+    cost_usd, saved_usd: decimals as text; None if unknown.
+    queue_ms, upstream_ms, total_ms: milliseconds.
+    first_byte_ms: milliseconds until a stream's first event; None if the response was not streamed.
+    finished_at: Unix seconds.
+    sampled: the request has neither temperature 0 nor a seed.
+    traceparent: the request's trace, if it names a valid one.
+    """
 
     id: str
     client: str
@@ -84,7 +88,7 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
 
 
 class Receipts:
-    """The last `KEPT` receipts."""
+    """The last receipts. kept: how many."""
 
     def __init__(self, kept: int = RECEIPTS_KEPT) -> None:
         self._kept = kept
@@ -98,7 +102,10 @@ class Receipts:
     def put_hit(
         self, id_: str, client: str, entry: Entry, wall: float, run: str = "", tags: tuple[str, ...] = ()
     ) -> None:
-        """A hit's receipt, made only when somebody asks: this is the hot path. The entry's body is not held."""
+        """Note a hit. Its receipt is built only on request, since hits are frequent; the entry's body is not kept.
+
+        wall: Unix seconds.
+        """
         self._by_id[id_] = (
             client,
             entry.endpoint,

@@ -333,7 +333,7 @@ async def _too_many_different_requests() -> None:
 def test_too_many_different_requests_are_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(proxy.accounting.runs.run, "MOST_KEYS", 1)
+    monkeypatch.setattr(proxy.accounting.runs.run, "MAX_KEYS", 1)
     _too_many_different_requests()
     assert len([record for record in caplog.records if "too many different requests" in record.getMessage()]) == 1
 

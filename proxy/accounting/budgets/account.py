@@ -1,9 +1,10 @@
-"""What may be spent in a day and a month, by the whole proxy and by each client: reserved by estimate, settled by cost.
+"""Budgets for a day and a month, of the whole proxy and of each client: reserve an estimate, settle the cost.
 
-Days and months are those of the calendar in UTC. A request holds its estimate until its cost is known, across midnight,
-too; its cost counts in the day it is settled in. A budget is never exceeded but by what estimates were short of: a
-request is let through only where all that is spent and held, and its own estimate, stay within the limit. What went up
-and whose cost nobody knows counts with its estimate (`assumed`), which is 0 for a model without a price.
+Days and months are calendar days and months in UTC. A request reserves its estimate until its cost is known, also
+across midnight; its cost counts in the day in which it is settled. A request is admitted only if what is spent, what is
+reserved and its own estimate stay within the limit, so a budget can be exceeded only by as much as requests in flight
+were underestimated. A request that was sent and whose cost stays unknown counts with its estimate (`assumed`), which is
+0 for a model without a price.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from ...protocol.errors import ProxyError
 
 Kind = Literal["day", "month"]
 
-EXACT: Final = Context(prec=60)  # as in pricing: nothing is ever rounded
+EXACT: Final = Context(prec=60)  # as in `cost/pricing.py`: nothing is ever rounded
 ZERO: Final = Decimal(0)
 
 IN_FLIGHT: Final = 1.0
-"""Seconds to come back after where only what is under way leaves no room: it is over soon."""
+"""`Retry-After`, in seconds, if only requests in flight leave no room: they end soon."""
 
 _DAY: Final = 86400.0
 
 
 def span(kind: Kind, wall: float) -> tuple[float, float]:
-    """Begin and end of the UTC day or month that `wall` is in; all Unix seconds."""
+    """Return begin and end of the UTC day or month that contains `wall`. All are Unix seconds."""
     if kind == "day":
         begin = wall // _DAY * _DAY
         return begin, begin + _DAY
@@ -45,11 +46,14 @@ def _sum(*amounts: Decimal) -> Decimal:
 
 
 class BudgetPeriod:
-    """One budget in one period. Money is in USD.
+    """One budget in one day or month. Amounts are in USD.
 
-    settled, assumed: of this process; recorded: what its receipts say, which is in the ledger, too; others: what other
-    processes, and this one before it was started, have spent, as far as known; before: the same as the ledger said it
-    last; unknown: answers without a known cost.
+    settled: known costs of this process's requests.
+    assumed: estimates of this process's requests whose cost is unknown.
+    recorded: what this process's receipts add up to; the ledger contains it too.
+    others: what other processes, and this one before its start, have spent, as far as known.
+    before: the same, as the ledger said it last.
+    unknown: the number of responses without a known cost.
     """
 
     def __init__(self, kind: Kind, limit: Decimal, wall: float) -> None:
@@ -63,16 +67,16 @@ class BudgetPeriod:
         self.unknown = 0
         self.warned = False
         self.base = held
-        """What was spent and held here when the others were last heard of."""
+        """What was spent and reserved here when the other processes were last heard of."""
 
     def start_period(self, wall: float, held: Decimal) -> None:
-        """Starts anew where another period has begun. A clock that is set back changes nothing."""
+        """Begin the next period if it has come. A clock that is set back changes nothing."""
         if wall >= self.end:
             self._begin(wall, held)
 
     @property
     def own(self) -> Decimal:
-        """What this process has spent."""
+        """Return what this process has spent."""
         return EXACT.add(self.settled, self.assumed)
 
     @property
@@ -81,48 +85,49 @@ class BudgetPeriod:
 
 
 class Account:
-    """The budgets of one client, or of the whole proxy (name: ''). For one event loop: it takes no lock."""
+    """The budgets of one client, or of the whole proxy (name: ''). It takes no lock: use it on one event loop."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.pots: dict[Kind, BudgetPeriod] = {}
+        self.periods: dict[Kind, BudgetPeriod] = {}
         self.held = ZERO
         self.others_held = ZERO
-        """What other processes hold, as they last said; `peers`: how many spend from here, this one too."""
+        """What other processes have reserved, as they last said."""
         self.peers = 1
+        """How many processes share the budgets, this one included."""
 
     def change(self, limits: Mapping[Kind, Decimal], wall: float) -> None:
-        """Other limits; what was spent stays."""
-        for kind in [kind for kind in self.pots if kind not in limits]:
-            del self.pots[kind]
+        """Set other limits; what was spent stays."""
+        for kind in [kind for kind in self.periods if kind not in limits]:
+            del self.periods[kind]
         for kind, limit in limits.items():
-            if kind not in self.pots:
-                self.pots[kind] = BudgetPeriod(kind, limit, wall)
-            elif self.pots[kind].limit != limit:
-                self.pots[kind].limit, self.pots[kind].warned = limit, False
+            if kind not in self.periods:
+                self.periods[kind] = BudgetPeriod(kind, limit, wall)
+            elif self.periods[kind].limit != limit:
+                self.periods[kind].limit, self.periods[kind].warned = limit, False
 
     def at(self, wall: float) -> Sequence[BudgetPeriod]:
-        """Its pots as they are now."""
-        for pot in self.pots.values():
-            pot.start_period(wall, self.held)
-        return tuple(self.pots.values())
+        """Return the budgets in their current periods. wall: Unix seconds, as in all methods."""
+        for period in self.periods.values():
+            period.start_period(wall, self.held)
+        return tuple(self.periods.values())
 
     def short(self, amount: Decimal, wall: float, alone: bool = False) -> BudgetPeriod | None:
-        """The pot that has no room for another `amount`; of several the one that is full for longest; None: it fits.
+        """Return the budget that has no room for another `amount`: of several, the one that ends last. None: it fits.
 
-        alone: the others cannot be heard, so each keeps to an equal share of what was left when they last were.
+        alone: other processes cannot be reached, so each keeps to an equal share of what was last known to be left.
         """
-        full = [pot for pot in self.at(wall) if not self._fits(pot, amount, alone)]
-        return max(full, key=lambda pot: pot.end, default=None)
+        full = [period for period in self.at(wall) if not self._fits(period, amount, alone)]
+        return max(full, key=lambda period: period.end, default=None)
 
-    def _fits(self, pot: BudgetPeriod, amount: Decimal, alone: bool) -> bool:
-        mine = _sum(pot.own, self.held)
+    def _fits(self, period: BudgetPeriod, amount: Decimal, alone: bool) -> bool:
+        mine = _sum(period.own, self.held)
         if alone and self.peers > 1:
-            left = EXACT.subtract(pot.limit, _sum(pot.base, pot.others, self.others_held))
-            grown = EXACT.multiply(EXACT.subtract(mine, pot.base), Decimal(self.peers))
+            left = EXACT.subtract(period.limit, _sum(period.base, period.others, self.others_held))
+            grown = EXACT.multiply(EXACT.subtract(mine, period.base), Decimal(self.peers))
             return grown < left and _sum(grown, EXACT.multiply(amount, Decimal(self.peers))) <= left
-        taken = _sum(mine, pot.others, self.others_held)
-        return taken < pot.limit and _sum(taken, amount) <= pot.limit
+        taken = _sum(mine, period.others, self.others_held)
+        return taken < period.limit and _sum(taken, amount) <= period.limit
 
     def reserve(self, amount: Decimal) -> None:
         self.held = EXACT.add(self.held, amount)
@@ -131,64 +136,71 @@ class Account:
         self.held = EXACT.subtract(self.held, amount)
 
     def spend(self, cost: Decimal | None, estimate: Decimal, wall: float) -> None:
-        """A request has cost this; None: nobody knows, and the estimate counts."""
-        for pot in self.at(wall):
+        """Add a request's cost; None: it is unknown, and the estimate counts."""
+        for period in self.at(wall):
             if cost is None:
-                pot.unknown += 1
-                pot.assumed = EXACT.add(pot.assumed, estimate)
+                period.unknown += 1
+                period.assumed = EXACT.add(period.assumed, estimate)
             else:
-                pot.settled = EXACT.add(pot.settled, cost)
+                period.settled = EXACT.add(period.settled, cost)
 
     def record(self, cost: Decimal, at: float, wall: float) -> None:
-        """A receipt of a request that ended `at` (Unix seconds)."""
-        for pot in self.at(wall):
-            if at >= pot.start:
-                pot.recorded = EXACT.add(pot.recorded, cost)
+        """Take note of the receipt of a request that ended `at` (Unix seconds)."""
+        for period in self.at(wall):
+            if at >= period.start:
+                period.recorded = EXACT.add(period.recorded, cost)
 
     def read(self, kind: Kind, start: float, total: Decimal, wall: float) -> None:
-        """What the ledger says of all processes since `start`. It may lag behind us, so others' part only grows."""
-        for pot in self.at(wall):
-            if pot.kind == kind and pot.start == start:
-                pot.before = EXACT.subtract(total, pot.recorded)
-                pot.others = max(pot.others, pot.before)
+        """Take over what the ledger says of all processes since `start`.
+
+        The ledger may lag behind this process, so the others' part only grows.
+        """
+        for period in self.at(wall):
+            if period.kind == kind and period.start == start:
+                period.before = EXACT.subtract(total, period.recorded)
+                period.others = max(period.others, period.before)
 
     def apply_shared(
         self, others: Mapping[tuple[Kind, float], Decimal], held: Decimal, peers: int, wall: float
     ) -> None:
-        """What other processes have spent, by period (kind, begin), and hold; peers: how many there are with us."""
+        """Take over what other processes have spent, by period (kind, begin), and what they have reserved.
+
+        peers: how many processes there are, this one included.
+        """
         self.others_held, self.peers = held, max(peers, 1)
-        for pot in self.at(wall):
-            pot.others = max(pot.others, others.get((pot.kind, pot.start), ZERO))
-            pot.base = EXACT.add(pot.own, self.held)
+        for period in self.at(wall):
+            period.others = max(period.others, others.get((period.kind, period.start), ZERO))
+            period.base = EXACT.add(period.own, self.held)
 
     def crossed(self, share: Decimal, wall: float) -> Sequence[BudgetPeriod]:
-        """Pots of which at least this share has been spent, each once a period."""
+        """Return the budgets of which at least this share has been spent, each of them once a period."""
         new = [p for p in self.at(wall) if not p.warned and p.limit and p.spent >= EXACT.multiply(p.limit, share)]
-        for pot in new:
-            pot.warned = True
+        for period in new:
+            period.warned = True
         return new
 
     def report(self, wall: float) -> dict[str, dict[str, Any]]:
-        """For `GET /_proxy/status`: by period."""
+        """Return the budgets by kind, for `GET /_proxy/status`."""
         return {
-            pot.kind: {
-                "limit_usd": usd(pot.limit),
-                "spent_usd": usd(pot.spent),
+            period.kind: {
+                "limit_usd": usd(period.limit),
+                "spent_usd": usd(period.spent),
                 "held_usd": usd(EXACT.add(self.held, self.others_held)),
-                "assumed_usd": usd(pot.assumed),
-                "unknown": pot.unknown,
-                "warned": pot.warned,
-                "resets_at": stamp(pot.end),
+                "assumed_usd": usd(period.assumed),
+                "unknown": period.unknown,
+                "warned": period.warned,
+                "resets_at": stamp(period.end),
             }
-            for pot in self.at(wall)
+            for period in self.at(wall)
         }
 
 
 class BudgetReservation:
-    """What one request holds of the budgets that it counts in; ended once, later calls do nothing.
+    """What one request has reserved in the budgets that count it. It ends once; later calls do nothing.
 
-    estimate: USD, 0 where the model has no price; changed: called after every change, must not raise; held: whether the
-    accounts hold it already.
+    estimate: USD; 0 if the model has no price.
+    changed: called after every change; it must not raise.
+    held: the accounts have reserved the estimate already.
     """
 
     __slots__ = ("_accounts", "_changed", "_estimate", "_open")
@@ -204,21 +216,21 @@ class BudgetReservation:
             account.reserve(estimate)
 
     def settle(self, cost: Decimal | None, wall: float) -> None:
-        """An answer came. cost: None where it is not known: then the estimate counts."""
+        """End it after a response. cost: USD; None if unknown: then the estimate counts."""
         if self._open:
             for account in self._accounts:
                 account.spend(cost, self._estimate, wall)
             self.cancel()
 
     def assume(self, wall: float) -> None:
-        """An attempt may be charged for, though no answer came of it: it counts, and the request may go on."""
+        """Count an attempt that may be charged although it brought no response; the request may go on."""
         if self._open:
             for account in self._accounts:
                 account.spend(None, self._estimate, wall)
             self._changed()
 
     def cancel(self) -> None:
-        """Nothing more of it will be charged."""
+        """End it: nothing more will be charged."""
         if self._open:
             self._open = False
             for account in self._accounts:
@@ -226,18 +238,21 @@ class BudgetReservation:
             self._changed()
 
 
-def budget_exceeded(account: Account, pot: BudgetPeriod, amount: Decimal, wall: float, cache_only: bool) -> ProxyError:
-    """What is told to a request that the pot has no room for."""
+def budget_exceeded(
+    account: Account, period: BudgetPeriod, amount: Decimal, wall: float, cache_only: bool
+) -> ProxyError:
+    """Return the error for a request of `amount` that the budget has no room for."""
     whose = f"client {account.name}" if account.name else "this proxy"
-    begun = EXACT.add(pot.spent, amount) <= pot.limit and pot.spent < pot.limit  # only what is under way is in the way
-    seconds = IN_FLIGHT if begun else max(pot.end - wall, 1.0)
+    fits = EXACT.add(period.spent, amount) <= period.limit and period.spent < period.limit  # but for requests in flight
+    seconds = IN_FLIGHT if fits else max(period.end - wall, 1.0)
     might = f" and this request might cost {usd(amount)}" if amount else ""
     held = EXACT.add(account.held, account.others_held)
     message = (
-        f"the budget of {whose} for this {pot.kind} (UTC) leaves no room: {usd(pot.spent)} of {usd(pot.limit)} USD are "
-        f"spent, {usd(held)} held by requests under way{might}; it resets at {stamp(pot.end)}"
+        f"the budget of {whose} for this {period.kind} (UTC) leaves no room: "
+        f"{usd(period.spent)} of {usd(period.limit)} USD are spent, "
+        f"{usd(held)} held by requests in flight{might}; it resets at {stamp(period.end)}"
     )
-    if amount > pot.limit:
+    if amount > period.limit:
         message += ", but this request alone might cost more than the whole budget"
     message += (
         "; only stored answers are given until then (cost.budget.on_exceeded: cache_only), and there is none for this"
@@ -248,5 +263,5 @@ def budget_exceeded(account: Account, pot: BudgetPeriod, amount: Decimal, wall: 
 
 
 def stamp(wall: float) -> str:
-    """Unix seconds as people read them."""
+    """Return Unix seconds as text for people."""
     return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

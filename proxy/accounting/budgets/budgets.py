@@ -1,8 +1,8 @@
-"""Budgets as the journey sees them: a stake for each request that is about to go upstream, ended on every exit.
+"""Budgets: reserve the estimated cost of a request before it is sent, and settle its cost after it.
 
-What is decided stands in `core/budgets.py`. What others spend is known from Redis, where limits are shared over one
-(`limiters/redis_budgets.py`: asked for every request; while it is lost each proxy keeps to its share), else from the
-ledger, read anew every few seconds: other processes that write to it, and this one before it was started.
+The rules are in `account.py`. What other processes spend is known from Redis if limits are shared over it: it is asked
+for every request, and while it is out of reach each proxy keeps to its share. Otherwise it is known from the ledger,
+which is read every few seconds: it holds what other processes, and this one before its start, have spent.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from .account import ZERO, Account, BudgetPeriod, BudgetReservation, Kind, budge
 log = logging.getLogger("proxy")
 
 READ_INTERVAL: Final = 3.0
-"""Seconds between two looks into the ledger, at least; a look may take a twentieth of the time."""
+"""Seconds between two reads of the ledger, at least; reading takes at most a twentieth of the time."""
 
 PUBLISH_INTERVAL: Final = 1.0
-"""Seconds between two words to the other proxies, at most."""
+"""Seconds between two messages to the other proxies, at most."""
 
 Spent = Callable[[float, str | None], Awaitable[Decimal]]
-"""USD spent since then (Unix seconds) by the ledger, by one client (None: all)."""
+"""Returns the USD spent since a time (Unix seconds) by one client (None: by all), according to the ledger."""
 
 
 class SharedBudgets(Protocol):
-    """What proxies share. Nothing here raises."""
+    """Budgets shared by several processes. No method raises."""
 
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
 
     async def publish(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
-        """Tells what this process has spent and holds, and hears the others; with `ask`, which is part of what is
-        held: only where there is room for all of it, False where not. None: it could not be asked.
+        """Publish what this process has spent and reserved, and take over what the others have.
+
+        ask: USD of what is reserved that is new: published only if there is room for it.
+        Returns False if there is no room, None if the others cannot be reached.
         """
 
 
 class Budgets:
-    """All budgets of this process; they outlive a reload. '' is the whole proxy's name."""
+    """All budgets of this process; they survive a reload. The account of the whole proxy is named ''."""
 
     def __init__(self, settings: Settings, clock: Clock, shared: SharedBudgets | None = None) -> None:
         self._clock = clock
@@ -56,13 +58,13 @@ class Budgets:
         self._accounts: dict[str, Account] = {}
         self._spent: Spent | None = None
         self._known: set[str] = set()
-        self._unsaid: set[str] = set()
-        self._saying: asyncio.Task[None] | None = None
+        self._unpublished: set[str] = set()
+        self._publishing: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
         self.apply_settings(settings)
 
     def apply_settings(self, settings: Settings) -> None:
-        """Other settings are in force; what was spent stays."""
+        """Put other settings in force; what was spent stays."""
         budget, wall = settings.cost.budget, self._clock.wall()
         self._share = Decimal(str(budget.warn_at))
         self.cache_only = budget.on_exceeded == "cache_only"
@@ -90,15 +92,16 @@ class Budgets:
         return tuple(self._accounts.values())
 
     def _of(self, client: Client) -> list[Account]:
-        """The client's own first."""
+        """Return the accounts that count a client's requests, its own first."""
         names = (client.name, "") if client.name else ("",)
         return [self._accounts[name] for name in names if name in self._accounts]
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def reserve(self, client: Client, estimate: Decimal | None) -> BudgetReservation | None:
-        """A stake for a request that may cost `estimate` USD, None where no price is known; no stake where nothing is
-        to be counted. Raises ProxyError(budget_exceeded).
+        """Reserve `estimate` USD (None: no price is known) for a request. Raises ProxyError(budget_exceeded).
+
+        Returns None if no budget counts the request.
         """
         accounts = self._of(client)
         if not accounts or (estimate == 0 and not self.cache_only):
@@ -121,11 +124,11 @@ class Budgets:
         return BudgetReservation(accounts, amount, self._changed, held=True)
 
     async def _reserve(self, shared: SharedBudgets, account: Account, amount: Decimal, wall: float) -> None:
-        """Holds `amount`, here and for all to know. Raises ProxyError, and then nothing is held.
+        """Reserve `amount` in this process and tell the others. Raises ProxyError, and then nothing is reserved.
 
-        What does not fit by what is known here is not even held: else in a burst each would stand in the others' way.
+        What does not fit by what is known here is not reserved at all: in a burst the requests would block each other.
         """
-        if account.short(amount, wall) is not None:  # the others may have given back since they were heard last
+        if account.short(amount, wall) is not None:  # the others may have released some since they were last heard
             heard = await shared.publish(account, wall)
             self._check(account, amount, wall, alone=heard is None)
         account.reserve(amount)
@@ -135,27 +138,28 @@ class Budgets:
             account.release(amount)
             raise
         if fits is not True:
-            account.release(amount)  # it is not to stand in its own way
+            account.release(amount)  # otherwise it would count against itself
             self._check(account, amount, wall, alone=fits is None)
             if fits is False:
                 raise budget_exceeded(account, _fullest(account, wall), amount, wall, self.cache_only)
             account.reserve(amount)
 
     def _check(self, account: Account, amount: Decimal, wall: float, alone: bool = False) -> None:
-        pot = account.short(amount, wall, alone)
-        if pot is not None:
-            raise budget_exceeded(account, pot, amount, wall, self.cache_only)
+        period = account.short(amount, wall, alone)
+        if period is not None:
+            raise budget_exceeded(account, period, amount, wall, self.cache_only)
 
     def check_passthrough(self, client: Client, method: str, segment: str) -> None:
-        """For a route whose cost nobody knows: it is refused once a budget is used up, if it may cost anything. Raises
-        Refusal(budget_exceeded).
+        """Check a request whose cost stays unknown, if it may cost anything. Raises ProxyError(budget_exceeded).
+
+        segment: the first segment of the path below `/v1`.
         """
         if self._accounts and method not in ("GET", "HEAD", "DELETE") and segment not in CARRIES_NO_MODEL:
             for account in self._of(client):
                 self._check(account, ZERO, self._clock.wall())
 
     def recorded(self, receipt: Receipt) -> None:
-        """A receipt was written; the ledger will have it."""
+        """Take note of a receipt, which the ledger will contain."""
         if self._accounts and receipt.cost_usd is not None and receipt.attempts:
             cost, wall = Decimal(receipt.cost_usd), self._clock.wall()
             for name in {receipt.client, ""} & self._accounts.keys():
@@ -164,34 +168,34 @@ class Budgets:
     def _changed(self) -> None:
         self._warn()
         if self._shared is not None:
-            self._unsaid |= self._accounts.keys()
-            if self._saying is None or self._saying.done():
-                self._saying = spawn(self._say(), "budgets")
+            self._unpublished |= self._accounts.keys()
+            if self._publishing is None or self._publishing.done():
+                self._publishing = spawn(self._publish_changed(), "budgets")
 
     def _warn(self) -> None:
         wall = self._clock.wall()
         for account in self._accounts.values():
-            for pot in account.crossed(self._share, wall):
+            for period in account.crossed(self._share, wall):
                 whose = f"client {account.name}" if account.name else "this proxy"
                 log.warning(
                     "the budget of %s for this %s (UTC): %s of %s USD are spent",
                     whose,
-                    pot.kind,
-                    usd(pot.spent),
-                    usd(pot.limit),
+                    period.kind,
+                    usd(period.spent),
+                    usd(period.limit),
                 )
 
     # -- in the background ---------------------------------------------------------------------------------------------
 
     async def open(self, spent: Spent | None) -> None:
-        """Learns what was spent before. spent: asks the ledger, None where there is none."""
+        """Find out what was spent before, and start the background task. spent: asks the ledger; None: no ledger."""
         self._spent = spent
         await self._read()
         await self._publish_all()
         self._running = spawn(self._run(), "budgets")
 
     async def close(self) -> None:
-        """Tells the others what is still to be told."""
+        """Stop the background task and publish what the others do not know yet."""
         if self._running is not None:
             self._running.cancel()
         if self._shared is not None:
@@ -211,15 +215,15 @@ class Budgets:
             self._warn()
 
     async def _read(self) -> None:
-        """What the ledger says of all who write to it; where Redis says that, only what was spent before."""
+        """Read the ledger; once only if the others' spending is known from Redis."""
         if self._spent is None:
             return
         for account in self.accounts:
             if self._shared is not None and account.name in self._known:
                 continue
             self._known.add(account.name)
-            for pot in account.at(self._clock.wall()):
-                kind, start = pot.kind, pot.start
+            for period in account.at(self._clock.wall()):
+                kind, start = period.kind, period.start
                 try:
                     total = await self._spent(start, account.name or None)
                 except OSError as error:
@@ -227,10 +231,10 @@ class Budgets:
                     return
                 account.read(kind, start, total, self._clock.wall())
 
-    async def _say(self) -> None:
+    async def _publish_changed(self) -> None:
         assert self._shared is not None
-        while self._unsaid:
-            names, self._unsaid = self._unsaid, set()
+        while self._unpublished:
+            names, self._unpublished = self._unpublished, set()
             for account in [self._accounts[name] for name in names if name in self._accounts]:
                 await self._shared.publish(account, self._clock.wall())
 
@@ -238,25 +242,25 @@ class Budgets:
         if self._shared is None or not self._accounts:
             return
         await self._shared.open()
-        self._unsaid |= self._accounts.keys()
-        await self._say()
+        self._unpublished |= self._accounts.keys()
+        await self._publish_changed()
 
-    # -- what is told --------------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------------------
 
     def client_usage(self, client: Client) -> str:
-        """What a client has used of its own budget, for `X-Proxy-Client-Limit`; "" where it has none."""
+        """Return what a client has used of its own budget, for `X-Proxy-Client-Limit`; "" if it has none."""
         account = self._accounts.get(client.name) if client.name else None
         if account is None:
             return ""
         return ", ".join(f"usd_per_{p.kind}={usd(p.spent)}/{usd(p.limit)}" for p in account.at(self._clock.wall()))
 
     def report(self) -> Mapping[str, Any]:
-        """For `GET /_proxy/status`."""
+        """Return all budgets, for `GET /_proxy/status`."""
         wall = self._clock.wall()
-        told = {name: account.report(wall) for name, account in self._accounts.items()}
-        return {"proxy": told.pop("", {}), "clients": told}
+        reports = {name: account.report(wall) for name, account in self._accounts.items()}
+        return {"proxy": reports.pop("", {}), "clients": reports}
 
 
 def _fullest(account: Account, wall: float) -> BudgetPeriod:
-    """The pot to name where another proxy's last word was that there is no room."""
-    return max(account.at(wall), key=lambda pot: (pot.spent / pot.limit if pot.limit else ZERO, pot.end))
+    """Return the budget to name in the error if another process said that there is no room."""
+    return max(account.at(wall), key=lambda period: (period.spent / period.limit if period.limit else ZERO, period.end))

@@ -1,11 +1,13 @@
--- What proxies spend and hold of one account (core/budgets.py). All amounts are integers of 1e-12 USD, as text: sums are
--- made by HINCRBY, exactly; only comparisons with a limit go through doubles.
+-- What proxies have spent and reserved of one account (`account.py`). All amounts are integers of 1e-12 USD, as text:
+-- HINCRBY adds them exactly; only comparisons with a limit go through doubles.
 --
--- KEYS: the holds ({process: "seq until amount"}), then one hash a period ({total, and by process what it has spent}).
--- ARGV: process, seq, ms a hold lasts unless said again, amount held, that of it which is asked for ('' for none), then
--- for each period: spent by the process in it, limit, seconds to live, the least the total can be.
--- A process tells all it has spent, never a difference: what is said twice, because an answer was lost, counts once.
--- Answers {1 there is room | 0, held by others, proxies, and for each period: total, of it the process's own}.
+-- KEYS: the reservations ({process: "seq until amount"}), then a hash for each period ({total, and by process what it
+-- has spent}).
+-- ARGV: process, seq, ms for which a reservation holds unless it is repeated, amount reserved, that part of it which is
+-- new ('' for none), then for each period: spent by the process in it, limit, seconds to live, the least total.
+-- A process publishes all that it has spent, never a difference: what is sent twice because a reply was lost counts
+-- once.
+-- Returns {1 there is room | 0, reserved by others, proxies, and for each period: total, of it the process's own}.
 
 local function less(a, b)
   if #a ~= #b then return #a < #b end

@@ -1,8 +1,8 @@
-"""Budgets in Redis: one script call a request and account (`budgets.lua`). Imported only where limits are shared.
+"""Budgets shared over Redis: one call of `redis.lua` for each request and account.
 
-Each proxy tells all it has spent in a period and what it holds, whenever that changes and once a second; so a lost
-message heals, and what a killed proxy held is forgotten after `HELD_FOR`. Should Redis have lost its memory, all is
-told again, and what the ledger knew at the start with it.
+Each proxy publishes all that it has spent in a period and what it has reserved, whenever that changes and once a
+second. So a lost message does no harm, and what a killed proxy had reserved is forgotten after `HELD_FOR`. If Redis
+loses its data, everything is published again, together with what the ledger knew at the start.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..runs.run import rounded_up
 from .account import EXACT, Account, BudgetPeriod, Kind
 
 DEADLINE: Final = 0.09
-"""Seconds a request waits for an answer, at most."""
+"""Seconds a request waits for Redis, at most."""
 
 HELD_FOR: Final = 15.0
-"""Seconds after which a proxy that says nothing holds nothing any more: it died."""
+"""Seconds after which a silent proxy is taken for dead and its reservations no longer count."""
 
 _PICO: Final = 12
 _LIVES: Final[Mapping[Kind, int]] = {"day": 3 * 86400, "month": 33 * 86400}
@@ -31,8 +31,13 @@ _SCRIPT: Final = resources.files(__package__).joinpath("redis.lua").read_text(en
 
 
 class RedisBudgets:
-    """url: a secret; prefix: of every key, at most 64 bytes; process: an id of this one. Raises ValueError, without the
-    URL's text.
+    """Budgets in one Redis.
+
+    url: a secret.
+    prefix: the start of every key, at most 64 bytes.
+    process: an id of this process.
+    deadline: seconds a call may take.
+    Raises ValueError, without the URL's text.
     """
 
     def __init__(self, url: str, prefix: str, process: str, deadline: float = DEADLINE) -> None:
@@ -55,19 +60,23 @@ class RedisBudgets:
         await self._link.close()
 
     def key(self, account: Account, *parts: object) -> str:
-        """Of one account all keys are in one slot of a cluster: the first part is its hash tag. At most 120 bytes."""
+        """Return the Redis key of one of an account's values, of at most 120 bytes.
+
+        The account's digest is the hash tag, so that all keys of an account are in one slot of a cluster.
+        """
         return ":".join([f"{self._prefix}:b1:{{{digest(account.name)}}}", *map(str, parts)])
 
     async def publish(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
         if not self._link.up:
             return None
-        pots = account.at(wall)
-        keys = [self.key(account, "held"), *(self.key(account, pot.kind, int(pot.start)) for pot in pots)]
+        periods = account.at(wall)
+        names = [(period.kind, int(period.start)) for period in periods]  # another may have begun at the answer
+        keys = [self.key(account, "held"), *(self.key(account, *name) for name in names)]
         self._seq += 1
         args: list[Any] = [self._process, self._seq, round(HELD_FOR * 1000), rounded_up(account.held, _PICO)]
         args.append("" if ask is None else rounded_up(ask, _PICO))
-        for pot in pots:
-            args += [rounded_up(pot.own, _PICO), rounded_down(pot.limit), _LIVES[pot.kind], _least(pot)]
+        for period in periods:
+            args += [rounded_up(period.own, _PICO), _rounded_down(period.limit), _LIVES[period.kind], _least(period)]
         try:
             answer = await self._link.run(lambda: self._script(keys=keys, args=args), self._deadline)
         except ResponseError as error:  # OOM, READONLY, NOPERM, more than 9 million USD
@@ -77,18 +86,18 @@ class RedisBudgets:
             return None
         room, held, proxies, *totals = answer
         spent: dict[tuple[Kind, float], Decimal] = {}
-        for pot, total, mine in zip(pots, totals[::2], totals[1::2], strict=True):
-            spent[pot.kind, float(keys[1 + pots.index(pot)].rpartition(":")[2])] = _usd(int(total) - int(mine))
+        for (kind, start), total, mine in zip(names, totals[::2], totals[1::2], strict=True):
+            spent[kind, float(start)] = _usd(int(total) - int(mine))
         account.apply_shared(spent, _usd(int(held)), int(proxies), wall)
         return bool(room)
 
 
-def _least(pot: BudgetPeriod) -> int:
-    """What the total cannot be less than: what was spent before this process was started, and what it has spent."""
-    return rounded_up(EXACT.add(pot.before, pot.own), _PICO)
+def _least(period: BudgetPeriod) -> int:
+    """Return what the total is at least: what was spent before this process was started, and by it since."""
+    return rounded_up(EXACT.add(period.before, period.own), _PICO)
 
 
-def rounded_down(amount: Decimal) -> int:
+def _rounded_down(amount: Decimal) -> int:
     return int(EXACT.scaleb(amount, _PICO))
 
 

@@ -1,6 +1,6 @@
-"""The ledger's file: one row a request in `rows_v1`, and what requests share in `kinds_v1`.
+"""The ledger's SQLite file: one row for each request in `rows_v1`, and what requests share in `kinds_v1`.
 
-A row is named by its time and a number that its process alone gives, so that writing it again changes nothing.
+A row's key is its time and a number that only its process gives, so that writing it again changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAYOUT: Final = files.Layout(
     application_id=0x4F43506C,  # "OCPl"
     schema=f"""
 CREATE TABLE IF NOT EXISTS {KINDS} (
-  id INTEGER PRIMARY KEY,    -- core/records.py: kind_id()
+  id INTEGER PRIMARY KEY,    -- records.kind_id()
   client TEXT NOT NULL, endpoint TEXT NOT NULL, model TEXT NOT NULL, answer_model TEXT NOT NULL,
   status INTEGER NOT NULL, error TEXT NOT NULL, cache TEXT NOT NULL, stream INTEGER NOT NULL,
   upstream TEXT NOT NULL, key TEXT NOT NULL, cost_status TEXT NOT NULL, sampled INTEGER NOT NULL,
@@ -29,9 +29,9 @@ CREATE TABLE IF NOT EXISTS {KINDS} (
 );
 CREATE TABLE IF NOT EXISTS {ROWS} (
   time INTEGER NOT NULL,     -- Unix milliseconds
-  place INTEGER NOT NULL,    -- within a process; the first is drawn by lot
+  place INTEGER NOT NULL,    -- within a process; the first is random
   kind INTEGER NOT NULL,
-  requests INTEGER NOT NULL, -- equal hits within a moment are one row
+  requests INTEGER NOT NULL, -- hits of one entry within a moment are one row
   attempts INTEGER NOT NULL,
   prompt INTEGER NOT NULL, cached INTEGER NOT NULL, completion INTEGER NOT NULL, total INTEGER NOT NULL,  -- tokens
   other TEXT,                -- tokens and calls of rarer kinds, as JSON
@@ -62,7 +62,7 @@ def kind_row(number: int, kind: RecordKind) -> tuple[object, ...]:
 
 
 def kinds(connection: sqlite3.Connection) -> dict[int, RecordKind]:
-    """By number, every kind that there is."""
+    """Return every kind by its number."""
     found = {}
     for number, *fields in connection.execute(f"SELECT id, {', '.join(RecordKind._fields)} FROM {KINDS}"):
         kind = RecordKind._make(fields)

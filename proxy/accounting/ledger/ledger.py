@@ -1,8 +1,9 @@
-"""The ledger: what each request was and cost, in a SQLite file. Counts, costs and names, never text or credentials.
+"""The ledger records each request and its cost in a SQLite file: counts, costs and names, never text or credentials.
 
-Who serves requests only puts receipts into a list, and counts equal hits together (about a microsecond each). A few
-times a second `flush` hands both to a thread, which writes them (`writer.py`). Reports read the file themselves
-(`reader.py`), from any process. Without a path nothing is written, and only the totals since the start are known.
+On the event loop receipts are only put into a list, and hits of the same entry are counted together (about one
+microsecond each). A few times a second `flush` hands both to a thread, which writes them (`writer.py`). Reports read
+the file themselves (`reader.py`), in any process. Without a path nothing is written, and only the totals since the
+start are known.
 """
 
 from __future__ import annotations
@@ -26,20 +27,19 @@ from .reporting import ReportRow
 from .writer import LedgerWriter
 
 FLUSH_INTERVAL: Final = 0.25
-"""Seconds between two flushes: a killed process loses so much, and what its last commit was still writing."""
+"""Seconds between two flushes: a killed process loses what came since the last one, and what was being written."""
 
 CLOSE_TIMEOUT: Final = 5.0
-"""Seconds a clean stop waits for the file."""
+"""Seconds for which a clean stop waits for the file."""
 
 MAX_WAITING: Final = 50_000
-"""Receipts, and different hits, between two flushes; what is beyond is counted as lost."""
-
+"""Receipts, and different hits, between two flushes; what comes beyond that is counted as lost."""
 
 log = logging.getLogger("proxy.ledger")
 
 
 class Ledger:
-    """The records of one process. `hit`, `record` and `refused` are on the way of requests, on the event loop alone."""
+    """The records of one process. Call `hit`, `record` and `refused` on the event loop only."""
 
     def __init__(self, path: str | None, clock: Clock) -> None:
         self.path = _place(path) if path is not None else None
@@ -57,7 +57,7 @@ class Ledger:
     # -- every request -------------------------------------------------------------------------------------------------
 
     def hit(self, entry: Entry, client: str, tags: tuple[str, ...], run: str, wall: float, spent: float) -> None:
-        """One hit, served at `wall` within `spent` milliseconds."""
+        """Record a hit, served at `wall` (Unix seconds) within `spent` milliseconds."""
         name = (entry.key, entry.form, client, tags, run)
         hits = self._hits.get(name)
         if hits is not None:
@@ -69,32 +69,32 @@ class Ledger:
             self._lost += 1
 
     def record(self, receipt: Receipt) -> None:
-        """One request that was no hit."""
+        """Record a request that was not a hit."""
         if len(self._receipts) < MAX_WAITING:
             self._receipts.append(receipt)
         else:
             self._lost += 1
 
     def refused(self, code: str, status: int, client: str, endpoint: str) -> None:
-        """One request that was turned away before it became a call. Few rows come of many, whoever sends them."""
+        """Record a request that was refused before it was parsed. Those of one client and error share a row."""
         name = (code, status, client, endpoint)
         self._refused[name] = self._refused.get(name, 0) + 1
 
     # -- in the background ---------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Starts the writer. What is wrong with the file is logged, and costs no answer."""
+        """Start the writer. If something is wrong with the file it is logged, and requests are served all the same."""
         if self._writer is not None:
             self._writer.start()
 
     async def run(self) -> None:
-        """Flushes now and then, forever."""
+        """Flush every `FLUSH_INTERVAL`, forever."""
         while True:
             await self._clock.sleep(FLUSH_INTERVAL)
             self.flush()
 
     def flush(self, done: threading.Event | None = None) -> None:
-        """Hands over what has gathered. done: set when it has been counted, and written where that is possible."""
+        """Hand over what has gathered. done: set once it is counted and, if the file works, written."""
         lost, self._lost = self._lost, 0
         receipts = [(receipt, 1) for receipt in self._receipts]
         if self._refused:
@@ -112,7 +112,7 @@ class Ledger:
             done.set()
 
     async def close(self) -> None:
-        """Writes what is left."""
+        """Write what is left."""
         self.flush()
         if self._writer is not None:
             await asyncio.to_thread(self._writer.close, CLOSE_TIMEOUT)
@@ -120,7 +120,7 @@ class Ledger:
     # -- questions -----------------------------------------------------------------------------------------------------
 
     async def totals(self) -> dict[str, Any]:
-        """Since the start of this process, once they are in the file."""
+        """Return the totals since the start of this process, once they are in the file."""
         done = threading.Event()
         self.flush(done)
         await asyncio.to_thread(done.wait, 1.0)
@@ -130,7 +130,7 @@ class Ledger:
         return answer
 
     async def usage(self, by: Sequence[str], span: Span) -> dict[str, Any]:
-        """Totals since the start of this process, and what the file says of all that write to it."""
+        """Return the totals since the start of this process, and what the file says of all that write to it."""
         answer = await self.totals()
         if self.path is None or self._writer is None:
             return answer
@@ -142,14 +142,14 @@ class Ledger:
         return answer | {"by": list(by), "rows": rows, "total": total}
 
     async def spent(self, since: float, client: str | None = None) -> Decimal:
-        """USD that requests since then (Unix seconds) cost by the file, of one client or of all: budgets at start."""
+        """Return the USD spent since a time (Unix seconds) by one client or by all, according to the file."""
         if self.path is None:
             return Decimal(0)
         return await asyncio.to_thread(reader.spent, self.path, since, client)
 
 
 def _place(path: str) -> Path | None:
-    """Where it is; None where `~` stands for nothing, as in a container without HOME."""
+    """Return the path of the file; None if `~` stands for nothing, as in a container without HOME."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         log.warning("ledger %s: there is no home directory; nothing is recorded", path)

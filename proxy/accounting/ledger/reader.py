@@ -1,4 +1,4 @@
-"""Reports, read from the ledger's file, beside whoever writes to it. Blocking: for commands and threads."""
+"""Read reports from the ledger's file while other processes write to it. It blocks: use it in commands and threads."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ BUSY: Final = 5.0
 _LATEST: Final = 2**62
 
 _MONEY: Final = 1_000_000
-"""Amounts are summed in two parts, of which neither comes near 64 bits."""
+"""Amounts are added up in two parts, so that neither sum comes near 64 bits."""
 
 
 class LedgerMissing(Exception):
-    """There is nothing to read; says why, in one line."""
+    """There is nothing to read; the message says why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """From `since` up to, not including, `until`: Unix seconds, None for no bound."""
+    """From `since` to before `until`: Unix seconds; None for no bound."""
 
     since: float | None = None
     until: float | None = None
@@ -42,7 +42,7 @@ class Span:
 
 @contextmanager
 def opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file, to read only. Raises LedgerMissing."""
+    """Open the file read-only. Raises LedgerMissing."""
     if not path.is_file():
         raise LedgerMissing(f"there is no ledger {path}: no proxy has written one yet, or ledger.enabled is false")
     try:
@@ -60,9 +60,9 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def report(path: Path, by: Sequence[str], span: Span) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(a row for each of what it is by, all of them together). Raises LedgerMissing."""
+    """Return (a row for each group, the total). Raises LedgerMissing."""
     groups: dict[Label, ReportRow] = {}
-    all_ = ReportRow()
+    total = ReportRow()
     day = f"time / {DAY}" if {"day", "month"} & set(by) else "0"
     where = f"FROM {ROWS} WHERE time >= ? AND time < ?"
     with opened(path) as connection:
@@ -74,7 +74,7 @@ def report(path: Path, by: Sequence[str], span: Span) -> tuple[list[dict[str, An
             found = places.get((number, day))
             if found is None:
                 found = [groups.setdefault(label, ReportRow()) for label in labels(by, known[number], day)]
-                found.append(all_)
+                found.append(total)
                 places[number, day] = found
             return found
 
@@ -98,7 +98,7 @@ def report(path: Path, by: Sequence[str], span: Span) -> tuple[list[dict[str, An
                 f"SELECT kind, {day}, rest {where} AND rest IS NOT NULL", span.bounds
             ):
                 for sums in sums_of(number, at):
-                    sums.pay_rest(rest)
+                    sums.add_rest(rest)
         times: defaultdict[tuple[int, int], tuple[defaultdict[int, int], defaultdict[int, int]]]
         times = defaultdict(lambda: (defaultdict(int), defaultdict(int)))  # quicker than Counter in this loop
         for number, at, count, slot, first in connection.execute(
@@ -111,11 +111,11 @@ def report(path: Path, by: Sequence[str], span: Span) -> tuple[list[dict[str, An
             for sums in places[place]:
                 sums.latency.update(latency)
                 sums.first.update(firsts)
-    return ordered(by, groups), all_.as_json()
+    return ordered(by, groups), total.as_json()
 
 
 def what_if(path: Path, span: Span, what: WhatIf) -> dict[str, Any]:
-    """What another cache would have done in this time. Raises LedgerMissing."""
+    """Return what another cache would have done in this time. Raises LedgerMissing."""
     with opened(path) as connection:
         connection.execute("BEGIN")
         rows = connection.execute(
@@ -127,7 +127,7 @@ def what_if(path: Path, span: Span, what: WhatIf) -> dict[str, Any]:
 
 
 def spent(path: Path, since: float, client: str | None = None) -> Decimal:
-    """USD that requests since then (Unix seconds) cost, of one client or of all; 0 where there is no ledger."""
+    """Return the USD spent since a time (Unix seconds) by one client or by all; 0 if there is no ledger."""
     whose = f"AND kind IN (SELECT id FROM {KINDS} WHERE client = ?)" if client is not None else ""
     bounds = (int(since * 1000), *([client] if client is not None else []))
     where = f"FROM {ROWS} WHERE time >= ? {whose}"

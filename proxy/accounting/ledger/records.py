@@ -1,7 +1,7 @@
-"""What the ledger writes down of a request: a kind, which many requests share, and the numbers of this one.
+"""Rows of the ledger: a kind, which many requests share, and the numbers of one request.
 
-Money is kept exact: whole 1e-12 USD as an integer, which SQL can sum, and what does not fit into one as a decimal text.
-Nothing of a prompt or an answer is here, and no credential: names, counts, costs, times, 60 bits of the cache key.
+Amounts of money are exact: whole 1e-12 USD as an integer, which SQL can add up, and the rest as decimal text. A row
+holds names, counts, costs, times and 60 bits of the cache key, but no text of a request or response and no credential.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from ...cost.usage import Usage
 from ...protocol.json_parse import printable_name
 from ..receipt import Receipt
 
-LONGEST: Final = 200
+MAX_NAME: Final = 200
 """Characters kept of a name that a client chose: a model, a tag, a run."""
 
-MOST_TAGS: Final = 32
+MAX_TAGS: Final = 32
 PLACES: Final = 12
-"""Decimal places of the integers: 1e-12 USD."""
+"""Decimal places of the integers, whose unit is 1e-12 USD."""
 
 _LARGEST: Final = 10**15
-"""Amounts of 1,000 USD and more are kept as text, so that no sum of integers comes near 64 bits soon."""
+"""Amounts of 1,000 USD and more are kept as text, so that sums of integers stay far below 64 bits."""
 
 _EXACT: Final = Context(prec=80)
 _USUAL: Final = frozenset({"prompt_tokens", "cached_tokens", "completion_tokens", "total_tokens"})
 
 
 class RecordKind(NamedTuple):
-    """What requests have in common. key: the label of the upstream key; sampled: neither temperature 0 nor a seed."""
+    """What requests have in common. key: the upstream key's label; sampled: neither temperature 0 nor a seed."""
 
     client: str
     endpoint: str
@@ -52,10 +52,14 @@ class RecordKind(NamedTuple):
 
 
 class LedgerRecord(NamedTuple):
-    """One row: some requests of a kind. Tokens, attempts and money are sums over them, times (µs) their mean.
+    """One row: one or more requests of a kind. Tokens, attempts and amounts are sums.
 
-    time: Unix milliseconds; other: tokens of rarer kinds, as JSON; cost, saved: 1e-12 USD, None where unknown; rest:
-    what these two leave out, as `cost saved` in USD; digest: of the cache key, None without one.
+    time: Unix milliseconds.
+    other: tokens and calls of rarer kinds, as JSON.
+    cost, saved: 1e-12 USD; None if unknown.
+    rest: what these two leave out, as `cost saved` in USD.
+    queue, upstream, duration, first: the mean in microseconds.
+    digest: 60 bits of the cache key; None without one.
     """
 
     time: int
@@ -78,7 +82,11 @@ class LedgerRecord(NamedTuple):
 
 
 class HitCounter:
-    """Equal hits of one second. count and milliseconds grow; the rest is the first one's."""
+    """Hits of one entry by one client between two flushes. `count` and `milliseconds` grow.
+
+    wall: Unix seconds of the first hit.
+    spent: milliseconds in which the first hit was served.
+    """
 
     __slots__ = (
         *(
@@ -115,7 +123,7 @@ class HitCounter:
         self.estimated = entry.estimated
 
     def receipt(self) -> Receipt:
-        """Of one of them, with the mean of the times."""
+        """Return the receipt of one of the hits, with the mean of their times."""
         return Receipt(
             id="",
             client=self.client,
@@ -139,7 +147,7 @@ class HitCounter:
 
 
 def error_receipt(code: str, status: int, client: str, endpoint: str, wall: float) -> Receipt:
-    """Of a request that was turned away before it became a call."""
+    """Return the receipt of a request that was refused before it was parsed. wall: Unix seconds."""
     return Receipt(
         id="",
         client=client,
@@ -153,7 +161,7 @@ def error_receipt(code: str, status: int, client: str, endpoint: str, wall: floa
 
 
 def kind_of(receipt: Receipt) -> RecordKind:
-    """Names are cut: what a client invents must not fill the ledger."""
+    """Return the kind of a request. Names are cut, so that a client cannot fill the ledger with them."""
     return RecordKind(
         client=receipt.client,
         endpoint=_name(receipt.endpoint),
@@ -167,18 +175,18 @@ def kind_of(receipt: Receipt) -> RecordKind:
         key=receipt.key,
         cost_status=receipt.cost_status,
         sampled=receipt.sampled,
-        tags=tuple(map(_name, receipt.tags[:MOST_TAGS])),
+        tags=tuple(map(_name, receipt.tags[:MAX_TAGS])),
         run=_name(receipt.run),
     )
 
 
 def kind_id(kind: RecordKind) -> int:
-    """63 bits of a digest: every process gives a kind the same number without asking the file."""
+    """Return a kind's number: 63 bits of a digest, so that every process gives it the same without reading the file."""
     return int.from_bytes(hashlib.blake2b(msgspec.json.encode(kind), digest_size=8).digest(), "big") >> 1
 
 
 def record_of(receipt: Receipt, kind: int, count: int = 1) -> LedgerRecord:
-    """The row for `count` requests with this receipt."""
+    """Return the row for `count` requests with this receipt."""
     usage = receipt.usage
     cost, cost_rest = amount(receipt.cost_usd, count)
     saved, saved_rest = amount(receipt.saved_usd, count)
@@ -205,7 +213,7 @@ def record_of(receipt: Receipt, kind: int, count: int = 1) -> LedgerRecord:
 
 
 def amount(text: str | None, count: int = 1) -> tuple[int | None, Decimal]:
-    """`count` times so many USD, as whole 1e-12 USD and the exact rest. (None, 0) for an unknown amount."""
+    """Return `count` times an amount of USD, as whole 1e-12 USD and the exact rest; (None, 0) if it is unknown."""
     if text is None:
         return None, Decimal(0)
     whole, rest = _amount(text)
@@ -224,12 +232,12 @@ def _amount(text: str) -> tuple[int, Decimal]:
 
 
 def dollars(whole: int, *rests: Decimal) -> Decimal:
-    """USD, from 1e-12 USD and what they leave out. Exact."""
+    """Return the exact sum, in USD, of 1e-12 USD and what they leave out."""
     return reduce(_EXACT.add, rests, _EXACT.scaleb(Decimal(whole), -PLACES))
 
 
 def _other(usage: Usage, count: int) -> str | None:
-    """Tokens and calls of rarer kinds, as JSON."""
+    """Return tokens and calls of rarer kinds, as JSON."""
     if usage.plain and not usage.cache_write_tokens:
         return None
     counts: dict[str, int] = msgspec.to_builtins(usage)
@@ -237,9 +245,9 @@ def _other(usage: Usage, count: int) -> str | None:
 
 
 def _digest(key: str) -> int:
-    """The first 60 bits of a cache key, which is hex."""
+    """Return the first 60 bits of a cache key, which is hexadecimal."""
     return int(key[:15], 16)
 
 
 def _name(text: str) -> str:
-    return text if text.isascii() and len(text) <= LONGEST else printable_name(text[:LONGEST])
+    return text if text.isascii() and len(text) <= MAX_NAME else printable_name(text[:MAX_NAME])

@@ -1,4 +1,4 @@
-"""What the ledger says: sums by day, model, client …, percentiles of times, and what another cache would have done."""
+"""Reports of the ledger: totals by day, model, client …, percentiles of times, and what another cache would do."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from ...protocol.durations import parse_duration
 from .records import LedgerRecord, RecordKind, dollars
 
 BY: Final = ("day", "month", "model", "endpoint", "client", "key", "tag", "run", "error")
-"""What a report can be by. Days and months are UTC, as on OpenAI's own pages."""
+"""What a report can be grouped by. Days and months are UTC, as on OpenAI's usage page."""
 
 FREE: Final = frozenset({"hit", "stale", "coalesced"})
-"""Cache statuses whose tokens nobody had to buy."""
+"""Cache statuses of requests that cost nothing."""
 
 SLOT: Final = 100
-"""Times are told apart by so many microseconds."""
+"""The resolution of times, in microseconds."""
 
 DAY: Final = 86_400_000
-_SHARES: Final = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
+_PERCENTILES: Final = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
 _EPOCH: Final = date(1970, 1, 1)
 
 Label = tuple[str | None, ...]
-"""Where a request belongs, one text for each thing that the report is by; None: it has no such thing."""
+"""The group of a request: one text for each thing that the report is grouped by; None: the request has none."""
 
 
 @dataclass(slots=True)
 class ReportRow:
-    """Requests added up. Money is in 1e-12 USD and an exact rest; latency, first: how many took so many slots."""
+    """Totals of several requests. Amounts are in 1e-12 USD and an exact rest in USD.
+
+    latency, first: the number of requests by time in units of `SLOT`.
+    """
 
     requests: int = 0
     hits: int = 0
@@ -54,7 +57,7 @@ class ReportRow:
     first: Counter[int] = field(default_factory=Counter)
 
     def count(self, cache: str, status: int, error: str, requests: int, unpriced: int) -> None:
-        """`requests` of one kind; unpriced: those of them without a known cost."""
+        """Count `requests` of one kind. unpriced: how many of them have no known cost."""
         self.requests += requests
         if cache in ("hit", "stale"):
             self.hits += requests
@@ -76,22 +79,22 @@ class ReportRow:
             self.total += total
 
     def add(self, kind: RecordKind, row: LedgerRecord) -> None:
-        """One row; its times are not kept."""
+        """Add one row, without its times."""
         self.count(kind.cache, kind.status, kind.error, row.requests, row.requests if row.cost is None else 0)
         self.tokens(kind.cache, row.attempts, row.prompt, row.cached, row.completion, row.total)
         self.cost += row.cost or 0
         self.saved += row.saved or 0
         if row.rest is not None:
-            self.pay_rest(row.rest)
+            self.add_rest(row.rest)
 
-    def pay_rest(self, rest: str) -> None:
-        """What a row's integers leave out."""
+    def add_rest(self, rest: str) -> None:
+        """Add what a row's integers leave out."""
         cost, _, saved = rest.partition(" ")
         self.cost_rest = dollars(0, self.cost_rest, Decimal(cost))
         self.saved_rest = dollars(0, self.saved_rest, Decimal(saved))
 
     def as_json(self) -> dict[str, Any]:
-        """Money as plain decimals; hit_rate from 0 to 1; times in milliseconds, None where there are none."""
+        """Return the row as JSON: amounts as decimal text, `hit_rate` from 0 to 1, times in milliseconds or None."""
         row: dict[str, Any] = {
             "requests": self.requests,
             "hits": self.hits,
@@ -114,12 +117,12 @@ class ReportRow:
 
 
 def percentiles(times: Counter[int]) -> dict[str, float | None]:
-    """Milliseconds below or at which half, 95 and 99 in a hundred lie (the nearest rank). times: slot -> how many."""
+    """Return the 50th, 95th and 99th percentile (nearest rank) in milliseconds. times: counts by units of `SLOT`."""
     if not times:
-        return {name: None for name, _ in _SHARES}
+        return {name: None for name, _ in _PERCENTILES}
     found: dict[str, float | None] = {}
     seen, total = 0, sum(times.values())
-    wanted = [(name, max(1, -int(-share * total // 1))) for name, share in _SHARES]
+    wanted = [(name, max(1, -int(-share * total // 1))) for name, share in _PERCENTILES]
     for slot in sorted(times):
         seen += times[slot]
         while wanted and seen >= wanted[0][1]:
@@ -128,12 +131,12 @@ def percentiles(times: Counter[int]) -> dict[str, float | None]:
 
 
 def day_of(number: int) -> str:
-    """`2026-11-21` for a number of days since 1970."""
+    """Return the date, as in `2026-11-21`, of a number of days since 1970."""
     return (_EPOCH + timedelta(days=number)).isoformat()
 
 
 def labels(by: Sequence[str], kind: RecordKind, day: int) -> list[Label]:
-    """Where a request of this kind belongs; with several tags in several places. day: days since 1970."""
+    """Return the groups of a request of this kind: several if it has several tags. day: days since 1970."""
     choices: list[Sequence[str | None]] = []
     for name in by:
         match name:
@@ -149,7 +152,7 @@ def labels(by: Sequence[str], kind: RecordKind, day: int) -> list[Label]:
 
 
 def ordered(by: Sequence[str], groups: dict[Label, ReportRow]) -> list[dict[str, Any]]:
-    """The rows of a report: in order of time where it is by time first, else the dearest first."""
+    """Return the rows of a report: by time if it is grouped by time first, otherwise by cost, the highest first."""
     items = list(groups.items())
     items.sort(key=lambda item: tuple(text or "" for text in item[0]))
     if by[0] not in ("day", "month"):
@@ -158,9 +161,9 @@ def ordered(by: Sequence[str], groups: dict[Label, ReportRow]) -> list[dict[str,
 
 
 def parse_moment(text: str, now: float) -> float:
-    """Unix seconds of `7d` (so long before `now`), `2026-11-01` or `2026-11-01T12:00` (UTC, or with an offset).
+    """Return the Unix seconds of `7d` (before `now`), `2026-11-01` or `2026-11-01T12:00` (UTC, or with an offset).
 
-    Raises ValueError that says what is expected.
+    Raises ValueError, which says what is expected.
     """
     try:
         return now - parse_duration(text)
@@ -178,14 +181,14 @@ def parse_moment(text: str, now: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """Another cache. ttl: seconds, None for as it was: forever, as the ledger does not know what was evicted."""
+    """Another cache. ttl: seconds; None: forever, since the ledger does not know what was evicted."""
 
     ttl: float | None = None
     deterministic: bool = False
 
     @classmethod
     def parse(cls, text: str) -> WhatIf:
-        """Of `ttl=7d`, `when=deterministic`, `when=always`, or several with commas. Raises ValueError."""
+        """Parse `ttl=7d`, `when=deterministic`, `when=always`, or several with commas. Raises ValueError."""
         ttl, deterministic = None, False
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
@@ -201,13 +204,14 @@ class WhatIf:
 def replay(
     rows: Iterable[tuple[int, int, int, int, int, int]], kinds: dict[int, RecordKind], what: WhatIf
 ) -> dict[str, Any]:
-    """What a cache like `what` would have done for these requests, beside what was done.
+    """Return what a cache like `what` would have done for these requests, beside what was done.
 
-    rows: (milliseconds, kind, count, cost, saved, digest) in order of time, with a digest each. A good answer is
-    stored where the cache had none, and lives for the ttl; what it saves is what it cost.
+    A good response is stored if the cache has none, and expires after the ttl; a hit saves what it cost.
+
+    rows: (milliseconds, kind, count, cost, saved, digest), ordered by time.
     """
-    life = None if what.ttl is None else int(what.ttl * 1000)
-    useless = {number for number, kind in kinds.items() if kind.error or kind.status != 200}
+    ttl = None if what.ttl is None else int(what.ttl * 1000)
+    uncacheable = {number for number, kind in kinds.items() if kind.error or kind.status != 200}
     free = {number for number, kind in kinds.items() if kind.cache in FREE}
     sampled = {number for number, kind in kinds.items() if kind.sampled} if what.deterministic else set()
     stored: dict[int, int] = {}
@@ -216,7 +220,7 @@ def replay(
         requests += count
         was_spent += cost
         was_saved += spared
-        if kind in useless:
+        if kind in uncacheable:
             spent += cost
             continue
         each = (cost + spared) // count
@@ -226,11 +230,11 @@ def replay(
             spent += each * count
             continue
         ends = stored.get(digest)
-        if ends is not None and (life is None or time < ends):
+        if ends is not None and (ttl is None or time < ends):
             hits += count
             saved += each * count
             continue
-        stored[digest] = 0 if life is None else time + life
+        stored[digest] = 0 if ttl is None else time + ttl
         spent += each
         hits += count - 1
         saved += each * (count - 1)

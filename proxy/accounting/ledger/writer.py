@@ -23,10 +23,10 @@ from .reporting import ReportRow
 log = logging.getLogger("proxy.ledger")
 
 LedgerBatch = tuple[Sequence[tuple[Receipt, int]], Sequence[HitCounter], int, threading.Event | None]
-"""Receipts with how many requests each stands for, hits, how many were lost before, and whom to tell."""
+"""Receipts with how many requests each stands for, hits, how many were lost before, and an event to set."""
 
-MOST_WAITING: Final = 50_000
-"""Rows that wait for the file to work again: about 25 MB."""
+MAX_WAITING: Final = 50_000
+"""Rows that may wait until the file works again: about 25 MB."""
 
 _KINDS_KNOWN: Final = 20_000
 _SUMMED: Final = ("requests", "attempts", "prompt", "cached", "completion", "total")
@@ -65,7 +65,7 @@ class LedgerWriter(SQLiteWriter):
         return {"state": self.state, "waiting": len(self._rows), "lost": self.lost}
 
     def start(self) -> None:
-        """Starts the thread, which opens the file at once: what is wrong with it is said at the start."""
+        """Start the thread, which opens the file at once, so that errors are reported at the start."""
         self.put((), ())
         self._thread.start()
 
@@ -154,7 +154,7 @@ class LedgerWriter(SQLiteWriter):
             log.error("a request cannot be recorded: %r", error)
             self.lost += count
             return
-        if len(self._rows) < MOST_WAITING:
+        if len(self._rows) < MAX_WAITING:
             self._place += 1
             self._rows.append((self._place, record))
         elif not (kind.cache == "hit" and self._fold(record)):
@@ -166,7 +166,7 @@ class LedgerWriter(SQLiteWriter):
         return number
 
     def _fold(self, record: LedgerRecord) -> bool:
-        """Adds hits to equal ones that wait; whether there were any."""
+        """Add hits to a waiting row of the same kind and digest. Return whether there was one."""
         if not self._folded:
             self._folded = {(row.kind, row.digest): index for index, (_, row) in enumerate(self._rows)}
         index = self._folded.get((record.kind, record.digest))

@@ -1,9 +1,9 @@
-"""Named runs in Redis, shared by every proxy that names the same one. Imported only where a Redis is configured.
+"""Named runs shared over Redis.
 
 A run has two keys: its numbers, and its processes' shares; a third lists the clients that have a run of this name. All
-have one hash tag, so that a script touches one slot of a cluster, and a lifetime of `LIFE` since they were last used. A
-process writes its whole share each time, never a difference: what is said twice, because an answer was lost, counts
-once. Redis' trouble is nobody's: within `DEADLINE` there is an answer, or None.
+have one hash tag, so that a script touches one slot of a cluster, and expire `LIFETIME` after they were last used. A
+process writes its whole share each time, never a difference, so what is sent twice because a reply was lost counts
+once. Nothing here raises: within `DEADLINE` there is a result, or None.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import msgspec
 from redis.exceptions import RedisError, ResponseError
 
 from ...system.redis import RedisConnection
-from .run import MOST_KEYS, Run, RunShare, rounded_up
+from .run import MAX_KEYS, Run, RunShare, rounded_up
 
 DEADLINE: Final = 0.09
-"""Seconds a request waits for each of at most two answers."""
+"""Seconds a request waits for each of at most two replies."""
 
-LIFE: Final = 7 * 86400
-"""Seconds a run is remembered after its last request."""
+LIFETIME: Final = 7 * 86400
+"""Seconds for which a run is remembered after its last request."""
 
-_MOST_SHARES: Final = 1000
-_MOST_CLIENTS: Final = 1000
-_READ: Final = 2.0
+_MAX_SHARES: Final = 1000
+_MAX_CLIENTS: Final = 1000
+_READ_TIMEOUT: Final = 2.0
 _NANO: Final = 9
 
 # KEYS: numbers. ARGV: request, 1 for a retry, the least number, lifetime, most fields. -1: no room.
 _NUMBER: Final = """
 local count = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '-1')
 if ARGV[2] == '1' then
-  local under_way
+  local in_flight
   for n = 0, math.min(count, 10000) - 1 do
     local state = redis.call('HGET', KEYS[1], ARGV[1] .. ':' .. n)
     if state == 'ended' then
       redis.call('HSET', KEYS[1], ARGV[1] .. ':' .. n, 'open')
       return n
     end
-    if state and not under_way then under_way = n end
+    if state and not in_flight then in_flight = n end
   end
-  if under_way then return under_way end
+  if in_flight then return in_flight end
 end
 if count < 0 then
   if redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[5]) then return -1 end
@@ -98,7 +98,7 @@ return {1, all}
 
 @dataclass(frozen=True, slots=True)
 class RedisKnownRun:
-    """What is shared of one client's run. shares: by process; keys: distinct requests."""
+    """One client's run as it is shared. shares: by process; keys: the number of distinct requests."""
 
     client: str
     shares: Mapping[str, RunShare]
@@ -106,8 +106,11 @@ class RedisKnownRun:
 
 
 class RedisRuns:
-    """link: opened and closed here, unless `borrowed`; prefix: of every key, at most 64 bytes; deadline: seconds an
-    answer may take.
+    """Runs in one Redis.
+
+    link: opened and closed here unless it is `borrowed`.
+    prefix: the start of every key, at most 64 bytes.
+    deadline: seconds a reply may take.
     """
 
     def __init__(
@@ -137,19 +140,19 @@ class RedisRuns:
             await self._link.close()
 
     def keys_of(self, name: str, owner: str) -> tuple[str, str, str]:
-        """The Redis keys of a run: numbers, shares, clients. At most 137 bytes with the longest prefix."""
+        """Return the Redis keys of a run, for numbers, shares and clients, each of at most 137 bytes."""
         tag = f"{self._prefix}:r1:{{{hashlib.sha256(name.encode()).hexdigest()[:32]}}}"
         return f"{tag}:{owner}:n", f"{tag}:{owner}:s", f"{tag}:c"
 
     async def number(self, run: Run, key: str, retry: bool) -> int | None:
         numbers, _, _ = self.keys_of(run.name, run.owner)
-        args: list[str | int] = [key[:32], int(retry), run.count(key), LIFE, 2 * MOST_KEYS]
+        args: list[str | int] = [key[:32], int(retry), run.count(key), LIFETIME, 2 * MAX_KEYS]
         answer = await self._ask(lambda: self._number(keys=[numbers], args=args))
         return answer if isinstance(answer, int) and answer >= 0 else None
 
     async def ended(self, run: Run, key: str, number: int, delivered: bool) -> None:
         numbers, _, _ = self.keys_of(run.name, run.owner)
-        args: list[str | int] = [f"{key[:32]}:{number}", int(delivered), LIFE]
+        args: list[str | int] = [f"{key[:32]}:{number}", int(delivered), LIFETIME]
         await self._ask(lambda: self._ended(keys=[numbers], args=args))
 
     async def share(
@@ -161,8 +164,8 @@ class RedisRuns:
         value = f"{share.seq} {spent} {held} {share.until:.3f} ".encode() + msgspec.json.encode(share)
         limited = "" if limit is None else str(rounded_up(limit, _NANO))
         wall = self._wall()
-        first: list[Any] = [run.id, value, share.seq, LIFE, run.owner, run.client]
-        args = [*first, f"{wall:.3f}", rounded_up(before, _NANO), spent + held, limited, _MOST_SHARES, _MOST_CLIENTS]
+        first: list[Any] = [run.id, value, share.seq, LIFETIME, run.owner, run.client]
+        args = [*first, f"{wall:.3f}", rounded_up(before, _NANO), spent + held, limited, _MAX_SHARES, _MAX_CLIENTS]
         answer = await self._ask(lambda: self._share(keys=[shares, clients], args=args))
         if answer is None:
             return None
@@ -176,7 +179,7 @@ class RedisRuns:
         redis = self._link.redis
         _, _, clients = self.keys_of(name, "")
 
-        async def all_of_it() -> dict[str, RedisKnownRun]:
+        async def read_all() -> dict[str, RedisKnownRun]:
             known = {}
             named = await cast("Awaitable[dict[bytes, bytes]]", redis.hgetall(clients))
             for owner_bytes, client in named.items():
@@ -188,15 +191,15 @@ class RedisRuns:
                     known[owner] = RedisKnownRun(client.decode("utf-8", "replace"), found, int(keys or 0))
             return known
 
-        known: Mapping[str, RedisKnownRun] | None = await self._ask(all_of_it, _READ)
+        known: Mapping[str, RedisKnownRun] | None = await self._ask(read_all, _READ_TIMEOUT)
         return known
 
-    async def _ask(self, command: Callable[[], Awaitable[Any]], patience: float | None = None) -> Any:
-        """The answer; None where there is none in time."""
+    async def _ask(self, command: Callable[[], Awaitable[Any]], timeout: float | None = None) -> Any:
+        """Return the reply; None if there is none in time. timeout: seconds; None: the deadline."""
         if not self._link.up:
             return None
         try:
-            return await self._link.run(command, self._deadline if patience is None else patience)
+            return await self._link.run(command, self._deadline if timeout is None else timeout)
         except ResponseError as error:  # OOM, READONLY, NOPERM: runs are counted by each process alone
             self._link.complain(f"refuses to count a run: {error}")
         except (RedisError, OSError, TimeoutError):
@@ -205,7 +208,7 @@ class RedisRuns:
 
 
 def _shares(stored: Mapping[bytes, bytes]) -> dict[str, RunShare]:
-    """What can be read of them: whatever else stands there is not ours."""
+    """Return the shares by process; what cannot be read is left out."""
     found = {}
     for process, value in stored.items():
         try:

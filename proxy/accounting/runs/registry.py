@@ -1,7 +1,7 @@
-"""Named runs as the journey sees them: a ticket for each request, numbered, paid for, and given back on every exit.
+"""Named runs: number each request, reserve its estimated cost, and add up what it came to.
 
-What is decided stands in `core/runs.py`. Where a Redis is configured, numbers and sums are shared through it
-(`stores/redis_runs.py`); while it has troubles, each process goes on alone with what it knows.
+The rules are in `run.py`. If a Redis is configured, numbers and totals are shared over it; while it is out of reach,
+each process goes on with what it knows.
 """
 
 from __future__ import annotations
@@ -25,66 +25,72 @@ from .run import NOTHING, Run, Runs, RunShare, RunTotals, as_json, joined
 log = logging.getLogger("proxy")
 
 HELD_FOR: Final = 3600.0
-"""Seconds after which another process's reservations no longer count: it died, or it would have said something."""
+"""Seconds after which another process's reservations no longer count: if it were alive, it would have renewed them."""
 
 _ZERO: Final = Decimal(0)
 _PAID_FOR: Final = frozenset({"client_gone", "upstream_timeout", "upstream_invalid_response", "draining"})
-"""How a request can end that the upstream may well charge for, though no usage came."""
+"""Errors after which the upstream may well charge for a request although no usage came."""
 
 
 class KnownRun(Protocol):
-    """What is shared of one client's run. shares: by process."""
+    """One client's run as it is shared."""
 
     @property
     def client(self) -> str: ...
 
     @property
-    def shares(self) -> Mapping[str, RunShare]: ...
+    def shares(self) -> Mapping[str, RunShare]:
+        """What each process has done in the run, by process."""
 
     @property
     def keys(self) -> int:
-        """Distinct requests."""
+        """How many distinct requests there were."""
 
 
 class SharedRuns(Protocol):
-    """What processes share. None: it could not be asked, and the caller goes on alone. Nothing here raises."""
+    """Runs shared by several processes. No method raises; None: it is out of reach, and the caller goes on alone."""
 
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
 
     async def number(self, run: Run, key: str, retry: bool) -> int | None:
-        """The number of a request that has just arrived."""
+        """Return the number of a request that has just arrived. retry: an SDK says that it asks again."""
 
     async def ended(self, run: Run, key: str, number: int, delivered: bool) -> None:
-        """The request with this number is over."""
+        """Take note that the request with this number has ended."""
 
     async def share(
         self, run: Run, share: RunShare, before: Decimal = _ZERO, limit: Decimal | None = None
     ) -> bool | None:
-        """Publishes this process's share and hears the others'; with `limit`: only where there is room for all of it,
-        False where not. before: USD of it that this request does not add.
+        """Publish this process's share and take over the others'.
+
+        limit: USD; the share is published only if there is room for all of it, otherwise False is returned.
+        before: USD of the share that this request does not add.
         """
 
     async def read(self, name: str) -> Mapping[str, KnownRun] | None:
-        """All clients' runs of this name, by owner."""
+        """Return all clients' runs of this name, by owner."""
 
 
 @dataclass(slots=True, eq=False)
 class RunTicket:
-    """One request in a run. number: None where it is not numbered; held: USD reserved; buying: it may have gone
-    upstream, so that a receipt will tell what it cost.
+    """One request in a run.
+
+    number: None if it is not numbered.
+    held: USD reserved.
+    sent: it may have been sent upstream, so that a receipt will say what it cost.
     """
 
     run: Run
     key: str = ""
     number: int | None = None
     held: Decimal = _ZERO
-    buying: bool = False
+    sent: bool = False
 
 
 class RunRegistry:
-    """The runs of one world."""
+    """All runs; they survive a reload."""
 
     def __init__(self, clock: Clock, shared: SharedRuns | None = None) -> None:
         self._clock = clock
@@ -98,7 +104,7 @@ class RunRegistry:
             await self._shared.open()
 
     async def close(self) -> None:
-        """Waits a moment for what is still to be told to the others."""
+        """Wait up to a second until the others know everything."""
         if self._publishing:
             await asyncio.wait(set(self._publishing), timeout=1.0)
         if self._shared is not None:
@@ -107,7 +113,7 @@ class RunRegistry:
     # -- one request, from its arrival to its end ----------------------------------------------------------------------
 
     def enter(self, request: ProxyRequest) -> Run | None:
-        """A request arrives; None where it is in no run. Raises ProxyError(invalid_option)."""
+        """Return the run of a request that arrives; None: it is in none. Raises ProxyError(invalid_option)."""
         name, max_cost = request.options.run, request.options.max_cost
         if not name:
             if max_cost is not None:
@@ -124,7 +130,7 @@ class RunRegistry:
         return run
 
     async def sample(self, request: ProxyRequest, key: str) -> str:
-        """What stands for the sample in the key of this request, whose key without one is `key`."""
+        """Return the sample for the cache key of a request. key: its cache key without a sample."""
         ticket = self._tickets.get(request.id)
         if ticket is None or request.options.sample:
             return request.options.sample
@@ -134,9 +140,9 @@ class RunRegistry:
             number, _ = await asyncio.gather(
                 self._shared.number(run, key, retry), self._shared.share(run, run.share(self._until()))
             )
-        forgot = run.forgot
+        forgotten = run.forgotten
         number = run.number(key, retry) if number is None else run.took(key, number)
-        if run.forgot and not forgot:
+        if run.forgotten and not forgotten:
             log.warning("a run has too many different requests: the oldest are forgotten and start at 0 again")
         self._runs.numbered()
         ticket.key, ticket.number = key, number
@@ -164,35 +170,35 @@ class RunRegistry:
             ticket.held = _ZERO
             message = (
                 f"the run {run.name!r} has cost {usd(run.cost)} USD and this request might cost {usd(amount)}, with "
-                f"those under way more than its max-cost of {usd(limit)}; stored answers are still given"
+                f"requests in flight more than its max-cost of {usd(limit)}; stored answers are still given"
             )
             raise ProxyError("budget_exceeded", message, param="max-cost")
-        ticket.buying = True
+        ticket.sent = True
 
     def hit(self, request: ProxyRequest, entry: Entry) -> None:
-        """It was answered from the cache."""
+        """End a request that was answered from the cache."""
         ticket = self._tickets.pop(request.id, None)
         if ticket is not None:
             saved = Decimal(entry.cost) if entry.cost is not None else _ZERO
             self._end(ticket, RunTotals(requests=1, hits=1, saved=saved), request.model, delivered=True)
 
     def finished(self, receipt: Receipt) -> None:
-        """It is over, as its receipt says."""
+        """End a request as its receipt says."""
         ticket = self._tickets.pop(receipt.id, None)
         if ticket is None:
             return
         good = receipt.status < 400 and not receipt.error
         from_cache = receipt.cache in ("hit", "stale", "coalesced")
-        bought = good and not from_cache
+        miss = good and not from_cache
         cost = Decimal(receipt.cost_usd) if receipt.cost_usd is not None else None
-        charged = bought or receipt.error in _PAID_FOR
+        charged = miss or receipt.error in _PAID_FOR
         usage = receipt.usage if not from_cache else None
         sums = RunTotals(
             requests=1,
             hits=good and from_cache,
-            misses=bought,
+            misses=miss,
             errors=not good,
-            unpriced=bought and cost is None,
+            unpriced=miss and cost is None,
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,
             cost=cost or _ZERO,
@@ -202,13 +208,14 @@ class RunRegistry:
         self._end(ticket, sums, receipt.model, delivered=good)
 
     def abandoned(self, request: ProxyRequest, gone: bool) -> None:
-        """It ended without an answer. gone: its client is; what it bought may go on for others, and its receipt comes
-        when that is over.
+        """End a request that got no response.
+
+        gone: its client disconnected. Its upstream request may go on for other clients, and its receipt comes after it.
         """
         ticket = self._tickets.get(request.id)
         if ticket is None:
             return
-        if gone and ticket.buying:
+        if gone and ticket.sent:
             if ticket.number is not None:
                 ticket.run.ended(ticket.key, ticket.number, False)
             return
@@ -238,12 +245,12 @@ class RunRegistry:
     def _until(self) -> float:
         return self._clock.wall() + HELD_FOR
 
-    # -- what is told --------------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------------------
 
     async def report(self, name: str) -> dict[str, Any] | None:
-        """What `GET /_proxy/runs/{run}` says: all clients' runs of this name together, and each; None: none is known.
+        """Return all clients' runs of this name together, and each, for `GET /_proxy/runs/{run}`; None: there is none.
 
-        Alone, what other processes did is what was heard of them last.
+        If the other processes are out of reach, what they did is what was last heard of them.
         """
         known = await self._shared.read(name) if self._shared is not None else None
         clients: dict[str, tuple[str, list[RunShare], int]] = {}
@@ -269,7 +276,7 @@ class RunRegistry:
 
 
 def run_headers(run: Run) -> tuple[tuple[str, str], ...]:
-    """What a run's answers carry (contract 5)."""
+    """Return the headers of responses in a run: `docs/runs.md`."""
     return ("X-Proxy-Run-Cost-USD", usd(run.cost)), ("X-Proxy-Run-Saved-USD", usd(run.saved))
 
 
@@ -278,7 +285,7 @@ def run_lines(run: Run) -> str:
 
 
 def _is_retry(request: ProxyRequest) -> bool:
-    """Whether an official SDK says that it asks again."""
+    """Return whether an official SDK says that this request is a retry."""
     for name, value in request.headers:
         if len(name) == 23 and name.lower() == b"x-stainless-retry-count":
             return value.strip().isdigit() and int(value[:9]) > 0
@@ -286,5 +293,5 @@ def _is_retry(request: ProxyRequest) -> bool:
 
 
 def _digest(owner: str) -> str:
-    """An owner's name in Redis: it may hold the digest of a credential, which is nobody else's business."""
+    """Return an owner's name for Redis: the owner may contain the digest of a credential."""
     return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -1,13 +1,13 @@
-"""Named runs (contract 5, `X-Proxy-Run`): which number a request gets, what a run has cost, and what it may still cost.
+"""Named runs (`X-Proxy-Run`, `docs/runs.md`): the number of a request, what a run has cost, and what it may still cost.
 
-Identical requests within a run are numbered 0, 1, 2 … in order of arrival, and each number is a sample of its own in
-the cache. An SDK's retry takes the lowest number that was not delivered: first one whose request has ended, since one
-that is still under way belongs to another caller; only where there is none, one under way (its client gave up, and we
-have not seen it yet).
+Identical requests in a run are numbered 0, 1, 2 … in order of arrival, and each number is a sample of its own in the
+cache. An SDK's retry takes the lowest number that was not delivered. Numbers whose request has ended come first, since
+one in flight belongs to another caller. If there is none, the retry takes a number in flight: its client gave up, and
+the proxy has not noticed yet.
 
-Bounds: `MOST_RUNS` runs, the least recently used forgotten first; `MOST_KEYS` distinct requests in a run, the least
-recently asked forgotten first (asked again it is number 0 again); `MOST_KEYS_IN_ALL` in all runs together, beyond which
-whole runs are forgotten; `MOST_OPEN` numbers not delivered in a run, `MOST_MODELS` model names.
+Bounds: `MAX_RUNS` runs and `MAX_KEYS` distinct requests in a run, of which the least recently used are forgotten first
+(a forgotten request begins at number 0 again); `MAX_KEYS_IN_ALL` requests in all runs, above which whole runs are
+forgotten; `MAX_OPEN` undelivered numbers in a run; `MAX_MODELS` model names.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ import msgspec
 
 from ...cost.pricing import usd
 
-MOST_RUNS: Final = 1000
-MOST_KEYS: Final = 100_000
-MOST_KEYS_IN_ALL: Final = 200_000
-MOST_OPEN: Final = 10_000
-MOST_MODELS: Final = 32
+MAX_RUNS: Final = 1000
+MAX_KEYS: Final = 100_000
+MAX_KEYS_IN_ALL: Final = 200_000
+MAX_OPEN: Final = 10_000
+MAX_MODELS: Final = 32
 
 _TRIM_EVERY: Final = 256
 _ZERO: Final = Decimal(0)
-_EXACT: Final = Context(prec=60)  # as in pricing: nothing is ever rounded
+_EXACT: Final = Context(prec=60)  # as in `cost/pricing.py`: nothing is ever rounded
 
 
 class RunTotals(msgspec.Struct, frozen=True):
-    """What requests have come to. assumed: USD of those that went up and whose true cost nobody knows, by estimate: it
-    counts against `max_cost` only. unpriced: answers without a known cost. Money is in USD.
+    """What requests have come to. Amounts are in USD.
+
+    unpriced: responses without a known cost.
+    assumed: estimates of requests that were sent and whose cost is unknown; they count against `max_cost` only.
     """
 
     requests: int = 0
@@ -59,8 +61,10 @@ NOTHING: Final = RunTotals()
 
 
 class RunShare(msgspec.Struct, frozen=True):
-    """What one process has done in a run, all of it: of two states of the same process the one with the larger `seq`
-    holds. held: USD reserved for requests under way, true until `until` (Unix seconds: a process may die).
+    """Everything that one process has done in a run. Of two such states the one with the larger `seq` is newer.
+
+    held: USD reserved for requests in flight; it counts until `until` (Unix seconds), since a process may die.
+    first, last: Unix seconds of the first and the last request.
     """
 
     seq: int
@@ -77,7 +81,7 @@ class RunShare(msgspec.Struct, frozen=True):
 
 
 def joined(shares: list[RunShare]) -> RunShare:
-    """Several processes' (or clients') shares as one: sums added; the latest `max_cost`."""
+    """Return the shares of several processes, or clients, as one. `max_cost` is the latest."""
     if len(shares) == 1:
         return shares[0]
     sums = NOTHING
@@ -92,12 +96,12 @@ def joined(shares: list[RunShare]) -> RunShare:
         first=min(share.first for share in shares),
         last=latest.last,
         max_cost=latest.max_cost,
-        models=tuple(models)[:MOST_MODELS],
+        models=tuple(models)[:MAX_MODELS],
     )
 
 
 def as_json(share: RunShare, keys: int) -> dict[str, Any]:
-    """What `GET /_proxy/runs/{run}` says. keys: distinct requests."""
+    """Return what `GET /_proxy/runs/{run}` says of a share. keys: the number of distinct requests."""
     sums = share.sums
     return {
         "requests": sums.requests,
@@ -119,7 +123,7 @@ def as_json(share: RunShare, keys: int) -> dict[str, Any]:
 
 
 class Run:
-    """One client's run of one name, as this process knows it. id: of this very object, in no other process either."""
+    """One client's run of one name, as this process knows it. id: unique to this object among all processes."""
 
     def __init__(self, id_: str, owner: str, client: str, name: str, wall: float) -> None:
         self.id = id_
@@ -130,30 +134,30 @@ class Run:
         self.held = _ZERO
         self.max_cost: Decimal | None = None
         self.others = _ZERO
-        """USD that other processes have spent in this run or hold, as of the last time they were asked."""
+        """USD that other processes have spent in this run or reserved, when they were last asked."""
         self.others_sums = NOTHING
         self._first = self._last = wall
         self._seq = 0
         self._models: dict[str, None] = {}
         self._counts: OrderedDict[bytes, int] = OrderedDict()
         self._open: OrderedDict[tuple[bytes, int], bool] = OrderedDict()
-        """Numbers not delivered: whether their request has ended."""
-        self.forgot = 0
-        """Distinct requests forgotten, because there were more than `MOST_KEYS`."""
+        """Undelivered numbers, each with whether its request has ended."""
+        self.forgotten = 0
+        """How many distinct requests were forgotten because there were more than `MAX_KEYS`."""
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> int:
-        """Distinct requests numbered and remembered."""
+        """Return how many distinct requests are numbered and remembered."""
         return len(self._counts)
 
     def count(self, key: str) -> int:
-        """How many numbers of this request have been given, as far as known here."""
+        """Return how many numbers this request has been given, as far as known here."""
         return self._counts.get(_short(key), 0)
 
     def number(self, key: str, retry: bool) -> int:
-        """The number of a request that has just arrived."""
+        """Return the number of a request that has just arrived."""
         short = _short(key)
         if retry:
             mine = [(not ended, number) for (one, number), ended in self._open.items() if one == short]
@@ -165,22 +169,22 @@ class Run:
         return self._give(short, self._counts.get(short, 0))
 
     def took(self, key: str, number: int) -> int:
-        """Takes note of a number that was given elsewhere."""
+        """Take note of a number that was given by another process, and return it."""
         return self._give(_short(key), number)
 
     def _give(self, short: bytes, number: int) -> int:
         self._counts[short] = max(number + 1, self._counts.get(short, 0))
         self._counts.move_to_end(short)
-        if len(self._counts) > MOST_KEYS:
+        if len(self._counts) > MAX_KEYS:
             self._counts.popitem(last=False)
-            self.forgot += 1
+            self.forgotten += 1
         self._open[short, number] = False
-        if len(self._open) > MOST_OPEN:
+        if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
         return number
 
     def ended(self, key: str, number: int, delivered: bool) -> None:
-        """The request with this number is over."""
+        """Take note that the request with this number has ended."""
         name = _short(key), number
         if delivered:
             self._open.pop(name, None)
@@ -191,7 +195,7 @@ class Run:
 
     @property
     def cost(self) -> Decimal:
-        """USD so far, every process's."""
+        """Return the USD that all processes have spent."""
         return _EXACT.add(self.sums.cost, self.others_sums.cost)
 
     @property
@@ -200,13 +204,14 @@ class Run:
 
     @property
     def committed(self) -> Decimal:
-        """USD that this process has spent or holds."""
+        """Return the USD that this process has spent or reserved."""
         return _EXACT.add(_EXACT.add(self.sums.cost, self.sums.assumed), self.held)
 
     def room_for(self, amount: Decimal, limit: Decimal) -> bool:
-        """Whether another `amount` stays within `limit`. Once the limit is reached, not even nothing does; as long as
-        nothing is taken the first request may try, for an estimate by `max_tokens` alone must not keep a run from
-        beginning.
+        """Return whether another `amount` stays within `limit`. Once the limit is reached, not even 0 does.
+
+        While nothing is spent or reserved, any request is admitted: an estimate from `max_tokens` must not keep a run
+        from beginning.
         """
         taken = _EXACT.add(self.committed, self.others)
         return taken < limit and (not taken or _EXACT.add(taken, amount) <= limit)
@@ -218,27 +223,27 @@ class Run:
         self.held = _EXACT.subtract(self.held, amount)
 
     def add(self, sums: RunTotals, wall: float, model: str = "") -> None:
-        """A request's sums."""
+        """Add the totals of a request. wall: Unix seconds."""
         self.sums = self.sums.plus(sums)
         self._last = max(self._last, wall)
-        if model and len(self._models) < MOST_MODELS:
+        if model and len(self._models) < MAX_MODELS:
             self._models[model] = None
 
     @property
     def completion_mean(self) -> int:
-        """Completion tokens of an answer bought here so far, on average: what to expect where no limit is asked."""
-        bought = self.sums.misses
-        return -(-self.sums.completion_tokens // bought) if bought else 0
+        """Return the mean of the completion tokens of this process's misses: what to expect without a limit."""
+        misses = self.sums.misses
+        return -(-self.sums.completion_tokens // misses) if misses else 0
 
     def share(self, until: float) -> RunShare:
-        """This process's share, newer than all before."""
+        """Return this process's share, newer than all before. until: Unix seconds for which reservations hold."""
         self._seq += 1
         return RunShare(
             self._seq, self.sums, self.held, until, self._first, self._last, self.max_cost, tuple(self._models)
         )
 
     def apply_shared(self, shares: list[RunShare], wall: float) -> None:
-        """What the other processes have done."""
+        """Take over what the other processes have done."""
         sums, taken = NOTHING, _ZERO
         for share in shares:
             sums = sums.plus(share.sums)
@@ -248,7 +253,7 @@ class Run:
 
 
 class Runs:
-    """The runs this process remembers, of all clients."""
+    """The runs of all clients that this process remembers."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[tuple[str, str], Run] = OrderedDict()
@@ -258,40 +263,40 @@ class Runs:
         return len(self._runs)
 
     def get(self, owner: str, name: str) -> Run | None:
-        """The run, which counts as used just now."""
+        """Return a run and note that it was used."""
         run = self._runs.get((owner, name))
         if run is not None:
             self._runs.move_to_end((owner, name))
         return run
 
     def begin(self, owner: str, run: Run) -> None:
-        """Remembers a new run, and forgets others for it."""
+        """Remember a new run, and forget others if there are too many."""
         self._runs[owner, run.name] = run
         self._trim()
 
     def numbered(self) -> None:
-        """A number was given: now and then the bounds are looked after."""
+        """Note that a number was given. Every few times the bounds are enforced."""
         self._given += 1
         if self._given % _TRIM_EVERY == 0:
             self._trim()
 
     def _trim(self) -> None:
-        """Holds the bounds; the run used last always stays."""
+        """Enforce the bounds; the run used last always stays."""
         keys = sum(run.keys for run in self._runs.values()) if len(self._runs) > 1 else 0
-        while len(self._runs) > MOST_RUNS or (keys > MOST_KEYS_IN_ALL and len(self._runs) > 1):
+        while len(self._runs) > MAX_RUNS or (keys > MAX_KEYS_IN_ALL and len(self._runs) > 1):
             _, forgotten = self._runs.popitem(last=False)
             keys -= forgotten.keys
 
     def named(self, name: str) -> list[Run]:
-        """All clients' runs of this name."""
+        """Return all clients' runs of this name."""
         return [run for (_, one), run in self._runs.items() if one == name]
 
 
 def rounded_up(amount: Decimal, places: int) -> int:
-    """`amount` in units of 10^-places, rounded up: for sums that another program compares."""
+    """Return `amount` in units of 10^-places, rounded up, for sums that another program compares."""
     return int(_EXACT.scaleb(amount, places).to_integral_value(ROUND_CEILING))
 
 
 def _short(key: str) -> bytes:
-    """Half of the key's digest is as good as all of it, and is kept many times."""
+    """Return half of a key's digest: it is as good as the whole, and many are kept."""
     return bytes.fromhex(key[:32])

@@ -238,7 +238,7 @@ async def test_alone_each_keeps_to_its_share_of_what_was_left(
         proxy.waits(HASTY)
         for _ in range(3):  # then Redis is taken for lost
             await proxy.told()
-            proxy.budgets._unsaid.clear()
+            proxy.budgets._unpublished.clear()
         assert not await proxy.hold("3.01")
         assert await proxy.spend("2")
         assert await proxy.spend("1")

@@ -257,7 +257,7 @@ def test_a_full_disk(path: Path, running: LedgerWriter, caplog: pytest.LogCaptur
 def test_when_too_much_waits_equal_hits_are_one_and_the_rest_is_counted_as_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(writer, "MOST_WAITING", 10)
+    monkeypatch.setattr(writer, "MAX_WAITING", 10)
     (tmp_path / "file").write_text("")
     totals = ReportRow()
     one = LedgerWriter(tmp_path / "file" / "usage.db", 1, totals)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.accounting.ledger.records import (
-    LONGEST,
-    MOST_TAGS,
+    MAX_NAME,
+    MAX_TAGS,
     HitCounter,
     amount,
     dollars,
@@ -138,10 +138,10 @@ def test_names_are_cut_and_can_be_written() -> None:
             model="m" * 10_000, answer_model="é\ud800" * 500, tags=tuple(f"t:{n}" for n in range(99)), run="r" * 999
         )
     )
-    assert len(kind.model) == len(kind.run) == LONGEST
+    assert len(kind.model) == len(kind.run) == MAX_NAME
     assert kind.answer_model.startswith("é\\ud800é")
     kind.answer_model.encode()
-    assert len(kind.tags) == MOST_TAGS
+    assert len(kind.tags) == MAX_TAGS
 
 
 def test_a_kind_has_one_number_everywhere() -> None:

@@ -99,7 +99,7 @@ async def test_numbers_go_on_from_what_was_given_without_redis(opened: Open) -> 
 
 
 async def test_a_run_that_is_full_is_numbered_by_each_alone(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_runs, "MOST_KEYS", 1)
+    monkeypatch.setattr(redis_runs, "MAX_KEYS", 1)
     one = await opened()
     assert await one.number(run("p1"), A, False) == 0
     assert await one.number(run("p1"), A[::-1], False) is None
@@ -181,7 +181,7 @@ async def test_every_key_has_a_lifetime_and_is_short(opened: Open, server: Valke
     assert len(keys) == 3
     assert all(len(key) <= 160 for key in keys)
     assert len({key[key.index(b"{") : key.index(b"}")] for key in keys}) == 1  # one slot of a cluster
-    assert all(0 < int(server.say("TTL", key).strip().lstrip(b":")) <= redis_runs.LIFE for key in keys)
+    assert all(0 < int(server.say("TTL", key).strip().lstrip(b":")) <= redis_runs.LIFETIME for key in keys)
     await one.ended(mine, A, 0, delivered=True)
     await one.ended(mine, A[::-1], 7, delivered=False)  # no such number: nothing is made of it
 

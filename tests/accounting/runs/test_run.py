@@ -108,16 +108,16 @@ def test_no_two_open_fresh_requests_share_a_number_and_none_is_skipped(
 
 
 def test_the_least_recently_asked_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MOST_KEYS", 2)
+    monkeypatch.setattr(runs, "MAX_KEYS", 2)
     one = run()
     for text in ("a", "b", "a", "c"):
         one.number(key(text), False)
-    assert (one.keys, one.forgot) == (2, 1)
+    assert (one.keys, one.forgotten) == (2, 1)
     assert [one.number(key(text), False) for text in ("a", "b")] == [2, 0]
 
 
 def test_what_is_not_delivered_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MOST_OPEN", 2)
+    monkeypatch.setattr(runs, "MAX_OPEN", 2)
     one = run()
     for _ in range(3):
         one.number(A, False)
@@ -125,7 +125,7 @@ def test_what_is_not_delivered_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_runs_are_remembered_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MOST_RUNS", 2)
+    monkeypatch.setattr(runs, "MAX_RUNS", 2)
     book = Runs()
     for name in ("one", "two"):
         book.begin("o", run(name))
@@ -137,7 +137,7 @@ def test_runs_are_remembered_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_runs_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MOST_KEYS_IN_ALL", 3)
+    monkeypatch.setattr(runs, "MAX_KEYS_IN_ALL", 3)
     monkeypatch.setattr(runs, "_TRIM_EVERY", 1)
     book = Runs()
     for name in ("one", "two"):
@@ -264,7 +264,7 @@ def test_model_names_are_bounded() -> None:
     one = run()
     for number in range(100):
         one.add(NOTHING, WALL, f"m{number}")
-    assert len(one.share(WALL).models) == runs.MOST_MODELS
+    assert len(one.share(WALL).models) == runs.MAX_MODELS
 
 
 def test_shares_are_joined() -> None:
