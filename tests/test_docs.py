@@ -335,6 +335,7 @@ def test_the_budget_example_is_valid(tmp_path: Path) -> None:
     assert loaded.server.client_keys[0].usd_per_day == 5
 
 
+@pytest.mark.slow
 def test_install_commands_are_well_formed(shell: Path) -> None:
     """With a `python3` that makes the environment and only notes what pip would install."""
     outer, noted = shell / "bin/python3", shell / "pip"
