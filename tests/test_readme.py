@@ -23,49 +23,52 @@ from proxy.protocol.headers import EXPOSED
 from proxy.protocol.options import NO_OPTIONS, Options, from_headers, from_segment
 from proxy.upstream.keys.selection import STRATEGIES
 from tests.launch import environment
-from tests.pages import MANUAL, PAGES, README, ROOT, block, first_cells, section
+from tests.pages import MANUAL, PAGES, README, ROOT, block, blocks, first_cells, section
 
-SETTINGS = block("yaml", "server:", "log:")
+LISTS = [
+    (ROOT / "config.yaml").read_text(encoding="utf-8"),
+    *(each.text for each in blocks(PAGES, "yaml") if "\nlog: " in each.text),
+]
+"""Where every setting stands with its default."""
 
 
-def lines_of(node: yaml.Node | None, path: str = "") -> dict[str, str]:
-    """The line of every setting, by dotted path."""
-    found = {}
+def paths_of(node: yaml.Node | None, path: str = "") -> set[str]:
+    """Every setting, by dotted path."""
+    found = set()
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = f"{path}.{key.value}".lstrip(".")
-            found[inner] = SETTINGS.splitlines()[key.start_mark.line]
-            found |= lines_of(value, inner)
+            found |= {inner, *paths_of(value, inner)}
     return found
 
 
-LINES = lines_of(yaml.compose(SETTINGS))
-
-
-def test_the_settings_block_has_every_setting() -> None:
-    theirs = {path for path, _ in leaves()} - {"upstreams"}
-    missing = {path for path in theirs - set(LINES) if path.rpartition(".")[0] != "cost.budget"}
-    unknown = {path for path in LINES if not any(f"{other}.".startswith(f"{path}.") for other in theirs)}
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: text[:16])
+def test_lists_of_settings_have_every_setting(text: str) -> None:
+    ours, theirs = paths_of(yaml.compose(text)), {path for path, _ in leaves()} - {"upstreams"}
+    missing = {path for path in theirs - ours if path.rpartition(".")[0] != "cost.budget"}
+    unknown = {path for path in ours if not any(f"{other}.".startswith(f"{path}.") for other in theirs)}
     assert (missing, unknown) == (set(), set())
 
 
-def test_the_settings_block_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: text[:16])
+def test_lists_of_settings_are_valid_and_say_the_defaults(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(SETTINGS)
+    file.write_text(text)
     loaded = load(file, {}, {}, tmp_path)
     assert loaded.settings == load(None, {}, {}, tmp_path / "nowhere").settings
     assert loaded.warnings == ()
 
 
-def test_the_example_upstreams_are_valid(tmp_path: Path) -> None:
-    example = "\n".join(
-        line[2:].replace("/run/secrets", str(tmp_path)) for line in SETTINGS.splitlines() if line.startswith("# ")
-    )
-    assert example.startswith("upstreams:")
-    (tmp_path / "batch").write_text("sk-batch")
-    (tmp_path / "batch").chmod(0o600)
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: text[:16])
+def test_example_upstreams_are_valid(tmp_path: Path, text: str) -> None:
+    example = re.search(r"(?<=\n)# upstreams:\n(?:#   .*\n)+", text)
+    assert example is not None
+    written = re.sub("^# ", "", example[0].replace("/run/secrets", str(tmp_path)).replace("…", "x"), flags=re.MULTILINE)
+    for name in re.findall(rf"{tmp_path}/([\w-]+)", written):
+        (tmp_path / name).write_text(f"sk-{name}")
+        (tmp_path / name).chmod(0o600)
     file = tmp_path / "settings.yaml"
-    file.write_text(example)
+    file.write_text(written)
     environ = {"OPENAI_API_KEY": "sk-1,sk-2", "AZURE_OPENAI_API_KEY": "azure-1"}
     settings = load(file, {}, environ, tmp_path).settings
     assert [(u.kind, len(u.keys)) for u in settings.upstreams] == [("openai", 3), ("azure", 1)]
