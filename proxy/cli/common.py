@@ -1,4 +1,4 @@
-"""What every command does with settings: the flags, and loading with all errors on stderr."""
+"""Flags and loading of the settings, common to all commands."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _HELP: Final[Mapping[str, tuple[str, str]]] = {
     "server.host": ("ADDRESS", "address to listen on (default: 127.0.0.1)"),
     "server.port": ("PORT", "port to listen on, 0 for any free one (default: 8484)"),
     "server.workers": ("N", "processes sharing the port (default: 1)"),
-    "cache.backend": ("memory|sqlite|redis|off", "where answers are kept (default: memory)"),
+    "cache.backend": ("memory|sqlite|redis|off", "where responses are stored (default: memory)"),
     "cache.mode": ("normal|replay|refresh", "how the cache is used (default: normal)"),
-    "cache.cassette": ("FILE", "a file of recorded answers"),
+    "cache.cassette": ("FILE", "file of recorded responses"),
     "upstream": ("URL", "base URL of the upstream (default: https://api.openai.com/v1)"),
     "log.level": ("LEVEL", "debug, info, warning or error (default: info)"),
-    "log.format": ("text|json", "form of log lines (default: text)"),
+    "log.format": ("text|json", "format of log lines (default: text)"),
 }
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--config` and the flags of `serve`. Their values are checked with all other settings, not here."""
-    parser.add_argument("--config", metavar="FILE", type=Path, help="settings file (default: ./config.yaml, if ours)")
+    """Add `--config` and the flags of `serve`. Their values are validated later, with all other settings."""
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings file (default: ./config.yaml)")
     for path, flag in FLAGS.items():
         metavar, text = _HELP[path]
         parser.add_argument(flag, dest=path, metavar=metavar, help=text)
@@ -44,9 +44,7 @@ def load_from_args(
     cwd: Path | None = None,
     upstream: str | None = None,
 ) -> LoadedSettings:
-    """As `read_from_args`. Raises SystemExit(2) for settings that cannot be used, after one line on stderr for each
-    reason.
-    """
+    """Return `read_from_args`. If the settings are unusable, print each problem and raise SystemExit(2)."""
     try:
         return read_from_args(args, environ, cwd=cwd, upstream=upstream)
     except SettingsError as error:
@@ -63,9 +61,10 @@ def read_from_args(
     upstream: str | None = None,
     in_force: LoadedSettings | None = None,
 ) -> LoadedSettings:
-    """The settings to be put in force; with `upstream` that one stands for all configured upstreams and their keys.
+    """Read the settings from flags, environment and file.
 
-    `in_force`: as `load`. Raises SettingsError when they cannot be used.
+    upstream: a base URL in place of all configured upstreams and their keys. in_force: as in `load`.
+    Raises SettingsError if they are unusable.
     """
     loaded = load(
         getattr(args, "config", None),

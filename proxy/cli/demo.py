@@ -1,4 +1,4 @@
-"""`openai-proxy demo`: the proxy before a simulated OpenAI, in one process: no key, no network, no cost."""
+"""`openai-proxy demo`: the proxy and a simulated OpenAI API in one process: no key, no network, no cost."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until stopped; the exit status. Raises SystemExit(2) for settings that cannot be used."""
-    # Upstreams and keys of the user's are not even read; `simulated` puts the address of the real one in.
+    """Serve until stopped. Raises SystemExit(2) if the settings are unusable."""
+    # Configured upstreams and keys are not read; `with_simulator` adds the simulated one.
     return asyncio.run(_demo(load_from_args(args, upstream=""), args))
 
 
@@ -28,38 +28,36 @@ async def _demo(loaded: LoadedSettings, args: argparse.Namespace) -> int:
     from ..simulator.server import SPECIAL_PROMPTS, running_simulator
 
     async with running_simulator() as base_url:
-        guarded = bool(loaded.settings.server.client_keys)
+        needs_client_key = bool(loaded.settings.server.client_keys)
 
-        def before_it(loaded: LoadedSettings) -> LoadedSettings:
+        def with_simulator(loaded: LoadedSettings) -> LoadedSettings:
             return replace(loaded, settings=simulated(loaded.settings, base_url))
 
         return await serve(
-            before_it(loaded),
-            lambda in_force: before_it(read_from_args(args, upstream="", in_force=in_force)),
-            extra_lines=lambda address: introduction(address, guarded, SPECIAL_PROMPTS),
+            with_simulator(loaded),
+            lambda in_force: with_simulator(read_from_args(args, upstream="", in_force=in_force)),
+            extra_lines=lambda address: introduction(address, needs_client_key, SPECIAL_PROMPTS),
         )
 
 
 def simulated(settings: Settings, base_url: str) -> Settings:
-    """The same settings with one upstream, the simulated one, and one key that opens nothing; what is simulated goes
-    into no ledger.
-    """
+    """Return `settings` with the simulated upstream as the only one, a key without use, and no ledger."""
     key = KeySettings(label="demo", secret=Secret("sk-demo-opens-nothing"), quota="demo")
-    # Its port is another each time: by name what was stored or recorded is found again.
+    # The simulator's port changes with every start, so its name stands in the cache key.
     upstream = UpstreamSettings(name="simulated", base_url=base_url, cache_as="simulated", keys=(key,))
     return replace(settings, upstreams=(upstream,), ledger=replace(settings.ledger, enabled=False))
 
 
-def introduction(address: str, guarded: bool, prompts: Mapping[str, str]) -> list[str]:
-    """What to try, ready to paste. `guarded`: the proxy wants one of its client keys."""
-    key = "A-CLIENT-KEY" if guarded else "unused"
-    credential = [f"    -H 'Authorization: Bearer {key}' \\"] if guarded else []
+def introduction(address: str, needs_client_key: bool, prompts: Mapping[str, str]) -> list[str]:
+    """Return the lines that say what to try, ready to paste. prompts: special prompts and their effects."""
+    key = "A-CLIENT-KEY" if needs_client_key else "unused"
+    credential = [f"    -H 'Authorization: Bearer {key}' \\"] if needs_client_key else []
     width = max(map(len, prompts))
     return [
         "",
-        "demo: the upstream is a simulation in this process; the costs shown are what OpenAI would charge.",
+        "demo: the upstream is simulated in this process. Costs shown are OpenAI's prices; nothing is charged.",
         "",
-        "This asks the same twice: the first answer is a miss, the second a hit that costs 0.",
+        "This sends the same request twice: the first is a cache miss, the second a hit that costs 0.",
         "",
         f"  curl -sS -i -w '\\n\\n' {address}/v1/chat/completions {address}/v1/chat/completions \\",
         *credential,
@@ -78,8 +76,8 @@ def introduction(address: str, guarded: bool, prompts: Mapping[str, str]) -> lis
         '      print(raw.headers["X-Proxy-Cache"], raw.headers["X-Proxy-Cost-USD"], "USD")',
         "      print(raw.parse().choices[0].message.content)",
         "",
-        "Prompts that begin with these words do something else:",
+        "Prompts that begin with these words have an effect:",
         "",
-        *(f"  {start.ljust(width)}  {what}" for start, what in prompts.items()),
+        *(f"  {start.ljust(width)}  {effect}" for start, effect in prompts.items()),
         "",
     ]

@@ -1,6 +1,6 @@
-"""`openai-proxy health`: asks the running proxy's `/healthz` and says so by its exit status.
+"""`openai-proxy health`: ask the running proxy's `/healthz`; the exit status tells whether it is alive.
 
-An exec probe starts it every few seconds, so it needs no more than the settings and the standard library.
+Container probes start it every few seconds, so it imports no more than the settings and the standard library.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 
 from .common import add_config_arguments, load_from_args
 
-_ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""The address to ask if the proxy listens on every address."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over the unix socket at `path`."""
+    """HTTP over the Unix socket at `path`."""
 
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -37,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where the proxy answers 200 within the timeout, else 1; one line either way.
+    """Print one line. Return 0 if the proxy answers 200 within the timeout, else 1.
 
-    Raises SystemExit(2) for settings that cannot be used.
+    Raises SystemExit(2) if the settings are unusable.
     """
-    # Only the address is wanted: a key file that cannot be read just now must not make the proxy look dead.
+    # Only the address is needed: a key file that is unreadable for a moment must not fail the probe.
     server = load_from_args(args, upstream="").settings.server
     timeout: float = args.timeout
     if server.socket is not None:
@@ -49,31 +50,35 @@ def run(args: argparse.Namespace) -> int:
         where = f"unix socket {path}"
         connection: http.client.HTTPConnection = _UnixConnection(path, timeout)
     else:
-        host = _ANY_ADDRESS.get(server.host, server.host)
+        host = _LOOPBACK.get(server.host, server.host)
         where = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
         connection = http.client.HTTPConnection(host, server.port, timeout=timeout)
     try:
         connection.request("GET", "/healthz")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        print(f"not healthy: {where}: {_reason(error)}", file=sys.stderr)
+        print(f"not healthy: {where}: {_reason(error, timeout)}", file=sys.stderr)
         return 1
     finally:
         connection.close()
     if status != 200:
-        print(f"not healthy: {where}: /healthz answered {status}", file=sys.stderr)
+        print(f"not healthy: {where}: /healthz answered {status}; is it an openai-proxy?", file=sys.stderr)
         return 1
     print(f"healthy: {where}")
     return 0
 
 
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
+def _reason(error: Exception, timeout: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"timed out after {timeout:g} s; --timeout waits longer"
+    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+        return f"{text}; is the proxy running? --host and --port name another address"
+    return text
 
 
 def _seconds(text: str) -> float:
-    """A positive number of seconds. Raises ValueError, which argparse reports."""
+    """Parse a positive number of seconds. Raises ValueError, which argparse reports."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""`openai-proxy report`: usage, cost and savings from the ledger, beside a proxy that writes to it or without one."""
+"""`openai-proxy report`: usage, cost and savings from the ledger. A proxy may run and write to it meanwhile."""
 
 from __future__ import annotations
 
@@ -21,51 +21,52 @@ from .cache.text import cut, table
 from .common import add_config_arguments, load_from_args
 
 _WIDTH: Final = 22
-"""Columns for what the report is by; the numbers beside it fill a line of 80."""
+"""Width of the first column; the numbers beside it fill a line of 80."""
 
 Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--by", action="append", choices=BY, help="what a row is for (default: day); twice: for each pair"
+        "--by",
+        action="append",
+        choices=BY,
+        metavar="WHAT",
+        help=f"one row for each {', '.join(BY[:-1])} or {BY[-1]} (default: day); repeat it for pairs",
     )
     parser.add_argument("--since", type=_moment, metavar="WHEN", help="7d, 2026-11-01 or 2026-11-01T12:00 (UTC)")
-    parser.add_argument("--until", type=_moment, metavar="WHEN", help="up to, not including; as --since")
+    parser.add_argument("--until", type=_moment, metavar="WHEN", help="up to and without this time; as --since")
     parser.add_argument(
         "--what-if",
         type=_what_if,
         metavar="CACHE",
-        help="what another cache would have done: ttl=7d, when=deterministic, or both with a comma",
+        help="estimate the cost with another cache: ttl=7d, when=deterministic, or both separated by a comma",
     )
     parser.add_argument(
-        "--format",
-        choices=("table", "json", "csv"),
-        default="table",
-        help="for people or for programs (default: table)",
+        "--format", choices=("table", "json", "csv"), default="table", help="output format (default: table)"
     )
     add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 where there is no ledger. Raises SystemExit(2) for settings that cannot be used."""
-    settings = load_from_args(args, upstream="").settings  # whatever is wrong with upstreams does not matter here
+    """Print the report. Return 1 if there is no ledger. Raises SystemExit(2) if the settings are unusable."""
+    settings = load_from_args(args, upstream="").settings  # mistakes in the upstreams do not matter here
     path, span = Path(os.path.expanduser(settings.ledger.path)), Span(args.since, args.until)
     by = list(dict.fromkeys(args.by or ["day"]))
     try:
         if args.what_if is not None:
-            found = what_if(path, span, args.what_if)
-            _say(args, [found], _comparison(found))
+            comparison = what_if(path, span, args.what_if)
+            _print(args, [comparison], _comparison(comparison))
             return 0
         rows, total = report(path, by, span)
     except LedgerMissing as error:
-        print(f"openai-proxy report: {error}", file=sys.stderr)
+        print(f"openai-proxy report: {error}; --config names other settings", file=sys.stderr)
         return 1
-    _say(args, rows, _tables(by, rows, total), [*by, *total])
+    _print(args, rows, _tables(by, rows, total), [*by, *total])
     return 0
 
 
-def _say(args: argparse.Namespace, rows: Sequence[Row], lines: Sequence[str], names: Sequence[str] = ()) -> None:
+def _print(args: argparse.Namespace, rows: Sequence[Row], lines: Sequence[str], names: Sequence[str] = ()) -> None:
     if args.format == "json":
         print(orjson.dumps(rows if args.what_if is None else rows[0], option=orjson.OPT_INDENT_2).decode())
     elif args.format == "csv":
@@ -79,7 +80,7 @@ def _say(args: argparse.Namespace, rows: Sequence[Row], lines: Sequence[str], na
 
 
 def _cell(value: object) -> object:
-    """A value for a spreadsheet, which takes a text that begins like a formula for one."""
+    """Return a value for a spreadsheet. Text that begins like a formula gets an apostrophe."""
     return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
@@ -88,21 +89,21 @@ def _cell(value: object) -> object:
 
 def _tables(by: Sequence[str], rows: Sequence[Row], total: Row) -> list[str]:
     if not rows:
-        return ["no requests in this time"]
+        return ["no requests in this period; --since and --until choose another"]
     named = [(_name([row[name] for name in by]), row) for row in rows]
     if len(rows) > 1:
         named.append(("total", total))
     head = cut("/".join(by).upper(), _WIDTH)
     money = [
         (
-            *(
-                name,
-                _count(row["requests"]),
-                _count(row["hits"]),
-                f"{row['hit_rate']:.0%}",
-                _count(row["total_tokens"]),
-            ),
-            *(_dollars(row["cost_usd"]), _dollars(row["saved_usd"]), _count(row["errors"])),
+            name,
+            _count(row["requests"]),
+            _count(row["hits"]),
+            f"{row['hit_rate']:.0%}",
+            _count(row["total_tokens"]),
+            _dollars(row["cost_usd"]),
+            _dollars(row["saved_usd"]),
+            _count(row["errors"]),
         )
         for name, row in named
     ]
@@ -113,30 +114,34 @@ def _tables(by: Sequence[str], rows: Sequence[Row], total: Row) -> list[str]:
     lines = [*table(heads, money, heads[1:]), "", *table(time_heads, times, time_heads[1:])]
     if total["unknown_cost"]:
         some = "1 request has" if total["unknown_cost"] == 1 else f"{total['unknown_cost']:,} requests have"
-        lines += ["", f"{some} no known cost: COST USD is without them"]
+        lines += ["", f"{some} no known cost, so COST USD is without them: see cost.prices"]
     return lines
 
 
-def _comparison(found: Row) -> list[str]:
+def _comparison(row: Row) -> list[str]:
     rows = [
         (
-            *(name, f"{found['requests']:,}", f"{found[at + 'hits']:,}", f"{found[at + 'hit_rate']:.1%}"),
-            *(_dollars(found[at + "cost_usd"]), _dollars(found[at + "saved_usd"])),
+            name,
+            f"{row['requests']:,}",
+            f"{row[prefix + 'hits']:,}",
+            f"{row[prefix + 'hit_rate']:.1%}",
+            _dollars(row[prefix + "cost_usd"]),
+            _dollars(row[prefix + "saved_usd"]),
         )
-        for name, at in (("as it was", ""), ("what if", "what_if_"))
+        for name, prefix in (("as it was", ""), ("what if", "what_if_"))
     ]
     heads = ("", "REQUESTS", "HITS", "RATE", "COST USD", "SAVED USD")
-    return [*table(heads, rows, heads[1:]), "", "Only requests that could have been cached are counted here."]
+    return [*table(heads, rows, heads[1:]), "", "Only cacheable requests are counted."]
 
 
 def _name(values: Sequence[str | None]) -> str:
-    """What a row is for, in its column; `-` for what a request does not have."""
+    """Return the text of the first column; `-` stands for a value that the requests do not have."""
     width = (_WIDTH - len(values) + 1) // len(values)
     return "/".join(cut(value, width) if value is not None else "-" for value in values)
 
 
 def _count(number: int) -> str:
-    """At most six characters: 99,999, 999k, 1.2M."""
+    """Format a count with at most six characters: 99,999, 999k, 1.2M."""
     if number < 100_000:
         return f"{number:,}"
     for size, unit in ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
@@ -147,7 +152,7 @@ def _count(number: int) -> str:
 
 
 def _dollars(text: str) -> str:
-    """Nine characters at most up to 999,999 USD: more places for less."""
+    """Format USD with at most nine characters up to 999,999 USD; smaller amounts have more decimals."""
     amount = Decimal(text)
     if not amount:
         return "0"

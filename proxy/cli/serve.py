@@ -1,4 +1,4 @@
-"""`openai-proxy serve`: runs the proxy."""
+"""`openai-proxy serve`: run the proxy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Serve until stopped. Raises SystemExit(2) if the settings are unusable."""
     loaded = load_from_args(args)
-    from ..lifecycle import serve
+    from ..lifecycle import serve  # not earlier: mistakes in the settings are reported without loading the server
 
     return asyncio.run(serve(loaded, lambda in_force: read_from_args(args, in_force=in_force)))

@@ -1,4 +1,4 @@
-"""One of several workers, as the parent starts it (proxy/workers): never by hand, so it is no command."""
+"""The entry point of a worker process; only the supervisor starts it (proxy/workers), so it is not a command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> int:
-    """The exit status. The one argument: the file descriptor of our end of the wire to the parent."""
+    """Run a worker and return its exit status. `sys.argv[1]`: the file descriptor of the link to the supervisor."""
     from ..lifecycle import run_worker
 
     return asyncio.run(run_worker(int(sys.argv[1])))

@@ -183,7 +183,7 @@ async def test_the_memory_of_a_running_proxy_over_http(
     proxy, other = launch(config), launch(config)
     told = await asked(client, proxy)
     at = ["--url", proxy.base_url]
-    assert "answers are in the running proxy alone: ask it with --url" in await command(
+    assert "responses are only in the running proxy's memory; ask it with --url" in await command(
         tmp_path, config, "list", status=2
     )
     assert "401" in await command(tmp_path, None, "list", *at, status=1)
@@ -210,10 +210,10 @@ async def test_what_people_see(tmp_path: Path, kept: tuple[Config, list[Reply]])
     for args in (["stats"], ["list"], ["list", "--limit", "1"], ["show", key[:8], "--body"]):
         said = await command(tmp_path, config, *args)
         assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith(("where:", "key:", "{")))
-    assert "1 of 3 shown: --limit 0 shows all" in await command(tmp_path, config, "list", "--limit", "1")
+    assert "1 of 3 shown; --limit 0 shows all" in await command(tmp_path, config, "list", "--limit", "1")
     said = await command(tmp_path, config, "show", key)
     assert all(text in said for text in ("team:ads", "gpt-4o", "0.002250 USD", "23h left"))
-    assert "no stored answer has a key that begins with 'zz'" in await command(tmp_path, config, "show", "zz", status=1)
+    assert "no stored response has a key that begins with 'zz'" in await command(tmp_path, config, "show", "zz", status=1)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,10 @@ def test_a_store_in_trouble_is_said_to_be(tmp_path: Path, args: list[str]) -> No
     wrong = tmp_path / "notes.txt"
     wrong.write_text("somebody's notes, which are no database")
     done = run_command(tmp_path, ["cache", *args, "--cache", "sqlite"], env={"PROXY__CACHE__PATH": str(wrong)})
-    assert (done.returncode, done.stderr) == (1, f"openai-proxy cache {args[0]}: {wrong} is not a cache file\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"openai-proxy cache {args[0]}: {wrong} is not a cache file; check cache.path\n",
+    )
     assert wrong.read_text().startswith("somebody's")
 
 

@@ -45,7 +45,7 @@ def test_sizes(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(-1, "over"), (0, "0s"), (119, "119s"), (120, "2m"), (7199, "119m"), (86400, "24h"), (172800, "2d")],
+    [(-1, "expired"), (0, "0s"), (119, "119s"), (120, "2m"), (7199, "119m"), (86400, "24h"), (172800, "2d")],
 )
 def test_durations(seconds: int, text: str) -> None:
     assert duration(seconds) == text
@@ -86,15 +86,15 @@ def test_how_far_it_has_come() -> None:
     assert progress.line() == "checking 1,234"
 
 
-class _Keys:
-    """A cabinet that knows keys alone."""
+class _KeysOnly:
+    """A cache of which only the keys are known."""
 
     def __init__(self, *keys: str) -> None:
         self._keys = keys
 
-    async def list(self, wanted: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
+    async def list(self, filters: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
         for key in self._keys:
-            yield [{"key": key}] if key.startswith(str(wanted["prefix"])) else []
+            yield [{"key": key}] if key.startswith(str(filters["prefix"])) else []
 
     async def facts(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -102,20 +102,20 @@ class _Keys:
     async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
         raise NotImplementedError
 
-    async def purge(self, wanted: FilterArguments, dry_run: bool) -> int:
+    async def purge(self, filters: FilterArguments, dry_run: bool) -> int:
         raise NotImplementedError
 
-    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> ImportResult:
+    async def add(self, entries: Iterable[Entry], on_progress: Callable[[], object]) -> ImportResult:
         raise NotImplementedError
 
 
 async def test_a_key_may_be_cut_short_while_it_is_clear() -> None:
-    keys = _Keys("abc", "abcd", "abcd", "b1", "b2")
+    keys = _KeysOnly("abc", "abcd", "abcd", "b1", "b2")
     assert await find_key(keys, "abc") == "abc"
     assert await find_key(keys, "abcd") == "abcd"
     with pytest.raises(CommandError, match="2 keys begin with 'ab', such as abc…, abcd…"):
         await find_key(keys, "ab")
-    with pytest.raises(CommandError, match="no stored answer has a key that begins with 'c'"):
+    with pytest.raises(CommandError, match="no stored response has a key that begins with 'c'"):
         await find_key(keys, "c")
 
 

@@ -64,7 +64,7 @@ def test_a_full_table_fits_into_80_columns() -> None:
     row = most.as_json() | {"p50_ms": 599_999.0, "first_byte_p99_ms": 599_999.0}
     lines = _tables(["model"], [{"model": "m" * 99} | row, {"model": None} | row], row)
     assert max(map(len, lines)) <= 80
-    assert lines[-1] == "7 requests have no known cost: COST USD is without them"
+    assert lines[-1] == "7 requests have no known cost, so COST USD is without them: see cost.prices"
 
 
 @pytest.mark.parametrize(

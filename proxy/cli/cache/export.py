@@ -1,4 +1,4 @@
-"""`openai-proxy cache export FILE`: stored answers as sorted JSON lines (core/cassette.py), fit to be committed."""
+"""`openai-proxy cache export FILE`: write stored responses as sorted JSON lines, ready for version control."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ from ...cache.cassette import write
 from ...cache.stores.interface import EntryName
 from .interface import CacheClient, CommandError
 from .local import CacheCommand
-from .text import ProgressLine, add_filters, say, wanted_of
+from .text import ProgressLine, add_filters, filters_from, print_result
 
-_FEW = 500
-_FEW_BYTES = 4 * 1024 * 1024
+_BATCH = 500
+_BATCH_BYTES = 4 * 1024 * 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="the file to write; one that is there is replaced")
+    parser.add_argument("file", metavar="FILE", type=Path, help="file to write; an existing one is replaced")
     add_filters(parser)
 
 
-async def run(args: argparse.Namespace, session: CacheCommand) -> int:
-    """0. The file is there only when it is whole."""
+async def run(args: argparse.Namespace, command: CacheCommand) -> int:
+    """Write the file; a file that is not complete never takes its place."""
     count = 0
-    async with session.client() as cabinet:
+    async with command.client() as cache:
         names: dict[EntryName, int] = {}
-        async for page in cabinet.list(wanted_of(args)):
-            names.update(((card["key"], card["form"]), card["size"]) for card in page)
+        async for page in cache.list(filters_from(args)):
+            names.update(((entry["key"], entry["form"]), entry["size"]) for entry in page)
         try:
             with replacing(args.file) as file, ProgressLine("exporting", len(names)) as progress:
-                async for lines in _lines(cabinet, names):
+                async for lines in _lines(cache, names):
                     file.writelines(lines)
                     count += len(lines)
                     progress.step(len(lines))
         except OSError as error:
             raise CommandError(f"{args.file}: {error.strerror or error}") from None
     entries = "entry" if count == 1 else "entries"
-    say(args, {"exported": count, "file": str(args.file)}, [f"{count:,} {entries} exported to {args.file}"])
+    print_result(args, {"exported": count, "file": str(args.file)}, [f"{count:,} {entries} exported to {args.file}"])
     return 0
 
 
-async def _lines(cabinet: CacheClient, names: dict[EntryName, int]) -> AsyncIterator[list[bytes]]:
-    """The lines in order, a few at a time."""
-    few: list[EntryName] = []
+async def _lines(cache: CacheClient, names: dict[EntryName, int]) -> AsyncIterator[list[bytes]]:
+    """Yield the lines in order, in batches."""
+    batch: list[EntryName] = []
     size = 0
     for name in sorted(names):
-        few.append(name)
+        batch.append(name)
         size += names[name]
-        if len(few) >= _FEW or size >= _FEW_BYTES:
-            yield list(write(await cabinet.read(few)))
-            few, size = [], 0
-    if few:
-        yield list(write(await cabinet.read(few)))
+        if len(batch) >= _BATCH or size >= _BATCH_BYTES:
+            yield list(write(await cache.read(batch)))
+            batch, size = [], 0
+    if batch:
+        yield list(write(await cache.read(batch)))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file, mode 0600, which takes the place of `path` when all went well. Raises OSError."""
+    """Yield a temporary file, mode 0600; it replaces `path` unless an exception is raised. Raises OSError."""
     target = os.path.realpath(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target))
     try:

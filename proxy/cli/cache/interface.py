@@ -1,4 +1,4 @@
-"""Stored answers as the subcommands see them, and what can go wrong."""
+"""What the subcommands of `openai-proxy cache` need of the cache, and their errors."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from ...cache.stores.interface import EntryName
 PAGE: Final = 1000
 
 FilterArguments = Mapping[str, str | float]
-"""Which entries: the fields of a purge over HTTP (docs/caching.md); `older_than` in seconds."""
+"""The filters of a purge over HTTP (docs/caching.md); `older_than` in seconds."""
 
 EntrySummary = dict[str, Any]
-"""A stored answer as core/listing.py shows it."""
+"""An entry without its body, as `proxy/cache/listing.py` makes it."""
 
 
 class CommandError(Exception):
-    """It could not be done; says why, in one line. Exit status 1."""
+    """The command failed, with the reason in one line. Exit status 1."""
 
 
 class UsageError(Exception):
-    """It was not asked for rightly; says how to. Exit status 2."""
+    """The command line is wrong, with what to write instead. Exit status 2."""
 
 
 class CacheClient(Protocol):
-    """Stored answers. All methods raise Trouble or StoreError."""
+    """The store, or a running proxy. All methods raise CommandError or StoreError."""
 
     async def facts(self) -> dict[str, Any]:
-        """What the store says of itself."""
+        """Return the store's backend, place and sizes."""
 
-    def list(self, wanted: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
-        """What is wanted, in no order, a page at a time."""
+    def list(self, filters: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
+        """Yield the entries that match all filters, in no order, a page at a time."""
 
     async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
-        """Those that are there, whole, in no order."""
+        """Return the entries of these names that exist, in no order."""
 
-    async def purge(self, wanted: FilterArguments, dry_run: bool) -> int:
-        """How many went, or would."""
+    async def purge(self, filters: FilterArguments, dry_run: bool) -> int:
+        """Delete the entries that match all filters; return their number. dry_run: only count them."""
 
-    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> ImportResult:
-        """Stores these; `told` is called after each."""
+    async def add(self, entries: Iterable[Entry], on_progress: Callable[[], object]) -> ImportResult:
+        """Store entries. on_progress: called after each."""
 
 
-async def find_key(cabinet: CacheClient, text: str) -> str:
-    """The key that is, or alone begins with, `text`. Raises CommandError."""
-    found: set[str] = set()
-    async for page in cabinet.list({"prefix": text}):
-        found.update(card["key"] for card in page)
-    if text in found:
+async def find_key(cache: CacheClient, text: str) -> str:
+    """Return the key that is `text`, else the only one that begins with it. Raises CommandError."""
+    keys: set[str] = set()
+    async for page in cache.list({"prefix": text}):
+        keys.update(entry["key"] for entry in page)
+    if text in keys:
         return text
-    if not found:
-        raise CommandError(f"no stored answer has a key that begins with {text!r}")
-    if len(found) > 1:
-        few = ", ".join(f"{key[: len(text) + 6]}…" for key in sorted(found)[:3])
-        raise CommandError(f"{len(found)} keys begin with {text!r}, such as {few}")
-    return found.pop()
+    if not keys:
+        raise CommandError(f"no stored response has a key that begins with {text!r}; `cache list` shows the keys")
+    if len(keys) > 1:
+        examples = ", ".join(f"{key[: len(text) + 6]}…" for key in sorted(keys)[:3])
+        raise CommandError(f"{len(keys)} keys begin with {text!r}, such as {examples}; give more of the key")
+    return keys.pop()

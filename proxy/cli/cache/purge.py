@@ -1,4 +1,4 @@
-"""`openai-proxy cache purge`: drops stored answers, and tells running proxies to forget them."""
+"""`openai-proxy cache purge`: delete stored responses, also from the memory of running proxies."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import argparse
 
 from .interface import UsageError, find_key
 from .local import CacheCommand
-from .text import add_filters, add_key, say, wanted_of
+from .text import add_filters, add_key, filters_from, print_result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_filters(parser)
     add_key(parser, "--key")
-    parser.add_argument("--all", action="store_true", help="everything, in place of filters")
-    parser.add_argument("--dry-run", action="store_true", help="count only")
+    parser.add_argument("--all", action="store_true", help="purge everything; no filters are allowed")
+    parser.add_argument("--dry-run", action="store_true", help="count the entries, delete none")
 
 
-async def run(args: argparse.Namespace, session: CacheCommand) -> int:
-    """0. Raises UsageError where neither filters nor --all are given, or both."""
-    wanted = wanted_of(args)
-    filtered = bool(wanted or args.key)
+async def run(args: argparse.Namespace, command: CacheCommand) -> int:
+    """Purge, and print the number. Raises UsageError unless either filters or --all are given."""
+    filters = filters_from(args)
+    filtered = bool(filters or args.key)
     if filtered == args.all:
         raise UsageError("--all goes without filters" if filtered else "a purge needs a filter, or --all")
-    async with session.client() as cabinet:
+    async with command.client() as cache:
         if args.key:
-            wanted["key"] = await find_key(cabinet, args.key)
-        count = await cabinet.purge(wanted, args.dry_run)
+            filters["key"] = await find_key(cache, args.key)
+        count = await cache.purge(filters, args.dry_run)
     what = f"{count:,} {'entry' if count == 1 else 'entries'}"
     line = f"{what} would be purged (dry run)" if args.dry_run else f"{what} purged"
-    say(args, {"purged": count, "dry_run": args.dry_run}, [line])
+    print_result(args, {"purged": count, "dry_run": args.dry_run}, [line])
     return 0

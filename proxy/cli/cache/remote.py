@@ -1,4 +1,4 @@
-"""The stored answers of a running proxy, asked over its admin routes."""
+"""The cache of a running proxy, reached over its admin routes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ...config.urls import parse_url
 from ...config.values import is_loopback
 from .interface import PAGE, CommandError, EntrySummary, FilterArguments, UsageError
 
-_PATIENCE: Final = aiohttp.ClientTimeout(total=600, sock_connect=5, sock_read=120)
-_SENT_AT_ONCE: Final = 1024 * 1024
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=600, sock_connect=5, sock_read=120)
+_BATCH_BYTES: Final = 1024 * 1024
 
 
 @asynccontextmanager
-async def asking(url: str, admin_key: Secret | None) -> AsyncIterator[RemoteCache]:
-    """The proxy at `url`; `unix:PATH` is one on a socket. Raises UsageError."""
+async def connect(url: str, admin_key: Secret | None) -> AsyncIterator[RemoteCache]:
+    """Yield the cache of the proxy at `url`, or `unix:PATH`. Raises UsageError."""
     connector: aiohttp.BaseConnector | None = None
     if url.startswith("unix:"):
-        base, near = "http://localhost", True
+        base, safe = "http://localhost", True
         connector = aiohttp.UnixConnector(url.removeprefix("unix:"))
     else:
         try:
@@ -37,14 +37,14 @@ async def asking(url: str, admin_key: Secret | None) -> AsyncIterator[RemoteCach
         except Invalid as error:
             raise UsageError(f"--url: {error}") from None
         base = parsed.origin + parsed.path.removesuffix("/v1")
-        near = parsed.scheme == "https" or is_loopback(parsed.host)
+        safe = parsed.scheme == "https" or is_loopback(parsed.host)
     headers = {}
     if admin_key is not None:
-        if not near:
-            raise UsageError("--url: the admin key would go over plain http to another machine: use https")
+        if not safe:
+            raise UsageError("--url: the admin key would go unencrypted to another machine; use https")
         headers["Authorization"] = f"Bearer {admin_key.reveal()}"
     async with aiohttp.ClientSession(
-        headers=headers, connector=connector, timeout=_PATIENCE, trust_env=False
+        headers=headers, connector=connector, timeout=_TIMEOUT, trust_env=False
     ) as session:
         yield RemoteCache(session, base, url)
 
@@ -52,43 +52,44 @@ async def asking(url: str, admin_key: Secret | None) -> AsyncIterator[RemoteCach
 class RemoteCache:
     """`CacheClient` over HTTP."""
 
-    def __init__(self, session: aiohttp.ClientSession, base: str, shown: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, base: str, url: str) -> None:
+        """base: of the admin routes; url: as the user wrote it, for messages."""
         self._session = session
         self._base = base
-        self._shown = shown
+        self._url = url
 
     async def facts(self) -> dict[str, Any]:
         status = json.loads(await self._ask("GET", "status"))
         if status["cache"] is None:
-            raise CommandError("nothing is stored: the cache of that proxy is off")
+            raise CommandError("nothing is stored: cache.backend of that proxy is off")
         facts: dict[str, Any] = status["cache"]
-        return {"backend": status["settings"]["cache"]["backend"], "where": self._shown} | facts
+        return {"backend": status["settings"]["cache"]["backend"], "where": self._url} | facts
 
-    async def list(self, wanted: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
-        asked = {name: str(value) for name, value in wanted.items()} | {"limit": str(PAGE)}
+    async def list(self, filters: FilterArguments) -> AsyncIterator[Sequence[EntrySummary]]:
+        query = {name: str(value) for name, value in filters.items()} | {"limit": str(PAGE)}
         while True:
-            page = json.loads(await self._ask("GET", "cache", params=asked))
+            page = json.loads(await self._ask("GET", "cache", params=query))
             yield page["entries"]
             if not page["next"]:
                 return
-            asked["after"] = page["next"]
+            query["after"] = page["next"]
 
     async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
-        found: list[Entry] = []
+        entries: list[Entry] = []
         for key in dict.fromkeys(key for key, _ in names):
             lines = await self._ask("GET", f"cache/{quote(key, safe='')}", params={"cassette": "1"}, absent=b"")
             try:
-                found += [entry for entry in read(self._shown, lines.splitlines()) if name_of(entry) in names]
+                entries += [entry for entry in read(self._url, lines.splitlines()) if name_of(entry) in names]
             except CassetteLineError as error:
                 raise CommandError(str(error)) from None
-        return found
+        return entries
 
-    async def purge(self, wanted: FilterArguments, dry_run: bool) -> int:
-        asked = {**wanted, "dry_run": dry_run} | ({} if wanted else {"all": True})
-        count: int = json.loads(await self._ask("POST", "cache/purge", json=asked))["purged"]
+    async def purge(self, filters: FilterArguments, dry_run: bool) -> int:
+        body = {**filters, "dry_run": dry_run} | ({} if filters else {"all": True})
+        count: int = json.loads(await self._ask("POST", "cache/purge", json=body))["purged"]
         return count
 
-    async def take(self, entries: Iterable[Entry], told: Callable[[], object]) -> ImportResult:
+    async def add(self, entries: Iterable[Entry], on_progress: Callable[[], object]) -> ImportResult:
         total = ImportResult()
         lines: list[bytes] = []
         size = 0
@@ -98,41 +99,41 @@ class RemoteCache:
             for name, count in answer.items():
                 setattr(total, name, getattr(total, name) + count)
             for _ in lines:
-                told()
+                on_progress()
 
         for entry in entries:
             lines.append(write_line(entry))
             size += len(lines[-1])
-            if size >= _SENT_AT_ONCE:
+            if size >= _BATCH_BYTES:
                 await send()
                 lines, size = [], 0
         if lines:
             await send()
         return total
 
-    async def explain(self, asked: dict[str, str], headers: dict[str, str], body: bytes) -> dict[str, Any]:
-        """How the running proxy sees a request."""
-        answer = await self._ask("POST", "cache/explain", params=asked, headers=headers, data=body)
-        found: dict[str, Any] = json.loads(answer)
-        return found
+    async def explain(self, query: dict[str, str], headers: dict[str, str], body: bytes) -> dict[str, Any]:
+        """Have the running proxy explain a request."""
+        answer = await self._ask("POST", "cache/explain", params=query, headers=headers, data=body)
+        explanation: dict[str, Any] = json.loads(answer)
+        return explanation
 
     async def _ask(self, method: str, path: str, *, absent: bytes | None = None, **request: Any) -> bytes:
-        """The answer's body; `absent`: what stands for a 404. Raises CommandError."""
+        """Send a request to an admin route; return the body. absent: returned for a 404. Raises CommandError."""
         try:
             async with self._session.request(
                 method, f"{self._base}/_proxy/{path}", allow_redirects=False, **request
             ) as answer:
                 body = await answer.read()
         except TimeoutError:
-            raise CommandError(f"{self._shown} does not answer") from None
+            raise CommandError(f"{self._url} does not answer; is it an openai-proxy?") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = getattr(getattr(error, "os_error", error), "strerror", None) or type(error).__name__
-            raise CommandError(f"{self._shown} is not reached: {reason}") from None
+            raise CommandError(f"{self._url} is not reached: {reason}; is the proxy running there?") from None
         if answer.status == 404 and absent is not None:
             return absent
         if answer.status != 200:
-            hint = " (server.admin_key, or PROXY__SERVER__ADMIN_KEY)" if answer.status == 401 else ""
-            raise CommandError(f"{self._shown} answers {answer.status}: {_message(body)}{hint}")
+            hint = "; set server.admin_key or PROXY__SERVER__ADMIN_KEY" if answer.status == 401 else ""
+            raise CommandError(f"{self._url} answers {answer.status}: {_message(body)}{hint}")
         return body
 
 

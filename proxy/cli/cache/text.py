@@ -1,4 +1,4 @@
-"""What people read: tables within 80 columns, sizes, times, and how far long work has come."""
+"""Text output: tables within 80 columns, sizes, times and progress; and the filters of several subcommands."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from ...protocol.routes import ENDPOINTS, printable
 from ...system.clock import SYSTEM_CLOCK
 from .interface import FilterArguments
 
-_BAR: Final = 24
-_EVERY: Final = 0.1
+_BAR_WIDTH: Final = 24
+_REFRESH: Final = 0.1
+"""Seconds between two updates of a progress line."""
+
 _UNITS: Final = (("d", 86400), ("h", 3600), ("m", 60))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
-    """Lines; the columns named in `right` stand to the right."""
+    """Return the lines of a table. right: heads of the right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     return [
         "  ".join(
@@ -32,13 +34,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[s
 
 
 def cut(text: str, width: int) -> str:
-    """`text` fit for a terminal, and for a column."""
+    """Return `text` with control characters escaped, cut to `width` characters."""
     shown = printable(text)
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def size(count: float) -> str:
-    """Bytes as people say it: `512 B`, `1.5 KiB`."""
+    """Format a number of bytes: `512 B`, `1.5 KiB`."""
     units = ["B", "KiB", "MiB", "GiB"]
     while count >= 1000 and len(units) > 1:
         count /= 1024
@@ -47,17 +49,17 @@ def size(count: float) -> str:
 
 
 def duration(seconds: int) -> str:
-    """`45s`, `12m`, `3h`, `9d`; `over` below 0."""
+    """Format a duration: `45s`, `12m`, `3h`, `9d`; `expired` below 0."""
     if seconds < 0:
-        return "over"
+        return "expired"
     for unit, length in _UNITS:
         if seconds >= 2 * length:
             return f"{seconds // length}{unit}"
     return f"{seconds}s"
 
 
-def say(args: argparse.Namespace, document: object, lines: Sequence[str]) -> None:
-    """The document for programs, or the lines for people."""
+def print_result(args: argparse.Namespace, document: object, lines: Sequence[str]) -> None:
+    """Print the lines, or with `--format json` the document."""
     if args.format == "json":
         print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
     else:
@@ -65,7 +67,7 @@ def say(args: argparse.Namespace, document: object, lines: Sequence[str]) -> Non
 
 
 class ProgressLine:
-    """A bar on stderr, where that is a terminal. total: 0 where it is not known."""
+    """A progress bar on stderr if that is a terminal. total: 0 if unknown."""
 
     def __init__(self, label: str, total: int) -> None:
         self._label = label
@@ -85,7 +87,7 @@ class ProgressLine:
     def step(self, count: int = 1) -> None:
         self._done += count
         if self._shown and (now := SYSTEM_CLOCK.monotonic()) >= self._next:
-            self._next = now + _EVERY
+            self._next = now + _REFRESH
             sys.stderr.write(f"\r{self.line()}\x1b[K")
             sys.stderr.flush()
 
@@ -93,23 +95,24 @@ class ProgressLine:
         if not self._total:
             return f"{self._label} {self._done:,}"
         share = min(1.0, self._done / self._total)
-        full = int(share * _BAR)
-        return f"{self._label} [{'#' * full}{'.' * (_BAR - full)}] {share:4.0%} of {self._total:,}"
+        full = int(share * _BAR_WIDTH)
+        return f"{self._label} [{'#' * full}{'.' * (_BAR_WIDTH - full)}] {share:4.0%} of {self._total:,}"
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
-    """The filters of a purge (docs/caching.md). An entry must match all that are given."""
-    parser.add_argument("--model", type=_text, help="the model asked for")
-    parser.add_argument("--endpoint", choices=tuple(ENDPOINTS.values()), help="the endpoint")
-    parser.add_argument("--namespace", type=_text, help="the namespace asked for; '' for none")
+    """Add the filters of a purge (docs/caching.md). An entry must match all that are given."""
+    endpoints = tuple(ENDPOINTS.values())
+    parser.add_argument("--model", type=_text, metavar="NAME", help="model of the request")
+    parser.add_argument("--endpoint", choices=endpoints, metavar="NAME", help=", ".join(endpoints))
+    parser.add_argument("--namespace", type=_text, metavar="NAME", help="namespace of the request; '' for none")
     parser.add_argument("--tag", type=_text, metavar="NAME:VALUE", help="one of the tags")
-    parser.add_argument("--older-than", type=_age, metavar="AGE", help="stored longer ago than this: 7d, 12h, 90 (s)")
+    parser.add_argument("--older-than", type=_age, metavar="AGE", help="stored longer ago: 7d, 12h, 90 (seconds)")
 
 
-def wanted_of(args: argparse.Namespace) -> dict[str, str | float]:
+def filters_from(args: argparse.Namespace) -> dict[str, str | float]:
     given: FilterArguments = {
         name: getattr(args, name) for name in ("model", "endpoint", "namespace", "tag", "older_than")
     }
@@ -117,7 +120,7 @@ def wanted_of(args: argparse.Namespace) -> dict[str, str | float]:
 
 
 def add_key(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
-    parser.add_argument(name, metavar="KEY", type=_key, help="its key, or what it alone begins with", **settings)
+    parser.add_argument(name, metavar="KEY", type=_key, help="cache key, or an unambiguous prefix of it", **settings)
 
 
 def _text(text: str) -> str:
@@ -130,7 +133,7 @@ def _text(text: str) -> str:
 
 def _key(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("expected a key, or how it begins")
+        raise argparse.ArgumentTypeError("expected a key or a prefix of it, found ''")
     return _text(text)
 
 
