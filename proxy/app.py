@@ -161,8 +161,9 @@ class App:
         # A look now and then: an event would have to be set on the hot path.
         while self._is_busy(server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        if self.traffic.requests:
-            log.warning("%d requests did not finish within %gs", self.traffic.requests, limit)
+        if count := self.traffic.requests:
+            cause = "second signal" if now.is_set() else f"server.drain_timeout ({limit:g}s) is over"
+            log.warning("%s: cutting off %d request%s in flight", cause, count, "" if count == 1 else "s")
         for task, flow in list(self.traffic.streams.items()):
             flow.interrupted = "draining"
             task.cancel()

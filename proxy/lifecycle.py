@@ -170,7 +170,8 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
     """Waits for a signal, then drains. A second signal: now."""
     await stop.wait()
     settings = app.services.settings.server
-    log.info("stopping: %d requests in flight", app.traffic.requests)
+    count = app.traffic.requests
+    log.info("stopping: %d request%s in flight", count, "" if count == 1 else "s")
     app.traffic.draining = True
     if settings.drain_delay:
         with suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""The sockets the proxy listens on: opened once, and shared by workers where there are several."""
+"""The sockets the proxy listens on. They are opened once; workers share them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ BACKLOG: Final = 1024
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE: Final = 1.0
-"""Seconds without new connections after the system had no room for one, as asyncio has it."""
+"""Seconds without new connections after the system refused one for lack of resources; asyncio's own value."""
 
-_NEXT_ONE: Final = 0.0005
-"""Seconds for which the others have the first call on the next connection: of a burst each gets its part."""
+_YIELD: Final = 0.0005
+"""Seconds after a connection in which the other workers may take the next one, so that a burst is shared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """sockets: the main one, and that of `server.ops` where there is one; path: of a unix socket."""
+    """The open listeners. sockets: the main one and, if it is set, that of `server.ops`; path: of a Unix socket."""
 
     sockets: Sequence[socket.socket]
     address: str
@@ -41,21 +41,21 @@ class Listeners:
     path: str | None = None
 
     def close(self) -> None:
-        for one in self.sockets:
-            one.close()
+        for listener in self.sockets:
+            listener.close()
 
     def remove(self) -> None:
-        """Takes the unix socket out of the file system."""
+        """Delete the Unix socket's file."""
         if self.path is not None:
             with suppress(OSError):
                 os.unlink(self.path)
 
 
 def listen(server: ServerSettings) -> Listeners:
-    """Opens what `server` names. Raises OSError."""
+    """Open the sockets that the settings name. Raises OSError, whose text says what to do."""
     path = None
     if server.socket is not None:
-        path = _free_socket(server.socket)
+        path = _remove_stale_socket(server.socket)
         main, address = _bind_unix(path), f"unix:{path}"
     else:
         main = bind(server.host, server.port)
@@ -63,56 +63,65 @@ def listen(server: ServerSettings) -> Listeners:
     sockets, ops_address = [main], None
     try:
         if server.ops is not None:
-            sockets.append(bind(*server.ops))
+            sockets.append(bind(*server.ops, "server.ops", "server.ops"))
             ops_address = _url(server.ops[0], sockets[1])
-        for one in sockets:
-            one.listen(BACKLOG)
+        for listener in sockets:
+            listener.listen(BACKLOG)
     except OSError:
         Listeners(sockets, address, path=path).close()
         raise
     return Listeners(sockets, address, ops_address, path)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Raises OSError, which names host and port."""
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    listener = socket.socket(family, kind, proto)
+def bind(host: str, port: int, host_option: str = "--host", port_option: str = "--port") -> socket.socket:
+    """Return a bound TCP socket. Raises OSError with host, port, and the option that chooses another."""
+    listener = None
     try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = found[0]
+        listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        listener.close()
-        raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
+        if listener is not None:
+            listener.close()
+        match error.errno:
+            case errno.EADDRINUSE:
+                advice = f"choose another port with {port_option}, or stop the process that uses it"
+            case errno.EACCES:
+                advice = f"choose a port above 1023 with {port_option}"
+            case _:
+                advice = f"choose an address of this machine with {host_option}"
+        raise OSError(error.errno, f"{host}:{port}: {error.strerror}; {advice}") from None
     listener.setblocking(False)
     return listener
 
 
 def _bind_unix(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)  # mode 0600 from the first moment on
+    mask = os.umask(0o177)  # the file has mode 0600 as soon as it exists
     try:
         listener.bind(path)
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"{path}: {error.strerror}") from None
+        advice = "choose another path with server.socket, or remove what is there"
+        raise OSError(error.errno, f"{path}: {error.strerror}; {advice}") from None
     finally:
         os.umask(mask)
     listener.setblocking(False)
     return listener
 
 
-def _free_socket(path: str) -> str:
-    """`path` made free where a process that is gone left its socket behind."""
+def _remove_stale_socket(path: str) -> str:
+    """Delete the socket file of a process that has ended; return the path."""
     path = os.path.expanduser(path)
     with suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+        if stat.S_ISSOCK(os.stat(path).st_mode) and not _is_served(path):
             os.unlink(path)
     return path
 
 
-def _answers(path: str) -> bool:
+def _is_served(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
@@ -126,19 +135,19 @@ def _url(host: str, listener: socket.socket) -> str:
 
 
 async def serve_on(runner: BaseRunner, listener: socket.socket, shared: bool) -> None:
-    """Has `runner` take connections there. shared: other processes do, too."""
+    """Let `runner` accept connections on `listener`. shared: other processes accept on it too."""
     site = SharedSite(runner, listener) if shared else SockSite(runner, listener, backlog=BACKLOG)
     await site.start()
 
 
 class SharedSite(BaseSite):
-    """Takes one connection at a time: asyncio would take all that wait, and leave the other workers idle."""
+    """Accepts one connection at a time; asyncio would accept all that wait and leave the other workers idle."""
 
     def __init__(self, runner: BaseRunner, listener: socket.socket) -> None:
         super().__init__(runner)
         self._listener = listener
         self._loop = asyncio.get_running_loop()
-        self._pausing: asyncio.TimerHandle | None = None
+        self._resume_timer: asyncio.TimerHandle | None = None
 
     @property
     def name(self) -> str:
@@ -147,36 +156,36 @@ class SharedSite(BaseSite):
     async def start(self) -> None:
         await super().start()
         self._listener.setblocking(False)
-        self._take_up()
+        self._start_accepting()
 
     async def stop(self) -> None:
         await super().stop()
-        if self._pausing is not None:
-            self._pausing.cancel()
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
         self._loop.remove_reader(self._listener)
         self._listener.close()
 
-    def _take_up(self) -> None:
-        self._pausing = None
+    def _start_accepting(self) -> None:
+        self._resume_timer = None
         self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # another worker was faster
+            return  # another worker has accepted it
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
             log.error("no new connections for %gs: %s", _PAUSE, error.strerror)
             self._pause(_PAUSE)
             return
-        self._pause(_NEXT_ONE)
+        self._pause(_YIELD)
         spawn(self._serve(connection), "connection")
 
     def _pause(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)
-        self._pausing = self._loop.call_later(seconds, self._take_up)
+        self._resume_timer = self._loop.call_later(seconds, self._start_accepting)
 
     async def _serve(self, connection: socket.socket) -> None:
         connection.setblocking(False)

@@ -213,7 +213,9 @@ async def test_what_people_see(tmp_path: Path, kept: tuple[Config, list[Reply]])
     assert "1 of 3 shown; --limit 0 shows all" in await command(tmp_path, config, "list", "--limit", "1")
     said = await command(tmp_path, config, "show", key)
     assert all(text in said for text in ("team:ads", "gpt-4o", "0.002250 USD", "23h left"))
-    assert "no stored response has a key that begins with 'zz'" in await command(tmp_path, config, "show", "zz", status=1)
+    assert "no stored response has a key that begins with 'zz'" in await command(
+        tmp_path, config, "show", "zz", status=1
+    )
 
 
 @pytest.mark.parametrize(

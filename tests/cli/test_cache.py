@@ -1,4 +1,4 @@
-"""`openai-proxy cache`, the parts that need no store: tables, times, the bar, keys, the file that is replaced."""
+"""`openai-proxy cache`, the parts that need no store: tables, sizes, times, progress, keys, the exported file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from proxy.cli.cache.interface import CommandError, EntrySummary, FilterArgument
 from proxy.cli.cache.text import ProgressLine, cut, duration, size, table
 
 
-def test_subcommands_of_cache() -> None:
+def test_subcommands() -> None:
     assert {"stats", "list", "show", "purge", "export", "import"} <= set(SUBCOMMANDS)
 
 
-def test_a_table() -> None:
+def test_table() -> None:
     assert table(("NAME", "COUNT"), [("a", "1,000"), ("long name", "2")], right=("COUNT",)) == [
         "NAME       COUNT",
         "a          1,000",
@@ -51,7 +51,7 @@ def test_durations(seconds: int, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_what_is_shown_gives_no_orders_to_a_terminal() -> None:
+def test_control_characters_are_escaped() -> None:
     assert cut("\x1b[2Jü", 80) == "\\x1b[2J\\xfc"
     assert cut("a" * 30, 10) == "a" * 9 + "…"
 
@@ -66,7 +66,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, shown in ((_Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
         with ProgressLine("exporting", 1000) as progress:
@@ -75,7 +75,7 @@ def test_a_bar_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -
         assert not shown or stream.getvalue().endswith("\r\x1b[K")
 
 
-def test_how_far_it_has_come() -> None:
+def test_progress_line() -> None:
     progress = ProgressLine("exporting", 1000)
     progress.step(500)
     assert progress.line() == "exporting [############............]  50% of 1,000"
@@ -109,7 +109,7 @@ class _KeysOnly:
         raise NotImplementedError
 
 
-async def test_a_key_may_be_cut_short_while_it_is_clear() -> None:
+async def test_key_may_be_given_by_an_unambiguous_prefix() -> None:
     keys = _KeysOnly("abc", "abcd", "abcd", "b1", "b2")
     assert await find_key(keys, "abc") == "abc"
     assert await find_key(keys, "abcd") == "abcd"
@@ -119,18 +119,18 @@ async def test_a_key_may_be_cut_short_while_it_is_clear() -> None:
         await find_key(keys, "c")
 
 
-def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
     target, link = tmp_path / "answers", tmp_path / "link"
     target.write_bytes(b"before")
     link.symlink_to(target)
 
-    def half() -> None:
+    def write_half_and_fail() -> None:
         with replacing(link) as file:
-            file.write(b"half")
+            file.write(b"write_half_and_fail")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        half()
+        write_half_and_fail()
     assert target.read_bytes() == b"before"
     with replacing(link) as file:
         file.write(b"after")

@@ -1,4 +1,4 @@
-"""`openai-proxy demo`: the real process, and what it tells people to paste."""
+"""`openai-proxy demo`: the real process, and the snippets it prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.launch import ProxyProcess, environment
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    """A demo where settings and environment name upstreams and keys, none of which may be used."""
+    """Yield a demo whose settings and environment name upstreams and keys; it must use none of them."""
     home = tmp_path_factory.mktemp("demo")
     (home / "config.yaml").write_text("upstreams:\n  - base_url: https://api.openai.com/v1\n    keys: [sk-mine]\n")
     process = ProxyProcess(["demo", "--port", "0"], home, {"OPENAI_API_KEY": "sk-of-the-environment"})
@@ -44,13 +44,13 @@ def _wait_for(process: ProxyProcess, words: str) -> str:
 
 
 def pasted(text: str, first: str) -> str:
-    """The snippet that begins with this word, unindented."""
+    """Return the snippet that begins with this word, without its indentation."""
     block = text[text.index(f"  {first}") :]
     return textwrap.dedent(re.split(r"\n(?=\S)", block)[0])
 
 
 @pytest.mark.slow
-def test_start_up_text_lists_every_special_prompt_and_no_configured_key(demo: ProxyProcess) -> None:
+def test_banner_lists_special_prompts_and_no_configured_key(demo: ProxyProcess) -> None:
     text = demo.stderr_so_far()
     for start, what in SPECIAL_PROMPTS.items():
         assert re.search(rf"^  {re.escape(start)} +{re.escape(what)}$", text, re.MULTILINE)
@@ -93,7 +93,7 @@ def test_the_python_snippet_shows_a_miss_and_then_a_free_hit(demo: ProxyProcess,
 
 
 @pytest.mark.parametrize("prompt", ["provoke 429", "provoke 500"])
-async def test_provoked_failures_are_not_seen_by_the_client(demo: ProxyProcess, client: Client, prompt: str) -> None:
+async def test_provoked_failures_are_retried(demo: ProxyProcess, client: Client, prompt: str) -> None:
     answer = await client.send(demo, ask(f"{prompt}, please"))
     assert answer.status == 200
     assert answer.headers["X-Proxy-Attempts"] == "2"
@@ -102,7 +102,7 @@ async def test_provoked_failures_are_not_seen_by_the_client(demo: ProxyProcess, 
 
 
 @pytest.mark.slow
-async def test_streams_embeddings_and_models_work_through_it(demo: ProxyProcess) -> None:
+async def test_streams_embeddings_and_models(demo: ProxyProcess) -> None:
     async with openai.AsyncOpenAI(base_url=demo.base_url, api_key="unused") as sdk:
         for _ in range(2):
             stream = await sdk.chat.completions.create(
@@ -115,7 +115,7 @@ async def test_streams_embeddings_and_models_work_through_it(demo: ProxyProcess)
         assert (await sdk.models.list()).data
 
 
-def test_settings_stay_as_they_are_except_for_the_upstream() -> None:
+def test_only_the_upstream_of_the_settings_changes() -> None:
     settings = simulated(Settings(), "http://127.0.0.1:1/v1")
     assert [(u.name, u.base_url, [k.label for k in u.keys]) for u in settings.upstreams] == [
         ("simulated", "http://127.0.0.1:1/v1", ["demo"])
@@ -124,7 +124,7 @@ def test_settings_stay_as_they_are_except_for_the_upstream() -> None:
     assert not settings.passthrough
 
 
-def test_where_client_keys_are_configured_the_snippets_have_a_place_for_one() -> None:
+def test_snippets_show_a_client_key_if_one_is_needed() -> None:
     text = "\n".join(introduction("http://127.0.0.1:1", True, SPECIAL_PROMPTS))
     assert "-H 'Authorization: Bearer A-CLIENT-KEY'" in text
     assert 'api_key="A-CLIENT-KEY"' in text

@@ -21,8 +21,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 @contextmanager
 def listening(listener: socket.socket, answer: bytes | None) -> Iterator[list[bytes]]:
-    """Answers one connection (None: never) and keeps what was asked."""
-    asked: list[bytes] = []
+    """Answer one connection (None: never); yield what it received."""
+    received: list[bytes] = []
     done = threading.Event()
 
     def serve() -> None:
@@ -31,7 +31,7 @@ def listening(listener: socket.socket, answer: bytes | None) -> Iterator[list[by
         except OSError:
             return
         with connection:
-            asked.append(connection.recv(65536))
+            received.append(connection.recv(65536))
             if answer is None:
                 done.wait(10)
             else:
@@ -40,7 +40,7 @@ def listening(listener: socket.socket, answer: bytes | None) -> Iterator[list[by
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        yield asked
+        yield received
     finally:
         done.set()
         listener.close()
@@ -70,16 +70,16 @@ def health(tmp_path: Path) -> Health:
     return run
 
 
-def test_a_running_proxy_is_healthy(health: Health) -> None:
+def test_running_proxy_is_healthy(health: Health) -> None:
     listener, port = on_port()
-    with listening(listener, OK) as asked:
+    with listening(listener, OK) as received:
         done = health("--port", str(port))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"healthy: http://127.0.0.1:{port}\n", "")
-    assert asked[0].startswith(b"GET /healthz HTTP/1.1\r\n")
+    assert received[0].startswith(b"GET /healthz HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
-def test_an_address_that_means_all_is_asked_on_the_loopback(health: Health, host: str, shown: str) -> None:
+def test_wildcard_address_is_asked_on_loopback(health: Health, host: str, shown: str) -> None:
     try:
         listener, port = on_port(shown.strip("[]"))
     except OSError:
@@ -91,7 +91,7 @@ def test_an_address_that_means_all_is_asked_on_the_loopback(health: Health, host
 
 
 @pytest.mark.parametrize("written", ["{home}/s", "~/s"])
-def test_the_unix_socket_is_asked_where_there_is_one(health: Health, tmp_path: Path, written: str) -> None:
+def test_unix_socket_is_asked_if_configured(health: Health, tmp_path: Path, written: str) -> None:
     path = tmp_path / "s"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -110,7 +110,7 @@ def test_the_unix_socket_is_asked_where_there_is_one(health: Health, tmp_path: P
         (None, "timed out"),
     ],
 )
-def test_another_answer_is_not_healthy(health: Health, answer: bytes | None, words: str) -> None:
+def test_other_responses_are_not_healthy(health: Health, answer: bytes | None, words: str) -> None:
     listener, port = on_port()
     with listening(listener, answer):
         done = health("--port", str(port), "--timeout", "0.5")
@@ -120,7 +120,7 @@ def test_another_answer_is_not_healthy(health: Health, answer: bytes | None, wor
     assert done.stderr.count("\n") == 1
 
 
-def test_nobody_there_is_not_healthy(health: Health) -> None:
+def test_refused_connection_is_not_healthy(health: Health) -> None:
     listener, port = on_port()
     listener.close()
     done = health("--port", str(port))
@@ -129,14 +129,14 @@ def test_nobody_there_is_not_healthy(health: Health) -> None:
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "inf", "nan", "soon"])
-def test_a_timeout_is_a_positive_number(health: Health, timeout: str) -> None:
+def test_timeout_must_be_a_positive_number(health: Health, timeout: str) -> None:
     done = health("--timeout", timeout)
     assert done.returncode == 2
     assert "--timeout" in done.stderr
 
 
-def test_it_starts_without_the_server(tmp_path: Path) -> None:
-    """A probe runs it every few seconds: aiohttp alone would cost a third of a second of CPU each time."""
+def test_health_does_not_import_the_server(tmp_path: Path) -> None:
+    """A probe runs it every few seconds, and importing aiohttp takes a third of a second of CPU."""
     code = (
         "import sys; from proxy.cli import main\n"
         "try: main(['health', '--port', '1'])\n"

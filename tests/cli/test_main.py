@@ -60,6 +60,7 @@ def test_help_fits_80_columns(
     assert [line for line in lines if len(line) > 80] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["check"], ["cache", "import", "--help"]], ids=" ".join)
 def test_closed_pipe_prints_no_traceback(argv: list[str], tmp_path: Path) -> None:
     """As with `| head`: the reader has gone when the command writes."""
@@ -78,6 +79,7 @@ def test_closed_pipe_prints_no_traceback(argv: list[str], tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_closed_pipe_while_answers_are_imported_is_no_failure_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").touch()
     reader, writer = os.pipe()
@@ -95,6 +97,7 @@ def test_closed_pipe_while_answers_are_imported_is_no_failure_of_the_file(tmp_pa
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_closed_standard_output_is_no_error(tmp_path: Path) -> None:
     done = run_command(tmp_path, ["--version"])
     assert done.stdout.startswith("openai-proxy ")
@@ -109,6 +112,7 @@ def test_closed_standard_output_is_no_error(tmp_path: Path) -> None:
     assert (shell.returncode, shell.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_start_prints_no_traceback(tmp_path: Path) -> None:
     """The settings wait for a key command when the signal comes."""
     started = tmp_path / "started"

@@ -1,4 +1,4 @@
-"""The report's columns: short enough for 80, whatever the numbers are. Its content: tests/acceptance/test_ledger.py."""
+"""The report fits 80 columns whatever the numbers are; tests/acceptance/test_ledger.py tests its content."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_times(milliseconds: float | None, text: str) -> None:
 
 
 @pytest.mark.parametrize("names", [["x" * 99], ["x" * 99, None], ["x" * 99, "\x1b[31m" * 9, "\n" * 99], [None] * 5])
-def test_names_fit(names: list[str | None]) -> None:
+def test_first_column_fits(names: list[str | None]) -> None:
     assert len(_name(names)) <= 22
     assert _name(names).isprintable()
 
 
-def test_a_full_table_fits_into_80_columns() -> None:
+def test_full_table_fits_80_columns() -> None:
     most = ReportRow(
         requests=10**8, hits=10**8, errors=10**8, total=10**15, unknown=7, cost=123456 * 10**12, saved=10**17
     )
@@ -70,5 +70,5 @@ def test_a_full_table_fits_into_80_columns() -> None:
 @pytest.mark.parametrize(
     ("value", "cell"), [("=1+1", "'=1+1"), ("gpt-4o", "gpt-4o"), ("@x", "'@x"), (7, 7), (None, None)]
 )
-def test_a_spreadsheet_takes_no_name_for_a_formula(value: object, cell: object) -> None:
+def test_formulas_are_quoted_in_csv(value: object, cell: object) -> None:
     assert _cell(value) == cell

@@ -46,9 +46,14 @@ def test_a_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(folder: P
 def test_a_taken_port_leaves_nothing_open() -> None:
     taken = listening.listen(ServerSettings(port=0))
     port = taken.sockets[0].getsockname()[1]
-    with pytest.raises(OSError, match=f"127.0.0.1:{port}"):
+    with pytest.raises(OSError, match=f"127.0.0.1:{port}.*another port with server.ops"):
         listening.listen(ServerSettings(port=0, ops=("127.0.0.1", port)))
     taken.close()
+
+
+def test_address_of_no_interface_names_the_option() -> None:
+    with pytest.raises(OSError, match=r"192\.0\.2\.1:8484: .*choose an address of this machine with --host"):
+        listening.listen(ServerSettings(host="192.0.2.1"))
 
 
 async def serve(request: BaseRequest) -> object:
