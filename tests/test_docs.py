@@ -114,9 +114,10 @@ ELSEWHERE = {
     "docs/deployment.md: docker build": "needs Docker; tests/test_dockerfile.py reads the Dockerfile",
     "docs/deployment.md: services:": "test_readme.py",
     "docs/deployment.md: apiVersion: v1": "test_readme.py",
-    "docs/settings.md: server:": "test_readme.py",
+    "docs/settings.md: openai-proxy config init": "tests/cli/test_config.py",
     "CONTRIBUTING.md: .venv/bin/python -m pytest": ".ci/run runs the same tools",
     "CONTRIBUTING.md: .ci/lock": "needs the package index",
+    "CONTRIBUTING.md: .venv/bin/python .ci/update_settings.py": "tests/config/test_settings_page.py",
     "CONTRIBUTING.md: .venv/bin/python -m tests.sdk_schema": ".ci/run runs it",
 }
 """Examples that are not run below, by the beginning of their name, and where or why not."""

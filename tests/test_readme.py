@@ -13,6 +13,7 @@ import yaml
 from proxy.cache.fields import HOSTED_TOOLS, LABELS
 from proxy.cache.stores.build import BACKENDS
 from proxy.cli import COMMANDS
+from proxy.cli import config as config_command
 from proxy.cli.cache import SUBCOMMANDS
 from proxy.config.loader import FLAGS, load
 from proxy.config.schema import leaves
@@ -90,12 +91,16 @@ def test_commands_and_flags_are_those_of_the_program(tmp_path: Path) -> None:
 
     text = MANUAL["commands.md"]
     assert set(re.findall(r"`openai-proxy ([a-z]+)", "".join(first_cells(text)))) == set(COMMANDS)
-    for command in [command for command in COMMANDS if command != "cache"]:
+    for command in [command for command in COMMANDS if command not in ("cache", "config")]:
         assert f"`openai-proxy {command}`" in text
         assert command in usage()
         shown = set(re.findall(r"(?<![\w-])--[a-z-]+", usage(command))) - {"--help"}
         assert {"--config", *FLAGS.values()} <= shown
         assert {flag for flag in shown if f"`{flag}" not in text and f" {flag} " not in text} == set()
+    for subcommand in config_command.SUBCOMMANDS:
+        assert f"`openai-proxy config {subcommand}" in text
+        shown = set(re.findall(r"(?<![\w-])--[a-z-]+", usage("config", subcommand))) - {"--help"}
+        assert {flag for flag in shown if f"`{flag}" not in text} == set()
     assert "`openai-proxy cache …`" in text
     assert "cache" in usage()
     text += section("caching.md", "The stored responses")

@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "demo": "run the proxy in front of a simulated upstream: no key, no network, no cost",
     "health": "exit with 0 if the running proxy is alive, else with 1",
     "check": "validate the settings and print the effective ones",
+    "config": "write a commented config.yaml, or print the JSON Schema of the settings",
     "report": "usage, cost and savings from the ledger",
     "cache": "stored responses: stats, list, show, purge, export, import, explain",
 }

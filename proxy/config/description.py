@@ -103,6 +103,11 @@ def setting(kind: Kind, default: T, about: str, *, fixed: bool = False) -> T:
     return field(default=default, metadata=metadata)
 
 
+def fixed_setting(kind: Kind, default: T, about: str) -> T:
+    """Return the dataclass field of a setting that a reload cannot change."""
+    return setting(kind, default, about, fixed=True)
+
+
 def section(cls: Callable[[], T], about: str) -> T:
     """Return the dataclass field of a section, which is a dataclass of settings itself."""
     return setting(section_of(cls), cls(), about)

@@ -7,11 +7,11 @@ from typing import Final
 from urllib.parse import quote
 
 from .description import Kind, Leaf, Section
+from .key_tables import ADMIN_KEY
 from .problems import ENVIRONMENT, Invalid, SourceLocation, shown_name
 from .reading import Reading, unknown
 from .schema import PREFIX, SETTINGS
 from .secret import Secret
-from .settings import ADMIN_KEY
 from .tree import Listing, Node, Scalar, Table, parse
 from .urls import parse_url
 

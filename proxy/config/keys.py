@@ -9,11 +9,12 @@ from typing import Any, Final, NamedTuple
 
 from .description import optional
 from .key_sources import read_key_file
+from .key_tables import ADMIN_KEY, CLIENT, KEY, KEY_WAYS, LIMITS, LIMITS_BY_GLOB
 from .limits import Limits
 from .problems import Invalid, SourceLocation
 from .reading import Reading, items_of, kind_of, read, read_items, scalar
 from .secret import Secret, unusable_key
-from .settings import ADMIN_KEY, CLIENT, KEY, KEY_WAYS, LIMITS, LIMITS_BY_GLOB, ClientKeySettings, KeySettings
+from .settings import ClientKeySettings, KeySettings
 from .tree import Listing, Node, Scalar, Table
 from .values import SECRET_TEXT
 

@@ -7,18 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from .description import Kind, Leaf, ListOf, MapOf, OneOf, Section
+from .key_tables import CLIENT_KEYS, KEYS, LIMITS_BY_GLOB
 from .schema import SETTINGS
-from .settings import (
-    CLIENT_KEYS,
-    KEYS,
-    LIMITS_BY_GLOB,
-    UPSTREAM,
-    UPSTREAMS,
-    ClientKeySettings,
-    KeySettings,
-    Settings,
-    UpstreamSettings,
-)
+from .settings import UPSTREAM, UPSTREAMS, ClientKeySettings, KeySettings, Settings, UpstreamSettings
 from .values import MONEY
 
 if TYPE_CHECKING:
@@ -106,21 +97,22 @@ _SHORT: Final[Mapping[Kind, Callable[[Any], dict[str, object]]]] = {
 
 def lines(loaded: LoadedSettings) -> Iterator[str]:
     """Yield YAML lines, each with the source of its value as a comment."""
-    yield from _section(plain(loaded.settings), "", loaded.sources)
+    return lines_of(plain(loaded.settings), "", loaded.sources)
 
 
-def _section(shown: Mapping[str, object], path: str, sources: Mapping[str, str]) -> Iterator[str]:
+def lines_of(shown: Mapping[str, object], path: str, comments: Mapping[str, str]) -> Iterator[str]:
+    """Yield the YAML lines of a section. `path`: that of the section, with a point at its end; `comments`: by path."""
     indent = "  " * path.count(".")
     for name, value in shown.items():
         inner = f"{path}{name}"
         if _blocks(value):
             yield f"{indent}{name}:"
-            yield from _items(value, inner, sources)
-        elif isinstance(value, dict) and inner not in sources:  # a section: its settings have the sources
+            yield from _items(value, inner, comments)
+        elif isinstance(value, dict) and inner not in comments:  # a section: its settings have the comments
             yield f"{indent}{name}:"
-            yield from _section(value, f"{inner}.", sources)
+            yield from lines_of(value, f"{inner}.", comments)
         else:
-            yield _line(f"{indent}{name}: {_flow(value)}", sources[inner])
+            yield _line(f"{indent}{name}: {flow(value)}", comments[inner])
 
 
 def _blocks(value: object) -> TypeGuard[list[dict[str, object]]]:
@@ -141,7 +133,7 @@ def _items(items: list[dict[str, object]], path: str, sources: Mapping[str, str]
                 yield f"{indent}{lead}{name}:"
                 yield from _items(value, inner, sources)
             else:
-                yield _line(f"{indent}{lead}{name}: {_flow(value)}", source)
+                yield _line(f"{indent}{lead}{name}: {flow(value)}", source)
             lead = "  "
 
 
@@ -149,10 +141,10 @@ def _line(text: str, source: str) -> str:
     return f"{text.rstrip():<{_COLUMN}}  # {source}"
 
 
-def _flow(value: object) -> str:
+def flow(value: object) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_flow, value))}]"
+        return f"[{', '.join(map(flow, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_flow(name)}: {_flow(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(f'{flow(name)}: {flow(item)}' for name, item in value.items())}}}"
     text = str(value)
     return f'"{text}"' if text[:1] in tuple("*&%@`[{!|>'#") and text else text

@@ -12,7 +12,18 @@ from decimal import Decimal
 from typing import Final
 
 from ..cost.pricing import Kind
-from .description import Leaf, ListOf, MapOf, OneOf, Section, Setting, optional, section, section_of, setting
+from .description import (
+    Leaf,
+    ListOf,
+    MapOf,
+    Section,
+    fixed_setting,
+    optional,
+    section,
+    section_of,
+    setting,
+)
+from .key_tables import ADMIN_KEY, CLIENT_KEYS, KEYS, LIMITS_BY_GLOB
 from .limits import Limits
 from .problems import Invalid
 from .secret import Secret
@@ -25,7 +36,6 @@ from .values import (
     DEPLOYMENT,
     FIELD,
     GLOB,
-    HEADER_ID,
     HOST,
     HOST_AND_PORT,
     MONEY,
@@ -33,11 +43,8 @@ from .values import (
     ORIGIN,
     PATH,
     SECRET,
-    SECRET_TEXT,
-    SHA256,
     SHARE,
     SOCKET_PATH,
-    TEXT,
     VISIBLE,
     choice,
     duration,
@@ -68,57 +75,6 @@ def _no_essential(names: tuple[str, ...]) -> None:
             raise Invalid(f"expected fields that do not change the answer, found {name}")
 
 
-_LIMIT: Final = optional(integer(1))
-_LIMITS: Final = {
-    "rpm": Setting(_LIMIT, "Requests a minute."),
-    "tpm": Setting(_LIMIT, "Tokens a minute."),
-    "rpd": Setting(_LIMIT, "Requests a day."),
-    "tpd": Setting(_LIMIT, "Tokens a day."),
-    "concurrency": Setting(_LIMIT, "Requests at the same time."),
-}
-LIMITS: Final = Section(_LIMITS, Limits)
-LIMITS_BY_GLOB: Final = MapOf(GLOB, LIMITS)
-KEY_LIMITS: Final = OneOf((LIMITS, LIMITS_BY_GLOB))
-
-KEY_WAYS: Final = {
-    "key": Setting(optional(SECRET_TEXT), "The key itself."),
-    "key_file": Setting(optional(PATH), "A file that holds the key; the proxy follows its changes."),
-    "key_command": Setting(ListOf(TEXT), "A command that prints the key: its arguments, no shell, at most 10 s.", ()),
-}
-"""The ways to give a key. One of them is needed."""
-
-KEY: Final = Section(
-    {
-        "name": Setting(optional(NAME), "Label in headers and logs; default: the upstream's name and a number."),
-        **KEY_WAYS,
-        "organization": Setting(optional(HEADER_ID), "OpenAI organization to send with the key."),
-        "project": Setting(optional(HEADER_ID), "OpenAI project to send with the key."),
-        "weight": Setting(number(1e6), "Share of requests with `selection: weighted`; 0: only if no other can.", 1.0),
-        "quota": Setting(optional(NAME), "Keys that name the same quota share its limits; default: the label."),
-        "limits": Setting(KEY_LIMITS, "Limits of this key, for all models or by model.", {}),
-    }
-)
-KEYS: Final = OneOf((SECRET_TEXT, ListOf(OneOf((SECRET_TEXT, KEY)))))
-ADMIN_KEY: Final = OneOf((optional(SECRET_TEXT), Section(KEY_WAYS)))
-
-_CLIENT_LIMITS: Final = {name: _LIMITS[name] for name in ("rpm", "tpm", "concurrency")}
-CLIENT: Final = Section(
-    {
-        "name": Setting(optional(NAME), "Name in logs and receipts; default: client-1, client-2 …"),
-        **KEY_WAYS,
-        "key_sha256": Setting(optional(SHA256), "SHA-256 of the key instead of the key."),
-        "namespace": Setting(optional(VISIBLE), "Clients that name the same one share cached answers."),
-        "models": Setting(ListOf(GLOB), "Models that the client may ask for; none: all.", ()),
-        "limits": Setting(
-            Section(_CLIENT_LIMITS | {"usd_per_day": Setting(optional(MONEY), "USD a day (UTC).")}),
-            "Limits of what goes upstream for this client; cached answers are free.",
-            {},
-        ),
-    }
-)
-CLIENT_KEYS: Final = ListOf(CLIENT)
-
-
 @dataclass(frozen=True, slots=True)
 class ClientKeySettings:
     """A client that may call. `digest`: SHA-256 of its key. `namespace`: the cache it shares with those of that name.
@@ -136,16 +92,16 @@ class ClientKeySettings:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    host: str = setting(HOST, "127.0.0.1", "Address to listen on; one beyond loopback needs client keys.", fixed=True)
-    port: int = setting(integer(0, 65535), 8484, "Port; 0: any free one, printed at the start.", fixed=True)
-    workers: int = setting(integer(1, 256), 1, "Processes that share the port.", fixed=True)
+    host: str = fixed_setting(HOST, "127.0.0.1", "Address to listen on; one beyond loopback needs client keys.")
+    port: int = fixed_setting(integer(0, 65535), 8484, "Port; 0: any free one, printed at the start.")
+    workers: int = fixed_setting(integer(1, 256), 1, "Processes that share the port.")
     max_body: int = setting(size(1), 64 * MIB, "Largest request; a larger one is refused with 413.")
     max_in_flight: int = setting(integer(1), 1000, "Requests at the same time; more are refused with 503 overloaded.")
     drain_timeout: float = setting(_SPAN, 30.0, "After SIGTERM, running requests may take this long to finish.")
     drain_delay: float = setting(_SPAN, 0.0, "How long SIGTERM still accepts connections while /readyz says 503.")
-    socket: str | None = setting(optional(SOCKET_PATH), None, "Unix socket instead of host and port.", fixed=True)
-    ops: tuple[str, int] | None = setting(
-        optional(HOST_AND_PORT), None, "Second listener for /healthz, /readyz and /metrics, without a key.", fixed=True
+    socket: str | None = fixed_setting(optional(SOCKET_PATH), None, "Unix socket instead of host and port, mode 0600.")
+    ops: tuple[str, int] | None = fixed_setting(
+        optional(HOST_AND_PORT), None, "Second listener, for /healthz, /readyz and /metrics only: any Host, no key."
     )
     client_keys: tuple[ClientKeySettings, ...] = setting(
         CLIENT_KEYS, (), "Clients that may call; none: every client on this machine, and no other."
@@ -213,11 +169,11 @@ UPSTREAMS: Final = ListOf(UPSTREAM)
 
 @dataclass(frozen=True, slots=True)
 class TtlSettings:
-    chat: float = setting(_SPAN, 24 * HOUR, "Of chat completions.")
-    completions: float = setting(_SPAN, 24 * HOUR, "Of completions.")
-    responses: float = setting(_SPAN, 24 * HOUR, "Of responses.")
-    embeddings: float = setting(_SPAN, 168 * HOUR, "Of embeddings.")
-    moderations: float = setting(_SPAN, 24 * HOUR, "Of moderations.")
+    chat: float = setting(_SPAN, 24 * HOUR, "Time that chat completions are fresh.")
+    completions: float = setting(_SPAN, 24 * HOUR, "Time that completions are fresh.")
+    responses: float = setting(_SPAN, 24 * HOUR, "Time that responses are fresh.")
+    embeddings: float = setting(_SPAN, 168 * HOUR, "Time that embeddings are fresh.")
+    moderations: float = setting(_SPAN, 24 * HOUR, "Time that moderations are fresh.")
 
 
 _IGNORED: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -225,41 +181,44 @@ _IGNORED: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key", 
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    backend: str = setting(
-        choice("memory", "sqlite", "redis", "off"), "memory", "Where answers are stored.", fixed=True
+    backend: str = fixed_setting(
+        choice("memory", "sqlite", "redis", "off"),
+        "memory",
+        "Where responses are stored; memory stands in front of sqlite and redis.",
     )
-    path: str = setting(PATH, "~/.cache/openai-proxy/cache.db", "File of the sqlite backend.", fixed=True)
-    memory_size: int = setting(size(), 256 * MIB, "Memory for answers; the least recently used go first.", fixed=True)
-    max_size: int = setting(size(1), 4 * GIB, "Size of the sqlite file; the least recently used go first.", fixed=True)
-    max_entry: int = setting(size(1), 8 * MIB, "Largest answer that is stored.", fixed=True)
-    ttl: TtlSettings = section(TtlSettings, "How long answers are fresh.")
+    path: str = fixed_setting(PATH, "~/.cache/openai-proxy/cache.db", "File of the sqlite backend.")
+    memory_size: int = fixed_setting(size(), 256 * MIB, "Memory for responses; the least recently used go first.")
+    max_size: int = fixed_setting(size(1), 4 * GIB, "Size of the sqlite file; the least recently used go first.")
+    max_entry: int = fixed_setting(size(1), 8 * MIB, "Largest response that is stored.")
+    ttl: TtlSettings = section(TtlSettings, "How long responses are fresh.")
     when: str = setting(
-        choice("always", "deterministic", "never"), "always", "Which requests; deterministic: temperature 0 or a seed."
+        choice("always", "deterministic", "never"),
+        "always",
+        "For which requests; deterministic: temperature 0, a seed, embeddings, moderations.",
     )
-    mode: str = setting(
+    mode: str = fixed_setting(
         choice("normal", "replay", "refresh"),
         "normal",
         "Replay: nothing goes upstream, a miss is 504; refresh: always ask, and overwrite.",
-        fixed=True,
     )
-    cassette: str | None = setting(
-        optional(PATH), None, "File of answers: replay reads it; otherwise used answers are merged into it.", fixed=True
+    cassette: str | None = fixed_setting(
+        optional(PATH), None, "File of responses: replay reads it; otherwise used responses are merged into it."
     )
-    store_requests: bool = setting(BOOLEAN, False, "Store the request with the answer, without its headers.")
+    store_requests: bool = setting(BOOLEAN, False, "Store the request with the response, without its headers.")
     ignore_fields: tuple[str, ...] = setting(
         ListOf(FIELD, check=_no_essential), _IGNORED, "Request fields left out of the cache key."
     )
-    shared: bool = setting(BOOLEAN, False, "Clients with different client keys share answers.")
+    shared: bool = setting(BOOLEAN, False, "Clients with different client keys share responses.")
     embeddings_per_item: bool = setting(BOOLEAN, True, "Send only those texts of a batch that are not cached.")
-    stale_while_revalidate: float = setting(
-        _SPAN, 0.0, "How long past its ttl an answer is served while a new one is fetched.", fixed=True
+    stale_while_revalidate: float = fixed_setting(
+        _SPAN, 0.0, "How long past its ttl a response is served while a new one is fetched."
     )
-    stale_if_error: float = setting(
-        _SPAN, 0.0, "How long past its ttl an answer is served if every key and upstream fails.", fixed=True
+    stale_if_error: float = fixed_setting(
+        _SPAN, 0.0, "How long past its ttl a response is served if every key and upstream fails."
     )
     coalesce: bool = setting(BOOLEAN, True, "Identical requests at the same time make one upstream call.")
     on_disconnect: str = setting(
-        choice("cancel", "finish"), "cancel", "Finish: read the answer to its end, within 60 s, and store it."
+        choice("cancel", "finish"), "cancel", "Finish: read the response to its end (within 60 s) and store it."
     )
 
 
@@ -267,10 +226,12 @@ class CacheSettings:
 class ThrottleSettings:
     """`limits`: model glob -> limits of each quota. `max_wait` None: the client's own deadline (`auto`)."""
 
-    backend: str = setting(
-        choice("memory", "redis"), "memory", "Redis: limits hold across every proxy that uses it.", fixed=True
+    backend: str = fixed_setting(
+        choice("memory", "redis"), "memory", "Redis: limits hold across every proxy that uses it."
     )
-    limits: Mapping[str, Limits] = setting(LIMITS_BY_GLOB, {}, "Limits by model, for each quota.")
+    limits: Mapping[str, Limits] = setting(
+        LIMITS_BY_GLOB, {}, "Limits of each quota by model or glob: rpm, tpm, rpd, tpd, concurrency."
+    )
     tier: str | None = setting(
         optional(choice("1", "2", "3", "4", "5", "free")), None, "OpenAI's published limits; `limits` override them."
     )
@@ -291,38 +252,40 @@ class RetrySettings:
     budget: float = setting(
         number(1.0), 0.2, "Retries as a share of an upstream's requests in 10 s, over a floor of 10."
     )
-    ambiguous: bool = setting(BOOLEAN, True, "Retry if the connection died after sending and before any answer.")
+    ambiguous: bool = setting(BOOLEAN, True, "Retry if the connection died after sending and before any response.")
     fallbacks: Mapping[str, tuple[str, ...]] = setting(
-        MapOf(GLOB, ListOf(GLOB, at_least=1)), {}, "Model to models to try when every key and upstream failed."
+        MapOf(GLOB, ListOf(GLOB, at_least=1)), {}, "Models to try, by model, when every key and upstream failed."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerSettings:
-    failures: int = setting(integer(1), 5, "Equal failures in a row that open the breaker.")
-    window: float = setting(_POSITIVE_SPAN, 30.0, "They count if they happen within this time.")
-    open_for: float = setting(_POSITIVE_SPAN, 15.0, "After this time one request may try the upstream.")
+    failures: int = setting(integer(1), 5, "Failures of one kind in a row that open the breaker.")
+    window: float = setting(_POSITIVE_SPAN, 30.0, "Time within which these failures happen.")
+    open_for: float = setting(_POSITIVE_SPAN, 15.0, "Time after which one request may try the upstream.")
 
 
 @dataclass(frozen=True, slots=True)
 class TimeoutSettings:
-    connect: float = setting(_POSITIVE_SPAN, 5.0, "To connect.")
-    first_byte: float = setting(_POSITIVE_SPAN, 600.0, "Until the answer begins.")
-    idle: float = setting(_POSITIVE_SPAN, 300.0, "Longest pause within an answer.")
-    total: float = setting(_POSITIVE_SPAN, 600.0, "Of a plain answer, and of a stream up to its first event.")
+    connect: float = setting(_POSITIVE_SPAN, 5.0, "Time to connect.")
+    first_byte: float = setting(_POSITIVE_SPAN, 600.0, "Time until the response begins.")
+    idle: float = setting(_POSITIVE_SPAN, 300.0, "Longest pause within a response.")
+    total: float = setting(_POSITIVE_SPAN, 600.0, "Time for a plain response, and for a stream up to its first event.")
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetSettings:
     usd_per_day: Decimal | None = setting(optional(MONEY), None, "USD a day (UTC).")
     usd_per_month: Decimal | None = setting(optional(MONEY), None, "USD a month (UTC).")
-    on_exceeded: str = setting(choice("refuse", "cache_only"), "refuse", "What happens when it is spent.")
+    on_exceeded: str = setting(choice("refuse", "cache_only"), "refuse", "What happens to requests when it is spent.")
     warn_at: float = setting(SHARE, 0.8, "Share at which the log warns.")
 
 
 @dataclass(frozen=True, slots=True)
 class CostSettings:
-    prices: Prices = setting(_PRICES, {}, "Model to USD per 1M tokens, over the built-in list.")
+    prices: Prices = setting(
+        _PRICES, {}, "USD per 1M tokens by model or glob: input, cached_input, cache_write, output."
+    )
     stream_usage: str = setting(
         choice("inject", "off"), "inject", "Inject: ask upstream for a stream's usage if the client did not."
     )
@@ -332,21 +295,18 @@ class CostSettings:
 
 @dataclass(frozen=True, slots=True)
 class LedgerSettings:
-    path: str = setting(PATH, "~/.local/share/openai-proxy/usage.db", "File of the ledger.", fixed=True)
-    enabled: bool = setting(BOOLEAN, True, "Keep the ledger.", fixed=True)
+    path: str = fixed_setting(PATH, "~/.local/share/openai-proxy/usage.db", "File of the ledger.")
+    enabled: bool = fixed_setting(BOOLEAN, True, "Keep the ledger.")
 
 
 @dataclass(frozen=True, slots=True)
 class RedisSettings:
     """`url` is a secret: it may hold a password."""
 
-    url: Secret | None = setting(
-        optional(SECRET),
-        None,
-        "redis://, rediss:// or unix://; default: REDIS_URL, or REDIS_HOST and its like.",
-        fixed=True,
+    url: Secret | None = fixed_setting(
+        optional(SECRET), None, "redis://, rediss:// or unix://; default: REDIS_URL, or REDIS_HOST, _PORT, _PASSWORD."
     )
-    prefix: str = setting(NAME, "openai-proxy", "Beginning of every key in Redis, at most 64 bytes.", fixed=True)
+    prefix: str = fixed_setting(NAME, "openai-proxy", "Beginning of every key in Redis, at most 64 bytes.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,15 +324,15 @@ class Settings:
     selection: str = setting(
         choice("auto", "headroom", "round_robin", "sticky", "weighted"), "auto", "How a key of the pool is chosen."
     )
-    cache: CacheSettings = section(CacheSettings, "Which answers are stored, where and for how long.")
+    cache: CacheSettings = section(CacheSettings, "Which responses are stored, where and for how long.")
     throttle: ThrottleSettings = section(ThrottleSettings, "Rate limits, and how requests wait for them.")
     retry: RetrySettings = section(RetrySettings, "How failed requests are tried again.")
     breaker: BreakerSettings = section(BreakerSettings, "When an upstream that fails is left alone.")
     timeouts: TimeoutSettings = section(TimeoutSettings, "How long the proxy waits for an upstream.")
-    cost: CostSettings = section(CostSettings, "Prices and budgets.")
-    ledger: LedgerSettings = section(LedgerSettings, "Counts and costs of requests, never prompts or answers.")
+    cost: CostSettings = section(CostSettings, "What requests cost, and what may be spent.")
+    ledger: LedgerSettings = section(LedgerSettings, "Counts and costs of requests, never prompts or responses.")
     redis: RedisSettings = section(RedisSettings, "For cache.backend and throttle.backend redis.")
-    log: LogSettings = section(LogSettings, "The log.")
+    log: LogSettings = section(LogSettings, "What is logged, and how.")
 
     @property
     def passthrough(self) -> bool:

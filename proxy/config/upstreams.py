@@ -8,20 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .description import Kind
+from .key_tables import ADMIN_KEY, CLIENT_KEYS, KEY_LIMITS, KEYS
 from .keys import labelled, read_admin_key, read_client_keys, read_key_limits, read_keys
 from .problems import Invalid
 from .reading import Reading, items_of, read, read_items
-from .settings import (
-    ADMIN_KEY,
-    CLIENT_KEYS,
-    DEFAULT_API_VERSION,
-    KEY_LIMITS,
-    KEYS,
-    UPSTREAM,
-    UPSTREAMS,
-    KeySettings,
-    UpstreamSettings,
-)
+from .settings import DEFAULT_API_VERSION, UPSTREAM, UPSTREAMS, KeySettings, UpstreamSettings
 from .tree import Node, Table
 from .urls import Url, azure_url, openai_url
 from .values import DEPLOYMENT

@@ -41,7 +41,7 @@ def integer(low: int = 0, high: int = _LARGEST) -> Leaf[int]:
 
 
 def number(high: float) -> Leaf[float]:
-    return _number(f"a number from 0 to {high:g}", float, 0, high)
+    return _number(f"a number from 0 to {high:.15g}", float, 0, high)
 
 
 SHARE: Final = _number("a number above 0 and at most 1", float, ulp(0.0), 1)
