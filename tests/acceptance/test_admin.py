@@ -139,7 +139,7 @@ async def kept(
     return config, replies
 
 
-async def test_what_is_exported_and_imported_elsewhere_is_a_hit(
+async def test_exported_entries_are_hits_after_import_elsewhere(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path, kept: tuple[Config, list[Reply]]
 ) -> None:
     config, told = kept
@@ -204,7 +204,7 @@ async def test_the_memory_of_a_running_proxy_over_http(
     await misses_within(0.1, client, proxy, QUESTIONS[0][0])
 
 
-async def test_what_people_see(tmp_path: Path, kept: tuple[Config, list[Reply]]) -> None:
+async def test_list_show_and_stats_as_text(tmp_path: Path, kept: tuple[Config, list[Reply]]) -> None:
     config, told = kept
     key = told[0].headers["X-Proxy-Cache-Key"]
     for args in (["stats"], ["list"], ["list", "--limit", "1"], ["show", key[:8], "--body"]):
@@ -239,7 +239,7 @@ async def test_what_people_see(tmp_path: Path, kept: tuple[Config, list[Reply]])
         (["list", "--cache", "disk"], "cache.backend"),
     ],
 )
-def test_what_is_asked_wrongly(tmp_path: Path, args: list[str], why: str) -> None:
+def test_wrong_arguments_are_refused(tmp_path: Path, args: list[str], why: str) -> None:
     done = run_command(tmp_path, ["cache", *args])
     assert (done.returncode, done.stdout) == (2, "")
     assert why in done.stderr
@@ -254,7 +254,7 @@ def test_the_admin_key_does_not_go_over_plain_http(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("args", [["list"], ["purge", "--all"], ["import", "answers.jsonl"]])
-def test_a_store_in_trouble_is_said_to_be(tmp_path: Path, args: list[str]) -> None:
+def test_a_broken_store_is_reported(tmp_path: Path, args: list[str]) -> None:
     (tmp_path / "answers.jsonl").touch()
     done = run_command(tmp_path, ["cache", *args, "--cache", "redis"], env={"REDIS_URL": "redis://:word@127.0.0.1:1"})
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
@@ -270,7 +270,7 @@ def test_a_store_in_trouble_is_said_to_be(tmp_path: Path, args: list[str]) -> No
     assert wrong.read_text().startswith("somebody's")
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_no_proxy_at_the_url(tmp_path: Path) -> None:
     done = run_command(tmp_path, ["cache", "list", "--url", "http://127.0.0.1:1"])
     assert done.returncode == 1
     assert "http://127.0.0.1:1 is not reached" in done.stderr

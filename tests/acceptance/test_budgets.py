@@ -101,7 +101,7 @@ async def test_refused_with_the_time_and_remembered(
     assert upstream.count == len(answers)
 
 
-async def test_a_client_has_a_budget_of_its_own(
+async def test_a_client_has_its_own_budget(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     proxy = launch(settings(upstream.port, server={"client_keys": KEYS}, ledger={"path": str(tmp_path / "u.db")}))
@@ -152,7 +152,9 @@ async def test_two_processes_over_redis(
     assert (await client.send(third, ask("third", **SMALL))).error == "budget_exceeded"
 
 
-async def test_counting_from_the_start_is_said(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_a_budget_without_a_ledger_is_warned_of(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy = launch(with_budget(upstream.port, 1))
     assert (await client.send(proxy, ask())).status == 200
     assert "a restart forgets what was spent" in proxy.stderr_so_far()

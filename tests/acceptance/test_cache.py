@@ -245,7 +245,7 @@ async def test_a_stream_is_replayed_byte_for_byte(
     assert upstream.count == 1
 
 
-async def test_the_usage_chunk_is_for_those_who_asked(
+async def test_only_clients_that_asked_get_the_usage_chunk(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     for fill_with in (True, False):

@@ -57,7 +57,7 @@ NAN = b'{"model":"gpt-4o","messages":[{"role":"user","content":"nan"}],"temperat
 
 
 @pytest.mark.parametrize("body", [DEEP, TWICE, NAN], ids=["deep", "duplicate keys", "NaN"])
-async def test_odd_bodies_are_passed_and_not_cached(
+async def test_bodies_without_one_meaning_are_passed_and_not_cached(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
 ) -> None:
     for _ in range(2):
@@ -93,7 +93,7 @@ async def test_incomplete_answers_are_passed_and_not_stored(
     assert upstream.count == 2
 
 
-async def test_length_is_stored_where_the_request_set_a_limit(
+async def test_length_is_stored_if_the_request_set_a_limit(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     upstream.always(upstream_answers.chat(finish_reason="length"))
@@ -115,7 +115,7 @@ async def test_errors_are_not_stored(
 
 
 @pytest.mark.parametrize("body", [b'{"id": "x", "choi', b"", b"<html>login</html>", b"null", b"[]"])
-async def test_what_is_not_an_answer_is_not_stored(
+async def test_incomplete_or_empty_responses_are_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
 ) -> None:
     """A "cut or broken body" is a 502; whether that means a broken one of the right length is left open."""

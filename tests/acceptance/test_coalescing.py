@@ -159,9 +159,7 @@ async def test_clients_and_namespaces_share_nothing(launch: Launch, upstream: Sc
     assert caches(await asyncio.gather(*asking)) == ["miss"] * 3
 
 
-async def test_no_cache_asks_for_a_call_of_its_own(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_no_cache_is_not_coalesced(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     gate, question = upstream.gate(), ask()
     upstream.always(hold(gate), upstream_answers.chat())
     asking = tasks(*(client.send(proxy, question, {"Cache-Control": "no-cache"}) for _ in range(3)))
@@ -198,7 +196,7 @@ async def test_the_leaders_client_is_killed_and_49_are_answered(
     assert (await client.send(proxy, question)).cache == "hit"
 
 
-async def test_a_leader_that_leaves_in_mid_stream(
+async def test_followers_get_the_rest_when_the_leader_leaves_mid_stream(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question, events = upstream.gate(), ask(**USAGE), upstream_answers.chat_events(["a", "b"], include_usage=True)
@@ -216,7 +214,7 @@ async def test_a_leader_that_leaves_in_mid_stream(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_when_all_have_left_the_upstream_is_closed_at_once(
+async def test_the_upstream_is_closed_when_the_last_client_leaves(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, stream: bool
 ) -> None:
     question = ask(stream=stream)
@@ -235,7 +233,9 @@ async def test_when_all_have_left_the_upstream_is_closed_at_once(
     assert (await client.send(proxy, question)).cache == "miss"
 
 
-async def test_each_keeps_his_own_deadline(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_each_client_keeps_its_own_deadline(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
+) -> None:
     hurried = {"X-Proxy-Timeout": "400ms"}
     for first, second in ((hurried, {}), ({}, hurried)):
         question, before, gate = ask(), upstream.count, upstream.gate()
@@ -254,7 +254,7 @@ async def test_each_keeps_his_own_deadline(proxy: ProxyProcess, upstream: Script
 # Failures.
 
 
-async def test_a_leaders_500_is_its_own_and_a_follower_takes_over(
+async def test_a_follower_leads_after_the_leaders_500(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(settings(upstream.port, **ONCE)), upstream.gate()
@@ -279,9 +279,7 @@ async def test_after_two_failures_there_is_no_third_call(
     assert upstream.count == 2
 
 
-async def test_a_retry_of_the_leader_is_nobody_elses_business(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_followers_wait_for_the_leaders_retry(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy, gate = launch(settings(upstream.port)), upstream.gate()
     upstream.queue("/v1/chat/completions", [hold(gate), upstream_answers.server_error()], upstream_answers.chat())
     asking = await together(proxy, upstream, client, ask(), 10)
@@ -306,7 +304,7 @@ async def test_a_deterministic_error_is_shared(
     assert upstream.count == 1
 
 
-async def test_a_stream_cut_in_the_middle_is_cut_for_all(
+async def test_a_cut_stream_is_cut_for_every_client(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question = upstream.gate(), ask(**USAGE)
@@ -334,7 +332,7 @@ async def test_a_stream_cut_in_the_middle_is_cut_for_all(
 # What cannot be shared.
 
 
-async def test_what_turns_out_uncacheable_is_not_serialised(
+async def test_uncacheable_responses_are_not_serialised(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     question = ask()
@@ -348,7 +346,7 @@ async def test_what_turns_out_uncacheable_is_not_serialised(
     assert upstream.count == 200
 
 
-async def test_what_is_never_cached_waits_for_nobody(
+async def test_requests_that_are_never_cached_are_not_coalesced(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question = upstream.gate(), ask(store=True)
@@ -417,7 +415,7 @@ async def stalled(proxy: ProxyProcess, body: dict[str, Any]) -> socket.socket:
     return sock
 
 
-async def test_a_slow_follower_slows_nobody_and_gets_everything(
+async def test_a_slow_follower_gets_everything_and_delays_no_other(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     gate, question = upstream.gate(), ask(**USAGE)
@@ -479,7 +477,9 @@ async def test_a_lone_reader_that_stalls_stops_the_upstream(
     await upstream.until(lambda: upstream.last.peer_gone)
 
 
-async def test_at_the_stop_everybody_is_told(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_a_stop_ends_every_shared_stream_with_an_error_event(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy, question = launch(settings(upstream.port, server={"drain_timeout": "500ms"})), ask(**USAGE)
     events = upstream_answers.chat_events()[:2]
     upstream.always(*upstream_answers.stream(events, end=False), stall())
@@ -543,7 +543,7 @@ async def test_on_disconnect_finish(launch: Launch, upstream: ScriptedUpstream, 
     assert proxy.wait() == 0
 
 
-async def test_what_is_read_for_the_cache_is_read_before_the_stop(
+async def test_a_stop_waits_for_responses_read_for_the_cache(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     cache = {"on_disconnect": "finish", "backend": "sqlite", "path": str(tmp_path / "c.db")}

@@ -68,7 +68,7 @@ async def ask(client: Client, proxy: ProxyProcess, given: Any, **fields: Any) ->
     return await client.send(proxy, {"model": MODEL, "input": given} | fields, path=PATH)
 
 
-async def test_only_new_texts_go_up(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_only_new_texts_are_sent(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     a, b, c, d = texts(4)
     miss = await ask(client, proxy, [a, b])
     check(miss, [a, b])
@@ -104,7 +104,7 @@ async def test_only_new_texts_go_up(proxy: ProxyProcess, upstream: ScriptedUpstr
     assert upstream.complaints == []
 
 
-async def test_who_shares_a_partial_call_saves_all_of_it(
+async def test_a_coalesced_partial_response_saves_its_whole_cost(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     a, b = texts(2)
@@ -172,7 +172,7 @@ async def test_items_outlive_the_process(
         assert upstream.last.json()["input"] == ["new"]
 
 
-async def test_concurrent_batches_are_all_right(proxy: ProxyProcess, client: Client) -> None:
+async def test_concurrent_batches_get_their_own_vectors(proxy: ProxyProcess, client: Client) -> None:
     names = texts(20)
     batches = [[names[(at * 7 + step * 3) % 20] for step in range(1 + at % 9)] for at in range(60)]
     answers = await asyncio.gather(*(ask(client, proxy, batch) for batch in batches))
@@ -180,7 +180,7 @@ async def test_concurrent_batches_are_all_right(proxy: ProxyProcess, client: Cli
         check(answer, batch)
 
 
-async def test_others_are_served_while_a_large_batch_is_taken_apart(
+async def test_a_large_batch_does_not_block_other_requests(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """Parsing a large body does not block the event loop."""

@@ -37,7 +37,7 @@ async def test_json_that_is_no_object_is_no_crash(proxy: ProxyProcess, client: C
     "body",
     [b'{"model": 7, "messages": 3}', b'{"messages": []}', b'{"model": null}', b'{"stream": "yes"}', b"{}"],
 )
-async def test_wrong_types_are_the_upstreams_business(proxy: ProxyProcess, client: Client, body: bytes) -> None:
+async def test_fields_of_wrong_types_are_sent_upstream(proxy: ProxyProcess, client: Client, body: bytes) -> None:
     answer = await client.send(proxy, body, path="/v1/moderations")
     assert answer.status < 500
 
@@ -88,7 +88,9 @@ async def test_unknown_routes(proxy: ProxyProcess, upstream: ScriptedUpstream, c
     assert upstream.count == 0
 
 
-async def test_a_wrong_method_on_our_own_pages(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_a_wrong_method_on_the_proxys_own_routes(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
+) -> None:
     for path in ("/healthz", "/metrics", "/_proxy/status"):
         answer = await client.send(proxy, None, {}, path, "DELETE")
         assert_ours(answer, 405, "method_not_allowed")
@@ -114,7 +116,7 @@ async def test_a_body_beyond_max_body(
     assert (await client.send(proxy, ask("x" * 90_000))).status == 200
 
 
-async def test_an_upload_announced_too_large_is_refused_before_it_comes(
+async def test_an_upload_announced_too_large_is_refused_before_its_body(
     launch: Launch, upstream: ScriptedUpstream
 ) -> None:
     proxy = launch(settings(upstream.port, server={"max_body": "1KiB"}))

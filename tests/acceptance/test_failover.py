@@ -24,7 +24,7 @@ def tiers(port: int, **sections: Any) -> Config:
     return config
 
 
-async def test_an_upstream_that_fails_gives_way_and_is_then_left_alone(
+async def test_a_failing_upstream_is_failed_over_and_its_breaker_opens(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(tiers(upstream.port, retry={"max_retries": 1}, breaker={"failures": 3, "open_for": "1s"}))
@@ -45,7 +45,7 @@ async def test_an_upstream_that_fails_gives_way_and_is_then_left_alone(
     assert (await client.send(proxy, ask())).headers["X-Proxy-Upstream"] == "openai"
 
 
-async def test_when_all_are_open_it_says_so_at_once(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_circuit_open_is_returned_at_once(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, retry={"max_retries": 0}, breaker={"failures": 2}))
     upstream.always(upstream_answers.server_error(500))
     assert [(await client.send(proxy, ask())).status for _ in range(2)] == [500, 500]
@@ -70,7 +70,7 @@ async def test_another_model_answers_and_is_not_stored(
     assert "X-Proxy-Model" not in again.headers
 
 
-async def test_stored_objects_have_a_home(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_stored_objects_stay_with_their_key(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     """A response, the vector store made of a file, and what asks for them later: each stays with its maker."""
     proxy = launch(settings(upstream.port, ["k1", "k2"], selection="round_robin", cache={"backend": "off"}))
     made = 0
@@ -100,7 +100,7 @@ async def test_stored_objects_have_a_home(launch: Launch, upstream: ScriptedUpst
 
 
 @pytest.mark.parametrize("value", ["-1", "0", "soon", "", "1e400", "9" * 40, "9999h", "\xff", "nan", "-0.0"])
-async def test_nonsense_in_headers_freezes_nobody(
+async def test_nonsense_in_headers_blocks_no_key(
     launch: Launch, upstream: ScriptedUpstream, client: Client, value: str
 ) -> None:
     """On good answers, on a 429 and on a 503: no answer breaks, and nobody waits longer than the pauses of a retry."""

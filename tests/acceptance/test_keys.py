@@ -120,7 +120,7 @@ async def test_a_500_is_not_the_keys_fault(launch: Launch, upstream: ScriptedUps
 
 
 @pytest.mark.parametrize("bad", ["401", "403", "404 model_not_found"])
-async def test_when_all_are_bad_the_last_answer_is_passed(
+async def test_if_every_key_is_bad_the_last_response_is_passed(
     launch: Launch, upstream: ScriptedUpstream, client: Client, bad: str
 ) -> None:
     proxy = launch(settings(upstream.port, NAMES))
@@ -135,7 +135,7 @@ async def test_when_all_are_bad_the_last_answer_is_passed(
     assert answer.json()["error"]["code"] in codes
 
 
-async def test_when_no_key_is_left_to_ask_it_is_still_no_usable_key(
+async def test_without_a_key_left_to_ask_the_code_is_no_usable_key(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """Once rejected, the keys rest for 10 minutes: the second request asks nobody, or one of them again."""
@@ -147,7 +147,7 @@ async def test_when_no_key_is_left_to_ask_it_is_still_no_usable_key(
     assert answers[1].status == 502 if upstream.count == 1 else answers[1].status == 401
 
 
-async def test_when_all_are_cooling_beyond_patience_it_is_429_with_the_soonest(
+async def test_if_every_key_cools_too_long_the_429_names_the_soonest(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     config = settings(upstream.port, NAMES[:2], throttle={"max_wait": "20s"}, retry={"max_retries": 0})
@@ -163,7 +163,7 @@ async def test_when_all_are_cooling_beyond_patience_it_is_429_with_the_soonest(
     assert upstream.count == 2
 
 
-async def test_when_all_are_cooling_for_a_moment_it_waits(
+async def test_if_every_key_cools_for_a_moment_the_request_waits(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(settings(upstream.port, NAMES[:1]))
@@ -193,7 +193,7 @@ async def test_organization_and_project_belong_to_the_key(
     assert upstream.last.all("openai-project") == ["proj_pool"]
 
 
-async def test_the_clients_organization_stays_behind_with_pooled_keys(
+async def test_the_clients_organization_is_not_sent_with_pooled_keys(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """The organization belongs to the key, so the client's must not be sent with it."""
@@ -221,7 +221,7 @@ async def test_without_limits_the_least_recently_used_key_is_taken(
     assert sorted(keys_asked(upstream)[3:]) == list(NAMES)
 
 
-async def test_headroom_takes_the_key_with_most_room(
+async def test_headroom_selects_the_key_with_most_room(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     config = settings(upstream.port, NAMES[:2], selection="headroom")

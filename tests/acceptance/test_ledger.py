@@ -142,7 +142,7 @@ async def test_the_ledger_is_the_sum_of_headers_and_receipts(
     assert set(tags) == {None, "team:0", "team:1", "team:2"}
 
 
-async def test_nothing_of_a_prompt_or_a_key_is_in_it(
+async def test_the_ledger_holds_no_prompt_and_no_key(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     proxy = launch(settings(upstream.port))
@@ -191,7 +191,7 @@ async def test_one_ledger_for_two_proxies(
     assert row["attempts"] == upstream.count == 200
 
 
-async def test_it_is_off_where_the_settings_say_so(
+async def test_the_ledger_can_be_turned_off(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     proxy = launch(settings(upstream.port, ledger={"enabled": False}))
@@ -236,9 +236,7 @@ async def test_a_page_that_is_asked_for_wrongly(proxy: ProxyProcess, client: Cli
     assert answer.json()["error"]["param"] == param
 
 
-async def test_the_report_as_people_read_it(
-    launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
-) -> None:
+async def test_the_report_as_text(launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path) -> None:
     proxy = launch(settings(upstream.port))
     long = "a-model-with-a-name-that-does-not-fit-into-any-column-at-all"
     for model in ("gpt-4o", "gpt-4o", long, "=1+1"):

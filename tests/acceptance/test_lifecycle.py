@@ -28,7 +28,7 @@ def free_port() -> int:
 # Start.
 
 
-def test_start_says_what_matters(launch: Launch, upstream: ScriptedUpstream) -> None:
+def test_start_up_text_names_address_upstreams_keys_and_cache(launch: Launch, upstream: ScriptedUpstream) -> None:
     log = launch(settings(upstream.port, ("k1", "k2"))).stderr_so_far()
     assert LISTENING.search(log)
     assert "settings.yaml" in log
@@ -96,12 +96,12 @@ def test_a_key_that_cannot_be_one_is_an_error_naming_its_label(tmp_path: Path, k
     assert key not in done.stderr
 
 
-def test_bad_usage_is_2(tmp_path: Path) -> None:
+def test_bad_usage_exits_with_2(tmp_path: Path) -> None:
     assert run_command(tmp_path, ["serve", "--nope"]).returncode == 2
     assert run_command(tmp_path, ["serve", "--config", "absent.yaml"]).returncode == 2
 
 
-def test_a_taken_port_is_1(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
+def test_a_port_in_use_exits_with_1(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
     proxy = launch(settings(upstream.port))
     done = run_command(tmp_path, ["serve", "--port", str(proxy.port)], settings(upstream.port))
     assert done.returncode == 1
@@ -206,7 +206,9 @@ def test_an_idle_proxy_stops_at_once_with_0(launch: Launch, upstream: ScriptedUp
         assert proxy.wait(AT_ONCE) == 0
 
 
-async def test_sigterm_in_mid_stream_lets_it_finish(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_a_running_stream_finishes_after_sigterm(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy, gate = launch(settings(upstream.port, server={"drain_timeout": "20s"})), upstream.gate()
     events = upstream_answers.chat_events(include_usage=True)
     upstream.always(

@@ -15,7 +15,9 @@ from tests.ledger import Request
 from tests.scripted_upstream import Answer, ScriptedUpstream, hold, stall
 
 
-async def test_300_slow_requests_are_all_in_flight(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_300_slow_requests_run_at_the_same_time(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy, gate = launch(settings(upstream.port)), upstream.gate()
 
     def script(request: Request) -> Answer:
@@ -57,7 +59,7 @@ async def test_connections_to_the_upstream_are_reused(
     assert upstream.connections - before <= 2
 
 
-async def test_200_abandoned_requests_leave_no_descriptor(launch: Launch, upstream: ScriptedUpstream) -> None:
+async def test_200_abandoned_requests_leak_no_descriptor(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(settings(upstream.port))
     if proxy.fds() is None:
         pytest.skip("no /proc")
@@ -82,7 +84,7 @@ async def test_200_abandoned_requests_leave_no_descriptor(launch: Launch, upstre
     await upstream.until(lambda: (proxy.fds() or 0) <= before + 3, what="descriptors went back")
 
 
-async def test_a_slow_body_does_not_hold_others(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+async def test_a_slow_body_does_not_block_other_requests(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     """A client that sends half its body and pauses, while another is served."""
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -95,7 +97,7 @@ async def test_a_slow_body_does_not_hold_others(proxy: ProxyProcess, upstream: S
     del reader
 
 
-async def test_nobody_gets_the_answer_of_another(proxy: ProxyProcess, client: Client) -> None:
+async def test_no_client_gets_the_response_of_another(proxy: ProxyProcess, client: Client) -> None:
     """Misses, hits, streams and leavers all at once; every answer echoes its own question."""
     chance = random.Random(7)
     salt = str(time.monotonic_ns())

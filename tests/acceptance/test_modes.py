@@ -78,7 +78,7 @@ async def test_a_cassette_is_recorded_and_replayed_elsewhere(
     assert upstream.count == 3
 
 
-async def test_nothing_leaves_a_replay(
+async def test_replay_sends_nothing_upstream(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     file = tmp_path / "c"
@@ -125,7 +125,7 @@ async def test_the_sdk_records_and_replays(launch: Launch, upstream: ScriptedUps
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
-async def test_a_lasting_cache_is_replayed_whosever_it_was(
+async def test_replay_from_the_cache_ignores_whose_key_recorded(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path, backend: str
 ) -> None:
     cache = {"backend": backend, "path": str(tmp_path / "cache.db")}
@@ -143,7 +143,7 @@ async def test_a_lasting_cache_is_replayed_whosever_it_was(
     assert (await client.send(player, ask("two"), bob | {"X-Proxy-Cache-Namespace": "ci"})).cache == "hit"
 
 
-def test_a_cassette_that_cannot_be_used_is_told_at_start(tmp_path: Path) -> None:
+def test_an_unusable_cassette_is_an_error_at_the_start(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("\n<<<<<<< HEAD\n")
     replay = ["serve", "--port", "0", "--mode", "replay"]
@@ -181,7 +181,7 @@ async def test_refresh_asks_again(launch: Launch, upstream: ScriptedUpstream, cl
     assert upstream.count == 2
 
 
-async def test_a_stale_answer_while_it_is_renewed(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_stale_while_revalidate(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, cache={"ttl": {"chat": "1s"}, "stale_while_revalidate": "1h"}))
     told = await client.send(proxy, ask("one"))
     await asyncio.sleep(1.1)
@@ -201,9 +201,7 @@ async def test_a_stale_answer_while_it_is_renewed(launch: Launch, upstream: Scri
     assert upstream.count == 2
 
 
-async def test_a_stale_answer_where_the_upstream_is_down(
-    launch: Launch, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_stale_if_error(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(
         settings(upstream.port, cache={"ttl": {"chat": "1s"}, "stale_if_error": "1h"}, retry={"max_retries": 1})
     )

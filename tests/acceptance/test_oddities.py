@@ -45,7 +45,7 @@ ODD_FIELDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("limits", [False, True], ids=["plain", "with limits"])
-async def test_odd_types_are_the_upstreams_business(
+async def test_unusual_types_are_sent_upstream(
     launch: Launch, upstream: ScriptedUpstream, client: Client, limits: bool
 ) -> None:
     throttle = {"limits": {"*": {"tpm": 10_000_000, "rpm": 1000}}} if limits else {}
@@ -63,7 +63,7 @@ async def test_odd_types_are_the_upstreams_business(
 
 
 @pytest.mark.parametrize("given", [5, None, {}, [], [None], [[1, 2], [3]], [1, "a"], ""], ids=str)
-async def test_odd_embedding_inputs(
+async def test_unusual_embedding_inputs(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, given: object
 ) -> None:
     upstream.always(upstream_answers.error(400, "No.", "bad"))
@@ -84,7 +84,7 @@ ODD_JSON = {
 
 
 @pytest.mark.parametrize("body", ODD_JSON.values(), ids=ODD_JSON.keys())
-async def test_odd_json_is_passed_unchanged(
+async def test_unusual_json_is_passed_unchanged(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
 ) -> None:
     upstream.always(upstream_answers.chat())
@@ -210,7 +210,7 @@ ODD_ANSWERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", ODD_ANSWERS, ids=str)
-async def test_odd_answers_are_passed(
+async def test_unusual_responses_are_passed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, fields: dict[str, Any]
 ) -> None:
     body = upstream_answers.dump(upstream_answers.completion() | fields)
@@ -237,7 +237,7 @@ ODD_EVENTS = [
 ]
 
 
-async def test_odd_events_are_passed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_unusual_events_are_passed(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     events = upstream_answers.chat_events()
     for odd in ODD_EVENTS:
         whole = [events[0], odd, *events[1:]]

@@ -36,7 +36,7 @@ async def test_a_retry_sends_the_same_bytes(launch: Launch, upstream: ScriptedUp
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_after_its_own_retries_the_proxy_says_stop(
+async def test_x_should_retry_is_false_after_the_proxys_own_retries(
     launch: Launch, upstream: ScriptedUpstream, client: Client, stream: bool
 ) -> None:
     proxy = launch(settings(upstream.port))
@@ -150,7 +150,7 @@ async def test_a_silent_upstream_is_a_504_at_the_deadline(
 
 
 @pytest.mark.parametrize("header", ["X-Stainless-Read-Timeout", "X-Stainless-Timeout"])
-async def test_the_answer_comes_before_the_client_gives_up(
+async def test_the_response_comes_before_the_clients_own_timeout(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, header: str
 ) -> None:
     upstream.always(stall())
@@ -213,7 +213,7 @@ async def test_a_reset_before_the_request_is_read(launch: Launch, upstream: Scri
 
 
 @pytest.mark.parametrize("end", [cut(), reset()], ids=["fin", "rst"])
-async def test_a_connection_that_dies_unanswered_is_retried_where_allowed(
+async def test_a_connection_lost_before_a_response_is_retried_if_allowed(
     launch: Launch, upstream: ScriptedUpstream, client: Client, end: Step
 ) -> None:
     proxy = launch(settings(upstream.port))
@@ -222,7 +222,9 @@ async def test_a_connection_that_dies_unanswered_is_retried_where_allowed(
     assert (answer.status, upstream.count) == (200, 2)
 
 
-async def test_ambiguous_off_sends_it_once(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_without_ambiguous_a_lost_connection_is_not_retried(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy = launch(settings(upstream.port, retry={"ambiguous": False}))
     upstream.always(cut())
     answer = await client.send(proxy, ask())

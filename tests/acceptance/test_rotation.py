@@ -58,7 +58,7 @@ async def test_sighup_brings_new_keys_and_settings(
     assert "cache.memory_size takes effect at the next start" in proxy.stderr_so_far()
 
 
-async def test_a_bad_file_changes_nothing_and_says_why(
+async def test_invalid_settings_change_nothing_and_are_logged(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     proxy = launch(settings(upstream.port, ("k1",)))
@@ -286,7 +286,7 @@ def test_commands_that_give_no_key(argv: list[str], words: str, tmp_path: Path) 
     assert "upstreams.0.keys.0" in done.stderr
 
 
-def test_a_file_that_merely_lies_there_runs_nothing(tmp_path: Path) -> None:
+def test_a_config_yaml_that_was_not_named_runs_no_command(tmp_path: Path) -> None:
     trap = tmp_path / "ran"
     config = {"upstreams": [{"keys": [{"key_command": ["touch", str(trap)]}]}]}
     write_config(tmp_path, config, "config.yaml")
@@ -356,7 +356,7 @@ async def test_a_proxy_that_is_not_there(launch: Launch, upstream: ScriptedUpstr
 
 
 @pytest.mark.parametrize("value", ["127.0.0.1:3128", "ftp://a:1", "http://a", "http://a:1/x", "http://a:1?b"])
-def test_what_is_no_proxy(value: str, tmp_path: Path) -> None:
+def test_invalid_proxy_addresses_are_errors(value: str, tmp_path: Path) -> None:
     done = run_command(tmp_path, ["check"], {"upstreams": [{"proxy": value}]})
     assert done.returncode == 2
     assert "upstreams.0.proxy: expected a proxy such as" in done.stderr
@@ -402,9 +402,7 @@ async def tls_upstream(folder: Path) -> AsyncIterator[int]:
         server.close()
 
 
-async def test_other_certificates_are_trusted_where_told_also_through_a_proxy(
-    launch: Launch, client: Client, tmp_path: Path
-) -> None:
+async def test_ca_file_is_trusted_also_through_a_proxy(launch: Launch, client: Client, tmp_path: Path) -> None:
     async with tls_upstream(tmp_path) as port, forward_proxy() as (outlet, heads):
         for changes, status in (
             ({}, 502),

@@ -123,7 +123,7 @@ async def test_two_processes_share_numbers_sums_and_limit(
     assert b":-1\r\n" not in [server.say("PTTL", key) for key in keys]  # a lease may be gone by now: -2
 
 
-async def test_a_redis_that_dies_leaves_each_to_itself(
+async def test_without_redis_each_process_counts_runs_alone(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     proxy = launch(in_redis(upstream.port, server.url))
@@ -172,7 +172,9 @@ async def test_in_pass_through_each_credential_has_its_own(
     assert secret("anna") not in str(found)
 
 
-async def test_streams_and_their_hits_say_it_too(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_streams_and_their_hits_carry_the_run_headers(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy = launch(settings(upstream.port))
     upstream.script = upstream_answers.behave
     question = ask("one", stream=True)

@@ -39,7 +39,7 @@ async def test_a_foreign_host_is_421(proxy: ProxyProcess, upstream: ScriptedUpst
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
-async def test_the_loopback_names_are_ours_with_any_port(proxy: ProxyProcess, client: Client, host: str) -> None:
+async def test_loopback_host_names_are_accepted_with_any_port(proxy: ProxyProcess, client: Client, host: str) -> None:
     for name in (host, f"{host}:{proxy.port}"):
         assert (await client.get(proxy, "/v1/models", Host=name)).status == 200
 
@@ -124,7 +124,7 @@ async def test_no_answer_has_cors_headers(proxy: ProxyProcess, client: Client) -
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"])
-async def test_what_a_page_could_send_without_asking_is_415(
+async def test_simple_requests_of_browsers_are_415(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, kind: str
 ) -> None:
     answer = await client.send(proxy, BODY, {"Content-Type": kind})
@@ -162,7 +162,9 @@ BAD_PATHS = [
 
 
 @pytest.mark.parametrize("path", BAD_PATHS)
-async def test_paths_that_try_to_leave_are_refused(proxy: ProxyProcess, upstream: ScriptedUpstream, path: str) -> None:
+async def test_paths_that_would_leave_the_base_url_are_refused(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, path: str
+) -> None:
     for request in (raw_request("GET", path), raw_request("POST", path, JSON, BODY)):
         assert 400 <= status_of(await raw(proxy, request)) < 500
     assert upstream.count == 0
@@ -227,7 +229,7 @@ WRONG: dict[str, dict[str, str]] = {
 }
 
 
-async def test_without_a_good_client_key_it_is_a_constant_401(
+async def test_every_bad_client_key_gets_the_same_401(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, question = launch(guarded(upstream.port)), ask()
@@ -332,7 +334,7 @@ async def test_keys_are_on_no_page(launch: Launch, upstream: ScriptedUpstream, c
         assert CANARY.search(page.body.decode() + str(page.headers)) is None
 
 
-async def test_a_receipt_is_for_who_made_the_request(
+async def test_a_receipt_is_shown_to_the_client_that_made_the_request(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     keys = [{"name": name, "key": secret(name)} for name in ("anna", "ben")]

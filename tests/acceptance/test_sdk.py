@@ -203,7 +203,7 @@ def test_azure_client(launch: Launch, upstream: ScriptedUpstream, kind: str) -> 
 # Trouble.
 
 
-def test_a_failing_upstream_sees_our_attempts_and_no_more(launch: Launch, upstream: ScriptedUpstream) -> None:
+def test_the_sdk_adds_no_attempts_to_those_of_the_proxy(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(settings(upstream.port, retry={"max_retries": 2}))
     upstream.always(upstream_answers.server_error(503))
     with connect(proxy) as client, pytest.raises(openai.InternalServerError):

@@ -31,7 +31,7 @@ def shared(server: Valkey, port: int, keys: tuple[str, ...] = ("k1",), max_wait:
     return settings(port, keys, throttle=throttle, redis={"url": server.url}, retry={"max_retries": 0})
 
 
-async def test_one_limit_for_all_and_a_burst_goes_at_once(
+async def test_one_limit_holds_across_proxies_and_a_burst_is_sent_at_once(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     proxies = [launch(shared(server, upstream.port, rpm=20)) for _ in range(3)]
@@ -49,7 +49,7 @@ async def test_one_limit_for_all_and_a_burst_goes_at_once(
     assert (await client.send(proxies[0], ask())).status == 200
 
 
-async def test_a_key_that_cools_for_one_cools_for_all(
+async def test_a_cooling_key_cools_for_every_process(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     one, other = (launch(shared(server, upstream.port, ("k1", "k2"))) for _ in range(2))
@@ -62,7 +62,7 @@ async def test_a_key_that_cools_for_one_cools_for_all(
     assert [request.key for request in upstream.requests].count(tired) == 1
 
 
-async def test_the_permits_of_a_killed_proxy_come_back(
+async def test_the_permits_of_a_killed_proxy_are_returned(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     one, other = (launch(shared(server, upstream.port, max_wait="15s", concurrency=1)) for _ in range(2))
@@ -77,7 +77,7 @@ async def test_the_permits_of_a_killed_proxy_come_back(
     gate.open()
 
 
-async def test_a_clients_own_limit_is_one_for_all(
+async def test_a_clients_limit_holds_across_proxies(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     config = shared(server, upstream.port)
@@ -89,7 +89,7 @@ async def test_a_clients_own_limit_is_one_for_all(
     assert answers[2].headers["X-Proxy-Client-Limit"] == "rpm=3/3"
 
 
-async def test_without_redis_requests_are_served_all_the_same_and_it_is_said(
+async def test_without_redis_requests_are_served_and_a_warning_is_logged(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     proxy = launch(shared(server, upstream.port, rpm=1000))

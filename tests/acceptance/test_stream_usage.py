@@ -58,7 +58,7 @@ async def test_an_explicit_answer_about_usage_is_obeyed(
     assert b'"usage":{' not in answer.body
 
 
-async def test_other_stream_options_do_not_stop_the_injection(
+async def test_other_stream_options_do_not_prevent_the_injection(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     await client.send(proxy, ask(stream=True, stream_options={"include_obfuscation": False}))
@@ -73,7 +73,7 @@ async def test_injection_can_be_switched_off(launch: Launch, upstream: ScriptedU
     assert upstream.last.body == body
 
 
-async def test_usage_on_a_chunk_with_choices_is_left_alone(
+async def test_usage_on_a_chunk_with_choices_is_not_removed(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     last = upstream_answers.event(upstream_answers.chunk({}, "stop", usage=upstream_answers.usage(100, 200)))
@@ -110,7 +110,7 @@ async def test_a_receipt_has_the_cost_of_a_stream(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-async def test_the_cost_comment_comes_before_done_and_only_where_asked_for(
+async def test_the_cost_comment_comes_before_done_and_only_if_asked_for(
     proxy: ProxyProcess, client: Client, asked: bool
 ) -> None:
     question = wants_usage() if asked else ask(stream=True)
@@ -123,7 +123,7 @@ async def test_the_cost_comment_comes_before_done_and_only_where_asked_for(
     assert answer.body.replace(comment, b"") == plain.body
 
 
-async def test_stream_answers_are_not_buffered_on_the_way(proxy: ProxyProcess, client: Client) -> None:
+async def test_streams_carry_headers_against_buffering(proxy: ProxyProcess, client: Client) -> None:
     answer = await client.send(proxy, ask(stream=True))
     assert answer.headers["Content-Type"].startswith("text/event-stream")
     assert "Content-Length" not in answer.headers

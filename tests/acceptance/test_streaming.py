@@ -36,7 +36,7 @@ async def test_each_event_arrives_before_the_next_is_sent(
         assert await answer.content.read() == b""
 
 
-async def test_an_incomplete_event_is_not_held_back_where_usage_was_asked_for(
+async def test_an_incomplete_event_is_not_held_back_if_usage_was_asked_for(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """ "Each upstream read is forwarded at once": after the first event, which may decide about a retry."""
@@ -168,7 +168,7 @@ async def test_a_cut_inside_an_event_is_an_abort_alone(
     assert sent.startswith(got)
 
 
-async def test_a_clean_end_without_done_is_passed_as_it_is_but_not_stored(
+async def test_a_clean_end_without_done_is_passed_and_not_stored(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     """[DONE] is demanded for storing; of the relay it is said only that none is invented."""
@@ -294,7 +294,7 @@ async def test_a_slow_reader_does_not_fill_memory(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("phase", ["before the head", "in the body"])
-async def test_a_client_that_leaves_closes_the_upstream_at_once(
+async def test_the_upstream_is_closed_when_the_client_disconnects(
     proxy: ProxyProcess, upstream: ScriptedUpstream, stream: bool, phase: str
 ) -> None:
     if phase == "before the head":
@@ -315,7 +315,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(
         assert (await client.send(proxy, question)).cache == "miss"  # nothing was stored
 
 
-async def test_a_client_that_leaves_in_a_passed_through_download_closes_the_upstream(
+async def test_the_upstream_is_closed_when_the_client_leaves_a_download(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     head = upstream_answers.head(200, [("Content-Type", "audio/mpeg"), ("Content-Length", "100000")])
@@ -326,7 +326,7 @@ async def test_a_client_that_leaves_in_a_passed_through_download_closes_the_upst
         await upstream.until(lambda: upstream.last.peer_gone)
 
 
-async def test_a_hundred_leaving_clients_leave_the_log_quiet(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+async def test_a_hundred_disconnects_log_no_warning(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     upstream.always(*upstream_answers.stream(upstream_answers.chat_events()[:2], end=False), stall())
     async with Client() as client:
         tasks = [asyncio.create_task(client.send(proxy, ask(stream=True))) for _ in range(100)]

@@ -77,7 +77,7 @@ async def test_spans_reach_a_collector_before_the_process_ends(
     assert b"traced" not in b"".join(collector.bodies)
 
 
-async def test_a_collector_that_is_not_there_harms_nobody(
+async def test_an_unreachable_collector_does_not_affect_requests(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
@@ -89,7 +89,9 @@ async def test_a_collector_that_is_not_there_harms_nobody(
     assert time.monotonic() - began < 8
 
 
-async def test_metrics_of_what_happened(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_metrics_count_requests_tokens_and_cost(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
     proxy = launch(settings(upstream.port, ("k1", "k2"), throttle={"limits": {"gpt-4o": {"rpm": 10}}}))
     events, gate = upstream_answers.chat_events(), upstream.gate()
     begun, rest = upstream_answers.stream(events[:1], end=False), upstream_answers.stream(events[1:])[1:]

@@ -22,7 +22,7 @@ def assert_honest_429(answer: Reply, code: str, least: float, most: float) -> No
     assert least * 1000 <= float(answer.headers["retry-after-ms"]) <= most * 1000
 
 
-async def test_a_burst_up_to_the_limit_goes_at_once_and_no_further(
+async def test_a_burst_is_sent_at_once_up_to_the_limit(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy = launch(limited(upstream.port, rpm=10))
@@ -178,7 +178,7 @@ async def test_the_queue_is_bounded(launch: Launch, upstream: ScriptedUpstream, 
     assert sorted(answer.status for answer in await asyncio.gather(*asking)) == [200] * 3 + [429] * 3
 
 
-async def test_who_leaves_the_queue_is_never_sent_and_gives_everything_back(
+async def test_a_client_that_leaves_the_queue_is_not_sent_and_frees_its_place(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(limited(upstream.port, "20s", rpm=2, concurrency=1)), upstream.gate()
@@ -266,7 +266,7 @@ async def test_max_in_flight(launch: Launch, upstream: ScriptedUpstream, client:
     assert [a.status for a in await asyncio.gather(*asking)] == [200, 200]
 
 
-async def test_the_keys_page_shows_what_is_used(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_the_keys_route_shows_what_is_used(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(limited(upstream.port, rpm=10))
     await client.send(proxy, ask())
     page = await client.get(proxy, "/_proxy/keys")

@@ -26,7 +26,7 @@ ODD_BODIES = {
 
 
 @pytest.mark.parametrize("body", ODD_BODIES.values(), ids=ODD_BODIES.keys())
-async def test_the_body_goes_up_byte_for_byte(
+async def test_the_request_body_is_sent_byte_for_byte(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, body: bytes
 ) -> None:
     answer = await client.send(proxy, body)
@@ -34,7 +34,7 @@ async def test_the_body_goes_up_byte_for_byte(
     assert upstream.last.body == body
 
 
-async def test_the_body_comes_down_byte_for_byte(
+async def test_the_response_body_is_passed_byte_for_byte(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     body = upstream_answers.dump(upstream_answers.completion("Zeile\u2028 mit 🌍", x_new_field={"a": 1e300})) + b"\n\n"
@@ -43,7 +43,7 @@ async def test_the_body_comes_down_byte_for_byte(
     assert answer.body == body
 
 
-async def test_client_headers_go_up_except_the_denied(
+async def test_request_headers_are_sent_except_the_denied(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     wanted = {
@@ -84,7 +84,7 @@ async def test_client_headers_go_up_except_the_denied(
     assert sent.header("host") == f"127.0.0.1:{upstream.port}"
 
 
-async def test_upstream_headers_come_down_except_the_denied(
+async def test_response_headers_are_passed_except_the_denied(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     more = {"X-Custom": "kept", "Keep-Alive": "timeout=5", "Connection": "X-Hop", "X-Hop": "1"}
@@ -102,7 +102,7 @@ async def test_upstream_headers_come_down_except_the_denied(
     assert [name for name in denied if name in answer.headers] == []
 
 
-async def test_each_answer_has_a_request_id_of_its_own(proxy: ProxyProcess, client: Client) -> None:
+async def test_each_response_has_its_own_request_id(proxy: ProxyProcess, client: Client) -> None:
     body = ask()
     ids = {(await client.send(proxy, body)).headers["X-Proxy-Request-Id"] for _ in range(3)}
     assert len(ids) == 3
@@ -190,9 +190,7 @@ async def test_other_paths_keep_their_query_byte_for_byte(
     assert upstream.last.target == target
 
 
-async def test_the_query_of_an_endpoint_goes_up(
-    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
-) -> None:
+async def test_the_query_is_sent_upstream(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
     await client.send(proxy, ask(), path="/v1/chat/completions?trace=a%20b")
     assert upstream.last.target == "/v1/chat/completions?trace=a%20b"
 
@@ -224,7 +222,9 @@ async def test_multipart_uploads_stream_up(proxy: ProxyProcess, upstream: Script
     assert upstream.last.header("content-type") == kind
 
 
-async def test_uploads_with_a_length_keep_it(proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_uploads_keep_their_content_length(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
+) -> None:
     await client.send(proxy, b"x" * 100_000, {"Content-Type": "application/octet-stream"}, "/v1/uploads")
     assert upstream.last.header("content-length") == "100000"
     assert len(upstream.last.body) == 100_000
@@ -267,7 +267,7 @@ async def test_cookies_are_not_kept(proxy: ProxyProcess, upstream: ScriptedUpstr
     assert all(request.header("cookie") is None for request in upstream.requests)
 
 
-async def test_a_compressed_answer_is_readable_and_says_what_it_is(
+async def test_a_compressed_response_has_the_right_headers(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client
 ) -> None:
     body = upstream_answers.completion("squeezed")

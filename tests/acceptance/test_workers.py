@@ -89,7 +89,9 @@ _MOVING = ("_created", "_headroom_", "_event_loop_lag_")
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-async def test_all_serve_and_each_knows_what_any_did(launch: Launch, upstream: ScriptedUpstream, workers: int) -> None:
+async def test_every_worker_serves_and_knows_every_receipt(
+    launch: Launch, upstream: ScriptedUpstream, workers: int
+) -> None:
     proxy = launch(several(upstream.port, workers))
     log = proxy.stderr_so_far()
     assert log.count("listening on") == 1
@@ -191,7 +193,7 @@ async def test_counts_outlive_a_worker(launch: Launch, upstream: ScriptedUpstrea
     assert await asyncio.to_thread(proxy.wait, AT_ONCE) == 0
 
 
-async def test_a_killed_worker_harms_only_what_it_was_serving(
+async def test_a_killed_worker_breaks_only_its_own_requests(
     launch: Launch, upstream: ScriptedUpstream, client: Client
 ) -> None:
     proxy, gate = launch(several(upstream.port)), upstream.gate()
@@ -216,7 +218,7 @@ async def test_a_killed_worker_harms_only_what_it_was_serving(
     assert again[2] != processes[2]
 
 
-async def test_sigterm_drains_all(launch: Launch, upstream: ScriptedUpstream) -> None:
+async def test_sigterm_drains_every_worker(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy, gate = launch(several(upstream.port, 2, server={"drain_timeout": "20s"})), upstream.gate()
     events = upstream_answers.chat_events(include_usage=True)
     upstream.always(
@@ -271,7 +273,7 @@ async def test_no_orphans(launch: Launch, upstream: ScriptedUpstream, client: Cl
         socket.create_connection(("127.0.0.1", proxy.port), timeout=1).close()
 
 
-async def test_new_settings_reach_all_and_those_to_come(
+async def test_new_settings_reach_present_and_future_workers(
     launch: Launch, upstream: ScriptedUpstream, tmp_path: Path, client: Client
 ) -> None:
     config = several(upstream.port)
@@ -364,7 +366,7 @@ async def test_a_budget_holds_over_all_workers(launch: Launch, upstream: Scripte
         assert upstream.count == before
 
 
-async def test_places_come_back_also_from_a_killed_worker(launch: Launch, upstream: ScriptedUpstream) -> None:
+async def test_permits_of_a_killed_worker_are_returned(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(several(upstream.port, 2, throttle={"limits": {"*": {"concurrency": 1}}, "max_wait": "10s"}))
     gate = upstream.gate()
     async with one_each(proxy) as clients:
@@ -385,7 +387,7 @@ async def test_places_come_back_also_from_a_killed_worker(launch: Launch, upstre
         assert (await clients[0].send(proxy, ask())).status == 200
 
 
-async def test_places_go_round_between_workers(launch: Launch, upstream: ScriptedUpstream) -> None:
+async def test_permits_move_between_workers(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(several(upstream.port, 2, throttle={"limits": {"*": {"concurrency": 1}}, "max_wait": "20s"}))
     upstream.always(sleep(0.05), upstream_answers.chat())
     order: list[int] = []
@@ -403,7 +405,9 @@ async def test_places_go_round_between_workers(launch: Launch, upstream: Scripte
     assert 2 not in order[-3:]  # each other place is theirs, as long as they want one
 
 
-async def test_what_all_recorded_is_in_the_cassette(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
+async def test_the_cassette_holds_what_every_worker_recorded(
+    launch: Launch, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
     file = tmp_path / "answers.jsonl"
     proxy = launch(several(upstream.port, 2, cache={"cassette": str(file)}))
     async with one_each(proxy) as clients:
@@ -414,7 +418,7 @@ async def test_what_all_recorded_is_in_the_cassette(launch: Launch, upstream: Sc
     assert sum('"key"' in line for line in file.read_text().splitlines()) == 2
 
 
-async def test_a_key_that_cools_for_one_cools_for_all(launch: Launch, upstream: ScriptedUpstream) -> None:
+async def test_a_cooling_key_cools_for_every_process(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(several(upstream.port, 2, ("k1", "k2")))
     upstream.queue(CHAT, [upstream_answers.rate_limited("50")])
     async with one_each(proxy) as clients:
@@ -428,7 +432,7 @@ async def test_a_key_that_cools_for_one_cools_for_all(launch: Launch, upstream: 
         assert states[0] == states[1]
 
 
-async def test_a_run_is_one_over_all_workers(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
+async def test_a_run_is_shared_by_all_workers(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
     upstream.script = lambda _: [upstream_answers.chat(f"answer {upstream.count}")]
     proxy = launch(several(upstream.port, 2, cache={"backend": "sqlite", "path": str(tmp_path / "cache.db")}))
     question, headers = ask("one", temperature=1), {"X-Proxy-Run": "eval-7"}
@@ -453,7 +457,7 @@ async def test_a_run_is_one_over_all_workers(launch: Launch, upstream: ScriptedU
         assert {reply.body for reply in again} == {reply.body for reply in both}
 
 
-async def test_who_made_a_stored_object_is_known_to_all(launch: Launch, upstream: ScriptedUpstream) -> None:
+async def test_every_worker_knows_the_owner_of_a_stored_object(launch: Launch, upstream: ScriptedUpstream) -> None:
     proxy = launch(several(upstream.port, 2, ("k1", "k2", "k3"), selection="round_robin"))
     async with one_each(proxy) as clients:
         for _ in range(3):
@@ -488,7 +492,7 @@ async def test_the_ops_listener_and_a_unix_socket(launch: Launch, upstream: Scri
     assert not path.exists()
 
 
-def test_a_taken_port_is_said_once(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_once(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
     proxy = launch(several(upstream.port))
     done = run_command(tmp_path, ["serve", "--port", str(proxy.port)], several(upstream.port))
     assert done.returncode == 1
@@ -496,13 +500,15 @@ def test_a_taken_port_is_said_once(launch: Launch, upstream: ScriptedUpstream, t
     assert str(proxy.port) in done.stderr
 
 
-def test_what_is_wrong_for_all_is_said_once(tmp_path: Path) -> None:
+def test_an_error_of_every_worker_is_reported_once(tmp_path: Path) -> None:
     done = run_command(tmp_path, ["serve", "--port", "0", "--workers", "3", "--cassette", "/nowhere/at/all"])
     assert done.returncode == 2
     assert done.stderr.count("/nowhere/at/all") == 1, done.stderr
 
 
-async def test_when_no_worker_can_live_it_ends(launch: Launch, upstream: ScriptedUpstream, tmp_path: Path) -> None:
+async def test_the_parent_stops_if_no_worker_can_start(
+    launch: Launch, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
     cassette = tmp_path / "answers.jsonl"
     cassette.touch()
     config = several(upstream.port, 2, cache={"mode": "replay", "cassette": str(cassette)})
@@ -516,7 +522,7 @@ async def test_when_no_worker_can_live_it_ends(launch: Launch, upstream: Scripte
     assert "giving up" in proxy.stderr_so_far()
 
 
-async def test_nothing_is_left_open(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
+async def test_no_descriptor_stays_open(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(several(upstream.port))
     before = None
     for _ in range(4):
