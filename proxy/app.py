@@ -30,7 +30,7 @@ from .server.in_flight import InFlight
 from .server.passthrough import PassthroughHandler
 from .server.responses import DateHeader, error_response
 from .server.tracing import Tracing
-from .services import Services, build_endpoint_sender, build_sender, build_services
+from .services import Services, build_endpoint_sender, build_reservations, build_sender, build_services
 from .system.clock import SYSTEM_CLOCK, Clock, spawn
 from .upstream.client import AiohttpTransport, ConnectOptions
 from .upstream.entra import EntraTokens, default_identity
@@ -75,11 +75,13 @@ class App:
         gatekeeper = AccessControl(services.settings)
         self.ops = AdminHandler(services, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
         sender = build_sender(services, self._traced_way_up)
-        self.journey = RequestHandler(services, build_endpoint_sender(services, sender), self._observe)
+        reservations = build_reservations(services)
+        endpoint_sender = build_endpoint_sender(services, sender, reservations)
+        self.journey = RequestHandler(services, endpoint_sender, self._observe)
         self.downstream = ApiHandler(
             services,
             self.journey,
-            PassthroughHandler(services, self._traced_way_up, self._observe_and_keep),
+            PassthroughHandler(services, sender, reservations, self._observe_and_keep),
             self.ops,
             self.metrics,
             gatekeeper,

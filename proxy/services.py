@@ -17,7 +17,6 @@ from .config.settings import Settings, UpstreamSettings
 from .coordination import NO_COORDINATION, Coordination, over_redis
 from .cost.pricing import PriceTable
 from .protocol.masking import SecretMasker
-from .protocol.request import Client
 from .system.clock import Clock
 from .upstream.attempt import AttemptRunner
 from .upstream.counters import UpstreamCounters
@@ -28,10 +27,10 @@ from .upstream.interfaces import LockStore, UpstreamTransport
 from .upstream.key_lease import KeyLeases
 from .upstream.keys.lease import UpstreamKey
 from .upstream.keys.object_owners import ObjectOwners
-from .upstream.keys.pool import KeyOutcome, KeyPool
+from .upstream.keys.pool import KeyPool
 from .upstream.keys.selection import STRATEGIES
 from .upstream.limits.calibration import TokenCalibration
-from .upstream.limits.clients import ClientLimits, ClientReservation
+from .upstream.limits.clients import ClientLimits
 from .upstream.limits.learned import UpstreamLimits
 from .upstream.limits.queue import AdmissionQueue
 from .upstream.limits.shared import RECHECK, SharedLimits
@@ -39,7 +38,6 @@ from .upstream.providers.interface import UpstreamAddress
 from .upstream.providers.registry import PROVIDERS
 from .upstream.reservations import Reservations
 from .upstream.retry.circuit_breaker import CircuitBreaker
-from .upstream.retry.outcome import OutcomeKind, TransportFailure
 from .upstream.retry.policy import RetryBudget
 from .upstream.sender import RetryingSender
 from .upstream.target import CLIENTS_KEY, Upstream
@@ -98,37 +96,6 @@ class Services:
         """Return the upstreams that serve `model`."""
         return self.identities.serving(model)
 
-    async def reserve_client(self, client: Client, tokens: int) -> ClientReservation | None:
-        """Reserve a request of `tokens` in the client's own limits. Raises ProxyError(client_limit …)."""
-        reservation = self.clients.reserve(client, tokens, self.clock.monotonic())
-        if self.limiter is None:
-            return reservation
-        while reservation is not None and reservation.reservation is not None:
-            try:
-                if await self.limiter.confirm(reservation.reservation):
-                    break
-            except BaseException:
-                reservation.cancel()
-                raise
-            reservation.cancel()
-            reservation = self.clients.reserve(client, tokens, self.clock.monotonic())
-        return reservation
-
-    def record_outcome(
-        self, key: UpstreamKey, model: str, outcome: OutcomeKind, wait: float, reason: str, floor: int = 0
-    ) -> None:
-        """Record what an attempt says of a key, and let other processes know."""
-        now = self.clock.monotonic()
-        self.pool.record_outcome(key, model, KeyOutcome(outcome, now, wait, reason, floor))
-        if self.limiter is not None:
-            states = self.pool.active_states(key.label, model, now)
-            published = {
-                slot: (state.status.value, state.until - now, state.reason)
-                for slot, state in states.items()
-                if not state.floor
-            }
-            self.limiter.publish_key_state(key.label, model, published)
-
     def apply_remote_state(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
         """Take over what another process has learned of a key."""
         self.pool.apply_remote_state(label, model, status, self.clock.monotonic(), wait, reason)
@@ -141,13 +108,6 @@ class Services:
         before = [value.removeprefix("Bearer ") for _, value in self.credentials.get(label, ())]
         self.credentials[label] = (("Authorization", f"Bearer {token}"),)
         self.masker.add([token], instead_of=before)
-
-    def credential(self, label: str) -> tuple[tuple[str, str], ...]:
-        """Return the headers that carry a pool key. Raises TransportFailure if its Entra ID token is still missing."""
-        found = self.credentials.get(label)
-        if found is None:
-            raise TransportFailure("unreached", "there is no Entra ID token yet")
-        return found
 
 
 class Identities:
@@ -185,15 +145,19 @@ def build_sender(services: Services, transport: UpstreamTransport) -> RetryingSe
     return RetryingSender(leases, attempts, services.upstreams, services.settings.retry, services.counters, clock)
 
 
-def build_endpoint_sender(services: Services, sender: RetryingSender) -> EndpointSender:
-    """Return what sends the requests to the five endpoints."""
+def build_reservations(services: Services) -> Reservations:
+    """Return what reserves limits of clients and budgets."""
     pool, clients, budgets = services.pool, services.clients, services.budgets
 
     def counted() -> bool:
         return pool.counts_tokens or clients.counts_tokens or budgets.active
 
     estimates = Estimates(services.calibration, services.identities.serving, counted)
-    reservations = Reservations(clients, budgets, estimates, services.limiter, services.clock)
+    return Reservations(clients, budgets, estimates, services.limiter, services.clock)
+
+
+def build_endpoint_sender(services: Services, sender: RetryingSender, reservations: Reservations) -> EndpointSender:
+    """Return what sends the requests to the five endpoints."""
     settings = services.settings
     inject = settings.cost.stream_usage == "inject"
     return EndpointSender(sender, reservations, services.object_owners, settings.retry.fallbacks, stream_usage=inject)

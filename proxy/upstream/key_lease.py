@@ -10,6 +10,7 @@ from ..protocol.routes import printable
 from ..system.clock import Clock
 from .keys.lease import KeyRequest, Lease, NoKey, NotReady, UpstreamKey
 from .keys.pool import KeyOutcome, KeyPool
+from .keys.states import Status
 from .limits.clients import ClientReservation
 from .limits.queue import AdmissionQueue, QueueFull, TimedOut
 from .limits.rate_limiter import Reservation, Wait
@@ -124,13 +125,21 @@ class KeyLeases:
             raise
 
     def record_outcome(
-        self, key: UpstreamKey, model: str, outcome: OutcomeKind, cooling: float = 0.0, reason: str = "", floor: int = 0
+        self,
+        request: UpstreamRequest,
+        key: UpstreamKey,
+        outcome: OutcomeKind,
+        cooling: float = 0.0,
+        reason: str = "",
+        floor: int = 0,
     ) -> None:
-        """Record what an outcome says of a key, and publish it to the other processes.
+        """Record what an outcome says of a key of the proxy's, and publish it to the other processes.
 
         cooling: seconds a rate-limited key cools; floor: tokens from which on a request is held back.
         """
-        now = self.clock.monotonic()
+        now, model = self.clock.monotonic(), request.model
+        if not self.pooled or not (request.model_known or self._is_about_whole_key(key, outcome, now)):
+            return
         self.pool.record_outcome(key, model, KeyOutcome(outcome, now, cooling, reason, floor))
         if self._limiter is not None:
             states = self.pool.active_states(key.label, model, now)
@@ -140,6 +149,16 @@ class KeyLeases:
                 if not state.floor
             }
             self._limiter.publish_key_state(key.label, model, shared)
+
+    def _is_about_whole_key(self, key: UpstreamKey, outcome: OutcomeKind, now: float) -> bool:
+        """Whether an outcome on a route without a model says something of the key for every model.
+
+        A good one shows that a rejected key is accepted again; it does not show that an exhausted one has quota again.
+        """
+        if outcome is OutcomeKind.OK:
+            state = self.pool.state(key.label, "", now)
+            return state is not None and state.status is Status.REJECTED
+        return outcome in (OutcomeKind.UNAUTHORIZED, OutcomeKind.QUOTA)
 
 
 def _waited_too_long(why: str, model: str, seconds: float) -> ProxyError:

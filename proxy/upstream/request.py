@@ -40,7 +40,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     """A request to be sent, with a key of the pool and as often as the retry policy allows.
 
     headers: the client's, as received.
-    model: decides which keys may serve; its limits and key states count.
+    model: its limits and key states count, and it decides which keys may serve unless `key_request` names them.
     key_request: what else decides the key.
     tokens: estimate to reserve of the key's limits.
     max_wait: seconds it may wait for a key; the deadline in `attempt_log` bounds the wait too.
@@ -64,6 +64,11 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     quota: str | None = None
     repeatable: bool = True
     verbatim: bool = False
+
+    @property
+    def model_known(self) -> bool:
+        """Whether the model decides the key."""
+        return self.key_request.groups is None
 
     @property
     def queue(self) -> str:

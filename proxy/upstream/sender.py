@@ -7,6 +7,7 @@ hand or raises ProxyError; for a stream the first event has been read, so that u
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -112,10 +113,13 @@ class RetryingSender:
                 self._record_health(sending, lease, upstream, result)
                 if result.response is not None and result.outcome is OutcomeKind.OK:
                     request.attempt_log.exhausted = False
-                    self.leases.record_outcome(lease.key, request.model, result.outcome)
+                    self.leases.record_outcome(request, lease.key, result.outcome)
                     self.leases.admission.wake(request.queue)  # the key works, and its limits may be known better
                     return result.response
-                step = self._next_step(sending, lease, upstream, result)
+                asked_wait = self._record_failure(sending, lease, result)
+                if not request.repeatable and result.outcome is not OutcomeKind.UNREACHED:
+                    result = replace(result, outcome=OutcomeKind.FINAL)  # it may have been carried out
+                step = self._next_step(sending, lease, upstream, result.outcome, asked_wait)
                 outcome = _last_outcome(result, step)
                 if isinstance(step, ReturnToClient) and not self._fails_over(sending, lease, result.outcome):
                     return outcome.unwrap(request.attempt_log, self.leases.pooled)
@@ -137,14 +141,20 @@ class RetryingSender:
         elif self._clock.monotonic() < sending.request.attempt_log.deadline.at:  # else the request's time was too short
             sending.failing[lease.key.upstream] = failure
 
-    def _next_step(self, sending: _Sending, lease: KeyLease, upstream: Upstream, result: AttemptResult) -> Step:
-        """Record what a failed attempt says of its key, and return what follows."""
-        request, clock, pool = sending.request, self._clock, self._pool
-        now, model, outcome = clock.monotonic(), request.model, result.outcome
-        asked_wait, reason, floor = result.rate_limit_info(request.tokens, clock.wall())
-        if self.leases.pooled:
-            cooling = asked_wait if asked_wait is not None else sending.retries.delay()
-            self.leases.record_outcome(lease.key, model, outcome, cooling, reason, floor)
+    def _record_failure(self, sending: _Sending, lease: KeyLease, result: AttemptResult) -> float | None:
+        """Record what a failed attempt says of its key. Return the seconds that the upstream asks to wait, if any."""
+        request = sending.request
+        asked_wait, reason, floor = result.rate_limit_info(request.tokens, self._clock.wall())
+        cooling = asked_wait if asked_wait is not None else sending.retries.delay()
+        self.leases.record_outcome(request, lease.key, result.outcome, cooling, reason, floor)
+        return asked_wait
+
+    def _next_step(
+        self, sending: _Sending, lease: KeyLease, upstream: Upstream, outcome: OutcomeKind, asked_wait: float | None
+    ) -> Step:
+        """Return what follows a failed attempt."""
+        request, pool, model = sending.request, self._pool, sending.request.model
+        now = self._clock.monotonic()
         other_key = pool.other_ready(lease.key.label, model, sending.excluded, now, sending.key_request)
         if outcome is OutcomeKind.RATE_LIMITED and not other_key:
             soonest = pool.cooling_for(model, now, sending.key_request)
@@ -156,8 +166,7 @@ class RetryingSender:
             other_key=other_key,
             granted=partial(upstream.budget.take, now),
         )
-        pinned_to = request.key_request.pinned_to
-        if isinstance(step, RetryAfter) and pool.all_breakers_open(model, lease.key.priority, now, pinned_to):
+        if isinstance(step, RetryAfter) and pool.all_breakers_open(model, lease.key.priority, now, sending.key_request):
             return ReturnToClient(spent=True)  # its breaker has opened, and no other upstream is left
         return step
 
@@ -166,7 +175,7 @@ class RetryingSender:
         request, log = sending.request, sending.request.attempt_log
         log.exhausted = sending.retries.can_fail_over(outcome)
         higher = not request.key_request.pinned_to and self._pool.has_lower_group(
-            request.model, lease.key.priority, sending.excluded
+            request.model, lease.key.priority, sending.excluded, sending.key_request
         )
         if not (log.exhausted and higher and self._clock.monotonic() < log.deadline.at):
             return False

@@ -34,7 +34,7 @@ from proxy.protocol.headers import Raw
 from proxy.protocol.options import Options
 from proxy.protocol.request import Client, ProxyRequest
 from proxy.protocol.routes import parse_target
-from proxy.services import Services, build_endpoint_sender, build_sender, build_services
+from proxy.services import Services, build_endpoint_sender, build_reservations, build_sender, build_services
 from proxy.system.clock import Clock
 from proxy.upstream.interfaces import UpstreamTransport, Write
 from proxy.upstream.limits.rate_limiter import MARGIN
@@ -111,7 +111,8 @@ def request_handler(
     services: Services, transport: UpstreamTransport, observe: Callable[[Receipt], None]
 ) -> RequestHandler:
     """The handler of the five endpoints, built as `app` builds it."""
-    return RequestHandler(services, build_endpoint_sender(services, build_sender(services, transport)), observe)
+    sender = build_endpoint_sender(services, build_sender(services, transport), build_reservations(services))
+    return RequestHandler(services, sender, observe)
 
 
 def header_lines(lines: str) -> dict[str, str]:

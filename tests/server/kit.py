@@ -22,7 +22,7 @@ from proxy.server.connections import ListeningServer
 from proxy.server.in_flight import InFlight
 from proxy.server.listeners import bind
 from proxy.server.passthrough import PassthroughHandler
-from proxy.services import Services, build_services
+from proxy.services import Services, build_reservations, build_sender, build_services
 from proxy.system.clock import SYSTEM_CLOCK, Clock
 from tests.pipeline.fixture import request_handler, settings
 from tests.pipeline.script import Move, ScriptedTransport
@@ -211,7 +211,12 @@ class RunningProxy:
         self.downstream = ApiHandler(
             self.services,
             request_handler(self.services, self.transport, self._observe),
-            PassthroughHandler(self.services, self.transport, self._keep),
+            PassthroughHandler(
+                self.services,
+                build_sender(self.services, self.transport),
+                build_reservations(self.services),
+                self._keep,
+            ),
             self.ops,
             self.metrics,
             gatekeeper,

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 import proxy.server.responses
-from proxy.config.settings import BreakerSettings, RetrySettings, ServerSettings, TimeoutSettings, UpstreamSettings
+from proxy.config.limits import Limits
+from proxy.config.settings import (
+    BreakerSettings,
+    RetrySettings,
+    ServerSettings,
+    ThrottleSettings,
+    TimeoutSettings,
+    UpstreamSettings,
+)
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import pool, settings
 from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
@@ -447,3 +455,93 @@ async def test_upstreams_are_closed_whatever_comes() -> None:
         await asyncio.gather(*[one(n) for n in range(20)])
         await home.settled()
         assert len(home.receipts) <= 20
+
+
+# One rule for every route.
+
+
+async def test_requests_that_are_passed_through_count_in_the_retry_budget() -> None:
+    """A budget of one retry a request is enough for one retry of each request, however many there are."""
+    config = settings(retry=RetrySettings(max_retries=1, base_delay=0.0, jitter=0.0, budget=1.0))
+    async with running_proxy(*[error(500), LISTED] * 15, config=config) as home:
+        answers = [await home.ask("GET", MODELS) for _ in range(15)]
+        assert [(answer.status, answer.get("X-Proxy-Attempts")) for answer in answers] == [(200, "2")] * 15
+
+
+async def test_a_wait_that_only_the_body_of_a_429_explains_is_obeyed() -> None:
+    """The reset of a limit counts if the error says that this limit is the one that was hit."""
+    limited = Responds(
+        429,
+        (JSON, ("x-ratelimit-reset-tokens", "99s")),
+        (b'{"error": {"type": "tokens", "code": "rate_limit_exceeded", "message": "x"}}',),
+    )
+    async with running_proxy(limited, LISTED, config=ONE) as home:
+        answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Timeout", "5s")])
+        assert (answer.status, answer.get("X-Proxy-Attempts")) == (429, "1")
+
+
+async def test_keys_of_the_lowest_priority_serve_first_and_the_others_when_they_fail() -> None:
+    config = settings(
+        replace(pool("k2"), name="second", priority=1),
+        replace(pool("k1"), name="first"),
+        retry=RetrySettings(max_retries=1, base_delay=0.0, jitter=0.0),
+    )
+    async with running_proxy(config=config) as home:
+        assert await carried(home, MODELS, LISTED) == ["k1"]
+        assert await carried(home, MODELS, LISTED) == ["k1"]
+        assert await carried(home, MODELS, error(500), error(500), LISTED) == ["k1", "k1", "k2"]
+
+
+async def test_weights_hold_for_passed_on_requests() -> None:
+    config = settings(pool("k1", "k2"), selection="weighted")
+    heavy, light = config.upstreams[0].keys
+    config = settings(replace(config.upstreams[0], keys=(replace(heavy, weight=3.0), light)), selection="weighted")
+    async with running_proxy(config=config) as home:
+        used = [(await carried(home, MODELS, LISTED))[0] for _ in range(8)]
+        assert (used.count("k1"), used.count("k2")) == (6, 2)
+
+
+async def test_while_every_key_is_refused_nothing_is_sent() -> None:
+    async with running_proxy(error(401), error(401), config=TWO) as home:
+        assert (await home.ask("GET", MODELS)).status == 401
+        answer = await home.ask("GET", MODELS)
+        assert (answer.error, len(home.transport.sent)) == ("no_usable_key", 2)
+
+
+async def test_what_passed_on_answers_say_of_a_key() -> None:
+    """A refused key that is accepted again is ready; that a key has quota again no such answer tells."""
+    async with running_proxy(config=TWO) as home:
+
+        def state(label: str) -> str:
+            state = home.services.pool.state(label, "gpt-4o", home.services.clock.monotonic())
+            return "ready" if state is None else state.status.value
+
+        assert await carried(home, MODELS, error(401), LISTED) == ["k1", "k2"]
+        assert state("k1") == "rejected"
+        assert await carried(home, FILES, LISTED) == ["k1"]
+        assert state("k1") == "ready"
+        assert await carried(home, MODELS, LISTED) == ["k2"]
+        assert await carried(home, MODELS, error(429, "insufficient_quota"), LISTED) == ["k1", "k2"]
+        assert await carried(home, FILES, LISTED) == ["k1"]
+        assert state("k1") == "exhausted"
+        for passing in (error(403), error(404, "model_not_found"), rate_limited("99")):
+            await carried(home, FILES, passing)
+        assert state("k2") == "ready"
+
+
+async def test_the_limits_of_models_do_not_hold_where_the_model_is_not_known() -> None:
+    config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
+    async with running_proxy(*[LISTED] * 3, config=config) as home:
+        assert [(await home.ask("GET", MODELS)).status for _ in range(3)] == [200] * 3
+
+
+async def test_a_model_filter_does_not_close_routes_that_name_no_model() -> None:
+    async with running_proxy(LISTED, LISTED, config=settings(replace(pool("k1"), models=("gpt-*",)))) as home:
+        assert (await home.ask("GET", MODELS)).status == 200
+        assert (await home.ask("GET", FILES)).status == 200
+
+
+async def test_each_attempt_that_is_repeated_is_counted_by_its_cause() -> None:
+    async with running_proxy(error(500), LISTED, config=ONE) as home:
+        await home.ask("GET", MODELS)
+        assert dict(home.services.counters.retries) == {("openai", "retry"): 1}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final, Literal
 
 import msgspec
 
-from ...accounting.budgets.account import BudgetReservation
 from ...config.limits import Limits
-from ..limits.clients import ClientReservation
 from ..limits.rate_limiter import Reservation, Wait
 
 
@@ -31,18 +29,21 @@ class UpstreamKey:
         return any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)
 
 
+def by_priority(keys: Sequence[UpstreamKey]) -> tuple[tuple[UpstreamKey, ...], ...]:
+    """Return the keys in groups of rising priority number."""
+    numbers = sorted({key.priority for key in keys})
+    return tuple(tuple(key for key in keys if key.priority == number) for number in numbers)
+
+
 class Lease(msgspec.Struct, frozen=True):
     """A key with its share of the limits reserved.
 
-    reservation: None if no limit applies. tokens: the estimate. client_reservation, budget_reservation: of the
-    client's own limits and of the budgets.
+    reservation: None if no limit applies. tokens: the estimate.
     """
 
     key: UpstreamKey
     reservation: Reservation | None
     tokens: int = 0
-    client_reservation: ClientReservation | None = None
-    budget_reservation: BudgetReservation | None = None
 
 
 class KeyRequest(msgspec.Struct, frozen=True):
@@ -50,12 +51,15 @@ class KeyRequest(msgspec.Struct, frozen=True):
 
     prefix: digest of the beginning of its prompt, b"" for none. pinned_to: label of the only key that will do, '' for
     any. min_priority: only priorities of a higher number than this. avoid: upstreams that failed it, to be tried last.
+    groups: the keys to choose from if the model is not known, in groups of rising priority number; no limit applies
+    then. None: the keys that serve the model.
     """
 
     prefix: bytes = b""
     pinned_to: str = ""
     min_priority: int | None = None
     avoid: frozenset[int] = frozenset()
+    groups: tuple[tuple[UpstreamKey, ...], ...] | None = None
 
 
 ANY_KEY: Final = KeyRequest()

@@ -16,7 +16,7 @@ from ..limits.clients import MakeRateLimiter
 from ..limits.learned import UpstreamLimits
 from ..limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 from ..retry.circuit_breaker import CircuitBreaker
-from .lease import ANY_KEY, Candidates, KeyRequest, Lease, NoKey, NotReady, UpstreamKey
+from .lease import ANY_KEY, Candidates, KeyRequest, Lease, NoKey, NotReady, UpstreamKey, by_priority
 from .prompt_affinity import PromptAffinity
 from .states import ANY_MODEL, PROBE_SPACING, UNUSABLE_FOR, KeyOutcome, KeyState, KeyStates, Status
 
@@ -94,9 +94,7 @@ class KeyPool:
         """Return the keys whose upstream serves `model`, in groups of rising priority number."""
         groups = self._serving.get(model)
         if groups is None:
-            chosen = [key for key in self.keys if key.serves(model)]
-            numbers = sorted({key.priority for key in chosen})
-            groups = tuple(tuple(key for key in chosen if key.priority == number) for number in numbers)
+            groups = by_priority([key for key in self.keys if key.serves(model)])
             if len(self._serving) >= 4096:
                 self._serving.clear()
             self._serving[model] = groups
@@ -117,7 +115,7 @@ class KeyPool:
         return max(unusable, cooling, key=lambda state: state.until)
 
     def _groups(self, model: str, request: KeyRequest) -> tuple[tuple[UpstreamKey, ...], ...]:
-        groups = self.serving(model)
+        groups = self.serving(model) if request.groups is None else request.groups
         if request.pinned_to:
             key = self._by_label.get(request.pinned_to)
             return ((key,),) if key is not None else ()
@@ -139,14 +137,14 @@ class KeyPool:
             for key in group
         )
 
-    def has_lower_group(self, model: str, priority: int, excluded: set[str]) -> bool:
+    def has_lower_group(self, model: str, priority: int, excluded: set[str], request: KeyRequest = ANY_KEY) -> bool:
         """Return whether there are keys of higher priority numbers."""
-        groups = self._groups(model, KeyRequest(min_priority=priority))
+        groups = self._groups(model, KeyRequest(min_priority=priority, groups=request.groups))
         return any(key.label not in excluded for group in groups for key in group)
 
-    def all_breakers_open(self, model: str, priority: int, now: float, only: str = "") -> bool:
-        """Return whether the breakers of all upstreams of that priority are open. only: label of a pinned key."""
-        groups = self._groups(model, KeyRequest(pinned_to=only))
+    def all_breakers_open(self, model: str, priority: int, now: float, request: KeyRequest = ANY_KEY) -> bool:
+        """Return whether the breakers of all upstreams of that priority are open."""
+        groups = self._groups(model, request)
         return all(self._breaker_wait(key, now) for group in groups for key in group if key.priority == priority)
 
     def cooling_for(self, model: str, now: float, request: KeyRequest = ANY_KEY) -> float | None:
@@ -220,7 +218,7 @@ class KeyPool:
                 search.cooling.append(wait)
                 continue
             reservation: Reservation | None = None
-            if self.limited:
+            if self.limited and request.groups is None:
                 rate_limiter = self.rate_limiter(key, model, now, search.quota)
                 if rate_limiter is not None:
                     result = rate_limiter.reserve(tokens, now)
