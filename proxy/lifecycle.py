@@ -82,7 +82,7 @@ async def run_worker(fd: int) -> int:
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the parent's: it tells us
     try:
-        seat, orders = await WorkerLink.take(fd)
+        seat, orders = await WorkerLink.open(fd)
     except ConnectionLost:
         return 1
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
@@ -90,7 +90,7 @@ async def run_worker(fd: int) -> int:
     listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
     app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
     if isinstance(app.services.limiter, WorkerLimits):
-        app.services.limiter.room = lambda: app.services.admission.wake()
+        app.services.limiter.on_capacity = lambda: app.services.admission.wake()
     seat.channel.handlers["settings"] = lambda body: app.apply_from_supervisor(pickle.loads(body))
 
     def say(lines: list[str]) -> None:
@@ -100,7 +100,7 @@ async def run_worker(fd: int) -> int:
         return await _run(app, orders.loaded, listeners, say, seat.stop, seat.now, shared=True)
     finally:
         listeners.close()
-        seat.channel.notify("counted", pack(app.ops.counts()))
+        seat.channel.notify("last_metrics", pack(app.ops.counts()))
         await seat.channel.flush()
         seat.channel.close()
 

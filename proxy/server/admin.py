@@ -89,7 +89,7 @@ class AdminHandler:
         siblings.answer(
             {
                 "receipt": self._own_receipt,
-                "counts": self._own_counts,
+                "metrics": self._own_counts,
                 "status": self._own_status,
                 "pool": self._own_pool,
                 "reset": self._reset,
@@ -201,7 +201,7 @@ class AdminHandler:
     def counts(self) -> list[Family]:
         """This worker's metrics."""
         self._metrics.render(self._services, self._traffic.requests)
-        return self.siblings.counts(self._metrics.registry)
+        return self.siblings.own_metrics(self._metrics.registry)
 
     async def _receipt(self, visit: _Context) -> FullResponse:
         """A receipt is for operators and for the client key that made the request."""

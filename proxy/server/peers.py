@@ -1,4 +1,4 @@
-"""What the other workers know: asked by the routes for operators, so that any worker answers for all of them."""
+"""Requests to the other workers, so that any worker can answer the admin routes for all."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ LocalAnswer = Callable[[bytes], Awaitable[Any]]
 
 
 class PeerWorkers:
-    """seat: None where there are none; number: this worker's."""
+    """The other workers. link: None if there are none. number: this worker's, from 1; 0 without workers."""
 
-    def __init__(self, seat: WorkerLink | None) -> None:
-        self._seat = seat
-        self.number = seat.number if seat is not None else 0
+    def __init__(self, link: WorkerLink | None) -> None:
+        self._link = link
+        self.number = link.number if link is not None else 0
 
     @property
     def any(self) -> bool:
-        return self._seat is not None
+        return self._link is not None
 
-    def answer(self, local: Mapping[str, LocalAnswer]) -> None:
-        """What we answer from now on, by kind, when others ask."""
-        if self._seat is not None:
-            self._seat.channel.handlers |= {kind: partial(_packed, each) for kind, each in local.items()}
+    def answer(self, handlers: Mapping[str, LocalAnswer]) -> None:
+        """Answer requests of other workers with these handlers from now on. handlers: by kind."""
+        if self._link is not None:
+            self._link.channel.handlers |= {kind: partial(_packed, handler) for kind, handler in handlers.items()}
 
     async def ask(self, kind: str, body: bytes = b"") -> list[Any]:
-        """The others' answers; who does not answer in time is left out."""
-        if self._seat is None:
+        """Return the answers of the other workers, without those that do not answer in time."""
+        if self._link is None:
             return []
-        return [unpack(answer, Any)[0] for answer in await self._seat.ask(kind, body)]
+        return [unpack(answer, Any)[0] for answer in await self._link.ask_peers(kind, body)]
 
     async def receipt(self, id_: str) -> Receipt | None:
-        for found in await self.ask("receipt", id_.encode("utf-8", "surrogateescape")):
-            if found is not None:
-                return msgspec.convert(found, Receipt)
+        for answer in await self.ask("receipt", id_.encode("utf-8", "surrogateescape")):
+            if answer is not None:
+                return msgspec.convert(answer, Receipt)
         return None
 
     async def entries(self, key: str) -> list[Entry]:
-        """What the others have in memory under this key."""
+        """Return the entries that the other workers have in memory under this key."""
         answers = await self.ask("entries", key.encode("utf-8", "surrogateescape"))
         return [msgspec.convert(entry, Entry) for answer in answers for entry in answer]
 
     async def metrics(self, registry: CollectorRegistry) -> bytes:
-        """All workers' metrics as text."""
-        mine = self.counts(registry)
-        return text_of(mine if self._seat is None else await self._seat.metrics(mine))
+        """Return all workers' metrics as text."""
+        own = self.own_metrics(registry)
+        return text_of(own if self._link is None else await self._link.metrics(own))
 
-    def counts(self, registry: CollectorRegistry) -> list[Family]:
-        """This worker's metrics."""
+    def own_metrics(self, registry: CollectorRegistry) -> list[Family]:
+        """Return this worker's metrics."""
         return [family.of_worker(self.number) for family in families_of(registry.collect())]
 
 
-async def _packed(local: LocalAnswer, body: bytes) -> bytes:
-    return pack(await local(body))
+async def _packed(handler: LocalAnswer, body: bytes) -> bytes:
+    return pack(await handler(body))
 
 
 def families_of(metrics: Iterable[Metric]) -> list[Family]:
@@ -78,7 +78,7 @@ def families_of(metrics: Iterable[Metric]) -> list[Family]:
 
 
 class _Collected:
-    """As much of a registry as the exposition asks for."""
+    """The part of a registry that `generate_latest` uses."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
@@ -88,7 +88,7 @@ class _Collected:
 
 
 def text_of(families: Iterable[Family]) -> bytes:
-    """For one scrape (Prometheus exposition format 0.0.4)."""
+    """Return the text of one scrape (Prometheus exposition format 0.0.4)."""
     metrics = []
     for family in families:
         metric = Metric(family.name, family.help, family.kind)

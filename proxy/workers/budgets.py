@@ -1,4 +1,4 @@
-"""Budgets that hold over all workers: the parent adds up. The rule is `core.budgets.Account`'s."""
+"""Budgets shared by all workers: the supervisor adds up what they spend (docs/costs-and-budgets.md)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .ipc import Answer, ConnectionLost
 from .shared_state import pack, unpack
 from .worker import WorkerLink
 
-_PERIODS: Final = 4
-"""A day, a month, and those before, of which a late word may still come."""
+_MAX_PERIODS: Final = 4
+"""The current day and month, and the previous ones, of which a late report may still come."""
 
 _Period = tuple[Kind, float]
-_Pots = list[tuple[Kind, float, Decimal, Decimal, Decimal]]
-"""(kind, begin, spent by this worker, limit, the least that all have spent) of each."""
+_PeriodReports = list[tuple[Kind, float, Decimal, Decimal, Decimal]]
+"""(kind, start, spent by this worker, limit, least that all workers have spent) of each period; money in USD."""
 
 
 @dataclass(slots=True)
 class _Total:
-    """One period: what all have spent in it, and each worker's part, as last told."""
+    """One period. total: USD spent by all workers; parts: by each worker, as it last reported."""
 
     total: Decimal = ZERO
     parts: dict[int, Decimal] = field(default_factory=dict)
@@ -29,63 +29,70 @@ class _Total:
 
 @dataclass(slots=True)
 class _SharedBudget:
-    """One account. held: USD by worker."""
+    """One account. held: USD reserved by each worker."""
 
     held: dict[int, Decimal] = field(default_factory=dict)
     periods: dict[_Period, _Total] = field(default_factory=dict)
 
 
 class SharedBudgetTable:
-    """The parent's part. A worker tells all it has spent in a period, never a difference."""
+    """The supervisor's part. Workers report what they have spent in a period in all, never a difference."""
 
     def __init__(self) -> None:
-        self._purses: dict[str, _SharedBudget] = {}
+        self._budgets: dict[str, _SharedBudget] = {}
 
     def publish(self, worker: int, body: bytes) -> Answer:
-        """Whether there is room for what is asked for, what others hold, how many spend, and what others spent."""
-        name, held, ask, pots = unpack(body, str, Decimal, Decimal | None, _Pots)
-        purse = self._purses.setdefault(name, _SharedBudget())
-        others = sum((one for other, one in purse.held.items() if other != worker), ZERO)
-        before = EXACT.add(others, held if ask is None else EXACT.subtract(held, ask))
+        """Record a worker's report; grant or refuse the amount that it asks for.
+
+        The answer: whether there is room, USD held by others, the number of workers, USD spent by others by period.
+        """
+        name, held, amount, reports = unpack(body, str, Decimal, Decimal | None, _PeriodReports)
+        budget = self._budgets.setdefault(name, _SharedBudget())
+        others = sum((usd for other, usd in budget.held.items() if other != worker), ZERO)
+        before = EXACT.add(others, held if amount is None else EXACT.subtract(held, amount))
         room, spent = True, []
-        for kind, start, own, limit, least in pots:
-            total = self._period(purse, (kind, start))
+        for kind, start, own, limit, least in reports:
+            total = self._period(budget, (kind, start))
             change = EXACT.subtract(own, total.parts.get(worker, ZERO))
             total.total = max(EXACT.add(total.total, change), least)
             total.parts[worker] = own
             spent.append((kind, start, EXACT.subtract(total.total, own)))
             taken = EXACT.add(total.total, before)
-            room = room and taken < limit and EXACT.add(taken, ask or ZERO) <= limit
-        purse.held[worker] = held if room or ask is None else EXACT.subtract(held, ask)
-        return pack(room, others, len(purse.held), spent)
+            room = room and taken < limit and EXACT.add(taken, amount or ZERO) <= limit
+        budget.held[worker] = held if room or amount is None else EXACT.subtract(held, amount)
+        return pack(room, others, len(budget.held), spent)
 
-    def left(self, worker: int) -> None:
-        """It holds nothing any more; what it spent is spent."""
-        for purse in self._purses.values():
-            purse.held.pop(worker, None)
+    def worker_ended(self, worker: int) -> None:
+        """Release what an ended worker held; what it spent stays."""
+        for budget in self._budgets.values():
+            budget.held.pop(worker, None)
 
-    def _period(self, purse: _SharedBudget, period: _Period) -> _Total:
-        if period not in purse.periods and len(purse.periods) >= _PERIODS:
-            del purse.periods[min(purse.periods, key=lambda one: one[1])]
-        return purse.periods.setdefault(period, _Total())
+    def _period(self, budget: _SharedBudget, period: _Period) -> _Total:
+        if period not in budget.periods and len(budget.periods) >= _MAX_PERIODS:
+            del budget.periods[min(budget.periods, key=lambda known: known[1])]
+        return budget.periods.setdefault(period, _Total())
 
 
 class WorkerBudgets:
-    """`budgets.Shared`: the worker's part."""
+    """A worker's part: the `SharedBudgets` of `accounting.budgets`."""
 
-    def __init__(self, seat: WorkerLink) -> None:
-        self._channel = seat.channel
+    def __init__(self, link: WorkerLink) -> None:
+        self._channel = link.channel
 
     async def open(self) -> None:
-        """There already."""
+        """Do nothing: the link is open."""
 
     async def close(self) -> None:
         await self._channel.flush()
 
     async def publish(self, account: Account, wall: float, ask: Decimal | None = None) -> bool | None:
-        pots = [(pot.kind, pot.start, pot.own, pot.limit, EXACT.add(pot.before, pot.own)) for pot in account.at(wall)]
+        """Report the account. Return whether `ask` USD fit, or None if the supervisor cannot be reached."""
+        reports = [
+            (period.kind, period.start, period.own, period.limit, EXACT.add(period.before, period.own))
+            for period in account.at(wall)
+        ]
         try:
-            answer = await self._channel.request("budget", pack(account.name, account.held, ask, pots))
+            answer = await self._channel.request("budget", pack(account.name, account.held, ask, reports))
         except ConnectionLost:
             return None
         room, held, peers, spent = unpack(answer, bool, Decimal, int, list[tuple[Kind, float, Decimal]])

@@ -1,4 +1,4 @@
-"""The wire between the parent and a worker: frames both ways; a call gets an answer, a note does not."""
+"""The link between the supervisor and a worker: requests, which are answered, and notifications, which are not."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from ..system.clock import spawn
 
 log = logging.getLogger("proxy")
 
-PATIENCE: Final = 2.0
-"""Seconds a call waits for its answer."""
+REQUEST_TIMEOUT: Final = 2.0
+"""Seconds that a request waits for its answer."""
 
 Answer = bytes | None
 Handle = Callable[[bytes], Answer | Awaitable[Answer]]
-"""Answers a call, or takes a note (its answer is dropped). What answers at once is answered in the order it came."""
+"""Handles a request or a notification, whose answer is dropped. Synchronous handlers answer in order of arrival."""
 
 
 class ConnectionLost(Exception):
-    """No answer: the other end is gone, too slow, or failed."""
+    """There is no answer: the other end has gone, is too slow, or failed."""
 
 
 class _Frame(msgspec.Struct, array_like=True, frozen=True):
-    """kind: of a call or a note, "" in an answer; number: of the call, 0 in a note; body: None: it failed."""
+    """One message.
+
+    kind: of a request or notification, "" in an answer. number: of the request, 0 in a notification.
+    body: None in the answer to a request that failed.
+    """
 
     kind: str
     number: int
@@ -39,47 +43,47 @@ _decode = msgspec.msgpack.Decoder(_Frame).decode
 
 
 class Channel:
-    """One end. handlers: by kind; may be added to at any time."""
+    """One end of a link. handlers: by kind; more may be added at any time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.handlers: dict[str, Handle] = {}
         self._reader = reader
         self._writer = writer
-        self._calls = 0
+        self._requests = 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._ended = False
 
     @classmethod
     async def over(cls, end: socket.socket) -> Channel:
-        """Over one end of a socket pair, which is the channel's from now on."""
+        """Return a channel that owns one end of a socket pair."""
         end.setblocking(False)
         return cls(*await asyncio.open_connection(sock=end))
 
     def notify(self, kind: str, body: bytes = b"") -> None:
         self._send(_Frame(kind, 0, body))
 
-    async def request(self, kind: str, body: bytes = b"", patience: float = PATIENCE) -> bytes:
-        """What the other end answers. Raises ConnectionLost."""
+    async def request(self, kind: str, body: bytes = b"", timeout: float = REQUEST_TIMEOUT) -> bytes:
+        """Send a request and return the answer. timeout: seconds. Raises ConnectionLost."""
         if self._ended:
             raise ConnectionLost
-        self._calls += 1
-        number = self._calls
+        self._requests += 1
+        number = self._requests
         self._waiting[number] = asyncio.get_running_loop().create_future()
         self._send(_Frame(kind, number, body))
         try:
-            async with asyncio.timeout(patience):
-                return await self._waiting[number]  # from no variable: its error would hold this frame, and be held
+            async with asyncio.timeout(timeout):
+                return await self._waiting[number]  # in no variable: with an exception that would be a reference cycle
         except TimeoutError:
             raise ConnectionLost from None
         finally:
             del self._waiting[number]
 
     async def run(self) -> None:
-        """Serves the other end until it is gone."""
+        """Receive messages until the other end closes."""
         try:
             while True:
                 size = int.from_bytes(await self._reader.readexactly(4))
-                self._take(_decode(await self._reader.readexactly(size)))
+                self._receive(_decode(await self._reader.readexactly(size)))
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
@@ -93,13 +97,13 @@ class Channel:
         self._writer.close()
 
     async def flush(self) -> None:
-        """Returns when what was sent is on its way, or the other end is gone."""
+        """Wait until the send buffer has room, or the other end has closed."""
         try:
             await self._writer.drain()
         except OSError:
             pass
 
-    def _take(self, frame: _Frame) -> None:
+    def _receive(self, frame: _Frame) -> None:
         if not frame.kind:
             answer = self._waiting.get(frame.number)
             if answer is not None and not answer.done():
@@ -109,19 +113,19 @@ class Channel:
                     answer.set_result(frame.body)
             return
         try:
-            found = self.handlers[frame.kind](frame.body or b"")
+            result = self.handlers[frame.kind](frame.body or b"")
         except Exception:
             log.exception("between workers: %s failed", frame.kind)
-            found = None
-        if isinstance(found, bytes | None):
-            self._answer(frame.number, found)
+            result = None
+        if isinstance(result, bytes | None):
+            self._answer(frame.number, result)
         else:
-            spawn(self._later(frame, found), f"between workers: {frame.kind}")
+            spawn(self._answer_later(frame, result), f"between workers: {frame.kind}")
 
-    async def _later(self, frame: _Frame, found: Awaitable[Answer]) -> None:
+    async def _answer_later(self, frame: _Frame, answer: Awaitable[Answer]) -> None:
         body = None
         try:
-            body = await found
+            body = await answer
         finally:
             self._answer(frame.number, body)
 

@@ -1,7 +1,7 @@
-"""What the parent keeps in common for its workers. Every method is synchronous: one event loop, one owner, no locks.
+"""The state that the supervisor holds for all workers, in place of a Redis: limits, runs, owners, metrics.
 
-It stands where a Redis would stand for processes that have none but each other: the rules are the same, those of
-`core.limits`, `core.runs` and `core.objects`.
+Every method is synchronous and runs in the supervisor's event loop, so there are no locks. The rules are those of
+`upstream.limits`, `accounting.runs` and `upstream.keys.stored_objects`.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from ..upstream.limits.rate_limiter import RateLimiter, Reservation, Wait
 from ..upstream.limits.shared import RECHECK
 from .ipc import Answer
 
-MOST_SHARES: Final = 1000
-_MOST_ALLOWANCES: Final = 10_000
+MAX_SHARES: Final = 1000
+_MAX_LIMITS: Final = 10_000
 
 _WAITS: Final = 2 * RECHECK
-"""Seconds for which a worker that was refused a place is taken to wait for one: if it does, it asks again sooner."""
+"""Seconds for which a refused worker counts as waiting; one that still waits asks again earlier."""
 
 _TURN: Final = 0.1
-"""Seconds for which a place that came back is kept for the worker whose turn it is."""
+"""Seconds for which released capacity is kept for the worker that has waited longest."""
 
 _pack = msgspec.msgpack.Encoder().encode
 
 
 def pack(*values: Any) -> bytes:
-    """A message's body."""
+    """Return the body of a message."""
     return _pack(values)
 
 
 def unpack(body: bytes, *kinds: Any) -> Any:
-    """The values of a message, of these types. Raises msgspec.DecodeError."""
+    """Return the values of a message. kinds: their types. Raises msgspec.DecodeError."""
     return msgspec.msgpack.decode(body, type=tuple[kinds])  # type: ignore[valid-type]
 
 
 class WorkersKnownRun(msgspec.Struct, frozen=True):
-    """What is known of one client's run (`runs.Known`). keys: distinct requests."""
+    """One client's run. shares: by process; keys: number of distinct requests."""
 
     client: str
     shares: dict[str, RunShare]
@@ -55,118 +55,124 @@ class WorkersKnownRun(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class _CountedLimit:
-    """The windows of one name, and what they were made for."""
+class _SharedLimit:
+    """A limit of all workers.
 
-    allowance: RateLimiter
+    waiting: workers that were refused a concurrent request, and when; without turns, the worker that releases one
+    would always get the next. turn: (worker, until) for which released capacity is kept.
+    """
+
+    rate_limiter: RateLimiter
     limits: Limits
     use: float
     waiting: OrderedDict[int, float] = field(default_factory=OrderedDict)
-    """Workers that were refused one of the requests at once, and when: else the one that gives a place back would
-    take it again, for ever."""
     turn: tuple[int, float] | None = None
 
 
 class SharedState:
-    """monotonic: seconds; wall: Unix seconds."""
+    """Shared state of all workers. Clocks: monotonic in seconds, wall in Unix seconds."""
 
     def __init__(self, monotonic: Callable[[], float], wall: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._wall = wall
-        self._allowances: dict[tuple[str, str], _CountedLimit] = {}
-        self._held: dict[int, dict[int, tuple[Reservation, _CountedLimit]]] = {}
-        self._tell: dict[int, Callable[[str, bytes], None]] = {}
+        self._limits: dict[tuple[str, str], _SharedLimit] = {}
+        self._reservations: dict[int, dict[int, tuple[Reservation, _SharedLimit]]] = {}
+        self._notify: dict[int, Callable[[str, bytes], None]] = {}
         self._runs = Runs()
         self._shares: WeakKeyDictionary[Run, dict[str, RunShare]] = WeakKeyDictionary()
-        self._makers = OwnerTable()
-        self._last: dict[int, list[Family]] = {}
-        self._gone: list[Family] = []
+        self._owners = OwnerTable()
+        self._metrics_of: dict[int, list[Family]] = {}
+        self._ended_metrics: list[Family] = []
 
-    def handlers(self, worker: int, tell: Callable[[str, bytes], None]) -> Mapping[str, Callable[[bytes], Answer]]:
-        """What a worker may ask; `worker`: its own number, of no other before or after it; tell: sends it a note."""
-        self._tell[worker] = tell
+    def handlers(self, worker: int, notify: Callable[[str, bytes], None]) -> Mapping[str, Callable[[bytes], Answer]]:
+        """Return the handlers of a worker's messages.
+
+        worker: its id, which no other worker ever has. notify: sends it a notification.
+        """
+        self._notify[worker] = notify
         return {
             "reserve": lambda body: self._reserve(worker, body),
-            "settle": lambda body: self._settle(worker, body),
+            "release": lambda body: self._release(worker, body),
             "reset": lambda _: self._reset(),
             "run.number": self._number,
             "run.ended": self._ended,
             "run.share": self._share,
             "run.read": self._read,
-            "made": self._record_owner,
-            "maker": self._owner_of,
+            "owner.put": self._record_owner,
+            "owner.get": self._owner_of,
         }
 
-    def left(self, worker: int) -> None:
-        """A worker is gone. What it had sent upstream stays counted, its places come back, and no count goes down."""
-        self._tell.pop(worker, None)
-        for reservation, counted in self._held.pop(worker, {}).values():
+    def worker_ended(self, worker: int) -> None:
+        """Settle what an ended worker had reserved, and keep its counters."""
+        self._notify.pop(worker, None)
+        for reservation, limit in self._reservations.pop(worker, {}).values():
             reservation.settle(None)
-            self._returned(counted, worker)
-        self._gone = summed([self._gone, [each for each in self._last.pop(worker, []) if each.adds_up]])
+            self._offer_capacity(limit, worker)
+        counters = [family for family in self._metrics_of.pop(worker, []) if family.adds_up]
+        self._ended_metrics = summed([self._ended_metrics, counters])
 
     # -- limits -------------------------------------------------------------------------------------------------------
 
     def _reserve(self, worker: int, body: bytes) -> Answer:
-        number, where, limits, use, tokens = unpack(body, int, tuple[str, str], Limits, float, int)
+        number, limit_id, limits, use, tokens = unpack(body, int, tuple[str, str], Limits, float, int)
         now = self._monotonic()
-        counted = self._counted(where, limits, use, now)
-        allowance, wait = counted.allowance, 0.0
-        answer = allowance.reserve(tokens, now) if self._may_ask(counted, worker, now) else Wait(_TURN)
+        limit = self._limit(limit_id, limits, use, now)
+        rate_limiter, wait = limit.rate_limiter, 0.0
+        answer = rate_limiter.reserve(tokens, now) if self._may_reserve(limit, worker, now) else Wait(_TURN)
         if isinstance(answer, Reservation):
-            self._held.setdefault(worker, {})[number] = answer, counted
-            counted.waiting.pop(worker, None)
+            self._reservations.setdefault(worker, {})[number] = answer, limit
+            limit.waiting.pop(worker, None)
         else:
             wait = answer.seconds if isinstance(answer, Wait) else math.inf
             if wait in (math.inf, _TURN):
-                counted.waiting[worker] = now
-        used = {name: level["used"] for name, level in allowance.usage(now).items()}
+                limit.waiting[worker] = now
+        used = {name: level["used"] for name, level in rate_limiter.usage(now).items()}
         return pack(isinstance(answer, Reservation), wait, used)
 
-    def _may_ask(self, counted: _CountedLimit, worker: int, now: float) -> bool:
-        """Whether no place is being kept for another."""
-        if counted.turn is not None and (counted.turn[0] == worker or now >= counted.turn[1]):
-            counted.turn = None
-        return counted.turn is None
+    def _may_reserve(self, limit: _SharedLimit, worker: int, now: float) -> bool:
+        """Return False while capacity is kept for another worker."""
+        if limit.turn is not None and (limit.turn[0] == worker or now >= limit.turn[1]):
+            limit.turn = None
+        return limit.turn is None
 
-    def _returned(self, counted: _CountedLimit, worker: int) -> None:
-        """A place has come back from a worker: it is the turn of who has waited longest."""
+    def _offer_capacity(self, limit: _SharedLimit, worker: int) -> None:
+        """Give the turn to the worker that has waited longest, now that `worker` has released capacity."""
         now = self._monotonic()
-        for waiting, since in list(counted.waiting.items()):
-            if waiting in self._tell and now - since < _WAITS:
+        for waiting, since in list(limit.waiting.items()):
+            if waiting in self._notify and now - since < _WAITS:
                 if waiting != worker:
-                    counted.turn = waiting, now + _TURN
-                    self._tell[waiting]("room", b"")
+                    limit.turn = waiting, now + _TURN
+                    self._notify[waiting]("capacity", b"")
                 return
-            del counted.waiting[waiting]
+            del limit.waiting[waiting]
 
-    def _counted(self, where: tuple[str, str], limits: Limits, use: float, now: float) -> _CountedLimit:
-        found = self._allowances.get(where)
-        if found is None:
-            if len(self._allowances) >= _MOST_ALLOWANCES:
-                for idle in [name for name, one in self._allowances.items() if one.allowance.idle(now)]:
-                    del self._allowances[idle]
-            found = self._allowances[where] = _CountedLimit(RateLimiter(limits, use), limits, use)
-        elif (found.limits, found.use) != (limits, use):  # settings are other now
-            found.limits, found.use = limits, use
-            found.allowance.change(limits, use)
-        return found
+    def _limit(self, limit_id: tuple[str, str], limits: Limits, use: float, now: float) -> _SharedLimit:
+        limit = self._limits.get(limit_id)
+        if limit is None:
+            if len(self._limits) >= _MAX_LIMITS:
+                for idle in [name for name, known in self._limits.items() if known.rate_limiter.idle(now)]:
+                    del self._limits[idle]
+            limit = self._limits[limit_id] = _SharedLimit(RateLimiter(limits, use), limits, use)
+        elif (limit.limits, limit.use) != (limits, use):  # after a reload
+            limit.limits, limit.use = limits, use
+            limit.rate_limiter.change(limits, use)
+        return limit
 
-    def _settle(self, worker: int, body: bytes) -> Answer:
-        number, went, tokens = unpack(body, int, bool, int | None)
-        held = self._held.get(worker, {}).pop(number, None)
-        if held is not None:
-            reservation, counted = held
-            if went:
+    def _release(self, worker: int, body: bytes) -> Answer:
+        number, sent, tokens = unpack(body, int, bool, int | None)
+        reserved = self._reservations.get(worker, {}).pop(number, None)
+        if reserved is not None:
+            reservation, limit = reserved
+            if sent:
                 reservation.settle(tokens)
             else:
                 reservation.cancel()
-            self._returned(counted, worker)
+            self._offer_capacity(limit, worker)
         return None
 
     def _reset(self) -> Answer:
-        for counted in self._allowances.values():
-            counted.allowance.reset()
+        for limit in self._limits.values():
+            limit.rate_limiter.reset()
         return None
 
     # -- runs ---------------------------------------------------------------------------------------------------------
@@ -195,16 +201,16 @@ class SharedState:
             body, str, str, str, str, RunShare, Decimal, Decimal | None
         )
         shares = self._shares[self._run(owner, client, name)]
-        others = [one for other, one in shares.items() if other != id_]
+        others = [other for process, other in shares.items() if process != id_]
         fits = True
-        if limit is not None:  # the rule is Run.room_for's
+        if limit is not None:  # the same rule as `Run.room_for`
             wall = self._wall()
-            taken = sum((o.sums.cost + o.sums.assumed + o.held_at(wall) for o in others), Decimal(0))
+            taken = sum((other.sums.cost + other.sums.assumed + other.held_at(wall) for other in others), Decimal(0))
             after = taken + share.sums.cost + share.sums.assumed + share.held
             before += taken
             fits = before < limit and (not before or after <= limit)
         old = shares.get(id_)
-        if fits and (old.seq < share.seq if old is not None else len(shares) < MOST_SHARES):
+        if fits and (old.seq < share.seq if old is not None else len(shares) < MAX_SHARES):
             shares[id_] = share
         return pack(fits, others)
 
@@ -218,19 +224,19 @@ class SharedState:
     def _record_owner(self, body: bytes) -> Answer:
         ids, label = unpack(body, list[str], str)
         for id_ in ids:
-            self._makers.record(id_, label, self._wall())
+            self._owners.record(id_, label, self._wall())
         return None
 
     def _owner_of(self, body: bytes) -> Answer:
         (ids,) = unpack(body, list[str])
-        return pack(self._makers.owner_of(ids, self._wall()))
+        return pack(self._owners.owner_of(ids, self._wall()))
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
-    def counted(self, worker: int, families: list[Family]) -> None:
-        """A worker's metrics as they are now."""
-        self._last[worker] = families
+    def record_metrics(self, worker: int, families: list[Family]) -> None:
+        """Replace a worker's metrics."""
+        self._metrics_of[worker] = families
 
     def metrics(self) -> list[list[Family]]:
-        """Every worker's, as last heard, and what those that are gone have counted."""
-        return [*self._last.values(), self._gone]
+        """Return each worker's last metrics, and the counters of ended workers."""
+        return [*self._metrics_of.values(), self._ended_metrics]

@@ -1,4 +1,4 @@
-"""A worker's end of the wire: its orders, what the parent asks of it, and what it asks of the others."""
+"""A worker's end of the link: its start message, requests of the supervisor, and requests to other workers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..system.clock import spawn
 from .ipc import Channel, ConnectionLost
 from .shared_state import WorkersKnownRun, pack, unpack
 
-ORPHAN: float = 1.0
-"""Seconds a worker whose parent is gone still lets requests finish."""
+ORPHAN_GRACE: float = 1.0
+"""Seconds for which a worker whose supervisor has died lets requests finish."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartMessage:
-    """What a worker is told first. listeners: descriptors of the main one and, where there is one, of `server.ops`."""
+    """A worker's first message. listeners: file descriptors of the main one and, if it is set, of `server.ops`."""
 
     number: int
     loaded: LoadedSettings
@@ -32,64 +32,67 @@ class StartMessage:
 
 
 class WorkerLink:
-    """number: from 1; stop, now: set when the worker shall end, and shall not wait any longer."""
+    """A worker's link to the supervisor.
+
+    number: the worker's, from 1. stop, now: set by the first and the second signal to stop.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.number = 0
         self.stop, self.now = asyncio.Event(), asyncio.Event()
-        self._orders: asyncio.Future[StartMessage] = asyncio.get_running_loop().create_future()
-        # Pickled, as its sender is our own parent, at the end of a socket that nobody else has.
-        channel.handlers["orders"] = lambda body: self._orders.set_result(pickle.loads(body))
+        self._start_message: asyncio.Future[StartMessage] = asyncio.get_running_loop().create_future()
+        # Unpickling is safe: only the supervisor has the other end of this socket pair.
+        channel.handlers["start"] = lambda body: self._start_message.set_result(pickle.loads(body))
         channel.handlers["stop"] = lambda _: self.stop.set()
         channel.handlers["now"] = lambda _: self.now.set()
 
     @classmethod
-    async def take(cls, fd: int) -> tuple[WorkerLink, StartMessage]:
-        """The seat at the inherited end `fd`. Raises ConnectionLost when the parent is gone already."""
-        seat = cls(await Channel.over(socket.socket(fileno=fd)))
-        reading = spawn(seat._run(), "wire to the parent")
-        await asyncio.wait({reading, seat._orders}, return_when=asyncio.FIRST_COMPLETED)
-        if not seat._orders.done():
+    async def open(cls, fd: int) -> tuple[WorkerLink, StartMessage]:
+        """Open the link at the inherited descriptor `fd`. Raises ConnectionLost if the supervisor has died."""
+        link = cls(await Channel.over(socket.socket(fileno=fd)))
+        reading = spawn(link._run(), "link to the supervisor")
+        await asyncio.wait({reading, link._start_message}, return_when=asyncio.FIRST_COMPLETED)
+        if not link._start_message.done():
             raise ConnectionLost
-        orders = seat._orders.result()
-        seat.number = orders.number
-        return seat, orders
+        start = link._start_message.result()
+        link.number = start.number
+        return link, start
 
     async def _run(self) -> None:
         await self.channel.run()
-        self.stop.set()  # the parent is gone: no orphans
-        asyncio.get_running_loop().call_later(ORPHAN, self.now.set)
+        self.stop.set()  # the supervisor has died
+        asyncio.get_running_loop().call_later(ORPHAN_GRACE, self.now.set)
 
-    async def ask(self, kind: str, body: bytes = b"") -> list[bytes]:
-        """What the other workers answer; who does not answer in time is left out."""
+    async def ask_peers(self, kind: str, body: bytes = b"") -> list[bytes]:
+        """Return the answers of the other workers, without those that do not answer in time."""
         try:
-            found: list[bytes] = unpack(await self.channel.request("ask", pack(kind, body)), list[bytes])[0]
+            answers: list[bytes] = unpack(await self.channel.request("ask_peers", pack(kind, body)), list[bytes])[0]
         except ConnectionLost:
             return []
-        return found
+        return answers
 
-    def tell(self, kind: str, body: bytes) -> None:
-        """A note to all others."""
-        self.channel.notify("tell", pack(kind, body))
+    def notify_peers(self, kind: str, body: bytes) -> None:
+        """Send a notification to all other workers."""
+        self.channel.notify("notify_peers", pack(kind, body))
 
-    async def metrics(self, mine: list[Family]) -> list[Family]:
-        """All workers', summed; only our own where the parent cannot be asked."""
+    async def metrics(self, own: list[Family]) -> list[Family]:
+        """Return the sum of all workers' metrics; `own` if the supervisor does not answer."""
         try:
-            found: list[Family] = unpack(await self.channel.request("metrics", pack(mine), 3.0), list[Family])[0]
+            merged: list[Family] = unpack(await self.channel.request("metrics", pack(own), 3.0), list[Family])[0]
         except ConnectionLost:
-            return mine
-        return found
+            return own
+        return merged
 
 
 class WorkerRuns:
-    """`runs.Shared`: the numbers and sums of runs that all workers have in common."""
+    """The numbers and totals of runs, shared by all workers: the `SharedRuns` of `accounting.runs`."""
 
-    def __init__(self, seat: WorkerLink) -> None:
-        self._channel = seat.channel
+    def __init__(self, link: WorkerLink) -> None:
+        self._channel = link.channel
 
     async def open(self) -> None:
-        """There already."""
+        """Do nothing: the link is open."""
 
     async def close(self) -> None:
         await self._channel.flush()
@@ -126,23 +129,23 @@ class WorkerRuns:
 
 
 class WorkerOwners:
-    """`objects.Shared`: which key made which stored object."""
+    """The owners of stored objects, shared by all workers: the `SharedOwners` of `upstream.keys`."""
 
-    def __init__(self, seat: WorkerLink) -> None:
-        self._channel = seat.channel
+    def __init__(self, link: WorkerLink) -> None:
+        self._channel = link.channel
 
     async def open(self) -> None:
-        """There already."""
+        """Do nothing: the link is open."""
 
     async def close(self) -> None:
         await self._channel.flush()
 
     async def put(self, ids: list[str], label: str) -> None:
-        self._channel.notify("made", pack(ids, label))
+        self._channel.notify("owner.put", pack(ids, label))
 
     async def get(self, ids: list[str]) -> str | None:
         try:
-            label: str | None = unpack(await self._channel.request("maker", pack(ids)), str | None)[0]
+            label: str | None = unpack(await self._channel.request("owner.get", pack(ids)), str | None)[0]
         except ConnectionLost:
             return None
         return label

@@ -301,7 +301,7 @@ async def test_new_settings_reach_present_and_future_workers(
     await until_said(proxy, "the old ones stay")
     assert proxy.stderr_so_far().count("cannot be used") == 1
     os.kill((await pids(proxy, client))[2], signal.SIGKILL)  # whoever starts now has what the others have
-    await until_said(proxy, "another takes its place")
+    await until_said(proxy, "it is restarted in")
     async with Client() as fresh:
         await pids(proxy, fresh)
     assert await keys() == {secret("k2")}

@@ -1,4 +1,4 @@
-"""Parent and workers in one process: real wires, a turned clock."""
+"""Supervisor and workers in one process: real socket pairs, a clock that the test turns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from proxy.workers.worker import WorkerLink
 
 
 @asynccontextmanager
-async def wire() -> AsyncIterator[tuple[Channel, Channel]]:
-    """Both ends, each being served."""
+async def channel_pair() -> AsyncIterator[tuple[Channel, Channel]]:
+    """Yield both ends of a link; each receives messages."""
     ends = [await Channel.over(end) for end in socket.socketpair()]
     running = [asyncio.ensure_future(end.run()) for end in ends]
     try:
@@ -33,26 +33,26 @@ class Clock:
 
 
 @asynccontextmanager
-async def seats(count: int, clock: Clock) -> AsyncIterator[tuple[SharedState, list[WorkerLink]]]:
-    """Workers of one parent, which only keeps what they have in common."""
-    commons = SharedState(clock, clock)
-    found: list[WorkerLink] = []
+async def worker_links(count: int, clock: Clock) -> AsyncIterator[tuple[SharedState, list[WorkerLink]]]:
+    """Yield the shared state of a supervisor, and the links of its workers."""
+    shared_state = SharedState(clock, clock)
+    links: list[WorkerLink] = []
 
-    async def with_more() -> None:
-        async with wire() as (ours, theirs):
-            ours.handlers.update(commons.handlers(len(found), ours.notify))
-            found.append(WorkerLink(theirs))
-            if len(found) == count:
+    async def open_next() -> None:
+        async with channel_pair() as (supervisor_end, worker_end):
+            supervisor_end.handlers.update(shared_state.handlers(len(links), supervisor_end.notify))
+            links.append(WorkerLink(worker_end))
+            if len(links) == count:
                 ready.set()
                 await done.wait()
             else:
-                await with_more()
+                await open_next()
 
     ready, done = asyncio.Event(), asyncio.Event()
-    running = asyncio.ensure_future(with_more())
+    running = asyncio.ensure_future(open_next())
     await ready.wait()
     try:
-        yield commons, found
+        yield shared_state, links
     finally:
         done.set()
         await running

@@ -1,4 +1,4 @@
-"""Budgets over workers: all together never spend more than the limit but for what estimates were short of."""
+"""Budgets of several workers: together they exceed a limit by no more than their estimates were short."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from functools import partial
 
 from proxy.accounting.budgets.account import Account
 from proxy.workers.budgets import SharedBudgetTable, WorkerBudgets
-from tests.workers.kit import Clock, wire
+from tests.workers.kit import Clock, channel_pair
 
 NOON = 1_790_000_000.0
 
 
-async def test_all_together_stay_within_the_limit_and_a_dead_worker_holds_nothing() -> None:
-    purses, clock, dice = SharedBudgetTable(), Clock(), random.Random(3)
+async def test_workers_together_stay_within_the_budget_and_an_ended_one_holds_nothing() -> None:
+    budgets, clock, rng = SharedBudgetTable(), Clock(), random.Random(3)
     clock.now = NOON
     accounts = [Account("") for _ in range(2)]
     for account in accounts:
         account.change({"day": Decimal(1), "month": Decimal(5)}, clock())
-    async with wire() as (ours, theirs), wire() as (mine, yours):
+    async with channel_pair() as (ours, theirs), channel_pair() as (mine, yours):
         shared = []
         for number, (end, other) in enumerate(((ours, theirs), (mine, yours))):
-            end.handlers["budget"] = partial(purses.publish, number)
-            shared.append(WorkerBudgets(type("Seat", (), {"channel": other})()))
+            end.handlers["budget"] = partial(budgets.publish, number)
+            shared.append(WorkerBudgets(type("Link", (), {"channel": other})()))
         amount, held = Decimal("0.03"), []
         for _ in range(60):
-            number = dice.randrange(2)
+            number = rng.randrange(2)
             account = accounts[number]
             account.reserve(amount)
             if await shared[number].publish(account, clock(), amount):
                 held.append(account)
             else:
                 account.release(amount)
-            if held and dice.random() < 0.3:
+            if held and rng.random() < 0.3:
                 done = held.pop()
                 done.release(amount)
                 done.spend(amount, amount, clock())
                 await shared[accounts.index(done)].publish(done, clock())
-            pots = [account.at(clock())[0] for account in accounts]
-            assert sum(pot.own for pot in pots) + sum(account.held for account in accounts) <= 1
+            periods = [account.at(clock())[0] for account in accounts]
+            assert sum(period.own for period in periods) + sum(account.held for account in accounts) <= 1
         taken = sum(account.at(clock())[0].own + account.held for account in accounts)
         assert taken == Decimal("0.99")
         for number, account in enumerate(accounts):
@@ -47,7 +47,7 @@ async def test_all_together_stay_within_the_limit_and_a_dead_worker_holds_nothin
         await shared[0].publish(accounts[0], clock())
         assert accounts[0].peers == 2
         assert accounts[0].at(clock())[0].spent == sum(account.at(clock())[0].own for account in accounts)
-        purses.left(1)
+        budgets.worker_ended(1)
         await shared[0].publish(accounts[0], clock())
         assert accounts[0].others_held == 0
         assert accounts[0].peers == 1
@@ -60,21 +60,21 @@ async def test_all_together_stay_within_the_limit_and_a_dead_worker_holds_nothin
         assert await shared[0].publish(accounts[0], clock()) is None
 
 
-async def test_what_was_spent_before_the_start_counts_once() -> None:
-    purses, clock = SharedBudgetTable(), Clock()
+async def test_cost_of_earlier_runs_counts_once() -> None:
+    budgets, clock = SharedBudgetTable(), Clock()
     clock.now = NOON
-    async with wire() as (ours, theirs), wire() as (mine, yours):
-        found = []
+    async with channel_pair() as (ours, theirs), channel_pair() as (mine, yours):
+        workers = []
         for number, (end, other) in enumerate(((ours, theirs), (mine, yours))):
-            end.handlers["budget"] = partial(purses.publish, number)
+            end.handlers["budget"] = partial(budgets.publish, number)
             account = Account("anna")
             account.change({"day": Decimal(100)}, clock())
             account.read("day", account.at(clock())[0].start, Decimal(10), clock())
-            found.append((account, WorkerBudgets(type("Seat", (), {"channel": other})())))
+            workers.append((account, WorkerBudgets(type("Link", (), {"channel": other})())))
         for _ in range(2):
-            for account, shared in found:
+            for account, shared in workers:
                 account.spend(Decimal(1), Decimal(1), clock())
                 await shared.publish(account, clock())
-        for account, shared in found:
+        for account, shared in workers:
             await shared.publish(account, clock())
             assert account.at(clock())[0].spent == 14

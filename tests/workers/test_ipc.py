@@ -1,3 +1,5 @@
+"""The link between supervisor and worker: requests, notifications, and ends that go away."""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,11 +10,11 @@ import pytest
 
 from proxy.workers.ipc import Channel, ConnectionLost
 from tests.garbage import uncollected
-from tests.workers.kit import wire
+from tests.workers.kit import channel_pair
 
 
-async def test_a_call_is_answered_at_once_or_later() -> None:
-    async with wire() as (one, other):
+async def test_request_is_answered_at_once_or_later() -> None:
+    async with channel_pair() as (one, other):
 
         async def later(body: bytes) -> bytes:
             await asyncio.sleep(0.01)
@@ -26,65 +28,70 @@ async def test_a_call_is_answered_at_once_or_later() -> None:
         assert len(await one.request("now", large, 20.0)) == len(large)
 
 
-async def test_notes_come_in_order_and_before_a_later_call() -> None:
-    async with wire() as (one, other):
-        came: list[bytes] = []
-        other.handlers = {"note": came.append, "all": lambda _: b"".join(came)}
+async def test_notifications_arrive_in_order_and_before_a_later_request() -> None:
+    async with channel_pair() as (one, other):
+        received: list[bytes] = []
+        other.handlers = {"note": received.append, "all": lambda _: b"".join(received)}
         for part in (b"a", b"b", b"c"):
             one.notify("note", part)
         assert await one.request("all") == b"abc"
 
 
-async def test_what_fails_or_is_late_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
-    async with wire() as (one, other):
+async def test_failed_or_late_answer_raises(caplog: pytest.LogCaptureFixture) -> None:
+    async with channel_pair() as (one, other):
 
-        async def never(_: bytes) -> bytes:
+        async def never_answer(_: bytes) -> bytes:
             await asyncio.sleep(3600)
             return b""
 
-        async def broken(_: bytes) -> bytes:
+        async def fail_later(_: bytes) -> bytes:
             raise ValueError
 
-        def wrong(_: bytes) -> bytes:
+        def fail(_: bytes) -> bytes:
             raise ValueError
 
-        other.handlers = {"never": never, "broken": broken, "wrong": wrong, "fine": lambda _: b"fine"}
-        for kind in ("broken", "wrong", "unknown"):
+        other.handlers = {
+            "never_answer": never_answer,
+            "fail_later": fail_later,
+            "fail": fail,
+            "fine": lambda _: b"fine",
+        }
+        for kind in ("fail_later", "fail", "unknown"):
             with pytest.raises(ConnectionLost):
                 await one.request(kind)
         with pytest.raises(ConnectionLost):
-            await one.request("never", patience=0.01)
+            await one.request("never_answer", timeout=0.01)
         assert await one.request("fine") == b"fine"
-        assert "wrong failed" in caplog.text
+        assert "fail failed" in caplog.text
         assert not one._waiting
 
 
-async def test_who_is_gone_answers_nobody() -> None:
-    async with wire() as (one, other):
-        other.handlers = {"never": lambda _: asyncio.sleep(3600)}
-        asking = asyncio.ensure_future(one.request("never", patience=60.0))
+async def test_closed_end_answers_no_request() -> None:
+    async with channel_pair() as (one, other):
+        other.handlers = {"never_answer": lambda _: asyncio.sleep(3600)}
+        asking = asyncio.ensure_future(one.request("never_answer", timeout=60.0))
         await asyncio.sleep(0.01)
         other.close()
         with pytest.raises(ConnectionLost):
             await asking
         with pytest.raises(ConnectionLost):
-            await one.request("never")
+            await one.request("never_answer")
         one.notify("nobody hears")
         await one.flush()
         assert isinstance(one, Channel)
 
 
-async def test_a_failed_call_leaves_no_reference_cycle() -> None:
-    found: Counter[str] = Counter()
+async def test_failed_request_leaves_no_reference_cycle() -> None:
+    leaked: Counter[str] = Counter()
 
-    async def never(_: bytes) -> bytes:
+    async def never_answer(_: bytes) -> bytes:
         await asyncio.sleep(3600)
         return b""
 
-    async with wire() as (one, other):
-        other.handlers = {"never": never}
-        with uncollected(found, ours=True):
-            for kind in ("unknown", "never"):
+    async with channel_pair() as (one, other):
+        other.handlers = {"never_answer": never_answer}
+        with uncollected(leaked, ours=True):
+            for kind in ("unknown", "never_answer"):
                 with suppress(ConnectionLost):
-                    await one.request(kind, b"", 0.01 if kind == "never" else 2.0)
-    assert not found
+                    await one.request(kind, b"", 0.01 if kind == "never_answer" else 2.0)
+    assert not leaked

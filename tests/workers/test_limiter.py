@@ -1,4 +1,4 @@
-"""Limits over workers: never more than the limit in any window, whichever worker asks (docs/keys-and-limits.md)."""
+"""Limits of several workers: no window holds more than the limit (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from proxy.config.limits import Limits
 from proxy.upstream.limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 from proxy.workers.limiter import WorkerLimits
 from proxy.workers.worker import WorkerLink
-from tests.workers.kit import Clock, seats
+from tests.workers.kit import Clock, worker_links
 
-WHERE = ("quota", "gpt-4o")
+LIMIT_ID = ("quota", "gpt-4o")
 
 
 async def ask(
-    limiter: WorkerLimits, allowance: RateLimiter, tokens: int, clock: Clock
+    limiter: WorkerLimits, rate_limiter: RateLimiter, tokens: int, clock: Clock
 ) -> Reservation | Wait | ExceedsLimit:
-    """As the exchange asks."""
+    """Reserve as the sender of a request does."""
     while True:
-        answer = allowance.reserve(tokens, clock())
+        answer = rate_limiter.reserve(tokens, clock())
         if not isinstance(answer, Reservation) or await limiter.confirm(answer):
             return answer
 
 
-def several(found: list[WorkerLink], clock: Clock, limits: Limits) -> list[tuple[WorkerLimits, RateLimiter]]:
-    limiters = [WorkerLimits(seat, clock) for seat in found]
-    return [(limiter, limiter.rate_limiter(WHERE, limits, 1.0)) for limiter in limiters]
+def limiters_of(links: list[WorkerLink], clock: Clock, limits: Limits) -> list[tuple[WorkerLimits, RateLimiter]]:
+    limiters = [WorkerLimits(link, clock) for link in links]
+    return [(limiter, limiter.rate_limiter(LIMIT_ID, limits, 1.0)) for limiter in limiters]
 
 
 async def test_no_window_holds_more_than_the_limit() -> None:
-    clock, dice = Clock(), random.Random(7)
+    clock, rng = Clock(), random.Random(7)
     sent: list[tuple[float, int]] = []
-    async with seats(3, clock) as (_, found):
-        workers = several(found, clock, Limits(rpm=20, tpm=1000))
+    async with worker_links(3, clock) as (_, links):
+        workers = limiters_of(links, clock, Limits(rpm=20, tpm=1000))
         for _ in range(400):
-            clock.now += dice.choice([0.0, 0.1, 2.0, 7.0])
-            tokens = dice.randrange(120)
-            answer = await ask(*dice.choice(workers), tokens, clock)
+            clock.now += rng.choice([0.0, 0.1, 2.0, 7.0])
+            tokens = rng.randrange(120)
+            answer = await ask(*rng.choice(workers), tokens, clock)
             if isinstance(answer, Reservation):
-                if dice.random() < 0.2:
+                if rng.random() < 0.2:
                     answer.cancel()
                     continue
-                used = dice.randrange(tokens + 1)
+                used = rng.randrange(tokens + 1)
                 answer.settle(used)
                 sent.append((clock.now, used))
                 await asyncio.sleep(0)
@@ -57,34 +57,34 @@ async def test_no_window_holds_more_than_the_limit() -> None:
         assert sum(window) <= 1000
 
 
-async def test_a_burst_of_the_whole_limit_goes_at_once_from_whomever() -> None:
+async def test_burst_of_the_whole_limit_is_admitted_at_once() -> None:
     clock = Clock()
-    async with seats(3, clock) as (_, found):
-        workers = several(found, clock, Limits(rpm=10))
+    async with worker_links(3, clock) as (_, links):
+        workers = limiters_of(links, clock, Limits(rpm=10))
         answers = await asyncio.gather(*(ask(*workers[0 if n < 9 else n % 3], 1, clock) for n in range(30)))
         assert sum(isinstance(answer, Reservation) for answer in answers) == 10
         waits = [answer for answer in answers if isinstance(answer, Wait)]
         assert all(60 <= wait.seconds < 61 for wait in waits)
         assert workers[2][1].usage(clock()) == {"rpm": {"limit": 10, "used": 10}}
         workers[0][0].reset()
-        for _, allowance in workers:
-            allowance.reset()
+        for _, rate_limiter in workers:
+            rate_limiter.reset()
         assert isinstance(await ask(*workers[1], 1, clock), Reservation)
 
 
-async def test_places_are_returned_by_settling_leaving_and_giving_up() -> None:
+async def test_capacity_returns_when_settled_cancelled_or_worker_ends() -> None:
     clock = Clock()
-    async with seats(2, clock) as (commons, found):
-        (one, mine), (other, yours) = several(found, clock, Limits(concurrency=1))
+    async with worker_links(2, clock) as (shared_state, links):
+        (one, mine), (other, yours) = limiters_of(links, clock, Limits(concurrency=1))
         first = await ask(one, mine, 1, clock)
         assert isinstance(first, Reservation)
         assert isinstance(await ask(other, yours, 1, clock), Wait)
         first.settle(1)
         clock.now += 1
-        await one._seat.channel.request("maker", b"\x91\x90")  # what was noted before is known now
+        await one._link.channel.request("owner.get", b"\x91\x90")  # notifications sent before have arrived now
         second = await ask(other, yours, 1, clock)
         assert isinstance(second, Reservation)
-        commons.left(1)  # the other worker dies
+        shared_state.worker_ended(1)  # the other worker dies
         third = await ask(one, mine, 1, clock)
         assert isinstance(third, Reservation)
         third.cancel()
@@ -93,59 +93,59 @@ async def test_places_are_returned_by_settling_leaving_and_giving_up() -> None:
         asking = asyncio.ensure_future(one.confirm(given_up))
         await asyncio.sleep(0)
         asking.cancel()
-        given_up.cancel()  # as the exchange does
+        given_up.cancel()  # as a request does that its client cancels
         assert isinstance(await ask(one, mine, 1, clock), Reservation)
 
 
-async def test_without_the_parent_nothing_is_admitted() -> None:
+async def test_nothing_is_admitted_without_the_supervisor() -> None:
     clock = Clock()
-    async with seats(1, clock) as (_, found):
-        ((limiter, allowance),) = several(found, clock, Limits(rpm=5))
-        found[0].channel.close()
+    async with worker_links(1, clock) as (_, links):
+        ((limiter, rate_limiter),) = limiters_of(links, clock, Limits(rpm=5))
+        links[0].channel.close()
         await asyncio.sleep(0.01)
-        answer = await ask(limiter, allowance, 1, clock)
+        answer = await ask(limiter, rate_limiter, 1, clock)
         assert isinstance(answer, Wait)
         assert await limiter.confirm(None)
 
 
 @pytest.mark.parametrize("limits", [Limits(rpm=2), Limits(rpm=2, tpm=10)])
-async def test_other_limits_hold_from_then_on(limits: Limits) -> None:
+async def test_changed_limits_apply_at_once(limits: Limits) -> None:
     clock = Clock()
-    async with seats(1, clock) as (_, found):
-        ((limiter, allowance),) = several(found, clock, limits)
+    async with worker_links(1, clock) as (_, links):
+        ((limiter, rate_limiter),) = limiters_of(links, clock, limits)
         for _ in range(2):
-            assert isinstance(await ask(limiter, allowance, 1, clock), Reservation)
-        assert isinstance(await ask(limiter, allowance, 1, clock), Wait)
-        allowance.change(Limits(rpm=3), 1.0)
+            assert isinstance(await ask(limiter, rate_limiter, 1, clock), Reservation)
+        assert isinstance(await ask(limiter, rate_limiter, 1, clock), Wait)
+        rate_limiter.change(Limits(rpm=3), 1.0)
         clock.now += 1
-        assert isinstance(await ask(limiter, allowance, 1, clock), Reservation)
-        assert isinstance(await ask(limiter, allowance, 1, clock), Wait)
-        assert isinstance(allowance.reserve(1, clock()), Wait)
+        assert isinstance(await ask(limiter, rate_limiter, 1, clock), Reservation)
+        assert isinstance(await ask(limiter, rate_limiter, 1, clock), Wait)
+        assert isinstance(rate_limiter.reserve(1, clock()), Wait)
 
 
-async def test_what_was_learned_is_told_once() -> None:
+async def test_key_state_is_published_once() -> None:
     clock = Clock()
-    told: list[tuple[str, bytes]] = []
-    heard: list[Any] = []
-    async with seats(2, clock) as (_, found):
-        one, other = (WorkerLimits(seat, clock) for seat in found)
-        found[0].tell = lambda kind, body: told.append((kind, body))  # type: ignore[method-assign]
-        await other.open(lambda *state: heard.append(state))
+    published: list[tuple[str, bytes]] = []
+    applied: list[Any] = []
+    async with worker_links(2, clock) as (_, links):
+        one, other = (WorkerLimits(link, clock) for link in links)
+        links[0].notify_peers = lambda kind, body: published.append((kind, body))  # type: ignore[method-assign]
+        await other.open(lambda *state: applied.append(state))
         one.publish_key_state("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 5.0, "429")})
         clock.now += 1
         one.publish_key_state("k1", "gpt-4o", {"cools gpt-4o": ("cooling", 4.0, "429")})
-        assert len(told) == 1
+        assert len(published) == 1
         one.publish_key_state(
             "k1", "gpt-4o", {"cools gpt-4o": ("cooling", 9.0, "429"), "rests *": ("rejected", 600.0, "401")}
         )
-        assert len(told) == 3
-        for kind, body in told:
-            found[1].channel.handlers[kind](body)
-        assert heard == [
+        assert len(published) == 3
+        for kind, body in published:
+            links[1].channel.handlers[kind](body)
+        assert applied == [
             ("k1", "gpt-4o", "cooling", 5.0, "429"),
             ("k1", "gpt-4o", "cooling", 9.0, "429"),
             ("k1", "*", "rejected", 600.0, "401"),
         ]
         other.publish_key_state(
             "k1", "gpt-4o", {"rests *": ("rejected", 600.0, "401")}
-        )  # they know, as it came from them
+        )  # it came from them, so it is not sent back
