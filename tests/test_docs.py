@@ -114,7 +114,6 @@ ELSEWHERE = {
     "docs/deployment.md: docker build": "needs Docker; tests/test_dockerfile.py reads the Dockerfile",
     "docs/deployment.md: services:": "test_readme.py",
     "docs/deployment.md: apiVersion: v1": "test_readme.py",
-    "docs/settings.md: openai-proxy config init": "tests/cli/test_config.py",
     "CONTRIBUTING.md: .venv/bin/python -m pytest": ".ci/run runs the same tools",
     "CONTRIBUTING.md: .ci/lock": "needs the package index",
     "CONTRIBUTING.md: .venv/bin/python .ci/update_settings.py": "tests/config/test_settings_page.py",
@@ -128,6 +127,7 @@ RUN_BELOW = (
     "export OPENAI_BASE_URL",
     "curl ",
     "openai-proxy cache stats",
+    "openai-proxy config init",
     "raw = client.",
     "$ openai-proxy",
     "cost: {",
@@ -269,6 +269,14 @@ def test_variables_point_the_sdk_here(shell: Path, launch: Launch, upstream: Scr
     in_run = "run=" in example.text
     assert [cache for cache, _ in lines] == (["miss", "miss"] if in_run else ["miss", "hit"])
     assert all((cost != "None") == in_run for _, cost in lines)
+
+
+@pytest.mark.slow
+def test_commands_of_the_settings_page_work(shell: Path) -> None:
+    (example,) = examples("openai-proxy config init")
+    printed = run(shell, example.text)
+    assert "# settings file: config.yaml" in printed
+    assert "server" in json.loads((shell / "settings.json").read_text())["properties"]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
