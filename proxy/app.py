@@ -59,9 +59,9 @@ class App:
         self.traffic = InFlight(started=clock.wall())
         ledger = settings.ledger
         self.ledger = Ledger(ledger.path if ledger.enabled else None, clock)
-        sealed = settings.cache.mode == "replay"
+        offline = settings.cache.mode == "replay"
         self.transport = AiohttpTransport(
-            settings.timeouts.connect, settings.timeouts.idle, connect_options(settings), sealed
+            settings.timeouts.connect, settings.timeouts.idle, connect_options(settings), offline
         )
         self.tracing = tracing
         self._traced_way_up = self.transport if tracing is None else tracing.transport(self.transport)

@@ -222,10 +222,10 @@ class _TracedTransport:
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: ConnectionInfo,
+        connection: ConnectionInfo,
     ) -> UpstreamResponse:
         call = self._tracing.call
-        return await call(self._way_up, method, url, headers, body=body, first_byte=first_byte, trip=trip)
+        return await call(self._way_up, method, url, headers, body=body, first_byte=first_byte, connection=connection)
 
 
 def tracing_from(environ: Mapping[str, str]) -> Tracing | None:

@@ -96,7 +96,7 @@ class AttemptRunner:
             headers,
             body,
             first_byte=min(self._first_byte, deadline.at - began),
-            trip=connection,
+            connection=connection,
         )
         try:
             if not request.verbatim:

@@ -1,16 +1,16 @@
-"""Going up: aiohttp's connections and parser without its session, and the table from its exceptions to failures.
+"""The HTTP client: aiohttp's connections and parser without its session.
 
-Nothing is followed, kept or read from the environment here: no redirects, no cookies, no proxies, no netrc.
+It follows no redirects, keeps no cookies, and reads no proxies or netrc from the environment. It alone knows aiohttp's
+exceptions, and turns each into a `TransportFailure`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from ssl import SSLContext, create_default_context
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import aiohttp
 from aiohttp import ClientTimeout, TCPConnector
@@ -21,6 +21,7 @@ from yarl import URL
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..system.sockets import read_in_small_pieces
+from .client_errors import error_name, transport_failure, without_frames
 from .interfaces import ConnectionInfo
 from .retry.outcome import TransportFailure
 
@@ -33,34 +34,42 @@ if TYPE_CHECKING:
 
 _LARGE: Final = 256 * 1024
 _NO_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-"""Methods for which a missing body goes without saying (RFC 9110 section 8.6)."""
+"""Methods that need no `Content-Length: 0` without a body (RFC 9110 section 8.6)."""
+_RESPONSE_PARAMS: Final[dict[str, Any]] = {
+    "read_until_eof": True,
+    "auto_decompress": False,
+    "read_bufsize": _LARGE,
+    "max_line_size": 16 * 1024,
+    "max_field_size": 64 * 1024,
+}
+"""How aiohttp's parser reads a response; sizes in bytes."""
 
 
 class _Protocol(ResponseHandler):
-    """Notes the first byte of an answer: from then on a request is never sent again."""
+    """Notes the first byte of a response: from then on a request is never sent again."""
 
-    trip: ConnectionInfo | None = None
+    connection: ConnectionInfo | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         read_in_small_pieces(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.trip is not None:
-            self.trip.answered = True
-            self.trip = None
+        if self.connection is not None:
+            self.connection.answered = True
+            self.connection = None
         super().data_received(data)
         if self._exception is not None and self._payload is not None and not self._payload.is_eof():
-            # Broken framing inside a body: aiohttp tells that to nobody who reads it, and he would wait for ever.
+            # Broken framing inside a body: aiohttp does not tell the reader, who would wait for ever.
             self._payload.set_exception(aiohttp.ClientPayloadError("broken framing"))
 
     def give_up(self) -> None:
-        """The head of the answer did not come in time."""
+        """End the wait: the head of the response did not come in time."""
         self.set_exception(TimeoutError())
 
 
 class _Connector(TCPConnector):
-    """aiohttp's pool, with the two ways to a connection apart: `pooled` gives used ones, `connect` new ones."""
+    """aiohttp's connection pool; `pooled` returns only used connections, `connect` only new ones."""
 
     def __init__(self) -> None:
         super().__init__(limit=0, keepalive_timeout=60, ttl_dns_cache=300)
@@ -74,9 +83,9 @@ class _Connector(TCPConnector):
 
 
 class ConnectOptions:
-    """How an upstream is reached, where not directly: through an HTTP proxy, or trusting other certificates.
+    """How an upstream is reached if not directly: through an HTTP proxy, or with other trusted certificates.
 
-    proxy: `http://[user:password@]host:port`; ca_file: PEM certificates in place of the system's. Raises OSError where
+    proxy: `http://[user:password@]host:port`. ca_file: PEM certificates in place of the system's. Raises OSError if
     they cannot be read.
     """
 
@@ -96,38 +105,41 @@ NO_CONNECT_OPTIONS: Final[Mapping[str, ConnectOptions]] = {}
 
 
 class _Target:
-    """Where a URL leads, worked out once. address: what the pool knows it by; start: the head after the method."""
+    """Where a URL leads, worked out once.
+
+    address, key: what aiohttp's connector needs. start: the request's head after the method. lines: how many it has.
+    """
 
     __slots__ = ("address", "key", "lines", "start")
 
-    def __init__(self, url: str, outlets: Mapping[str, ConnectOptions]) -> None:
+    def __init__(self, url: str, options: Mapping[str, ConnectOptions]) -> None:
         """Raises ValueError for a URL that names no host."""
         parsed = URL(url, encoded=True)
         if not parsed.host:
             raise ValueError("a URL without a host")
-        outlet = outlets.get(str(parsed.origin()), _DIRECT)
+        option = options.get(str(parsed.origin()), _DIRECT)
         self.address = aiohttp.ClientRequest(
             "GET",
             parsed,
             loop=asyncio.get_running_loop(),
-            proxy=outlet.proxy,
-            proxy_auth=outlet.auth,
-            ssl=outlet.ssl,
+            proxy=option.proxy,
+            proxy_auth=option.auth,
+            ssl=option.ssl,
         )
         self.key = self.address.connection_key
         # To a proxy, plain http is asked for in absolute form (RFC 9112 section 3.2.2); https goes through a tunnel.
-        forwarded = outlet.proxy is not None and parsed.scheme == "http"
+        forwarded = option.proxy is not None and parsed.scheme == "http"
         self.start = f" {parsed if forwarded else parsed.raw_path_qs} HTTP/1.1\r\nHost: {parsed.host_port_subcomponent}"
-        if forwarded and outlet.auth is not None:
-            self.start += f"\r\nProxy-Authorization: {outlet.auth.encode()}"
+        if forwarded and option.auth is not None:
+            self.start += f"\r\nProxy-Authorization: {option.auth.encode()}"
         self.start += "\r\n"
         self.lines = self.start.count("\n")
 
 
 class AiohttpResponse:
-    """Status and headers are in hand; the body is read by one of `ready`, `chunks`. Ends with `close`.
+    """A response whose head is here; `ready` or `chunks` reads the body. Ends with `close`.
 
-    The connection goes back to the pool by itself as soon as the whole body is here.
+    The connection returns to the pool by itself as soon as the whole body is here.
     """
 
     __slots__ = ("_connection", "_content", "_writer", "headers", "raw_headers", "reason", "status")
@@ -165,14 +177,14 @@ class AiohttpResponse:
             connection.release()
 
     def ready(self) -> bytes | None:
-        """The whole body, undecoded, where all of it came together with the head."""
+        """Return the whole body, undecoded, if all of it came together with the head."""
         content = self._content
         if not content.is_eof() or content.exception() is not None:
             return None
         return content.read_nowait(-1)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes off the socket, undecoded. Raises TransportFailure (invalid: cut; timeout: idle)."""
+        """Yield the body as it comes, undecoded. Raises TransportFailure (invalid: cut; timeout: idle)."""
         content = self._content
         try:
             while True:
@@ -181,45 +193,49 @@ class AiohttpResponse:
                     break
                 yield chunk
         except (aiohttp.ClientError, OSError) as error:
-            if isinstance(_unframed(error), TimeoutError):
+            if isinstance(without_frames(error), TimeoutError):
                 raise TransportFailure("timeout", "the upstream fell silent") from None
-            raise TransportFailure("invalid", f"the upstream cut its answer short ({_name(error)})") from None
+            raise TransportFailure("invalid", f"the upstream cut its answer short ({error_name(error)})") from None
 
     def close(self) -> None:
-        """Ends it: a connection that is not back in the pool yet is dropped."""
+        """End the response: a connection that is not back in the pool yet is closed."""
         if self._writer is not None:
             self._writer.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-            if not self._content.is_eof():  # it has no end any more, and lets go of `_ended`, which it would call
+            if not self._content.is_eof():  # it will not end any more: let go of `_ended`
                 self._content.set_exception(aiohttp.ClientConnectionError("closed"))
 
 
 class AiohttpTransport:
-    """The way up. connect, idle: seconds; idle bounds each wait for bytes of a body; sealed: nothing leaves (replay).
+    """Sends requests to upstreams.
 
-    aiohttp's connector makes and keeps connections and its parser reads answers; what its session does beyond that
-    (redirects, cookies, retries, default headers) is not wanted here and would cost more than all the rest.
+    aiohttp's connector makes and keeps connections, and its parser reads responses. What its session adds (redirects,
+    cookies, retries, default headers) is not wanted here and would cost more than all the rest.
     """
 
     def __init__(
         self,
         connect: float,
         idle: float,
-        outlets: Mapping[str, ConnectOptions] = NO_CONNECT_OPTIONS,
-        sealed: bool = False,
+        options: Mapping[str, ConnectOptions] = NO_CONNECT_OPTIONS,
+        offline: bool = False,
     ) -> None:
-        """outlets: by origin, of upstreams that are not reached directly."""
-        self._sealed = sealed
+        """connect, idle, options: as in `apply_settings`. offline: nothing is sent (replay)."""
+        self._offline = offline
         self._connector = _Connector()
-        self.apply_settings(connect, idle, outlets)
+        self.apply_settings(connect, idle, options)
 
-    def apply_settings(self, connect: float, idle: float, outlets: Mapping[str, ConnectOptions]) -> None:
-        """What holds for calls from now on."""
+    def apply_settings(self, connect: float, idle: float, options: Mapping[str, ConnectOptions]) -> None:
+        """Set what holds for requests from now on.
+
+        connect: seconds to wait for a connection. idle: seconds to wait for the next bytes of a body.
+        options: by origin, of the upstreams that are not reached directly.
+        """
         self._idle = idle
         self._timeout = ClientTimeout(total=None, sock_connect=connect)
-        self._outlets = outlets
+        self._options = options
         self._targets: dict[str, _Target] = {}
 
     async def send(
@@ -230,61 +246,46 @@ class AiohttpTransport:
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: ConnectionInfo,
+        connection: ConnectionInfo,
     ) -> AiohttpResponse:
-        """Sends and waits for the answer's head, at most `first_byte` seconds. Raises TransportFailure."""
-        if self._sealed:  # whoever asks for an answer has looked for a stored one: this is the last door
+        """Send, and return the head of the response, within `first_byte` seconds. Raises TransportFailure."""
+        if self._offline:  # stored responses were searched before: this check is the last one
             raise ProxyError("not_cached", "replay: nothing is sent upstream")
         try:
-            return await self._send(method, url, headers, body, first_byte, trip)
+            end = asyncio.get_running_loop().time() + first_byte
+            target = self._target(url)
+            framing, chunked = _framing(method, headers, body)
+            head = _request_head(method, target, headers, framing)
+            link = await self._connect(target, connection, end)
+            return await self._exchange(link, _Outgoing(method, head, body, chunked), connection, end)
         except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
-            raise _failure(_unframed(error), trip) from None
+            raise transport_failure(without_frames(error), connection) from None
 
-    async def _send(
-        self,
-        method: str,
-        url: str,
-        headers: Sequence[tuple[str, str]],
-        body: bytes | AsyncIterator[bytes] | None,
-        first_byte: float,
-        trip: ConnectionInfo,
-    ) -> AiohttpResponse:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + first_byte
-        target = self._target(url)
-        framing, chunked = _framing(method, headers, body)
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        head = f"{method}{target.start}{lines}{framing}\r\n".encode("utf-8", "surrogateescape")
-        if head.count(b"\n") != len(headers) + target.lines + 1 + (framing != ""):
-            raise ValueError("a header with a line break")  # parser and settings let none in; this is the last door
-        connection = None if trip.fresh else await self._connector.pooled(target.key)
-        trip.reused = connection is not None
-        if connection is None:
+    async def _connect(self, target: _Target, info: ConnectionInfo, end: float) -> Connection:
+        """Return a connection: a used one unless a new one is asked for. end: the loop's time to be ready by."""
+        link = None if info.fresh else await self._connector.pooled(target.key)
+        info.reused = link is not None
+        if link is None:
             async with asyncio.timeout_at(end):
-                connection = await self._connector.connect(target.address, [], self._timeout)
-        trip.connected = True
+                link = await self._connector.connect(target.address, [], self._timeout)
+        info.connected = True
+        return link
+
+    async def _exchange(
+        self, link: Connection, request: _Outgoing, info: ConnectionInfo, end: float
+    ) -> AiohttpResponse:
+        """Write the request and wait for the head of the response, until `end` (the loop's time) or as extended."""
+        loop = asyncio.get_running_loop()
         writer = timer = None
         try:
-            protocol, transport = connection.protocol, connection.transport
+            protocol, transport = link.protocol, link.transport
             assert isinstance(protocol, _Protocol)
             if transport is None:
                 raise aiohttp.ServerDisconnectedError
-            protocol.trip = trip
-            protocol.set_response_params(
-                skip_payload=method == "HEAD",
-                read_until_eof=True,
-                auto_decompress=False,
-                read_bufsize=_LARGE,
-                max_line_size=16 * 1024,
-                max_field_size=64 * 1024,
-            )
-            if body is None or (isinstance(body, bytes) and len(body) <= _LARGE):
-                transport.write(head + body if body else head)
-            else:
-                transport.write(head)
-                pieces = _sliced(body) if isinstance(body, bytes) else body
-                writer = loop.create_task(_write(protocol, pieces, chunked))
-            timer = loop.call_at(max(end, trip.until), protocol.give_up)
+            protocol.connection = info
+            protocol.set_response_params(skip_payload=request.method == "HEAD", **_RESPONSE_PARAMS)
+            writer = request.write(protocol, transport)
+            timer = loop.call_at(max(end, info.until), protocol.give_up)
 
             def extend(until: float) -> None:
                 nonlocal timer
@@ -292,25 +293,25 @@ class AiohttpTransport:
                     timer.cancel()
                     timer = loop.call_at(until, protocol.give_up)
 
-            trip.extend = extend
+            info.extend = extend
             while True:
                 message, content = await protocol.read()
                 if message.code >= 200 or message.code == 101:
-                    return AiohttpResponse(message, content, connection, writer, self._idle)
+                    return AiohttpResponse(message, content, link, writer, self._idle)
         except BaseException:
             if writer is not None:
                 writer.cancel()
-            connection.close()
+            link.close()
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-                timer = trip.extend = None
+                timer = info.extend = None
 
     def _target(self, url: str) -> _Target:
         target = self._targets.get(url)
         if target is None:
-            target = _Target(url, self._outlets)
+            target = _Target(url, self._options)
             if len(url) <= 1024:
                 if len(self._targets) >= 1024:
                     self._targets.clear()
@@ -324,7 +325,7 @@ class AiohttpTransport:
 def _framing(
     method: str, headers: Sequence[tuple[str, str]], body: bytes | AsyncIterator[bytes] | None
 ) -> tuple[str, bool]:
-    """(the line that says how long the body is, whether it is chunked) (RFC 9112 section 6)."""
+    """Return the header line that tells a body's length, and whether it is chunked (RFC 9112 section 6)."""
     if isinstance(body, bytes):
         return f"Content-Length: {len(body)}\r\n", False
     if body is None:
@@ -334,8 +335,42 @@ def _framing(
     return "Transfer-Encoding: chunked\r\n", True
 
 
+def _request_head(method: str, target: _Target, headers: Sequence[tuple[str, str]], framing: str) -> bytes:
+    """Return a request's head. Raises ValueError for a header with a line break.
+
+    The parser and the settings let no line break in: this check is the last one.
+    """
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    head = f"{method}{target.start}{lines}{framing}\r\n".encode("utf-8", "surrogateescape")
+    if head.count(b"\n") != len(headers) + target.lines + 1 + (framing != ""):
+        raise ValueError("a header with a line break")
+    return head
+
+
+class _Outgoing:
+    """A request on its way out. head: its bytes up to the blank line."""
+
+    __slots__ = ("_body", "_chunked", "_head", "method")
+
+    def __init__(self, method: str, head: bytes, body: bytes | AsyncIterator[bytes] | None, chunked: bool) -> None:
+        self.method = method
+        self._head = head
+        self._body = body
+        self._chunked = chunked
+
+    def write(self, protocol: ResponseHandler, transport: asyncio.Transport) -> asyncio.Task[None] | None:
+        """Write the request. Return the task that writes its body, if that is streamed or large."""
+        head, body = self._head, self._body
+        if body is None or (isinstance(body, bytes) and len(body) <= _LARGE):
+            transport.write(head + body if body else head)
+            return None
+        transport.write(head)
+        pieces = _sliced(body) if isinstance(body, bytes) else body
+        return asyncio.get_running_loop().create_task(_write(protocol, pieces, self._chunked))
+
+
 async def _write(protocol: ResponseHandler, pieces: AsyncIterator[bytes], chunked: bool) -> None:
-    """Sends a body that flows, as fast as the upstream takes it. Where it breaks, so does the wait for an answer."""
+    """Write a body as fast as the upstream takes it. If it breaks, the wait for the response ends with an error."""
     try:
         async for piece in pieces:
             transport = protocol.transport
@@ -348,55 +383,11 @@ async def _write(protocol: ResponseHandler, pieces: AsyncIterator[bytes], chunke
         if chunked and protocol.transport is not None:
             protocol.transport.write(b"0\r\n\r\n")
     except Exception as error:
-        protocol.set_exception(aiohttp.ClientConnectionError(f"the request body broke off ({_name(error)})"))
+        protocol.set_exception(aiohttp.ClientConnectionError(f"the request body broke off ({error_name(error)})"))
 
 
 async def _sliced(body: bytes) -> AsyncIterator[bytes]:
-    """A large body piece by piece, so that writing it neither blocks the loop nor doubles it in memory."""
+    """Yield a large body in pieces, so that writing it neither blocks the loop nor doubles it in memory."""
     view = memoryview(body)
     for start in range(0, len(view), _LARGE):
         yield bytes(view[start : start + _LARGE])
-
-
-def _unframed(error: Exception) -> Exception:
-    """The same error without the frames it came through: aiohttp's objects keep it, and those frames keep them."""
-    chain: BaseException | None = error
-    while chain is not None:
-        chain.__traceback__, chain = None, chain.__cause__ or chain.__context__
-    return error
-
-
-def _name(error: BaseException) -> str:
-    return type(error).__name__
-
-
-def _why(error: OSError) -> str:
-    """In the system's own words, without the address that asyncio puts there."""
-    if error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return error.strerror or _name(error)  # the resolver's errors have negative numbers
-
-
-def _failure(error: Exception, trip: ConnectionInfo) -> TransportFailure:
-    """The exception table: how far the request got when aiohttp gave up."""
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return TransportFailure("unreached", "connecting to the upstream took too long")
-    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError):
-        return TransportFailure("unreached", "the upstream's TLS certificate or handshake is not acceptable")
-    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
-        return TransportFailure("unreached", "the upstream's proxy cannot be reached or refuses")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return TransportFailure("unreached", f"the upstream cannot be reached ({_why(error.os_error)})")
-    if isinstance(error, TimeoutError):
-        if trip.connected:
-            return TransportFailure("timeout", "the upstream did not answer in time")
-        return TransportFailure("unreached", "connecting to the upstream took too long")
-    if isinstance(error, HttpProcessingError):
-        return TransportFailure("invalid", "the upstream's answer is not HTTP")
-    if not trip.connected:
-        return TransportFailure("unreached", f"the upstream cannot be reached ({_name(error)})")
-    if trip.answered:
-        return TransportFailure("invalid", "the upstream cut its answer short")
-    if trip.reused:
-        return TransportFailure("stale", "the upstream closed a connection that had been idle")
-    return TransportFailure("ambiguous", "the upstream closed the connection without an answer")

@@ -60,7 +60,7 @@ class UpstreamTransport(Protocol):
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: ConnectionInfo,
+        connection: ConnectionInfo,
     ) -> UpstreamResponse:
         """The answer's head, within `first_byte` seconds. Raises TransportFailure."""
 

@@ -275,7 +275,7 @@ class PipelineFixture:
         went_up: dict[str, int] = {}
         for sent in self.transport.sent:
             if self.loop.time() - sent.at < 60 * MARGIN:
-                went_up[sent.key] = went_up.get(sent.key, 0) + sent.trip.connected
+                went_up[sent.key] = went_up.get(sent.key, 0) + sent.connection.connected
             assert sent.reply is None or sent.reply.given_back, sent
         for key in self.services.pool.keys:
             allowance = self.services.pool.rate_limiter(key, model, self.loop.time())

@@ -63,7 +63,7 @@ class Sent:
     headers: CIMultiDict[str]
     body: bytes | None
     first_byte: float
-    trip: ConnectionInfo
+    connection: ConnectionInfo
     at: float
     reply: ScriptedResponse | None = None
 
@@ -143,47 +143,47 @@ class ScriptedTransport:
         body: bytes | AsyncIterator[bytes] | None,
         *,
         first_byte: float,
-        trip: ConnectionInfo,
+        connection: ConnectionInfo,
     ) -> ScriptedResponse:
         now = asyncio.get_running_loop().time()
         known = body if isinstance(body, bytes) else None
-        sent = Sent(method, url, CIMultiDict(headers), known, first_byte, trip, now)
+        sent = Sent(method, url, CIMultiDict(headers), known, first_byte, connection, now)
         self.sent.append(sent)
         assert first_byte > 0
         move = self.queue.pop(0) if self.queue else self._otherwise(sent)
         try:
             async with asyncio.timeout(first_byte) as running:
-                trip.extend = running.reschedule
-                return await self._play(move, sent, trip, body)
+                connection.extend = running.reschedule
+                return await self._play(move, sent, connection, body)
         except TimeoutError:
-            kind: FailureKind = "timeout" if trip.connected else "unreached"
+            kind: FailureKind = "timeout" if connection.connected else "unreached"
             raise TransportFailure(kind, "scripted: too slow") from None
         finally:
-            trip.extend = None
+            connection.extend = None
 
     def _otherwise(self, sent: Sent) -> Move:
         assert self.otherwise is not None, f"an unexpected call: {sent}"
         return self.otherwise(sent)
 
     async def _play(
-        self, move: Move, sent: Sent, trip: ConnectionInfo, body: bytes | AsyncIterator[bytes] | None
+        self, move: Move, sent: Sent, connection: ConnectionInfo, body: bytes | AsyncIterator[bytes] | None
     ) -> ScriptedResponse:
         if isinstance(move, Fails):
             await asyncio.sleep(move.wait)
             if move.kind == "hang connecting":
                 return await _for_ever()
-            trip.connected = move.kind != "unreached"
-            trip.reused = move.kind == "stale"
-            if trip.connected:
+            connection.connected = move.kind != "unreached"
+            connection.reused = move.kind == "stale"
+            if connection.connected:
                 sent.body = await _read(body)
             if move.kind == "hang":
                 return await _for_ever()
             raise TransportFailure(move.kind, f"scripted: {move.kind}")
         await asyncio.sleep(move.connect)
-        trip.connected = True
+        connection.connected = True
         sent.body = await _read(body)
         await asyncio.sleep(move.wait)
-        trip.answered = True
+        connection.answered = True
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in move.headers]
         headers: CIMultiDict[str] = CIMultiDict(move.headers)
         sent.reply = ScriptedResponse(move.status, move.reason, raw, headers, deque(move.body), move.at_once)

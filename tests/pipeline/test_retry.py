@@ -150,7 +150,7 @@ async def test_a_stale_connection_is_replaced_once_and_at_once() -> None:
     scene = PipelineFixture(Fails("stale"), says(), config=settings(retry=RetrySettings(max_retries=0)))
     told = await scene.ask()
     assert (told.status, told.at, told.attempts) == (200, 0.0, 2)
-    assert [sent.trip.fresh for sent in scene.transport.sent] == [False, True]
+    assert [sent.connection.fresh for sent in scene.transport.sent] == [False, True]
     scene.assert_nothing_leaked()
 
 
@@ -159,7 +159,7 @@ async def test_a_second_stale_connection_counts_as_ambiguous() -> None:
     scene = PipelineFixture(Fails("stale"), Fails("stale"), says())
     told = await scene.ask()
     assert (told.status, told.at) == (200, 1.0)
-    assert [sent.trip.fresh for sent in scene.transport.sent] == [False, True, False]
+    assert [sent.connection.fresh for sent in scene.transport.sent] == [False, True, False]
     cautious = PipelineFixture(Fails("stale"), Fails("stale"), config=settings(retry=RetrySettings(ambiguous=False)))
     assert (await cautious.ask()).refused == "upstream_unreachable"
     cautious.assert_nothing_leaked()

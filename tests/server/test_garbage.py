@@ -221,5 +221,5 @@ async def test_an_upstream_that_is_not_there_leaves_no_reference_cycle(up: Aioht
     with uncollected(found, ours=True):
         for _ in range(TIMES):
             with pytest.raises(TransportFailure):
-                await up.send("GET", "http://127.0.0.1:1/", (), None, first_byte=0.5, trip=ConnectionInfo())
+                await up.send("GET", "http://127.0.0.1:1/", (), None, first_byte=0.5, connection=ConnectionInfo())
     assert not found

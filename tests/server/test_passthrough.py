@@ -260,7 +260,7 @@ async def test_only_new_connections_carry_what_must_not_be_sent_twice() -> None:
     async with running_proxy(LISTED, LISTED) as home:
         await home.ask("POST", FILES, b"x")
         await home.ask("GET", FILES)
-        assert [sent.trip.fresh for sent in home.transport.sent] == [True, False]
+        assert [sent.connection.fresh for sent in home.transport.sent] == [True, False]
 
 
 async def test_what_never_went_up_may_be_sent_again() -> None:
@@ -288,7 +288,7 @@ async def test_a_get_with_a_body_is_no_mere_reading() -> None:
 async def test_a_stale_connection_is_replaced_by_a_new_one() -> None:
     async with running_proxy(Fails("stale"), LISTED, config=ONE) as home:
         assert (await home.ask("GET", MODELS)).status == 200
-        assert [sent.trip.fresh for sent in home.transport.sent] == [False, True]
+        assert [sent.connection.fresh for sent in home.transport.sent] == [False, True]
 
 
 async def test_when_the_retries_are_spent() -> None:

@@ -21,13 +21,13 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 async def test_a_request_and_its_answer(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
-        trip = ConnectionInfo()
-        answer = await send(up, upstream, trip)
+        connection = ConnectionInfo()
+        answer = await send(up, upstream, connection)
         assert (answer.status, answer.reason) == (200, "Fine")
         assert answer.raw_headers[1:3] == ((b"X-A", b"1"), (b"x-a", b"2"))
         assert answer.headers["content-type"] == "application/json"
         assert await whole(answer) == b"{}"
-        assert (trip.connected, trip.answered, trip.reused) == (True, True, False)
+        assert (connection.connected, connection.answered, connection.reused) == (True, True, False)
         # Nothing of aiohttp's own: no User-Agent, no Accept, no Accept-Encoding.
         port = upstream.port
         assert upstream.heads == [
@@ -144,18 +144,18 @@ async def test_a_connection_is_used_again_when_its_answer_was_read_to_the_end(up
     async with raw_upstream(says(OK, times=3)) as upstream:
         reused = []
         for _ in range(3):
-            trip = ConnectionInfo()
-            await whole(await send(up, upstream, trip))
-            reused.append(trip.reused)
+            connection = ConnectionInfo()
+            await whole(await send(up, upstream, connection))
+            reused.append(connection.reused)
         assert (upstream.connections, reused) == (1, [False, True, True])
 
 
 async def test_a_fresh_one_is_new_whatever_is_idle(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=3, then="wait")) as upstream:
         await whole(await send(up, upstream))
-        trip = ConnectionInfo(fresh=True)
-        await whole(await send(up, upstream, trip))
-        assert (upstream.connections, trip.reused) == (2, False)
+        connection = ConnectionInfo(fresh=True)
+        await whole(await send(up, upstream, connection))
+        assert (upstream.connections, connection.reused) == (2, False)
 
 
 async def test_closing_in_the_middle_ends_the_connection(up: AiohttpTransport) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.upstream.client import AiohttpTransport, _failure
+from proxy.upstream.client import AiohttpTransport
+from proxy.upstream.client_errors import transport_failure
 from proxy.upstream.interfaces import ConnectionInfo
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.server.kit import PATIENCE, Raw, Say, raw_upstream
@@ -36,10 +37,10 @@ TABLE: dict[str, tuple[Say, str, bool]] = {
 @pytest.mark.parametrize(("turn", "kind", "answered"), TABLE.values(), ids=TABLE.keys())
 async def test_how_far_a_request_got(up: AiohttpTransport, turn: Say, kind: str, answered: bool, method: str) -> None:
     async with raw_upstream(turn) as upstream:
-        trip = ConnectionInfo()
+        connection = ConnectionInfo()
         with pytest.raises(TransportFailure) as caught:
-            await send(up, upstream, trip, first_byte=0.2 if kind == "timeout" else 3.0, method=method)
-        assert (caught.value.kind, trip.connected, trip.answered) == (kind, True, answered)
+            await send(up, upstream, connection, first_byte=0.2 if kind == "timeout" else 3.0, method=method)
+        assert (caught.value.kind, connection.connected, connection.answered) == (kind, True, answered)
         assert upstream.connections == 1  # aiohttp repeats nothing by itself
         assert str(upstream.port) not in caught.value.detail
 
@@ -60,10 +61,10 @@ async def test_a_reused_connection_that_closes_without_a_word_is_stale(
     for method in ("POST", "GET", "HEAD", "PUT", "DELETE"):
         async with raw_upstream(turn) as upstream:
             await whole(await send(up, upstream))
-            trip = ConnectionInfo()
+            connection = ConnectionInfo()
             with pytest.raises(TransportFailure) as caught:
-                await send(up, upstream, trip, method=method)
-            assert (caught.value.kind, trip.reused, trip.answered) == ("stale", True, False)
+                await send(up, upstream, connection, method=method)
+            assert (caught.value.kind, connection.reused, connection.answered) == ("stale", True, False)
             assert upstream.connections == 1
 
 
@@ -84,36 +85,38 @@ async def test_a_reused_connection_that_answers_and_breaks_is_not_stale(up: Aioh
 async def test_idle_connections_that_were_closed_are_not_used(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         for connections in (1, 2):
-            trip = ConnectionInfo()
-            await whole(await send(up, upstream, trip))
+            connection = ConnectionInfo()
+            await whole(await send(up, upstream, connection))
             await asyncio.sleep(0.02)
-            assert (upstream.connections, trip.reused) == (connections, False)
+            assert (upstream.connections, connection.reused) == (connections, False)
 
 
 async def test_nobody_listens(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         pass
-    trip = ConnectionInfo()
+    connection = ConnectionInfo()
     with pytest.raises(TransportFailure) as caught:
-        await send(up, upstream, trip)
-    assert (caught.value.kind, trip.connected) == ("unreached", False)
+        await send(up, upstream, connection)
+    assert (caught.value.kind, connection.connected) == ("unreached", False)
     assert "refused" in caught.value.detail.lower()
 
 
 @pytest.mark.parametrize("url", ["http://no-such-host.invalid/v1", "http://[::1", "http://127.0.0.1:99999/v1"])
 async def test_addresses_that_lead_nowhere(up: AiohttpTransport, url: str) -> None:
-    trip = ConnectionInfo()
+    connection = ConnectionInfo()
     with pytest.raises(TransportFailure) as caught:
-        await up.send("POST", url, [], b"{}", first_byte=3.0, trip=trip)
-    assert (caught.value.kind, trip.connected) == ("unreached", False)
+        await up.send("POST", url, [], b"{}", first_byte=3.0, connection=connection)
+    assert (caught.value.kind, connection.connected) == ("unreached", False)
 
 
 async def test_no_tls_where_tls_is_expected(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
-        trip = ConnectionInfo()
+        connection = ConnectionInfo()
         with pytest.raises(TransportFailure) as caught:
-            await up.send("POST", f"https://127.0.0.1:{upstream.port}/v1", [], b"{}", first_byte=2.0, trip=trip)
-        assert (caught.value.kind, trip.connected) == ("unreached", False)
+            await up.send(
+                "POST", f"https://127.0.0.1:{upstream.port}/v1", [], b"{}", first_byte=2.0, connection=connection
+            )
+        assert (caught.value.kind, connection.connected) == ("unreached", False)
         assert upstream.heads == []
 
 
@@ -121,13 +124,13 @@ async def test_a_certificate_that_nobody_vouches_for() -> None:
     """No key is sent to it (RELIABILITY E40)."""
     key = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
     error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("sk-secret"))
-    failure = _failure(error, ConnectionInfo())
+    failure = transport_failure(error, ConnectionInfo())
     assert failure.kind == "unreached"
     assert "secret" not in failure.detail
 
 
 @pytest.mark.parametrize(
-    ("error", "trip", "kind"),
+    ("error", "connection", "kind"),
     [
         (aiohttp.ConnectionTimeoutError("x"), ConnectionInfo(), "unreached"),
         (TimeoutError(), ConnectionInfo(), "unreached"),
@@ -142,8 +145,8 @@ async def test_a_certificate_that_nobody_vouches_for() -> None:
         (aiohttp.ClientPayloadError(), ConnectionInfo(connected=True), "ambiguous"),
     ],
 )
-def test_the_table(error: Exception, trip: ConnectionInfo, kind: str) -> None:
-    assert _failure(error, trip).kind == kind
+def test_the_table(error: Exception, connection: ConnectionInfo, kind: str) -> None:
+    assert transport_failure(error, connection).kind == kind
 
 
 def test_every_failure_of_aiohttp_has_a_place() -> None:

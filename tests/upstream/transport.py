@@ -17,14 +17,16 @@ OK = b"HTTP/1.1 200 Fine\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r
 async def send(
     transport: AiohttpTransport,
     upstream: Raw,
-    trip: ConnectionInfo | None = None,
+    connection: ConnectionInfo | None = None,
     body: bytes | AsyncIterator[bytes] | None = b"{}",
     first_byte: float = 2.0,
     headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/json"),),
     method: str = "POST",
 ) -> AiohttpResponse:
     url = upstream.url + "/x?a=%2F&b=c"
-    return await transport.send(method, url, headers, body, first_byte=first_byte, trip=trip or ConnectionInfo())
+    return await transport.send(
+        method, url, headers, body, first_byte=first_byte, connection=connection or ConnectionInfo()
+    )
 
 
 async def whole(answer: AiohttpResponse) -> bytes:
