@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from proxy.config.description import Section  # noqa: E402
-from proxy.config.fixed import FIXED  # noqa: E402
 from proxy.config.manual import config_yaml, rows  # noqa: E402
-from proxy.config.schema import SETTINGS  # noqa: E402
+from proxy.config.schema import FIXED, SETTINGS  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 FILE = ROOT / "config.yaml"

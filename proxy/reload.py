@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from .config.fixed import with_fixed
 from .config.loader import LoadedSettings
 from .config.problems import SettingsError
+from .config.schema import with_fixed
 from .system.clock import Clock
 
 log = logging.getLogger("proxy")

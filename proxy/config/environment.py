@@ -12,7 +12,7 @@ from .problems import ENVIRONMENT, Invalid, SourceLocation, shown_name
 from .reading import Reading, unknown
 from .schema import PREFIX, SETTINGS
 from .secret import Secret
-from .tree import Listing, Node, Scalar, Table, parse
+from .tree import Listing, Node, Scalar, Table, nested, parse
 from .urls import parse_url
 
 CLIENT_KEYS: Final = "PROXY_CLIENT_KEYS"
@@ -36,7 +36,7 @@ def settings_layers(environ: Mapping[str, str], reading: Reading) -> list[Node]:
     """Return `PROXY_CLIENT_KEYS` and every `PROXY__SECTION__KEY` as trees, the more precise name the stronger."""
     layers = []
     if (client_keys := _literal(environ, CLIENT_KEYS)) is not None:
-        layers.append(_nested(["server", "client_keys"], _client_keys(client_keys, reading)))
+        layers.append(nested(["server", "client_keys"], _client_keys(client_keys, reading)))
     for name in sorted(environ, key=lambda name: (name.count("__"), name)):
         if not name.startswith(PREFIX) or not (text := environ[name].strip()):
             continue
@@ -51,14 +51,8 @@ def settings_layers(environ: Mapping[str, str], reading: Reading) -> list[Node]:
         whole = single and text[0] not in "'\""
         node = Scalar(text, where) if whole else parse(text, where, reading.problems, ".".join(path))
         if node is not None:
-            layers.append(_nested(path, node))
+            layers.append(nested(path, node))
     return layers
-
-
-def _nested(path: list[str], node: Node) -> Node:
-    for name in reversed(path):
-        node = Table(((name, node),), node.where)
-    return node
 
 
 def _setting(name: str) -> tuple[list[str], Kind]:
@@ -115,23 +109,21 @@ def is_azure(url: str) -> bool:
 def _openai(environ: Mapping[str, str]) -> Table | None:
     base_url = _literal(environ, "OPENAI_API_BASE")
     key = _literal(environ, "OPENAI_API_KEY")
-    first = key or base_url
-    if first is None:
-        return None
     version = _literal(environ, "OPENAI_API_VERSION") if base_url and is_azure(base_url.text) else None
     organization = _literal(environ, "OPENAI_ORG_ID", "OPENAI_ORGANIZATION")
     keys = _keys(key, organization, _literal(environ, "OPENAI_PROJECT_ID"))
-    return _table(first.where, name="openai", base_url=base_url, api_version=version, keys=keys)
+    if first := key or base_url:
+        return _table(first.where, name="openai", base_url=base_url, api_version=version, keys=keys)
+    return None
 
 
 def _azure(environ: Mapping[str, str], needs_endpoint: bool = True) -> Table | None:
     endpoint = _literal(environ, "AZURE_OPENAI_ENDPOINT")
     key = _literal(environ, "AZURE_OPENAI_API_KEY")
-    first = endpoint or (None if needs_endpoint else key)
-    if first is None:
-        return None
     version = _literal(environ, "OPENAI_API_VERSION")
-    return _table(first.where, name="azure", kind="azure", base_url=endpoint, api_version=version, keys=_keys(key))
+    if first := endpoint or (None if needs_endpoint else key):
+        return _table(first.where, name="azure", kind="azure", base_url=endpoint, api_version=version, keys=_keys(key))
+    return None
 
 
 def _keys(key: Scalar | None, organization: Scalar | None = None, project: Scalar | None = None) -> Listing | None:

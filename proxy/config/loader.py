@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from . import environment
-from .fixed import with_fixed
 from .problems import COMMAND_LINE, DEFAULT, Invalid, Problem, SettingsError, SourceLocation
 from .reading import Reading, read_section
-from .schema import SETTINGS
+from .schema import SETTINGS, with_fixed
 from .settings import Settings
-from .tree import Listing, Node, Scalar, Table, parse
+from .tree import Listing, Node, Scalar, Table, nested, parse
 from .upstreams import READERS
 from .urls import parse_url
 from .validate import check, check_upstreams
@@ -107,9 +106,10 @@ def _read(sources: _Sources, with_keys: bool) -> tuple[Reading, LoadedSettings]:
     sections = _sections(from_file)
     if in_force is not None and not reading.problems:
         _check_lost(in_force, sections, reading)
-    upstream_flag, from_flags = _flag_layer(sources.flags)
-    layers = [from_file or Table((), SourceLocation(reading.file))]
-    layers += [*environment.settings_layers(environ, reading), from_flags]
+    flags = {path: _flag(path, value) for path, value in sources.flags.items() if value is not None}
+    upstream_flag = flags.pop("upstream", None)
+    layers = [from_file or Table((), SourceLocation(reading.file)), *environment.settings_layers(environ, reading)]
+    layers += [nested(path.split("."), node) for path, node in flags.items()]
     rest = [layer.without("upstreams") if isinstance(layer, Table) else layer for layer in layers]
     listing: Node | None = None
     if sources.use_upstreams:
@@ -164,51 +164,31 @@ def _file_layer(path: Path, reading: Reading) -> Node | None:
     """Return the tree of the settings file; None if there is none that counts."""
     where = SourceLocation(reading.file)
     try:
-        text = _text_of(path)
-    except FileNotFoundError:
-        if not reading.automatic:
-            reading.problems.append(where.problem("", "expected a settings file, found none"))
-        return None
-    except Invalid as error:
-        reading.problems.append(where.problem("", str(error)))
-        return None
-    if reading.automatic and not _SECTIONS.search(text):
-        reading.warn(f"{AUTOMATIC} in this directory has no section of ours and is not read")
-        return None
-    return parse(text, where, reading.problems) or Scalar("", where)
-
-
-def _text_of(path: Path) -> str:
-    """Return a file's text. Raises FileNotFoundError, and Invalid for a file that cannot be used."""
-    try:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE + 1)
         if len(raw) > _LARGEST_FILE:
             raise Invalid(f"expected at most {_LARGEST_FILE // 1024} KiB of settings, found more")
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise
+        problem = "" if reading.automatic else "expected a settings file, found none"
     except OSError as error:
-        raise Invalid(f"expected a readable file, found: {error.strerror}") from None
+        problem = f"expected a readable file, found: {error.strerror}"
     except UnicodeDecodeError:
-        raise Invalid("expected UTF-8, found other bytes") from None
+        problem = "expected UTF-8, found other bytes"
+    except Invalid as error:
+        problem = str(error)
+    else:
+        if not reading.automatic or _SECTIONS.search(text):
+            return parse(text, where, reading.problems) or Scalar("", where)
+        reading.warn(f"{AUTOMATIC} in this directory has no section of ours and is not read")
+        return None
+    if problem:
+        reading.problems.append(where.problem("", problem))
+    return None
 
 
-def _flag_layer(flags: Mapping[str, object]) -> tuple[Scalar | None, Table]:
-    """Return `--upstream`, which is no setting of its own, and the other flags as a tree."""
-    sections: dict[str, Table] = {}
-    upstream: Scalar | None = None
-    for path, value in flags.items():
-        if value is None:
-            continue
-        where = SourceLocation(COMMAND_LINE, via=FLAGS[path])
-        node = Scalar(str(value), where, literal=True)
-        section, _, name = path.partition(".")
-        if not name:
-            upstream = node
-            continue
-        sections[section] = sections.get(section, Table((), where)).replaced(name, node)
-    return upstream, Table(tuple(sections.items()), SourceLocation(COMMAND_LINE))
+def _flag(path: str, value: object) -> Scalar:
+    return Scalar(str(value), SourceLocation(COMMAND_LINE, via=FLAGS[path]), literal=True)
 
 
 def _highest(layers: list[Node], name: str) -> Node | None:

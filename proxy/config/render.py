@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _COLUMN = 48
 
 
-def show(kind: Kind, value: Any) -> object:
+def show(kind: Kind, value: Any) -> Any:
     """Return a value as text, list or dict, as it could stand in a file. Secrets are masked.
 
     A table inside a list or a table holds only what is not the default.
@@ -54,24 +54,21 @@ def _plain(section: Section, values: object) -> dict[str, object]:
 
 
 def _client(client: ClientKeySettings) -> dict[str, object]:
-    limits = {name: limit for name, limit in asdict(client.limits).items() if limit is not None}
+    limits = _given(**asdict(client.limits))
     if client.usd_per_day is not None:
         limits["usd_per_day"] = MONEY.show(client.usd_per_day)
-    optional = {"namespace": client.namespace, "models": list(client.models), "limits": limits}
-    return {"name": client.name, "key": "***"} | {name: value for name, value in optional.items() if value}
+    return _given(name=client.name, key="***", namespace=client.namespace, models=list(client.models), limits=limits)
 
 
 def _key(key: KeySettings) -> dict[str, object]:
-    optional = {
-        "organization": key.organization,
-        "project": key.project,
-        "weight": key.weight if key.weight != 1.0 else None,
-        "quota": key.quota if key.quota != key.label else None,
-        "limits": show(LIMITS_BY_GLOB, key.limits) if key.limits else None,
-    }
-    return {"name": key.label, "key": str(key.secret)} | {
-        n: value for n, value in optional.items() if value is not None
-    }
+    quota = key.quota if key.quota != key.label else None
+    shown = _given(name=key.label, key=str(key.secret), organization=key.organization, project=key.project)
+    shown |= {"weight": key.weight} if key.weight != 1.0 else {}
+    return shown | _given(quota=quota, limits=show(LIMITS_BY_GLOB, key.limits))
+
+
+def _given(**shown: object) -> dict[str, object]:
+    return {name: value for name, value in shown.items() if value}
 
 
 def _upstream(upstream: UpstreamSettings) -> dict[str, object]:
@@ -83,8 +80,7 @@ def _upstream(upstream: UpstreamSettings) -> dict[str, object]:
             shown[name] = value or "v1"
         elif value or name == "priority":
             shown[name] = show(setting.kind, value)
-    shown["keys"] = shown.pop("keys", [])
-    return shown
+    return shown | {"keys": shown.pop("keys", [])}
 
 
 _SHORT: Final[Mapping[Kind, Callable[[Any], dict[str, object]]]] = {

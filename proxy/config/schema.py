@@ -1,9 +1,11 @@
-"""Every setting by its path, and the variable that sets it."""
+"""Every setting by its path, the variable that sets it, and which settings a reload cannot change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any, Final
 
 from .description import Section, Setting, section_of
 from .settings import Settings
@@ -36,3 +38,16 @@ def _paths_by_name() -> dict[str, tuple[str, ...]]:
 
 KNOWN: Final = _paths_by_name()
 """A setting's name -> its paths, to help whoever wrote it into the wrong section."""
+
+FIXED: Final = tuple(path for path, setting in leaves() if setting.fixed)
+"""Settings that hold until the next start: what they describe is open, bound or allocated."""
+
+
+def with_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
+    """Return `new` with what is fixed taken from `old`, and the paths whose values differed."""
+    changed = [path for path in FIXED if attrgetter(path)(old) != attrgetter(path)(new)]
+    for path in changed:
+        section, name = path.split(".")
+        value: Any = attrgetter(path)(old)
+        new = replace(new, **{section: replace(getattr(new, section), **{name: value})})
+    return new, changed

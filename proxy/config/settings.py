@@ -107,9 +107,7 @@ class ServerSettings:
         CLIENT_KEYS, (), "Clients that may call; none: every client on this machine, and no other."
     )
     allow_anonymous: bool = setting(BOOLEAN, False, "Serve an address beyond loopback without client keys.")
-    allowed_hosts: tuple[str, ...] = setting(
-        ListOf(ALLOWED_HOST), (), "Host names accepted besides localhost, 127.0.0.1 and [::1]."
-    )
+    allowed_hosts: tuple[str, ...] = setting(ListOf(ALLOWED_HOST), (), "Host names served besides those of loopback.")
     allowed_origins: tuple[str, ...] = setting(ListOf(ORIGIN), (), "Browser origins that may call.")
     admin_key: Secret | None = setting(ADMIN_KEY, None, "Key for /metrics and /_proxy; none: loopback only.")
 
@@ -139,17 +137,15 @@ class UpstreamSettings:
     base_url: str = setting(optional(_BASE_URL), "https://api.openai.com/v1", "Base URL.")
     models: tuple[str, ...] = setting(ListOf(GLOB, at_least=1), ("*",), "Models that it serves.")
     priority: int = setting(
-        integer(0, 1000), 0, "Equal numbers form one pool; a higher number serves only if no lower one can."
+        integer(0, 1000), 0, "Equal numbers form one pool; a higher one serves if no lower one can."
     )
-    cache_as: str | None = setting(
-        optional(VISIBLE), None, "Name that replaces base URL, api-version and deployment in the cache key."
-    )
+    cache_as: str | None = setting(optional(VISIBLE), None, "Name that replaces URL and deployment in the cache key.")
     keys: tuple[KeySettings, ...] = setting(KEYS, (), "Keys: a text each, or a table.")
     api_version: str | None = setting(
-        optional(API_VERSION), None, f"Azure's api-version; default: {DEFAULT_API_VERSION}; v1: /openai/v1."
+        optional(API_VERSION), None, f"Azure: default {DEFAULT_API_VERSION}; v1: /openai/v1."
     )
     deployments: Mapping[str, str] = setting(
-        MapOf(GLOB, DEPLOYMENT), {}, "Azure: model to deployment; default: the model's name."
+        MapOf(GLOB, DEPLOYMENT), {}, "Azure: deployments by model; default: its name."
     )
     insecure: bool = setting(BOOLEAN, False, "Allow plain http with a key to another machine.")
     prices: Prices = setting(_PRICES, {}, "As cost.prices, for this upstream.")
@@ -206,19 +202,17 @@ class CacheSettings:
     )
     store_requests: bool = setting(BOOLEAN, False, "Store the request with the response, without its headers.")
     ignore_fields: tuple[str, ...] = setting(
-        ListOf(FIELD, check=_no_essential), _IGNORED, "Request fields left out of the cache key."
+        ListOf(FIELD, check=_no_essential), _IGNORED, "Fields left out of the cache key."
     )
     shared: bool = setting(BOOLEAN, False, "Clients with different client keys share responses.")
     embeddings_per_item: bool = setting(BOOLEAN, True, "Send only those texts of a batch that are not cached.")
     stale_while_revalidate: float = fixed_setting(
-        _SPAN, 0.0, "How long past its ttl a response is served while a new one is fetched."
+        _SPAN, 0.0, "Time past its ttl that a response serves during its renewal."
     )
-    stale_if_error: float = fixed_setting(
-        _SPAN, 0.0, "How long past its ttl a response is served if every key and upstream fails."
-    )
+    stale_if_error: float = fixed_setting(_SPAN, 0.0, "Time past its ttl that a response serves if all upstreams fail.")
     coalesce: bool = setting(BOOLEAN, True, "Identical requests at the same time make one upstream call.")
     on_disconnect: str = setting(
-        choice("cancel", "finish"), "cancel", "Finish: read the response to its end (within 60 s) and store it."
+        choice("cancel", "finish"), "cancel", "Finish: read to the end (within 60 s) and store."
     )
 
 
@@ -227,18 +221,16 @@ class ThrottleSettings:
     """`limits`: model glob -> limits of each quota. `max_wait` None: the client's own deadline (`auto`)."""
 
     backend: str = fixed_setting(
-        choice("memory", "redis"), "memory", "Redis: limits hold across every proxy that uses it."
+        choice("memory", "redis"), "memory", "Redis: limits hold across all proxies that use it."
     )
-    limits: Mapping[str, Limits] = setting(
-        LIMITS_BY_GLOB, {}, "Limits of each quota by model or glob: rpm, tpm, rpd, tpd, concurrency."
-    )
+    limits: Mapping[str, Limits] = setting(LIMITS_BY_GLOB, {}, "Limits of each quota by model or glob.")
     tier: str | None = setting(
-        optional(choice("1", "2", "3", "4", "5", "free")), None, "OpenAI's published limits; `limits` override them."
+        optional(choice("1", "2", "3", "4", "5", "free")), None, "OpenAI's published limits, below `limits`."
     )
     use: float = setting(SHARE, 1.0, "Share of each limit to use.")
     adaptive: bool = setting(BOOLEAN, True, "Obey the limits in the upstream's x-ratelimit-* headers too.")
     max_wait: float | None = setting(
-        duration_or_auto(), 60.0, "Longest wait in the queue; auto: the client's own deadline less 5 s."
+        duration_or_auto(), 60.0, "Longest wait in the queue; auto: the client's deadline less 5 s."
     )
     max_queue: int = setting(integer(), 1000, "Requests that may wait; more are refused with 429 queue_full.")
 
@@ -249,9 +241,7 @@ class RetrySettings:
     base_delay: float = setting(_SPAN, 1.0, "Delay: min(base_delay * 2^attempt + random(0, jitter), max_delay).")
     max_delay: float = setting(_SPAN, 10.0, "Longest delay.")
     jitter: float = setting(_SPAN, 1.0, "Largest random part of a delay.")
-    budget: float = setting(
-        number(1.0), 0.2, "Retries as a share of an upstream's requests in 10 s, over a floor of 10."
-    )
+    budget: float = setting(number(1.0), 0.2, "Retries as a share of an upstream's requests in 10 s; 10 are free.")
     ambiguous: bool = setting(BOOLEAN, True, "Retry if the connection died after sending and before any response.")
     fallbacks: Mapping[str, tuple[str, ...]] = setting(
         MapOf(GLOB, ListOf(GLOB, at_least=1)), {}, "Models to try, by model, when every key and upstream failed."
@@ -283,11 +273,9 @@ class BudgetSettings:
 
 @dataclass(frozen=True, slots=True)
 class CostSettings:
-    prices: Prices = setting(
-        _PRICES, {}, "USD per 1M tokens by model or glob: input, cached_input, cache_write, output."
-    )
+    prices: Prices = setting(_PRICES, {}, "USD per 1M tokens by model or glob, over the built-in list.")
     stream_usage: str = setting(
-        choice("inject", "off"), "inject", "Inject: ask upstream for a stream's usage if the client did not."
+        choice("inject", "off"), "inject", "Inject: ask for the usage of streams if no client does."
     )
     stream_comment: bool = setting(BOOLEAN, False, "End streams with a comment that holds the cost.")
     budget: BudgetSettings = section(BudgetSettings, "What the proxy may spend.")

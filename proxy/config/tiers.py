@@ -1,96 +1,49 @@
 """`throttle.tier`: OpenAI's published limits by usage tier, as the starting point where nothing else is configured.
 
-Figures of platform.openai.com, *Rate limits* and the page of each model. Those of gpt-4o stand for every model that is
-not named: where OpenAI allows another one less, its 429s and `x-ratelimit-*` say so. A limit under `throttle.limits` or
-at a key wins, field by field.
+The figures are those of platform.openai.com, *Rate limits* and the page of each model. Those of gpt-4o stand for every
+model that is not named: if OpenAI allows another one less, its 429s and `x-ratelimit-*` headers say so. A limit under
+`throttle.limits` or at a key overrides them, field by field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Final
 
 from .limits import Limits, limits_for
 
-_M: Final = 1_000_000
-
 _NAMES: Final = ("free", "1", "2", "3", "4", "5")
+_UNITS: Final = {"k": 1_000, "M": 1_000_000}
 
-_FIGURES: Final[Mapping[str, tuple[Limits | None, ...]]] = {
-    "*": (
-        Limits(rpm=3, tpm=40_000, tpd=200_000),
-        Limits(rpm=500, tpm=200_000, tpd=2 * _M),
-        Limits(rpm=5_000, tpm=2 * _M, tpd=10 * _M),
-        Limits(rpm=5_000, tpm=10 * _M, tpd=20 * _M),
-        Limits(rpm=10_000, tpm=30 * _M, tpd=100 * _M),
-        Limits(rpm=10_000, tpm=100 * _M, tpd=300 * _M),
-    ),
-    "gpt-4o-mini*": (
-        Limits(rpm=3, tpm=40_000, rpd=200),
-        Limits(rpm=500, tpm=200_000, rpd=10_000),
-        Limits(rpm=5_000, tpm=2 * _M),
-        Limits(rpm=5_000, tpm=4 * _M),
-        Limits(rpm=10_000, tpm=10 * _M),
-        Limits(rpm=30_000, tpm=150 * _M),
-    ),
-    "gpt-4-turbo*": (
-        None,
-        Limits(rpm=500, tpm=30_000),
-        Limits(rpm=5_000, tpm=450_000),
-        Limits(rpm=5_000, tpm=600_000),
-        Limits(rpm=10_000, tpm=800_000),
-        Limits(rpm=10_000, tpm=2 * _M),
-    ),
-    "gpt-4": (
-        None,
-        Limits(rpm=500, tpm=10_000, rpd=10_000),
-        Limits(rpm=5_000, tpm=40_000),
-        Limits(rpm=5_000, tpm=80_000),
-        Limits(rpm=10_000, tpm=300_000),
-        Limits(rpm=10_000, tpm=_M),
-    ),
-    "gpt-3.5-turbo*": (
-        Limits(rpm=3, tpm=40_000, rpd=200),
-        Limits(rpm=3_500, tpm=200_000, rpd=10_000),
-        Limits(rpm=3_500, tpm=2 * _M),
-        Limits(rpm=3_500, tpm=4 * _M),
-        Limits(rpm=10_000, tpm=10 * _M),
-        Limits(rpm=10_000, tpm=50 * _M),
-    ),
-    "text-embedding-*": (
-        Limits(rpm=100, tpm=40_000, rpd=2_000),
-        Limits(rpm=3_000, tpm=_M),
-        Limits(rpm=5_000, tpm=_M),
-        Limits(rpm=5_000, tpm=5 * _M),
-        Limits(rpm=10_000, tpm=5 * _M),
-        Limits(rpm=10_000, tpm=10 * _M),
-    ),
-    "omni-moderation-*": (
-        Limits(rpm=250, tpm=10_000, rpd=5_000),
-        Limits(rpm=500, tpm=10_000, rpd=10_000),
-        Limits(rpm=500, tpm=20_000),
-        Limits(rpm=1_000, tpm=50_000),
-        Limits(rpm=2_000, tpm=250_000),
-        Limits(rpm=5_000, tpm=500_000),
-    ),
-}
-"""Model glob -> limits in each tier, None where the tier has nothing of its own for it."""
+# model               free           tier 1           tier 2        tier 3        tier 4         tier 5
+_FIGURES: Final = """
+*                     3/40k/-/200k   500/200k/-/2M    5k/2M/-/10M   5k/10M/-/20M  10k/30M/-/100M 10k/100M/-/300M
+gpt-4o-mini*          3/40k/200      500/200k/10k     5k/2M         5k/4M         10k/10M        30k/150M
+gpt-4-turbo*          -              500/30k          5k/450k       5k/600k       10k/800k       10k/2M
+gpt-4                 -              500/10k/10k      5k/40k        5k/80k        10k/300k       10k/1M
+gpt-3.5-turbo*        3/40k/200      3500/200k/10k    3500/2M       3500/4M       10k/10M        10k/50M
+text-embedding-*      100/40k/2k     3k/1M            5k/1M         5k/5M         10k/5M         10k/10M
+omni-moderation-*     250/10k/5k     500/10k/10k      500/20k       1k/50k        2k/250k        5k/500k
+gpt-4-0*              -              500/10k/10k      5k/40k        5k/80k        10k/300k       10k/1M
+"""
+"""Model glob, then rpm/tpm/rpd/tpd in each tier; `-` where the tier has no figure of its own."""
 
-_ALIASES: Final[Mapping[str, str]] = {"gpt-4-0*": "gpt-4"}
+
+def _limits(cell: str) -> Limits:
+    figures = [None if part == "-" else int(part.rstrip("kM")) * _UNITS.get(part[-1], 1) for part in cell.split("/")]
+    return Limits(*figures)
+
 
 TIERS: Final[Mapping[str, Mapping[str, Limits]]] = {
-    tier: {
-        glob: limits
-        for glob, named in [*((glob, glob) for glob in _FIGURES), *_ALIASES.items()]
-        if (limits := _FIGURES[named][number]) is not None
-    }
-    for number, tier in enumerate(_NAMES)
+    tier: {glob: _limits(cells[i]) for glob, *cells in map(str.split, _FIGURES.strip().splitlines()) if cells[i] != "-"}
+    for i, tier in enumerate(_NAMES)
 }
 """Tier -> model glob -> limits."""
 
 
 def with_tier(tier: str | None, configured: Mapping[str, Limits]) -> dict[str, Limits]:
-    """The table of limits by model glob that holds: the tier's, and over it, field by field, the `configured` one."""
+    """Return the limits by model glob that hold: the tier's, overridden field by field by the `configured` ones."""
     if tier is None:
         return dict(configured)
     preset = TIERS[tier]
@@ -99,10 +52,5 @@ def with_tier(tier: str | None, configured: Mapping[str, Limits]) -> dict[str, L
 
 
 def _over(preset: Limits, limits: Limits) -> Limits:
-    return Limits(
-        limits.rpm if limits.rpm is not None else preset.rpm,
-        limits.tpm if limits.tpm is not None else preset.tpm,
-        limits.rpd if limits.rpd is not None else preset.rpd,
-        limits.tpd if limits.tpd is not None else preset.tpd,
-        limits.concurrency if limits.concurrency is not None else preset.concurrency,
-    )
+    pairs = zip(astuple(limits), astuple(preset), strict=True)
+    return Limits(*(first if first is not None else second for first, second in pairs))

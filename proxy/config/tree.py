@@ -62,6 +62,13 @@ class Table:
 Node = Scalar | Listing | Table
 
 
+def nested(path: list[str], node: Node) -> Node:
+    """Return a node as the setting at a path."""
+    for name in reversed(path):
+        node = Table(((name, node),), node.where)
+    return node
+
+
 class _TooLarge(Exception):
     pass
 

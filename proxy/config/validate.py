@@ -17,7 +17,7 @@ LONGEST_REDIS_PREFIX: Final = 64
 
 
 def check(settings: Settings, reading: Reading) -> None:
-    """Adds to the reading's problems and warnings. Says nothing about values that could not be read."""
+    """Add to the reading's problems and warnings. Values that could not be read are left out."""
     _check_exposure(settings, reading)
     _check_socket(settings, reading)
     _check_ops(settings, reading)
@@ -44,7 +44,7 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
 
 
 def _check_budgets(settings: Settings, reading: Reading) -> None:
-    """Says what a budget does not know."""
+    """Warn of what a budget without a ledger does not know."""
     budget, shared = settings.cost.budget, settings.throttle.backend == "redis"
     limited = budget.usd_per_day is not None or budget.usd_per_month is not None
     if not limited and all(client.usd_per_day is None for client in settings.server.client_keys):
@@ -58,7 +58,7 @@ def _check_budgets(settings: Settings, reading: Reading) -> None:
 
 
 def _warn_workers(settings: Settings, reading: Reading) -> None:
-    """Says what each of several workers has for itself."""
+    """Warn of what each of several workers has for itself."""
     workers, cache = settings.server.workers, settings.cache
     if workers == 1 or cache.backend == "redis" or not reading.sound("server.workers", "cache.backend"):
         return
@@ -88,7 +88,7 @@ def _check_mode(settings: Settings, reading: Reading) -> None:
 
 
 def check_upstreams(settings: Settings, reading: Reading) -> None:
-    """The same for what concerns the upstreams."""
+    """Add the problems and warnings of the upstreams."""
     if settings.cache.mode == "replay":
         return  # none is called
     outlets: dict[str, tuple[object, object]] = {}
