@@ -1,6 +1,6 @@
-"""The chunks of a chat or completions stream, put together to the one answer that they tell. Nothing is guessed.
+"""Joins the chunks of a chat or completions stream into one plain response, without guessing.
 
-How a field of the answer is made of its values in the chunks (null is always neutral, "" where it says so):
+How a field of the response is made from its values in the chunks (null is always neutral, "" where it says so):
 
 | field                                                    | rule                                                     |
 |----------------------------------------------------------|----------------------------------------------------------|
@@ -14,18 +14,18 @@ How a field of the answer is made of its values in the chunks (null is always ne
 | any other (`prompt_filter_results`, `moderation`, …)     | the same in all chunks that have it                      |
 | a choice's `finish_reason`                               | the same wherever it is set ("" neutral)                 |
 | `logprobs`: `content`, `refusal`; those of completions   | lists joined                                             |
-| `content_filter_results` (Azure)                         | categories united; a category told twice must agree      |
+| `content_filter_results` (Azure)                         | categories united; a repeated category must be the same  |
 | `text` of completions                                    | joined                                                   |
-| any other field of a choice                              | told once                                                |
+| any other field of a choice                              | set once                                                 |
 | a delta's `role`                                         | the same wherever it is set ("" neutral)                 |
 | `content`, `refusal`, `reasoning`, `reasoning_content`   | joined                                                   |
-| `tool_calls`                                             | by `index` from 0 on: `id` and `type` the same, name told|
+| `tool_calls`                                             | by `index` from 0 on: `id` and `type` the same, name set |
 |                                                          | once, `arguments` and a custom tool's `input` joined     |
-| `function_call` (legacy)                                 | name told once, `arguments` joined                       |
-| `annotations`                                            | told once (an empty list is neutral)                     |
-| any other field of a delta, tool call or function        | told once: told twice it could be a delta or a constant  |
+| `function_call` (legacy)                                 | name set once, `arguments` joined                        |
+| `annotations`                                            | set once (an empty list is neutral)                      |
+| any other field of a delta, tool call or function        | set once: two values could be deltas or a constant       |
 
-Otherwise there is no certain answer. Numbers keep their spelling, members their order.
+If a rule does not hold, the response has no other form. Numbers keep their spelling, members their order.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ OBJECTS: Final[Mapping[str, tuple[str, str]]] = {
     "chat": ("chat.completion.chunk", "chat.completion"),
     "completions": ("text_completion", "text_completion"),
 }
-"""Endpoint -> the `object` of a chunk and of a whole answer."""
+"""Endpoint -> the `object` of a chunk and of a plain response."""
 
 
 class NotConvertible(Exception):
-    """There is no certain rule for this: the answer has no other form."""
+    """No rule applies with certainty: the response has no other form."""
 
 
 def assemble(endpoint: str, chunks: Sequence[Json]) -> Json:
-    """The plain answer that parsed chunks (see `decode`) tell. Raises NotConvertible."""
+    """Return the plain response that parsed chunks (see `decode`) make. Raises NotConvertible."""
     tops: list[Json] = []
     choices: dict[int, list[Json]] = {}
     for chunk in chunks:
@@ -89,7 +89,7 @@ def _choice(endpoint: str, index: int, parts: Sequence[Json]) -> Json:
 
 
 class Number(str):
-    """A JSON number as it was written: never equal to a string, nor to another spelling."""
+    """A JSON number as it was written; it equals no string and no other spelling."""
 
     __slots__ = ()
 
@@ -119,8 +119,9 @@ _DECODER: Final = json.JSONDecoder(
 
 
 def decode(data: bytes) -> Json:
-    """A JSON object. Raises ValueError for what is no JSON, Uncertain for duplicate keys, NaN, great depth and other
-    documents.
+    """Return the JSON object in `data`.
+
+    Raises ValueError if it is no JSON, NotConvertible for duplicate keys, NaN, great depth and other documents.
     """
     if is_deeper(data):
         raise NotConvertible("depth")
@@ -135,13 +136,13 @@ def _spelling(number: Number) -> orjson.Fragment:
 
 
 def encode(document: Json) -> bytes:
-    """Compact JSON. Raises TypeError where orjson writes none: half a surrogate pair, great depth."""
-    # Subclasses go to `default`, which is how a Number is told from text.
+    """Return compact JSON. Raises TypeError for what orjson cannot write: half a surrogate pair, great depth."""
+    # Subclasses go to `default`, which tells a Number from a text.
     return orjson.dumps(document, default=_spelling, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
 
 
 def _position(value: object) -> int:
-    """A list index as JSON; only the shortest spelling is one."""
+    """Return a list index; only the shortest spelling is valid. Raises NotConvertible."""
     if type(value) is not Number or not value.isdigit() or len(value) > 6:
         raise NotConvertible("index")
     return int(value)
@@ -151,10 +152,10 @@ def _position(value: object) -> int:
 
 
 def _same(values: Sequence[Any]) -> Any:
-    told = [value for value in values if value is not None]
-    if any(value != told[0] for value in told):
+    present = [value for value in values if value is not None]
+    if any(value != present[0] for value in present):
         raise NotConvertible("differs between chunks")
-    return told[0] if told else None
+    return present[0] if present else None
 
 
 def _same_or_empty(values: Sequence[Any]) -> Any:
@@ -162,14 +163,14 @@ def _same_or_empty(values: Sequence[Any]) -> Any:
 
 
 def _once(values: Sequence[Any]) -> Any:
-    told = [value for value in values if value is not None]
-    if len(told) > 1:
+    present = [value for value in values if value is not None]
+    if len(present) > 1:
         raise NotConvertible("no rule to join it")
-    return told[0] if told else None
+    return present[0] if present else None
 
 
 def _once_or_empty(values: Sequence[Any]) -> Any:
-    """`_once`, empty strings and lists being neutral."""
+    """Like `_once`, with empty strings and lists neutral."""
     return _once([value for value in values if value not in ("", [])] or values[:1])
 
 
@@ -182,21 +183,21 @@ def _last_object(values: Sequence[Any]) -> Any:
 
 
 def _joined_text(values: Sequence[Any]) -> Any:
-    told = [value for value in values if value is not None]
-    if told and all(map(is_text, told)):
-        return "".join(told)
-    return _once(told)
+    present = [value for value in values if value is not None]
+    if present and all(map(is_text, present)):
+        return "".join(present)
+    return _once(present)
 
 
 def _joined_lists(values: Sequence[Any]) -> Any:
-    told = [value for value in values if value is not None]
-    if told and all(type(value) is list for value in told):
-        return [item for value in told for item in value]
-    return _once(told)
+    present = [value for value in values if value is not None]
+    if present and all(type(value) is list for value in present):
+        return [item for value in present for item in value]
+    return _once(present)
 
 
 def _merge(parts: Iterable[Any], rules: Rules, other: Rule) -> Json:
-    """The objects `parts` as one, each field by its rule."""
+    """Return the objects `parts` merged into one, each field by its rule."""
     fields: dict[str, list[Any]] = {}
     for part in parts:
         if type(part) is not dict:
@@ -207,21 +208,21 @@ def _merge(parts: Iterable[Any], rules: Rules, other: Rule) -> Json:
 
 
 def _object(rules: Rules, other: Rule) -> Rule:
-    """The rule for a field that is an object, or null."""
+    """Return the rule for a field that is an object or null."""
 
     def merged(values: Sequence[Any]) -> Any:
-        told = [value for value in values if value is not None]
-        return _merge(told, rules, other) if told else None
+        present = [value for value in values if value is not None]
+        return _merge(present, rules, other) if present else None
 
     return merged
 
 
-def _columns(values: Sequence[Any]) -> Any:
-    """The log probabilities of completions: lists side by side, offsets counted from the start of the whole text."""
-    told = [value for value in values if value is not None]
-    if len(told) < 2:
-        return _once(told)
-    merged = _merge(told, dict.fromkeys(_COLUMNS, _joined_lists), _once)
+def _completion_logprobs(values: Sequence[Any]) -> Any:
+    """Merge the log probabilities of completions: parallel lists, with offsets from the start of the whole text."""
+    present = [value for value in values if value is not None]
+    if len(present) < 2:
+        return _once(present)
+    merged = _merge(present, dict.fromkeys(_COLUMNS, _joined_lists), _once)
     if len({len(column) for column in merged.values() if type(column) is list}) > 1:
         raise NotConvertible("columns of unlike length")
     offsets = [_position(offset) for offset in merged.get("text_offset") or ()]
@@ -231,7 +232,7 @@ def _columns(values: Sequence[Any]) -> Any:
 
 
 def _calls(values: Sequence[Any]) -> Any:
-    """Tool calls, told in pieces that name their index."""
+    """Merge tool calls, which come in pieces with an index."""
     pieces = _joined_lists(values)
     if type(pieces) is not list:
         return pieces
@@ -245,7 +246,7 @@ def _calls(values: Sequence[Any]) -> Any:
         raise NotConvertible("tool calls missing")
     merged = [_merge(calls[index], _CALL, _once) for index in range(len(calls))]
     for call in merged:
-        name, text = KINDS_OF_CALL.get(call.get("type"), ("", ""))
+        name, text = CALL_KINDS.get(call.get("type"), ("", ""))
         called = call.get(name)
         if type(called) is not dict or not all(map(is_text, (call.get("id"), called.get("name"), called.get(text)))):
             raise NotConvertible("incomplete tool call")
@@ -260,16 +261,16 @@ def _legacy_call(values: Sequence[Any]) -> Any:
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """A string, and no Number."""
+    """Return whether a value is a string and no Number."""
     return type(value) is str
 
 
 _COLUMNS: Final = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-KINDS_OF_CALL: Final[Mapping[Any, tuple[str, str]]] = {
+CALL_KINDS: Final[Mapping[Any, tuple[str, str]]] = {
     "function": ("function", "arguments"),
     "custom": ("custom", "input"),
 }
-"""A tool call's type -> the member that says what is called, and that one's text."""
+"""A tool call's type -> the member that names the tool, and the field with its text."""
 
 _FUNCTION: Final[Rules] = {"name": _once_or_empty, "arguments": _joined_text}
 _CALL: Final[Rules] = {
@@ -279,8 +280,10 @@ _CALL: Final[Rules] = {
     "custom": _object({"name": _once_or_empty, "input": _joined_text}, _once),
 }
 TEXTS: Final[Sequence[str]] = ("reasoning", "reasoning_content", "content", "refusal")
-"""The texts of a message, in the order in which they are streamed. `reasoning_content`: DeepSeek, vLLM, Qwen;
-`reasoning`: OpenRouter, Groq, Ollama, newer vLLM."""
+"""The texts of a message, in the order in which they are streamed.
+
+`reasoning_content`: DeepSeek, vLLM, Qwen; `reasoning`: OpenRouter, Groq, Ollama, newer vLLM.
+"""
 
 _DELTA: Final[Rules] = dict.fromkeys(TEXTS, _joined_text) | {
     "role": _same_or_empty,
@@ -295,7 +298,7 @@ _CHOICE: Final[Rules] = {
 }
 _CHOICES: Final[Mapping[str, Rules]] = {
     "chat": {**_CHOICE, "delta": _object(_DELTA, _once), "logprobs": _object(LOGPROBS, _once)},
-    "completions": {**_CHOICE, "text": _joined_text, "logprobs": _columns},
+    "completions": {**_CHOICE, "text": _joined_text, "logprobs": _completion_logprobs},
 }
 _TOP: Final[Rules] = {
     "id": _same_or_empty,

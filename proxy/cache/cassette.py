@@ -1,13 +1,13 @@
-"""Stored answers as text: one entry, one line of JSON. What exports, imports and cassettes are made of.
+"""Stored responses as text, one line of JSON for each entry: the format of exports, imports and cassettes.
 
     {"cassette": 1, "key": …, "form": …, … , "request": …, "body": …}
 
-The lines of a file are sorted by key, then form, their members have one order, and each line says its version: the same
-entries are the same bytes, and what git shows as changed has changed. A body is text (`body`), or base64 where it is no
-UTF-8 (`body_base64`): either way it comes back byte for byte. All other members are the fields of `Entry`, under their
-names; one that has its default is left out, so that a new field with a default changes no line there is.
+The lines of a file are sorted by key, then form; their members have one order, and each line has its version. So the
+same entries are the same bytes, and a diff shows real changes only. A body is text (`body`), or base64 if it is not
+UTF-8 (`body_base64`); either way it is restored byte for byte. All other members are the fields of `Entry`. A field
+that has its default is left out, so a new field with a default changes no existing line.
 
-A file is made to be committed: no header in it belongs to one request, one key or one credential.
+A file may be committed: no header in it belongs to one request, one key or one credential.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from ..protocol.headers import Raw, downstream_headers, storable_headers
 from .entry import Entry
 
 VERSION: Final = 1
-"""The member `cassette` of every line. Raise it when an old line would be misread."""
+"""The member `cassette` of every line. It is raised if an old line would be misread."""
 
 EntryName = tuple[str, str]
 
 _DEFAULTS: Final = {field.name: field.default for field in msgspec.structs.fields(Entry)}
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"cookie", b"www-authenticate"})
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")  # RFC 9110 section 5.6.2
-_BREAKS: Final = re.compile(rb"[\r\n\0]")
+_LINE_BREAKS: Final = re.compile(rb"[\r\n\0]")
 
 
 class CassetteLineError(ValueError):
-    """A line that is no entry; says why, and in a file where."""
+    """A line is no entry. The message says why and, for a file, where."""
 
 
 def name_of(entry: Entry) -> EntryName:
-    """What a file is sorted by, and holds once."""
+    """Return what a file is sorted by; each occurs in it once."""
     return entry.key, entry.form
 
 
 def shareable_headers(headers: Iterable[Raw]) -> tuple[Raw, ...]:
-    """Those that may be written down: what a hit gives out, less what names an account."""
+    """Return the headers that may be written: those of a hit, without those that name an account."""
     kept = storable_headers(downstream_headers(tuple(headers), pooled=True, decoded=True))
     return tuple(pair for pair in kept if pair[0].lower() not in _CREDENTIALS)
 
 
 def write_line(entry: Entry) -> bytes:
-    """The line, line feed included. Raises ValueError for an entry that no JSON can hold."""
+    """Return the line, with its line feed. Raises ValueError for an entry that JSON cannot hold."""
     if not (math.isfinite(entry.stored_at) and math.isfinite(entry.ttl)):
         raise ValueError("stored_at and ttl must be numbers")
     fields: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(entry, headers=(), body=b""))
     del fields["body"]
     line = {name: value for name, value in fields.items() if value != _DEFAULTS[name]}
-    # In their place, between `status` and `usage_span`.
+    # Here, between `status` and `usage_span`.
     line["headers"] = [[part.decode("latin-1") for part in pair] for pair in shareable_headers(entry.headers)]
     try:
         line["body"] = entry.body.decode()
@@ -71,12 +71,12 @@ def write_line(entry: Entry) -> bytes:
 
 
 def write(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """The lines of a file."""
+    """Return the lines of a file."""
     return map(write_line, sorted(entries, key=name_of))
 
 
 def read_line(line: bytes) -> Entry:
-    """The entry in a line. Raises CassetteLineError, which never repeats what the line holds."""
+    """Return the entry in a line. Raises CassetteLineError, whose message never repeats the line's contents."""
     try:
         members = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -100,7 +100,7 @@ def read_line(line: bytes) -> Entry:
 
 
 def read(file: str, lines: Iterable[bytes]) -> Iterator[Entry]:
-    """The entries of a file, in its order; empty lines are passed over. Raises BadLine: `file:line: why`."""
+    """Yield the entries of a file, in its order; skips empty lines. Raises CassetteLineError: `file:line: why`."""
     seen: dict[EntryName, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -131,7 +131,7 @@ def _body(members: dict[str, Any]) -> bytes:
 
 
 def _headers(pairs: object) -> tuple[Raw, ...]:
-    """What a line says of headers is given out on a hit, so it must be what an upstream could have said."""
+    """Return a line's headers. Hits send them, so they must be ones that an upstream could have sent."""
     if not isinstance(pairs, list):
         raise CassetteLineError("`headers`: expected a list of [name, value]")
     found = []
@@ -142,7 +142,7 @@ def _headers(pairs: object) -> tuple[Raw, ...]:
             name, value = pair[0].encode("latin-1"), pair[1].encode("latin-1")
         except UnicodeEncodeError:
             raise CassetteLineError("`headers`: expected bytes as Latin-1") from None
-        if not _TOKEN.match(name) or _BREAKS.search(value):
+        if not _TOKEN.match(name) or _LINE_BREAKS.search(value):
             raise CassetteLineError("`headers`: not a header")
         found.append((name, value))
     if shareable_headers(found) != tuple(found):
@@ -153,7 +153,7 @@ def _headers(pairs: object) -> tuple[Raw, ...]:
 
 
 def _check(entry: Entry) -> None:
-    """What the types do not say."""
+    """Check what the types do not. Raises CassetteLineError."""
     if not 200 <= entry.status <= 599:
         raise CassetteLineError("`status`: expected 200 to 599")
     if not (math.isfinite(entry.stored_at) and math.isfinite(entry.ttl)):

@@ -1,10 +1,10 @@
-"""An entry as the bytes that stores outside this process keep, and back. Versioned, checked, no pickle.
+"""Entries to bytes and back, for stores outside this process: with a version and a checksum, without pickle.
 
     frame   magic, version, packing, length of the head, checksum over everything else
-    head    msgpack: the entry less body and request, so that a store can list entries without reading bodies
-    body    as it is, or one zstd frame; where the request is kept, too, it stands before the body, after its length
+    head    msgpack: the entry without body and request, so that a store can list entries without reading bodies
+    body    as it is, or one zstd frame; if the request is kept, its length and text come before the body
 
-Whatever was cut, changed, swapped, or written by another program or version decodes to None: a miss, never an answer.
+Bytes that were cut, changed, swapped, or written by another program or version decode to None, which is a miss.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ else:
     from backports import zstd
 
 VERSION: Final = 1
-"""Part of every envelope. Raise it when an old entry must not be read by new code, or the reverse."""
+"""Part of every frame. It is raised if new code must not read an old entry, or the reverse."""
 
 COMPRESS_FROM: Final = 1024
-"""Bodies shorter than this are kept as they are (bytes): a frame's overhead eats what little there is to gain."""
+"""Shorter bodies (in bytes) are not compressed, since they would gain next to nothing."""
 
-LARGEST: Final = 256 * 1024 * 1024
-"""No body is unpacked beyond this (bytes), whatever its frame says."""
+MAX_BODY: Final = 256 * 1024 * 1024
+"""Most bytes to which a body is decompressed."""
 
 _LEVEL: Final = 3
 _MAGIC: Final = b"OCPe"
-_PLAIN, _ZSTD, _WITH_REQUEST = 0, 1, 2  # the last is added to one of the others
+_PLAIN, _ZSTD, _WITH_REQUEST = 0, 1, 2  # flags; _WITH_REQUEST is added to one of the others
 _LENGTH: Final = struct.Struct(">I")
 _FRAME: Final = struct.Struct(">4sBBI16s")
 FRAME_SIZE: Final = _FRAME.size
@@ -44,7 +44,7 @@ _decoder: Final = msgspec.msgpack.Decoder(Entry)
 
 
 def encode(entry: Entry) -> tuple[bytes, bytes]:
-    """(head with its frame, packed body): for stores that keep the two apart. Joined they are one blob."""
+    """Return (frame and head, packed body), for stores that keep the two apart. Joined they are one blob."""
     head = _encoder.encode(msgspec.structs.replace(entry, body=b"", request=None))
     body, packing = entry.body, _PLAIN
     if entry.request is not None:
@@ -58,7 +58,7 @@ def encode(entry: Entry) -> tuple[bytes, bytes]:
 
 
 def decode(blob: bytes, key: str, form: str) -> Entry | None:
-    """The entry in `blob`, provided that it is whole and names this key and form; else None. Never raises."""
+    """Return the entry in `blob` if it is undamaged and names this key and form; else None. Never raises."""
     frame = _frame(blob)
     if frame is None:
         return None
@@ -81,19 +81,19 @@ def decode(blob: bytes, key: str, form: str) -> Entry | None:
 
 
 def describe(start: bytes) -> Entry | None:
-    """The entry less body and request, from a blob or the start that holds its whole head. Not checked for damage."""
+    """Return the entry without body and request, from a blob or a beginning with its whole head. Checks no checksum."""
     frame = _frame(start)
     return None if frame is None or len(start) < frame[1] else _entry(memoryview(start)[FRAME_SIZE : frame[1]])
 
 
 def head_size(start: bytes) -> int | None:
-    """How many bytes of a blob `describe` needs; None where this is no envelope of ours. FRAME_SIZE bytes tell."""
+    """Return how many bytes of a blob `describe` needs; None if it is no entry. The first FRAME_SIZE bytes suffice."""
     frame = _frame(start)
     return None if frame is None else frame[1]
 
 
 def _frame(blob: bytes) -> tuple[int, int, bytes] | None:
-    """(packing, where the head ends, checksum)."""
+    """Return (packing, end of the head, checksum); None if it is no frame of this version."""
     if len(blob) < FRAME_SIZE:
         return None
     magic, version, packing, length, checksum = _FRAME.unpack_from(blob)
@@ -110,10 +110,10 @@ def _entry(head: memoryview) -> Entry | None:
 
 
 def _unpack(packed: memoryview) -> bytes | None:
-    """The content of exactly one whole zstd frame that says how long it is; None for anything else."""
+    """Return the content of exactly one complete zstd frame that states its length; None for anything else."""
     try:
         size = zstd.get_frame_info(packed).decompressed_size
-        if size is None or size > LARGEST:
+        if size is None or size > MAX_BODY:
             return None
         unpacker = zstd.ZstdDecompressor()
         body = unpacker.decompress(packed)
@@ -123,7 +123,7 @@ def _unpack(packed: memoryview) -> bytes | None:
 
 
 def _checksum(packing: int, head: bytes | memoryview, body: bytes | memoryview) -> bytes:
-    """Against damage, not against forgers: who can write to the store can also compute this."""
+    """Return a checksum against damage. It does not stop forgery: whoever can write to the store can compute it."""
     digest = hashlib.sha256(b"%d %d %d\n" % (VERSION, packing, len(head)))
     digest.update(head)
     digest.update(body)

@@ -1,6 +1,6 @@
-"""What may be cached: which answers are whole, told afterwards. Contract 7, Cache. Which requests are: `fields`.
+"""Whether a plain response is complete and may be stored (`docs/caching.md`). `fields` decides which requests may be.
 
-An answer is stored only when it is whole. Fields that the checks below do not name may be anything.
+Fields that the checks below do not name may have any value.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final, TypeGuard
 
-WHOLE: Final = frozenset({"stop", "tool_calls", "function_call"})
-"""A choice with one of these finish reasons is all there; so is `length` where the request set a limit."""
+COMPLETE_REASONS: Final = frozenset({"stop", "tool_calls", "function_call"})
+"""Finish reasons of a complete choice. So is `length` if the request set a limit."""
 
 _TOKEN_LIMITS: Final = ("max_tokens", "max_completion_tokens")
 _TERMINAL: Final = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
-"""The events after which a Responses stream has nothing more to say."""
+"""The last events of a Responses stream."""
 
 
 def is_deterministic(endpoint: str, document: Mapping[str, Any]) -> bool:
-    """Whether equal requests get equal answers: temperature 0 or a seed; embeddings and moderations always.
+    """Return whether equal requests get equal responses: temperature 0 or a seed; embeddings and moderations always.
 
     An absent temperature is 1, not 0.
     """
@@ -30,7 +30,7 @@ def is_deterministic(endpoint: str, document: Mapping[str, Any]) -> bool:
 
 
 def plain_complete(endpoint: str, request: Mapping[str, Any], answer: object) -> str | None:
-    """Why a 200 answer is not stored, in a few words; None: it is whole. Both arguments are parsed JSON."""
+    """Return why a 200 response is not stored, in a few words; None if it is complete. Both are parsed JSON."""
     if not isinstance(answer, dict):
         return "not an object"
     if answer.get("error") is not None:
@@ -65,7 +65,7 @@ def _plain_choices(endpoint: str, request: Mapping[str, Any], choices: object) -
 def _judge(
     endpoint: str, request: Mapping[str, Any], reasons: Mapping[int, object], filled: Collection[int]
 ) -> str | None:
-    """`reasons`: choice index -> finish_reason, None while it has none; `filled`: those with content."""
+    """Return why these choices are incomplete. reasons: index -> finish_reason or None; filled: those with content."""
     if not reasons:
         return "no choices"
     expected = _choices_asked_for(endpoint, request) or len(reasons)
@@ -77,7 +77,7 @@ def _judge(
             return "no finish_reason"
         if not isinstance(reason, str):
             return "malformed choices"
-        if reason not in WHOLE and not (reason == "length" and limited):
+        if reason not in COMPLETE_REASONS and not (reason == "length" and limited):
             return f"finish_reason {_word(reason)}"
         if index not in filled:
             return "empty"
@@ -85,7 +85,7 @@ def _judge(
 
 
 def _choices_asked_for(endpoint: str, request: Mapping[str, Any]) -> int | None:
-    """How many choices there must be, where the request says so: for completions, n for each prompt."""
+    """Return how many choices there must be (for completions, n for each prompt); None if the request does not say."""
     n = request.get("n")
     if n is not None and (type(n) is not int or n < 1):
         return None
@@ -96,7 +96,7 @@ def _choices_asked_for(endpoint: str, request: Mapping[str, Any]) -> int | None:
 
 
 def _has_content(endpoint: str, choice: Mapping[str, Any], part: str) -> bool:
-    """An answer without text, tool call or refusal is not kept: a retry would only get the same again."""
+    """Return whether a choice has text, a tool call or a refusal. An empty one is not stored, so that a retry helps."""
     if endpoint == "completions":
         return bool(choice.get("text"))
     message = choice.get(part)
@@ -142,7 +142,7 @@ def _response(response: Mapping[str, Any]) -> str | None:
 
 
 def _is_answer(item: Mapping[str, Any]) -> bool:
-    """Whether an output item answers: a text or refusal, or any kind of call; reasoning alone does not."""
+    """Return whether an output item is a text, a refusal or any kind of call, not reasoning alone."""
     if item.get("type") == "reasoning":
         return False
     if item.get("type") != "message":
@@ -166,7 +166,7 @@ def _moderations(texts: object, results: object) -> str | None:
 
 
 def _items(texts: object) -> int | None:
-    """How many items an `input` or `prompt` is: one text, a list of tokens, or a list of either; None: unclear."""
+    """Return how many items an `input` or `prompt` has: a text, a token array, or a list of either; None if unclear."""
     if isinstance(texts, str):
         return 1
     if not isinstance(texts, list) or not texts:
@@ -179,7 +179,7 @@ def _is_index(value: object) -> TypeGuard[int]:
 
 
 def _word(value: object) -> str:
-    """An upstream's word as it may stand in a header or a log line."""
+    """Return an upstream's word if it is fit for a header or a log line, else `unknown`."""
     if isinstance(value, str) and len(value) <= 32 and value.isascii() and value.isidentifier():
         return value
     return "unknown"

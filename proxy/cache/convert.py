@@ -1,9 +1,9 @@
-"""One stored answer, both forms: the plain JSON that a stream stands for, and a stream that stands for plain JSON.
+"""Converts a stored stream to a plain response, and a plain response to a stream (`docs/caching.md`).
 
-Nothing is lost or guessed: where a field has no certain rule the result is None, and the other form is a miss.
+Nothing is lost or guessed: if a field has no certain rule, the result is None, and the other form is a miss.
 
-A stream is put together by the rules in `assembly`. A stream is made so that these rules and the accumulator of the
-official SDK both give the stored answer again; that the rules do is checked in every conversion.
+A stream is joined by the rules in `assemble`. A stream is made so that both these rules and the accumulator of the
+official SDK restore the stored response; every conversion checks that the rules do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import orjson
 from ..protocol.json_parse import is_deeper
 from ..protocol.sse import Splitter, data_of
 from .assemble import (
-    KINDS_OF_CALL,
+    CALL_KINDS,
     LOGPROBS,
     OBJECTS,
     TEXTS,
@@ -33,19 +33,19 @@ from .completeness import plain_complete
 
 DONE: Final = b"data: [DONE]\n\n"
 
-_ENVELOPE: Final[Sequence[str]] = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
-"""What every chunk repeats."""
+_CHUNK_FIELDS: Final[Sequence[str]] = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
+"""The fields that every chunk repeats."""
 
-_MOST_PIECES: Final = 64
-_SHORTEST_PIECE: Final = 8
-"""A text is streamed in at most so many pieces, none but the last shorter than so many characters."""
+_MAX_PIECES: Final = 64
+_MIN_PIECE: Final = 8
+"""A text is streamed in at most `_MAX_PIECES` pieces; only the last has fewer than `_MIN_PIECE` characters."""
 
 
 def plain_from_stream(endpoint: str, request: Mapping[str, Any], events: Iterable[bytes] | bytes) -> bytes | None:
-    """The plain JSON answer that a complete stream stands for; None: that is not certain.
+    """Return the plain response that a complete stream makes; None if that is not certain.
 
-    events: the stream's bytes, or its events as the Splitter gives them. request: the parsed request, which says when
-    an answer is whole. On responses it is the `response` of `response.completed`, byte for byte. Never raises.
+    events: the stream's bytes, or its events as `Splitter` returns them. request: the parsed request, which decides
+    when a response is complete. On responses it is the `response` of `response.completed`, byte for byte. Never raises.
     """
     try:
         if endpoint == "responses":
@@ -55,17 +55,17 @@ def plain_from_stream(endpoint: str, request: Mapping[str, Any], events: Iterabl
         else:
             return None
         return body if plain_complete(endpoint, request, orjson.loads(body)) is None else None
-    except _UNCERTAIN:
+    except _NOT_CONVERTIBLE:
         return None
 
 
 def stream_from_plain(
     endpoint: str, request: Mapping[str, Any], body: bytes
 ) -> tuple[bytes, tuple[int, int] | None] | None:
-    """A stream that stands for a complete plain answer, and where the usage chunk lies in it (from, to), which only
-    those get who asked for it; that is None where the answer has no usage. None: the stream is not certain.
+    """Return a stream that makes a complete plain response, and where its usage chunk is; None if it is not certain.
 
-    Always None on responses: a client may rely on any of some fifty kinds of event. Never raises.
+    The usage chunk, (from, to), is sent only to clients that ask for it; it is None if the response has no usage.
+    Always None on responses: a client may rely on any of about fifty kinds of event. Never raises.
     """
     if endpoint not in OBJECTS:
         return None
@@ -77,7 +77,7 @@ def stream_from_plain(
         if assemble(endpoint, chunks) != _without_call_indexes(answer):
             return None
         events = [b"data: %b\n\n" % encode(chunk) for chunk in chunks]
-    except _UNCERTAIN:
+    except _NOT_CONVERTIBLE:
         return None
     stream = b"".join(events)
     span = None
@@ -86,15 +86,15 @@ def stream_from_plain(
     return stream + DONE, span
 
 
-_UNCERTAIN: Final = (NotConvertible, ValueError, TypeError, LookupError)
-"""What `decode`, `encode` and unlikely shapes raise."""
+_NOT_CONVERTIBLE: Final = (NotConvertible, ValueError, TypeError, LookupError)
+"""The exceptions of `decode`, `encode` and unexpected shapes."""
 
 
 # -- stream to plain --------------------------------------------------------------------------------------------------
 
 
 def _payloads(events: Iterable[bytes] | bytes) -> Iterator[bytes]:
-    """The data of the events, comments left out."""
+    """Yield the data of the events, without comments."""
     if isinstance(events, bytes):
         splitter = Splitter()
         stream = events
@@ -116,7 +116,7 @@ def _chunks_of(payloads: Iterable[bytes]) -> Iterator[Json]:
 
 
 def _plain(endpoint: str, chunks: Sequence[Json]) -> Json:
-    """The answer, with what every plain answer has."""
+    """Return the response, with the fields that every plain response has."""
     answer = assemble(endpoint, chunks)
     if type(answer.get("usage")) is not dict:
         raise NotConvertible("no usage")
@@ -127,7 +127,7 @@ def _plain(endpoint: str, chunks: Sequence[Json]) -> Json:
 
 
 class _Event(msgspec.Struct):
-    """What is read of an event of a Responses stream."""
+    """The fields that are read from an event of a Responses stream."""
 
     type: str = ""
     output_index: int = 0
@@ -135,10 +135,11 @@ class _Event(msgspec.Struct):
 
 
 def _completed_response(payloads: Iterable[bytes]) -> bytes:
-    """The `response` of `response.completed`, verbatim, provided that it holds all items the stream has told, and the
-    usage (some servers leave them out there).
+    """Return the `response` of `response.completed`, verbatim.
+
+    Raises NotConvertible if it lacks the usage or an item of the stream, as with some servers.
     """
-    told: set[int] = set()
+    done: set[int] = set()
     completed = b""
     for data in payloads:
         if data.strip() == b"[DONE]":
@@ -147,13 +148,13 @@ def _completed_response(payloads: Iterable[bytes]) -> bytes:
             raise NotConvertible("depth")
         event = _EVENTS.decode(data)
         if event.type == "response.output_item.done":
-            told.add(event.output_index)
+            done.add(event.output_index)
         elif event.type == "response.completed":
             completed = bytes(event.response)
     response = orjson.loads(completed)
     if type(response) is not dict or type(response.get("usage")) is not dict:
         raise NotConvertible("no usage")
-    if told and told != set(range(len(response.get("output") or ()))):
+    if done and done != set(range(len(response.get("output") or ()))):
         raise NotConvertible("items missing")
     return completed
 
@@ -165,12 +166,12 @@ _EVENTS: Final = msgspec.json.Decoder(_Event)
 
 
 def _stream(endpoint: str, answer: Json) -> Iterator[Json]:
-    """The chunks, the usage chunk last.
+    """Yield the chunks, the usage chunk last.
 
-    The SDK's accumulator takes unknown fields from the first chunk, of the answer and of each choice, and the
-    fingerprint from the last, so that is where they are.
+    The SDK's accumulator takes unknown fields from the first chunk, of the response and of each choice, and the
+    fingerprint from the last, so they are put there.
     """
-    envelope: Json = {name: answer[name] for name in _ENVELOPE if name in answer}
+    envelope: Json = {name: answer[name] for name in _CHUNK_FIELDS if name in answer}
     envelope["object"] = OBJECTS[endpoint][0]
     usage = answer.get("usage")
     rest = {name: value for name, value in answer.items() if name not in envelope and name != "choices"}
@@ -186,7 +187,7 @@ def _stream(endpoint: str, answer: Json) -> Iterator[Json]:
 
 
 def _chat_choice(choice: Json) -> Iterator[Json]:
-    """A choice's parts: the role and what cannot be cut, the texts, the calls, the finish."""
+    """Yield a choice's parts: the role and whatever cannot be split, the texts, the calls, the finish reason."""
     message: Json = choice["message"]
     logprobs: Any = choice.get("logprobs")
     frame: Json = {"index": choice.get("index"), "delta": {}, "logprobs": None, "finish_reason": None}
@@ -203,7 +204,7 @@ def _chat_choice(choice: Json) -> Iterator[Json]:
     yield frame | {"delta": opening} | rest
     by_token, tokens = _tokens_of(message, logprobs)
     if logprobs is not None and not by_token:
-        # Beside the first part of a choice the SDK would count them twice; of others than these it takes no notice.
+        # Beside the first part of a choice the SDK would count them twice; it ignores any but these.
         if type(logprobs) is not dict or not logprobs.keys() <= LOGPROBS.keys():
             raise NotConvertible("unknown logprobs")
         yield frame | {"logprobs": logprobs}
@@ -220,7 +221,7 @@ def _chat_choice(choice: Json) -> Iterator[Json]:
 
 
 def _tokens_of(message: Json, logprobs: object) -> tuple[str, list[Json]]:
-    """The text that the log probabilities are of, and these token by token; "" where they do not fit one exactly."""
+    """Return the text of the log probabilities, and these token by token; "" if they fit no text exactly."""
     if type(logprobs) is not dict:
         return "", []
     told = [(name, items) for name, items in logprobs.items() if items is not None]
@@ -233,16 +234,16 @@ def _tokens_of(message: Json, logprobs: object) -> tuple[str, list[Json]]:
 
 
 def _call_deltas(message: Json) -> Iterator[Json]:
-    """The deltas of the legacy function call and of the tool calls: each called by name, then its text."""
+    """Yield the deltas of the legacy function call and of the tool calls: for each its name, then its text."""
     function = message.get("function_call")
     if function:
         for part in _called(function, "arguments"):
             yield {"function_call": part}
     for position, call in enumerate(message.get("tool_calls") or ()):
-        if type(call) is not dict or call.get("type") not in KINDS_OF_CALL:
+        if type(call) is not dict or call.get("type") not in CALL_KINDS:
             raise NotConvertible("unknown kind of call")
         index = {"index": Number(position)}
-        kind, text = KINDS_OF_CALL[call["type"]]
+        kind, text = CALL_KINDS[call["type"]]
         first = index | call | index
         for part in _called(call.get(kind), text):
             yield {"tool_calls": [first | {kind: part}]}
@@ -258,7 +259,7 @@ def _called(called: Any, text: str) -> Iterator[Json]:
 
 
 def _text_choice(choice: Json) -> Iterator[Json]:
-    """A choice of completions, which may have its log probabilities only beside its whole text."""
+    """Yield the parts of a choice of completions. Log probabilities can only be beside the whole text."""
     frame: Json = {"index": choice.get("index"), "logprobs": None, "finish_reason": None}
     if "logprobs" not in choice:
         del frame["logprobs"]
@@ -273,13 +274,13 @@ def _text_choice(choice: Json) -> Iterator[Json]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    size = max(_SHORTEST_PIECE, -(-len(text) // _MOST_PIECES))
+    size = max(_MIN_PIECE, -(-len(text) // _MAX_PIECES))
     for start in range(0, len(text), size):
         yield text[start : start + size]
 
 
 def _check_list(value: object) -> None:
-    """The SDK's accumulator puts items with an `index` where that says: it must say where they are."""
+    """Raise NotConvertible if items have an `index` other than their place: the SDK's accumulator goes by `index`."""
     if type(value) is list and any(type(item) is dict and "index" in item for item in value):
         for position, item in enumerate(value):
             if type(item) is not dict or item.get("index") != Number(position):
@@ -287,7 +288,7 @@ def _check_list(value: object) -> None:
 
 
 def _without_call_indexes(answer: Json) -> Json:
-    """`answer` as `assemble` would tell it: some providers give tool calls an index in plain answers, too."""
+    """Return `answer` as `assemble` would make it: some providers give tool calls an index in plain responses, too."""
     choices = []
     for choice in answer["choices"]:
         message = choice.get("message")

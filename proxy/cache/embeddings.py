@@ -1,16 +1,16 @@
-"""Embeddings item by item: a batch of texts as its items, and answers made of items again (contract 7, Cache).
+"""Embeddings by item: a batch of texts split into its items, and responses put together from items (`docs/caching.md`).
 
-An item is one text or one array of tokens. It is kept under its own key as the answer to a request for it alone, so a
-request for one item needs nothing of this, and what one batch bought serves every other. Vectors are bytes throughout:
-neither floats nor base64 are ever written anew. The answer to a whole batch that went up as it came is kept beside its
-items, where `max_entry` allows: the same request again gets the same bytes, without being read. An answer made of items
-is not kept, for it can be made again.
+An item is one text or one array of tokens. It is stored under its own key as the response to a request for it alone, so
+requests for one item need nothing of this, and items fetched in one batch serve every other batch. Vectors are bytes
+throughout: floats and base64 are never written anew. The response to a whole batch that was sent unchanged is stored
+beside its items, if `max_entry` allows: the same request again gets the same bytes without being parsed. A response
+put together from items is not stored, since it can be made again.
 
-A request is taken apart only where each of its fields says the same of every item (`_ITEMWISE`). An unknown field may
-tie the items together (Jina's `late_chunking` embeds a text in the light of its neighbours), so it goes the way of
-other requests: whole.
+A request is split only if each of its fields means the same for every item (`_PER_ITEM_FIELDS`). An unknown field may
+connect the items (Jina's `late_chunking` embeds a text in the light of its neighbours), so such a request is cached as
+a whole only.
 
-An item counts once, however often it stands in a batch: once it is sent, paid for, and saved.
+An item counts once, however often it occurs in a batch: it is sent, paid for and saved once.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ import orjson
 from ..cost.pricing import Cost, usd
 from ..cost.usage import Usage
 from ..protocol.json_edit import set_field
-from ..protocol.json_parse import DEEPEST, parse_leniently
+from ..protocol.json_parse import MAX_DEPTH, parse_leniently
 from .entry import Entry
 from .key import KeyParts, canonical, item_keys
 
-MOST_ITEMS: Final = 2048
-"""OpenAI, "Create embeddings": `input` has at most so many items."""
+MAX_ITEMS: Final = 2048
+"""The most items of an `input` (OpenAI's API reference, *Create embeddings*)."""
 
-MOST_TOKENS: Final = 250_000
-"""Tokens of one call, by estimate: OpenAI's limit is 300,000, and bytes / 4 is up to a sixth too low for prose."""
+MAX_CALL_TOKENS: Final = 250_000
+"""The most tokens of one call, by estimate: OpenAI allows 300,000, and bytes / 4 is up to a sixth too low for prose."""
 
-_ITEMWISE: Final = frozenset(
+_PER_ITEM_FIELDS: Final = frozenset(
     {
         "model", "input", "dimensions", "encoding_format", "user",
-        # Cohere, Voyage, NVIDIA, Jina, vLLM: what kind of text each is, how it is cut, how vectors are written
+        # Cohere, Voyage, NVIDIA, Jina, vLLM: the kind of text, how it is truncated, the format of vectors
         "input_type", "task", "prompt_name", "truncate", "truncation", "truncate_prompt_tokens",
         "normalize", "normalized", "output_dimension", "output_dtype", "embedding_type",
     }
 )  # fmt: skip
 _MINUS: Final = re.compile(rb"[\[,\s]-")
-_LARGEST_TOKEN: Final = 2**53
+_MAX_TOKEN: Final = 2**53
 
 
 class CachedItem(msgspec.Struct, frozen=True, gc=False):
-    """An item that is cached. vector: its JSON text."""
+    """A cached item. vector: its JSON text."""
 
     vector: bytes
     entry: Entry
@@ -59,9 +59,9 @@ class CachedItem(msgspec.Struct, frozen=True, gc=False):
 class EmbeddingBatch(msgspec.Struct, frozen=True):
     """A request for several items. An item's number is its place among the different ones, in order of appearance.
 
-    texts: each item's JSON text; weights: its tokens, or UTF-8 bytes where it is text (`counted` says which); bare,
-    keys: its cache key without and with the client's scope; order: the number of the item at each position; rest: the
-    canonical request with null for its `input`; found: those that are cached, by number.
+    texts: each item's JSON text. weights: its tokens, or UTF-8 bytes if it is text (`counted` says which).
+    unpartitioned_keys, keys: its cache key without and with the client's partition. order: the item's number at each
+    position. rest: the canonical request with null as its `input`. found: the cached items, by number.
     """
 
     texts: tuple[bytes, ...]
@@ -73,33 +73,33 @@ class EmbeddingBatch(msgspec.Struct, frozen=True):
     rest: bytes
     found: Mapping[int, CachedItem] = {}
 
-    def parts(self, bought: Container[int] = ()) -> list[tuple[int, ...]]:
-        """The numbers of the items to buy, but for those `bought`: a call each, within what the API takes."""
-        parts: list[tuple[int, ...]] = []
-        part: list[int] = []
+    def calls_to_make(self, fetched: Container[int] = ()) -> list[tuple[int, ...]]:
+        """Return the numbers of the items to fetch, without those in `fetched`, as calls of an allowed size."""
+        calls: list[tuple[int, ...]] = []
+        call: list[int] = []
         tokens = 0
         for number in range(len(self.texts)):
-            if number in self.found or number in bought:
+            if number in self.found or number in fetched:
                 continue
             weight = self.weights[number] if self.counted else -(-self.weights[number] // 4)
-            if part and (len(part) == MOST_ITEMS or tokens + weight > MOST_TOKENS):
-                parts.append(tuple(part))
-                part, tokens = [], 0
-            part.append(number)
+            if call and (len(call) == MAX_ITEMS or tokens + weight > MAX_CALL_TOKENS):
+                calls.append(tuple(call))
+                call, tokens = [], 0
+            call.append(number)
             tokens += weight
-        return [*parts, tuple(part)] if part else parts
+        return [*calls, tuple(call)] if call else calls
 
     @property
-    def changes(self) -> bool:
-        """Whether what goes upstream is not the client's own request."""
-        return bool(self.found) or len(self.order) > len(self.texts) or len(self.parts()) > 1
+    def changes_request(self) -> bool:
+        """Whether the requests sent upstream differ from the client's own."""
+        return bool(self.found) or len(self.order) > len(self.texts) or len(self.calls_to_make()) > 1
 
     def request(self, number: int) -> str:
-        """The canonical request for this item alone."""
+        """Return the canonical request for this item alone."""
         return set_field(self.rest, "input", self.texts[number]).decode()
 
     def input(self, numbers: Sequence[int]) -> bytes:
-        """The value of `input` that asks for these items."""
+        """Return the value of `input` for these items."""
         return b"[" + b",".join([self.texts[number] for number in numbers]) + b"]"
 
 
@@ -107,11 +107,11 @@ class EmbeddingBatch(msgspec.Struct, frozen=True):
 
 
 def read_batch(raw: bytes, document: Mapping[str, Any], parts: KeyParts, drop: frozenset[str]) -> EmbeddingBatch | None:
-    """The items of a request that has a cache key, made of `parts`; None: it is not to be taken apart.
+    """Return the items of a request whose cache key is made of `parts`; None if it must not be split.
 
-    raw, document: its body, and that parsed; drop: the fields that are not in the key.
+    raw, document: its body, and the same parsed. drop: the fields that are not in the key.
     """
-    if not document.keys() <= _ITEMWISE | drop:
+    if not document.keys() <= _PER_ITEM_FIELDS | drop:
         return None
     items = _items(document.get("input"))
     if items is None:
@@ -129,7 +129,7 @@ def read_batch(raw: bytes, document: Mapping[str, Any], parts: KeyParts, drop: f
 
 
 def _items(given: object) -> list[Any] | None:
-    """The items of an `input`: a text, tokens, or an array of either. None: it is nothing of the kind, or empty."""
+    """Return the items of an `input`: a text, tokens, or an array of either; None for anything else, or if empty."""
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list) or not given:
@@ -143,9 +143,7 @@ def _items(given: object) -> list[Any] | None:
 
 def _is_tokens(item: object) -> bool:
     return (
-        isinstance(item, list)
-        and bool(item)
-        and all(type(token) is int and 0 <= token < _LARGEST_TOKEN for token in item)
+        isinstance(item, list) and bool(item) and all(type(token) is int and 0 <= token < _MAX_TOKEN for token in item)
     )
 
 
@@ -170,10 +168,10 @@ _ANSWER: Final = msgspec.json.Decoder(_Answer)
 
 
 def read_answer(body: bytes) -> Any:
-    """An embeddings answer, parsed as by `parse_leniently`, but each `embedding` is the bytes of its JSON text.
+    """Return an embeddings response, parsed as by `parse_leniently`, but each `embedding` is its JSON text.
 
-    That is six times as fast. An answer that is not of the usual form is parsed to the end, its vectors to lists: its
-    items cannot be taken apart. ValueError where it is no JSON.
+    That is six times as fast. A response of another form is parsed completely, its vectors to lists; it is cached as a
+    whole only. Raises ValueError if it is no JSON.
     """
     if body.isascii():  # the decoder does not look into the texts it passes over
         try:
@@ -182,7 +180,7 @@ def read_answer(body: bytes) -> Any:
             return parse_leniently(body)
         vectors = [bytes(datum.embedding) for datum in answer.data]
         brackets = len(vectors) + sum(vector[:1] == b"[" for vector in vectors)
-        deep = body.count(b"[") + body.count(b"{") > brackets + DEEPEST  # only perhaps, which is enough
+        deep = body.count(b"[") + body.count(b"{") > brackets + MAX_DEPTH  # only perhaps, which is enough
         if not deep and all(map(_is_vector, vectors)):
             data = [
                 {"index": datum.index, "embedding": vector} for datum, vector in zip(answer.data, vectors, strict=True)
@@ -193,24 +191,24 @@ def read_answer(body: bytes) -> Any:
 
 
 def _is_vector(text: bytes) -> bool:
-    """Whether it is an array or a text, and not an empty one."""
+    """Return whether it is an array or a text, and not empty."""
     return text[:1] in (b"[", b'"') and (len(text) > 64 or len(text.translate(None, b" \t\r\n")) > 2)
 
 
 def vectors_of(document: Mapping[str, Any]) -> list[bytes] | None:
-    """The vectors of a whole answer from `read_answer`, by index; None where it is not of the usual form."""
+    """Return the vectors of a complete response from `read_answer`, by index; None if it is not of the usual form."""
     data = sorted(document["data"], key=lambda datum: datum["index"])
     vectors = [datum["embedding"] for datum in data]
     return vectors if type(vectors[0]) is bytes else None
 
 
 def in_order(document: Mapping[str, Any]) -> bool:
-    """Whether each embedding of a whole answer stands where its index says."""
+    """Return whether each embedding of a complete response is where its index says."""
     return all(datum["index"] == position for position, datum in enumerate(document["data"]))
 
 
-def join(vectors: Mapping[int, bytes], order: Iterable[int], model: str | None, usage: Usage | None) -> bytes:
-    """An answer as the API gives it. vectors: by item number; order: the number of the item at each position."""
+def answer_body(vectors: Mapping[int, bytes], order: Iterable[int], model: str | None, usage: Usage | None) -> bytes:
+    """Return a response as the API writes it. vectors: by item number. order: the item's number at each position."""
     data = b",".join(
         [
             b'{"object":"embedding","index":%d,"embedding":%b}' % (index, vectors[number])
@@ -229,8 +227,8 @@ def _tokens(usage: Usage) -> tuple[int, int]:
 # -- items in the cache -----------------------------------------------------------------------------------------------
 
 
-def cached(entries: Mapping[int, Entry]) -> dict[int, CachedItem]:
-    """Those of the entries, by item number, that are one vector each, and of one model: others cannot be compared."""
+def cached_items(entries: Mapping[int, Entry]) -> dict[int, CachedItem]:
+    """Return the entries, by item number, that have one vector each, if one model made all of them; else none."""
     found: dict[int, CachedItem] = {}
     for number, entry in entries.items():
         try:
@@ -250,10 +248,9 @@ def item_entries(
     vectors: Sequence[bytes],
     price: Callable[[Usage], Cost | None] | None,
 ) -> list[Entry]:
-    """What is stored of a call for the items of these `numbers`, answered with these `vectors`.
+    """Return the entries of a call for the items of these `numbers`, answered with these `vectors`.
 
-    template: says what the entries have in common, and the usage of all of them together; price: None where that has
-    no known cost.
+    template: what the entries have in common, and their usage together. price: None if the call has no known cost.
     """
     weights = [batch.weights[number] for number in numbers]
     shares: list[Usage] | list[None] = [None] * len(numbers)
@@ -270,7 +267,7 @@ def item_entries(
                 template,
                 key=batch.keys[number],
                 bare=batch.unpartitioned_keys[number] if batch.unpartitioned_keys[number] != batch.keys[number] else "",
-                body=join({0: vector}, (0,), template.answer_model, share),
+                body=answer_body({0: vector}, (0,), template.answer_model, share),
                 usage=share,
                 cost=usd(cost.usd) if cost is not None else None,
                 request=batch.request(number) if template.request is not None else None,
@@ -281,7 +278,7 @@ def item_entries(
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` in whole shares by weight, which add up to it."""
+    """Return `total` in whole shares by weight, which add up to it."""
     sums = [0]
     for weight in weights:
         sums.append(sums[-1] + max(weight, 1))
@@ -290,7 +287,7 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
 
 
 class Savings(msgspec.Struct, frozen=True):
-    """What cached items would have cost. usage, cost: None where unknown; estimated: from apportioned counts."""
+    """What cached items would have cost. usage, cost: None if unknown. estimated: from apportioned counts."""
 
     usage: Usage | None
     cost: str | None
@@ -308,17 +305,17 @@ def savings_of(found: Iterable[CachedItem]) -> Savings:
 
 
 def total_usage(usages: Sequence[Usage | None]) -> Usage | None:
-    """All of them together; None where one is unknown."""
+    """Return the sum; None if one of them is unknown."""
     known = [usage for usage in usages if usage is not None]
     if len(known) < len(usages):
         return None
     return Usage(sum(usage.prompt_tokens for usage in known), 0, sum(usage.total_tokens for usage in known))
 
 
-def made_of(key: str, batch: EmbeddingBatch) -> tuple[Entry, bytes]:
-    """The answer to a request all of whose items are cached: what is to be said of it, and its body.
+def answer_from_items(key: str, batch: EmbeddingBatch) -> tuple[Entry, bytes]:
+    """Return the response to a request whose items are all cached: an entry that describes it, and its body.
 
-    As old as the oldest item, and over when the first one is.
+    It is as old as the oldest item, and expires with the first one.
     """
     entries = [found.entry for found in batch.found.values()]
     oldest = min(entries, key=lambda entry: entry.stored_at)
@@ -334,4 +331,4 @@ def made_of(key: str, batch: EmbeddingBatch) -> tuple[Entry, bytes]:
         tags=(),
         estimated=savings.estimated,
     )
-    return entry, join(vectors, batch.order, oldest.answer_model, savings.usage)
+    return entry, answer_body(vectors, batch.order, oldest.answer_model, savings.usage)

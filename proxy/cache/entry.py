@@ -1,4 +1,4 @@
-"""A stored answer: the bytes that came, in the form they came in, and what it takes to give them again."""
+"""A stored response: its bytes, in the form in which they came, and what is needed to serve them again."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ Form = Literal["json", "sse"]
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """One complete answer, which names its own key. Never changed, never part of a cycle (so gc=False).
+    """One complete response with its own key. It never changes and is part of no reference cycle (so gc=False).
 
-    headers: the end-to-end ones to give out on a hit, already filtered; body: as it came, decoded;
-    usage_span: where in an `sse` body the usage chunk lies (from, to), None where there is none;
-    usage_asked: the upstream was asked for that chunk, so where it is missing, there is none to be had;
-    stored_at: Unix seconds; ttl: seconds; model: the one asked for; answer_model: the one that answered;
-    cost: what a hit saves in USD, exact, None where unknown; sampled: neither temperature 0 nor a seed;
-    request: the canonical request, where the settings say that it is kept (`cache.store_requests`);
-    estimated: usage and cost are its share of a batch's, by length.
-    traits: digests of what was asked, see `core.explain`.
-    bare: the key less the client's scope, by which replay finds it; '' where that is the key itself.
+    headers: the end-to-end ones that a hit sends, already filtered. body: as it came, decoded. usage_span: where in an
+    `sse` body the usage chunk is (from, to), None if there is none. usage_asked: the upstream was asked for that chunk,
+    so if it is missing, there is none to be had. stored_at: Unix seconds. ttl: seconds. model: the one asked for;
+    answer_model: the one that answered. cost: what a hit saves in USD, exact, None if unknown. sampled: the request had
+    neither temperature 0 nor a seed. request: the canonical request, if `cache.store_requests` keeps it. estimated:
+    usage and cost are its share of a batch's, by length. traits: field digests of the request, see `miss_reason`.
+    bare: the key without the client's partition, by which replay finds it; '' if that is the key itself.
     """
 
     key: str
@@ -50,7 +48,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def size(self) -> int:
-        """Bytes of memory this entry takes in a store, overhead included."""
+        """Bytes of memory that the entry takes in a store, with overhead."""
         headers = sum(len(name) + len(value) for name, value in self.headers)
         texts = len(self.key) + len(self.bare) + len(self.model) + len(self.answer_model or "") + len(self.namespace)
         texts += len(self.traits)
@@ -59,10 +57,10 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         return OVERHEAD + len(self.body) + headers + len(self.headers) * _HEADER + texts + tags + request
 
     def body_for(self, with_usage: bool) -> bytes | None:
-        """The body for a client that did, or did not, ask for the usage chunk. None: this entry cannot say.
+        """Return the body for a client that did, or did not, ask for the usage chunk; None if this entry has none.
 
-        Without: the stored bytes less the usage chunk. With: the stored bytes, provided that the usage is in
-        them or that the upstream was asked for it. `json` has its usage always.
+        Without it: the stored bytes without the usage chunk. With it: the stored bytes, if the usage is in them or the
+        upstream was asked for it. The `json` form always has its usage.
         """
         if self.form == "json":
             return self.body
@@ -75,19 +73,19 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def expires_at(self) -> float:
-        """Unix seconds."""
+        """The end of the lifetime, Unix seconds."""
         return self.stored_at + self.ttl
 
     def fresh(self, wall: float) -> bool:
-        """Whether the lifetime has not ended at `wall` (Unix seconds)."""
+        """Return whether the lifetime has not ended at `wall` (Unix seconds)."""
         return wall < self.stored_at + self.ttl
 
     def age(self, wall: float) -> int:
-        """Whole seconds since it was stored; 0 where the clock was set back."""
+        """Return the whole seconds since it was stored; 0 if the clock was set back."""
         return max(0, int(wall - self.stored_at))
 
     def remaining(self, wall: float) -> int:
-        """Whole seconds of lifetime left; negative when stale."""
+        """Return the whole seconds of lifetime left; negative if it is stale."""
         return int(self.stored_at + self.ttl - wall)
 
 
@@ -99,7 +97,7 @@ _SLOT: Final = 8
 _GC_HEAD: Final = 16
 _HEADER: Final = _SLOT + _TUPLE + _GC_HEAD + 2 * (_SLOT + _BYTES)
 _STORE: Final = 2 * (_TUPLE + _GC_HEAD + 2 * _SLOT) + _NUMBER + 2 * _SLOT + 136
-"""What the memory store keeps for an entry: its name, a line in the calendar, a node of the ordered dict."""
+"""Bytes that the memory store keeps for an entry: its name, its place in the expiry list and in the ordered dict."""
 
 OVERHEAD: Final = (
     sys.getsizeof(Entry("", "json", 200, (), b"", None, 0.0, 0.0, "", "", None, None, None, "", (), False))
@@ -109,4 +107,4 @@ OVERHEAD: Final = (
     + 3 * (_TUPLE + _GC_HEAD)
     + _STORE
 )
-"""Bytes an entry with an empty body and no headers takes: measured object sizes, for this Python."""
+"""Bytes of an entry with an empty body and no headers, by the sizes of objects in this Python."""

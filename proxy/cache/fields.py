@@ -1,15 +1,15 @@
-"""Every field of OpenAI's requests, and what the cache makes of it: the one table behind the key and the bypasses.
+"""Every field of OpenAI's requests and how the cache treats it: the one table behind the key and the bypasses.
 
 | word     | meaning                                                                                                |
 |----------|--------------------------------------------------------------------------------------------------------|
-| `in`     | part of the key: another value is another request. So is every field that is not named here            |
-| `form`   | out: it chooses the form of the answer, and an entry names its own form                                |
-| `label`  | out by default (`cache.ignore_fields`): the provider's bookkeeping, no part of what is asked           |
-| `echoed` | in, though it is a label: this endpoint's answers repeat it                                            |
-| `bypass` | some of its values make the answer uncacheable (see below); else it is in                              |
+| `in`     | in the key: another value is another request. Every field that is not named here is in the key, too    |
+| `form`   | not in the key: it chooses the form of the response, and an entry states its own form                  |
+| `label`  | not in the key by default (`cache.ignore_fields`): bookkeeping of the provider, not part of the prompt |
+| `echoed` | in the key, although it is a label: responses of this endpoint repeat it                               |
+| `bypass` | some of its values make the response uncacheable (see below); others are in the key                    |
 
-The names are those of OpenAI's API reference; a test walks the official SDK's types and finds a line for each. What the
-fields mean is the provider's to know: to be `in` nothing need be known of one, so the table cannot fall behind.
+The names are those of OpenAI's API reference; a test reads the types of the official SDK and finds a line for each. A
+field that is `in` needs no knowledge of its meaning, so a new field of the API is treated safely.
 
 A request is not cached because of:
 
@@ -24,7 +24,7 @@ A request is not cached because of:
 | a `shell` in a container                |       | also in namespaces, and among the input's items     |
 | `audio`, or "audio" among `modalities`  | all   | large, and refers to audio stored for an hour only  |
 
-Everything else is cached, `previous_response_id` and file ids included: what they name never changes.
+Everything else is cached, also requests with `previous_response_id` or file ids: what these name never changes.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ FIELDS: Final[Mapping[str, Mapping[str, Verdict]]] = {
     "moderations": _in("input model"),
     "responses": {
         **_in("input instructions model", _MODEL, "access_programs context_management image include"),
-        **_in("background_options"),  # how soon: says nothing without `background`, which bypasses
-        # What these two name is fixed, or the provider's to change, as a model's alias is: lifetimes end.
+        **_in("background_options"),  # has no effect without `background`, which bypasses
+        # What these two name is fixed, or changes like the model behind an alias; the lifetime bounds that.
         **_in("previous_response_id prompt"),
         **_in("max_output_tokens max_tool_calls reasoning text truncation"),
         **_FORM,
@@ -96,7 +96,7 @@ HOSTED_TOOLS: Final = (
     "image_generation",
     "programmatic_tool_calling",
 )
-"""How the types of tools begin that the provider itself runs (`web_search_preview_2025_03_11`, …)."""
+"""Beginnings of the types of tools that the provider runs (`web_search_preview_2025_03_11`, …)."""
 
 LABELS: Final = frozenset(name for fields in FIELDS.values() for name, verdict in fields.items() if verdict == "label")
 """The default of `cache.ignore_fields`."""
@@ -105,15 +105,13 @@ _ECHOING: Final = frozenset(endpoint for endpoint, fields in FIELDS.items() if "
 
 
 def dropped_fields(endpoint: str, ignored: Iterable[str]) -> frozenset[str]:
-    """The top-level fields that are left out of the key of `endpoint` when `cache.ignore_fields` is
-    `ignored`.
-    """
+    """Return the top-level fields that the key of `endpoint` leaves out. ignored: `cache.ignore_fields`."""
     form = frozenset(_FORM)
     return form if endpoint in _ECHOING else form.union(ignored)
 
 
 def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
-    """Why the answer to this request is not cached, as a short reason for a header; None: it may be."""
+    """Return why the response to this request is not cached, as a short reason for a header; None if it may be."""
     if endpoint == "chat" and document.get("store"):
         return "uncacheable: store=true"
     if document.get("background"):
@@ -134,7 +132,7 @@ def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
 
 
 def _hosted(holder: object, nested: bool = True) -> Iterator[str]:
-    """The kinds of hosted tools among the `tools` of an object; nested: and of the namespaces there."""
+    """Yield the kinds of hosted tools among the `tools` of an object. nested: also those in namespaces."""
     tools = holder.get("tools") if isinstance(holder, dict) else None
     for tool in tools if isinstance(tools, list) else ():
         kind = tool.get("type") if isinstance(tool, dict) else None

@@ -1,12 +1,12 @@
-"""The cache key: which requests are the same request (contract 7, Cache).
+"""The cache key: which requests are the same request (`docs/caching.md`).
 
-Two requests share a key only where nothing that can change the answer differs. What is not named here is in.
+Two requests share a key only if they differ in nothing that can change the response. Whatever is not named here is in.
 
 | part of the request                              | key | why                                               |
 |--------------------------------------------------|-----|---------------------------------------------------|
 | endpoint, query string, `OpenAI-Beta`            | in  | choose another operation or behaviour             |
 | namespace asked for, sample                      | in  | separate caches, as the client wants              |
-| the client's scope (`scoped`)                    | in  | separate caches, as the operator wants            |
+| the client's partition (`partitioned`)           | in  | separate caches, as the operator wants            |
 | model after mapping                              | in  | an alias may be pointed at another model          |
 | upstreams (base URL, api-version, deployment)    | in  | other upstreams answer otherwise; `cache_as` joins|
 | every body field, known or unknown, at any depth | in  | a list of known ones is out of date some day      |
@@ -20,8 +20,8 @@ Two requests share a key only where nothing that can change the answer differs. 
 | `prompt_cache_key`, `prompt_cache_retention`     |     |                                                   |
 | all other headers                                | out | differ between identical calls of one SDK         |
 
-Bodies without one certain meaning have no key (`NotCacheable`): they are passed through. Which bodies are not
-cached because of what they ask for is cacheability's decision, not this one's. Field by field: `fields`.
+Bodies without one certain meaning have no key (`NotCacheable`): they are forwarded uncached. `fields` decides which
+requests are not cached because of what they ask for.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from typing import Any, Final
 import msgspec
 import orjson
 
-from ..protocol.json_parse import DEEPEST, is_deeper
+from ..protocol.json_parse import MAX_DEPTH, is_deeper
 
 FORMAT_VERSION: Final = "1"
-"""Part of every key: when keys are made otherwise or entries mean something else, old ones are not read."""
+"""Part of every key. It is raised if keys are made differently or entries change their meaning: old ones go unread."""
 
 
 class NotCacheable(Exception):
-    """The body has no certain canonical form, though it can be read. `reason`: a word or two for a header."""
+    """The body has no certain canonical form, although it can be read. `reason`: a word or two for a header."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -49,9 +49,7 @@ class NotCacheable(Exception):
 
 
 class KeyParts(msgspec.Struct, frozen=True):
-    """Everything a key is made of. `upstreams`: the identity of those that may serve it; `body`: from
-    `canonical`.
-    """
+    """Everything that a key is made of. upstreams: the identity of those that may serve it. body: from `canonical`."""
 
     endpoint: str
     namespace: str
@@ -64,15 +62,14 @@ class KeyParts(msgspec.Struct, frozen=True):
 
 
 def canonical(raw: bytes, drop: frozenset[str]) -> bytes:
-    """The one spelling of all JSON texts that mean the object `raw`, less its top-level members named in
-    `drop`.
+    """Return one spelling for all JSON texts that mean the object `raw`, without its top-level members in `drop`.
 
-    Members are sorted, strings are plain UTF-8, numbers stay as written and are never converted (so that a
-    number of a million digits costs nothing). Linear in the size of `raw`.
+    Members are sorted, strings are plain UTF-8, numbers stay as written and are never converted (so a number of a
+    million digits costs nothing). The work is linear in the size of `raw`.
 
-    Raises ValueError where `raw` is not JSON in UTF-8 (a byte order mark is not), and NotCacheable for: `not
-    an object`, `duplicate keys` at any depth, `NaN` and infinities, `depth` beyond DEEPEST, `unicode` (half a
-    surrogate pair, which UTF-8 cannot hold). Nothing else.
+    Raises ValueError if `raw` is not JSON in UTF-8 (a byte order mark is not allowed), and NotCacheable for: `not an
+    object`, `duplicate keys` at any depth, `NaN` and infinities, `depth` beyond MAX_DEPTH, `unicode` (half a surrogate
+    pair, which UTF-8 cannot hold). Nothing else.
     """
     text = raw.decode()
     try:
@@ -84,7 +81,7 @@ def canonical(raw: bytes, drop: frozenset[str]) -> bytes:
         raise
     if type(document) is not dict:
         raise NotCacheable("not an object")
-    if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deeper(document, DEEPEST):
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(document, MAX_DEPTH):
         raise NotCacheable("depth")
     for name in drop:
         document.pop(name, None)
@@ -95,9 +92,7 @@ def canonical(raw: bytes, drop: frozenset[str]) -> bytes:
 
 
 def cache_key(parts: KeyParts) -> str:
-    """The key as 64 hex digits. Every part is preceded by its length, so that no two lists of parts run
-    together.
-    """
+    """Return the key as 64 hex digits. Each part is preceded by its length, so that no two lists of parts collide."""
     texts = (
         FORMAT_VERSION,
         parts.endpoint,
@@ -115,20 +110,22 @@ def cache_key(parts: KeyParts) -> str:
     return digest.hexdigest()
 
 
-def partitioned(bare: str, scope: str) -> str:
-    """The key for one client: `bare`, the key less the client, itself where the client shares with all ('').
+def partitioned(unpartitioned_key: str, partition: str) -> str:
+    """Return the key for one client: the unpartitioned key itself if the client shares with all ('').
 
-    Made of the bare key, so that the body is digested once and an entry can be found again without its client.
+    It is made from the unpartitioned key, so the body is digested once, and replay finds an entry without its client.
     """
-    if not scope:
-        return bare
-    return hashlib.sha256(f"{len(scope)}:{scope}{bare}".encode("utf-8", "surrogatepass")).hexdigest()
+    if not partition:
+        return unpartitioned_key
+    return hashlib.sha256(
+        f"{len(partition)}:{partition}{unpartitioned_key}".encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 def item_keys(parts: KeyParts, items: Iterable[bytes]) -> list[str]:
-    """The keys of single items of an `input`, each given as its canonical text; `parts.body` is without `input`.
+    """Return the keys of single items of an `input`, each given as its canonical text; `parts.body` has no `input`.
 
-    No such key is a request's: the endpoint's name is another.
+    No request has such a key, since the endpoint's name differs.
     """
     head = cache_key(msgspec.structs.replace(parts, endpoint=f"{parts.endpoint}, one item"))
     return [hashlib.sha256(b"%b%b" % (head.encode(), item)).hexdigest() for item in items]
@@ -145,8 +142,8 @@ def _no_constant(name: str) -> None:
     raise NotCacheable("NaN")
 
 
-# A Fragment is written as it is: the number keeps its spelling. Python's decoder, not orjson's, because
-# orjson has no hooks; its scanner is in C with hooks, too.
+# A Fragment is written as it is, so a number keeps its spelling. orjson has no hooks for decoding; the scanner of the
+# standard library is in C with hooks, too.
 _DECODER: Final = json.JSONDecoder(
     object_pairs_hook=_unique,
     parse_int=orjson.Fragment,
@@ -154,7 +151,7 @@ _DECODER: Final = json.JSONDecoder(
     parse_constant=_no_constant,
 )
 
-# A hook's NotCacheable ends the reading early. What follows may not be JSON, and that counts for more.
+# A hook's NotCacheable ends the decoding early. If the rest is not JSON, that error comes first.
 _SYNTAX: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
 

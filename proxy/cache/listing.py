@@ -1,4 +1,4 @@
-"""A stored answer as administration shows it: what it is, how old, how large, and what a hit on it saves."""
+"""An entry for operators, without its body: what it is, its age and size, and what a hit saves."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from .entry import Entry
 
 
 def listing(entry: Entry, size: int, wall: float) -> dict[str, Any]:
-    """For JSON, without the body. size: bytes in its store; wall: now, Unix seconds.
+    """Return the members of a JSON object. size: bytes in its store. wall: now, Unix seconds.
 
-    ttl_left_s: below 0 for an entry whose time is over; saves_usd: what a hit saves, None where unknown;
-    traits: of `core.explain`.
+    ttl_left_s: below 0 for an expired entry. saves_usd: None if unknown. traits: the field digests of `miss_reason`.
     """
     return {
         "key": entry.key,
@@ -37,7 +36,7 @@ def listing(entry: Entry, size: int, wall: float) -> dict[str, Any]:
 
 
 def timestamp(wall: float) -> str:
-    """ISO 8601 in UTC; what no calendar holds, in plain Unix seconds."""
+    """Return the time in ISO 8601 and UTC; plain Unix seconds if no calendar holds it."""
     try:
         return datetime.fromtimestamp(int(wall), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, OverflowError, OSError):

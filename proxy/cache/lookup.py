@@ -24,7 +24,7 @@ from ..protocol.routes import printable
 from ..system.clock import Clock
 from ..system.threads import in_thread_if_large
 from .completeness import is_deterministic
-from .embeddings import EmbeddingBatch, cached, item_entries, made_of
+from .embeddings import EmbeddingBatch, answer_from_items, cached_items, item_entries
 from .entry import Entry, Form
 from .forms import converted, other_form
 from .miss_reason import RecentRequests, nearest, shown_names, why_missed
@@ -209,7 +209,7 @@ class ResponseCache:
             for number, entry in enumerate(entries)
             if entry is not None and self._may_serve(entry, max_age, self._past_end)
         }
-        found = await in_thread_if_large(sum(len(entry.body) for entry in usable.values()), cached, usable)
+        found = await in_thread_if_large(sum(len(entry.body) for entry in usable.values()), cached_items, usable)
         if not found:
             return plan
         new = f"{len(batch.keys) - len(found)} of {len(batch.keys)} new"
@@ -218,7 +218,7 @@ class ResponseCache:
 
     async def _made_of_items(self, key: str, batch: EmbeddingBatch) -> CacheHit:
         size = sum(len(found.vector) for found in batch.found.values())
-        entry, body = await in_thread_if_large(size, made_of, key, batch)
+        entry, body = await in_thread_if_large(size, answer_from_items, key, batch)
         return CacheHit(entry, body, self._clock.new_id())
 
     def _why_missed(

@@ -1,17 +1,18 @@
-"""Why a request missed: how it differs from the nearest stored one, without keeping either.
+"""Why a request missed: how it differs from the nearest stored request, without keeping either.
 
-Of every stored request a digest is kept for each part of its key and each top-level field of its body, as a short text
-in the entry's head (`traits`), where stores, lists and exported files have it:
+For each stored request a digest of each part of its key and of each top-level field of its body is kept, as a short
+text in the entry's head (its field `traits`), where stores, lists and exported files have it:
 
     messages:7d1e0a… model:… temperature:… upstreams:…
 
-8 bytes of SHA-256 each: enough that two values are never taken for one by chance. They are not salted: a secret would
-have to be shared by all processes and with whoever replays an exported file, and would hide nothing, since who can read
-the digest of a guessable field reads the whole answer beside it, and can confirm a guess by the entry's key as well.
+A digest is 8 bytes of SHA-256, enough that two values never seem equal by chance. Digests are not salted: all
+processes, and everybody who replays an exported file, would have to share the salt, and it would hide nothing. Whoever
+can read the digest of a guessable field can read the whole response beside it, and can confirm a guess by the entry's
+key as well.
 
-Names are as in the body. A part named like a field goes by its plain name, the field by `body.NAME`. `model` stands for
-the field and for what it was mapped to; where it differs, `upstreams`, which follow from it, are not named. Whose
-request it was has no digest: requests are compared within one client's, or without regard to it.
+Names are those in the body. A part of the key with the name of a field keeps it, and the field is called `body.NAME`.
+`model` is the field and what it was mapped to; if it differs, `upstreams`, which follow from it, are not named. The
+client has no digest: requests are compared within one client's, or without regard to clients.
 """
 
 from __future__ import annotations
@@ -38,33 +39,34 @@ MAIN_FIELDS: Final[Mapping[str, str]] = {
     "moderations": "input",
     "responses": "input",
 }
-"""Endpoint -> the field that says what is asked. The others say how."""
+"""Endpoint -> the field that holds the prompt."""
 
-MOST_FIELDS: Final = 64
-"""A body with more top-level fields than this, or with a longer name, has no traits: it is only `new`."""
-_LONGEST_NAME: Final = 64
+MAX_FIELDS: Final = 64
+"""A body with more top-level fields, or with a longer name, has no digests, and its misses are always `new`."""
+_MAX_NAME_LENGTH: Final = 64
 
 _DIGITS: Final = 16
 
-MOST_NAMED: Final = 3
-"""So many differences are named in a header."""
+MAX_NAMED: Final = 3
+"""The most differences that a header names."""
 
-_PARTS: Final = frozenset({"client", "namespace", "upstreams", "OpenAI-Beta", "sample", "query"})
+_PART_NAMES: Final = frozenset({"client", "namespace", "upstreams", "OpenAI-Beta", "sample", "query"})
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\Z")
 _SMALL: Final = 256
 _FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def field_digests_of(parts: KeyParts) -> str:
-    """The digests of a request, `NAME:DIGEST` with spaces between, the model first. An empty part has none; nothing
-    has where there are too many fields: "".
+    """Return the digests of a request, `NAME:DIGEST` separated by spaces, the model first.
+
+    An empty part has no digest. A request with too many fields has none at all: "".
     """
     fields = _FIELDS.decode(parts.body)
-    if len(fields) > MOST_FIELDS or any(len(name) > _LONGEST_NAME for name in fields):
+    if len(fields) > MAX_FIELDS or any(len(name) > _MAX_NAME_LENGTH for name in fields):
         return ""
-    namespace = parts.namespace.rpartition("\n")[2]  # less the client, who is no part of what was asked
+    namespace = parts.namespace.rpartition("\n")[2]  # without the client
     asked = bytes(fields.pop("model", b""))
-    traits = ["model:" + _digest(b"%b\n%b" % (_bytes(parts.model), asked))]
+    digests = ["model:" + _digest(b"%b\n%b" % (_bytes(parts.model), asked))]
     for name, text in (
         ("namespace", namespace),
         ("upstreams", parts.upstreams),
@@ -73,61 +75,62 @@ def field_digests_of(parts: KeyParts) -> str:
         ("query", parts.query),
     ):
         if text:
-            traits.append(f"{name}:{_digest(_bytes(text))}")
+            digests.append(f"{name}:{_digest(_bytes(text))}")
     for name, raw in fields.items():
         value = bytes(raw)
         digest = _digest(value) if len(value) <= _SMALL else _digest_of(value)
-        traits.append(f"{_field_name(name)}:{digest}")
-    return " ".join(traits)
+        digests.append(f"{_field_name(name)}:{digest}")
+    return " ".join(digests)
 
 
 def differences(one: str, other: str) -> list[str]:
-    """The names of what is not the same in both, sorted."""
-    names = {trait.partition(":")[0] for trait in {*one.split()} ^ {*other.split()}}
+    """Return the sorted names of what differs between two texts of field digests."""
+    names = {digest.partition(":")[0] for digest in {*one.split()} ^ {*other.split()}}
     if "model" in names:
         names.discard("upstreams")
     return sorted(names)
 
 
-def nearest(candidates: Iterable[tuple[T, str]], traits: str) -> tuple[T, list[str]] | None:
-    """Of (what, its traits) the first that differs least from `traits`, and in what; [] where it is in nothing.
+def nearest(candidates: Iterable[tuple[T, str]], field_digests: str) -> tuple[T, list[str]] | None:
+    """Return the first of the candidates (what, its digests) that differs least, and the names of what differs.
 
-    None: none can be compared. About 2 us each.
+    None if no candidate can be compared. Takes about 2 µs for each.
     """
     found: tuple[T, list[str]] | None = None
-    for what, others in candidates if traits else ():
+    for what, others in candidates if field_digests else ():
         if others:
-            names = differences(traits, others)
+            names = differences(field_digests, others)
             if found is None or len(names) < len(found[1]):
                 found = what, names
     return found
 
 
 def reason_of(endpoint: str, names: Sequence[str]) -> str:
-    """What a miss is called that differs so from its nearest neighbour: where it asks something else, it is `new`."""
+    """Return the reason of a miss that differs in `names` from the nearest stored request; another prompt is `new`."""
     return "new" if not names or MAIN_FIELDS.get(endpoint) in names else shown_names(names)
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """`differs: temperature, top_p`, for a header: ASCII, and at most a few names."""
-    shown = ", ".join(names[:MOST_NAMED])
-    return f"differs: {shown}, ..." if len(names) > MOST_NAMED else f"differs: {shown}"
+    """Return `differs: temperature, top_p` for a header: ASCII, with at most `MAX_NAMED` names."""
+    shown = ", ".join(names[:MAX_NAMED])
+    return f"differs: {shown}, ..." if len(names) > MAX_NAMED else f"differs: {shown}"
 
 
 def why_missed(
     entry: Entry | None, other: Entry | None, wall: float, max_age: int | None, wants_usage: bool
 ) -> tuple[str, str] | None:
-    """Why what is stored under the very key does not serve, and the `fwd` of RFC 9211; None: nothing is stored.
+    """Return why the entries under the key do not serve, and the `fwd` of RFC 9211; None if nothing is stored.
 
-    entry: in the form asked for; other: in the other form, which could not be converted or does not serve either.
+    entry: in the form asked for. other: in the other form, which cannot be converted or does not serve either. wall:
+    Unix seconds. max_age: seconds, as the client asked. wants_usage: the client asked for a stream's usage chunk.
     """
-    found = [stored for stored in (entry, other) if stored is not None]
-    if not found:
+    stored = [one for one in (entry, other) if one is not None]
+    if not stored:
         return None
-    fresh = [stored for stored in found if stored.fresh(wall)]
+    fresh = [one for one in stored if one.fresh(wall)]
     if not fresh:
         return "expired", "stale"
-    young = [stored for stored in fresh if max_age is None or stored.age(wall) <= max_age]
+    young = [one for one in fresh if max_age is None or one.age(wall) <= max_age]
     if not young:
         return "max-age", "request"
     if entry in young and wants_usage and entry is not None and entry.body_for(True) is None:
@@ -142,62 +145,64 @@ class _RecentRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class RecentRequests:
-    """The requests whose answers were stored or found last, to compare a miss with. Bounded; a few us a question.
+    """The requests whose responses were stored or found last, to compare a miss with. Bounded; takes a few µs.
 
-    Its neighbours are those that asked the same, the newest `_NEIGHBOURS` of them. Clients never see each other's: what
-    one asked is nobody else's business.
+    A miss is compared with the newest `_MAX_NEIGHBOURS` requests that had the same prompt. Clients are kept apart: none
+    learns what another one asked.
     """
 
     def __init__(self, kept: int = 4096) -> None:
         self._kept = kept
-        self._same_question: OrderedDict[tuple[str, str, str], list[_RecentRequest]] = OrderedDict()
-        self._ends: OrderedDict[str, float] = OrderedDict()
+        self._by_question: OrderedDict[tuple[str, str, str], list[_RecentRequest]] = OrderedDict()
+        self._expiries: OrderedDict[str, float] = OrderedDict()
 
-    def add(self, scope: str, entry: Entry) -> None:
-        """An answer is stored, for a client of this scope."""
+    def add(self, partition: str, entry: Entry) -> None:
+        """Remember a stored response. partition: the client's."""
         if not entry.traits:
             return
         known = _RecentRequest(entry.key, entry.traits, entry.expires_at)
-        main = _main(entry.endpoint, entry.traits)
-        question = scope, entry.endpoint, main
-        neighbours = self._same_question.setdefault(question, [])
-        neighbours[:] = [known, *[one for one in neighbours if one.key != known.key][: _NEIGHBOURS - 1]]
-        self._same_question.move_to_end(question)
-        self._ends[entry.key] = entry.expires_at
-        self._ends.move_to_end(entry.key)
-        for index in (self._same_question, self._ends):
+        main = _main_digest(entry.endpoint, entry.traits)
+        question = partition, entry.endpoint, main
+        neighbours = self._by_question.setdefault(question, [])
+        neighbours[:] = [known, *[one for one in neighbours if one.key != known.key][: _MAX_NEIGHBOURS - 1]]
+        self._by_question.move_to_end(question)
+        self._expiries[entry.key] = entry.expires_at
+        self._expiries.move_to_end(entry.key)
+        for index in (self._by_question, self._expiries):
             if len(index) > self._kept:
                 index.popitem(last=False)
 
     def clear(self) -> None:
-        """Answers were thrown away, no matter which."""
-        self._same_question.clear()
-        self._ends.clear()
+        """Forget everything, after a purge."""
+        self._by_question.clear()
+        self._expiries.clear()
 
-    def reason(self, scope: str, endpoint: str, key: str, traits: str, wall: float) -> str:
-        """Why nothing is stored for a request, in a few words."""
-        if not traits:
+    def reason(self, partition: str, endpoint: str, key: str, field_digests: str, wall: float) -> str:
+        """Return why nothing is stored for a request, in a few words."""
+        if not field_digests:
             return "new"
-        end = self._ends.get(key)
-        if end is not None:
-            return "expired" if end <= wall else "gone"
-        neighbours = self._same_question.get((scope, endpoint, _main(endpoint, traits)), ())
-        found = nearest(((known, known.field_digests) for known in neighbours if known.expires_at > wall), traits)
+        expiry = self._expiries.get(key)
+        if expiry is not None:
+            return "expired" if expiry <= wall else "gone"
+        neighbours = self._by_question.get((partition, endpoint, _main_digest(endpoint, field_digests)), ())
+        found = nearest(
+            ((known, known.field_digests) for known in neighbours if known.expires_at > wall), field_digests
+        )
         return shown_names(found[1]) if found is not None else "new"
 
 
-_NEIGHBOURS: Final = 4
+_MAX_NEIGHBOURS: Final = 4
 
 
-def _main(endpoint: str, traits: str) -> str:
-    """The trait of what is asked; "" where there is none."""
-    _, name, rest = traits.partition(f" {MAIN_FIELDS.get(endpoint, '')}:")
+def _main_digest(endpoint: str, field_digests: str) -> str:
+    """Return the name and digest of the prompt; "" if there is none."""
+    _, name, rest = field_digests.partition(f" {MAIN_FIELDS.get(endpoint, '')}:")
     return name + rest[:_DIGITS] if name else ""
 
 
 @lru_cache(1024)
 def _field_name(name: str) -> str:
-    if name in _PARTS or name.startswith("body."):
+    if name in _PART_NAMES or name.startswith("body."):
         name = "body." + name
     return name if _PLAIN_NAME.match(name) else quote(name, safe="")
 
@@ -211,4 +216,4 @@ def _digest_of(value: bytes) -> str:
 
 
 _digest: Final = lru_cache(8192)(_digest_of)
-"""Most values come again and again: models, temperatures, upstreams."""
+"""Cached, since most values recur: models, temperatures, upstreams."""

@@ -1,4 +1,4 @@
-"""`CachePlan`: what a request may read and write in the cache, under which key, and why not."""
+"""`CachePlan`: what a request may read and write in the cache, under which key, or why it may not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ CacheStatus = Literal["hit", "miss", "bypass", "partial", "coalesced"]
 
 
 class CachePlan(msgspec.Struct, frozen=True):
-    """What the cache may do for a call. key: '' where it may do nothing; reason: why a miss or bypass;
-    read, write: allowed; forward: the `fwd` of Cache-Status (RFC 9211 section 2.2); batch: the items of the request,
-    where each has an entry of its own; traits: of `core.explain`; bare: the key less the client's scope, '' where that
-    is the key; request: the canonical body, where it is to be stored; collapsed: another's upstream call answers it."""
+    """What the cache may do for a request.
+
+    key: '' if nothing. reason: why it is a miss or bypass. read, write: allowed. fwd: as in Cache-Status (RFC 9211
+    section 2.2). batch: the items of an embeddings request, if each has an entry of its own. field_digests: as in
+    `miss_reason`. unpartitioned_key: the key without the client's partition, '' if that is the key. request: the
+    canonical body, if it is to be stored. collapsed: another request's upstream call answers it.
+    """
 
     key: str
     reason: str

@@ -1,4 +1,4 @@
-"""Whether a streamed answer is whole and without error, event by event."""
+"""Whether a streamed response is complete and without error, event by event."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from .completeness import _TERMINAL, _choices_asked_for, _has_content, _is_index
 
 
 class StreamAudit:
-    """Watches the events of a streamed 200 answer and says at its end whether it was whole.
+    """Reads the events of a streamed 200 response and says at its end whether it was complete.
 
-    Every event is parsed: orjson takes 0.8 µs for a usual chunk, which is less than the byte tests that could
-    prove it harmless. What is learnt on the way, for accounting, whether the stream is whole or not:
+    Every event is parsed: orjson takes 0.8 µs for a usual chunk, less than byte tests that could replace it. Accounting
+    reads these attributes, whether the stream is complete or not:
 
-    usage: the last usage object, wherever the provider puts it (a chunk of its own, beside choices, inside a
-    choice, Groq's `x_groq`, a response); model: the answer's; service_tier; error: an error event was seen;
-    output, tools: of a response: they tell of calls that are billed; said: UTF-8 bytes of text so far; usage_span:
-    where in the stream the usage chunk lies (from, to), None where there is none.
+    usage: the last usage object, wherever the provider puts it (a chunk of its own, beside choices, inside a choice,
+    Groq's `x_groq`, a response). model, service_tier: of the response. error: there was an error event. output, tools:
+    of a Responses stream; they show the calls that are billed. text_bytes: UTF-8 bytes of text so far. usage_span:
+    where in the stream the usage chunk is (from, to), None if there is none.
     """
 
     __slots__ = (
         "_completed",
         "_done",
-        "_ended",
         "_endpoint",
         "_fault",
-        "_filled",
+        "_finish_reasons",
         "_offset",
-        "_reasons",
         "_request",
+        "_terminal_seen",
+        "_with_content",
         "error",
         "model",
         "output",
-        "said",
         "service_tier",
+        "text_bytes",
         "tools",
         "usage",
         "usage_span",
@@ -49,21 +49,21 @@ class StreamAudit:
         self._offset = 0
         self._fault: str | None = None
         self._done = False
-        self._ended = False
+        self._terminal_seen = False
         self._completed: Mapping[str, Any] | None = None
-        self._reasons: dict[int, object] = {}
-        self._filled: set[int] = set()
+        self._finish_reasons: dict[int, object] = {}
+        self._with_content: set[int] = set()
         self.usage: Mapping[str, Any] | None = None
         self.usage_span: tuple[int, int] | None = None
         self.model: str | None = None
         self.service_tier: str | None = None
-        self.said = 0
+        self.text_bytes = 0
         self.output: object = None
         self.tools: object = None
         self.error = False
 
     def event(self, event: bytes) -> None:
-        """One complete event as the Splitter gives it; all of them, in order. Never raises."""
+        """Read one complete event, as `Splitter` returns them; all of them, in order. Never raises."""
         start = self._offset
         self._offset += len(event)
         data = data_of(event)
@@ -82,7 +82,7 @@ class StreamAudit:
         if type(chunk) is not dict:
             self._fail("event not an object")
             return
-        # `data: ` and the line ends are 8 bytes: only an event with more has room for a name.
+        # `data: ` and the line ends are 8 bytes: only a longer event has room for a name.
         if chunk.get("error") is not None or (len(event) - len(data) > 8 and name_of(event) == b"error"):
             self._fail_with_error()
         if self._endpoint == "responses":
@@ -91,7 +91,7 @@ class StreamAudit:
             self._chunk(chunk, start)
 
     def reason_not_stored(self, rest: bytes = b"") -> str | None:
-        """Why the stream is not stored, in a few words; None: it is whole. `rest`: what the last event left."""
+        """Return why the stream is not stored, or None if it is complete. rest: bytes after the last event."""
         if self._fault is not None:
             return self._fault
         if rest.strip(b"\r\n"):
@@ -99,7 +99,7 @@ class StreamAudit:
         if self._endpoint in ("chat", "completions"):
             if not self._done:
                 return "no [DONE]"
-            return _judge(self._endpoint, self._request, self._reasons, self._filled)
+            return _judge(self._endpoint, self._request, self._finish_reasons, self._with_content)
         if self._endpoint == "responses":
             if self._completed is None:
                 return "no response.completed"
@@ -108,24 +108,24 @@ class StreamAudit:
 
     @property
     def done(self) -> bool:
-        """`[DONE]` was seen."""
+        """Whether `[DONE]` was seen."""
         return self._done
 
     @property
-    def over(self) -> bool:
-        """The stream has said all it has to say: `[DONE]`, or the terminal event of a Responses stream."""
-        return self._ended if self._endpoint == "responses" else self._done
+    def ended(self) -> bool:
+        """Whether the stream has ended by its own sign: `[DONE]`, or the terminal event of a Responses stream."""
+        return self._terminal_seen if self._endpoint == "responses" else self._done
 
     def truncated(self, rest: bytes = b"") -> bool:
-        """Whether it stopped before its end: to be told to the client, where what is merely odd is passed on."""
+        """Return whether the stream was cut, which the client is told; other oddities are only passed on."""
         if self.error or self._done:
             return False
         if rest.strip(b"\r\n"):
             return True
         if self._endpoint == "responses":
-            return not self._ended
+            return not self._terminal_seen
         expected = _choices_asked_for(self._endpoint, self._request) or 1
-        return len(self._reasons) < expected or not all(self._reasons.values())
+        return len(self._finish_reasons) < expected or not all(self._finish_reasons.values())
 
     def _fail(self, reason: str) -> None:
         self._fault = self._fault or reason
@@ -134,7 +134,7 @@ class StreamAudit:
         self.error = True
         self._fail("error event")
 
-    def _learn(self, source: Mapping[str, Any]) -> None:
+    def _read_fields(self, source: Mapping[str, Any]) -> None:
         usage, model, tier = source.get("usage"), source.get("model"), source.get("service_tier")
         if type(usage) is dict:
             self.usage = usage
@@ -146,8 +146,8 @@ class StreamAudit:
             self.output, self.tools = source.get("output"), source.get("tools")
 
     def _chunk(self, chunk: dict[str, Any], start: int) -> None:
-        """A chat or completions chunk. Most say nothing new, and a known choice that goes on costs least."""
-        self._learn(chunk)
+        """Read a chat or completions chunk. The commonest, a known choice that goes on, costs least."""
+        self._read_fields(chunk)
         groq = chunk.get("x_groq")
         if type(groq) is dict and type(groq.get("usage")) is dict:
             self.usage = groq["usage"]
@@ -165,12 +165,12 @@ class StreamAudit:
                 self._fail("malformed choices")
                 continue
             # Some providers write "" for null, and Azure sends filter results after the finish.
-            self._reasons[index] = choice.get("finish_reason") or self._reasons.get(index)
-            if index not in self._filled and _has_content(self._endpoint, choice, "delta"):
-                self._filled.add(index)
+            self._finish_reasons[index] = choice.get("finish_reason") or self._finish_reasons.get(index)
+            if index not in self._with_content and _has_content(self._endpoint, choice, "delta"):
+                self._with_content.add(index)
             if type(choice.get("usage")) is dict:
                 self.usage = choice["usage"]
-            self.said += _said(choice)
+            self.text_bytes += _text_bytes(choice)
 
     def _found_usage_chunk(self, start: int) -> None:
         if self.usage_span is None:
@@ -185,30 +185,30 @@ class StreamAudit:
             self._fail("data after response.completed")
         kind, response = event.get("type"), event.get("response")
         if type(response) is dict:
-            self._learn(response)
+            self._read_fields(response)
             if kind == "response.completed":
                 self._completed = response
         elif type(delta := event.get("delta")) is str:
-            self.said += len(delta.encode("utf-8", "surrogatepass"))
+            self.text_bytes += len(delta.encode("utf-8", "surrogatepass"))
         if kind in _TERMINAL:
-            self._ended = True
+            self._terminal_seen = True
         if kind in ("error", "response.failed"):
             self._fail_with_error()
 
 
-def _said(choice: Mapping[str, Any]) -> int:
-    """UTF-8 bytes of what a chunk's choice says: its text, or whatever of its delta is text, and calls of tools."""
+def _text_bytes(choice: Mapping[str, Any]) -> int:
+    """Return the UTF-8 bytes of text in a chunk's choice: its text, or the texts and tool calls of its delta."""
     delta = choice.get("delta")
     if type(delta) is not dict:
         text = choice.get("text")
         return len(text.encode("utf-8", "surrogatepass")) if type(text) is str else 0
-    said = 0
+    size = 0
     for name, value in delta.items():
         if type(value) is str and name != "role":
-            said += len(value.encode("utf-8", "surrogatepass"))
+            size += len(value.encode("utf-8", "surrogatepass"))
         elif name == "tool_calls" and type(value) is list:
             for call in value:
                 function = call.get("function") if type(call) is dict else None
                 if type(function) is dict:
-                    said += sum(len(part) for part in function.values() if type(part) is str)
-    return said
+                    size += sum(len(part) for part in function.values() if type(part) is str)
+    return size

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from ..cache.completeness import plain_complete
-from ..cache.embeddings import Savings, join, savings_of, total_usage, vectors_of
+from ..cache.embeddings import Savings, answer_body, savings_of, total_usage, vectors_of
 from ..cache.lookup import NewEntry, ResponseCache
 from ..cache.plan import CachePlan
 from ..cost.pricing import Cost, total_cost
@@ -75,7 +75,7 @@ class EmbeddingsFetcher:
         usages: list[Usage | None] = []
         costs: list[Cost | None] = []
         stored = leaked = False
-        while parts := batch.parts(bought):
+        while parts := batch.calls_to_make(bought):
             numbers = parts[0]
             part = request.with_input(batch.input(numbers))
             answered = await self._sender.send(part, attempt_log, whole=False)
@@ -99,7 +99,7 @@ class EmbeddingsFetcher:
                 plan = msgspec.structs.replace(plan, batch=batch, reason="model changed", fwd="request")
         everything = bought | {number: found.vector for number, found in batch.found.items()}
         size = sum(map(len, everything.values()))
-        body = await in_thread_if_large(size, join, everything, batch.order, model, attempt_log.usage)
+        body = await in_thread_if_large(size, answer_body, everything, batch.order, model, attempt_log.usage)
         if leaked:
             body = self._masker.mask(body)
         savings = savings_of(batch.found.values()) if batch.found else None

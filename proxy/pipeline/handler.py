@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from ..accounting.receipt import Receipt
 from ..accounting.runs.registry import run_headers, run_lines
 from ..cache.completeness import plain_complete
-from ..cache.embeddings import in_order, join, read_answer, vectors_of
+from ..cache.embeddings import answer_body, in_order, read_answer, vectors_of
 from ..cache.lookup import CacheHit, RequestDigest, ResponseCache
 from ..cache.plan import CachePlan
 from ..cache.stream_audit import StreamAudit
@@ -138,7 +138,7 @@ class RequestHandler:
     async def fetch_alone(self, request: ProxyRequest, plan: CachePlan, attempt_log: AttemptLog) -> Reply:
         """The answer from upstream. Raises ProxyError."""
         try:
-            if plan.batch is not None and plan.batch.changes:
+            if plan.batch is not None and plan.batch.changes_request:
                 return await self._fetch_items(request, plan, attempt_log)
             answered = await self.sender.send(request, attempt_log)
             if attempt_log.model:  # another model answers: it is priced as such and never stored under this one
@@ -150,7 +150,7 @@ class RequestHandler:
             return await self._plain_answer(request, plan, answered, attempt_log)
         except ProxyError as refusal:
             self.recorder.record(request, plan, attempt_log, refusal.status, error=refusal.code)
-            refusal.lines = self.recorder.response_headers(request, plan, attempt_log, "", stored=False)
+            refusal.header_lines = self.recorder.response_headers(request, plan, attempt_log, "", stored=False)
             raise
         except asyncio.CancelledError:
             self.recorder.record(request, plan, attempt_log, 499, error="client_gone")
@@ -190,7 +190,7 @@ class RequestHandler:
                 if why_not is None:
                     vectors = vectors_of(document) if plan.batch is not None else None
                     if vectors is not None and plan.batch is not None and not in_order(document):
-                        body = join(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
+                        body = answer_body(dict(enumerate(vectors)), plan.batch.order, answer_model, usage)
                     goods = new_entry(answered, read.headers, usage, cost, answer_model, request.model)
                     stored = self.cache.store(request, plan, goods, body)
                     if vectors is not None:
@@ -311,10 +311,10 @@ class RequestHandler:
             kind, models = answered.upstream.address.kind, (seen.model, request.model)
             if usage is not None:
                 return usage, answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
-            if seen.error and not seen.said:
+            if seen.error and not seen.text_bytes:
                 return None, None
             # Cut short, or the upstream does not say: what was asked and what was said so far.
-            usage = self.sender.estimates.used(request, attempt_log.size, seen.said)
+            usage = self.sender.estimates.used(request, attempt_log.size, seen.text_bytes)
             cost = answered.upstream.prices.cost(kind, models, usage, seen.service_tier)
             return (usage, Cost(cost.usd, "estimated")) if cost is not None else (None, None)
 

@@ -208,7 +208,7 @@ class StreamRelay:
     @property
     def over(self) -> bool:
         """All was said that such a stream has to say."""
-        return self.audit is not None and self.audit.over and self._splitter.at_boundary and not self._blind
+        return self.audit is not None and self.audit.ended and self._splitter.at_boundary and not self._blind
 
     @property
     def open_for_error(self) -> bool:

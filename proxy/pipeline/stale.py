@@ -82,7 +82,7 @@ class StaleFallback(Generic[A]):
                 bought = await self._buy(request, plan)
                 status, why = bought.status, ""
             except ProxyError as error:
-                refusal, status, why = error.copy(error.lines), error.status, error.code
+                refusal, status, why = error.copy(error.header_lines), error.status, error.code
             failed = self._held[request.id]
             if failed is not None and failed.error:
                 why = failed.error
@@ -95,7 +95,7 @@ class StaleFallback(Generic[A]):
                     self.served(request, hit, failed)
                     return hit
             if refusal is not None:
-                raise refusal.copy(refusal.lines)
+                raise refusal.copy(refusal.header_lines)
             assert bought is not None
             return bought
         finally:

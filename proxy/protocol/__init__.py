@@ -1,1 +1,1 @@
-"""The OpenAI API and HTTP as values. Everything here is pure."""
+"""The OpenAI API and HTTP as values. Every file here is pure."""

@@ -13,9 +13,9 @@ import orjson
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """What a code of ours means on the wire.
+    """The status and headers of an error code.
 
-    `should_retry` is what `X-Should-Retry` says: False keeps an SDK from repeating what cannot succeed, None is silent.
+    should_retry: the value of `X-Should-Retry`. False keeps an SDK from retrying in vain; None sends no header.
     """
 
     status: int
@@ -55,14 +55,15 @@ CODES: Final[dict[str, ErrorKind]] = {
     "upstream_timeout": ErrorKind(504, _SERVER, None),
     "not_cached": ErrorKind(504, _SERVER, False),
 }
-"""Every code the proxy can answer with today (contract 6); a test holds the README to it."""
+"""Every error code of the proxy (`docs/routes-and-errors.md`)."""
 
 
 class ProxyError(Exception):
-    """An answer made by the proxy itself.
+    """An error response made by the proxy itself.
 
-    code: a key of `CODES`; message: for people, free of secrets; param: the header, option or field at fault;
-    retry_after: seconds until another try can succeed; should_retry: overrides the code's own; headers: extra ones.
+    code: a key of `CODES`. message: for people, without secrets. param: the header, option or field at fault.
+    retry_after: seconds until another attempt can succeed. should_retry: overrides that of the code. headers: further
+    ones.
     """
 
     def __init__(
@@ -84,15 +85,15 @@ class ProxyError(Exception):
         self.status = kind.status
         self.should_retry = kind.should_retry if should_retry is None else should_retry
         self.headers = headers
-        self.lines = ""
-        """Header lines of the call it ended, request id included; '' where no call was made of the request."""
+        self.header_lines = ""
+        """The proxy's header lines for the request, with its id; '' if the request was refused before it had one."""
 
-    def copy(self, lines: str = "") -> ProxyError:
-        """The same anew, with these `lines`: for another request, or to be kept or raised without a reference cycle.
+    def copy(self, header_lines: str = "") -> ProxyError:
+        """Return a copy with these header lines: for another request, or to keep or raise it without a reference cycle.
 
-        A raised exception holds the frames that it came through, and with them each variable that holds it.
+        A raised exception refers to the frames that it passed, and so to each variable that refers to it.
         """
-        refusal = ProxyError(
+        error = ProxyError(
             self.code,
             self.message,
             param=self.param,
@@ -100,24 +101,24 @@ class ProxyError(Exception):
             should_retry=self.should_retry,
             headers=self.headers,
         )
-        refusal.lines = lines
-        return refusal
+        error.header_lines = header_lines
+        return error
 
     def body(self) -> bytes:
         return envelope(self.message, CODES[self.code].type, self.param, self.code)
 
 
 def envelope(message: str, type_: str, param: str | None, code: str) -> bytes:
-    """OpenAI's error object as JSON bytes."""
+    """Return OpenAI's error object as JSON bytes."""
     return orjson.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})
 
 
 def error_event(code: str, message: str) -> bytes:
-    """A failure after the first streamed byte, as the SSE event every SDK raises on (`error` in a data chunk)."""
+    """Return a failure after the first streamed byte as an SSE event: the SDKs raise on `error` in a data chunk."""
     return b"data: " + envelope(message, CODES[code].type, None, code) + b"\n\n"
 
 
 def retry_after_headers(seconds: float) -> tuple[tuple[str, str], ...]:
-    """`Retry-After` (whole seconds, RFC 9110 section 10.2.3) and `retry-after-ms`: rounded up, so neither is early."""
+    """Return `Retry-After` (whole seconds, RFC 9110 section 10.2.3) and `retry-after-ms`, both rounded up."""
     millis = max(1, int(-(-seconds * 1000 // 1)))
     return ("Retry-After", str(max(1, -(-millis // 1000)))), ("retry-after-ms", str(millis))

@@ -1,4 +1,4 @@
-"""Which headers pass, in both directions (contract 6). Two deny-lists: what is not named passes."""
+"""Which headers are forwarded, by a deny-list for each direction (`docs/headers.md`)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HOP_BY_HOP: Final = frozenset(
         b"http2-settings",
     }
 )
-"""RFC 9110 section 7.6.1; with those that `Connection` names."""
+"""RFC 9110 section 7.6.1. The headers that `Connection` names are hop-by-hop, too."""
 
-_NEVER_UP: Final = HOP_BY_HOP | {
+_NOT_SENT_UPSTREAM: Final = HOP_BY_HOP | {
     b"authorization",
     b"api-key",
     b"x-api-key",
@@ -40,18 +40,18 @@ _NEVER_UP: Final = HOP_BY_HOP | {
     b"cache-control",
     b"pragma",
 }
-_NEVER_UP_PREFIXES: Final = (b"x-forwarded-", b"sec-", b"x-proxy-", b"proxy-")
-_OF_THE_KEY: Final = frozenset({b"openai-organization", b"openai-project"})
+_NOT_SENT_UPSTREAM_PREFIXES: Final = (b"x-forwarded-", b"sec-", b"x-proxy-", b"proxy-")
+_KEY_HEADERS: Final = frozenset({b"openai-organization", b"openai-project"})
 
 _ENCODING: Final = frozenset({b"content-encoding"})
-_NEVER_DOWN: Final = HOP_BY_HOP | {
+_NOT_SENT_DOWNSTREAM: Final = HOP_BY_HOP | {
     b"set-cookie",
     b"set-cookie2",
     b"alt-svc",
     b"strict-transport-security",
     b"content-length",
 }
-_NEVER_DOWN_PREFIXES: Final = (b"access-control-", b"x-proxy-", b"proxy-")
+_NOT_SENT_DOWNSTREAM_PREFIXES: Final = (b"access-control-", b"x-proxy-", b"proxy-")
 
 _NOT_STORED: Final = frozenset(
     {
@@ -77,17 +77,17 @@ _NOT_STORED: Final = frozenset(
 _NOT_STORED_PREFIXES: Final = (b"x-ratelimit-", b"x-envoy-")
 
 
-_NOTHING: Final[frozenset[bytes]] = frozenset()
+_NO_NAMES: Final[frozenset[bytes]] = frozenset()
 
 
 @lru_cache(1024)
-def _named_by(value: bytes) -> frozenset[bytes]:
-    """The header names in a `Connection` value, but for the two that only say how the connection goes on."""
+def _connection_tokens(value: bytes) -> frozenset[bytes]:
+    """Return the header names in a `Connection` value, without `close` and `keep-alive`."""
     return frozenset(token.strip().lower() for token in value.split(b",")) - {b"", b"close", b"keep-alive"}
 
 
-class _Known(dict[bytes, tuple[str, bytes, int]]):
-    """Header names as they were spelled -> (as text, in lower case, what becomes of them); each is judged once."""
+class _HeaderRules(dict[bytes, tuple[str, bytes, int]]):
+    """Header name as spelled -> (as text, in lower case, its rule). The rule of each name is looked up once."""
 
     def __init__(self, never: frozenset[bytes], prefixes: tuple[bytes, ...]) -> None:
         super().__init__()
@@ -96,22 +96,22 @@ class _Known(dict[bytes, tuple[str, bytes, int]]):
 
     def __missing__(self, name: bytes) -> tuple[str, bytes, int]:
         lower = name.lower()
-        verdict = _PASSES
+        rule = _FORWARDED
         if lower == b"connection":
-            verdict = _NAMES_OTHERS
+            rule = _IS_CONNECTION
         elif lower in self._never or lower.startswith(self._prefixes):
-            verdict = _STAYS
-        judged = name.decode("latin-1"), lower, verdict
-        if len(self) < 4096 and len(name) <= 64:  # bounded, whatever clients invent
-            self[name] = judged
-        return judged
+            rule = _DROPPED
+        entry = name.decode("latin-1"), lower, rule
+        if len(self) < 4096 and len(name) <= 64:  # so that clients cannot fill the memory
+            self[name] = entry
+        return entry
 
 
-_STAYS: Final = 0
-_PASSES: Final = 1
-_NAMES_OTHERS: Final = 2
-_UP: Final = _Known(_NEVER_UP, _NEVER_UP_PREFIXES)
-_DOWN: Final = _Known(_NEVER_DOWN, _NEVER_DOWN_PREFIXES)
+_DROPPED: Final = 0
+_FORWARDED: Final = 1
+_IS_CONNECTION: Final = 2
+_UP: Final = _HeaderRules(_NOT_SENT_UPSTREAM, _NOT_SENT_UPSTREAM_PREFIXES)
+_DOWN: Final = _HeaderRules(_NOT_SENT_DOWNSTREAM, _NOT_SENT_DOWNSTREAM_PREFIXES)
 
 
 @lru_cache(1024)
@@ -122,49 +122,49 @@ def _is_stored(name: bytes) -> bool:
 
 @lru_cache(1024)
 def is_request_option(name: bytes) -> bool:
-    """Whether a client's header of this name may change what the proxy does."""
+    """Return whether a client's header of this name may change what the proxy does."""
     lower = name.lower()
     return lower.startswith(b"x-proxy-") or lower in (b"cache-control", b"openai-beta")
 
 
 def upstream_headers(
-    raw: Sequence[Raw], *, pooled: bool, dropped: frozenset[bytes] = _NOTHING
+    raw: Sequence[Raw], *, pooled: bool, dropped: frozenset[bytes] = _NO_NAMES
 ) -> list[tuple[str, str]]:
-    """The client's headers that go up, less those `dropped` (lower case).
+    """Return the client's headers that are sent upstream, without those in `dropped` (lower case).
 
-    pooled: organisation and project are the pool key's, so the client's stay here.
+    pooled: organisation and project are those of the pool's key, so the client's are dropped.
     """
     if pooled:
-        dropped |= _OF_THE_KEY
+        dropped |= _KEY_HEADERS
     out = []
-    named = _NOTHING
+    named = _NO_NAMES
     for name, value in raw:
-        text, lower, verdict = _UP[name]
-        if verdict == _PASSES:
+        text, lower, rule = _UP[name]
+        if rule == _FORWARDED:
             if lower not in dropped:
                 out.append((text, value.decode("utf-8", "surrogateescape")))
-        elif verdict == _NAMES_OTHERS:
-            named |= _named_by(value)
+        elif rule == _IS_CONNECTION:
+            named |= _connection_tokens(value)
     return [pair for pair in out if pair[0].lower().encode("latin-1") not in named] if named else out
 
 
 def downstream_headers(raw: Sequence[Raw], *, pooled: bool, decoded: bool) -> list[Raw]:
-    """The upstream's headers that go down. decoded: the body was decompressed, `Content-Encoding` no longer holds."""
-    dropped = (_OF_THE_KEY if pooled else _NOTHING) | (_ENCODING if decoded else _NOTHING)
+    """Return the upstream's headers for the client. decoded: the body was decompressed, so `Content-Encoding` goes."""
+    dropped = (_KEY_HEADERS if pooled else _NO_NAMES) | (_ENCODING if decoded else _NO_NAMES)
     out = []
-    named = _NOTHING
+    named = _NO_NAMES
     for pair in raw:
-        _, lower, verdict = _DOWN[pair[0]]
-        if verdict == _PASSES:
+        _, lower, rule = _DOWN[pair[0]]
+        if rule == _FORWARDED:
             if lower not in dropped:
                 out.append(pair)
-        elif verdict == _NAMES_OTHERS:
-            named |= _named_by(pair[1])
+        elif rule == _IS_CONNECTION:
+            named |= _connection_tokens(pair[1])
     return [pair for pair in out if pair[0].lower() not in named] if named else out
 
 
 def storable_headers(headers: Iterable[Raw]) -> tuple[Raw, ...]:
-    """What of `downstream_headers` is true of the answer rather than of one request: kept with a stored entry."""
+    """Return those of `downstream_headers` that a stored response keeps: about the response, not about one request."""
     return tuple([pair for pair in headers if _is_stored(pair[0])])
 
 
@@ -194,4 +194,4 @@ EXPOSED: Final = (
     "X-Request-Id",
     "Retry-After",
 )
-"""What a browser origin that may call gets to read (contract 7, Browsers)."""
+"""The headers that pages of an allowed origin may read (`docs/security.md`)."""

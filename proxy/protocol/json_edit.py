@@ -1,7 +1,7 @@
-"""Changing one top-level field of a JSON body in place, every other byte as the client sent it (contract 6).
+"""Changes one top-level field of a JSON body in place and keeps every other byte (`docs/architecture.md`).
 
-The places are found by token, on the bytes: a body is not decoded, its numbers are not converted, and nothing
-recurses, so neither size, depth nor escapes change what an edit costs or does.
+The fields are found by tokens in the bytes. The body is not decoded, its numbers are not converted, and nothing
+recurses, so size, depth and escapes do not matter.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _INCLUDE_USAGE: Final = b'{"include_usage":true}'
 
 
 def set_field(raw: bytes, name: str, value: bytes) -> bytes:
-    """`raw` with the top-level member `name` set to `value` (JSON text): replaced, or a new last member.
+    """Return `raw` with the top-level member `name` set to `value` (JSON text): replaced, or added as the last one.
 
-    Of several members of that name the last is replaced, the one that parsers go by. `raw` must be a JSON
-    object: ValueError where it evidently is not, without a promise to find every fault.
+    If there are several members of that name, the last one is replaced, since parsers take the last. Raises ValueError
+    if `raw` is evidently not a JSON object; it does not find every fault.
     """
     spans = [(start, end) for member, start, end in _members(raw) if _is_name(member, name)]
     if spans:
@@ -38,11 +38,11 @@ def set_field(raw: bytes, name: str, value: bytes) -> bytes:
 
 
 def want_usage(raw: bytes, document: Mapping[str, Any]) -> bytes | None:
-    """`raw` with `stream_options.include_usage` true where the client left that open; None: nothing to do.
+    """Return `raw` with `stream_options.include_usage` true if the client left it open; None if nothing is to change.
 
-    `document` is `raw` parsed. Left open means that `stream` is true and `stream_options` is absent, null, or
-    an object without `include_usage`: an explicit true, false or null is the client's decision. None also
-    where `stream_options` is nonsense or there twice: that is the upstream's to judge.
+    document: `raw`, parsed. It is open if `stream` is true and `stream_options` is absent, null, or an object without
+    `include_usage`; an explicit true, false or null is the client's decision. None also if `stream_options` is
+    malformed or there twice: the upstream decides.
     """
     if document.get("stream") is not True:
         return None
@@ -60,7 +60,7 @@ def want_usage(raw: bytes, document: Mapping[str, Any]) -> bytes | None:
 
 
 def _insert(raw: bytes, name: str, value: bytes) -> bytes:
-    """The object with a new last member, directly after its last one."""
+    """Return the object with a new member directly after its last one."""
     brace = raw.rfind(b"}")
     body = raw[:brace].rstrip(b" \t\n\r")
     if brace < 0 or not body:
@@ -70,14 +70,14 @@ def _insert(raw: bytes, name: str, value: bytes) -> bytes:
 
 
 def _is_name(member: bytes, name: str) -> bool:
-    """Whether a member's name, in quotes and perhaps with escapes, is `name`."""
+    """Return whether a member's name, in quotes and perhaps with escapes, is `name`."""
     if b"\\" in member:
         return bool(json.loads(member, strict=False) == name)
     return member[1:-1] == name.encode()
 
 
 def _members(raw: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The top-level members: the name as written, and where its value starts and ends."""
+    """Yield the top-level members: the name as written, and where its value starts and ends."""
     first = _FIRST.match(raw)
     if first is None:
         raise ValueError("not a JSON object")

@@ -1,4 +1,4 @@
-"""JSON as strictly as possible and as leniently as needed: what an upstream may take must not fail here."""
+"""Parses JSON strictly if possible, else leniently: a body that an upstream may accept must not fail here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-DEEPEST: Final = 64
-"""Containers within containers, the outermost counted, that are still read where orjson cannot."""
+MAX_DEPTH: Final = 64
+"""The most nested containers, the outermost included, of a document that orjson refuses."""
 
 TOO_DEEP: Final[dict[str, Any]] = {}
 
@@ -20,11 +20,11 @@ _STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # +1 and -1 as si
 
 
 def parse_leniently(body: bytes) -> Any:
-    """The document of a JSON text; ValueError where it is none.
+    """Return the document of a JSON text. Raises ValueError if it is no JSON.
 
-    orjson first; what it refuses though others take it (NaN, lone surrogates, huge integers) by the standard library,
-    whose own limit of depth differs between versions of Python. Such a document deeper than DEEPEST, and any that is
-    too deep for orjson, stands as an empty object: its sender's bytes pass, and nothing is read from them.
+    orjson refuses some texts that other parsers accept (NaN, lone surrogates, huge integers); the standard library
+    reads those. Its limit of depth differs between versions of Python, so such a document deeper than `MAX_DEPTH`, and
+    any that is too deep for orjson, becomes an empty object: its bytes are forwarded, and nothing is read from them.
     """
     try:
         return orjson.loads(body)
@@ -34,8 +34,8 @@ def parse_leniently(body: bytes) -> Any:
     return TOO_DEEP if is_deeper(body) else json.loads(text, parse_int=_small_int)
 
 
-def is_deeper(text: bytes, limit: int = DEEPEST) -> bool:
-    """Whether a JSON text is nested deeper than `limit`. Does not recurse, and does not check the text."""
+def is_deeper(text: bytes, limit: int = MAX_DEPTH) -> bool:
+    """Return whether a JSON text is nested deeper than `limit`. Does not recurse and does not validate the text."""
     if text.count(b"[") + text.count(b"{") <= limit:
         return False
     steps = _STRING.sub(b"", text).translate(_STEPS, _NO_BRACKETS)
@@ -43,7 +43,7 @@ def is_deeper(text: bytes, limit: int = DEEPEST) -> bool:
 
 
 def printable_name(name: str) -> str:
-    """A name out of such a document as strict JSON can carry it: without lone surrogates."""
+    """Return a name from such a document as strict JSON can hold it: without lone surrogates."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 
 class SecretMasker:
-    """Takes full pool keys out of what an upstream says (contract 7, Secrets)."""
+    """Replaces the pool's keys in upstream responses and log lines by `***` (`docs/security.md`)."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets: tuple[bytes, ...] = ()
         self.add(secrets)
 
     def add(self, secrets: Iterable[str], instead_of: Iterable[str] = ()) -> None:
-        """More to mask; `instead_of`: what need not be masked any more."""
+        """Mask these secrets, too. instead_of: those that need not be masked any more."""
         gone = {secret.encode() for secret in instead_of}
         known = {*self._secrets, *(secret.encode() for secret in secrets if len(secret) >= 4)} - gone
         # The longest first: masking a key that begins like another would leave the other's tail.
@@ -27,7 +27,7 @@ class SecretMasker:
         return False
 
     def mask_text(self, text: str) -> str:
-        """The same for text: what the log says."""
+        """Return a text of the log with all secrets masked."""
         for secret in self._texts:
             if secret in text:
                 text = text.replace(secret, "***")

@@ -1,4 +1,4 @@
-"""What a request may ask of the proxy (contract 5): by header, or inside the base URL as `/_/name=value;.../v1`."""
+"""Options of one request, by header or inside the base URL as `/_/name=value;.../v1` (`docs/headers.md`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import ProxyError
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of one request. Times are seconds; None means not asked for."""
+    """The options of one request. Times are in seconds; None means not asked for."""
 
     no_cache: bool = False
     no_store: bool = False
@@ -41,14 +41,14 @@ _TAG: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}:[ -~]{1,128}\Z")
 _INTEGER: Final = re.compile(r"-?\d{1,18}\Z", re.ASCII)
 _AMOUNT: Final = re.compile(r"\d{1,9}(\.\d{0,18})?\Z|\.\d{1,18}\Z", re.ASCII)
 _RETRIES: Final = frozenset(str(number) for number in range(11))
-_FOREVER: Final = 2**31
-"""What a number of seconds too large to be meant stands for (RFC 9111 section 1.2.2)."""
+_MAX_SECONDS: Final = 2**31
+"""The value of a larger number of seconds (RFC 9111 section 1.2.2)."""
 
 
-def _natural(text: str) -> int:
+def _whole_seconds(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise ValueError("a whole number of seconds")
-    return int(text) if len(text) < 10 else _FOREVER
+    return int(text) if len(text) < 10 else _MAX_SECONDS
 
 
 def _visible(text: str) -> str:
@@ -141,7 +141,7 @@ def _directive(options: Options, name: str, value: str | None, shown: str) -> Op
             return replace(options, only_if_cached=True)
         case "max-age" | "stale-if-error":
             try:
-                seconds = _natural((value or "").strip('"'))
+                seconds = _whole_seconds((value or "").strip('"'))
             except ValueError as error:
                 where = name if shown == name else f"{shown}: {name}"
                 raise ProxyError("invalid_option", f"{where}: expected {error}", param=shown) from None
@@ -151,7 +151,7 @@ def _directive(options: Options, name: str, value: str | None, shown: str) -> Op
 
 
 def from_headers(options: Options, headers: Iterable[tuple[str, str]]) -> Options:
-    """`options` with what the headers ask laid over it. Raises ProxyError(invalid_option) naming the header."""
+    """Return `options` overridden by the headers. Raises ProxyError(invalid_option) naming the header."""
     for name, value in headers:
         lower = name.lower()
         if lower == "cache-control":
@@ -166,7 +166,7 @@ def from_headers(options: Options, headers: Iterable[tuple[str, str]]) -> Option
 
 
 def from_segment(segment: str) -> Options:
-    """The options of `/_/{segment}/…`. Raises ProxyError(invalid_option) naming the option."""
+    """Return the options of `/_/{segment}/…`. Raises ProxyError(invalid_option) naming the option."""
     options = NO_OPTIONS
     for part in segment.split(";"):
         if not part:

@@ -1,4 +1,4 @@
-"""Which room a raw request target belongs to (contract 4). Decided on the raw path: nothing is ever normalised."""
+"""The route of a raw request target (`docs/routes-and-errors.md`). The raw path decides: nothing is normalised."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ SEGMENTS: Final = frozenset(
     "assistants audio batches chat chatkit completions containers conversations embeddings evals files fine_tuning "  # noqa: SIM905 (a list of 23 is harder to read)
     "images models moderations organization realtime responses skills threads uploads vector_stores videos".split()
 )
-"""First path segments of OpenAI's API: what is accepted without `/v1`."""
+"""First path segments of OpenAI's API, which are accepted without `/v1`."""
 
 STATELESS: Final = frozenset({"audio", "images", "models"})
-"""Passed-through segments that name no stored object, so that any key may serve them."""
+"""Segments of the pass-through that name no stored object, so any key may serve them."""
 
 CARRIES_NO_MODEL: Final = frozenset({"chat", "containers", "conversations", "files", "models", "responses", "uploads"})
 """Passed-through segments on which no model runs that only the body, which is not read, could name."""
 
 _FORBIDDEN: Final = re.compile(r"%2e|%2f|%5c|//|\\|\.\.|/\.(?=/|\Z)|[\x00-\x20\x7f]", re.IGNORECASE)
-_NO_TARGET: Final = re.compile(r"[#\ud800-\udfff]")
-"""A fragment, which is never part of a target (RFC 9112 section 3.2), and bytes that are not UTF-8."""
+_INVALID_IN_TARGET: Final = re.compile(r"[#\ud800-\udfff]")
+"""A fragment, which is no part of a target (RFC 9112 section 3.2), and bytes that are not UTF-8."""
 
 _DEPLOYMENT: Final = re.compile(r"/openai/deployments/([^/]{1,256})(/.*)\Z", re.DOTALL)
-_OWN: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_OWN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes.
+    """The route of a request.
 
-    path: below `/v1` (`/chat/completions`), or whole for `own`; query: raw, without `?`;
-    deployment: the Azure deployment in the path; options: those inside the base URL.
+    path: below `/v1` (`/chat/completions`), or whole for `own`. query: raw, without `?`. deployment: the Azure
+    deployment in the path. options: those inside the base URL.
     """
 
     kind: Kind
@@ -72,7 +72,7 @@ def unknown_route(path: str) -> ProxyError:
 
 
 def printable(text: str, limit: int = 120) -> str:
-    """`text` fit for a message or a log line: ASCII, no control characters, bounded."""
+    """Return `text` for a message or a log line: ASCII, without control characters, at most `limit` characters."""
     if len(text) <= limit and text.isascii() and text.isprintable():
         return text
     shown = text[:limit].encode("ascii", "backslashreplace").decode()
@@ -80,13 +80,13 @@ def printable(text: str, limit: int = 120) -> str:
 
 
 def parse_target(target: str) -> Route:
-    """The route of a raw request target. Raises ProxyError(unknown_route, invalid_option, bad_request)."""
-    if _NO_TARGET.search(target):
+    """Return the route of a raw request target. Raises ProxyError(unknown_route, invalid_option, bad_request)."""
+    if _INVALID_IN_TARGET.search(target):
         raise ProxyError("bad_request", "the request target holds a fragment or bytes that are not UTF-8")
     path, _, query = target.partition("?")
     if not path.startswith("/") or _FORBIDDEN.search(path):
         raise unknown_route(path)
-    if path in _OWN or path.startswith("/_proxy/"):
+    if path in _OWN_PATHS or path.startswith("/_proxy/"):
         return Route("own", path, query)
     options = NO_OPTIONS
     if path.startswith("/_/"):

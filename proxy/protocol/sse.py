@@ -1,8 +1,8 @@
-"""Server-sent events as bytes: where one ends, what it carries, and taking the usage chunk out again.
+"""Server-sent events as bytes: where one ends, what it carries, and how the usage chunk is taken out.
 
-Rules from the HTML standard, section 9.2.6: a line ends with LF, CRLF or CR and with nothing else (U+0085 and
-U+2028 are text), a blank line ends an event, `data` lines are joined with LF, one space after the colon is
-dropped. Nothing here decodes text, so a character split between two reads stays whole; no line is too long.
+The rules are those of the HTML standard, section 9.2.6: a line ends with LF, CRLF or CR and nothing else (U+0085 and
+U+2028 are text), a blank line ends an event, `data` lines are joined with LF, one space after the colon is dropped.
+Nothing here decodes text, so a character that is split between two reads stays whole. A line may have any length.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 _BLANK_LINE = re.compile(_LINE_END + _LINE_END)
 _LINES = re.compile(rb"\r\n|\n|\r")
 _CR = 0x0D
-_LONGEST_TERMINATOR = 4  # CR LF CR LF
+_MAX_TERMINATOR = 4  # CR LF CR LF
 _BOM = b"\xef\xbb\xbf"
 
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # Not after a backslash: there it would be the end of some other, longer name.
 _SOME_CHOICE = re.compile(rb'(?<!\\)"choices"\s*:\s*\[\s*[^\s\]]')
 _SOME_CHOICE_REACH = 64  # how far back a match may begin in what was searched before
-_MOST_HELD = 64 * 1024
+_MAX_HELD = 64 * 1024
 
 
 class Splitter:
-    """Cuts a stream of bytes into complete events, the same ones however the bytes arrive.
+    """Splits a stream of bytes into complete events, however the bytes arrive.
 
-    The events and `rest`, put together, are the input; further blank lines lead the event that follows them.
-    Work is linear in the input. Memory is that of the current event, without a limit: the caller sets one.
+    The events and `rest` together are the input; further blank lines belong to the event after them. Work is linear in
+    the input. Memory is that of the current event, without a limit: the caller sets one.
     """
 
     __slots__ = ("_buffer", "_has_cr", "_scan")
@@ -41,9 +41,9 @@ class Splitter:
         self._has_cr = False  # nearly every stream uses LF alone, and looking for that is ten times as fast
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The events that `chunk` completes, each with the blank line that ends it.
+        """Return the events that `chunk` completes, each with the blank line that ends it.
 
-        A CR at the very end of `chunk` may be half a CRLF: an event that it would end waits for more.
+        A CR at the end of `chunk` may be half a CRLF, so an event that it would end waits for the next chunk.
         """
         data: bytes | bytearray
         if self._buffer:
@@ -73,11 +73,11 @@ class Splitter:
                 self._buffer += chunk[start:]
         elif start:
             del self._buffer[:start]
-        self._scan = max(0, len(self._buffer) - _LONGEST_TERMINATOR + 1)
+        self._scan = max(0, len(self._buffer) - _MAX_TERMINATOR + 1)
         return events
 
     def finish(self) -> list[bytes]:
-        """No byte follows: the event that waited only for the LF of a possible CRLF, if there is one."""
+        """Return, at the end of the stream, the event that waited only for the LF of a possible CRLF."""
         if not self._buffer or self._buffer[-1] != _CR or not _BLANK_LINE.search(self._buffer, self._scan):
             return []
         event = bytes(self._buffer)
@@ -86,17 +86,17 @@ class Splitter:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether an event of ours may follow what was fed so far. `rest` copies; this does not."""
-        return len(self._buffer) <= _LONGEST_TERMINATOR and not self._buffer.strip(b"\r\n")
+        """Whether another event may be inserted after what was fed so far. Unlike `rest` it copies nothing."""
+        return len(self._buffer) <= _MAX_TERMINATOR and not self._buffer.strip(b"\r\n")
 
     @property
     def held(self) -> int:
-        """Bytes of the event that is not complete yet."""
+        """The size of the event that is not complete yet, in bytes."""
         return len(self._buffer)
 
     @property
     def rest(self) -> bytes:
-        """What came after the last complete event."""
+        """The bytes after the last complete event."""
         return bytes(self._buffer)
 
     def _take_rest(self) -> bytes:
@@ -107,14 +107,14 @@ class Splitter:
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The payload of an event: its `data` lines joined with LF; None where it has none (a comment, say)."""
+    """Return the payload of an event: its `data` lines joined with LF; None if it has none (a comment, say)."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return event[6:-2]
     return _field(event, b"data")
 
 
 def name_of(event: bytes) -> bytes:
-    """The value of the event's `event` field (of several, the last one); b"" where it has none."""
+    """Return the value of the `event` field (of several the last one); b"" if there is none."""
     if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return b""
     value = _field(event, b"event")
@@ -131,7 +131,7 @@ def _field(event: bytes, field: bytes) -> bytes | None:
 
 
 def is_usage_chunk(chunk: object) -> bool:
-    """Whether a parsed chunk is the one that `stream_options.include_usage` adds: no choices, a usage object.
+    """Return whether a parsed chunk is the one that `stream_options.include_usage` adds: no choices, a usage object.
 
     Azure's first chunk (no choices, `prompt_filter_results`) has no usage; some providers put usage beside
     choices; an error is the client's to see, whatever stands beside it.
@@ -145,7 +145,7 @@ def is_usage_chunk(chunk: object) -> bool:
 
 
 def is_usage_event(event: bytes) -> bool:
-    """The same for a complete event. Byte tests spare most parsing; they miss only names with escapes."""
+    """Return the same for a complete event. Byte tests avoid most parsing; they miss only names with escapes."""
     if b'"usage"' not in event:
         return False
     data = data_of(event)
@@ -158,33 +158,32 @@ def is_usage_event(event: bytes) -> bool:
 
 
 class UsageFilter:
-    """Takes the usage chunk out of a chat or completions stream in which only the proxy asked for it.
+    """Takes the usage chunk out of a chat or completions stream if only the proxy asked for it.
 
-    Everything else comes out unchanged and at once, except that the beginning of an event is held while the
-    event could still be the usage chunk: until a choice is seen in it, or 64 KiB of it. When in doubt, bytes
-    go out.
+    Everything else is forwarded unchanged and at once, except that the beginning of an event is held while it could
+    still be the usage chunk: until a choice is seen in it, or 64 KiB. In doubt, bytes are forwarded.
     """
 
-    __slots__ = ("_passing", "_searched", "_splitter", "_tail", "removed")
+    __slots__ = ("_forwarding", "_searched", "_splitter", "_tail", "removed")
 
     def __init__(self) -> None:
         self._splitter = Splitter()
-        self._passing = False  # the current event is not the usage chunk and its beginning was forwarded
+        self._forwarding = False  # the current event is not the usage chunk and its beginning was forwarded
         self._tail = b""  # the end of what was forwarded of it, where its blank line may begin
         self._searched = 0  # how much of the held bytes was searched for a choice
         self.removed = b""
-        """The event taken out; b"" if none was. Several (no known provider sends them) are joined."""
+        """The event that was taken out, b"" if none. Several are joined; no known provider sends more than one."""
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what was forwarded so far ends where an event of ours may follow."""
-        return not self._passing
+        """Whether another event may be inserted after what was forwarded so far."""
+        return not self._forwarding
 
     def feed(self, chunk: bytes) -> bytes:
-        """What may go to the client now."""
+        """Return what may go to the client now."""
         out: list[bytes] = []
-        if self._passing:
-            end = self._end_of_passing(chunk)
+        if self._forwarding:
+            end = self._end_of_forwarded(chunk)
             if end is None:
                 return chunk
             out.append(chunk[:end])
@@ -195,12 +194,12 @@ class UsageFilter:
                 self.removed += event
             else:
                 out.append(event)
-        if self._is_ruled_out():
-            self._start_passing(out)
+        if self._is_no_usage_chunk():
+            self._start_forwarding(out)
         return out[0] if len(out) == 1 else b"".join(out)
 
     def finish(self) -> bytes:
-        """The upstream has ended: the held beginning of an event that was never completed."""
+        """Return, at the end of the stream, the held beginning of an event that was never completed."""
         out: list[bytes] = []
         for event in self._splitter.finish():
             if is_usage_event(event):
@@ -209,15 +208,15 @@ class UsageFilter:
                 out.append(event)
         rest = self._splitter._take_rest()
         if rest:
-            self._passing = self._passing or bool(rest.strip(b"\r\n"))
+            self._forwarding = self._forwarding or bool(rest.strip(b"\r\n"))
             out.append(rest)
         return b"".join(out)
 
-    def _is_ruled_out(self) -> bool:
+    def _is_no_usage_chunk(self) -> bool:
         held = self._splitter._buffer
         if not held:
             return False
-        if len(held) > _MOST_HELD:
+        if len(held) > _MAX_HELD:
             return True
         start = max(0, self._searched - _SOME_CHOICE_REACH)
         self._searched = len(held)
@@ -225,19 +224,19 @@ class UsageFilter:
         # A second brace may open an inner object with `choices` of its own.
         return choice is not None and held.count(b"{", 0, choice.start()) == 1
 
-    def _start_passing(self, out: list[bytes]) -> None:
+    def _start_forwarding(self, out: list[bytes]) -> None:
         held = self._splitter._take_rest()
         out.append(held)
-        self._passing = True
-        self._tail = held[1 - _LONGEST_TERMINATOR :]
+        self._forwarding = True
+        self._tail = held[1 - _MAX_TERMINATOR :]
         self._searched = 0
 
-    def _end_of_passing(self, chunk: bytes) -> int | None:
-        """How much of `chunk` belongs to the event being forwarded; None: all of it, and it goes on."""
+    def _end_of_forwarded(self, chunk: bytes) -> int | None:
+        """Return how much of `chunk` belongs to the event being forwarded; None if all of it and more to come."""
         data = self._tail + chunk
         blank = _BLANK_LINE.search(data)
         if blank is None or (blank.end() == len(data) and data[-1] == _CR):
-            self._tail = data[1 - _LONGEST_TERMINATOR :]
+            self._tail = data[1 - _MAX_TERMINATOR :]
             return None
-        self._passing = False
+        self._forwarding = False
         return blank.end() - len(self._tail)

@@ -328,7 +328,7 @@ class ApiHandler:
     def _error(self, request: BaseRequest, refusal: ProxyError, visit: _Context | None) -> FullResponse:
         """visit: None where not even the target can be read."""
         request_id = self._services.clock.new_id()
-        if not refusal.lines:  # else its receipt was counted and logged
+        if not refusal.header_lines:  # else its receipt was counted and logged
             self._metrics.record_refusal(refusal.code)
             if visit is None:
                 self._ledger.refused(refusal.code, refusal.status, "", "")

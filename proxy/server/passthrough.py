@@ -92,7 +92,7 @@ class PassthroughHandler:
             response = await self._send(request, route, client, options, passed.log)
         except ProxyError as error:
             self._finish(passed, error.status, error.code)
-            error.lines = passed.lines()
+            error.header_lines = passed.lines()
             raise
         except asyncio.CancelledError:
             self._finish(passed, 499, "client_gone")

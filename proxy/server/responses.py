@@ -195,7 +195,7 @@ def error_response(
 ) -> FullResponse:
     """An answer made by the proxy itself, in OpenAI's shape."""
     lines = f"Content-Type: application/json\r\nX-Proxy-Error: {refusal.code}\r\n"
-    lines += refusal.lines or f"X-Proxy-Request-Id: {request_id}\r\n"
+    lines += refusal.header_lines or f"X-Proxy-Request-Id: {request_id}\r\n"
     if refusal.should_retry is not None:
         lines += f"X-Should-Retry: {'true' if refusal.should_retry else 'false'}\r\n"
     extra = list(refusal.headers)

@@ -96,7 +96,7 @@ def test_every_damage_is_a_miss(body: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_foreign_bytes_are_misses(data: bytes) -> None:
+def test_bytes_of_other_programs_are_misses(data: bytes) -> None:
     assert decode(data, "a", "json") is None
     assert describe(data) is None
     assert decode(b"OCPe\x01\x01" + data, "a", "json") is None
@@ -110,7 +110,7 @@ def test_other_versions_are_misses() -> None:
         assert head_size(forged(head, b"", version=version)) is None
 
 
-def test_packed_only_where_it_gains() -> None:
+def test_bodies_are_compressed_only_if_smaller() -> None:
     assert len(encode(entry(body=b"x" * 1023))[1]) == 1023
     assert len(encode(entry(body=b"x" * 1024))[1]) < 100
     noise = b"".join(sha256(b"%d" % n).digest() for n in range(40))
@@ -137,7 +137,7 @@ def test_frames_that_are_not_ours(packed: bytes) -> None:
 
 
 def test_bombs_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(envelope, "LARGEST", 10_000)
+    monkeypatch.setattr(envelope, "MAX_BODY", 10_000)
     fits, bomb = b"x" * 10_000, b"x" * 10_001
     assert decode(forged(head_of(entry()), zstd.compress(fits)), "k", "json") == entry(body=fits)
     assert decode(forged(head_of(entry()), zstd.compress(bomb)), "k", "json") is None

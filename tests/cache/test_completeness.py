@@ -539,7 +539,7 @@ class TestTruncated:
             ("responses", {}, CREATED + event({"type": ["response.completed"]}), True),
         ],
     )
-    def test_it_is(self, endpoint: str, request_: Json, stream: bytes, truncated: bool) -> None:
+    def test_deterministic_requests(self, endpoint: str, request_: Json, stream: bytes, truncated: bool) -> None:
         splitter = Splitter()
         audit = StreamAudit(endpoint, request_)
         for each in splitter.feed(stream):

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.cache.embeddings import (
-    MOST_ITEMS,
-    MOST_TOKENS,
+    MAX_CALL_TOKENS,
+    MAX_ITEMS,
     CachedItem,
     EmbeddingBatch,
+    answer_body,
+    answer_from_items,
     apportion,
-    cached,
+    cached_items,
     item_entries,
-    join,
-    made_of,
     read_answer,
     read_batch,
     savings_of,
@@ -145,29 +145,29 @@ class TestRequests:
         assert [orjson.loads(other.texts[number]) for number in other.order] == texts
 
     def test_a_batch_within_the_limits_is_one_call(self) -> None:
-        batch = taken_apart([str(n) for n in range(MOST_ITEMS)])
-        assert batch.parts() == [tuple(range(MOST_ITEMS))]
-        assert not batch.changes
+        batch = taken_apart([str(n) for n in range(MAX_ITEMS)])
+        assert batch.calls_to_make() == [tuple(range(MAX_ITEMS))]
+        assert not batch.changes_request
 
     def test_more_items_are_several(self) -> None:
         batch = taken_apart([str(n % 5000) for n in range(10_000)])
-        assert [len(part) for part in batch.parts()] == [2048, 2048, 904]
-        assert sorted(number for part in batch.parts() for number in part) == list(range(5000))
-        assert batch.changes
+        assert [len(part) for part in batch.calls_to_make()] == [2048, 2048, 904]
+        assert sorted(number for part in batch.calls_to_make() for number in part) == list(range(5000))
+        assert batch.changes_request
 
     def test_more_tokens_are_several(self) -> None:
         for items, sizes in (
             ([[n] * 100_000 for n in range(5)], [2, 2, 1]),
             ([f"{n}" * 400_000 for n in range(5)], [2, 2, 1]),
-            ([[n] * (MOST_TOKENS + 1) for n in range(2)], [1, 1]),
+            ([[n] * (MAX_CALL_TOKENS + 1) for n in range(2)], [1, 1]),
         ):
-            assert [len(part) for part in taken_apart(items).parts()] == sizes
+            assert [len(part) for part in taken_apart(items).calls_to_make()] == sizes
 
-    def test_what_is_found_or_bought_is_not_bought_again(self) -> None:
+    def test_found_and_fetched_items_are_not_fetched_again(self) -> None:
         batch = taken_apart(["a", "b", "c", "d"])
         batch = msgspec.structs.replace(batch, found={1: CachedItem(b"[1]", entry())})
-        assert batch.parts() == [(0, 2, 3)]
-        assert batch.parts({0, 3}) == [(2,)]
+        assert batch.calls_to_make() == [(0, 2, 3)]
+        assert batch.calls_to_make({0, 3}) == [(2,)]
         assert batch.input((0, 2)) == b'["a","c"]'
 
 
@@ -194,12 +194,12 @@ class TestAnswers:
          b'{"index":0,"embedding":{"a":1}}', b'{"index":0,"embedding":null}', b'{"index":0}', b'{"embedding":[1]}',
          b'{"index":"0","embedding":[1]}', '{"index":0,"embedding":"é"}'.encode()],
     )  # fmt: skip
-    def test_what_is_of_another_form_is_parsed_but_not_taken_apart(self, datum: bytes) -> None:
+    def test_responses_of_another_form_are_parsed_but_not_split(self, datum: bytes) -> None:
         body = b'{"data":[' + datum + b"]}"
         assert read_answer(body) == orjson.loads(body)
 
     @pytest.mark.parametrize("vector", [b"[1]", b'"AA"'])
-    def test_nor_is_what_is_deep(self, vector: bytes) -> None:
+    def test_deep_responses_are_not_split(self, vector: bytes) -> None:
         """No version of Python may be the one that decides how deep that is."""
         data = b'"data":[' + b",".join(b'{"index":%d,"embedding":%b}' % (n, vector) for n in range(2000)) + b"]"
         assert read_answer(b"{%b}" % data)["data"][7]["embedding"] == vector
@@ -210,7 +210,7 @@ class TestAnswers:
             assert read_answer(b'{%b,"x":%b}' % (data, deep)) == {}
 
     @pytest.mark.parametrize("body", [b"", b"{", b'{"data":[{"index":0,"embedding":[1,,2]}]}', b'{"data":[]', b"\xff"])
-    def test_what_is_no_json_says_so(self, body: bytes) -> None:
+    def test_what_is_no_json_raises(self, body: bytes) -> None:
         with pytest.raises(ValueError, match=r"\w"):
             read_answer(body)
 
@@ -219,14 +219,14 @@ class TestAnswers:
         assert repr(read_answer(body)) == repr(json.loads(body))
 
     def test_an_answer_looks_like_the_providers(self) -> None:
-        body = join({0: b"[0.10, 1e-3]", 1: b'"AAAA"'}, (1, 0, 1), "m", Usage(3, 0, 4))
+        body = answer_body({0: b"[0.10, 1e-3]", 1: b'"AAAA"'}, (1, 0, 1), "m", Usage(3, 0, 4))
         assert body == (
             b'{"object":"list","data":[{"object":"embedding","index":0,"embedding":"AAAA"},'
             b'{"object":"embedding","index":1,"embedding":[0.10, 1e-3]},'
             b'{"object":"embedding","index":2,"embedding":"AAAA"}],"model":"m",'
             b'"usage":{"prompt_tokens":3,"total_tokens":4}}'
         )
-        assert orjson.loads(join({0: b"[1]"}, (0,), None, None)).keys() == {"object", "data"}
+        assert orjson.loads(answer_body({0: b"[1]"}, (0,), None, None)).keys() == {"object", "data"}
 
 
 class TestShares:
@@ -284,13 +284,13 @@ class TestCached:
 
         known = tuple(n for n in range(len(batch.texts)) if data.draw(st.booleans()))
         entries = dict(zip(known, bought(known), strict=True)) if known else {}
-        found = cached(entries)
+        found = cached_items(entries)
         assert found.keys() == entries.keys()
         batch = msgspec.structs.replace(batch, found=found)
         vectors = {number: one.vector for number, one in found.items()}
-        for part in batch.parts():
-            vectors |= {n: one.vector for n, one in cached(dict(zip(part, bought(part), strict=True))).items()}
-        answer = orjson.loads(join(vectors, batch.order, "m", None))
+        for part in batch.calls_to_make():
+            vectors |= {n: one.vector for n, one in cached_items(dict(zip(part, bought(part), strict=True))).items()}
+        answer = orjson.loads(answer_body(vectors, batch.order, "m", None))
         assert [row["index"] for row in answer["data"]] == list(range(len(given)))
         assert [row["embedding"].encode() for row in answer["data"]] == [vector(text)[1:-1] for text in given]
 
@@ -303,20 +303,20 @@ class TestCached:
             4: b"broken",
             5: b'{"data":[]}',
         }
-        assert cached({number: entry(body) for number, body in bodies.items()}).keys() == {0}
+        assert cached_items({number: entry(body) for number, body in bodies.items()}).keys() == {0}
 
     def test_vectors_of_two_models_are_not_mixed(self) -> None:
         body = b'{"data":[{"index":0,"embedding":[1]}]}'
-        assert len(cached({0: entry(body), 1: entry(body)})) == 2
-        assert cached({0: entry(body), 1: entry(body, answer_model="m-2")}) == {}
+        assert len(cached_items({0: entry(body), 1: entry(body)})) == 2
+        assert cached_items({0: entry(body), 1: entry(body, answer_model="m-2")}) == {}
 
-    def test_an_answer_made_of_items_is_as_old_as_the_oldest_and_over_with_the_first(self) -> None:
+    def test_an_answer_made_of_items_has_the_oldest_age_and_the_first_expiry(self) -> None:
         old = entry(stored_at=100.0, ttl=1000.0, usage=Usage(2, 0, 2), cost="0.000002", tags=("a:b",))
         young = entry(stored_at=500.0, ttl=10.0, usage=Usage(3, 0, 3), cost="0.000003", estimated=True)
         batch = msgspec.structs.replace(
             taken_apart(["a", "b"]), found={0: CachedItem(b"[1]", young), 1: CachedItem(b"[2]", old)}
         )
-        made, body = made_of("whole", batch)
+        made, body = answer_from_items("whole", batch)
         assert (made.key, made.stored_at, made.expires_at, made.tags) == ("whole", 100.0, 510.0, ())
         assert (made.usage, made.cost, made.estimated) == (Usage(5, 0, 5), "0.000005", True)
         assert orjson.loads(body)["usage"] == {"prompt_tokens": 5, "total_tokens": 5}

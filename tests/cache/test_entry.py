@@ -59,11 +59,11 @@ class TestLifetime:
 
 
 class TestBody:
-    def test_json_serves_everybody(self) -> None:
+    def test_a_json_entry_serves_every_client(self) -> None:
         for with_usage in (True, False):
             assert entry(body=b'{"usage":null}').body_for(with_usage) == b'{"usage":null}'
 
-    def test_the_usage_chunk_is_for_those_who_asked(self) -> None:
+    def test_the_usage_chunk_is_sent_only_if_asked_for(self) -> None:
         span = (len(BEFORE), len(BEFORE) + len(USAGE_CHUNK))
         stored = entry(form="sse", body=BEFORE + USAGE_CHUNK + DONE, usage_span=span)
         assert stored.body_for(True) == BEFORE + USAGE_CHUNK + DONE

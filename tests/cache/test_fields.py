@@ -53,12 +53,12 @@ def test_every_tool_of_the_sdk_is_judged() -> None:
     assert {kind for kind in kinds if not kind.startswith(HOSTED_TOOLS)} == CLIENT_RUN
 
 
-def test_what_is_ignored_by_default() -> None:
+def test_fields_ignored_by_default() -> None:
     assert set(IGNORED) == LABELS
 
 
 @pytest.mark.parametrize(("endpoint", "name", "verdict"), LINES)
-def test_the_line_is_what_happens(endpoint: str, name: str, verdict: str) -> None:
+def test_the_table_decides_the_key(endpoint: str, name: str, verdict: str) -> None:
     values = [None, False, 0, "", "x", 1, 1.5, [], {}, ["x"], {"x": 1}, BYPASSING.get(name), HARMLESS.get(name)]
     without = key_of(endpoint, {})
     for value in values:
@@ -69,14 +69,14 @@ def test_the_line_is_what_happens(endpoint: str, name: str, verdict: str) -> Non
 
 
 @pytest.mark.parametrize(("endpoint", "name", "verdict"), LINES)
-def test_what_bypasses_and_what_does_not(endpoint: str, name: str, verdict: str) -> None:
+def test_values_that_bypass_the_cache(endpoint: str, name: str, verdict: str) -> None:
     if verdict == "bypass":
         assert request_bypass(endpoint, {name: BYPASSING[name]})
         assert request_bypass(endpoint, {name: HARMLESS[name]}) is None
 
 
 @given(st.sampled_from(list(FIELDS)), st.text(st.characters(exclude_categories=["Cs"])), json_values)
-def test_unknown_fields_are_in(endpoint: str, name: str, value: Any) -> None:
+def test_unknown_fields_are_in_the_key(endpoint: str, name: str, value: Any) -> None:
     if name not in {field for fields in FIELDS.values() for field in fields}:
         assert key_of(endpoint, {name: value}) != key_of(endpoint, {})
         assert request_bypass(endpoint, {name: value}) is None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from proxy.cache.fields import dropped_fields
 from proxy.cache.key import KeyParts, NotCacheable, cache_key, canonical
-from proxy.protocol.json_parse import DEEPEST
+from proxy.protocol.json_parse import MAX_DEPTH
 
 IGNORED = ["user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
 NONE: frozenset[str] = frozenset()
@@ -193,7 +193,7 @@ class TestDrop:
     def test_responses_echo_them(self) -> None:
         assert dropped_fields("responses", IGNORED) == {"stream", "stream_options"}
 
-    def test_only_at_the_top(self) -> None:
+    def test_only_top_level_fields_are_ignored(self) -> None:
         drop = dropped_fields("chat", IGNORED)
         body = b'{"stream":true,"user":"u","metadata":{"a":1},"messages":[{"user":"v","stream":1}]}'
         assert canonical(body, drop) == b'{"messages":[{"stream":1,"user":"v"}]}'
@@ -225,14 +225,14 @@ class TestNoKey:
             (b'{"a":"\\ud800"}', "unicode"),
             (b'{"a":"\\udc00\\ud800"}', "unicode"),
             (b'{"\\ud83d":1}', "unicode"),
-            (nested(DEEPEST + 1), "depth"),
-            (b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1), "depth"),
+            (nested(MAX_DEPTH + 1), "depth"),
+            (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "depth"),
             (nested(100_000), "depth"),
             (b'{"a":NaN,"b":' + nested(100_000) + b"}", "depth"),
             (b"[" * 100_000, "depth"),
-            *((b'{"b":%b,"a":NaN}' % nested(depth), "depth") for depth in (DEEPEST, 5000)),
-            *((b'{"a":1,"a":%b}' % nested(depth), "depth") for depth in (DEEPEST, 5000)),
-            *((b'{"a":NaN,"b":%b}' % nested(depth), "depth") for depth in (DEEPEST, 5000)),
+            *((b'{"b":%b,"a":NaN}' % nested(depth), "depth") for depth in (MAX_DEPTH, 5000)),
+            *((b'{"a":1,"a":%b}' % nested(depth), "depth") for depth in (MAX_DEPTH, 5000)),
+            *((b'{"a":NaN,"b":%b}' % nested(depth), "depth") for depth in (MAX_DEPTH, 5000)),
             (b'{"a":NaN,"b":"' + b"[" * 5000 + b'"}', "NaN"),
             (b"[" * 5000, "depth"),
         ],
@@ -243,7 +243,7 @@ class TestNoKey:
         assert caught.value.reason == reason
 
     def test_as_deep_as_allowed(self) -> None:
-        assert canonical(nested(DEEPEST), NONE) == nested(DEEPEST)
+        assert canonical(nested(MAX_DEPTH), NONE) == nested(MAX_DEPTH)
         wide = b'{"a":[' + b",".join([b'{"b":[{}]}'] * 100) + b"]}"
         assert canonical(wide, NONE) == wide
 
@@ -280,7 +280,7 @@ class TestNoKey:
             pass
 
     @given(st.lists(st.sampled_from([*list('{}[]:,"\\u0a1-.eNaInfty'), '"a":', "�", "\\ud83d"]), max_size=20))
-    def test_nor_for_what_looks_like_json(self, pieces: list[str]) -> None:
+    def test_nothing_else_is_raised_for_near_json(self, pieces: list[str]) -> None:
         try:
             canonical("".join(pieces).encode("utf-8", "surrogatepass"), NONE)
         except (ValueError, NotCacheable):

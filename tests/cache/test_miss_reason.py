@@ -15,7 +15,7 @@ from proxy.cache.entry import Entry
 from proxy.cache.key import KeyParts, cache_key, canonical
 from proxy.cache.miss_reason import (
     MAIN_FIELDS,
-    MOST_FIELDS,
+    MAX_FIELDS,
     RecentRequests,
     differences,
     field_digests_of,
@@ -60,7 +60,7 @@ def knowing(*known: KeyParts) -> RecentRequests:
 
 
 class TestTraits:
-    def test_one_for_each_part_and_field_and_none_of_their_text(self) -> None:
+    def test_each_part_and_field_has_a_digest_and_no_text_is_kept(self) -> None:
         traits = field_digests_of(request(namespace="name a\nci", beta="v2", sample="1", query="x=1"))
         names = [trait.split(":")[0] for trait in traits.split()]
         parts = ["model", "namespace", "upstreams", "OpenAI-Beta", "sample", "query"]
@@ -68,7 +68,7 @@ class TestTraits:
         assert all(len(trait.split(":")[1]) == 16 for trait in traits.split())
         assert "Hi" not in traits
 
-    def test_how_it_is_spelt_does_not_matter(self) -> None:
+    def test_the_spelling_of_json_does_not_matter(self) -> None:
         other = b'{"vendor":{"deep":[1]},"messages":[{"content":"\\u0048i","role":"user"}],"model":"gpt-4o"}'
         same = {"model": BODY["model"], "messages": BODY["messages"], "vendor": BODY["vendor"]}
         assert field_digests_of(request(same)) == field_digests_of(
@@ -82,8 +82,8 @@ class TestTraits:
         assert names[-2:] == ["x%3Ay%0D%0A", "%C3%A9"]
 
     def test_too_many_or_too_long_names_have_none(self) -> None:
-        assert field_digests_of(request({f"f{i}": 1 for i in range(MOST_FIELDS)}))
-        assert field_digests_of(request({f"f{i}": 1 for i in range(MOST_FIELDS + 1)})) == ""
+        assert field_digests_of(request({f"f{i}": 1 for i in range(MAX_FIELDS)}))
+        assert field_digests_of(request({f"f{i}": 1 for i in range(MAX_FIELDS + 1)})) == ""
         assert field_digests_of(request({"x" * 65: 1})) == ""
         assert reason(knowing(request({"x" * 65: 1})), request({"x" * 65: 2})) == "new"
 
@@ -187,8 +187,8 @@ class TestDifferences:
         for number in range(100):
             recent.add("", entry(request(BODY | {"messages": str(number), "n": number})))
             recent.add("", entry(request(BODY | {"n": number})))
-        assert len(recent._same_question) == len(recent._ends) == 8
-        assert sum(map(len, recent._same_question.values())) <= 32
+        assert len(recent._by_question) == len(recent._expiries) == 8
+        assert sum(map(len, recent._by_question.values())) <= 32
 
 
 WALL = 50.0
@@ -219,7 +219,7 @@ def test_why_what_is_stored_does_not_serve(
     assert why_missed(stored[0], stored[1], WALL, max_age, wants_usage) == expected
 
 
-def test_it_costs_little() -> None:
+def test_comparing_is_fast() -> None:
     """A few us; generous, as this machine may be busy."""
     recent, parts = knowing(request()), request(BODY | {"seed": 1})
     start = time.process_time()

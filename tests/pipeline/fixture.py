@@ -208,8 +208,8 @@ class PipelineFixture:
         try:
             served = await self.journey.handle(request, lambda: None)
         except ProxyError as refusal:
-            lines = header_lines(refusal.lines) if refusal.lines else {}
-            return Result(refusal.status, refusal.body(), lines, refusal=refusal.copy(refusal.lines))
+            lines = header_lines(refusal.header_lines) if refusal.header_lines else {}
+            return Result(refusal.status, refusal.body(), lines, refusal=refusal.copy(refusal.header_lines))
         if isinstance(served, CacheHit):
             return Result(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
         bought = served

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cache.embeddings import MOST_ITEMS
+from proxy.cache.embeddings import MAX_ITEMS
 from proxy.cache.lookup import digest_of_request
 from proxy.config.settings import CacheSettings, TtlSettings
 from proxy.protocol.options import Options
@@ -271,9 +271,9 @@ async def test_an_items_age_is_told() -> None:
 @virtual_time
 async def test_large_batches_go_up_in_parts() -> None:
     scene = Batches()
-    texts = [f"text {n}" for n in range(2 * MOST_ITEMS + 5)]
+    texts = [f"text {n}" for n in range(2 * MAX_ITEMS + 5)]
     told = await scene.embed([*texts, texts[0]])
-    assert [len(part) for part in scene.sent] == [MOST_ITEMS, MOST_ITEMS, 5]
+    assert [len(part) for part in scene.sent] == [MAX_ITEMS, MAX_ITEMS, 5]
     right(told, [*texts, texts[0]])
     assert told.cache == "miss"
     assert told.attempts == 3
@@ -295,7 +295,7 @@ async def test_when_a_part_fails_the_client_gets_its_error_and_the_others_are_ke
         return error(400, "too_bad") if len(calls) == 2 else embed(sent)
 
     scene = Batches(answer=answer)
-    texts = [f"text {n}" for n in range(MOST_ITEMS + 5)]
+    texts = [f"text {n}" for n in range(MAX_ITEMS + 5)]
     told = await scene.embed(texts)
     assert (told.status, told.json()["error"]["code"]) == (400, "too_bad")
     assert scene.receipt.cost_usd is not None  # the first part was paid for
@@ -384,7 +384,7 @@ async def test_vectors_of_two_models_are_not_mixed() -> None:
     assert (await scene.embed(["a", "c"])).cache == "hit"
     models = iter(["one", "two"])
     scene.transport.otherwise = lambda sent: embed(sent, model=next(models))
-    told = await scene.embed([f"t{n}" for n in range(MOST_ITEMS + 1)])
+    told = await scene.embed([f"t{n}" for n in range(MAX_ITEMS + 1)])
     assert told.refused == "upstream_invalid_response"
 
 

@@ -1,4 +1,4 @@
-"""Our own errors against the table of contract 6."""
+"""The error codes against a table of their own, and the envelope."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ STATUS = {
     "upstream_timeout": 504,
     "not_cached": 504,
 }
-"""The codes of contract 6 that this version can answer with."""
+"""The documented codes."""
 
 OURS_TOO = {"bad_request": 400, "internal_error": 500}
-"""What the contract does not name: HTTP that is none, and a failure of the proxy itself."""
+"""Further codes: malformed HTTP, and a failure of the proxy itself."""
 
 WORTH_WAITING = {"throttled", "queue_full", "keys_cooling", "client_limit"}
 NEVER_RETRY = {"budget_exceeded", "not_cached", "request_exceeds_limit", "no_usable_key"}
@@ -52,7 +52,7 @@ def test_every_code_has_its_status() -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_what_an_sdk_is_told_about_retries(code: str) -> None:
+def test_x_should_retry_of_every_code(code: str) -> None:
     """False on what cannot succeed: `NEVER_RETRY`, and every 4xx but a 429 worth waiting for."""
     kind = CODES[code]
     hopeless = code in NEVER_RETRY or (400 <= kind.status < 500 and code not in WORTH_WAITING)
@@ -72,17 +72,17 @@ def test_absent_param_is_null() -> None:
     assert json.loads(ProxyError("draining", "stopping").body())["error"]["param"] is None
 
 
-def test_a_refusal_carries_what_the_edge_needs() -> None:
-    refusal = ProxyError("throttled", "later", retry_after=1.5, should_retry=False, headers=(("A", "b"),))
-    assert (refusal.status, refusal.retry_after, refusal.should_retry) == (429, 1.5, False)
-    assert refusal.headers == (("A", "b"),)
-    assert str(refusal) == "later"
-    assert refusal.lines == ""
+def test_an_error_carries_status_and_headers() -> None:
+    error = ProxyError("throttled", "later", retry_after=1.5, should_retry=False, headers=(("A", "b"),))
+    assert (error.status, error.retry_after, error.should_retry) == (429, 1.5, False)
+    assert error.headers == (("A", "b"),)
+    assert str(error) == "later"
+    assert error.header_lines == ""
     assert ProxyError("throttled", "later").should_retry is None
     assert ProxyError("invalid_json", "no").should_retry is False
 
 
-def test_an_unknown_code_is_a_mistake_of_ours() -> None:
+def test_an_unknown_code_raises() -> None:
     with pytest.raises(KeyError):
         ProxyError("no_such_code", "")
 

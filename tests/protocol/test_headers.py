@@ -1,4 +1,4 @@
-"""Both deny-lists, whatever the case and whatever `Connection` names; masks of keys (contract 6 and 7)."""
+"""Both deny-lists, in any case and with any `Connection` header; masking of keys."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def lower(headers: list[tuple[str, str]] | list[Raw]) -> list[str]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("pooled", [True, False])
-def test_what_never_goes_up(seed: int, pooled: bool) -> None:
+def test_headers_not_sent_upstream(seed: int, pooled: bool) -> None:
     assert upstream_headers(raw(NEVER_UP, seed), pooled=pooled) == []
 
 
-def test_what_goes_up_as_it_came() -> None:
+def test_headers_sent_upstream_unchanged() -> None:
     headers = [(spelled(name, number), f"value {number}".encode()) for number, name in enumerate(KEPT_UP)]
     assert upstream_headers(headers, pooled=True) == [(name.decode(), value.decode()) for name, value in headers]
 
@@ -87,7 +87,7 @@ def test_organisation_and_project_belong_to_the_pools_key() -> None:
         [b"keep-alive", b"Upgrade,\tX-Hop"],
     ],
 )
-def test_headers_that_connection_names_stay_here(connection: list[bytes]) -> None:
+def test_headers_that_connection_names_are_dropped(connection: list[bytes]) -> None:
     headers: list[Raw] = [(b"Connection", value) for value in connection]
     headers += [(b"X-Hop", b"1"), (b"x-hop", b"2"), (b"X-Hope", b"3"), (b"X-Other", b"4")]
     assert upstream_headers(headers, pooled=True) == [("X-Hope", "3"), ("X-Other", "4")]
@@ -117,11 +117,11 @@ def test_values_keep_their_bytes() -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("decoded", [True, False])
-def test_what_never_comes_down(seed: int, pooled: bool, decoded: bool) -> None:
+def test_headers_not_sent_to_the_client(seed: int, pooled: bool, decoded: bool) -> None:
     assert downstream_headers(raw(NEVER_DOWN, seed), pooled=pooled, decoded=decoded) == []
 
 
-def test_what_comes_down_as_it_came() -> None:
+def test_headers_sent_to_the_client_unchanged() -> None:
     headers = raw(KEPT_DOWN)
     assert downstream_headers(headers, pooled=True, decoded=False) == headers
 
@@ -132,13 +132,13 @@ def test_repeated_headers_stay_repeated_and_in_order() -> None:
     assert upstream_headers(headers, pooled=True) == [("Vary", "a"), ("X-A", "1"), ("vary", "b")]
 
 
-def test_organisation_and_project_of_a_pool_key_are_nobodys_business() -> None:
+def test_organisation_and_project_of_a_pool_key_are_dropped() -> None:
     headers = raw(ORGANISATION)
     assert downstream_headers(headers, pooled=True, decoded=False) == []
     assert downstream_headers(headers, pooled=False, decoded=False) == headers
 
 
-def test_an_encoding_that_no_longer_holds() -> None:
+def test_content_encoding_of_a_decoded_body_is_dropped() -> None:
     for seed in range(5):
         headers = raw(["Content-Encoding", "Content-Type"], seed)
         assert downstream_headers(headers, pooled=True, decoded=False) == headers
@@ -151,11 +151,11 @@ NAMES = st.text(
 
 
 @given(st.lists(st.tuples(NAMES, st.binary(max_size=20)), max_size=8), st.booleans(), st.booleans())
-def test_what_is_not_named_passes(headers: list[tuple[str, bytes]], pooled: bool, decoded: bool) -> None:
+def test_unknown_headers_are_forwarded(headers: list[tuple[str, bytes]], pooled: bool, decoded: bool) -> None:
     """Two deny-lists: an unknown header of tomorrow passes both, with its value, in its place."""
     prefixes = ("x-forwarded-", "sec-", "x-proxy-", "access-control-", "proxy-")
     named = {name.lower() for name in [*NEVER_UP, *NEVER_DOWN, *ORGANISATION]} | {"content-encoding"}
-    named |= {"x-api-key", "expect", "pragma", "set-cookie2", "http2-settings"}  # more than the contract names
+    named |= {"x-api-key", "expect", "pragma", "set-cookie2", "http2-settings"}  # more than is documented
     unknown: list[Raw] = [
         (name.encode(), value)
         for name, value in headers
@@ -170,11 +170,11 @@ def test_what_is_not_named_passes(headers: list[tuple[str, bytes]], pooled: bool
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_a_hit_never_carries(seed: int) -> None:
+def test_headers_not_stored(seed: int) -> None:
     assert storable_headers(raw(NEVER_ON_A_HIT, seed)) == ()
 
 
-def test_what_a_hit_carries() -> None:
+def test_headers_stored() -> None:
     headers = raw(["Content-Type", "openai-version", "x-ms-region", "X-Custom"])
     assert storable_headers(headers) == tuple(headers)
 
@@ -183,7 +183,7 @@ def test_what_a_hit_carries() -> None:
 
 
 @pytest.mark.parametrize("name", ["Cache-Control", "OpenAI-Beta", "X-Proxy-Sample", "X-Proxy-Cache-TTL", "X-Proxy-New"])
-def test_headers_that_may_change_what_we_do(name: str) -> None:
+def test_headers_that_are_request_options(name: str) -> None:
     for seed in range(5):
         assert is_request_option(spelled(name, seed))
 
@@ -191,7 +191,7 @@ def test_headers_that_may_change_what_we_do(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["Accept", "Authorization", "User-Agent", "X-Stainless-Retry-Count", "X-Prox", "Pragma"]
 )
-def test_headers_that_ask_nothing(name: str) -> None:
+def test_headers_that_are_no_request_options(name: str) -> None:
     assert not is_request_option(name.encode())
 
 
@@ -218,7 +218,7 @@ def test_a_full_key_is_masked(text: str, masked: str) -> None:
     assert masker.found_in(text.encode()) is (text != masked)
 
 
-def test_a_key_that_begins_with_another_leaves_no_tail() -> None:
+def test_a_key_that_begins_with_another_is_masked_whole() -> None:
     for secrets in (["sk-abc", "sk-abcdef"], ["sk-abcdef", "sk-abc"], ["bcde", "sk-abcdef", "sk-abc"]):
         assert SecretMasker(secrets).mask(b"x sk-abcdef y sk-abc z") == b"x *** y *** z"
 

@@ -93,7 +93,7 @@ class TestSetField:
         raw = spelled(document, generator).encode()
         assert set_field(raw, "model", b'"m"') == raw
 
-    def test_depth_and_numbers_are_no_obstacle(self) -> None:
+    def test_depth_and_numbers_do_not_matter(self) -> None:
         deep = b"[" * 100_000 + b"]" * 100_000
         raw = b'{"a":' + deep + b',"b":' + b"1" * 100_000 + b',"model":"old"}'
         assert set_field(raw, "model", b'"new"') == raw.replace(b"old", b"new")
@@ -150,7 +150,7 @@ class TestWantUsage:
             ),
         ],
     )
-    def test_where_it_was_left_open(self, raw: bytes, expected: bytes) -> None:
+    def test_usage_is_asked_for_if_left_open(self, raw: bytes, expected: bytes) -> None:
         assert wanted(raw) == expected
 
     @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ class TestWantUsage:
             b'{"stream":true,"stream_options":null,"stream_options":{}}',
         ],
     )
-    def test_where_there_is_nothing_to_do(self, raw: bytes) -> None:
+    def test_usage_is_not_asked_for_otherwise(self, raw: bytes) -> None:
         assert wanted(raw) is None
 
     def test_not_an_object(self) -> None:
@@ -180,7 +180,7 @@ class TestWantUsage:
             want_usage(b"[1]", {"stream": True})
 
     @given(objects, st.none() | st.dictionaries(text, values, max_size=3), st.randoms(use_true_random=False))
-    def test_only_that_changes(
+    def test_only_include_usage_changes(
         self, document: dict[str, Any], options: dict[str, Any] | None, generator: random.Random
     ) -> None:
         document = {**document, "stream": True, "stream_options": options}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.protocol.json_parse import DEEPEST, is_deeper, parse_leniently, printable_name
+from proxy.protocol.json_parse import MAX_DEPTH, is_deeper, parse_leniently, printable_name
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
@@ -41,7 +41,7 @@ def test_ordinary_json_is_read_as_ever(document: Any) -> None:
         (b'{"a": NaN, "b": 9007199254740993}', {"a": math.nan, "b": 9007199254740993}),
     ],
 )
-def test_what_others_take(body: bytes, document: Any) -> None:
+def test_texts_that_orjson_refuses(body: bytes, document: Any) -> None:
     assert repr(parse_leniently(body)) == repr(document)
 
 
@@ -57,12 +57,12 @@ def test_what_strict_parsing_takes_is_read_to_the_depth_that_it_takes() -> None:
 
 @pytest.mark.parametrize("odd", [b"NaN", b'"\\ud800"'])
 def test_what_only_others_take_is_read_to_the_depth_that_has_a_key(odd: bytes) -> None:
-    assert parse_leniently(nested(DEEPEST - 1, odd))["a"]
-    assert parse_leniently(nested(DEEPEST, odd)) == {}
+    assert parse_leniently(nested(MAX_DEPTH - 1, odd))["a"]
+    assert parse_leniently(nested(MAX_DEPTH, odd)) == {}
 
 
 # Where the standard library stops: at 990 (Python 3.11), 1,500 (3.12), 10,000 (3.13), or by the size of the stack.
-@pytest.mark.parametrize("depth", [DEEPEST + 1, 500, 995, 1200, 5000, 12_000, 100_000])
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500, 995, 1200, 5000, 12_000, 100_000])
 def test_too_deep_stands_as_an_empty_object_on_every_python(depth: int) -> None:
     for deep in (b'{"a":' * depth + b"NaN" + b"}" * depth, b"[" * depth, b"[" * depth + b"NaN" + b"]" * depth):
         assert parse_leniently(deep) == {}
@@ -92,7 +92,7 @@ def test_brackets_in_texts_are_not_counted() -> None:
 
 
 @given(st.text() | st.text(st.sampled_from("a\ud800\udfff\u20ac")))
-def test_a_name_can_be_said_again(name: str) -> None:
+def test_a_name_can_be_written_as_json(name: str) -> None:
     said = printable_name(name)
     assert orjson.loads(orjson.dumps(said)) == said
     if not any("\ud800" <= c <= "\udfff" for c in name):
@@ -103,7 +103,7 @@ BROKEN = [b"", b" ", b"{", b'{"a"}', b"{'a': 1}", b'{"a": 1,}', b"\xff", b'"\xff
 
 
 @pytest.mark.parametrize("body", BROKEN)
-def test_what_is_no_json(body: bytes) -> None:
+def test_texts_that_are_no_json(body: bytes) -> None:
     with pytest.raises(ValueError):
         parse_leniently(body)
 

@@ -1,4 +1,4 @@
-"""What a request may ask, by header and in the base URL (contract 5)."""
+"""Options of a request, by header and in the base URL."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_malformed_value_is_not_repeated() -> None:
     assert b"sk-secret" not in caught.value.body()
 
 
-def test_nothing_asked_is_nothing() -> None:
+def test_no_header_gives_no_option() -> None:
     off = (NO_OPTIONS.no_cache, NO_OPTIONS.no_store, NO_OPTIONS.only_if_cached, NO_OPTIONS.stream_cost)
     assert off == (False, False, False, False)
     unset = (NO_OPTIONS.max_age, NO_OPTIONS.ttl, NO_OPTIONS.max_wait, NO_OPTIONS.timeout, NO_OPTIONS.max_retries)
@@ -118,7 +118,7 @@ def test_nothing_asked_is_nothing() -> None:
     assert (NO_OPTIONS.namespace, NO_OPTIONS.sample, NO_OPTIONS.tags) == ("", "", ())
 
 
-def test_other_headers_ask_nothing() -> None:
+def test_other_headers_give_no_option() -> None:
     headers = [("Accept", "*/*"), ("X-Proxy-Unheard-Of", "1"), ("Authorization", "Bearer x"), ("X-Stainless-Lang", "p")]
     assert from_headers(NO_OPTIONS, headers) is NO_OPTIONS
 
@@ -188,13 +188,13 @@ def test_cache_directives_in_the_base_url(segment: str, fields: dict[str, Any] |
 # --- several at once --------------------------------------------------------------------------------------------------
 
 
-def test_the_contracts_example() -> None:
+def test_the_documented_example() -> None:
     assert from_segment("namespace=ci;ttl=1h;tag=team:search") == Options(
         namespace="ci", ttl=3600.0, tags=("team:search",)
     )
 
 
-def test_empty_parts_do_no_harm() -> None:
+def test_empty_parts_are_ignored() -> None:
     assert from_segment("") == NO_OPTIONS
     assert from_segment(";;ttl=1h;") == Options(ttl=3600.0)
 
@@ -234,7 +234,7 @@ def test_tags_repeat_up_to_a_number() -> None:
         from_headers(NO_OPTIONS, [*sixteen, ("X-Proxy-Tag", "one:more")])
 
 
-def test_a_header_lies_over_the_base_url() -> None:
+def test_a_header_overrides_the_base_url() -> None:
     base = from_segment("ttl=1h;namespace=ci;retries=3")
     got = from_headers(base, [("X-Proxy-Cache-TTL", "5m"), ("Cache-Control", "no-store")])
     assert got == Options(ttl=300.0, namespace="ci", max_retries=3, no_store=True)
@@ -257,12 +257,12 @@ def attempt(parse: Callable[[], Options]) -> Options | dict[str, Any]:
 
 
 @given(st.lists(st.tuples(NAMES, ANY | st.from_regex(r"[0-9a-z:=,\"-]{0,9}")), max_size=5))
-def test_any_header_is_taken_or_refused(headers: list[tuple[str, str]]) -> None:
+def test_any_header_is_accepted_or_an_invalid_option(headers: list[tuple[str, str]]) -> None:
     got = attempt(lambda: from_headers(NO_OPTIONS, headers))
     assert isinstance(got, Options) or got["param"]
 
 
 @given(ANY | st.from_regex(r"([a-z-]{1,9}=[0-9a-z%:]{0,6};){0,3}"))
-def test_any_segment_is_taken_or_refused(segment: str) -> None:
+def test_any_segment_is_accepted_or_an_invalid_option(segment: str) -> None:
     got = attempt(lambda: from_segment(segment))
     assert isinstance(got, Options) or got["code"] == "invalid_option"

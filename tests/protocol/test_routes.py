@@ -1,4 +1,4 @@
-"""Raw request targets and where they lead (contract 4; raw paths: contract 7, Browsers)."""
+"""Raw request targets and their routes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_is_passed_through(path: str) -> None:
         assert (route.kind, route.path, route.endpoint, route.shape) == ("passthrough", path, "", shape)
 
 
-def test_below_v1_anything_goes() -> None:
+def test_any_path_below_v1_is_passed_through() -> None:
     assert parse_target("/v1/something/new").path == "/something/new"
     assert parse_target("/v1/v1/models").path == "/v1/models"
     assert parse_target("/openai/v1/something/new").path == "/something/new"
@@ -69,7 +69,7 @@ def test_without_v1_the_segments_of_the_api(segment: str) -> None:
             parse_target(f"/{near}-/y")
 
 
-def test_the_segments_the_contract_names_are_there() -> None:
+def test_the_documented_segments() -> None:
     assert {"chat", "completions", "embeddings", "models", "files", "images", "audio", "batches"} <= SEGMENTS
     assert {"fine_tuning", "uploads", "vector_stores", "assistants", "responses", "moderations"} <= SEGMENTS
 
@@ -104,7 +104,7 @@ UNKNOWN += [f"/openai/deployments/{'d' * 300}/chat/completions"]
 
 
 @pytest.mark.parametrize("target", UNKNOWN)
-def test_no_such_route(target: str) -> None:
+def test_unknown_routes(target: str) -> None:
     with pytest.raises(ProxyError) as caught:
         parse_target(target)
     assert (caught.value.code, caught.value.status) == ("unknown_route", 404)
@@ -128,7 +128,7 @@ ODD = ["\x00", "\t", " ", "\r\n", "\x7f", "#", "\udcff"]
         "/_/ttl=1h/{}/v1/files",
     ],
 )
-def test_a_path_that_tries_to_leave_is_refused(template: str, evil: str) -> None:
+def test_a_path_with_parent_segments_is_refused(template: str, evil: str) -> None:
     for target in (template.format(evil), template.format(evil) + "?api-version=1"):
         if evil == "/" and not target.count("//"):
             continue
@@ -149,12 +149,12 @@ KEPT += ["/v1/files/a%252fb", "/v1/files/a;b=c", "/v1/files/a%23b", "/v1/files/a
 
 
 @pytest.mark.parametrize("target", KEPT)
-def test_everything_else_stays_as_it_was_written(target: str) -> None:
+def test_other_paths_are_not_changed(target: str) -> None:
     assert parse_target(target).path == target.removeprefix("/v1")
 
 
 @given(st.text(st.sampled_from("/.%25eEfFcC\\;av1#? ")).map(lambda text: "/v1/" + text))
-def test_what_passes_cannot_climb(target: str) -> None:
+def test_accepted_paths_have_no_parent_segments(target: str) -> None:
     try:
         route = parse_target(target)
     except ProxyError:
@@ -181,7 +181,7 @@ ANY = st.text() | st.text(st.sampled_from("/_;=a\udcff\ud800%#"))
 
 
 @given(ANY)
-def test_any_target_is_taken_or_refused(text: str) -> None:
+def test_any_target_is_accepted_or_an_error(text: str) -> None:
     for target in (text, "/" + text, "/_/" + text, "/openai/deployments/" + text):
         assert code_of(target) in ("", "unknown_route", "invalid_option", "bad_request")
 

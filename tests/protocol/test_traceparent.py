@@ -27,7 +27,7 @@ def of(*values: str | bytes, name: bytes = b"traceparent") -> str:
         f"cc-{TRACE}-{PARENT}-01-more",
     ],
 )
-def test_good_ones(value: str) -> None:
+def test_valid_traceparents(value: str) -> None:
     assert of(value) == of(value, name=b"TraceParent") == of(f" {value}\t") == value
 
 
@@ -51,17 +51,17 @@ def test_good_ones(value: str) -> None:
         f"0-{TRACE}-{PARENT}-01",
     ],
 )
-def test_what_is_none(value: str) -> None:
+def test_invalid_traceparents(value: str) -> None:
     assert of(value) == ""
     assert upstream_headers([(b"traceparent", value.encode())], pooled=True) == [("traceparent", value)]
 
 
-def test_two_are_none() -> None:
+def test_two_traceparents_are_ignored() -> None:
     assert of(GOOD, GOOD) == of() == traceparent([(b"traceparen2", GOOD.encode())]) == ""
 
 
 @given(st.lists(st.tuples(st.binary(), st.binary() | st.just(GOOD.encode()))))
-def test_nothing_breaks_it(raw: list[Raw]) -> None:
+def test_any_header_bytes_are_accepted(raw: list[Raw]) -> None:
     told = traceparent([(b"traceparent", value) for _, value in raw]) + traceparent(raw)
     assert told.isascii()
     assert told == "" or told.isprintable()

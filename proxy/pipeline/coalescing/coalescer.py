@@ -114,7 +114,7 @@ class Coalescer:
                 return await self._visited(request, plan, seat)
         except ProxyError as refusal:
             self._resign(request, plan, seat, refusal.status, refusal.code)
-            refusal.lines = self._tell.response_headers(request, _seen(plan, seat), seat.attempt_log, "", False)
+            refusal.header_lines = self._tell.response_headers(request, _seen(plan, seat), seat.attempt_log, "", False)
             raise
         except asyncio.CancelledError:
             self._resign(request, plan, seat, 499, "client_gone")
@@ -125,7 +125,7 @@ class Coalescer:
                 seat.leave()
         if seat.led:
             if isinstance(value, ProxyError):
-                raise value.copy(value.lines)
+                raise value.copy(value.header_lines)
             return value
         return self._given(request, plan, seat, value) if _suits(request, value) else None
 
@@ -198,7 +198,7 @@ class Coalescer:
             bought = await self._buy_alone(request, plan, seat.attempt_log)
         except ProxyError as refusal:
             share = Sharing.RETRY if refusal.code in _AGAIN else Sharing.SHARED
-            return FlightResult(refusal.copy(refusal.lines), share)
+            return FlightResult(refusal.copy(refusal.header_lines), share)
         flow, flight = bought.stream, seat.flight
         if flow is None:
             return FlightResult(bought, bought.share)
