@@ -1,4 +1,4 @@
-"""`openai-proxy check`: are the settings right, what is in force, and (`--online`) do the keys work?"""
+"""`openai-proxy check`: validates the settings and prints those in force; `--online` asks whether the keys work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from ..config.settings import KeySettings, Settings, UpstreamSettings
 
-_PATIENCE: Final = 10.0
+_TIMEOUT: Final = 10.0
+"""Seconds that a key's upstream has to respond."""
+
 _MEANINGS: Final = {
     200: "ok",
     401: "the key is not accepted",
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 when a key failed online. Raises SystemExit(2) for settings that cannot be used."""
+    """Return 0; 1 if a key failed online. Raises SystemExit(2) for settings that cannot be used."""
     loaded = load_from_args(args)
     print(f"# settings file: {loaded.file or 'none'}")
     for line in lines(loaded):
@@ -56,46 +58,46 @@ def run(args: argparse.Namespace) -> int:
 
 
 def limit_lines(settings: Settings) -> Iterator[str]:
-    """The limits that hold at each key, where `throttle.tier` makes them more than what the settings say."""
+    """Yield the limits that hold at each key, if `throttle.tier` adds to those of the settings."""
     if settings.throttle.tier is None:
         return
     for upstream in settings.upstreams:
         named: list[tuple[str, KeySettings | None]] = [(key.label, key) for key in upstream.keys]
         for label, key in named or [(upstream.name, None)]:
             for glob, limits in settings.limits_of(upstream, key).items():
-                told = ", ".join(f"{name} {limit}" for name, limit in asdict(limits).items() if limit is not None)
-                yield f"limits of {label} for {glob}: {told}"
+                text = ", ".join(f"{name} {limit}" for name, limit in asdict(limits).items() if limit is not None)
+                yield f"limits of {label} for {glob}: {text}"
 
 
 async def _online(settings: Settings) -> bool:
-    """Prints one line a key; whether all of them work."""
+    """Print one line for each key. Return whether all keys work."""
     import aiohttp  # only here: a check without --online starts without it
 
     pairs = [(upstream, key) for upstream in settings.upstreams for key in upstream.keys]
     if not pairs:
         print("no keys to ask")
         return True
-    timeout = aiohttp.ClientTimeout(total=_PATIENCE)
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
     async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
-        answers = await asyncio.gather(*(_ask(session, upstream, key) for upstream, key in pairs))
+        results = await asyncio.gather(*(_ask(session, upstream, key) for upstream, key in pairs))
     width = max(len(key.label) for _, key in pairs)
-    for (upstream, key), (_, text) in zip(pairs, answers, strict=True):
+    for (upstream, key), (_, text) in zip(pairs, results, strict=True):
         print(f"{key.label:<{width}}  {upstream.name}  {text}")
-    return all(works for works, _ in answers)
+    return all(works for works, _ in results)
 
 
 async def _ask(session: aiohttp.ClientSession, upstream: UpstreamSettings, key: KeySettings) -> tuple[bool, str]:
-    """Whether a key works at its upstream, and what to say of it. Nothing the upstream sends is repeated."""
+    """Return whether a key works at its upstream, and what to print. Nothing that the upstream sends is printed."""
     import aiohttp
 
     try:
         url, headers = models_url(upstream), credentials(upstream, key)
         proxy = upstream.proxy.reveal() if upstream.proxy is not None else None
         trust = ssl.create_default_context(cafile=upstream.ca_file) if upstream.ca_file is not None else True
-        async with session.get(url, headers=headers, allow_redirects=False, proxy=proxy, ssl=trust) as answer:
-            status = answer.status
+        async with session.get(url, headers=headers, allow_redirects=False, proxy=proxy, ssl=trust) as response:
+            status = response.status
     except TimeoutError:
-        return False, f"no answer within {_PATIENCE:g} s"
+        return False, f"no answer within {_TIMEOUT:g} s"
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return False, f"not reached: {type(error).__name__}"
     redirect = "a redirect, which is not followed" if 300 <= status < 400 else "unexpected"
@@ -103,7 +105,7 @@ async def _ask(session: aiohttp.ClientSession, upstream: UpstreamSettings, key: 
 
 
 def models_url(upstream: UpstreamSettings) -> str:
-    """Where an upstream lists its models."""
+    """Return the URL at which an upstream lists its models."""
     if upstream.kind != "azure":
         return f"{upstream.base_url}/models"
     if upstream.api_version is None:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one (quota, model) allows: requests and tokens a minute and a day, requests at once. None: any."""
+    """Limits of one quota and model: requests and tokens a minute and a day, concurrency. None: no limit."""
 
     rpm: int | None = None
     tpm: int | None = None
@@ -19,7 +19,7 @@ class Limits:
 
 
 def limits_for(table: Mapping[str, Limits], model: str) -> Limits:
-    """The limits under the exact name, else the longest matching glob (the first of equals), else none."""
+    """Return the limits of the exact name, else of the longest matching glob (the first of equals), else none."""
     exact = table.get(model)
     if exact is not None:
         return exact

@@ -1,4 +1,4 @@
-"""What is wrong with the settings, where a value was written, and what of it may be shown."""
+"""Mistakes in the settings: where a value was written, what is wrong with it, and what of it may be shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problem:
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; `problems` are all the reasons, in the order in which they are written."""
+    """The settings cannot be used. `problems` are all the reasons, in the order in which the values are written."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -43,7 +43,7 @@ class SourceLocation:
 
     @property
     def label(self) -> str:
-        """The form in which `LoadedSettings.sources` gives it: `config.yaml:3`, `env NAME`, `flag --port`."""
+        """Return it as `LoadedSettings.sources` has it: `config.yaml:3`, `env NAME`, `flag --port`."""
         if self.file == ENVIRONMENT:
             return f"env {self.via}"
         if self.file == COMMAND_LINE:
@@ -73,19 +73,19 @@ _LONGEST_SHOWN: Final = 60
 
 
 def looks_secret(text: str) -> bool:
-    """Whether a text could be a credential that landed in the wrong place, and so must not be repeated."""
+    """Return whether a text could be a credential in the wrong place, which no message may repeat."""
     return _SECRET.match(text) is not None
 
 
 def shown(text: str) -> str:
-    """A value as it may stand in a message: quoted, shortened, and never one that could be a secret."""
+    """Return a value as it may stand in a message: quoted, shortened, and never one that could be a secret."""
     if looks_secret(text):
         return "something that looks like a key (not shown)"
     return repr(text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…")
 
 
 def shown_name(text: str) -> str:
-    """A setting's name as it may stand in a path."""
+    """Return a setting's name as it may stand in a path."""
     if looks_secret(text) or len(text) > _LONGEST_SHOWN or not text.isprintable():
         return "(not shown)"
     return text

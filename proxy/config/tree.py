@@ -1,4 +1,4 @@
-"""YAML as written: a tree of texts that know their place. Nothing is converted here.
+"""YAML as it is written: a tree of texts that know their place. Nothing is converted here.
 
 YAML 1.1 would make `off` a bool, `2024-10-21` a date, `010` eight and `1e6` a string. What a text means is up
 to the setting it is for, so only the structure is taken from YAML. Aliases are followed, with a limit on the
@@ -51,7 +51,7 @@ class Table:
         return next((node for key, node in self.entries if key == name), None)
 
     def replaced(self, name: str, node: Node) -> Table:
-        """This table with `name` set to `node`."""
+        """Return this table with `name` set to `node`."""
         others = tuple(entry for entry in self.entries if entry[0] != name)
         return replace(self, entries=(*others, (name, node)))
 
@@ -74,7 +74,7 @@ class _TooLarge(Exception):
 
 
 def parse(text: str, where: SourceLocation, problems: list[Problem], path: str = "") -> Node | None:
-    """The tree of a YAML text; None if there is none, with the reasons added to `problems`.
+    """Return the tree of a YAML text; None if there is none, with the reasons added to `problems`.
 
     `where` is the text's own place: in a file every value then has the line it stands on. `path` is the
     setting the text is the value of; "" for a whole file.
@@ -102,7 +102,7 @@ def _at(where: SourceLocation, line: int | None) -> SourceLocation:
 
 
 def _reason(error: yaml.MarkedYAMLError) -> str:
-    # PyYAML quotes what it stumbled over, and that may be a secret: `admin_key: *hunter2`.
+    # PyYAML quotes what it could not read, and that may be a secret: `admin_key: *hunter2`.
     problem = error.problem or "no reason given"
     if problem.startswith("but ") and error.context:
         problem = f"{error.context}, {problem}"

@@ -1,4 +1,4 @@
-"""Base URLs in every spelling people use, made one. Nothing here repeats what may be a password in a URL."""
+"""Base URLs: parsed, checked, and brought to one spelling. No message repeats what may be a password in a URL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Url:
 
     @property
     def azure(self) -> bool:
-        """Whether the host is one of Azure's own."""
+        """Return whether the host is one of Azure's own."""
         return self.host.endswith(_AZURE_HOSTS)
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class AzureUrl:
 
 
 def parse_url(text: str) -> Url:
-    """Raises Invalid for what is not an http(s) base URL."""
+    """Return a base URL in parts. Raises Invalid for what is not an http or https base URL."""
     expected = "expected a base URL such as https://api.openai.com/v1"
     if not _CHARACTERS.match(text):
         raise Invalid(f"{expected}, found characters that do not belong in one")
@@ -86,7 +86,7 @@ def _refuse_extras(parts: SplitResult, text: str) -> None:
 
 
 def proxy_url(text: str) -> str:
-    """An HTTP proxy's address, perhaps with user and password. Raises ValueError for anything else."""
+    """Return an HTTP proxy's address, perhaps with user and password. Raises ValueError for anything else."""
     parts = urlsplit(text)
     if parts.scheme not in _PORTS or not parts.hostname or not parts.port or parts.path.strip("/"):
         raise ValueError("not a proxy's address")
@@ -96,7 +96,7 @@ def proxy_url(text: str) -> str:
 
 
 def openai_url(url: Url) -> str:
-    """As given, less a trailing slash; OpenAI's own host gets its `/v1`. Raises Invalid for an endpoint."""
+    """Return the URL without a trailing slash; OpenAI's own host gets its `/v1`. Raises Invalid for an endpoint."""
     if match := _ENDPOINT.match(url.path):
         raise Invalid(f"expected a base URL, found that of an endpoint (drop /{match[1]})")
     if not url.path and (url.host == "api.openai.com" or url.host.endswith(".api.openai.com")):
@@ -105,7 +105,7 @@ def openai_url(url: Url) -> str:
 
 
 def azure_url(url: Url) -> AzureUrl:
-    """Every spelling of one resource has one root. A gateway's own prefix before `/openai` stays.
+    """Return the one root that every spelling of a resource has. A gateway's own prefix before `/openai` stays.
 
     Raises Invalid for a path that Azure's own hosts do not serve.
     """

@@ -1,4 +1,4 @@
-"""Rules about several settings at once, and warnings about what is allowed but risky."""
+"""Rules over several settings, and warnings about what is allowed but risky."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _warn_workers(settings: Settings, reading: Reading) -> None:
     start = f"server.workers: each of the {workers} workers"
     if cache.backend == "memory":
         reading.warn(
-            f"{start} keeps answers of its own, up to cache.memory_size each, and buys what only another has; "
+            f"{start} keeps answers of its own, up to cache.memory_size each, and does not see those of the others; "
             "cache.backend sqlite or redis is one for all"
         )
     if cache.coalesce and cache.backend != "off":

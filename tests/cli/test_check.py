@@ -144,7 +144,7 @@ def pool(base_url: str, *secrets: str) -> UpstreamSettings:
 
 @pytest.mark.slow
 async def test_online(models: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(check, "_PATIENCE", 0.3)
+    monkeypatch.setattr(check, "_TIMEOUT", 0.3)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # not read
     azure = UpstreamSettings(
         name="azure", kind="azure", base_url=models, api_version="2024-10-21", keys=(KeySettings("az", Secret("good")),)

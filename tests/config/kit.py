@@ -21,7 +21,7 @@ class Load(Protocol):
         in_force: LoadedSettings | None = None,
         **flags: object,
     ) -> LoadedSettings:
-        """Settings of `settings.yaml` with this text (`automatic`: of a `config.yaml` lying about)."""
+        """Settings of `settings.yaml` with this text (`automatic`: of a `config.yaml` that is found, not named)."""
 
 
 def problems(

@@ -200,20 +200,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 # ./config.yaml, which nobody named
 
 
-def test_a_file_lying_about_is_read_when_it_is_ours(load: Load) -> None:
+def test_a_file_found_by_itself_is_read_if_it_has_our_sections(load: Load) -> None:
     loaded = load("server: {port: 9}", automatic=True)
     assert (loaded.settings.server.port, loaded.file) == (9, Path("config.yaml"))
     assert loaded.sources["server.port"] == "config.yaml:1"
 
 
 @pytest.mark.parametrize("text", ["app: {port: 1}", "", "- a", "{{ template }}", "  server: x"])
-def test_a_file_lying_about_that_is_not_ours_is_left(load: Load, text: str) -> None:
+def test_a_file_found_by_itself_without_our_sections_is_not_read(load: Load, text: str) -> None:
     loaded = load(text, automatic=True)
     assert (loaded.settings, loaded.file) == (Settings(), None)
     assert len(loaded.warnings) == 1
 
 
-def test_a_file_lying_about_that_is_ours_must_be_right(load: Load) -> None:
+def test_a_file_found_by_itself_with_our_sections_must_be_valid(load: Load) -> None:
     assert problems(load, "server: {prot: 9}", automatic=True)[0].startswith("config.yaml:1: server.prot:")
 
 
@@ -239,7 +239,9 @@ FOREIGN = "upstreams:\n- base_url: {url}\n  keys:\n  - {key}\n"
         ("https://api.openai.com/v1", "{key_file: ../outside}", False),
     ],
 )
-def test_a_file_lying_about_does_not_send_keys_anywhere(tmp_path: Path, url: str, key: str, refused: bool) -> None:
+def test_a_file_found_by_itself_does_not_send_keys_to_foreign_hosts(
+    tmp_path: Path, url: str, key: str, refused: bool
+) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     write(folder / "inside", "inside-key")
@@ -258,7 +260,7 @@ def test_a_file_lying_about_does_not_send_keys_anywhere(tmp_path: Path, url: str
         load_settings(None, {"upstream": "https://mine.example/v1"}, environ, folder)  # the user named the host
 
 
-def test_a_file_lying_about_with_broken_upstreams(load: Load) -> None:
+def test_a_file_found_by_itself_with_broken_upstreams(load: Load) -> None:
     assert (
         len(problems(load, "upstreams:\n- x\n- keys: ['${K}']\n  base_url: https://a/v1", {"K": "k"}, automatic=True))
         == 1
