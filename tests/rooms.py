@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -32,37 +32,37 @@ PACKAGE: Final = str(Path(proxy.__file__).parent) + "/"
 
 @dataclass(slots=True)
 class Walk:
-    """The rooms that requests went through, in order; calls: how many there were in each."""
+    """The files whose functions were called, in order, such as `cache/key.py`."""
 
-    rooms: list[str] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def rooms(self) -> list[str]:
+        """The room of every call."""
+        return [file.partition("/")[0] for file in self.files]
 
     @property
     def entered(self) -> int:
-        """Distinct rooms."""
-        return len(self.calls)
+        """The number of distinct rooms."""
+        return len(set(self.rooms))
 
     @property
     def changes(self) -> int:
-        """Changes of room."""
-        return max(len(self.rooms) - 1, 0)
-
-    def enter(self, room: str) -> None:
-        self.calls[room] += 1
-        if not self.rooms or self.rooms[-1] != room:
-            self.rooms.append(room)
+        """How often the next call was in another room."""
+        return sum(one != other for one, other in pairwise(self.rooms))
 
 
 @contextmanager
 def watched() -> Iterator[Walk]:
-    """Notes what this thread calls in the package."""
+    """Note what this thread calls in the package."""
     walk = Walk()
 
-    def hear(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and (file := frame.f_code.co_filename).startswith(PACKAGE):
-            walk.enter(file[len(PACKAGE) :].partition("/")[0])
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name != "<module>":
+            walk.files.append(code.co_filename.removeprefix(PACKAGE))
 
-    sys.setprofile(hear)
+    sys.setprofile(note)
     try:
         yield walk
     finally:
@@ -221,15 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.rooms", description=__doc__)
     parser.add_argument("kind", nargs="*", choices=[[], *KINDS], help="what to ask (default: one of each)")
-    parser.add_argument("--way", action="store_true", help="also print the rooms in order")
+    parser.add_argument("--files", action="store_true", help="also print the files, each where it is entered first")
     args = parser.parse_args(argv)
     found = asyncio.run(walks(args.kind or tuple(KINDS)))
     print(f"{'request':28}{'rooms':>7}{'changes':>9}")
     for name, walk in found.items():
         print(f"{name:28}{walk.entered:7}{walk.changes:9}")
-        if args.way:
-            print("    " + " ".join(walk.rooms))
-            print("    " + ", ".join(f"{room} {calls}" for room, calls in walk.calls.most_common()))
+        if args.files:
+            print(*(f"    {file}" for file in dict.fromkeys(walk.files)), sep="\n")
     return 0
 
 

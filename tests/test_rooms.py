@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 
 async def test_plain_miss_enters_few_rooms() -> None:
     walk = (await walks(["plain miss"]))["plain miss"]
-    assert {"server", "pipeline", "upstream", "cache"} <= set(walk.calls)
-    assert walk.entered <= MAX_ROOMS, walk.calls
+    assert {"server", "pipeline", "upstream", "cache"} <= set(walk.rooms)
+    assert walk.entered <= MAX_ROOMS, set(walk.rooms)
     assert walk.changes <= MAX_CHANGES, walk.rooms
 
 
