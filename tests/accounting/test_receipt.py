@@ -1,4 +1,4 @@
-"""Receipts: what contract 4 promises of them, and that they are bounded."""
+"""Receipts: what they hold, and that their number is bounded (docs/costs-and-budgets.md)."""
 
 from __future__ import annotations
 

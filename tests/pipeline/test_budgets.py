@@ -1,4 +1,4 @@
-"""Budgets in the story: what is held, what counts, and what is still served (issue 5, Budgets)."""
+"""Budgets in the pipeline: what is reserved, what counts, and what is still served (docs/costs-and-budgets.md)."""
 
 from __future__ import annotations
 

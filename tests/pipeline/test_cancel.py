@@ -1,4 +1,4 @@
-"""Client gone, at any moment: nothing stays held, nothing is kept, and the others go on (contract 7, Client gone).
+"""A client that disconnects at any moment: nothing stays reserved, nothing is stored, the others go on.
 
 A story is told once undisturbed, to count the turns of its loop; then once for each turn, cancelled there.
 """

@@ -1,6 +1,6 @@
 """Truncation never looks like success: answers cut at every byte, by a broken connection or by a clean end too early.
 
-RELIABILITY P2; contract 6: never a clean end, never an invented `[DONE]`, and nothing of it in the cache.
+A cut stream never ends cleanly, never gets an invented `[DONE]`, and is not stored (docs/routes-and-errors.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Truncation of the other endpoints' answers: cut at every byte, or whole JSON that lacks a part (RELIABILITY P2)."""
+"""Truncated responses of the other endpoints: cut at every byte, or whole JSON that lacks a part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whichever shape the client speaks and the upstream knows: path, credential and the body's model (contract 4)."""
+"""Every kind of client with every kind of upstream: path, credential, model in the body (docs/clients.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When an upstream fails: the next priority, the breaker, another model (contract 3; contract 7, Retry)."""
+"""If an upstream fails: the next priority, the circuit breaker, fallback models (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

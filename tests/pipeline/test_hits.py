@@ -1,4 +1,4 @@
-"""Answers from memory: when, how old, and the short way to them (contract 5 and 7, Cache)."""
+"""Hits from memory: when, how old, and the fast lane (docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool at work: a bad key is invisible while a good one is left (contract 6 and 7, Keys)."""
+"""The pool in the pipeline: a client does not notice a bad key while a good one is left (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

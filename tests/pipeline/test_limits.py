@@ -1,4 +1,4 @@
-"""Limits: reserved before, settled after by what was really used, on every exit (contract 7, Limits, Client gone)."""
+"""Limits: reserved before, settled after by what was used, on every way out (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain answers: bytes as they came, what they cost, what is kept of them (contract 6 and 7)."""
+"""Plain responses: bytes as they came, what they cost, what is stored of them (docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cache may do for a request, under which key, and how that is told (contract 5, 6 and 7, Cache)."""
+"""What the cache may do for a request, under which key, and how the headers show it (docs/caching.md)."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ async def test_namespace_and_client_do_not_run_into_each_other() -> None:
 
 @virtual_time
 async def test_sample_zero_is_a_request_without_a_sample() -> None:
-    """Contract 5: number 0 of a run is the entry of a request without a sample."""
+    """Number 0 of a run is the entry of a request without a sample (docs/runs.md)."""
     scene = PipelineFixture()
     none, zero, one, minus = [await key(scene, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
     assert none == zero

@@ -1,4 +1,4 @@
-"""Every miss and every bypass says why (issue 3, Explain): one line each, at the end of the story it belongs to."""
+"""Every miss and every bypass says why (docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The headers we add, letter by letter (contract 6; RFC 9211; RFC 8941)."""
+"""The headers the proxy adds, letter by letter (docs/headers.md; RFC 9211; RFC 8941)."""
 
 from __future__ import annotations
 

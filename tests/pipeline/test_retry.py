@@ -1,4 +1,4 @@
-"""Again, and when not: retries, pauses, one deadline over all (contract 7, Retry)."""
+"""Retries, pauses, and one deadline over all (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named runs (contract 5): ten answers, each replayable; what a run costs, and what it may not cost."""
+"""Named runs: ten responses, each replayable; what a run costs, and the most it may cost (docs/runs.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How streams end: drained, broken, deserted, or well, and what may still come then (contract 6 and 7)."""
+"""How streams end: by a drain, a break, a disconnect, or well; and what may follow (docs/routes-and-errors.md)."""
 
 from __future__ import annotations
 

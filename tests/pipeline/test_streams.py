@@ -1,4 +1,4 @@
-"""Streams on their way down: read by read, kept when whole, never a clean end that was none (contract 7, Streams)."""
+"""Streams: relayed read by read, stored when complete, never ended cleanly if they were cut (docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests tied to stored objects, and prompts that stay where they are cached (contract 7, Keys)."""
+"""Requests pinned to stored objects; prompts that stay with the key that has them cached (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

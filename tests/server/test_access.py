@@ -1,4 +1,4 @@
-"""Who may come in: Host, Origin, client keys, the admin key (contract 4, 5 and 7: Browsers, Secrets)."""
+"""Access: Host, Origin, client keys, the admin key (docs/security.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who and what is refused at the door, in OpenAI's shape; client keys and browsers (contract 6 and 7)."""
+"""Requests that the server refuses, in OpenAI's form; client keys and browsers (docs/routes-and-errors.md)."""
 
 from __future__ import annotations
 

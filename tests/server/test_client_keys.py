@@ -1,4 +1,4 @@
-"""Client keys at the door: which models, how much, what is told; hits are free (contract 6 and 7)."""
+"""Client keys: which models, how much, what the headers say; hits are free (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

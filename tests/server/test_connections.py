@@ -1,4 +1,4 @@
-"""The listening side: slow clients, what is not HTTP, and clients that leave (contract 7, Slow and hostile peers)."""
+"""The listening side: slow clients, bytes that are not HTTP, and clients that disconnect (docs/security.md)."""
 
 from __future__ import annotations
 

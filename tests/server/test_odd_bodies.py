@@ -1,4 +1,4 @@
-"""Whatever a body says, it is passed or refused, never a failure inside the proxy (issue 3, point 1)."""
+"""Any body is passed on or refused, and never makes the proxy fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All other routes: carried through both ways, sent once, never understood and never cached (contract 4)."""
+"""All other routes: passed through both ways, sent once, never parsed and never cached (docs/routes-and-errors.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers and bodies on the wire: framing, persistence, and who is cut off (RFC 9112; contract 7)."""
+"""Responses and bodies on the wire: framing, persistence, slow clients (RFC 9112; docs/security.md)."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ async def test_a_204_stream_has_no_framing(length: int | None) -> None:
 @pytest.mark.parametrize(("length", "framing"), [(None, "chunked"), (9, "length")])
 async def test_an_aborted_stream_has_no_clean_end(length: int | None, framing: str) -> None:
     """What was written arrives; the last chunk, or the rest of the length, does not; and no `Connection: close`, for
-    node's fetch would then take the cut for the end (SDK_FACTS).
+    Node's fetch would then take the cut for the end.
     """
     async with served(stream(b"ab", b"cd", length=length, clean=False)) as port, raw_connection(port) as line:
         answer = await get(line)

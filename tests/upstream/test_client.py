@@ -1,4 +1,4 @@
-"""Going up: what is sent and what comes back, and on which connection; nothing of aiohttp's own (contract 6)."""
+"""What is sent upstream, what comes back, on which connection; nothing of aiohttp's own (docs/headers.md)."""
 
 from __future__ import annotations
 

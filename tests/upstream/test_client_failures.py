@@ -1,4 +1,4 @@
-"""How far a request got when it failed: aiohttp's exceptions, and bodies that break (contract 7, Retry)."""
+"""How far a request got when it failed: aiohttp's exceptions, and bodies that break (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_no_tls_where_tls_is_expected(up: AiohttpTransport) -> None:
 
 
 async def test_a_certificate_that_nobody_vouches_for() -> None:
-    """No key is sent to it (RELIABILITY E40)."""
+    """No key is sent to it."""
     key = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
     error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("sk-secret"))
     failure = transport_failure(error, ConnectionInfo())

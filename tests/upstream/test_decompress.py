@@ -1,4 +1,4 @@
-"""Compressed answers: every form and every cut of them, and bombs (contract 7, Slow and hostile peers)."""
+"""Compressed responses: every encoding, cut at every byte, and bombs (docs/security.md)."""
 
 from __future__ import annotations
 

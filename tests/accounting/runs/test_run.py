@@ -1,4 +1,4 @@
-"""Numbers, money and bounds of named runs (contract 5, `X-Proxy-Run`)."""
+"""Numbers, costs and bounds of named runs (docs/runs.md)."""
 
 from __future__ import annotations
 

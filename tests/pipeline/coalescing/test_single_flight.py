@@ -1,4 +1,4 @@
-"""Equal requests at the same time make one upstream call (contract 7, Cache; RELIABILITY P6, E4, E27; C33)."""
+"""Identical requests at the same time make one upstream request (docs/caching.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Azure dialect: deployments, api-version, credentials (contract 3 and 4; FIELD_REPORTS 8)."""
+"""The Azure provider: deployments, api-version, credentials (docs/clients.md)."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_a_clients_own_credential(scheme: str, token: str, header: tuple[str, st
 
 
 def test_the_identity_is_address_version_and_deployment() -> None:
-    """Contract 7, Cache: base URL, api-version, deployment."""
+    """Another base URL, api-version or deployment is another identity."""
     here = site()
     assert azure.identity(here, "gpt-4o") == azure.identity(site(), "gpt-4o")
     others = [

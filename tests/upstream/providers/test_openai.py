@@ -1,4 +1,4 @@
-"""The OpenAI dialect, and what both dialects owe the table (contract 4 and 6)."""
+"""The OpenAI provider, and what the table asks of every provider (docs/clients.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The circuit breaker with a turned clock (contract 3, `breaker`)."""
+"""The circuit breaker, with a turned clock (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other models in place of one that nobody can serve (contract 3, `retry.fallbacks`)."""
+"""Fallback models (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every status, code and hint sorted; every spelling of `Retry-After` understood (contract 7, Retry)."""
+"""Every status, code and hint is classified; every form of `Retry-After` is understood (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 
@@ -398,7 +398,7 @@ def test_an_absurd_wait_is_bounded(text: str) -> None:
         ),
         ({"retry-after": "1", "x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "0"}, 1.0),
         ({"retry-after": "soon", "x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "0"}, 360.0),
-        # Azure's nonsense: -1, and 0 for a reset that is not known (FIELD_REPORTS R13).
+        # Azure sends -1, and 0 for a reset that is not known.
         ({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-reset-requests": "-1"}, None),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "-1"}, None),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "0"}, None),

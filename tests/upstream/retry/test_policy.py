@@ -1,4 +1,4 @@
-"""The retry policy: every outcome in every situation, the pauses, and the budget over time (contract 7, Retry)."""
+"""The retry policy: every outcome in every situation, the pauses, the budget over time (docs/keys-and-limits.md)."""
 
 from __future__ import annotations
 
