@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from aiohttp.web import BaseRequest, Server
+from aiohttp.web import BaseRequest
 
 from .accounting.ledger.ledger import Ledger
 from .accounting.receipt import Receipt
+from .cache.lookup import ResponseCache
 from .cache.stores.build import max_stale
 from .config.loader import LoadedSettings
 from .config.settings import Settings
@@ -21,7 +23,16 @@ from .config.urls import parse_url
 from .coordination import NO_COORDINATION, Coordination
 from .observability import logs
 from .observability.metrics import Metrics
+from .pipeline.coalescing.coalescer import Coalescer
+from .pipeline.coalescing.cross_process import CrossProcessFlight
+from .pipeline.coalescing.flight_keys import FlightKeys
+from .pipeline.coalescing.hit_for_miss import HitForMiss
+from .pipeline.embeddings import EmbeddingsFetcher
+from .pipeline.fetch import Fetcher
 from .pipeline.handler import RequestHandler
+from .pipeline.recorder import Recorder
+from .pipeline.stale import BackgroundRevalidator, StaleFallback
+from .pipeline.stream_replies import StreamReplies
 from .protocol.errors import ProxyError
 from .server.access import AccessControl
 from .server.admin import AdminHandler
@@ -33,7 +44,9 @@ from .server.tracing import Tracing
 from .services import Services, build_endpoint_sender, build_reservations, build_sender, build_services
 from .system.clock import SYSTEM_CLOCK, Clock, spawn
 from .upstream.client import AiohttpTransport, ConnectOptions
+from .upstream.endpoint_sender import EndpointSender
 from .upstream.entra import EntraTokens, default_identity
+from .upstream.reader import ResponseReader
 from .workers.budgets import WorkerBudgets
 from .workers.limiter import WorkerLimits
 from .workers.worker import WorkerLink, WorkerOwners, WorkerRuns
@@ -77,10 +90,10 @@ class App:
         sender = build_sender(services, self._traced_way_up)
         reservations = build_reservations(services)
         endpoint_sender = build_endpoint_sender(services, sender, reservations)
-        self.journey = RequestHandler(services, endpoint_sender, self._observe)
+        self.handler = build_handler(services, endpoint_sender, self._observe)
         self.downstream = ApiHandler(
             services,
-            self.journey,
+            self.handler,
             PassthroughHandler(services, sender, reservations, self._observe_and_keep),
             self.ops,
             self.metrics,
@@ -147,31 +160,60 @@ class App:
             while store.sweep(self.services.clock.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
                 await asyncio.sleep(0)
 
-    def _is_busy(self, server: Server) -> bool:
-        """Whether a request is being served, an answer is read for the cache, or is not wholly handed to the system."""
-        if self.traffic.requests or len(self.journey.coalescer.flights):
-            return True
-        transports = (connection.transport for connection in server.connections)
-        return any(transport is not None and transport.get_write_buffer_size() for transport in transports)
 
-    async def drain(self, server: Server, now: asyncio.Event) -> None:
-        """Lets what is being served finish, within `drain_timeout`; then tells streams and drops the rest."""
-        self.traffic.closing = True
-        limit = self.services.settings.server.drain_timeout
-        loop = asyncio.get_running_loop()
-        end = loop.time() + limit
-        # A look now and then: an event would have to be set on the hot path.
-        while self._is_busy(server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-        if count := self.traffic.requests:
-            cause = "second signal" if now.is_set() else f"server.drain_timeout ({limit:g}s) is over"
-            log.warning("%s: cutting off %d request%s in flight", cause, count, "" if count == 1 else "s")
-        for task, flow in list(self.traffic.streams.items()):
-            flow.interrupted = "draining"
-            task.cancel()
-        tasks = list(self.traffic.streams)
-        if tasks:
-            await asyncio.wait(tasks, timeout=0.5)
+def build_handler(services: Services, sender: EndpointSender, observe: Callable[[Receipt], None]) -> RequestHandler:
+    """Return the handler of the five endpoints, built from below: each part is handed to those that use it.
+
+    observe: is called with every finished receipt, when it has been counted.
+    """
+    settings, clock, masker = services.settings, services.clock, services.masker
+    runs, budgets = services.runs, services.budgets
+    recorder = Recorder(
+        clock,
+        services.clients,
+        budgets,
+        show_key=len(settings.server.client_keys) < 2,
+        observers=(runs.finished, budgets.recorded, services.receipts.put, observe),
+    )
+    cache = ResponseCache(services.store, settings.cache, clock, identity=services.identities.of, mask=masker.mask_text)
+    estimates = sender.estimates
+    reader = ResponseReader(estimates, services.object_owners, services.pool, masker, clock, settings)
+    flight_keys = FlightKeys(settings.cache, settings.cost)
+    hit_for_miss = HitForMiss(clock.monotonic)
+    streams = StreamReplies(
+        reader,
+        cache,
+        recorder,
+        estimates=estimates,
+        flight_keys=flight_keys,
+        hit_for_miss=hit_for_miss,
+        counters=services.counters,
+        settings=settings,
+        clock=clock,
+    )
+    embeddings = EmbeddingsFetcher(sender, reader, cache, masker)
+    fetcher = Fetcher(sender, reader, cache, embeddings=embeddings, streams=streams, recorder=recorder, masker=masker)
+    locks = services.coordination.locks if settings.cache.coalesce else None
+    coalescer = Coalescer(
+        fetcher,
+        cache,
+        recorder,
+        flight_keys=flight_keys,
+        hit_for_miss=hit_for_miss,
+        cross_process=CrossProcessFlight(locks, cache, services.store, clock) if locks is not None else None,
+        settings=settings,
+        clock=clock,
+    )
+    return RequestHandler(
+        services.planner,
+        cache,
+        coalescer,
+        stale_fallback=StaleFallback(cache, budgets, max_stale(settings.cache)),
+        revalidator=BackgroundRevalidator(coalescer, recorder, clock, settings.timeouts.total),
+        recorder=recorder,
+        runs=runs,
+        serving=services.identities.serving,
+    )
 
 
 def _worker_coordination(link: WorkerLink | None, clock: Clock) -> Coordination:

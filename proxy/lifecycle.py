@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from aiohttp.web import ServerRunner
+from aiohttp.web import Server, ServerRunner
 
 from .app import App, log
 from .banner import banner_lines
@@ -180,13 +180,13 @@ async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, no
         await site.stop()
     assert runner.server is not None
     runner.server.pre_shutdown()  # idle connections close now, busy ones after their request
-    await app.drain(runner.server, now)
+    await _drain(app, runner.server, now)
 
 
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> None:
     for one in (runner, ops_runner):
         await one.cleanup()
-    await app.journey.revalidator.close()
+    await app.handler.revalidator.close()
     await app.transport.close()
     if app.services.limiter is not None:
         await app.services.limiter.close()
@@ -197,3 +197,34 @@ async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> No
     await app.services.object_owners.close()
     if app.tracing is not None:
         await app.tracing.close()
+
+
+async def _drain(app: App, server: Server, now: asyncio.Event) -> None:
+    """Let what is being served finish within `drain_timeout`, then tell streams that the proxy stops and drop the rest.
+
+    now: ends the wait.
+    """
+    app.traffic.closing = True
+    limit = app.services.settings.server.drain_timeout
+    loop = asyncio.get_running_loop()
+    end = loop.time() + limit
+    # It polls: an event would have to be set on the hot path.
+    while _is_busy(app, server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    if count := app.traffic.requests:
+        cause = "second signal" if now.is_set() else f"server.drain_timeout ({limit:g}s) is over"
+        log.warning("%s: cutting off %d request%s in flight", cause, count, "" if count == 1 else "s")
+    for task, stream in list(app.traffic.streams.items()):
+        stream.interrupted = "draining"
+        task.cancel()
+    tasks = list(app.traffic.streams)
+    if tasks:
+        await asyncio.wait(tasks, timeout=0.5)
+
+
+def _is_busy(app: App, server: Server) -> bool:
+    """Whether a request is being served, a response is read for the cache, or one is not yet with the system."""
+    if app.traffic.requests or len(app.handler.coalescer.flights):
+        return True
+    transports = (connection.transport for connection in server.connections)
+    return any(transport is not None and transport.get_write_buffer_size() for transport in transports)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from proxy.cache.lookup import endpoint_ttl
+from proxy.cache.plan import endpoint_ttl
 from proxy.config.limits import Limits
 from proxy.config.secret import Secret
 from proxy.config.settings import (

@@ -28,7 +28,7 @@ from .embeddings import EmbeddingBatch, answer_from_items, cached_items, item_en
 from .entry import Entry, Form
 from .forms import converted, other_form
 from .miss_reason import RecentRequests, nearest, shown_names, why_missed
-from .plan import CachePlan
+from .plan import CachePlan, ttl_of
 from .stores.interface import Filter, StoreError
 from .stores.tiered import TieredStore
 
@@ -80,18 +80,6 @@ RequestDigest = tuple[str, str, bytes]
 
 def digest_of_request(target: str, partition: str, body: bytes) -> RequestDigest:
     return target, partition, hashlib.sha256(body).digest()
-
-
-def endpoint_ttl(settings: CacheSettings, endpoint: str) -> float:
-    """Return for how many seconds responses of this endpoint are fresh, by the settings."""
-    seconds: float = getattr(settings.ttl, endpoint)
-    return seconds
-
-
-def ttl_of(settings: CacheSettings, request: ProxyRequest) -> float:
-    """Return for how many seconds the response to this request is fresh."""
-    asked = request.options.ttl
-    return endpoint_ttl(settings, request.endpoint) if asked is None else asked
 
 
 class MemoizedKey(msgspec.Struct, frozen=True, gc=False):

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from ..config.settings import CacheSettings
+from ..protocol.request import ProxyRequest
 from .embeddings import EmbeddingBatch
 
 CacheStatus = Literal["hit", "miss", "bypass", "partial", "coalesced"]
@@ -38,3 +40,15 @@ class CachePlan(msgspec.Struct, frozen=True):
         if self.batch is not None and self.batch.found:
             return "partial"
         return "miss" if self.key else "bypass"
+
+
+def endpoint_ttl(settings: CacheSettings, endpoint: str) -> float:
+    """Return for how many seconds responses of this endpoint are fresh, by the settings."""
+    seconds: float = getattr(settings.ttl, endpoint)
+    return seconds
+
+
+def ttl_of(settings: CacheSettings, request: ProxyRequest) -> float:
+    """Return for how many seconds the response to this request is fresh."""
+    asked = request.options.ttl
+    return endpoint_ttl(settings, request.endpoint) if asked is None else asked

@@ -1,14 +1,14 @@
-"""Buying a batch of embeddings of which only a part goes upstream, or which goes there in parts.
+"""`EmbeddingsFetcher`: fetches the items of a batch that are not cached, in upstream requests of allowed size.
 
-What is cached of it was found by the `shelf`; what is left is bought by the `exchange` like any other call, each item
-once, and is stored when its own call has ended well, whatever becomes of the next. The answer is made of all of them.
+Each item is stored when the upstream request that brought it has ended well, whatever becomes of the next. The response
+is made of all items, cached and new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -25,15 +25,17 @@ from ..protocol.request import ProxyRequest
 from ..system.threads import in_thread_if_large
 from ..upstream.endpoint_sender import EndpointSender
 from ..upstream.progress import AttemptLog
-from ..upstream.response import ReadAnswer, ResponseInHand
+from ..upstream.reader import ResponseReader, WholeResponse
+from ..upstream.response import ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
+from .recorder import RequestContext
 
-SPILL_OF_ITEMS: Final = 256 * 1024 * 1024
-"""Embeddings whose items are to be stored are held up to here (bytes): 2,048 vectors as floats are 68 MB and more."""
+MAX_EMBEDDINGS: Final = 256 * 1024 * 1024
+"""The largest response whose items are stored (bytes): 2,048 vectors as floats are 68 MB and more."""
 
 
 class JoinedEmbeddings(msgspec.Struct, frozen=True):
-    """An answer made of items. plan: what became of it; savings: of those that were cached, None where none was."""
+    """A response made of items. plan: what became of it. savings: of the cached items, None if there are none."""
 
     plan: CachePlan
     reason: str
@@ -45,105 +47,96 @@ class JoinedEmbeddings(msgspec.Struct, frozen=True):
 
 
 class EmbeddingsFetcher:
-    """Fetches the items of batches that are not cached.
-
-    read: reads a response whole and settles it. None if it is longer than that many bytes. Raises ProxyError.
-    """
+    """Fetches the items of batches that are not cached."""
 
     def __init__(
-        self,
-        sender: EndpointSender,
-        cache: ResponseCache,
-        masker: SecretMasker,
-        read: Callable[[ProxyRequest, ResponseInHand, AttemptLog, int], Awaitable[ReadAnswer | None]],
+        self, sender: EndpointSender, reader: ResponseReader, cache: ResponseCache, masker: SecretMasker
     ) -> None:
         self._sender = sender
+        self._reader = reader
         self._cache = cache
         self._masker = masker
-        self._read = read
 
-    async def fetch(
-        self, request: ProxyRequest, plan: CachePlan, attempt_log: AttemptLog
-    ) -> JoinedEmbeddings | ResponseInHand:
-        """The answer; or the first error answer of an upstream, for the client. Raises ProxyError.
+    async def fetch(self, context: RequestContext) -> JoinedEmbeddings | ResponseInHand:
+        """Return the response; or the first error response of an upstream, for the client. Raises ProxyError.
 
-        `progress` holds, then and in any case, what the calls that ended well have cost.
+        The charge of `context` holds, however it ends, what the upstream requests that ended well have cost.
         """
+        request, plan, attempt_log, charge = context
         batch, model = plan.batch, None
         assert batch is not None
-        bought: dict[int, bytes] = {}
+        fetched: dict[int, bytes] = {}
         usages: list[Usage | None] = []
         costs: list[Cost | None] = []
         stored = leaked = False
-        while parts := batch.calls_to_make(bought):
+        while parts := batch.calls_to_make(fetched):
             numbers = parts[0]
             part = request.with_input(batch.input(numbers))
-            answered = await self._sender.send(part, attempt_log, whole=False)
-            if answered.body is not None:
-                return answered
-            read = await self._whole(part, answered, attempt_log)
-            usages.append(read.usage)
-            costs.append(read.cost)
-            attempt_log.usage, attempt_log.cost = total_usage(usages), total_cost(costs)
-            vectors, named = _vectors(part, answered, read)
-            if bought and named != model:
-                raise _not_whole("several models answered")
+            response = await self._sender.send(part, attempt_log, whole=False)
+            if response.body is not None:
+                return response
+            whole = await self._read(part, response, attempt_log)
+            usages.append(whole.usage)
+            costs.append(whole.cost)
+            charge.usage, charge.cost = total_usage(usages), total_cost(costs)
+            vectors = _vectors(part, response, whole)
+            named = answer_model(whole.document)
+            if fetched and named != model:
+                raise _unusable("several models answered")
             model = named
-            leaked = leaked or answered.leaked
-            if plan.write and not answered.leaked:
-                goods = new_entry(answered, read.headers, read.usage, read.cost, model, part.model)
-                stored |= await self._cache.store_items(request, plan, goods, numbers, vectors)
-            bought.update(zip(numbers, vectors, strict=True))
+            leaked = leaked or response.leaked
+            if plan.write and not response.leaked:
+                new = new_entry(part, response, whole)
+                stored |= await self._cache.store_items(request, plan, new, numbers, vectors)
+            fetched.update(zip(numbers, vectors, strict=True))
             if any(found.entry.answer_model != model for found in batch.found.values()):
                 batch = msgspec.structs.replace(batch, found={})  # vectors of two models cannot be compared
                 plan = msgspec.structs.replace(plan, batch=batch, reason="model changed", fwd="request")
-        everything = bought | {number: found.vector for number, found in batch.found.items()}
+        everything = fetched | {number: found.vector for number, found in batch.found.items()}
         size = sum(map(len, everything.values()))
-        body = await in_thread_if_large(size, answer_body, everything, batch.order, model, attempt_log.usage)
+        body = await in_thread_if_large(size, answer_body, everything, batch.order, model, charge.usage)
         if leaked:
             body = self._masker.mask(body)
         savings = savings_of(batch.found.values()) if batch.found else None
-        return JoinedEmbeddings(plan, answered.response.reason, read.headers, body, model, stored, savings)
+        return JoinedEmbeddings(plan, response.response.reason, whole.headers, body, model, stored, savings)
 
-    async def _whole(self, part: ProxyRequest, answered: ResponseInHand, attempt_log: AttemptLog) -> ReadAnswer:
-        read = None
-        if not (answered.is_stream or answered.opaque):
-            read = await self._read(part, answered, attempt_log, SPILL_OF_ITEMS)
-        if read is None:
-            answered.lease.settle(None)
-            answered.response.close()
-            raise _not_whole("a stream, encoded, or too long")
-        return read
+    async def _read(self, part: ProxyRequest, response: ResponseInHand, attempt_log: AttemptLog) -> WholeResponse:
+        whole = None
+        if not (response.is_stream or response.opaque):
+            whole = await self._reader.read(part, response, attempt_log, MAX_EMBEDDINGS)
+        if whole is None:
+            response.lease.settle(None)
+            response.response.close()
+            raise _unusable("a stream, encoded, or too long")
+        return whole
 
 
-def _vectors(part: ProxyRequest, answered: ResponseInHand, read: ReadAnswer) -> tuple[list[bytes], str | None]:
-    """What was bought, and the model's name. Raises Refusal where it is not what was asked for: the client's request
-    was another, so the answer cannot pass as it is.
+def new_entry(request: ProxyRequest, response: ResponseInHand, whole: WholeResponse) -> NewEntry:
+    """Return what of a plain response is to be stored beside its body."""
+    model = answer_model(whole.document)
+    price = partial(response.upstream.prices.cost, response.upstream.address.kind, (model, request.model))
+    return NewEntry(response.status, whole.headers, whole.usage, whole.cost, model, response.injected, price)
+
+
+def answer_model(document: Any) -> str | None:
+    """Return the model that a response names."""
+    model = document.get("model") if isinstance(document, Mapping) else None
+    return model if isinstance(model, str) else None
+
+
+def _vectors(part: ProxyRequest, response: ResponseInHand, whole: WholeResponse) -> list[bytes]:
+    """Return the fetched vectors. Raises ProxyError if they are not what was asked for.
+
+    Such a response cannot be passed on as it is, because the client's request was another.
     """
     why_not: str | None = "not a JSON answer"
-    if answered.status == 200 and isinstance(read.document, Mapping):
-        why_not = plain_complete(part.endpoint, part.document, read.document)
-    vectors = vectors_of(read.document) if why_not is None else None
+    if response.status == 200 and isinstance(whole.document, Mapping):
+        why_not = plain_complete(part.endpoint, part.document, whole.document)
+    vectors = vectors_of(whole.document) if why_not is None else None
     if vectors is None:
-        raise _not_whole(why_not or "not of the usual form")
-    model = read.document.get("model")
-    return vectors, model if isinstance(model, str) else None
+        raise _unusable(why_not or "not of the usual form")
+    return vectors
 
 
-def new_entry(
-    answered: ResponseInHand,
-    headers: Sequence[Raw],
-    usage: Usage | None,
-    cost: Cost | None,
-    model: object,
-    asked_model: str = "",
-) -> NewEntry:
-    upstream = answered.upstream
-    price = partial(
-        upstream.prices.cost, upstream.address.kind, (model if isinstance(model, str) else None, asked_model)
-    )
-    return NewEntry(answered.status, headers, usage, cost, model, answered.injected, price)
-
-
-def _not_whole(why: str) -> ProxyError:
+def _unusable(why: str) -> ProxyError:
     return TransportFailure("invalid", f"the upstream's embeddings are not what was asked for: {why}").proxy_error()

@@ -1,8 +1,7 @@
-"""The headers the proxy adds (contract 6), as ready bytes: `X-Proxy-*`, `Cache-Status` (RFC 9211), `Server-Timing`."""
+"""The headers that the proxy adds to responses: `X-Proxy-*`, `Cache-Status` (RFC 9211), `Server-Timing`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -15,9 +14,12 @@ from ..cost.usage import Usage
 CACHE_NAME: Final = "openai-proxy"
 ZERO_COST: Final = "0.000000"
 
+Pairs = tuple[tuple[str, str], ...]
+"""Headers as (name, value)."""
+
 
 class Timing(msgspec.Struct, frozen=True):
-    """Milliseconds: waiting for a key; the upstream calls; everything."""
+    """Milliseconds: waiting for a key; the upstream attempts; everything."""
 
     queue: float = 0.0
     upstream: float = 0.0
@@ -28,51 +30,54 @@ class Timing(msgspec.Struct, frozen=True):
         return f"queue;dur={self.queue:.1f}, upstream;dur={self.upstream:.1f}, proxy;dur={own:.1f}"
 
 
-def lines_of(headers: Sequence[tuple[str, str]]) -> str:
-    """Return header lines as text."""
+def lines_of(headers: Pairs) -> str:
+    """Return headers as text, one line each."""
     return "".join([f"{name}: {value}\r\n" for name, value in headers])
 
 
-def usage_lines(usage: Usage | None) -> str:
+def usage_headers(usage: Usage | None) -> Pairs:
+    """Return the tokens of a response; nothing if they are unknown."""
     if usage is None:
-        return ""
+        return ()
     return (
-        f"X-Proxy-Prompt-Tokens: {usage.prompt_tokens}\r\nX-Proxy-Cached-Tokens: {usage.cached_tokens}\r\n"
-        f"X-Proxy-Completion-Tokens: {usage.completion_tokens}\r\nX-Proxy-Total-Tokens: {usage.total_tokens}\r\n"
+        ("X-Proxy-Prompt-Tokens", str(usage.prompt_tokens)),
+        ("X-Proxy-Cached-Tokens", str(usage.cached_tokens)),
+        ("X-Proxy-Completion-Tokens", str(usage.completion_tokens)),
+        ("X-Proxy-Total-Tokens", str(usage.total_tokens)),
     )
 
 
-def cost_lines(cost: Cost | None, usage: Usage | None, savings: Savings | None = None) -> str:
-    """Cost and tokens of an answer that was bought just now. No cost line at all where the cost is unknown.
+def cost_headers(cost: Cost | None, usage: Usage | None, savings: Savings | None = None) -> Pairs:
+    """Return cost and tokens of a response that came from upstream. No cost header if the cost is unknown.
 
-    savings: of the part of it that was not bought.
+    savings: of the part of it that was cached or shared.
     """
-    lines = f"X-Proxy-Cost-USD: {usd(cost.usd)}\r\n" if cost is not None else ""
-    lines += f"X-Proxy-Cost-Status: {cost_status(cost, savings)}\r\n"
+    headers: Pairs = (("X-Proxy-Cost-USD", usd(cost.usd)),) if cost is not None else ()
+    headers += (("X-Proxy-Cost-Status", cost_status(cost, savings)),)
     if savings is not None and savings.cost is not None:
-        lines += f"X-Proxy-Cost-Saved-USD: {savings.cost}\r\n"
+        headers += (("X-Proxy-Cost-Saved-USD", savings.cost),)
     if savings is not None and savings.usage is not None:
-        lines += f"X-Proxy-Saved-Tokens: {savings.usage.total_tokens}\r\n"
-    return lines + usage_lines(usage)
+        headers += (("X-Proxy-Saved-Tokens", str(savings.usage.total_tokens)),)
+    return headers + usage_headers(usage)
 
 
 TRAILERS: Final = (
     "X-Proxy-Cost-USD, X-Proxy-Cost-Status, X-Proxy-Cost-Saved-USD, X-Proxy-Prompt-Tokens, X-Proxy-Cached-Tokens, "
     "X-Proxy-Completion-Tokens, X-Proxy-Total-Tokens"
 )
-"""What `cost_lines` may say of a stream, after its end."""
+"""What `cost_headers` may say of a stream, after its end."""
 
 
 def cost_status(cost: Cost | None, savings: Savings | None = None) -> str:
-    """`estimated` also where the cost is exact, but what was saved rests on apportioned token counts."""
+    """Return exact, estimated or unknown. An exact cost is estimated if the savings rest on split token counts."""
     if cost is None:
         return "unknown"
     return "estimated" if savings is not None and savings.estimated else cost.status
 
 
-def cache_status(forward: str, detail: str, stored: bool, collapsed: bool = False) -> str:
-    """`Cache-Status` of an answer that came from upstream; collapsed: by another's call."""
-    text = f"{CACHE_NAME}; fwd={forward}"
+def cache_status(fwd: str, detail: str, stored: bool, collapsed: bool = False) -> str:
+    """Return `Cache-Status` of a response from upstream. collapsed: another request fetched it."""
+    text = f"{CACHE_NAME}; fwd={fwd}"
     if collapsed:
         text += "; collapsed"
     if stored:
@@ -80,16 +85,17 @@ def cache_status(forward: str, detail: str, stored: bool, collapsed: bool = Fals
     return f"{text}; detail={token(detail)}" if detail else text
 
 
-def stale_lines(entry: Entry, wall: float, why: str, forwarded: bool) -> str:
-    """How an answer past its lifetime says so (RFC 9211 section 2): while it is refreshed it is a hit with a negative
-    ttl; where it stands in for a failure the request was forwarded.
+def stale_headers(entry: Entry, wall: float, why: str, forwarded: bool) -> Pairs:
+    """Return how a stale response says that it is one (RFC 9211 section 2).
+
+    While it is revalidated it is a hit with a negative ttl; in place of a failure the request was forwarded.
     """
     status = f"{CACHE_NAME}; {'fwd=stale' if forwarded else 'hit'}; ttl={entry.remaining(wall)}; detail={token(why)}"
-    return f"Age: {entry.age(wall)}\r\nCache-Status: {status}\r\nX-Proxy-Cache-Reason: {why}\r\n"
+    return ("Age", str(entry.age(wall))), ("Cache-Status", status), ("X-Proxy-Cache-Reason", why)
 
 
 def token(text: str) -> str:
-    """A structured-field token where `text` is one, else a string (RFC 8941 section 3.3), which is printable ASCII."""
+    """Return a structured-field token if `text` is one, else a string of printable ASCII (RFC 8941 section 3.3)."""
     if text.isascii() and text[:1].isalpha() and all(c.isalnum() or c in "-_.:/" for c in text):
         return text
     shown = "".join(c if " " <= c <= "~" else "?" for c in text)
@@ -97,7 +103,7 @@ def token(text: str) -> str:
 
 
 def cost_comment(cost: Cost | None, usage: Usage | None) -> bytes:
-    """The SSE comment that carries a stream's cost: one line, one newline, so that no SDK takes it for an event."""
+    """Return the SSE comment with a stream's cost: one line and one newline, so that no SDK takes it for an event."""
     parts = [f"x-proxy-cost-usd={usd(cost.usd)}" if cost is not None else "x-proxy-cost-status=unknown"]
     if cost is not None and cost.status != "exact":
         parts.append(f"x-proxy-cost-status={cost.status}")

@@ -1,11 +1,11 @@
-"""Answers past their lifetime: served while a fresh one is fetched, or in place of a failure (RFC 5861).
+"""Stale responses: served while a fresh one is fetched, or in place of a failure (RFC 5861).
 
-- stale-while-revalidate: the client has the old answer at once, and a new one is bought in the background.
-- stale-if-error: only when every key, upstream and fallback has failed, or all keys are cooling. What is the request's
-  own fault is told to its sender, and so is what our own limits refuse (`throttled`, `queue_full`): those say when to
-  come back, and are no failure of the upstream. (As nginx has it: `proxy_cache_use_stale` knows errors, timeouts, 5xx
-  and 429 of the upstream, but nothing of `limit_req`.)
-- `cost.budget.on_exceeded: cache_only`: what a budget has no room for is served as old as it is still kept.
+- stale-while-revalidate: the client has the stored response at once, and a new one is fetched in the background.
+- stale-if-error: only if every key, upstream and fallback has failed, or all keys are cooling. The client learns of
+  errors of its own request, and of the proxy's own limits (`throttled`, `queue_full`): those say when to come back, and
+  are no failure of the upstream. nginx draws the same line: `proxy_cache_use_stale` knows errors, timeouts, 5xx and 429
+  of the upstream, but not those of `limit_req`.
+- `cost.budget.on_exceeded: cache_only`: if a budget is used up, responses are served for as long as they are stored.
 """
 
 from __future__ import annotations
@@ -13,177 +13,96 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final
 
 import msgspec
 
-from ..accounting.receipt import Receipt
+from ..accounting.budgets.budgets import Budgets
 from ..cache.lookup import CacheHit, ResponseCache
 from ..cache.plan import CachePlan
-from ..cache.stores.build import max_stale
-from ..protocol.errors import ProxyError
 from ..protocol.request import ProxyRequest
-from ..services import Services
-from ..system.clock import spawn
-from ..upstream.interfaces import Write
+from ..system.clock import Clock, spawn
 from ..upstream.retry.outcome import allows_stale
-from .response_headers import ZERO_COST
+from .coalescing.coalescer import Coalescer
+from .coalescing.reply import Failure, Reply
+from .recorder import Recorder
 
 log = logging.getLogger("proxy.cache")
 
 MAX_REVALIDATIONS: Final = 100
-"""So many answers are refreshed in the background at once, at most."""
+"""The number of responses that are revalidated at the same time, at most."""
 
 PAUSE: Final = 10.0
-"""Seconds before an answer whose refresh failed is tried again: it is asked for again and again meanwhile."""
+"""Seconds until a response whose revalidation failed is revalidated again."""
 
 
-class RelayedStream(Protocol):
-    async def relay(self, write: Write) -> None: ...
+class StaleFallback:
+    """Finds a stored response in place of a failure. max_stale: seconds that expired responses are stored."""
 
+    def __init__(self, cache: ResponseCache, budgets: Budgets, max_stale: float) -> None:
+        self._cache = cache
+        self._budgets = budgets
+        self._max_stale = max_stale
 
-class Answer(Protocol):
-    """What is bought upstream: as much of it as is looked at here."""
-
-    @property
-    def status(self) -> int: ...
-
-    @property
-    def stream(self) -> RelayedStream | None: ...
-
-
-A = TypeVar("A", bound=Answer)
-Fetch = Callable[[ProxyRequest, CachePlan], Awaitable[A]]
-
-
-class StaleFallback(Generic[A]):
-    """Buys, and serves what is stored where that fails. finish: takes the receipt that a request ends with."""
-
-    def __init__(
-        self, services: Services, shelf: ResponseCache, buy: Fetch[A], finish: Callable[[Receipt], None]
-    ) -> None:
-        self._services = services
-        self._shelf = shelf
-        self._buy = buy
-        self._finish = finish
-        self._held: dict[str, Receipt | None] = {}
-
-    async def fetch(self, request: ProxyRequest, plan: CachePlan) -> A | CacheHit:
-        """The answer from upstream, or the stale one in its place. Raises ProxyError."""
-        if self._shelf.stale_if_error_seconds(request, plan) <= 0 and not self._budget_seconds(plan):
-            return await self._buy(request, plan)
-        self._held[request.id] = None
-        try:
-            bought: A | None = None
-            refusal: ProxyError | None = None
-            try:
-                bought = await self._buy(request, plan)
-                status, why = bought.status, ""
-            except ProxyError as error:
-                refusal, status, why = error.copy(error.header_lines), error.status, error.code
-            failed = self._held[request.id]
-            if failed is not None and failed.error:
-                why = failed.error
-            spent = why == "budget_exceeded" and self._budget_seconds(plan)
-            if why and (spent or allows_stale(status, why)):
-                attempts = failed.attempts if failed is not None else 0
-                hit = await self._shelf.stale_if_error(request, plan, why, attempts, spent or 0.0)
-                if hit is not None:
-                    self._held[request.id] = None
-                    self.served(request, hit, failed)
-                    return hit
-            if refusal is not None:
-                raise refusal.copy(refusal.header_lines)
-            assert bought is not None
-            return bought
-        finally:
-            receipt = self._held.pop(request.id)
-            if receipt is not None:
-                self._finish(receipt)
+    async def instead_of(self, request: ProxyRequest, plan: CachePlan, outcome: Reply | Failure) -> CacheHit | None:
+        """Return the stored response to serve instead of this outcome of a fetch; None: the outcome is served."""
+        receipt = outcome.receipt
+        status, error = outcome.status, outcome.error.code if isinstance(outcome, Failure) else ""
+        if receipt is not None and receipt.error:
+            error = receipt.error
+        if not error:
+            return None
+        budget_seconds = self._budget_seconds(plan) if error == "budget_exceeded" else 0.0
+        if not (budget_seconds or allows_stale(status, error)):
+            return None
+        attempts = receipt.attempts if receipt is not None else 0
+        return await self._cache.stale_if_error(request, plan, error, attempts, budget_seconds)
 
     def _budget_seconds(self, plan: CachePlan) -> float:
         """Return for how many seconds after its lifetime a response may be served because a budget is used up."""
-        budgets = self._services.budgets
-        if not (plan.key and plan.read and budgets.active and budgets.cache_only):
-            return 0.0
-        return max_stale(self._services.settings.cache)
-
-    def holds(self, receipt: Receipt) -> bool:
-        """Whether it is not the last word yet: another may take its place."""
-        if receipt.id not in self._held:
-            return False
-        self._held[receipt.id] = receipt
-        return True
-
-    def served(self, request: ProxyRequest, hit: CacheHit, failed: Receipt | None = None) -> None:
-        """A stale answer was served: its receipt, which has no error. failed: that of the call it stands in for."""
-        clock, entry = self._services.clock, hit.entry
-        self._finish(
-            Receipt(
-                id=hit.id,
-                client=request.client.name,
-                endpoint=request.endpoint,
-                model=request.model,
-                status=entry.status,
-                cache="stale",
-                finished_at=clock.wall(),
-                reason=hit.stale,
-                answer_model=entry.answer_model,
-                stream=request.stream,
-                upstream=failed.upstream if failed is not None else "",
-                key=failed.key if failed is not None else "",
-                attempts=hit.attempts,
-                cost_usd=ZERO_COST,
-                saved_usd=entry.cost,
-                cost_status="exact",
-                usage=entry.usage,
-                queue_ms=failed.queue_ms if failed is not None else 0.0,
-                upstream_ms=failed.upstream_ms if failed is not None else 0.0,
-                total_ms=(clock.monotonic() - request.arrived) * 1000,
-                tags=request.options.tags,
-                run=request.options.run,
-                cache_key=entry.key,
-                sampled=entry.sampled,
-            )
-        )
+        may_serve = plan.key and plan.read and self._budgets.active and self._budgets.cache_only
+        return self._max_stale if may_serve else 0.0
 
 
-class BackgroundRevalidator(Generic[A]):
-    """Buys what was served stale, in the background: one call for each answer at a time."""
+class BackgroundRevalidator:
+    """Fetches in the background what was served stale, one fetch for each response at a time.
 
-    def __init__(self, services: Services, buy: Fetch[A]) -> None:
-        self._services = services
-        self._buy = buy
+    timeout: seconds that a fetch may take.
+    """
+
+    def __init__(self, coalescer: Coalescer, recorder: Recorder, clock: Clock, timeout: float) -> None:
+        self._coalescer = coalescer
+        self._recorder = recorder
+        self._clock = clock
+        self._timeout = timeout
         self._running: dict[str, asyncio.Task[None]] = {}
         self._paused: OrderedDict[str, float] = OrderedDict()
 
     def start(self, request: ProxyRequest, plan: CachePlan) -> bool:
-        """Starts it, under an id of its own and in nobody's name: it is not the client's cost. False: no need to."""
-        clock, key = self._services.clock, plan.key
-        now = clock.monotonic()
-        if (
-            not plan.write
-            or key in self._running
-            or len(self._running) >= MAX_REVALIDATIONS
-            or now < self._paused.get(key, 0)
-        ):
+        """Start a fetch with an id of its own. It belongs to no client and no run, as its cost is not theirs.
+
+        Returns False if none is needed.
+        """
+        key, now = plan.key, self._clock.monotonic()
+        if not plan.write or key in self._running or len(self._running) >= MAX_REVALIDATIONS:
+            return False
+        if now < self._paused.get(key, 0):
             return False
         own = msgspec.structs.replace(
             request,
-            id=clock.new_id(),
+            id=self._clock.new_id(),
             client=replace(request.client, name=""),
             options=replace(request.options, run=""),
             arrived=now,
-            deadline=now + self._services.settings.timeouts.total,
+            deadline=now + self._timeout,
         )
-        why = msgspec.structs.replace(plan, reason="stale-while-revalidate", fwd="stale")
-        self._running[key] = spawn(self._revalidate(own, why), "refresh")
+        plan = msgspec.structs.replace(plan, reason="stale-while-revalidate", fwd="stale")
+        self._running[key] = spawn(self._revalidate(own, plan), "refresh")
         return True
 
     async def close(self) -> None:
-        """Gives up what is running."""
+        """Cancel what is running."""
         running = list(self._running.values())
         for task in running:
             task.cancel()
@@ -193,23 +112,25 @@ class BackgroundRevalidator(Generic[A]):
     async def _revalidate(self, request: ProxyRequest, plan: CachePlan) -> None:
         failed = ""
         try:
-            bought = await self._buy(request, plan)
-            if bought.stream is not None:
-                await bought.stream.relay(_nowhere)
-            elif bought.status != 200:
-                failed = f"upstream_{bought.status}"
-        except ProxyError as refusal:
-            failed = refusal.code
+            outcome = await self._coalescer.fetch(request, plan)
+            if outcome.receipt is not None:
+                self._recorder.finish(outcome.receipt)
+            if isinstance(outcome, Failure):
+                failed = outcome.error.code
+            elif outcome.stream is not None:
+                await outcome.stream.relay(_discard)
+            elif outcome.status != 200:
+                failed = f"upstream_{outcome.status}"
         except Exception as error:
             failed = type(error).__name__
         finally:
             del self._running[plan.key]
         if failed:
             log.warning("refreshing a stale answer (%s) failed: %s; served on meanwhile", request.endpoint, failed)
-            self._paused[plan.key] = self._services.clock.monotonic() + PAUSE
+            self._paused[plan.key] = self._clock.monotonic() + PAUSE
             while len(self._paused) > MAX_REVALIDATIONS:
                 self._paused.popitem(last=False)
 
 
-async def _nowhere(data: bytes) -> None:
-    """Stored is all it shall be."""
+async def _discard(data: bytes) -> None:
+    """Discard the body: the response is fetched only to be stored."""

@@ -85,11 +85,11 @@ class ProxyError(Exception):
         self.status = kind.status
         self.should_retry = kind.should_retry if should_retry is None else should_retry
         self.headers = headers
-        self.header_lines = ""
-        """The proxy's header lines for the request, with its id; '' if the request was refused before it had one."""
+        self.proxy_headers: tuple[tuple[str, str], ...] = ()
+        """The proxy's own headers of the request that it ended; empty if the request has no receipt."""
 
-    def copy(self, header_lines: str = "") -> ProxyError:
-        """Return a copy with these header lines: for another request, or to keep or raise it without a reference cycle.
+    def copy(self, proxy_headers: tuple[tuple[str, str], ...] = ()) -> ProxyError:
+        """Return the same error with these headers: for another request, or to be kept or raised without a cycle.
 
         A raised exception refers to the frames that it passed, and so to each variable that refers to it.
         """
@@ -101,7 +101,7 @@ class ProxyError(Exception):
             should_retry=self.should_retry,
             headers=self.headers,
         )
-        error.header_lines = header_lines
+        error.proxy_headers = proxy_headers
         return error
 
     def body(self) -> bytes:

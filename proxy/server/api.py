@@ -28,10 +28,10 @@ from ..pipeline.response_headers import (
     ZERO_COST,
     Timing,
     cost_comment,
-    cost_lines,
+    cost_headers,
     lines_of,
-    stale_lines,
-    usage_lines,
+    stale_headers,
+    usage_headers,
 )
 from ..protocol.errors import ProxyError
 from ..protocol.headers import is_request_option
@@ -199,22 +199,22 @@ class ApiHandler:
             if served.stale:
                 return self._stale(visit, served, zero)
             return self._hit(visit, served, zero, call.options.tags)
-        bought = served
+        reply = served
         head = (
-            status_line(bought.status, bought.reason)
-            + raw_lines(bought.headers)
-            + bought.lines.encode("latin-1", "replace")
+            status_line(reply.status, reply.reason)
+            + raw_lines(reply.headers)
+            + lines_of(reply.proxy_headers).encode("latin-1", "replace")
             + cors_headers(visit.origin)
         )
-        if bought.body is not None:
-            return FullResponse(request, head, bought.body, status=bought.status)
-        return await self._relay(request, head, bought)
+        if reply.body is not None:
+            return FullResponse(request, head, reply.body, status=reply.status)
+        return await self._relay(request, head, reply)
 
-    async def _relay(self, request: BaseRequest, head: bytes, bought: Reply) -> StreamedResponse:
+    async def _relay(self, request: BaseRequest, head: bytes, reply: Reply) -> StreamedResponse:
         """Lets a stream flow to the client."""
-        flow = bought.stream
+        flow = reply.stream
         assert flow is not None
-        names = {name.lower() for name, _ in bought.headers}
+        names = {name.lower() for name, _ in reply.headers}
         if flow.audit is not None:
             if b"cache-control" not in names:
                 head += b"Cache-Control: no-cache\r\n"
@@ -223,13 +223,14 @@ class ApiHandler:
         task = asyncio.current_task()
         assert task is not None
         self.traffic.streams[task] = flow
-        stream = StreamingResponse(request, head, bought.status, trailers=TRAILERS if flow.audit is not None else "")
+        stream = StreamingResponse(request, head, reply.status, trailers=TRAILERS if flow.audit is not None else "")
         if isinstance(flow, SubscriberStream):
             flow.push = stream.push
         try:
             await flow.relay(stream.write)
-            sale = bought.charge
-            return await stream.finish(cost_lines(sale.cost, sale.usage, sale.savings) if sale is not None else "")
+            charge = reply.charge
+            cost = cost_headers(charge.cost, charge.usage, charge.savings) if charge is not None else ()
+            return await stream.finish(lines_of(cost))
         except StreamBroken as broken:
             return stream.abort(broken.at_once)
         finally:
@@ -303,7 +304,7 @@ class ApiHandler:
 
     def _stale(self, visit: _Context, hit: CacheHit, comment: bytes) -> FullResponse:
         """An answer past its lifetime. Its receipt is written."""
-        lines = lines_of(hit.headers) + stale_lines(hit.entry, self._services.clock.wall(), hit.stale, hit.fwd)
+        lines = lines_of(hit.headers + stale_headers(hit.entry, self._services.clock.wall(), hit.stale, hit.fwd))
         spent = Timing(total=(self._services.clock.monotonic() - visit.began) * 1000)
         lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
         head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
@@ -320,7 +321,7 @@ class ApiHandler:
         )
         if entry.cost is not None:
             lines += f"X-Proxy-Cost-Saved-USD: {entry.cost}\r\n"
-        lines += usage_lines(entry.usage)
+        lines += lines_of(usage_headers(entry.usage))
         return status_line(entry.status) + raw_lines(entry.headers) + lines.encode()
 
     # -- refusals and browsers ----------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ class ApiHandler:
     def _error(self, request: BaseRequest, refusal: ProxyError, visit: _Context | None) -> FullResponse:
         """visit: None where not even the target can be read."""
         request_id = self._services.clock.new_id()
-        if not refusal.header_lines:  # else its receipt was counted and logged
+        if not refusal.proxy_headers:  # else its receipt was counted and logged
             self._metrics.record_refusal(refusal.code)
             if visit is None:
                 self._ledger.refused(refusal.code, refusal.status, "", "")

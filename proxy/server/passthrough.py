@@ -14,7 +14,7 @@ from contextlib import suppress
 from aiohttp.web import BaseRequest
 
 from ..accounting.receipt import Receipt
-from ..pipeline.response_headers import Timing, cache_status
+from ..pipeline.response_headers import Pairs, Timing, cache_status, lines_of
 from ..protocol.errors import ProxyError
 from ..protocol.headers import downstream_headers
 from ..protocol.json_parse import parse_leniently
@@ -92,7 +92,7 @@ class PassthroughHandler:
             response = await self._send(request, route, client, options, passed.log)
         except ProxyError as error:
             self._finish(passed, error.status, error.code)
-            error.header_lines = passed.lines()
+            error.proxy_headers = passed.headers()
             raise
         except asyncio.CancelledError:
             self._finish(passed, 499, "client_gone")
@@ -158,7 +158,7 @@ class PassthroughHandler:
         retries = passed.log.retry_headers()
         if retries:
             headers = [(name, value) for name, value in headers if name.lower() != b"x-should-retry"]
-        lines = f"{passed.lines()}X-Proxy-Cost-Status: unknown\r\n{retries}"
+        lines = lines_of((*passed.headers(), ("X-Proxy-Cost-Status", "unknown"), *retries))
         return status_line(reply.status, reply.reason) + raw_lines(headers) + lines.encode("latin-1", "replace")
 
     def _error(
@@ -199,7 +199,7 @@ class PassthroughHandler:
             if not stream.started:
                 proxy_error = failure.proxy_error()
                 status = proxy_error.status
-                raise proxy_error.copy(passed.lines()) from None
+                raise proxy_error.copy(passed.headers()) from None
             return stream.abort()
         except BaseException:
             status, error = 499, "client_gone"
@@ -237,14 +237,18 @@ class _Passed:
         """Return the milliseconds since the request came."""
         return (self._clock.monotonic() - self._began) * 1000
 
-    def lines(self) -> str:
-        """Return the proxy's own header lines of the response."""
+    def headers(self) -> Pairs:
+        """Return the proxy's own headers of the response."""
         timing = Timing(0.0, self.elapsed_ms(), self.elapsed_ms())
-        limits = self._services.clients.headers(self._client, self._clock.monotonic())
         return (
-            f"X-Proxy-Request-Id: {self.id}\r\nX-Proxy-Cache: bypass\r\nX-Proxy-Cache-Reason: {_REASON}\r\n"
-            f"Cache-Status: {cache_status('bypass', _REASON, False)}\r\n{self.log.upstream_headers()}{limits}"
-            f"X-Proxy-Attempts: {self.log.attempts}\r\nServer-Timing: {timing.header()}\r\n"
+            ("X-Proxy-Request-Id", self.id),
+            ("X-Proxy-Cache", "bypass"),
+            ("X-Proxy-Cache-Reason", _REASON),
+            ("Cache-Status", cache_status("bypass", _REASON, False)),
+            *self.log.upstream_headers(),
+            *self._services.clients.headers(self._client, self._clock.monotonic()),
+            ("X-Proxy-Attempts", str(self.log.attempts)),
+            ("Server-Timing", timing.header()),
         )
 
     def receipt(self, status: int, error: str) -> Receipt:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from aiohttp import HttpVersion10
 from aiohttp.web import BaseRequest
 
+from ..pipeline.response_headers import lines_of
 from ..protocol.errors import ProxyError, retry_after_headers
 from ..protocol.headers import Raw
 
@@ -195,13 +196,12 @@ def error_response(
 ) -> FullResponse:
     """An answer made by the proxy itself, in OpenAI's shape."""
     lines = f"Content-Type: application/json\r\nX-Proxy-Error: {refusal.code}\r\n"
-    lines += refusal.header_lines or f"X-Proxy-Request-Id: {request_id}\r\n"
+    lines += lines_of(refusal.proxy_headers or (("X-Proxy-Request-Id", request_id),))
     if refusal.should_retry is not None:
         lines += f"X-Should-Retry: {'true' if refusal.should_retry else 'false'}\r\n"
-    extra = list(refusal.headers)
+    lines += lines_of(refusal.headers)
     if refusal.retry_after is not None:
-        extra.extend(retry_after_headers(refusal.retry_after))
-    lines += "".join(f"{name}: {value}\r\n" for name, value in extra)
+        lines += lines_of(retry_after_headers(refusal.retry_after))
     head = status_line(refusal.status) + date + lines.encode("latin-1", "replace")
     return FullResponse(request, head, refusal.body(), status=refusal.status, close=close)
 

@@ -130,7 +130,7 @@ class EndpointSender:
                 )
             )
         except ProxyError as error:
-            return error.copy(error.header_lines)
+            return error.copy(error.proxy_headers)
         if response.outcome is OutcomeKind.OK and response.is_event_stream:
             self._owners.record_stream(self._pool, request, response.lease.key, response.first)
         return response

@@ -1,12 +1,10 @@
-"""What has happened to one request on its way: attempts, waits, key, upstream."""
+"""`AttemptLog`: what has happened to one request on its way upstream."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..accounting.budgets.account import BudgetReservation
-from ..cost.pricing import Cost
-from ..cost.usage import Usage
 from ..protocol.routes import printable
 from .deadline import SharedDeadline
 from .limits.estimate import RequestSize
@@ -14,13 +12,13 @@ from .limits.estimate import RequestSize
 
 @dataclass(slots=True)
 class AttemptLog:
-    """What the exchange has cost so far: calls made, milliseconds waited and spent upstream, where it went last.
+    """The attempts made, milliseconds waited and spent upstream, and where the last attempt went.
 
-    spent: our retries are used up; exhausted: every key and upstream failed; model: the fallback that answered;
-    usage, cost: of the calls that ended well, where several are needed for one answer; horizon: until when it may take;
-    gone: (status, error) of a client who left while the answer is still read, for others or for the cache; unread: for
-    the cache alone; elsewhere: it waits for what another process is buying; measure: what the estimate was made of;
-    first_byte_ms: until a stream could begin; stake: what is held of the budgets.
+    client_left: (status, error) for the receipt of a client that left while the response is read on, for others or for
+    the cache. for_cache_only: no client takes the response as it comes. waiting_for_peer: another process fetches.
+    sent: bytes went upstream. size: what the estimate was made of. budget_reservation: what is reserved of the budgets.
+    first_byte_ms: until a stream could begin.
+    spent: the retries are used up. exhausted: every key and upstream failed. model: the fallback that answered.
     """
 
     deadline: SharedDeadline
@@ -41,17 +39,16 @@ class AttemptLog:
     no_usable_key: bool = False
     exhausted: bool = False
     model: str = ""
-    usage: Usage | None = None
-    cost: Cost | None = None
 
-    def upstream_headers(self) -> str:
-        """Header lines that tell where it went."""
+    def upstream_headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the headers that say where the request went."""
         if not self.upstream:
-            return ""
-        other = f"X-Proxy-Model: {printable(self.model)}\r\n" if self.model else ""
-        return f"X-Proxy-Upstream: {self.upstream}\r\nX-Proxy-Key: {self.key}\r\n{other}"
+            return ()
+        headers = ("X-Proxy-Upstream", self.upstream), ("X-Proxy-Key", self.key)
+        return (*headers, ("X-Proxy-Model", printable(self.model))) if self.model else headers
 
-    def retry_headers(self) -> str:
-        """Header lines that tell how a failure came about."""
-        lines = "X-Proxy-Error: no_usable_key\r\n" if self.no_usable_key else ""
-        return lines + ("X-Should-Retry: false\r\n" if self.spent or self.no_usable_key else "")
+    def retry_headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the headers that say what a client should make of a failure."""
+        if self.no_usable_key:
+            return ("X-Proxy-Error", "no_usable_key"), ("X-Should-Retry", "false")
+        return (("X-Should-Retry", "false"),) if self.spent else ()

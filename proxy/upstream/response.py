@@ -7,15 +7,10 @@ client, and everything may still be retried. Any other answer is not read here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-import msgspec
-
-from ..cost.pricing import Cost
-from ..cost.usage import Usage
-from ..protocol.headers import Raw
 from ..protocol.sse import Splitter, data_of
 from .decompress import Decompressor
 from .interfaces import UpstreamResponse
@@ -26,16 +21,6 @@ from .target import Upstream
 MAX_ERROR_BODY: Final = 8 * 1024 * 1024
 FIRST_EVENT_HELD: Final = 64 * 1024
 """A stream's first bytes are held back at most so far for its first event to be complete."""
-
-
-class ReadAnswer(msgspec.Struct, frozen=True):
-    """A plain answer that was read whole, its lease settled. headers, body: for the client; document: it, parsed."""
-
-    headers: Sequence[Raw]
-    body: bytes
-    document: Any
-    usage: Usage | None
-    cost: Cost | None
 
 
 @dataclass(slots=True)

@@ -101,5 +101,5 @@ class LastOutcome:
 def unwrap(result: ResponseInHand | ProxyError) -> ResponseInHand:
     """Return the response, or raise the error."""
     if isinstance(result, ProxyError):
-        raise result.copy(result.header_lines)
+        raise result.copy(result.proxy_headers)
     return result

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from proxy.accounting.receipt import Receipt
+from proxy.app import build_handler
 from proxy.cache.lookup import CacheHit, digest_of_request
 from proxy.cache.plan import CachePlan
 from proxy.config.limits import Limits
@@ -29,6 +30,7 @@ from proxy.pipeline.coalescing.broadcast import SubscriberStream
 from proxy.pipeline.coalescing.reply import Reply
 from proxy.pipeline.handler import RequestHandler
 from proxy.pipeline.relay import StreamBroken, StreamRelay
+from proxy.pipeline.response_headers import lines_of
 from proxy.protocol.errors import ProxyError
 from proxy.protocol.headers import Raw
 from proxy.protocol.options import Options
@@ -112,7 +114,7 @@ def request_handler(
 ) -> RequestHandler:
     """The handler of the five endpoints, built as `app` builds it."""
     sender = build_endpoint_sender(services, build_sender(services, transport), build_reservations(services))
-    return RequestHandler(services, sender, observe)
+    return build_handler(services, sender, observe)
 
 
 def header_lines(lines: str) -> dict[str, str]:
@@ -208,12 +210,18 @@ class PipelineFixture:
         try:
             served = await self.journey.handle(request, lambda: None)
         except ProxyError as refusal:
-            lines = header_lines(refusal.header_lines) if refusal.header_lines else {}
-            return Result(refusal.status, refusal.body(), lines, refusal=refusal.copy(refusal.header_lines))
+            headers = header_lines(lines_of(refusal.proxy_headers)) if refusal.proxy_headers else {}
+            return Result(refusal.status, refusal.body(), headers, refusal=refusal.copy(refusal.proxy_headers))
         if isinstance(served, CacheHit):
             return Result(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
         bought = served
-        told = Result(bought.status, bought.body or b"", header_lines(bought.lines), bought.headers, flow=bought.stream)
+        told = Result(
+            bought.status,
+            bought.body or b"",
+            header_lines(lines_of(bought.proxy_headers)),
+            bought.headers,
+            flow=bought.stream,
+        )
         if bought.stream is not None:
             await self.pump(bought, told)
         return told
@@ -236,6 +244,12 @@ class PipelineFixture:
         finally:
             bought.stream.client_left()
             told.body = b"".join(told.reads)
+
+    async def fetch(self, request: ProxyRequest) -> Reply:
+        """The reply from upstream, shared with identical requests; its receipt is not finished."""
+        reply = await self.journey.coalescer.fetch(request, await self.journey.planner.plan(request))
+        assert isinstance(reply, Reply)
+        return reply
 
     def peek(self, target: str, scope: str, body: bytes) -> CacheHit | None:
         return self.journey.cache.peek(digest_of_request(target, scope, body))

@@ -182,7 +182,7 @@ async def test_what_cannot_be_stored_is_not_serialised() -> None:
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*first, *begin(other, 1))
     assert told[1].at < 4.0
-    other.journey.coalescer.flights._hit_for_miss.clear()
+    other.journey.coalescer.flights.hit_for_miss.clear()
     (again,) = await asyncio.gather(*begin(other, 1))
     assert again.at == 2.0
     await asyncio.sleep(AVOID_FOR)

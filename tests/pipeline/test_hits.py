@@ -10,8 +10,8 @@ import pytest
 
 import proxy.cache.lookup
 import proxy.cache.planner
-import proxy.pipeline.handler
 import proxy.system.threads
+import proxy.upstream.reader
 from proxy.cache.lookup import digest_of_request
 from proxy.config.settings import CacheSettings, TtlSettings
 from proxy.pipeline.coalescing.reply import Reply
@@ -234,7 +234,7 @@ async def test_the_very_same_request_is_found_without_reading_it(stream: bool, m
     _, body = await remembered(scene, stream=stream)
     whole = await scene.ask(ask(stream=stream))
     monkeypatch.setattr(proxy.cache.planner, "canonical", None)
-    monkeypatch.setattr(proxy.pipeline.handler, "parse_leniently", None)
+    monkeypatch.setattr(proxy.upstream.reader, "parse_leniently", None)
     hit = scene.peek(CHAT, "", body)
     assert hit is not None
     assert hit.body == whole.body

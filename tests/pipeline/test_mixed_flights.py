@@ -10,7 +10,7 @@ import pytest
 
 from proxy.config.limits import Limits
 from proxy.config.settings import CacheSettings, ThrottleSettings
-from proxy.pipeline.coalescing.single_flight import FINISH_TIMEOUT
+from proxy.pipeline.coalescing.single_flight import READ_ON_TIMEOUT
 from proxy.protocol.options import Options
 from tests.pipeline.clock import run, settled, virtual_time
 from tests.pipeline.fixture import PipelineFixture, Result, ask, settings
@@ -230,7 +230,7 @@ async def test_finish_lasts_a_minute_at_most() -> None:
     task.cancel()
     await settled()
     assert len(scene.journey.coalescer.flights) == 1
-    await asyncio.sleep(FINISH_TIMEOUT + 0.1)
+    await asyncio.sleep(READ_ON_TIMEOUT + 0.1)
     assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
     over(scene)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import proxy.pipeline.handler
+import proxy.pipeline.fetch
 import proxy.system.threads
 from proxy.config.settings import CostSettings, RetrySettings
 from proxy.protocol.options import Options
@@ -180,7 +180,7 @@ async def test_a_large_answer_is_parsed_beside_the_loop(monkeypatch: pytest.Monk
 
 @virtual_time
 async def test_an_answer_too_large_to_hold_flows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.pipeline.handler, "SPILL", 100)
+    monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
     pieces = (b"{" + b" " * 60, b" " * 60, b" " * 60, b"}")
     scene = PipelineFixture(Responds(body=pieces), says())
     told = await scene.ask()
@@ -193,7 +193,7 @@ async def test_an_answer_too_large_to_hold_flows(monkeypatch: pytest.MonkeyPatch
 
 @virtual_time
 async def test_a_flowing_answer_has_no_deadline_and_no_clean_end_when_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.pipeline.handler, "SPILL", 100)
+    monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
     scene = PipelineFixture(Responds(body=(b" " * 200, 500.0, b" " * 60, CUT)))
     told = await scene.ask(total=10.0)
     assert (told.status, told.broken, told.body) == (200, True, b" " * 260)  # nothing of ours inside their JSON

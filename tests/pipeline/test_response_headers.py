@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from proxy.cost.pricing import Cost
 from proxy.cost.usage import Usage
-from proxy.pipeline.response_headers import Timing, cache_status, cost_comment, cost_lines, token, usage_lines
+from proxy.pipeline.response_headers import (
+    Timing,
+    cache_status,
+    cost_comment,
+    cost_headers,
+    lines_of,
+    token,
+    usage_headers,
+)
 
 USAGE = Usage(100, 200, 300, cached_tokens=40)
 TOKEN_LINES = (
@@ -21,24 +29,24 @@ TOKEN_LINES = (
 
 
 def test_tokens() -> None:
-    assert usage_lines(USAGE) == TOKEN_LINES
-    assert usage_lines(None) == ""
+    assert lines_of(usage_headers(USAGE)) == TOKEN_LINES
+    assert lines_of(usage_headers(None)) == ""
 
 
 @pytest.mark.parametrize("status", ["exact", "estimated"])
 def test_a_known_cost(status: str) -> None:
     cost = Cost(Decimal("0.002250"), status)  # type: ignore[arg-type]
     expected = f"X-Proxy-Cost-USD: 0.002250\r\nX-Proxy-Cost-Status: {status}\r\n"
-    assert cost_lines(cost, USAGE) == expected + TOKEN_LINES
+    assert lines_of(cost_headers(cost, USAGE)) == expected + TOKEN_LINES
 
 
 def test_an_unknown_cost_is_no_number() -> None:
-    assert cost_lines(None, USAGE) == "X-Proxy-Cost-Status: unknown\r\n" + TOKEN_LINES
-    assert cost_lines(None, None) == "X-Proxy-Cost-Status: unknown\r\n"
+    assert lines_of(cost_headers(None, USAGE)) == "X-Proxy-Cost-Status: unknown\r\n" + TOKEN_LINES
+    assert lines_of(cost_headers(None, None)) == "X-Proxy-Cost-Status: unknown\r\n"
 
 
 def test_a_tiny_cost_is_not_rounded_to_zero() -> None:
-    assert "X-Proxy-Cost-USD: 0.00000002\r\n" in cost_lines(Cost(Decimal("2E-8"), "exact"), None)
+    assert "X-Proxy-Cost-USD: 0.00000002\r\n" in lines_of(cost_headers(Cost(Decimal("2E-8"), "exact"), None))
 
 
 def test_the_comment_is_one_line() -> None:

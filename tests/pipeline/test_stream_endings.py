@@ -137,7 +137,7 @@ async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None
 async def test_a_client_gone_before_the_first_byte() -> None:
     scene = PipelineFixture(streams([*events()[:1], HANG]), error(400))
     request = scene.request(STREAM)
-    bought = await scene.journey.coalescer.fetch(request, await scene.journey.planner.plan(request))
+    bought = await scene.fetch(request)
     assert bought.stream is not None
     bought.stream.client_left()
     bought.stream.client_left()

@@ -77,7 +77,7 @@ def test_an_error_carries_status_and_headers() -> None:
     assert (error.status, error.retry_after, error.should_retry) == (429, 1.5, False)
     assert error.headers == (("A", "b"),)
     assert str(error) == "later"
-    assert error.header_lines == ""
+    assert error.proxy_headers == ()
     assert ProxyError("throttled", "later").should_retry is None
     assert ProxyError("invalid_json", "no").should_retry is False
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-import proxy.pipeline.handler
+import proxy.pipeline.fetch
 import proxy.server.api
 import proxy.server.responses
 from proxy.config.limits import Limits
@@ -386,7 +386,7 @@ async def test_204_has_no_body_and_the_connection_goes_on() -> None:
 
 
 async def test_an_answer_too_large_to_hold_is_chunked_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.pipeline.handler, "SPILL", 100)
+    monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
     async with running_proxy(Responds(body=(b"{" + b" " * 200, b" " * 100, b"}"))) as home:
         answer = await home.ask(body=ask())
         assert (answer.framing, answer.whole, len(answer.body)) == ("chunked", True, 302)

@@ -280,10 +280,6 @@ def run_headers(run: Run) -> tuple[tuple[str, str], ...]:
     return ("X-Proxy-Run-Cost-USD", usd(run.cost)), ("X-Proxy-Run-Saved-USD", usd(run.saved))
 
 
-def run_lines(run: Run) -> str:
-    return "".join([f"{name}: {value}\r\n" for name, value in run_headers(run)])
-
-
 def _is_retry(request: ProxyRequest) -> bool:
     """Return whether an official SDK says that this request is a retry."""
     for name, value in request.headers:

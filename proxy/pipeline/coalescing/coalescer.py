@@ -1,42 +1,48 @@
-"""Equal requests at the same time: one buys, the others get the same for nothing (contract 7, Cache).
+"""`Coalescer`: identical requests at the same time share one upstream request.
 
-`flights` decides who buys and who waits, `reel` lets one stream flow to many; here it is said what may be shared at
-all, and what each of those aboard gets to see: his own id, receipt, options and usage chunk, and the saving.
+`single_flight` decides which request goes upstream and which wait; `broadcast` lets one stream flow to several clients.
+Here each of them gets its own reply: with its own id, receipt, options, usage chunk and savings.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
 import msgspec
 
-from ...cache.lookup import CacheHit, ResponseCache, ttl_of
+from ...cache.embeddings import Savings
+from ...cache.lookup import CacheHit, ResponseCache
 from ...cache.plan import CachePlan
+from ...config.settings import Settings
 from ...cost.pricing import Cost
-from ...cost.usage import Usage, usage_of
+from ...cost.usage import usage_of
 from ...protocol.errors import ProxyError
 from ...protocol.request import ProxyRequest
-from ...services import Services
+from ...system.clock import Clock
 from ...upstream.deadline import SharedDeadline
 from ...upstream.progress import AttemptLog
-from ..recorder import Recorder
+from ..fetch import Fetcher
+from ..recorder import Recorder, RequestContext
 from ..relay import ClientFilter, StreamEnd, StreamRelay, with_comment
-from ..response_headers import cost_comment, cost_lines
+from ..response_headers import cost_comment, cost_headers
 from .broadcast import Broadcast, SubscriberStream
 from .cross_process import CrossProcessFlight, FetchLock
-from .reply import Charge, Reply
-from .single_flight import FlightKey, FlightResult, Sharing, SingleFlight, Waiter
+from .flight_keys import FlightKeys
+from .hit_for_miss import FlightKey, HitForMiss
+from .reply import Charge, Failure, Reply, SharedReply
+from .single_flight import FlightResult, Sharing, SingleFlight, Waiter
 
-Value = Reply | ProxyError | CacheHit
-"""A flight's outcome; a hit: another process had bought it meanwhile."""
+Value = SharedReply | Failure | CacheHit
+"""What a flight brings. A hit: another process has fetched and stored it meanwhile."""
 
 FREE: Final = Cost(Decimal(0), "exact")
 
-_AGAIN: Final = frozenset(
+_RETRYABLE: Final = frozenset(
     {
         "upstream_unreachable",
         "upstream_timeout",
@@ -48,312 +54,255 @@ _AGAIN: Final = frozenset(
         "budget_exceeded",
     }
 )
-"""Refusals that another request, with its own patience, retries and client, may be spared."""
-
-_JSON: Final = "json"
-_SSE: Final = "sse"
-_BARE: Final = "sse without usage"
-
-_NOTHING: Final = Charge()
-
-
-Fetch = Callable[[ProxyRequest, CachePlan, AttemptLog], Awaitable[Reply]]
-"""What the journey does for every request, shared or not."""
+"""Errors that another request, with its own time, retries and client, may not meet."""
 
 
 class Coalescer:
-    """Buys in company where that is possible."""
+    """Fetches responses, if possible for several requests at once. cross_process: None if no other process shares."""
 
-    def __init__(self, services: Services, buy: Fetch, shelf: ResponseCache, tell: Recorder) -> None:
-        cache = services.settings.cache
-        self._services = services
-        self._buy_alone = buy
-        self._tell = tell
-        self._shelf = shelf
-        self._finish = cache.on_disconnect == "finish"
-        self._coalesce = cache.coalesce
-        leases = services.locks if cache.coalesce else None
-        self._elsewhere = (
-            CrossProcessFlight(leases, shelf, services.store, services.clock) if leases is not None else None
-        )
-        self.flights: SingleFlight[Value] = SingleFlight(services.clock.monotonic, self._finish)
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        cache: ResponseCache,
+        recorder: Recorder,
+        *,
+        flight_keys: FlightKeys,
+        hit_for_miss: HitForMiss,
+        cross_process: CrossProcessFlight | None,
+        settings: Settings,
+        clock: Clock,
+    ) -> None:
+        self._fetcher = fetcher
+        self._cache = cache
+        self._recorder = recorder
+        self._keys = flight_keys
+        self._hit_for_miss = hit_for_miss
+        self._cross_process = cross_process
+        self._stream_comment = settings.cost.stream_comment
+        self._max_entry = settings.cache.max_entry
+        self._clock = clock
+        reads_on = settings.cache.on_disconnect == "finish"
+        self.flights: SingleFlight[Value] = SingleFlight(clock.monotonic, hit_for_miss, reads_on)
 
-    async def fetch(self, request: ProxyRequest, plan: CachePlan) -> Reply:
-        """The answer, bought alone or together with whoever asks the same. Raises ProxyError."""
-        names = self._names(request, plan)
-        others = self._others(request, plan) if self.flights and names else ()
-        while names:
+    async def fetch(self, request: ProxyRequest, plan: CachePlan) -> Reply | Failure:
+        """Return the reply, fetched alone or together with identical requests. Its receipt is still to be finished."""
+        keys = self._keys.of(request, plan)
+        observed = self._keys.observed(request, plan) if self.flights and keys else ()
+        while keys:
             lead = partial(self._lead, request, plan)
-            seat = self.flights.join(names, lead, request.deadline, request.arrived + request.max_wait, others)
-            if seat is None:
+            max_wait = request.arrived + request.max_wait
+            waiter = self.flights.join(keys, lead, request.deadline, max_wait, observed)
+            if waiter is None:
                 break
-            shared = await self._together(request, plan, seat)
-            if shared is not None:
-                return shared
-            if not seat.observer:
+            outcome = await self._together(request, plan, waiter)
+            if outcome is not None:
+                return outcome
+            if not waiter.observer:
                 break
-            others = ()  # waited once, and in vain
-        return await self._buy_alone(
-            request, plan, AttemptLog(SharedDeadline(request.deadline, self._services.clock.monotonic))
-        )
+            observed = ()  # it has waited for one of them, and in vain
+        attempt_log = AttemptLog(SharedDeadline(request.deadline, self._clock.monotonic))
+        alone = await self._fetcher.fetch(request, plan, attempt_log)
+        return alone if isinstance(alone, Failure) else alone.reply
 
-    async def _together(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value]) -> Reply | None:
-        """What the flight brings; None: nothing that this call could take. Raises ProxyError."""
-        flowing = False
+    async def _together(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value]) -> Reply | Failure | None:
+        """Return what the flight brings; None: nothing that this request could take."""
+        streams = False
         try:
-            landing = await seat.result()
-            value = None if landing is None else landing.value
-            if isinstance(value, Reply) and value.broadcast is not None:
-                if seat.led or _suits(request, value):
-                    flowing = True
-                    return self._flowing(request, plan, seat, value, value.broadcast)
+            result = await waiter.result()
+            value = None if result is None else result.value
+            if isinstance(value, SharedReply) and value.broadcast is not None:
+                if waiter.led or _suits(request, value):
+                    streams = True
+                    return self._subscribed(request, plan, waiter, value, value.broadcast)
                 return None
             if value is None or isinstance(value, CacheHit):
-                if isinstance(value, CacheHit) and seat.led:
-                    return self._found(request, plan, seat, value)
-                return await self._visited(request, plan, seat)
-        except ProxyError as refusal:
-            self._resign(request, plan, seat, refusal.status, refusal.code)
-            refusal.header_lines = self._tell.response_headers(request, _seen(plan, seat), seat.attempt_log, "", False)
-            raise
+                if isinstance(value, CacheHit) and waiter.led:
+                    return self._found(request, plan, waiter, value)
+                hit, _ = await self._cache.lookup(request, plan)
+                return None if hit is None else self._found(request, plan, waiter, hit)
+        except ProxyError as error:
+            return self._gave_up(request, plan, waiter, error)
         except asyncio.CancelledError:
-            self._resign(request, plan, seat, 499, "client_gone")
-            await seat.flight.ended()
+            self._left(request, plan, waiter)
+            await waiter.flight.ended()
             raise
         finally:
-            if not flowing:
-                seat.leave()
-        if seat.led:
-            if isinstance(value, ProxyError):
-                raise value.copy(value.header_lines)
-            return value
-        return self._given(request, plan, seat, value) if _suits(request, value) else None
+            if not streams:
+                waiter.leave()
+        if not waiter.led:
+            return self._follower_reply(request, plan, waiter, value) if _suits(request, value) else None
+        return value if isinstance(value, Failure) else value.reply
 
-    def mark_uncacheable(self, request: ProxyRequest, plan: CachePlan) -> None:
-        """Its answer could not be kept: for a while nobody waits for one like it."""
-        self.flights.mark_uncacheable(self._names(request, plan))
+    # -- the request that goes upstream -------------------------------------------------------------------------------
 
-    # -- what may be shared -------------------------------------------------------------------------------------------
-
-    def _names(self, request: ProxyRequest, plan: CachePlan) -> tuple[FlightKey, ...]:
-        """Under which names this call shares, its own first; none where it may not.
-
-        Not shared: what is not read from the cache or not kept in it, for that is what its sender asked for. Streams
-        share by whether the usage chunk is asked for upstream: with it, a stream serves those who want it and those
-        who do not; without it, only the latter.
-        """
-        if not (plan.write and plan.key):
-            return ()
-        if ttl_of(self._services.settings.cache, request) <= 0:
-            return ()
-        if not (self._coalesce and plan.read):
-            return ((plan.key, request.id),) if self._finish else ()  # a flight of its own, that can be read to its end
-        if not request.stream:
-            return ((plan.key, _JSON),)
-        if request.wants_usage or request.endpoint == "responses":
-            return ((plan.key, _SSE),)
-        options = request.document.get("stream_options")
-        says = isinstance(options, dict) and "include_usage" in options
-        if self._services.settings.cost.stream_usage == "inject" and not says:
-            return (plan.key, _SSE), (plan.key, _BARE)
-        return (plan.key, _BARE), (plan.key, _SSE)
-
-    def _others(self, request: ProxyRequest, plan: CachePlan) -> tuple[FlightKey, ...]:
-        """Whose answer, once it is stored, may be had in this call's form, too."""
-        if not (self._coalesce and plan.read) or (request.stream and request.endpoint == "responses"):
-            return ()
-        return ((plan.key, _JSON if request.stream else _SSE),)
-
-    # -- the one who buys ---------------------------------------------------------------------------------------------
-
-    async def _lead(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value]) -> FlightResult[Value]:
-        """Buys for everybody aboard. What it costs is in this call's receipt, even if its client has left."""
-        if self._elsewhere is None or not plan.read:
-            return await self._fetch(request, plan, seat)
-        name = self._names(request, plan)[0]
+    async def _lead(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value]) -> FlightResult[Value]:
+        """Fetch for all who wait. The cost is in this request's receipt, even if its client has left."""
+        if self._cross_process is None or not plan.read:
+            return await self._fetch(request, plan, waiter)
+        key = self._keys.of(request, plan)[0]
         try:
-            claim = await self._elsewhere.acquire(request, plan, name, seat.attempt_log)
+            lock = await self._cross_process.acquire(request, plan, key, waiter.attempt_log)
         except asyncio.CancelledError:
-            self._tell.record(request, plan, seat.attempt_log, 499, error="client_gone")
+            context = RequestContext(request, plan, waiter.attempt_log, Charge(error="client_gone"))
+            self._recorder.finish(self._recorder.receipt(context, 499))
             raise
-        if isinstance(claim, CacheHit):
-            return FlightResult(claim, Sharing.SHARED)
-        done = partial(self._fetched_here, claim, name)
+        if isinstance(lock, CacheHit):
+            return FlightResult(lock, Sharing.SHARED)
+        release = partial(self._release, lock, key)
         try:
-            landing = await self._fetch(request, plan, seat)
+            result = await self._fetch(request, plan, waiter)
         except BaseException:
-            done()
+            release()
             raise
-        if landing.rest is None:
-            done()
-            return landing
-        return msgspec.structs.replace(landing, rest=partial(_then, landing.rest, done))
+        if result.rest is None:
+            release()
+            return result
+        return msgspec.structs.replace(result, rest=partial(_then, result.rest, release))
 
-    def _fetched_here(self, claim: FetchLock | None, name: FlightKey) -> None:
-        if claim is not None:
-            claim.end(avoid=self.flights.is_hit_for_miss(name))
+    def _release(self, lock: FetchLock | None, key: FlightKey) -> None:
+        if lock is not None:
+            lock.end(avoid=key in self._hit_for_miss)
 
-    async def _fetch(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value]) -> FlightResult[Value]:
-        try:
-            bought = await self._buy_alone(request, plan, seat.attempt_log)
-        except ProxyError as refusal:
-            share = Sharing.RETRY if refusal.code in _AGAIN else Sharing.SHARED
-            return FlightResult(refusal.copy(refusal.header_lines), share)
-        flow, flight = bought.stream, seat.flight
-        if flow is None:
-            return FlightResult(bought, bought.share)
-        assert isinstance(flow, StreamRelay)
-        if bought.share is not Sharing.SHARED:
-            return FlightResult(bought, bought.share, drop=flow.client_left)
-        dress, flow.client_filter, flow.quiet = flow.client_filter, ClientFilter(False, None), True
-        keep = self._services.settings.cache.max_entry
-        reel = Broadcast(flow, keep, flight.close, flight.all_taken, lambda: flight.for_cache_only)
-        flight.emptied = reel.go_on
-        shared = msgspec.structs.replace(bought, broadcast=reel, client_filter=dress)
-        return FlightResult(shared, Sharing.SHARED, rest=reel.record, drop=flow.cancel)
+    async def _fetch(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value]) -> FlightResult[Value]:
+        fetched = await self._fetcher.fetch(request, plan, waiter.attempt_log)
+        receipt = fetched.receipt if isinstance(fetched, Failure) else fetched.reply.receipt
+        unclaimed = partial(self._recorder.finish, receipt) if receipt is not None else None
+        if isinstance(fetched, Failure):
+            sharing = Sharing.RETRY if fetched.error.code in _RETRYABLE else Sharing.SHARED
+            return FlightResult(fetched, sharing, unclaimed=unclaimed)
+        stream, flight = fetched.reply.stream, waiter.flight
+        if stream is None:
+            return FlightResult(fetched, fetched.sharing, unclaimed=unclaimed)
+        assert isinstance(stream, StreamRelay)
+        if fetched.sharing is not Sharing.SHARED:
+            return FlightResult(fetched, fetched.sharing, drop=stream.client_left)
+        client_filter, stream.client_filter, stream.quiet = stream.client_filter, ClientFilter(False, None), True
+        broadcast = Broadcast(stream, self._max_entry, flight.close, flight.all_taken, lambda: flight.for_cache_only)
+        flight.emptied = broadcast.go_on
+        shared = msgspec.structs.replace(fetched, broadcast=broadcast, client_filter=client_filter)
+        return FlightResult(shared, Sharing.SHARED, rest=broadcast.record, drop=stream.cancel)
 
-    def _resign(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value], status: int, error: str) -> None:
-        """Leaves before the end: the receipt is written now, or with the purchase where that is this call's."""
-        if not seat.led:
-            self._tell.record(request, _seen(plan, seat), seat.attempt_log, status, error=error)
-        elif not seat.flight.over:
-            seat.attempt_log.client_left = status, error
-        seat.leave()
+    # -- requests that end before the flight --------------------------------------------------------------------------
 
-    # -- those who get it, too ----------------------------------------------------------------------------------------
-
-    def _given(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value], value: Reply | ProxyError) -> Reply:
-        """Another's answer, whole. Raises ProxyError."""
-        plan, attempt_log = self._waited(request, plan, seat)
-        if isinstance(value, ProxyError):
-            self._tell.record(request, plan, attempt_log, value.status, error=value.code)
-            raise value.copy(self._tell.response_headers(request, plan, attempt_log, "", False))
-        sale = value.charge or _NOTHING
-        spared = sale.saved_by_sharing()
-        self._tell.record(
-            request,
-            plan,
-            attempt_log,
-            value.status,
-            usage=sale.usage,
-            cost=FREE,
-            savings=spared,
-            answer_model=sale.answer_model,
-            error=sale.error,
+    def _gave_up(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value], error: ProxyError) -> Failure:
+        """Return the failure of a request whose own time is over."""
+        context = self._context(request, plan, waiter, Charge(error=error.code))
+        receipt = (
+            None if self._goes_on(waiter, error.status, error.code) else self._recorder.receipt(context, error.status)
         )
-        money = cost_lines(FREE, sale.usage, spared)
-        return Reply(
-            value.status,
-            value.reason,
-            value.headers,
-            self._tell.response_headers(request, plan, attempt_log, money, False) + value.extra,
-            value.body,
-        )
+        return Failure(error.copy(self._recorder.headers(context)), receipt)
 
-    async def _visited(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value]) -> Reply | None:
-        """What the cache has now, in this call's form."""
-        hit, _ = await self._shelf.lookup(request, plan)
-        return None if hit is None else self._found(request, plan, seat, hit)
+    def _left(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value]) -> None:
+        """Finish the receipt of a request whose client has left."""
+        if not self._goes_on(waiter, 499, "client_gone"):
+            context = self._context(request, plan, waiter, Charge(error="client_gone"))
+            self._recorder.finish(self._recorder.receipt(context, 499))
+        waiter.leave()
 
-    def _found(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value], hit: CacheHit) -> Reply:
-        """What was bought by another process, or in the other form."""
-        plan, attempt_log = self._waited(request, plan, seat)
+    def _goes_on(self, waiter: Waiter[Value], status: int, error: str) -> bool:
+        """Whether the request was sent upstream itself: then the fetch ends with its receipt, under this status."""
+        if waiter.led and not waiter.flight.over:
+            waiter.attempt_log.client_left = status, error
+        return waiter.led
+
+    def _context(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value], charge: Charge) -> RequestContext:
+        if not waiter.led:
+            plan = msgspec.structs.replace(plan, collapsed=True)
+        return RequestContext(request, plan, waiter.attempt_log, charge)
+
+    # -- requests that share ------------------------------------------------------------------------------------------
+
+    def _shared_context(
+        self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value], charge: Charge
+    ) -> RequestContext:
+        """Return the context of a request that another one's fetch answers."""
+        waited = (self._clock.monotonic() - request.arrived) * 1000
+        attempt_log = replace(waiter.attempt_log, upstream_ms=waited)
+        return RequestContext(request, msgspec.structs.replace(plan, collapsed=True), attempt_log, charge)
+
+    def _follower_reply(
+        self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value], value: SharedReply | Failure
+    ) -> Reply | Failure:
+        """Return what a whole reply or a failure is for a request that shares it."""
+        recorder = self._recorder
+        if isinstance(value, Failure):
+            context = self._shared_context(request, plan, waiter, Charge(error=value.error.code))
+            receipt = recorder.receipt(context, value.error.status)
+            return Failure(value.error.copy(recorder.headers(context)), receipt)
+        charge, reply = value.charge, value.reply
+        savings = charge.saved_by_sharing()
+        shared = Charge(charge.usage, FREE, charge.answer_model, charge.error, savings)
+        context = self._shared_context(request, plan, waiter, shared)
+        proxy_headers = recorder.headers(context, cost_headers(FREE, charge.usage, savings)) + value.common_headers
+        receipt = recorder.receipt(context, reply.status)
+        return Reply(reply.status, reply.reason, reply.headers, proxy_headers, reply.body, receipt=receipt)
+
+    def _found(self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value], hit: CacheHit) -> Reply:
+        """Return the reply made of what another process fetched, or what was fetched in the other form."""
         entry = hit.entry
-        self._tell.record(
-            request,
-            plan,
-            attempt_log,
-            entry.status,
-            usage=entry.usage,
-            cost=FREE,
-            saved=entry.cost,
-            answer_model=entry.answer_model,
-        )
-        lines = self._tell.response_headers(request, plan, attempt_log, _saved_lines(entry.usage, entry.cost), False)
+        savings = Savings(None, entry.cost, estimated=False)
+        charge = Charge(entry.usage, FREE, entry.answer_model, savings=savings)
+        context = self._shared_context(request, plan, waiter, charge)
+        receipt = self._recorder.receipt(context, entry.status)
+        proxy_headers = self._recorder.headers(context, cost_headers(FREE, entry.usage, savings))
         body = hit.body
         if self._wants_comment(request):
             body = with_comment(body, cost_comment(FREE, entry.usage))
-        return Reply(entry.status, "", entry.headers, lines, body)
+        return Reply(entry.status, "", entry.headers, proxy_headers, body, receipt=receipt)
 
-    def _flowing(
-        self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value], bought: Reply, reel: Broadcast
+    def _subscribed(
+        self, request: ProxyRequest, plan: CachePlan, waiter: Waiter[Value], value: SharedReply, broadcast: Broadcast
     ) -> Reply:
-        """A running stream, from its first byte on, as this client asked for it."""
-        if seat.led:
-            assert bought.client_filter is not None
-            view = SubscriberStream(reel, bought.client_filter, partial(self._leader_done, bought, seat))
-            return msgspec.structs.replace(bought, stream=view, broadcast=None, client_filter=None)
-        plan, attempt_log = self._waited(request, plan, seat)
-        attempt_log.first_byte_ms = (self._services.clock.monotonic() - request.arrived) * 1000
-        comment = partial(_free_comment, request.endpoint, reel) if self._wants_comment(request) else None
-        dress = ClientFilter(bought.usage_asked and not request.wants_usage, comment)
-        mine = Charge(cost=FREE)
-        view = SubscriberStream(reel, dress, partial(self._done, request, plan, seat, bought, mine))
-        lines = self._tell.response_headers(request, plan, attempt_log, cost_lines(FREE, None), False) + bought.extra
-        return Reply(bought.status, bought.reason, bought.headers, lines, None, view, charge=mine)
+        """Return a running stream, from its first byte on, as this client asked for it."""
+        reply = value.reply
+        if waiter.led:
+            assert value.client_filter is not None
+            stream = SubscriberStream(broadcast, value.client_filter, partial(self._leader_done, value, waiter))
+            return msgspec.structs.replace(reply, stream=stream)
+        charge = Charge(cost=FREE)
+        context = self._shared_context(request, plan, waiter, charge)
+        context.attempt_log.first_byte_ms = context.attempt_log.upstream_ms
+        comment = partial(_free_comment, request.endpoint, broadcast) if self._wants_comment(request) else None
+        client_filter = ClientFilter(value.usage_asked and not request.wants_usage, comment)
+        done = partial(self._follower_done, context, waiter, value)
+        stream = SubscriberStream(broadcast, client_filter, done)
+        proxy_headers = self._recorder.headers(context, cost_headers(FREE, None)) + value.common_headers
+        return Reply(reply.status, reply.reason, reply.headers, proxy_headers, stream=stream, charge=charge)
 
-    def _leader_done(self, bought: Reply, seat: Waiter[Value], ending: StreamEnd) -> None:
-        if (ending.client_left or ending.failure) and not seat.flight.over:
-            seat.attempt_log.client_left = _status(ending, bought)
-        seat.leave()
+    def _leader_done(self, value: SharedReply, waiter: Waiter[Value], end: StreamEnd) -> None:
+        if (end.client_left or end.failure) and not waiter.flight.over:
+            waiter.attempt_log.client_left = _status(end, value)
+        waiter.leave()
 
-    def _done(
-        self,
-        request: ProxyRequest,
-        plan: CachePlan,
-        seat: Waiter[Value],
-        bought: Reply,
-        mine: Charge,
-        ending: StreamEnd,
+    def _follower_done(
+        self, context: RequestContext, waiter: Waiter[Value], value: SharedReply, end: StreamEnd
     ) -> None:
-        sale = bought.charge or _NOTHING
-        status, error = _status(ending, bought)
-        mine.usage, mine.savings = sale.usage, sale.saved_by_sharing()
-        self._tell.record(
-            request,
-            plan,
-            seat.attempt_log,
-            status,
-            usage=sale.usage,
-            cost=FREE,
-            savings=mine.savings,
-            answer_model=sale.answer_model,
-            error=error,
-        )
-        seat.leave()
+        charge = context.charge
+        status, charge.error = _status(end, value)
+        charge.usage, charge.answer_model = value.charge.usage, value.charge.answer_model
+        charge.savings = value.charge.saved_by_sharing()
+        self._recorder.finish(self._recorder.receipt(context, status))
+        waiter.leave()
 
     def _wants_comment(self, request: ProxyRequest) -> bool:
-        return request.stream and (request.options.stream_cost or self._services.settings.cost.stream_comment)
-
-    def _waited(self, request: ProxyRequest, plan: CachePlan, seat: Waiter[Value]) -> tuple[CachePlan, AttemptLog]:
-        seat.attempt_log.upstream_ms = (self._services.clock.monotonic() - request.arrived) * 1000
-        return msgspec.structs.replace(plan, collapsed=True), seat.attempt_log
+        return request.stream and (request.options.stream_cost or self._stream_comment)
 
 
-def _seen(plan: CachePlan, seat: Waiter[Value]) -> CachePlan:
-    return plan if seat.led else msgspec.structs.replace(plan, collapsed=True)
-
-
-def _suits(request: ProxyRequest, value: Reply | ProxyError) -> bool:
-    """Whether another's answer is one for this call: it may be given twice, and has the usage chunk where wanted."""
-    if isinstance(value, ProxyError):
+def _suits(request: ProxyRequest, value: SharedReply | Failure) -> bool:
+    """Whether the reply to another request is one to this: it may be shared, and has the usage chunk if wanted."""
+    if isinstance(value, Failure):
         return True
-    if value.body is not None:
-        return value.share is not Sharing.PRIVATE
+    if value.reply.body is not None:
+        return value.sharing is not Sharing.PRIVATE
     return value.broadcast is not None and (value.usage_asked or not request.wants_usage)
 
 
-def _status(ending: StreamEnd, bought: Reply) -> tuple[int, str]:
-    return (499, "client_gone") if ending.client_left else (bought.status, ending.failure)
+def _status(end: StreamEnd, value: SharedReply) -> tuple[int, str]:
+    return (499, "client_gone") if end.client_left else (value.reply.status, end.failure)
 
 
-def _saved_lines(usage: Usage | None, saved: str | None) -> str:
-    money = cost_lines(FREE, usage)
-    return money if saved is None else f"{money}X-Proxy-Cost-Saved-USD: {saved}\r\n"
-
-
-def _free_comment(endpoint: str, reel: Broadcast) -> bytes:
-    audit = reel.flow.audit
+def _free_comment(endpoint: str, broadcast: Broadcast) -> bytes:
+    audit = broadcast.flow.audit
     return cost_comment(FREE, usage_of(endpoint, {"usage": audit.usage}) if audit is not None else None)
 
 

@@ -1,4 +1,4 @@
-"""What an answer from upstream is to the one who bought it, and what of it concerns those who share it."""
+"""What a fetch ends with: a reply for one client, or a failure; and what coalesced requests may take from it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from decimal import Decimal
 
 import msgspec
 
+from ...accounting.receipt import Receipt
 from ...cache.embeddings import Savings
 from ...cost.pricing import Cost, usd
 from ...cost.usage import Usage
+from ...protocol.errors import ProxyError
 from ...protocol.headers import Raw
 from ..relay import ClientFilter, StreamRelay
-from ..response_headers import ZERO_COST
+from ..response_headers import ZERO_COST, Pairs
 from .broadcast import Broadcast, SubscriberStream
 from .single_flight import Sharing
 
 
 class Charge(msgspec.Struct):
-    """What an answer cost, as far as known: a stream's only at its end. error: as its receipt has it; savings: of the
-    items of a batch that were cached, or all of it to one who shares it."""
+    """What a request has cost, as far as it is known: of a stream only at its end.
+
+    error: the code in its receipt. savings: of cached items of a batch; for a request that shares the reply, all of it.
+    """
 
     usage: Usage | None = None
     cost: Cost | None = None
@@ -28,7 +32,7 @@ class Charge(msgspec.Struct):
     savings: Savings | None = None
 
     def saved_by_sharing(self) -> Savings:
-        """What it spares whoever gets it, too: all of it, cached items and bought ones."""
+        """Return what a request saves that shares the reply: the cost of cached items and of fetched ones."""
         cached = self.savings or Savings(None, ZERO_COST, estimated=False)
         if self.cost is None or cached.cost is None:
             return msgspec.structs.replace(cached, cost=None)
@@ -36,22 +40,46 @@ class Charge(msgspec.Struct):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """An answer from upstream. lines: our headers, as text, and with them `extra`: those that hold for everybody who
-    gets it; body: whole, or None where `flow` streams it.
+    """A response for one client.
 
-    share: whose it may be; reel, dress: where several read its stream, and what the one who bought it gets of that;
-    usage_asked: the usage chunk is in the stream, if the upstream sends one.
+    headers: the upstream's. proxy_headers: the proxy's own. body: None if `stream` brings it.
+    receipt: that of the request, still to be finished; None if a stream's end does that.
+    charge: of a stream, for its trailers.
     """
 
     status: int
     reason: str
     headers: Sequence[Raw]
-    lines: str
-    body: bytes | None
+    proxy_headers: Pairs
+    body: bytes | None = None
     stream: StreamRelay | SubscriberStream | None = None
-    share: Sharing = Sharing.PRIVATE
+    receipt: Receipt | None = None
     charge: Charge | None = None
-    extra: str = ""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """No response could be had. receipt: as in `Reply`; None if the fetch goes on for others and its end makes it."""
+
+    error: ProxyError
+    receipt: Receipt | None = None
+
+    @property
+    def status(self) -> int:
+        return self.error.status
+
+
+class SharedReply(msgspec.Struct, frozen=True):
+    """The reply to the request that was sent upstream, and what of it coalesced requests may have.
+
+    common_headers: those of the proxy's headers that are the same for all of them.
+    usage_asked: the usage chunk is in the stream, if the upstream sends one.
+    broadcast: lets several clients read its stream. client_filter: what the client that sent the request gets of that.
+    """
+
+    reply: Reply
+    sharing: Sharing
+    charge: Charge
+    common_headers: Pairs = ()
+    usage_asked: bool = True
     broadcast: Broadcast | None = None
     client_filter: ClientFilter | None = None
-    usage_asked: bool = True

@@ -1,29 +1,28 @@
-"""Single flight: requests that ask the same at the same time share one upstream call (contract 7, Cache).
+"""Single flight: requests that ask the same at the same time share one upstream request.
 
-Everybody who asks takes a `Seat` in a `Flight`. The flight is a task of its own, so whoever leaves, leaves alone; with
-the last one it ends, and the upstream is closed (or, with `finish`, it is read to its end for the cache alone). One
-seat leads: what goes up is its request, what comes down is its purchase; the others get the same for nothing. How a
-flight can end (`Share`):
+Each request has a `Waiter` in a `Flight`. The flight is a task of its own, so a client that leaves does not affect the
+others. When the last one leaves the flight ends and the upstream connection is closed (or, with `reads_on`, the
+response is read to its end for the cache alone). One waiter leads: its request is sent upstream and it pays; the others
+get the same for free. How a flight can end is its `Sharing`:
 
-- ALL: everybody has the answer, or the error that nobody would escape. A stream goes on after that, and who comes
-  later boards it still.
-- AGAIN: a failure that may not come again. It is its leader's; the next in line leads, with its own request, options
-  and patience. After `TRIES` leaders the failure is everybody's.
-- OWN: an answer that may not be given to another. The others go each on their own, at the same time; and so do all who
-  ask this within the next minute (hit-for-miss), for nobody may wait in line for what cannot be shared.
+- SHARED: all have the response, or an error that none would escape. A stream goes on after that, and requests that come
+  later join it.
+- RETRY: a failure that may not come again. It is the leader's; the next waiter leads, with its own request, options and
+  time. After `MAX_LEADERS` leaders all get the failure.
+- PRIVATE: a response that may not be given to another request. The others fetch on their own, at the same time, and so
+  do all that ask the same within the next minute (`HitForMiss`): they must not wait in line for what cannot be shared.
 
-A guest asks the same in the other form (plain, streamed): he waits until nobody can board the flight any more, which is
-when its answer is stored or is known not to be, and then looks into the cache. He never leads.
+An observer asks the same in the other form (plain or streamed). It waits until no request can join the flight any more,
+because then its response is stored or is known not to be, and looks into the cache. It never leads.
 
-Nobody waits longer than he said: a seat's own deadline and patience end its own waiting, the flight has the time of
-whoever has most (`SharedDeadline`). Memory is bounded by the requests in flight, and by `AVOIDED` names remembered.
+A waiter's own deadline and `max_wait` end its own waiting only; the flight has the time of the request with the latest
+deadline (`SharedDeadline`). Memory is bounded by the requests in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from enum import Enum
 from functools import partial
@@ -34,30 +33,23 @@ import msgspec
 from ...protocol.errors import ProxyError
 from ...upstream.deadline import SharedDeadline
 from ...upstream.progress import AttemptLog
+from .hit_for_miss import FlightKey, HitForMiss
 
 log = logging.getLogger("proxy")
 T = TypeVar("T")
-FlightKey = tuple[str, str]
-"""Cache key and form: those who name the same may share."""
 
 MAX_LEADERS: Final = 2
-"""So many leaders a flight has at most (RELIABILITY P6)."""
+"""The number of leaders that a flight has, at most."""
 
-HIT_FOR_MISS: Final = 60.0
-"""Seconds for which what could not be shared is not shared again."""
-
-HIT_FOR_MISS_KEPT: Final = 10_000
-"""Names remembered as not to be shared."""
-
-FINISH_TIMEOUT: Final = 60.0
-"""Seconds that an answer is still read for the cache when everybody has left (contract 3, `on_disconnect`)."""
+READ_ON_TIMEOUT: Final = 60.0
+"""Seconds for which a response is still read for the cache when all clients have left."""
 
 _GRACE: Final = 1.0
-"""Seconds that a flight has to tell of its own end, where a seat's deadline is the flight's."""
+"""Seconds that a flight has to tell of its own end, if a waiter's deadline is the flight's."""
 
 
 class Sharing(Enum):
-    """Whose an outcome is."""
+    """Which requests may have a result."""
 
     SHARED = "all"
     RETRY = "again"
@@ -65,28 +57,33 @@ class Sharing(Enum):
 
 
 class FlightResult(msgspec.Struct, Generic[T], frozen=True):
-    """An outcome. rest: what the flight still does when everybody has it (a stream's flow); drop: ends at once what
-    `value` or `rest` hold open, where nobody is left to take it."""
+    """What a flight brings.
+
+    rest: what the flight still does when all have the result (a stream flows). drop: closes at once what `value` or
+    `rest` hold open, if no waiter is left to take it. unclaimed: is called if the leader does not take it any more.
+    """
 
     value: T
-    share: Sharing
+    sharing: Sharing
     rest: Callable[[], Coroutine[Any, Any, None]] | None = None
     drop: Callable[[], None] | None = None
+    unclaimed: Callable[[], None] | None = None
 
 
 Lead = Callable[["Waiter[T]"], Coroutine[Any, Any, FlightResult[T]]]
-"""What a seat does to get the answer when it leads. Told the seat."""
+"""Gets the result for a waiter that leads."""
 
 
 class Waiter(Generic[T]):
-    """One request's part in a flight. It must be left exactly when its answer is done with; leaving twice is once.
+    """One request's part in a flight. `leave` is called when its response is done with; twice is once.
 
-    deadline, patience: monotonic seconds until when it waits at all, and for the queue; progress: of its own call;
-    led: its own call went up, so the purchase is its own; taken: it has the outcome; guest: it waits for the end.
+    deadline, max_wait: monotonic seconds until which it waits at all, and for the queue.
+    attempt_log: of its own request upstream. led: its own request was sent. taken: it has the result.
+    observer: it waits for the end of the flight only.
     """
 
     __slots__ = (
-        "_patient",
+        "_past_queue",
         "_result",
         "_timer",
         "attempt_log",
@@ -99,31 +96,33 @@ class Waiter(Generic[T]):
         "taken",
     )
 
-    def __init__(self, flight: Flight[T], lead: Lead[T], deadline: float, patience: float, guest: bool) -> None:
+    def __init__(self, flight: Flight[T], lead: Lead[T], deadline: float, max_wait: float, observer: bool) -> None:
         self.flight = flight
         self.lead = lead
         self.deadline = deadline
-        self.max_wait = min(patience, deadline)
-        self.observer = guest
-        self.attempt_log = AttemptLog(flight.horizon)
+        self.max_wait = min(max_wait, deadline)
+        self.observer = observer
+        self.attempt_log = AttemptLog(flight.shared_deadline)
         self.led = False
         self.taken = False
         self._result: asyncio.Future[FlightResult[T] | None] | None = flight.loop.create_future()
-        self._patient = False  # it has waited as long as it would for the queue, and the queue was over
+        self._past_queue = False  # its `max_wait` is over, and the queue was over before
         self._timer: asyncio.TimerHandle | None = None
 
     async def result(self) -> FlightResult[T] | None:
-        """What became of it; for guests None, when there is no more to wait for. Raises ProxyError(throttled,
-        upstream_timeout) where this seat's own time is over first."""
+        """Return what the flight brings; None for observers, when there is no more to wait for.
+
+        Raises ProxyError(throttled, upstream_timeout) if this waiter's own time is over first.
+        """
         assert self._result is not None, "left already"
-        landing = await self._result
+        result = await self._result
         self.taken = True
-        return landing
+        return result
 
     def watch(self, extra: float = 0.0) -> None:
-        """Ends its waiting when its own time is over. A lone leader needs no watch: the flight's time is its own."""
+        """End its waiting when its own time is over. A lone leader needs no timer: the flight's time is its own."""
         if self._timer is None and self.waiting:
-            until = self.deadline + extra if self.led or self.observer or self._patient else self.max_wait
+            until = self.deadline + extra if self.led or self.observer or self._past_queue else self.max_wait
             self._timer = self.flight.loop.call_later(max(0.0, until - self.flight.clock()), self._look)
 
     def _look(self) -> None:
@@ -131,13 +130,13 @@ class Waiter(Generic[T]):
         if not self.waiting:
             return
         now = self.flight.clock()
-        impatient, self._patient = not (self.led or self.observer or self._patient), True
-        if impatient and self.flight.queued:
+        waited_too_long, self._past_queue = not (self.led or self.observer or self._past_queue), True
+        if waited_too_long and self.flight.queued:
             message = "an equal request waits for the configured rate limits, longer than this one may"
             self.set_exception(ProxyError("throttled", message, retry_after=1.0))
         elif now < self.deadline:
             self.watch()
-        elif not self.observer and self.flight.horizon.at <= self.deadline and now < self.deadline + _GRACE:
+        elif not self.observer and self.flight.shared_deadline.at <= self.deadline and now < self.deadline + _GRACE:
             self.watch(_GRACE)  # the flight's time is over now, too: it says how that was
         else:
             self.set_exception(ProxyError("upstream_timeout", "the upstream did not answer in time"))
@@ -146,58 +145,61 @@ class Waiter(Generic[T]):
     def waiting(self) -> bool:
         return self._result is not None and not self._result.done()
 
-    def set_result(self, landing: FlightResult[T] | None) -> None:
+    def set_result(self, result: FlightResult[T] | None) -> None:
         if self._result is not None and not self._result.done():
-            self._result.set_result(landing)
-        elif self.led and landing is not None:
-            _drop(landing)
+            self._result.set_result(result)
+        elif self.led and result is not None:
+            _leave_unclaimed(result)
 
     def set_exception(self, error: BaseException) -> None:
         if self._result is not None:
             self._result.set_exception(error)
 
     def leave(self) -> None:
-        """Waits for nothing any more, and lets go of the outcome. The last one to leave ends the flight."""
-        landed, self._result = self._result, None
-        if landed is None:
+        """Wait for nothing any more, and let go of the result. The last one to leave ends the flight."""
+        future, self._result = self._result, None
+        if future is None:
             return
         if self._timer is not None:
             self._timer.cancel()
-        if not landed.done():
-            landed.cancel()
-        elif not landed.cancelled() and landed.exception() is None and self.led and not self.taken:
-            landing = landed.result()
-            if landing is not None:
-                _drop(landing)
+        if not future.done():
+            future.cancel()
+        elif not future.cancelled() and future.exception() is None and self.led and not self.taken:
+            result = future.result()
+            if result is not None:
+                _leave_unclaimed(result)
         self.flight.left_by(self)
 
 
 class Flight(Generic[T]):
-    """One answer on its way, for all who are aboard. finish: it is read to its end when all have left, if it went
-    up."""
+    """One response on its way to all that wait for it.
+
+    clock: returns monotonic seconds. closed: is called when no request can join any more.
+    reads_on: the response is read to its end when all clients have left, if its request was sent.
+    """
 
     def __init__(
-        self, horizon: SharedDeadline, clock: Callable[[], float], closed: Callable[[], object], finish: bool
+        self, shared_deadline: SharedDeadline, clock: Callable[[], float], closed: Callable[[], object], reads_on: bool
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.horizon = horizon
+        self.shared_deadline = shared_deadline
         self.clock = clock
         self.over = False
         self.emptied: Callable[[], None] | None = None
-        """Told when nobody is left who takes the answer as it comes."""
-        self._finish = finish
+        """Is called when no waiter is left that takes the response as it comes."""
+        self._reads_on = reads_on
         self._closed_by = closed
         self._closed = False
         self._waiters: dict[Waiter[T], None] = {}
         self._leader: Waiter[T] | None = None
         self._flight_result: FlightResult[T] | None = None
-        self._finish_timer: asyncio.TimerHandle | None = None
+        self._read_on_timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = self.loop.create_task(self._run(), name="flight")
         self._task.add_done_callback(self._let_go)
 
     @property
     def queued(self) -> bool:
-        """Its leader waits for a key or a limit."""
+        """Whether its leader waits for a key or a limit."""
         if self._leader is None:
             return False
         attempt_log = self._leader.attempt_log
@@ -205,58 +207,58 @@ class Flight(Generic[T]):
 
     @property
     def for_cache_only(self) -> bool:
-        """Nobody is aboard who takes the answer as it comes: it is for the cache alone."""
-        return all(seat.observer for seat in self._waiters)
+        """Whether no waiter takes the response as it comes: it is for the cache alone."""
+        return all(waiter.observer for waiter in self._waiters)
 
-    def join(self, lead: Lead[T], deadline: float, patience: float, guest: bool = False) -> Waiter[T]:
-        seat = Waiter(self, lead, deadline, patience, guest)
+    def join(self, lead: Lead[T], deadline: float, max_wait: float, observer: bool = False) -> Waiter[T]:
+        waiter = Waiter(self, lead, deadline, max_wait, observer)
         if self._waiters or self._leader is not None:
-            self.horizon.extend(deadline)
+            self.shared_deadline.extend(deadline)
             if len(self._waiters) == 1:
                 next(iter(self._waiters)).watch()
-            seat.watch()
+            waiter.watch()
             if self._leader is not None:
                 self._leader.attempt_log.for_cache_only = False
-        self._waiters[seat] = None
-        if self._flight_result is not None and not guest:
-            seat.set_result(self._flight_result)
-        return seat
+        self._waiters[waiter] = None
+        if self._flight_result is not None and not observer:
+            waiter.set_result(self._flight_result)
+        return waiter
 
     def all_taken(self) -> bool:
-        """Whether everybody aboard has taken the outcome up."""
-        return all(seat.taken or seat.observer for seat in self._waiters)
+        """Whether every waiter has taken the result."""
+        return all(waiter.taken or waiter.observer for waiter in self._waiters)
 
     def close(self) -> None:
-        """Nobody boards any more."""
+        """No request joins any more."""
         if self._closed:
             return
         self._closed = True
         self._closed_by()
-        for seat in self._waiters:
-            if seat.observer and seat.waiting:
-                seat.set_result(None)
+        for waiter in self._waiters:
+            if waiter.observer and waiter.waiting:
+                waiter.set_result(None)
         if not self._waiters:
             self._end()
 
-    def left_by(self, seat: Waiter[T]) -> None:
-        self._waiters.pop(seat, None)
+    def left_by(self, waiter: Waiter[T]) -> None:
+        self._waiters.pop(waiter, None)
         if self.over:
             return
         if self._waiters:
             if self.emptied is not None and self.for_cache_only:
                 self.emptied()
             return
-        if self._finish and not self._closed and self._leader is not None and not self.queued:
-            if self._finish_timer is not None:
-                self._finish_timer.cancel()
-            self._finish_timer = self.loop.call_later(FINISH_TIMEOUT, self._end_unless_boarded)
+        if self._reads_on and not self._closed and self._leader is not None and not self.queued:
+            if self._read_on_timer is not None:
+                self._read_on_timer.cancel()
+            self._read_on_timer = self.loop.call_later(READ_ON_TIMEOUT, self._end_unless_joined)
             self._leader.attempt_log.for_cache_only = True
             if self.emptied is not None:
                 self.emptied()
         else:
             self._end()
 
-    def _end_unless_boarded(self) -> None:
+    def _end_unless_joined(self) -> None:
         if not self._waiters:
             self._end()
 
@@ -271,20 +273,20 @@ class Flight(Generic[T]):
             self._task.cancel()
 
     def _let_go(self, _: object) -> None:
-        """It has ended. Those who were aboard may still hold it: it holds none of them, nor what it brought."""
+        """Hold neither waiters nor result: waiters may still hold the flight when it has ended."""
         self._task = self._leader = self._flight_result = self.emptied = None
 
     async def ended(self) -> None:
-        """Returns when a flight that is over has put everything back."""
+        """Return when a flight that is over has given everything back."""
         if self.over and self._task is not None:
             await asyncio.wait([self._task])
 
     def _next(self) -> Waiter[T] | None:
-        """The next in line that has not got an outcome and has not led."""
+        """Return the next waiter that has no result and has not led."""
         now = self.clock()
-        for seat in self._waiters:
-            if seat.waiting and not seat.led and not seat.observer and seat.deadline > now:
-                return seat
+        for waiter in self._waiters:
+            if waiter.waiting and not waiter.led and not waiter.observer and waiter.deadline > now:
+                return waiter
         return None
 
     async def _run(self) -> None:
@@ -295,101 +297,88 @@ class Flight(Generic[T]):
                     return
                 leader.led = True
                 self._leader = leader
-                landing = await leader.lead(leader)
-                if landing.share is not Sharing.RETRY or tries == MAX_LEADERS or (successor := self._next()) is None:
+                result = await leader.lead(leader)
+                if result.sharing is not Sharing.RETRY or tries == MAX_LEADERS or (successor := self._next()) is None:
                     break
-                leader.set_result(landing)
+                leader.set_result(result)
                 leader = successor
-            self._deliver(leader, landing)
-            if landing.rest is not None:
-                await landing.rest()
+            self._deliver(leader, result)
+            if result.rest is not None:
+                await result.rest()
         except asyncio.CancelledError:
             pass  # by `_end`, and it ends here: a task that ends cancelled keeps the frames, and they may hold the task
         except Exception as error:
-            waiting = [seat for seat in self._waiters if seat.waiting and not seat.observer]
-            for seat in waiting:
-                seat.set_exception(error)
+            waiting = [waiter for waiter in self._waiters if waiter.waiting and not waiter.observer]
+            for waiter in waiting:
+                waiter.set_exception(error)
             if not waiting:
                 log.exception("a request that nobody waits for any more failed inside the proxy")
         finally:
             self.over = True
             self.close()
-            if self._finish_timer is not None:
-                self._finish_timer.cancel()
+            if self._read_on_timer is not None:
+                self._read_on_timer.cancel()
 
-    def _deliver(self, leader: Waiter[T], landing: FlightResult[T]) -> None:
-        self._flight_result = landing
-        if landing.rest is None:
+    def _deliver(self, leader: Waiter[T], result: FlightResult[T]) -> None:
+        self._flight_result = result
+        if result.rest is None:
             self.over = True
             self.close()
-        leader.set_result(landing)
-        for seat in self._waiters:
-            if seat.waiting and not seat.observer:
-                seat.set_result(landing)
+        leader.set_result(result)
+        for waiter in self._waiters:
+            if waiter.waiting and not waiter.observer:
+                waiter.set_result(result)
 
 
 class SingleFlight(Generic[T]):
-    """All flights of one proxy. clock: monotonic seconds; finish: see `Flight`."""
+    """All flights of one process. clock: returns monotonic seconds; reads_on: as in `Flight`."""
 
-    def __init__(self, clock: Callable[[], float], finish: bool = False) -> None:
+    def __init__(self, clock: Callable[[], float], hit_for_miss: HitForMiss, reads_on: bool = False) -> None:
         self._clock = clock
-        self._finish = finish
+        self.hit_for_miss = hit_for_miss
+        self._reads_on = reads_on
         self._flights: dict[FlightKey, Flight[T]] = {}
-        self._hit_for_miss: OrderedDict[FlightKey, float] = OrderedDict()
 
     def __len__(self) -> int:
-        """Flights that can be boarded now."""
+        """Return the number of flights that can be joined now."""
         return len(self._flights)
 
-    def __contains__(self, name: FlightKey) -> bool:
-        return name in self._flights
+    def __contains__(self, key: FlightKey) -> bool:
+        return key in self._flights
 
     def join(
         self,
-        names: Sequence[FlightKey],
+        keys: Sequence[FlightKey],
         lead: Lead[T],
         deadline: float,
-        patience: float,
-        others: Sequence[FlightKey] = (),
+        max_wait: float,
+        observed: Sequence[FlightKey] = (),
     ) -> Waiter[T] | None:
-        """A seat in a flight under one of `names`, or a guest's in one of the `others`, else in a new one under the
-        first name. None: to be had alone only."""
-        first = names[0]
-        if self._hit_for_miss and self.is_hit_for_miss(first):
-            return None
-        for name in names:
-            if name in self._flights:
-                return self._flights[name].join(lead, deadline, patience)
-        for name in others:
-            if name in self._flights:
-                return self._flights[name].join(lead, deadline, patience, guest=True)
-        return self._start(first, deadline).join(lead, deadline, patience)
+        """Join a flight under one of `keys`, or as an observer under one of `observed`, else start one under the first.
 
-    def _start(self, name: FlightKey, deadline: float) -> Flight[T]:
-        horizon, closed = SharedDeadline(deadline, self._clock), partial(self._flights.pop, name, None)
-        flight: Flight[T] = Flight(horizon, self._clock, closed, self._finish)
-        self._flights[name] = flight
+        None: the request cannot share and is to be sent alone.
+        """
+        first = keys[0]
+        if first in self.hit_for_miss:
+            return None
+        for key in keys:
+            if key in self._flights:
+                return self._flights[key].join(lead, deadline, max_wait)
+        for key in observed:
+            if key in self._flights:
+                return self._flights[key].join(lead, deadline, max_wait, observer=True)
+        return self._start(first, deadline).join(lead, deadline, max_wait)
+
+    def _start(self, key: FlightKey, deadline: float) -> Flight[T]:
+        shared_deadline, closed = SharedDeadline(deadline, self._clock), partial(self._flights.pop, key, None)
+        flight: Flight[T] = Flight(shared_deadline, self._clock, closed, self._reads_on)
+        self._flights[key] = flight
         return flight
 
-    def mark_uncacheable(self, names: Sequence[FlightKey]) -> None:
-        """For `AVOID_FOR` seconds nobody waits for another's answer under these names."""
-        for name in names:
-            self._hit_for_miss[name] = self._clock() + HIT_FOR_MISS
-            self._hit_for_miss.move_to_end(name)
-        while len(self._hit_for_miss) > HIT_FOR_MISS_KEPT:
-            self._hit_for_miss.popitem(last=False)
 
-    def is_hit_for_miss(self, name: FlightKey) -> bool:
-        until = self._hit_for_miss.get(name)
-        if until is None:
-            return False
-        if until > self._clock():
-            return True
-        del self._hit_for_miss[name]
-        return False
-
-
-def _drop(landing: FlightResult[Any]) -> None:
-    """Nobody takes this: what is the leader's alone is ended. What is everybody's ends with the flight."""
-    if landing.share is not Sharing.SHARED and landing.drop is not None:
-        landing.drop()
+def _leave_unclaimed(result: FlightResult[Any]) -> None:
+    """The leader does not take its result. What only it may have is closed; what all may have ends with the flight."""
+    if result.unclaimed is not None:
+        result.unclaimed()
+    if result.sharing is not Sharing.SHARED and result.drop is not None:
+        result.drop()

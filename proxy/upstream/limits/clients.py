@@ -129,17 +129,17 @@ class ClientLimits:
         message = f"client {client.name} has used up its own limits; try again in {seconds:.1f} s"
         return ProxyError("client_limit", message, retry_after=seconds)
 
-    def headers(self, client: Client, now: float, money: str = "") -> str:
-        """Return the header line with used/limit of each of a client's limits; "" for a client without limits.
+    def headers(self, client: Client, now: float, money: str = "") -> tuple[tuple[str, str], ...]:
+        """Return the header with used/limit of each of a client's limits; nothing for a client without limits.
 
         money: the same of its budget.
         """
         rate_limiter = self._rate_limiters.get(client.name)
         if rate_limiter is None and not money:
-            return ""
+            return ()
         levels = rate_limiter.usage(now) if rate_limiter is not None else {}
         parts = [f"{name}={level['used']}/{level['limit']}" for name, level in levels.items()]
-        return f"X-Proxy-Client-Limit: {', '.join([*parts, money] if money else parts)}\r\n"
+        return (("X-Proxy-Client-Limit", ", ".join([*parts, money] if money else parts)),)
 
     def report(self, now: float) -> dict[str, dict[str, Any]]:
         """Return what `GET /_proxy/status` shows, by client name."""

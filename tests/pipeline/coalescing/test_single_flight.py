@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from proxy.config.limits import Limits
 from proxy.config.settings import CacheSettings, CostSettings, Settings, ThrottleSettings, TimeoutSettings
 from proxy.pipeline.coalescing.broadcast import SubscriberStream
+from proxy.pipeline.coalescing.hit_for_miss import HIT_FOR_MISS, HIT_FOR_MISS_KEPT, HitForMiss
 from proxy.pipeline.coalescing.single_flight import (
-    HIT_FOR_MISS,
-    HIT_FOR_MISS_KEPT,
     FlightResult,
     Lead,
     Sharing,
@@ -452,7 +451,7 @@ async def test_a_stream_that_breaks_breaks_for_all_and_is_told_once() -> None:
     over(scene)
     scene.transport.queue.append(streams())
     assert (await scene.ask(STREAM)).cache == "miss"  # nothing was stored, and nobody avoids anything
-    assert len(scene.journey.coalescer.flights._hit_for_miss) == 0
+    assert len(scene.journey.coalescer.flights.hit_for_miss) == 0
 
 
 @virtual_time
@@ -460,8 +459,7 @@ async def test_a_slow_follower_slows_nobody() -> None:
     scene = PipelineFixture(streams(SLOW))
     request = scene.request(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
-    plan = await scene.journey.planner.plan(request)
-    bought = await scene.journey.coalescer.fetch(request, plan)
+    bought = await scene.fetch(request)
     got = []
 
     async def write(data: bytes) -> None:
@@ -483,7 +481,7 @@ async def test_a_follower_that_falls_too_far_behind_is_cut_off() -> None:
     scene = PipelineFixture(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
     request = scene.request(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
-    bought = await scene.journey.coalescer.fetch(request, await scene.journey.planner.plan(request))
+    bought = await scene.fetch(request)
     told = Result(200)
 
     async def write(data: bytes) -> None:
@@ -511,10 +509,7 @@ async def _pumped(flow: StreamRelay | SubscriberStream | None, write: Write, tol
 async def test_at_the_stop_each_stream_is_told_and_the_upstream_closed() -> None:
     scene = PipelineFixture(streams([*SLOW[:4], HANG]))
     calls = [scene.request(STREAM) for _ in range(3)]
-    buying = [
-        scene.loop.create_task(scene.journey.coalescer.fetch(request, await scene.journey.planner.plan(request)))
-        for request in calls
-    ]
+    buying = [scene.loop.create_task(scene.fetch(request)) for request in calls]
     bought = await asyncio.gather(*buying)
     told = [Result(200) for _ in calls]
     pumps = [scene.loop.create_task(scene.pump(each, one)) for each, one in zip(bought, told, strict=True)]
@@ -554,7 +549,7 @@ def far() -> tuple[float, float]:
 
 @virtual_time
 async def test_a_mistake_of_ours_fails_everybody_once_and_leaves_nothing() -> None:
-    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, began = lead_of(RuntimeError("a bug"))
     seats = [flights.join([("k", "json")], lead, *far()) for _ in range(3)]
     assert len(flights) == 1
@@ -568,7 +563,7 @@ async def test_a_mistake_of_ours_fails_everybody_once_and_leaves_nothing() -> No
 
 @virtual_time
 async def test_all_leave_before_it_took_off() -> None:
-    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, began = lead_of(FlightResult("a", Sharing.SHARED))
     first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
     assert first is not None
@@ -584,7 +579,7 @@ async def test_all_leave_before_it_took_off() -> None:
 
 @virtual_time
 async def test_who_was_first_and_left_before_it_took_off_does_not_lead() -> None:
-    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, began = lead_of(FlightResult("a", Sharing.SHARED))
     first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
     assert first is not None
@@ -598,7 +593,7 @@ async def test_who_was_first_and_left_before_it_took_off_does_not_lead() -> None
 
 @virtual_time
 async def test_what_nobody_takes_is_dropped() -> None:
-    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     dropped: list[str] = []
     landing = FlightResult("mine", Sharing.PRIVATE, drop=lambda: dropped.append("mine"))
     lead, _ = lead_of(landing, landing)
@@ -609,7 +604,7 @@ async def test_what_nobody_takes_is_dropped() -> None:
     first.leave()
     landed = await second.result()
     assert landed is not None
-    assert landed.share is Sharing.PRIVATE
+    assert landed.sharing is Sharing.PRIVATE
     assert dropped == ["mine"]
     third = flights.join([("k", "json")], lead, *far())
     assert third is not None
@@ -620,11 +615,11 @@ async def test_what_nobody_takes_is_dropped() -> None:
 
 @virtual_time
 async def test_what_is_avoided_is_bounded_and_ends() -> None:
-    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time)
+    flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, _ = lead_of()
     for number in range(HIT_FOR_MISS_KEPT + 5):
-        flights.mark_uncacheable([(str(number), "json")])
-    assert len(flights._hit_for_miss) == HIT_FOR_MISS_KEPT
+        flights.hit_for_miss.mark([(str(number), "json")])
+    assert len(flights.hit_for_miss) == HIT_FOR_MISS_KEPT
     assert flights.join([(str(HIT_FOR_MISS_KEPT), "json")], lead, *far()) is None
     seat = flights.join([("0", "json")], lead, *far())
     assert seat is not None
@@ -633,7 +628,7 @@ async def test_what_is_avoided_is_bounded_and_ends() -> None:
     seat = flights.join([(str(HIT_FOR_MISS_KEPT), "json")], lead, *far())
     assert seat is not None
     seat.leave()
-    assert len(flights._hit_for_miss) == HIT_FOR_MISS_KEPT - 1
+    assert len(flights.hit_for_miss) == HIT_FOR_MISS_KEPT - 1
 
 
 @virtual_time

@@ -86,7 +86,7 @@ def test_other_clients_are_not_affected() -> None:
     for _ in range(50):
         held(clients, who=BEN)
     assert clients.reserve(Client(), 10, 0.0) is None
-    assert clients.headers(BEN, 0.0) == clients.headers(Client(), 0.0) == ""
+    assert clients.headers(BEN, 0.0) == clients.headers(Client(), 0.0) == ()
 
 
 def test_a_request_larger_than_the_limit_never_goes() -> None:
@@ -104,7 +104,7 @@ def test_only_sent_requests_count_and_only_once() -> None:
     hold.settle(500)
     hold.cancel()
     unknown = held(clients, 200)
-    assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=2/2, tpm=300/1000, concurrency=1/2\r\n"
+    assert clients.headers(ANNA, 0.0) == (("X-Proxy-Client-Limit", "rpm=2/2, tpm=300/1000, concurrency=1/2"),)
     unknown.settle(None)
     assert clients.report(0.0) == {
         "anna": {
@@ -136,9 +136,9 @@ def test_a_reset_clears_usage_but_not_requests_in_flight() -> None:
     running = held(clients, 500)
     held(clients).settle(10)
     clients.reset()
-    assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=1/2\r\n"
+    assert clients.headers(ANNA, 0.0) == (("X-Proxy-Client-Limit", "rpm=0/2, tpm=0/1000, concurrency=1/2"),)
     running.settle(900)
-    assert clients.headers(ANNA, 0.0) == "X-Proxy-Client-Limit: rpm=0/2, tpm=0/1000, concurrency=0/2\r\n"
+    assert clients.headers(ANNA, 0.0) == (("X-Proxy-Client-Limit", "rpm=0/2, tpm=0/1000, concurrency=0/2"),)
 
 
 def test_tokens_are_estimated_only_if_a_limit_counts_them() -> None:
