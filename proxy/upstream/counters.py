@@ -1,7 +1,7 @@
-"""Counts of what no receipt tells: how values spread, why requests were sent again, how a stream's reads follow.
+"""Counts of what receipts do not hold: retries by cause, and the gaps between two reads of a stream.
 
-Plain numbers: they are counted on the hot path, where a metrics library costs several times as much, and are turned
-into metrics when somebody asks.
+They are plain numbers, because a metrics library costs several times as much for each request. They become metrics when
+somebody asks for them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 GAPS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""Bounds of the gaps between two reads, in seconds."""
 
 
 class Histogram:
-    """A histogram: how many values lie above the bound before and at most at each bound; the last count is of those
-    above all.
-    """
+    """A histogram. counts: for each bound, the values up to it and above the one before; then those above all."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -31,7 +30,7 @@ class Histogram:
         self.total += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """(the bound as text, how many values are at most that), as Prometheus wants it."""
+        """Return each bound as text with the number of values up to it, as Prometheus wants it."""
         found, sum_ = [], 0
         for bound, count in zip((*map(float, self.bounds), float("inf")), self.counts, strict=True):
             sum_ += count
@@ -40,18 +39,18 @@ class Histogram:
 
 
 class UpstreamCounters:
-    """What the story counts. retries: by (upstream, why); gaps: seconds between two reads of a stream."""
+    """What is counted of the upstreams. retries: by upstream and cause. gaps: seconds between two reads of a stream."""
 
     def __init__(self) -> None:
         self.retries: defaultdict[tuple[str, ...], float] = defaultdict(float)
         self.gaps = Histogram(GAPS)
 
     def record_retry(self, upstream: str, why: str) -> None:
-        """After an attempt there, another follows. why: a `OutcomeKind`."""
+        """Count an attempt that another one follows. why: the value of an `OutcomeKind`."""
         self.retries[upstream, why] += 1
 
     def reads(self, clock: Callable[[], float]) -> Callable[[], None]:
-        """To be called at each read of one stream, which begins now. clock: monotonic seconds."""
+        """Return a function to call at each read of a stream that begins now. clock: monotonic seconds."""
         last, add = clock(), self.gaps.add
 
         def read() -> None:

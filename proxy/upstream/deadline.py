@@ -1,4 +1,4 @@
-"""Until when somebody still waits for an answer: it may move on while the answer is being fetched."""
+"""A deadline shared by coalesced requests: it moves when one with a later deadline joins."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from .interfaces import ConnectionInfo
 
 
 class SharedDeadline:
-    """until: monotonic seconds. Whoever joins a flight with more time of his own moves it, and with it the timeout that
-    runs: so the first one's short deadline ends his own waiting only."""
+    """The time by which a response must be there. at: monotonic seconds. clock: reads them.
+
+    A request that joins with more time extends it, and with it the timeout that runs now. So a short deadline of the
+    first request ends only that request.
+    """
 
     __slots__ = ("_clock", "_connection", "_latest", "_running", "at")
 
@@ -23,21 +26,23 @@ class SharedDeadline:
         self._latest = 0.0
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds left, which may be negative."""
         return self.at - self._clock()
 
     def limit(self) -> asyncio.Timeout:
-        """To be entered at once: raises TimeoutError where what runs inside is not over by then. One at a time."""
+        """Return a timeout to enter at once: it raises TimeoutError at the deadline. One runs at a time."""
         self._running = asyncio.timeout(max(0.0, self.at - self._clock()))
         return self._running
 
     def sending(self, connection: ConnectionInfo, latest: float) -> None:
-        """A call is made, whose answer's head may be waited for until then, but no longer than `latest` (monotonic
-        seconds)."""
+        """A request is sent: the head of its response is waited for until the deadline, but not beyond `latest`.
+
+        latest: monotonic seconds.
+        """
         self._connection, self._latest = connection, latest
 
     def extend(self, until: float) -> None:
-        """Moves the horizon on; never back."""
+        """Move the deadline to `until`, if that is later."""
         if until <= self.at:
             return
         self.at = until
@@ -47,5 +52,5 @@ class SharedDeadline:
             if self._connection.extend is not None:
                 self._connection.extend(self._connection.until)
         if self._running is not None:
-            with suppress(RuntimeError):  # it is over, or has expired
+            with suppress(RuntimeError):  # it has ended or expired
                 self._running.reschedule(asyncio.get_running_loop().time() + self.left())

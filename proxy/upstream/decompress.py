@@ -1,4 +1,4 @@
-"""Decoding a compressed answer within bounds (contract 7, Slow and hostile peers)."""
+"""Decodes a compressed response within bounds, so that a hostile upstream cannot exhaust memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .retry.outcome import TransportFailure
 MAX_DECODED: Final = 256 * 1024 * 1024
 BOMB_FLOOR: Final = 8 * 1024 * 1024
 BOMB_RATIO: Final = 100
-"""A compressed answer may not decode beyond MAX_DECODED, nor beyond BOMB_FLOOR and BOMB_RATIO times its size."""
+"""A response may decode to MAX_DECODED bytes, and to BOMB_FLOOR bytes or BOMB_RATIO times its size if that is more."""
 
 
 class Decompressor:
@@ -49,7 +49,7 @@ class Decompressor:
 
     def _decompress(self, data: bytes, limit: int) -> bytes:
         if self._stream.eof and not self._gzip:
-            return b""  # what follows is no part of the body; zlib would pile it up
+            return b""  # what follows is not part of the body; zlib would keep it
         out = self._stream.decompress(data, limit)
         while self._gzip and self._stream.eof and self._stream.unused_data and len(out) < limit:
             rest = self._stream.unused_data  # gzip allows several members in a row (RFC 1952 section 2.2)
@@ -58,7 +58,7 @@ class Decompressor:
         return out
 
     def finish(self) -> None:
-        """The body has ended: it must have ended here too."""
+        """The body has ended. Raises TransportFailure(invalid) if the compressed data has not."""
         if self._in and not self._stream.eof:
             raise TransportFailure("invalid", "the upstream's compressed answer is cut short")
 

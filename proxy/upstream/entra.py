@@ -16,21 +16,21 @@ from ..system.clock import Clock
 log = logging.getLogger("proxy")
 
 SCOPE: Final = "https://cognitiveservices.azure.com/.default"
-"""What tokens are asked for (Microsoft: *Azure OpenAI REST API reference*, Authentication)."""
+"""The scope of the tokens (Microsoft: *Azure OpenAI REST API reference*, Authentication)."""
 
 AHEAD: Final = 300.0
-"""Seconds before its end that a token is renewed, or half of its time, where that is less."""
+"""A token is renewed this many seconds before its end, or after half of its time if that is later."""
 
 SHORTEST: Final = 1.0
 LONGEST: Final = 60.0
-"""Seconds between two tries after a failure, at first and at most."""
+"""Seconds between two tries after a failure: at first, and at most."""
 
 FIRST: Final = 15.0
 """Seconds that a start waits for the first token."""
 
 
 class Token(Protocol):
-    """expires_on: Unix seconds."""
+    """A token of Entra ID. expires_on: Unix seconds."""
 
     @property
     def token(self) -> str: ...
@@ -46,7 +46,7 @@ class Identity(Protocol):
 
 
 def default_identity() -> Identity:
-    """The identity of this process. Raises ImportError without the extra `azure`."""
+    """Return the identity of this process. Raises ImportError without the extra `azure`."""
     from azure.identity.aio import DefaultAzureCredential
 
     identity: Identity = DefaultAzureCredential(exclude_interactive_browser_credential=True)
@@ -54,7 +54,7 @@ def default_identity() -> Identity:
 
 
 class EntraTokens:
-    """Keeps one token fresh. put: told each new one."""
+    """Keeps one token valid. put: is called with each new token."""
 
     def __init__(self, put: Callable[[str], None], clock: Clock, identity: Callable[[], Identity]) -> None:
         self._put = put
@@ -63,21 +63,21 @@ class EntraTokens:
         self._had = asyncio.Event()
 
     async def first(self) -> None:
-        """Returns with the first token, or after `FIRST` seconds without one; then calls fail until there is one."""
+        """Wait for the first token, at most `FIRST` seconds; requests fail until there is one."""
         try:
             await asyncio.wait_for(self._had.wait(), FIRST)
         except TimeoutError:
             log.error("no Entra ID token yet; its upstreams are called as soon as there is one")
 
     async def run(self) -> None:
-        """For as long as the proxy runs. A failure is logged and tried again; the last token serves until its end."""
+        """Renew the token until cancelled. A failure is logged and tried again; the last token serves until its end."""
         pause = SHORTEST
         identity = self._make()
         try:
             while True:
                 try:
                     token = await identity.get_token(SCOPE)
-                except Exception as error:  # the library's own, of many kinds: none may end the renewal
+                except Exception as error:  # the library raises many kinds: none may end the renewal
                     log.warning("no Entra ID token: %s", str(error).splitlines()[0] if str(error) else repr(error))
                     await self._clock.sleep(pause)
                     pause = min(2 * pause, LONGEST)

@@ -1,6 +1,4 @@
-"""What the journey needs of the world outside: the way up, as Protocols. The edges implement them; tests script
-them.
-"""
+"""Protocols of what sends requests upstream. `client` implements them; tests script them."""
 
 from __future__ import annotations
 
@@ -15,11 +13,13 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @dataclass(slots=True)
 class ConnectionInfo:
-    """What one call learns of its connection. fresh: it must be a new one; reused, connected: what it got;
-    answered: at least one byte of an answer came.
+    """What one attempt asks of its connection, and learns of it.
 
-    until: where it is later than the caller first said, the loop's time by which the answer's head must come; extend:
-    while that is waited for, moves it on."""
+    fresh: it must be a new one. reused: it was used before. connected: there was one.
+    answered: at least one byte of a response came.
+    until: the loop's time by which the head of the response must come, if that is later than what the caller said.
+    extend: moves that time while the head is waited for.
+    """
 
     fresh: bool = False
     reused: bool = False
@@ -30,7 +30,7 @@ class ConnectionInfo:
 
 
 class UpstreamResponse(Protocol):
-    """Status and headers of an answer are in hand; its body is still to be read."""
+    """A response whose status and headers are here; its body is still to be read."""
 
     status: int
     reason: str
@@ -40,13 +40,13 @@ class UpstreamResponse(Protocol):
     def headers(self) -> Mapping[str, str]: ...
 
     def ready(self) -> bytes | None:
-        """The whole body as it came, where all of it is here already: then nobody need wait for it."""
+        """Return the whole body as it came, if all of it is here already."""
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes off the socket. Raises TransportFailure (`invalid`: cut short; `timeout`: silent)."""
+        """Yield the body as it comes. Raises TransportFailure (`invalid`: cut short; `timeout`: silent)."""
 
     def close(self) -> None:
-        """Ends it: the connection is kept only where the body was read to its end."""
+        """End the response: the connection is kept only if the body was read to its end."""
 
 
 class UpstreamTransport(Protocol):
@@ -62,7 +62,7 @@ class UpstreamTransport(Protocol):
         first_byte: float,
         connection: ConnectionInfo,
     ) -> UpstreamResponse:
-        """The answer's head, within `first_byte` seconds. Raises TransportFailure."""
+        """Send, and return the head of the response, within `first_byte` seconds. Raises TransportFailure."""
 
 
 class LockStore(Protocol):

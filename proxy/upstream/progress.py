@@ -12,13 +12,14 @@ from .limits.estimate import RequestSize
 
 @dataclass(slots=True)
 class AttemptLog:
-    """The attempts made, milliseconds waited and spent upstream, and where the last attempt went.
+    """What a request has taken so far: attempts, milliseconds of waiting and upstream, where it was sent last.
 
-    client_left: (status, error) for the receipt of a client that left while the response is read on, for others or for
-    the cache. for_cache_only: no client takes the response as it comes. waiting_for_peer: another process fetches.
-    sent: bytes went upstream. size: what the estimate was made of. budget_reservation: what is reserved of the budgets.
-    first_byte_ms: until a stream could begin.
-    spent: the retries are used up. exhausted: every key and upstream failed. model: the fallback that answered.
+    client_left: status and error of a client that left while the response is still read, for others or for the cache.
+    for_cache_only: no client waits any more. waiting_for_peer: another process fetches the same.
+    sent: a connection was made for it. size: what its estimates are made of.
+    queue_ms: waiting for a key. paused_ms: pauses between attempts. first_byte_ms: until a stream could begin.
+    upstream, key: of the last attempt. model: the fallback that answered; "": the request's own.
+    spent: the retries are used up. no_usable_key: every key was refused. exhausted: every key and upstream failed.
     """
 
     deadline: SharedDeadline

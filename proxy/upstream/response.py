@@ -1,8 +1,7 @@
-"""An upstream's answer in hand: what it is, found out with as little reading as possible.
+"""An upstream's response in hand: what it is, found out with as little reading as possible.
 
-An error is read whole. A stream is read to its first event, which may be an error, too: until then no byte has gone to
-the
-client, and everything may still be retried. Any other answer is not read here.
+An error is read whole. A stream is read to its first event, which may be an error too: until then no byte has gone to
+the client, and everything can be retried. Any other response is not read here.
 """
 
 from __future__ import annotations
@@ -19,15 +18,21 @@ from .retry.outcome import ErrorInfo, OutcomeKind, TransportFailure, classify, e
 from .target import Upstream
 
 MAX_ERROR_BODY: Final = 8 * 1024 * 1024
+"""An error's body may have at most this many bytes."""
+
 FIRST_EVENT_HELD: Final = 64 * 1024
-"""A stream's first bytes are held back at most so far for its first event to be complete."""
+"""At most this many bytes of a stream are held back until its first event is complete."""
 
 
 @dataclass(slots=True)
 class ResponseInHand:
-    """An upstream's answer in hand. body: bytes of what was read whole (errors), else None; first: what was read of a
-    stream so far, decoded; leaked: it repeats a pool key; more: the rest of the body, decoded; injected: its usage
-    chunk was only our wish."""
+    """An upstream's response in hand.
+
+    injected: the proxy asked for the usage chunk, the client did not. is_stream: it is a stream of events.
+    opaque: its encoding is unknown, so that it cannot be read. decoded: `more` is decoded.
+    more: what is still to be read. body: an error's body, else None. first: what was read of a stream so far.
+    sent_at: monotonic seconds when it was asked for. leaked: it repeats a pool key.
+    """
 
     status: int
     response: UpstreamResponse
@@ -46,7 +51,7 @@ class ResponseInHand:
 
     @property
     def is_event_stream(self) -> bool:
-        """Its events can be read: not compressed in a way we do not know."""
+        """Whether it is a stream whose events can be read."""
         return self.is_stream and not self.opaque
 
 
@@ -76,21 +81,21 @@ def response_in_hand(
     )
 
 
-async def classify_response(answered: ResponseInHand) -> None:
-    """Reads what must be read to know the outcome. Raises TransportFailure."""
-    should_retry = answered.response.headers.get("x-should-retry")
-    if answered.status >= 400:
-        answered.body = await read_error(answered.more)
-        answered.outcome = classify(answered.status, error_info(answered.body), should_retry)
+async def classify_response(response: ResponseInHand) -> None:
+    """Read what is needed to know the outcome. Raises TransportFailure."""
+    should_retry = response.response.headers.get("x-should-retry")
+    if response.status >= 400:
+        response.body = await read_error(response.more)
+        response.outcome = classify(response.status, error_info(response.body), should_retry)
         return
-    error = await _first_event(answered)
+    error = await _first_event(response)
     if error is not None:
         outcome = classify(*error, should_retry)
-        answered.outcome = OutcomeKind.OK if outcome is OutcomeKind.FINAL else outcome
+        response.outcome = OutcomeKind.OK if outcome is OutcomeKind.FINAL else outcome
 
 
 async def read_error(chunks: AsyncIterator[bytes]) -> bytes:
-    """An error's body, whole. Raises TransportFailure(invalid) beyond `MAX_ERROR_BODY`."""
+    """Return an error's whole body. Raises TransportFailure(invalid) if it is longer than `MAX_ERROR_BODY`."""
     parts, size = [], 0
     async for chunk in chunks:
         parts.append(chunk)
@@ -101,9 +106,7 @@ async def read_error(chunks: AsyncIterator[bytes]) -> bytes:
 
 
 async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
-    """`chunks`, decompressed piece by piece. Raises TransportFailure(invalid) where they are broken, cut or too
-    much.
-    """
+    """Yield the chunks decompressed. Raises TransportFailure(invalid) if they are broken, cut or too many."""
     inflater = Decompressor(encoding)
     async for chunk in chunks:
         out = inflater.feed(chunk)
@@ -112,12 +115,12 @@ async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIt
     inflater.finish()
 
 
-async def _first_event(answered: ResponseInHand) -> tuple[int, ErrorInfo] | None:
-    """Reads up to the first event that carries data, into `answered.first`; the error it is, if it is one."""
+async def _first_event(response: ResponseInHand) -> tuple[int, ErrorInfo] | None:
+    """Read into `response.first` up to the first event that carries data. Return the error that it is, if it is one."""
     splitter = Splitter()
     held = 0
-    async for chunk in answered.more:
-        answered.first.append(chunk)
+    async for chunk in response.more:
+        response.first.append(chunk)
         held += len(chunk)
         for event in splitter.feed(chunk):
             data = data_of(event)
@@ -130,6 +133,6 @@ async def _first_event(answered: ResponseInHand) -> tuple[int, ErrorInfo] | None
     return None
 
 
-def refuses_stream_options(answered: ResponseInHand) -> bool:
-    """Whether an upstream refuses what we asked for on our own account."""
-    return answered.status == 400 and answered.body is not None and b"stream_options" in answered.body
+def refuses_stream_options(response: ResponseInHand) -> bool:
+    """Whether an upstream refuses the `stream_options` that the proxy has added."""
+    return response.status == 400 and response.body is not None and b"stream_options" in response.body

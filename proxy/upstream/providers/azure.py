@@ -1,7 +1,7 @@
 """Azure OpenAI: deployments in the path, `api-version` in the query, `api-key` as credential.
 
-Paths after Microsoft's *Azure OpenAI REST API reference*; without an `api_version` the newer `/openai/v1` surface is
-used.
+The paths are those of Microsoft's *Azure OpenAI REST API reference*. Without an `api_version` the newer `/openai/v1`
+surface is used.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ _BY_DEPLOYMENT: Final = frozenset({"chat", "completions", "embeddings", "audio",
 """First segments of the operations that Azure keeps below `/openai/deployments/{deployment}`."""
 
 
-def deployment_of(site: UpstreamAddress, model: str) -> str:
-    """The deployment that stands for `model`: the map's exact name, else its longest matching glob, else the model's
-    own name.
-    """
-    exact = site.deployments.get(model)
+def deployment_of(address: UpstreamAddress, model: str) -> str:
+    """Return the deployment that stands for `model`: by exact name, else by the longest glob, else the model's name."""
+    exact = address.deployments.get(model)
     if exact is not None:
         return exact
-    globs = [glob for glob in site.deployments if fnmatchcase(model, glob)]
-    return site.deployments[max(globs, key=len)] if globs else model
+    globs = [glob for glob in address.deployments if fnmatchcase(model, glob)]
+    return address.deployments[max(globs, key=len)] if globs else model
 
 
 def _segment(deployment: str) -> str:
-    """A deployment as one path segment. Raises Refusal(bad_request) for a name that would lead elsewhere: quoting does
-    not help against dots (RFC 3986 section 5.2.4)."""
+    """Return a deployment as one path segment. Raises ProxyError(bad_request) for a name that would lead elsewhere.
+
+    Quoting does not help against dots (RFC 3986 section 5.2.4).
+    """
     if deployment in (".", ".."):
         raise ProxyError("bad_request", "this model cannot be the name of a deployment", param="model")
     return quote(deployment, safe="", errors="replace")
 
 
-def url(site: UpstreamAddress, route: Route, model: str) -> str:
-    root = site.base_url + "/openai"
+def url(address: UpstreamAddress, route: Route, model: str) -> str:
+    root = address.base_url + "/openai"
     query = route.query
-    if route.shape == "azure-v1" or (site.api_version is None and route.shape == "openai"):
+    if route.shape == "azure-v1" or (address.api_version is None and route.shape == "openai"):
         return f"{root}/v1{route.path}" + (f"?{query}" if query else "")
     if not any(part.startswith("api-version=") for part in query.split("&")):
-        version = f"api-version={quote(site.api_version or 'preview', safe='')}"
+        version = f"api-version={quote(address.api_version or 'preview', safe='')}"
         query = f"{query}&{version}" if query else version
     if route.deployment is not None:
         return f"{root}/deployments/{_segment(route.deployment)}{route.path}?{query}"
     if route.segment in _BY_DEPLOYMENT and model and route.shape == "openai":
-        return f"{root}/deployments/{_segment(deployment_of(site, model))}{route.path}?{query}"
+        return f"{root}/deployments/{_segment(deployment_of(address, model))}{route.path}?{query}"
     return f"{root}{route.path}?{query}"
 
 
-def body_model(site: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
+def body_model(address: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
     if route.deployment is not None or body_model is None:
         return None
-    if route.shape == "openai" and site.api_version is not None and route.segment in _BY_DEPLOYMENT:
+    if route.shape == "openai" and address.api_version is not None and route.segment in _BY_DEPLOYMENT:
         return None  # the path names the deployment; Azure does not read the body's model
-    deployment = deployment_of(site, body_model)
+    deployment = deployment_of(address, body_model)
     return deployment if deployment != body_model else None
 
 
@@ -73,5 +73,5 @@ def client_auth(scheme: str, token: str) -> tuple[tuple[str, str], ...]:
     return (("api-key", token),)
 
 
-def identity(site: UpstreamAddress, model: str) -> str:
-    return f"azure {site.base_url} {site.api_version} {deployment_of(site, model)}"
+def identity(address: UpstreamAddress, model: str) -> str:
+    return f"azure {address.base_url} {address.api_version} {deployment_of(address, model)}"

@@ -1,6 +1,6 @@
-"""Upstream dialects: one file each, one line in the table.
+"""Providers: one file each, and one line in the table of `registry`.
 
-A dialect turns a route and a model into an upstream URL, and a key into headers. It never sees the client's headers.
+A provider turns a route and a model into an upstream URL, and a key into headers. It never sees the client's headers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...protocol.routes import Route
 
 @dataclass(frozen=True, slots=True)
 class UpstreamAddress:
-    """An upstream as a dialect needs it: where it is and how it names things."""
+    """An upstream as a provider needs it: where it is, and which deployment stands for which model."""
 
     name: str
     kind: Kind
@@ -25,19 +25,19 @@ class UpstreamAddress:
 
 
 class Provider(Protocol):
-    """The module interface of a provider file."""
+    """What the module of a provider offers."""
 
-    def url(self, site: UpstreamAddress, route: Route, model: str) -> str:
-        """The absolute upstream URL, percent-encoded as it goes on the wire."""
+    def url(self, address: UpstreamAddress, route: Route, model: str) -> str:
+        """Return the absolute upstream URL, percent-encoded as it is sent."""
 
-    def body_model(self, site: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
-        """The `model` the body must carry upstream; None: as the client wrote it."""
+    def body_model(self, address: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
+        """Return the `model` that the body must have upstream; None: as the client wrote it."""
 
     def auth(self, secret: str, organization: str | None, project: str | None) -> tuple[tuple[str, str], ...]:
-        """The credential headers of a pool key."""
+        """Return the credential headers of a pool key."""
 
     def client_auth(self, scheme: str, token: str) -> tuple[tuple[str, str], ...]:
-        """The client's own credential (`bearer` or `api-key`) in this upstream's style, for pass-through."""
+        """Return the client's own credential (`bearer` or `api-key`) in this upstream's style."""
 
-    def identity(self, site: UpstreamAddress, model: str) -> str:
-        """What of this upstream can change an answer: part of the cache key."""
+    def identity(self, address: UpstreamAddress, model: str) -> str:
+        """Return what of this upstream can change a response: part of the cache key."""

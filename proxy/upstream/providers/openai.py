@@ -1,4 +1,4 @@
-"""The OpenAI API and its many lookalikes."""
+"""The OpenAI API and compatible servers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from .interface import UpstreamAddress
 
 
-def url(site: UpstreamAddress, route: Route, model: str) -> str:
+def url(address: UpstreamAddress, route: Route, model: str) -> str:
     query = route.query
     if route.shape != "openai" and query:  # an Azure client's api-version means nothing here
         query = "&".join(part for part in query.split("&") if not part.startswith("api-version="))
-    return site.base_url + route.path + (f"?{query}" if query else "")
+    return address.base_url + route.path + (f"?{query}" if query else "")
 
 
-def body_model(site: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
+def body_model(address: UpstreamAddress, route: Route, model: str, body_model: str | None) -> str | None:
     return model if body_model is None and model else None
 
 
@@ -34,5 +34,5 @@ def client_auth(scheme: str, token: str) -> tuple[tuple[str, str], ...]:
     return (("Authorization", f"Bearer {token}"),)
 
 
-def identity(site: UpstreamAddress, model: str) -> str:
-    return f"openai {site.base_url}"
+def identity(address: UpstreamAddress, model: str) -> str:
+    return f"openai {address.base_url}"

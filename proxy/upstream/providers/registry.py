@@ -1,4 +1,4 @@
-"""The table of providers, and which model a request names."""
+"""The table of providers, and the model that a request is for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from . import azure, openai
 from .interface import Provider, UpstreamAddress
 
 
-def models_in_path(sites: Sequence[UpstreamAddress], route: Route) -> tuple[str, ...]:
-    """The model that an Azure upstream would serve whatever the body says: that of the deployment in the path."""
-    if route.deployment is None or all(site.kind != "azure" for site in sites):
+def models_in_path(addresses: Sequence[UpstreamAddress], route: Route) -> tuple[str, ...]:
+    """Return the model of the deployment in the path, which Azure serves whatever the body says; none without Azure."""
+    if route.deployment is None or all(address.kind != "azure" for address in addresses):
         return ()
-    return (model_named(sites, route, None),)
+    return (model_named(addresses, route, None),)
 
 
 _GLOB: Final = frozenset("*?[")
@@ -23,14 +23,14 @@ _GLOB: Final = frozenset("*?[")
 PROVIDERS: Final[dict[str, Provider]] = {"openai": openai, "azure": azure}
 
 
-def model_named(sites: Sequence[UpstreamAddress], route: Route, body_model: str | None) -> str:
-    """The model a request is for: the body's, else what the deployment in the path stands for, else ''."""
+def model_named(addresses: Sequence[UpstreamAddress], route: Route, body_model: str | None) -> str:
+    """Return the model a request is for: the body's, else that of the deployment in the path, else ""."""
     if body_model:
         return body_model
     if route.deployment is None:
         return ""
-    for site in sites:
-        for model, deployment in site.deployments.items():
+    for address in addresses:
+        for model, deployment in address.deployments.items():
             if deployment == route.deployment and not _GLOB & set(model):
                 return model
     return route.deployment

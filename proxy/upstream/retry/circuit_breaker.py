@@ -1,4 +1,4 @@
-"""The circuit breaker of one upstream (contract 3, `breaker`): after failures in a row nothing is sent for a while."""
+"""The circuit breaker of one upstream: after several failures in a row nothing is sent there for a while."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ STATES: Final[tuple[State, ...]] = get_args(State)
 
 
 class CircuitBreaker:
-    """One upstream's health. Failures count in a row, so that a busy upstream with a few errors in a thousand answers
-    never trips it; and each kind by itself: what is dead fails the same way every time, while different errors are
-    news, which the client should see. `now` is monotonic seconds.
+    """One upstream's health. `now` is monotonic seconds.
+
+    Only failures in a row count, so that a busy upstream with a few errors in a thousand responses never opens it. Each
+    kind counts by itself: an upstream that is down fails the same way every time, while different errors are news that
+    the client should see.
     """
 
     __slots__ = ("_failed", "_open_until", "_probing", "settings")
@@ -26,31 +28,32 @@ class CircuitBreaker:
         self._probing = False
 
     def wait(self, now: float) -> float:
-        """Seconds until a request may be sent; 0.0 now."""
+        """Return the seconds until a request may be sent; 0.0: now."""
         return 0.0 if self._open_until is None else max(0.0, self._open_until - now)
 
     def sends(self, now: float) -> None:
-        """A request goes up: in an open breaker whose time is over it is the probe, and the others wait for it, but no
-        longer than for another opening.
+        """A request is sent. If the breaker's time is over, it is the probe, and the others wait for its outcome.
+
+        They wait no longer than the breaker stays open.
         """
         if self._open_until is not None and self._open_until <= now:
             self._probing = True
             self._open_until = now + self.settings.open_for
 
     def record_success(self) -> None:
-        """The upstream answered; whatever it said, it is there."""
+        """The upstream answered: it is there, whatever it said."""
         if self._failed or self._open_until is not None:
             self._failed.clear()
             self._open_until = None
             self._probing = False
 
     def record_failure(self, now: float, kind: int = 0) -> None:
-        """No answer, or an answer that says that the upstream is broken. kind: `outcome.ailment`."""
+        """The upstream did not answer, or said that it is broken. kind: see `outcome.breaker_failure`."""
         if self._open_until is not None:
             if self._probing:
                 self._probing = False
                 self._open_until = now + self.settings.open_for
-            return  # sent before it opened: it says nothing new
+            return  # it was sent before the breaker opened, and says nothing new
         same = [stamp for stamp in self._failed.get(kind, ()) if now - stamp < self.settings.window]
         self._failed[kind] = [*same, now]
         if len(self._failed[kind]) >= self.settings.failures:

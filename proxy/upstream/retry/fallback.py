@@ -1,4 +1,4 @@
-"""Other models for a request that its own cannot answer (contract 3, `retry.fallbacks`)."""
+"""Other models for a request that its own model cannot answer (`retry.fallbacks`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...protocol.request import ProxyRequest
 
 
 def fallbacks_for(table: Mapping[str, tuple[str, ...]], model: str) -> tuple[str, ...]:
-    """The models to try instead: under the exact name, else the longest matching glob; never the model itself."""
+    """Return the models to try instead: by exact name, else by the longest matching glob; never the model itself."""
     found = table.get(model)
     if found is None:
         globs = [glob for glob in table if fnmatchcase(model, glob)]
@@ -23,7 +23,7 @@ def fallbacks_for(table: Mapping[str, tuple[str, ...]], model: str) -> tuple[str
 
 
 def with_model(request: ProxyRequest, model: str) -> ProxyRequest:
-    """The same request for another model; a deployment in the path gives way to it."""
+    """Return the request for another model; a deployment in its path is dropped."""
     route = request.route
     if route.deployment is not None:
         route = replace(route, deployment=None, shape="openai")

@@ -1,4 +1,4 @@
-"""What came of one upstream call, sorted into the classes the retry policy knows (contract 7, Retry and Keys)."""
+"""What came of one attempt, sorted into the kinds that the retry policy and the key states know."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ...protocol.durations import parse_composite
 from ...protocol.errors import ProxyError
 
 MAX_WAIT: Final = 3600.0
-"""No upstream header makes a key or a request wait longer than this at once (s): it is asked again then."""
+"""No upstream header makes a key or a request wait longer than this at once (seconds)."""
 
 
 class OutcomeKind(Enum):
-    """What may follow an outcome."""
+    """The kinds of outcomes, by what may follow."""
 
     OK = "ok"
     FINAL = "final"  # an answer for the client, whatever its status
@@ -59,7 +59,7 @@ _CODES: Final[dict[FailureKind, str]] = {"timeout": "upstream_timeout", "invalid
 
 
 class TransportFailure(Exception):
-    """No usable answer came. `kind` says how far the request got; `detail` is for people and names no secret."""
+    """No usable response came. kind: how far the request got. detail: for people; it names no secret."""
 
     def __init__(self, kind: FailureKind, detail: str) -> None:
         super().__init__(detail)
@@ -72,23 +72,23 @@ class TransportFailure(Exception):
 
     @property
     def code(self) -> str:
-        """The code of our own error that tells of it (contract 6)."""
+        """The code of the proxy's own error (`docs/routes-and-errors.md`)."""
         return _CODES.get(self.kind, "upstream_unreachable")
 
     def again(self) -> TransportFailure:
-        """The same anew, to be kept or raised: without the frames that this one holds."""
+        """Return a copy to keep or raise, without the frames that this one holds."""
         return TransportFailure(self.kind, self.detail)
 
     def proxy_error(self, spent: bool = False) -> ProxyError:
-        """Our own answer in place of the one that did not come. spent: our retries are used up."""
+        """Return the proxy's own error for it. spent: the retries are used up."""
         return ProxyError(self.code, self.detail, should_retry=False if spent else None)
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """The parts of an OpenAI-shaped error that decide: `code` and `type` as strings, '' where absent.
+    """The parts of an OpenAI-shaped error that decide: `code` and `type` as strings, "" if absent.
 
-    limit: the dimension a rate limit names; too_large: the request alone is more than that limit.
+    limit: the dimension that a rate limit names. too_large: the request alone is more than that limit.
     """
 
     code: str = ""
@@ -102,12 +102,12 @@ NO_ERROR_INFO: Final = ErrorInfo()
 _DIMENSION: Final = re.compile(
     r"\b(?:requests|tokens) per (?:min|day)|\b(?:call|request|token) rate limit", re.IGNORECASE
 )
-"""As OpenAI says it, and as Azure does."""
+"""OpenAI's words, and Azure's."""
 _REQUESTED: Final = re.compile(r"\bLimit:? (\d{1,15}),.{0,64}?\bRequested:? (\d{1,15})\b", re.ASCII)
 
 
 def error_info(body: bytes) -> ErrorInfo:
-    """`error.code` and `error.type` of a body; empty for anything else. Never raises."""
+    """Return what a body says of its error; empty for anything that is not an error of OpenAI's shape."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -148,9 +148,9 @@ _ORGANIZATION: Final = frozenset({"mismatched_organization", "mismatched_project
 
 
 def classify(status: int, error: ErrorInfo, should_retry: str | None) -> OutcomeKind:
-    """The class of an answered call.
+    """Return the kind of a response.
 
-    should_retry: the upstream's `x-should-retry`, obeyed where the key is not at fault.
+    should_retry: the upstream's `x-should-retry`, obeyed if the key is not at fault.
     """
     if status < 400:
         return OutcomeKind.OK
@@ -178,10 +178,10 @@ NO_ANSWER: Final = 0
 
 
 def breaker_failure(outcome: OutcomeKind, answer: tuple[int, Mapping[str, str]] | None) -> int | None:
-    """What speaks against the upstream's health: the status, or `NO_ANSWER`; None where nothing does.
+    """Return what counts against the upstream's health: the status, or `NO_ANSWER`; None: nothing.
 
-    answer: status and headers, None where none came. Who says when to come back is not dead, only busy (RFC 9110
-    section 15.6.4).
+    answer: status and headers; None: there was no response. An upstream that says when to come back is only busy (RFC
+    9110 section 15.6.4).
     """
     if answer is None:
         return None if outcome is OutcomeKind.STALE else NO_ANSWER
@@ -192,10 +192,10 @@ def breaker_failure(outcome: OutcomeKind, answer: tuple[int, Mapping[str, str]] 
 
 
 def allows_stale(status: int, error: str) -> bool:
-    """Whether a stale answer may take the place of a final failure (RFC 5861 section 4).
+    """Whether a stale response may take the place of a final failure (RFC 5861 section 4).
 
-    error: as in receipts: a code of ours, or `upstream_STATUS`. It may where the upstreams failed, the keys cool or are
-    refused, and never for what is the request's own fault or what our own limits refuse.
+    It may if the upstreams failed or the keys cool or are refused. It may not if the request itself is at fault or the
+    proxy's own limits refuse it. error: as in receipts: a code of the proxy's, or `upstream_STATUS`.
     """
     if error in ("keys_cooling", "no_usable_key", "circuit_open"):
         return True
@@ -203,7 +203,7 @@ def allows_stale(status: int, error: str) -> bool:
 
 
 def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
-    """(status to act on, error) where the payload of a stream's first event is an error; None where it is not."""
+    """Return the status to act on and the error, if the data of a stream's first event is one; else None."""
     if b'"error"' not in data:
         return None
     try:
@@ -229,11 +229,11 @@ def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
 
 
 def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NO_ERROR_INFO) -> float | None:
-    """Seconds the upstream asks us to wait, clamped to 0..`MAX_WAIT`; None where it says nothing we understand.
+    """Return the seconds that the upstream asks to wait, from 0 to `MAX_WAIT`; None if it asks for nothing readable.
 
-    `retry-after-ms` first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or `6m0s`;
-    then `x-ratelimit-reset-*` of a dimension whose `remaining` is 0, or untold where the error names it (a reset of 0
-    or -1 says nothing: Azure sends it). wall: Unix time, for dates.
+    `retry-after-ms` comes first, then `Retry-After` as seconds, decimals, HTTP date (RFC 9110 section 10.2.3) or
+    `6m0s`. Then comes `x-ratelimit-reset-*` of a dimension whose `remaining` is 0, or is not given while the error
+    names the dimension. A reset of 0 or -1, which Azure sends, says nothing. wall: Unix time, for dates.
     """
     millis = read_number(headers.get("retry-after-ms"))
     if millis is not None:
@@ -257,7 +257,7 @@ def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NO_E
 
 
 def dimension_of(headers: Mapping[str, str], error: ErrorInfo) -> Dimension | None:
-    """Which limit a 429 is about: as the body says, else the one dimension with nothing left; None: unknown."""
+    """Return the limit that a 429 is about: as the body says, else the dimension with nothing left; None: unknown."""
     if error.limit is not None:
         return error.limit
     requests, tokens = (read_number(headers.get(f"x-ratelimit-remaining-{of}")) for of in ("requests", "tokens"))
@@ -267,8 +267,9 @@ def dimension_of(headers: Mapping[str, str], error: ErrorInfo) -> Dimension | No
 
 
 def read_reset(text: str | None) -> float | None:
-    """Seconds of an `x-ratelimit-reset-*` (`6m0s`, or a number: Azure), at most `MAX_WAIT`; None for nonsense and for
-    0, which says nothing.
+    """Return the seconds of an `x-ratelimit-reset-*` (`6m0s`, or Azure's number), at most `MAX_WAIT`.
+
+    It is None for nonsense and for 0, which says nothing.
     """
     if text is None:
         return None
@@ -279,7 +280,7 @@ def read_reset(text: str | None) -> float | None:
 
 
 def read_number(text: str | None) -> float | None:
-    """A finite number of at least 0; None for anything else."""
+    """Return a finite number of at least 0; None for anything else."""
     if text is None or len(text) > 32 or not text.isascii() or "_" in text:
         return None
     try:

@@ -1,7 +1,4 @@
-"""The retry policy as one small machine: what follows each outcome of a request (contract 7, Retry).
-
-It holds what one request has used up; it never sleeps, sends or reads a clock.
-"""
+"""The retry policy: what follows each outcome of a request. It never sleeps, sends or reads a clock."""
 
 from __future__ import annotations
 
@@ -26,24 +23,24 @@ def retry_delay(policy: RetrySettings, attempt: int, random: Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class ReturnToClient:
-    """The outcome is the client's. spent: our retries are used up, so an SDK should add none."""
+    """The outcome goes to the client. spent: the proxy's retries are used up, so that an SDK should add none."""
 
     spent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TryNextKey:
-    """Ask for a key again at once; the last one is not to be used for this request."""
+    """Ask for another key at once; the last one is not used for this request again."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryOnNewConnection:
-    """Send again at once, with the same key, on a connection that nobody used before."""
+    """Send again at once, with the same key, on a new connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryAfter:
-    """Wait that long, then ask for a key again."""
+    """Wait `seconds`, then ask for a key again."""
 
     seconds: float
 
@@ -71,7 +68,7 @@ class RetryState:
         return retry_delay(self._policy, self.retries, self._random)
 
     def can_fail_over(self, outcome: OutcomeKind) -> bool:
-        """Whether another upstream, or another model, may be tried once this one's retries are used up."""
+        """Whether another upstream or another model may be tried after this one's retries are used up."""
         return outcome in _ELSEWHERE or (
             outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.STALE) and self._policy.ambiguous
         )
@@ -85,11 +82,11 @@ class RetryState:
         other_key: bool,
         granted: Callable[[], bool],
     ) -> Step:
-        """The next step.
+        """Return what follows an outcome.
 
-        asked_wait: seconds the upstream asked for, None if it did not; left: seconds to the deadline;
-        other_key: another key could be used now; granted: takes one retry out of the upstream's budget, False where it
-        is empty.
+        asked_wait: seconds the upstream asks to wait; None: it does not. left: seconds to the deadline.
+        other_key: another key could be used now.
+        granted: takes one retry out of the upstream's budget, and returns False if it is empty.
         """
         if outcome in (OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT):
             return ReturnToClient()
@@ -116,9 +113,10 @@ class RetryState:
 
 
 class RetryBudget:
-    """Retries of one upstream as a share of its requests over the last 10 s, beyond a floor of 10 (`retry.budget`).
+    """Limits the retries of 10 s to a share of the upstream's requests in that time (`retry.budget`), plus 10.
 
-    After Google SRE, chapter 21: what bounds the load added to an upstream that fails altogether.
+    It bounds the load that retries add to an upstream that fails altogether (Google, *Site Reliability Engineering*,
+    chapter 21).
     """
 
     WINDOW: Final = 10.0
@@ -131,7 +129,7 @@ class RetryBudget:
         self._total = 0
 
     def request(self, now: float) -> None:
-        """Counts a request (not a retry) sent up at `now` (monotonic s); in tenths of a second, to bound memory."""
+        """Count a request (not a retry) sent at `now` (monotonic seconds), by tenths of a second to bound memory."""
         self._expire(now)
         if self._requests and now - self._requests[-1][0] < 0.1:
             stamp, count = self._requests[-1]
@@ -141,7 +139,7 @@ class RetryBudget:
         self._total += 1
 
     def take(self, now: float) -> bool:
-        """One retry, if the budget has one left."""
+        """Take one retry at `now` (monotonic seconds). Return False if the budget has none left."""
         self._expire(now)
         if len(self._retries) >= self.FLOOR + self._share * self._total:
             return False
