@@ -88,7 +88,7 @@ def over(scene: PipelineFixture, model: str = "gpt-4o") -> None:
 
 
 @virtual_time
-async def test_beyond_the_budget_only_stored_answers_are_given_until_midnight() -> None:
+async def test_beyond_the_daily_budget_only_hits_are_served_until_midnight() -> None:
     scene = PipelineFixture(config=budget("0.0045"), transport=endless())
     assert [(await scene.ask(ask(text, **SMALL))).status for text in "ab"] == [200, 200]
     told = await scene.ask(ask("c", **SMALL))
@@ -107,7 +107,7 @@ async def test_beyond_the_budget_only_stored_answers_are_given_until_midnight() 
 
 
 @virtual_time
-async def test_a_month_is_longer() -> None:
+async def test_a_monthly_budget_lasts_until_the_next_month() -> None:
     scene = PipelineFixture(config=budget(None, "0.0045"), transport=endless())
     for text in "ab":
         await scene.ask(ask(text, **SMALL))
@@ -121,7 +121,7 @@ async def test_a_month_is_longer() -> None:
 
 
 @virtual_time
-async def test_those_under_way_count_with_their_estimates() -> None:
+async def test_requests_in_flight_count_with_their_estimates() -> None:
     """gpt-4o: 10 USD per million tokens of output, so each may cost 0.01 and a little."""
     scene = PipelineFixture(config=budget("0.035"), transport=endless(wait=5.0))
     told = await asyncio.gather(*[scene.ask(ask(str(n), max_tokens=1000)) for n in range(10)])
@@ -133,7 +133,7 @@ async def test_those_under_way_count_with_their_estimates() -> None:
 
 
 @virtual_time
-async def test_who_shares_an_answer_pays_nothing() -> None:
+async def test_a_coalesced_request_costs_nothing() -> None:
     scene = PipelineFixture(config=budget("0.0025"), transport=endless(wait=5.0))
     told = await asyncio.gather(*[scene.ask(ask(**SMALL)) for _ in range(5)])
     assert [one.status for one in told] == [200] * 5
@@ -143,7 +143,7 @@ async def test_who_shares_an_answer_pays_nothing() -> None:
 
 
 @virtual_time
-async def test_one_clients_budget_is_not_anothers() -> None:
+async def test_each_client_has_its_own_budget() -> None:
     """Not even where they share the cache and ask the same at the same time."""
     config = settings(server=clients(anna="0.001", otto="1"), cache=CacheSettings(shared=True), retry=ONCE)
     scene = PipelineFixture(config=config, transport=endless(wait=1.0))
@@ -158,7 +158,7 @@ async def test_one_clients_budget_is_not_anothers() -> None:
 
 
 @virtual_time
-async def test_the_client_limit_tells_all() -> None:
+async def test_the_client_limit_error_has_every_detail() -> None:
     key = ClientKeySettings("anna", b"", limits=Limits(rpm=9), usd_per_day=D("0.003"))
     scene = PipelineFixture(config=settings(server=ServerSettings(client_keys=(key,))), transport=endless())
     told = await scene.ask(ask(**SMALL), client=ANNA)
@@ -170,7 +170,7 @@ async def test_the_client_limit_tells_all() -> None:
 
 
 @virtual_time
-async def test_a_client_beyond_its_other_limits_holds_nothing() -> None:
+async def test_a_client_beyond_another_limit_reserves_no_budget() -> None:
     key = ClientKeySettings("anna", b"", limits=Limits(rpm=1), usd_per_day=D(1))
     scene = PipelineFixture(config=settings(server=ServerSettings(client_keys=(key,))), transport=endless())
     told = [await scene.ask(ask(text, **SMALL), client=ANNA) for text in "ab"]
@@ -201,7 +201,7 @@ ENDS: dict[str, tuple[tuple[Move, ...], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", ENDS)
 @virtual_time
-async def test_every_exit_settles(name: str) -> None:
+async def test_every_outcome_settles_its_reservation(name: str) -> None:
     moves, fields, counts = ENDS[name]
     scene = PipelineFixture(*moves, config=budget("1"))
     await scene.ask(ask(**SMALL, **fields))
@@ -220,7 +220,7 @@ async def test_every_exit_settles(name: str) -> None:
 @pytest.mark.parametrize("turns", range(0, 40))
 @pytest.mark.parametrize("stream", [False, True])
 @virtual_time
-async def test_a_client_that_leaves_gives_back(turns: int, stream: bool) -> None:
+async def test_a_client_that_leaves_releases_its_reservation(turns: int, stream: bool) -> None:
     slow = [step for part in events(usage=True) for step in (1.0, part)]
     move = streams(slow, connect=1.0, wait=1.0) if stream else says(connect=1.0, wait=1.0)
     scene = PipelineFixture(move, config=budget("1"))
@@ -233,7 +233,7 @@ async def test_a_client_that_leaves_gives_back(turns: int, stream: bool) -> None
 
 
 @virtual_time
-async def test_another_models_answer_counts_at_its_own_price() -> None:
+async def test_a_fallback_models_response_counts_at_its_own_price() -> None:
     config = budget("1")
     config = replace(config, retry=RetrySettings(max_retries=2, jitter=0.0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
     scene = PipelineFixture(*[error(500)] * 3, says(completion(model="gpt-4o-mini")), config=config)
@@ -242,7 +242,7 @@ async def test_another_models_answer_counts_at_its_own_price() -> None:
 
 
 @virtual_time
-async def test_a_part_that_was_thrown_away_counts() -> None:
+async def test_a_discarded_response_counts() -> None:
     """Its answer is not what was asked for, but it was bought."""
     document = {"object": "list", "data": [], "model": "text-embedding-3-small", "usage": usage(1000, 0)}
     scene = PipelineFixture(says(document), config=budget("1"))
@@ -253,7 +253,7 @@ async def test_a_part_that_was_thrown_away_counts() -> None:
 
 
 @virtual_time
-async def test_a_batch_in_parts_counts_each_part() -> None:
+async def test_each_part_of_a_batch_counts() -> None:
     """4,000 items are two calls."""
 
     def embed(sent: Any) -> Responds:
@@ -270,7 +270,7 @@ async def test_a_batch_in_parts_counts_each_part() -> None:
 
 
 @virtual_time
-async def test_without_a_price_nothing_is_held_but_the_limit_is() -> None:
+async def test_an_unpriced_request_reserves_nothing_but_obeys_the_budget() -> None:
     scene = PipelineFixture(
         config=budget("0.0022"), transport=ScriptedTransport(otherwise=lambda sent: says(completion(model="x-1")))
     )
@@ -290,7 +290,7 @@ MODERATED = {"id": "m", "model": "omni-moderation-latest", "results": [{"flagged
 
 @pytest.mark.parametrize(("on_exceeded", "status"), [("refuse", 200), ("cache_only", 429)])
 @virtual_time
-async def test_what_is_free_goes_on_unless_only_the_cache_is_to_serve(on_exceeded: str, status: int) -> None:
+async def test_free_requests_pass_beyond_the_budget_unless_cache_only(on_exceeded: str, status: int) -> None:
     scene = PipelineFixture(says(), says(MODERATED), config=budget("0.0022", on_exceeded=on_exceeded))
     assert (await scene.ask(ask(max_tokens=10))).status == 200
     told = await scene.ask(MODERATION, target="/v1/moderations")
@@ -300,7 +300,7 @@ async def test_what_is_free_goes_on_unless_only_the_cache_is_to_serve(on_exceede
 
 @pytest.mark.parametrize("on_exceeded", ["refuse", "cache_only"])
 @virtual_time
-async def test_cache_only_serves_what_is_past_its_time(on_exceeded: str) -> None:
+async def test_cache_only_serves_stale_entries(on_exceeded: str) -> None:
     cache = CacheSettings(ttl=TtlSettings(chat=100.0), stale_if_error=5000.0)
     scene = PipelineFixture(config=budget("0.0025", on_exceeded=on_exceeded, cache=cache), transport=endless())
     assert (await scene.ask(ask(**SMALL))).status == 200
@@ -321,7 +321,7 @@ async def test_cache_only_serves_what_is_past_its_time(on_exceeded: str) -> None
 
 
 @virtual_time
-async def test_one_warning_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_exceeded_budget_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     scene = PipelineFixture(config=budget("0.01"), transport=endless())
     with caplog.at_level(logging.WARNING, "proxy"):
         for text in "abcd":
@@ -331,7 +331,7 @@ async def test_one_warning_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @virtual_time
-async def test_what_was_spent_before_and_beside_us_counts() -> None:
+async def test_spending_before_the_start_and_by_other_processes_counts() -> None:
     """The ledger of another process: it is read at the start, and again."""
     scene = PipelineFixture(config=budget("0.01", "1"), transport=endless())
     ledger = {"before": D("0.005")}
@@ -360,7 +360,7 @@ async def test_what_was_spent_before_and_beside_us_counts() -> None:
 
 
 @virtual_time
-async def test_a_reload_keeps_what_was_spent_and_what_is_held() -> None:
+async def test_a_reload_keeps_spending_and_reservations() -> None:
     scene = PipelineFixture(config=budget("0.1"), transport=endless(wait=5.0))
     task = asyncio.create_task(scene.ask(ask(**SMALL)))
     await scene.clock.sleep(1.0)
@@ -376,7 +376,7 @@ async def test_a_reload_keeps_what_was_spent_and_what_is_held() -> None:
 
 
 @virtual_time
-async def test_requests_for_nothing_count_nothing() -> None:
+async def test_free_requests_cost_nothing() -> None:
     """What was refused, found or never asked has no cost."""
     scene = PipelineFixture(config=budget("0"))
     assert (await scene.ask(ask(**SMALL))).refused == "budget_exceeded"
@@ -386,7 +386,7 @@ async def test_requests_for_nothing_count_nothing() -> None:
 
 
 @virtual_time
-async def test_the_pool_may_be_of_several_prices() -> None:
+async def test_the_highest_price_of_the_pool_is_reserved() -> None:
     """The dearest of the upstreams that may serve it is what a request is held to cost."""
     dear = pool("k2", name="dear", prices={"gpt-4o": {"input": D(1000), "output": D(1000)}}, priority=1)
     scene = PipelineFixture(config=replace(budget("0.05"), upstreams=(pool("k1"), dear)), transport=endless())

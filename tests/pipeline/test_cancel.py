@@ -104,7 +104,7 @@ def told_once(moves: Sequence[Move], stream: bool, at: int | None, landed: list[
 
 
 @pytest.mark.parametrize(("moves", "stream"), STORIES.values(), ids=STORIES.keys())
-def test_cancelled_in_every_turn(moves: Sequence[Move], stream: bool) -> None:
+def test_a_request_cancelled_in_any_turn_of_the_loop_leaks_nothing(moves: Sequence[Move], stream: bool) -> None:
     landed: list[int | None] = []
     turns = told_once(moves, stream, None, landed)
     assert turns > 2
@@ -114,7 +114,7 @@ def test_cancelled_in_every_turn(moves: Sequence[Move], stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
+def test_the_queue_goes_on_when_any_client_disconnects(stream: bool) -> None:
     """Four at a concurrency of one, the n-th of them gone in any turn: the other three are served, in order."""
 
     def upstream(sent: Sent) -> Move:
@@ -148,7 +148,7 @@ def test_the_queue_goes_on_whoever_leaves_and_whenever(stream: bool) -> None:
             tell(gone, at)
 
 
-def test_a_large_request_that_leaves_while_it_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_request_cancelled_while_a_thread_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
 
     async def tell() -> None:
@@ -194,7 +194,7 @@ _MOVES = st.one_of(
     limits=st.sampled_from([Limits(), Limits(rpm=200, tpm=200_000, concurrency=1), Limits(concurrency=2)]),
     retries=st.integers(0, 3),
 )
-def test_whatever_happens_the_books_balance(
+def test_any_sequence_of_events_leaks_nothing(
     moves: list[Move], keys: int, requests: list[tuple[bool, int | None]], limits: Limits, retries: int
 ) -> None:
     names = [f"k{n}" for n in range(keys)]

@@ -132,7 +132,7 @@ def test_a_responses_stream_cut_at_every_byte(kind: str) -> None:
     run(tell())
 
 
-def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
+def test_a_connection_lost_after_done_does_not_break_the_stream() -> None:
     """The stream has said that it is over: SDKs hang up there, and nothing can be missing."""
 
     async def tell() -> None:
@@ -185,7 +185,7 @@ def test_a_compressed_answer_cut_at_every_byte(coding: str, pack: Any, stream: b
 
 
 @pytest.mark.parametrize("lost", range(2))
-def test_a_stream_of_two_choices_that_lost_one_of_its_ends(lost: int) -> None:
+def test_a_stream_without_one_of_its_finish_reasons_is_not_stored(lost: int) -> None:
     async def tell() -> None:
         steps = [event(chunk(choices=[{"index": i, "delta": {"content": "a"}}])) for i in range(2)]
         done = [{"index": i, "delta": {}, "finish_reason": "stop"} for i in range(2) if i != lost]

@@ -48,7 +48,7 @@ WITHOUT_MODEL = {"messages": [{"role": "user", "content": "Hi"}]}
     ],
 )
 @virtual_time
-async def test_where_it_goes_and_which_model_it_names(
+async def test_url_and_model_of_each_request_shape(
     upstream: UpstreamSettings, target: str, document: Any, url: str, model: str | None
 ) -> None:
     scene = PipelineFixture(says(), config=settings(upstream))
@@ -64,7 +64,7 @@ async def test_where_it_goes_and_which_model_it_names(
 
 
 @virtual_time
-async def test_the_receipt_names_the_model_that_was_asked_for() -> None:
+async def test_the_receipt_has_the_requested_model() -> None:
     scene = PipelineFixture(says(), config=settings(AZURE_V1))
     await scene.ask()
     assert scene.receipt.model == "gpt-4o"
@@ -73,7 +73,7 @@ async def test_the_receipt_names_the_model_that_was_asked_for() -> None:
 @pytest.mark.parametrize("upstream", [pool("k1"), AZURE, AZURE_V1], ids=["openai", "azure", "azure v1"])
 @pytest.mark.parametrize("name", ["", "\ud800", "a\nb", "a/../b", "ä" * 9, "%2e%2e"], ids=ascii)
 @virtual_time
-async def test_model_names_that_nobody_has(upstream: UpstreamSettings, name: str) -> None:
+async def test_unusual_model_names_are_forwarded_or_refused(upstream: UpstreamSettings, name: str) -> None:
     """They reach the upstream as they are, or they are refused; they lead nowhere else and break nothing."""
     scene = PipelineFixture(says(), config=settings(upstream))
     document = ask(model=name)

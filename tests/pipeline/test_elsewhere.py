@@ -82,7 +82,7 @@ def begin(
 
 
 @virtual_time
-async def test_the_second_process_waits_for_the_first_ones_entry() -> None:
+async def test_a_second_process_waits_for_the_entry_of_the_first() -> None:
     transport = ScriptedTransport(says(wait=12.0))
     one, other, held = two(transport)
     first = begin(one, 3)
@@ -101,7 +101,7 @@ async def test_the_second_process_waits_for_the_first_ones_entry() -> None:
 
 
 @virtual_time
-async def test_a_lease_that_its_holder_lost_costs_one_call_more() -> None:
+async def test_a_lost_lock_costs_one_more_call() -> None:
     transport = ScriptedTransport(says(wait=5.0), says(wait=1.0))
     one, other, held = two(transport)
     first = begin(one, 1)
@@ -114,7 +114,7 @@ async def test_a_lease_that_its_holder_lost_costs_one_call_more() -> None:
 
 
 @virtual_time
-async def test_a_process_that_died_keeps_others_waiting_for_a_lease_only() -> None:
+async def test_a_killed_process_delays_others_until_its_lock_expires() -> None:
     transport = ScriptedTransport(says(wait=1.0))
     _, other, held = two(transport)
     request = other.request()
@@ -127,7 +127,7 @@ async def test_a_process_that_died_keeps_others_waiting_for_a_lease_only() -> No
 
 @pytest.mark.parametrize(("stream", "longest"), [(False, WAIT), (True, STREAM_WAIT)])
 @virtual_time
-async def test_waiting_is_bounded(stream: bool, longest: float) -> None:
+async def test_the_wait_for_another_process_is_bounded(stream: bool, longest: float) -> None:
     transport = ScriptedTransport(
         otherwise=lambda sent: streams([40.0, *events(usage=True)]) if stream else says(wait=40.0)
     )
@@ -154,7 +154,7 @@ async def test_a_short_deadline_ends_the_wait() -> None:
 
 
 @virtual_time
-async def test_redis_trouble_means_no_leases() -> None:
+async def test_without_redis_no_lock_is_taken() -> None:
     transport = ScriptedTransport(otherwise=lambda sent: says(wait=1.0))
     one, other, held = two(transport)
     held.down = True
@@ -164,7 +164,7 @@ async def test_redis_trouble_means_no_leases() -> None:
 
 
 @virtual_time
-async def test_a_failure_lets_the_next_process_try_at_once() -> None:
+async def test_a_failure_releases_the_lock_at_once() -> None:
     transport = ScriptedTransport(Fails("unreached", 2.0), says(wait=1.0))
     one, other, _ = two(transport)
     first = begin(one, 1, None, Options(max_retries=0))
@@ -175,7 +175,7 @@ async def test_a_failure_lets_the_next_process_try_at_once() -> None:
 
 
 @virtual_time
-async def test_what_cannot_be_stored_is_not_serialised() -> None:
+async def test_responses_that_cannot_be_stored_are_not_serialised() -> None:
     transport = ScriptedTransport(otherwise=lambda sent: says(UNFINISHED, wait=2.0))
     one, other, held = two(transport)
     first = begin(one, 1)
@@ -190,7 +190,7 @@ async def test_what_cannot_be_stored_is_not_serialised() -> None:
 
 
 @virtual_time
-async def test_a_client_that_leaves_while_it_waits_leaves_nothing() -> None:
+async def test_a_client_that_leaves_while_waiting_leaves_nothing() -> None:
     transport = ScriptedTransport(says(wait=5.0))
     one, other, held = two(transport)
     first = begin(one, 1)
@@ -207,7 +207,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing() -> None:
 
 
 @virtual_time
-async def test_a_stream_holds_its_lease_to_its_end() -> None:
+async def test_a_stream_holds_its_lock_to_its_end() -> None:
     transport = ScriptedTransport(streams([step for part in events(usage=True) for step in (0.5, part)]))
     one, other, held = two(transport)
     first = begin(one, 1, STREAM)
@@ -221,7 +221,7 @@ async def test_a_stream_holds_its_lease_to_its_end() -> None:
 
 
 @virtual_time
-async def test_nobody_asks_for_leases_where_coalesce_is_off() -> None:
+async def test_without_coalesce_no_lock_is_taken() -> None:
     held = Held()
     config = settings(cache=CacheSettings(coalesce=False))
     scene = PipelineFixture(error(400), config=config, coordination=Coordination(locks=held))

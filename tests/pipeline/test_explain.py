@@ -30,7 +30,7 @@ async def told(home: RunningProxy, document: Any, query: str = "", **more: Any) 
 
 
 @pytest.mark.slow
-async def test_by_the_route() -> None:
+async def test_a_stored_request_is_explained_as_a_hit() -> None:
     async with running_proxy(says()) as home:
         assert (await told(home, ask()))["reason"] == "new"
         bought = await home.ask("POST", "/v1/chat/completions", ask())
@@ -54,13 +54,13 @@ async def test_by_the_route() -> None:
         (ask(), [("Cache-Control", "no-cache")], "no-cache"),
     ],
 )
-async def test_why_not(document: Any, headers: list[tuple[str, str]], reason: str) -> None:
+async def test_the_reason_of_a_miss_is_given(document: Any, headers: list[tuple[str, str]], reason: str) -> None:
     async with running_proxy() as home:
         assert (await told(home, document, headers=headers))["reason"] == reason
 
 
 @pytest.mark.slow
-async def test_other_targets() -> None:
+async def test_options_and_errors_of_the_target() -> None:
     async with running_proxy() as home:
         found = await told(home, {"input": "x"}, "?target=/_/namespace=ci/v1/embeddings%3Fa=1")
         assert (found["endpoint"], found["parts"]["namespace"], found["parts"]["query"]) == ("embeddings", "ci", "a=1")
@@ -72,7 +72,7 @@ async def test_other_targets() -> None:
 
 
 @pytest.mark.slow
-async def test_whose_request_it_is_is_said() -> None:
+async def test_the_client_can_be_chosen() -> None:
     keys = tuple(ClientKeySettings(name, hashlib.sha256(name.encode()).digest()) for name in "ab")
     async with running_proxy(says(), config=replace(settings(), server=ServerSettings(client_keys=keys))) as home:
         await home.ask("POST", "/v1/chat/completions", ask(), headers=[("Authorization", "Bearer a")])
@@ -123,12 +123,12 @@ class TestCommand:
         assert "now: differs: temperature" in out
         assert "  differs:     temperature\n" in out
 
-    def test_uncacheable(self, run: Any, tmp_path: Path) -> None:
+    def test_an_uncacheable_request_is_explained(self, run: Any, tmp_path: Path) -> None:
         stored(tmp_path / "cache.db")
         status, out = run({"input": "x", "background": True}, "--endpoint", "responses")
         assert (status, out.splitlines()[:2]) == (0, ["cacheable: no", "now: uncacheable: background=true"])
 
-    def test_no_request(self, run: Any, tmp_path: Path) -> None:
+    def test_invalid_arguments_are_refused(self, run: Any, tmp_path: Path) -> None:
         stored(tmp_path / "cache.db")
         for arguments in (("--target", "/v1/models"), ("--client", "x"), ("--header", "X-Proxy-Sample: x")):
             with pytest.raises(SystemExit) as stop:

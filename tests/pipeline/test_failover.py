@@ -43,7 +43,7 @@ def by_model(**moves: Move) -> Callable[[Sent], Move]:
 
 
 @virtual_time
-async def test_the_next_tier_has_its_turn_when_the_retries_are_spent() -> None:
+async def test_the_next_priority_is_used_when_the_retries_are_spent() -> None:
     scene = PipelineFixture(transport=by_key(ptu=error(500)), config=two())
     told = await scene.ask()
     assert (told.status, told.headers["X-Proxy-Key"], told.at) == (200, "payg", 3.0)
@@ -54,7 +54,7 @@ async def test_the_next_tier_has_its_turn_when_the_retries_are_spent() -> None:
 
 @pytest.mark.parametrize("trouble", [Fails("unreached"), Fails("ambiguous"), error(503), error(408)])
 @virtual_time
-async def test_whatever_may_be_sent_again_may_be_sent_elsewhere(trouble: Move) -> None:
+async def test_failures_that_may_be_resent_fail_over(trouble: Move) -> None:
     scene = PipelineFixture(transport=by_key(ptu=trouble), config=two())
     told = await scene.ask(None, Options(max_retries=0))
     assert (told.status, scene.transport.keys, told.at) == (200, ["ptu", "payg"], 0.0)
@@ -65,7 +65,7 @@ async def test_whatever_may_be_sent_again_may_be_sent_elsewhere(trouble: Move) -
     ("trouble", "status"), [(error(400), 400), (Fails("timeout"), 504), (Fails("invalid"), 502), (error(422), 422)]
 )
 @virtual_time
-async def test_what_is_sent_once_is_sent_once(trouble: Move, status: int) -> None:
+async def test_failures_that_may_not_be_resent_do_not_fail_over(trouble: Move, status: int) -> None:
     scene = PipelineFixture(transport=by_key(ptu=trouble), config=two())
     told = await scene.ask()
     assert (told.status, scene.transport.keys) == (status, ["ptu"])
@@ -73,7 +73,7 @@ async def test_what_is_sent_once_is_sent_once(trouble: Move, status: int) -> Non
 
 
 @virtual_time
-async def test_ambiguous_off_holds_for_other_tiers_too() -> None:
+async def test_without_ambiguous_no_lost_request_fails_over() -> None:
     scene = PipelineFixture(transport=by_key(ptu=Fails("ambiguous")), config=two(retry=RetrySettings(ambiguous=False)))
     told = await scene.ask()
     assert (told.refused, scene.transport.keys) == ("upstream_unreachable", ["ptu"])
@@ -81,7 +81,7 @@ async def test_ambiguous_off_holds_for_other_tiers_too() -> None:
 
 
 @virtual_time
-async def test_a_limited_tier_gives_way_at_once() -> None:
+async def test_a_rate_limited_priority_fails_over_at_once() -> None:
     scene = PipelineFixture(transport=by_key(ptu=rate_limited("30")), config=two())
     for number in range(3):
         told = await scene.ask(ask(str(number)), Options(max_retries=0))
@@ -90,7 +90,7 @@ async def test_a_limited_tier_gives_way_at_once() -> None:
 
 
 @virtual_time
-async def test_when_every_tier_fails_the_last_answer_says_stop() -> None:
+async def test_if_every_priority_fails_x_should_retry_is_false() -> None:
     scene = PipelineFixture(transport=by_key(ptu=error(500), payg=error(503)), config=two())
     told = await scene.ask()
     assert (told.status, told.headers["X-Should-Retry"]) == (503, "false")
@@ -99,7 +99,7 @@ async def test_when_every_tier_fails_the_last_answer_says_stop() -> None:
 
 
 @virtual_time
-async def test_a_tier_that_cools_too_long_leaves_the_answer_in_hand() -> None:
+async def test_if_the_next_priority_cools_too_long_the_response_is_returned() -> None:
     scene = PipelineFixture(rate_limited("1"), rate_limited("600"), says(), error(500), config=two())
     assert (await scene.ask()).status == 200  # ptu, after its second; payg cools for ten minutes
     told = await scene.ask(ask("next"), Options(max_retries=0))
@@ -108,7 +108,7 @@ async def test_a_tier_that_cools_too_long_leaves_the_answer_in_hand() -> None:
 
 
 @virtual_time
-async def test_two_regions_of_one_pool_take_over_from_each_other() -> None:
+async def test_two_upstreams_of_equal_priority_fail_over() -> None:
     regions = settings(pool("east", name="east"), pool("west", name="west"), retry=QUICK)
     scene = PipelineFixture(transport=by_key(east=error(503)), config=regions)
     for number in range(8):
@@ -127,7 +127,7 @@ def one(**breaker: float) -> Settings:
 
 
 @virtual_time
-async def test_an_upstream_that_fails_is_left_alone() -> None:
+async def test_the_circuit_opens_after_repeated_failures() -> None:
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(500)), config=one())
     assert [(await scene.ask(ask(str(n)))).status for n in range(3)] == [500] * 3
     told = await scene.ask()
@@ -141,7 +141,7 @@ async def test_an_upstream_that_fails_is_left_alone() -> None:
 
 @pytest.mark.parametrize(("answer", "after"), [(says(), 200), (error(500), 503), (error(400), 200)])
 @virtual_time
-async def test_then_one_request_tries_it(answer: Responds, after: int) -> None:
+async def test_one_request_probes_an_open_circuit(answer: Responds, after: int) -> None:
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(500)), config=one())
     for n in range(3):
         await scene.ask(ask(str(n)))
@@ -158,7 +158,7 @@ async def test_then_one_request_tries_it(answer: Responds, after: int) -> None:
 
 
 @virtual_time
-async def test_one_request_alone_trips_nothing() -> None:
+async def test_retries_of_one_request_do_not_open_the_circuit() -> None:
     config = settings(retry=QUICK, breaker=BreakerSettings(failures=2))
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(500)), config=config)
     assert (await scene.ask(None, Options(max_retries=10))).attempts == 11
@@ -166,7 +166,7 @@ async def test_one_request_alone_trips_nothing() -> None:
 
 
 @virtual_time
-async def test_failures_that_a_retry_mends_trip_nothing() -> None:
+async def test_failures_mended_by_a_retry_do_not_open_the_circuit() -> None:
     scene = PipelineFixture(*[error(500)] * 10, *[says()] * 10, config=settings(retry=QUICK))
     tasks = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(10)]
     assert [(await task).status for task in tasks] == [200] * 10
@@ -174,7 +174,7 @@ async def test_failures_that_a_retry_mends_trip_nothing() -> None:
 
 
 @virtual_time
-async def test_an_impatient_client_trips_nothing() -> None:
+async def test_a_clients_short_timeout_does_not_open_the_circuit() -> None:
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: Fails("hang")), config=one())
     for n in range(5):
         told = await scene.ask(ask(str(n)), total=1.0)
@@ -182,7 +182,7 @@ async def test_an_impatient_client_trips_nothing() -> None:
 
 
 @virtual_time
-async def test_whoever_is_retrying_when_it_opens_gets_the_upstreams_own_answer() -> None:
+async def test_a_request_in_retry_when_the_circuit_opens_gets_the_upstreams_response() -> None:
     config = settings(retry=RetrySettings(jitter=0.0, base_delay=5.0), breaker=BreakerSettings(failures=3))
     scene = PipelineFixture(
         transport=ScriptedTransport(otherwise=lambda sent: error(500, message="ours")), config=config
@@ -198,7 +198,7 @@ async def test_whoever_is_retrying_when_it_opens_gets_the_upstreams_own_answer()
 
 
 @virtual_time
-async def test_an_open_upstream_gives_way_to_the_next_tier_at_once() -> None:
+async def test_an_open_circuit_fails_over_at_once() -> None:
     config = two(retry=RetrySettings(max_retries=0), breaker=BreakerSettings(failures=2))
     scene = PipelineFixture(transport=by_key(ptu=error(500)), config=config)
     for n in range(5):
@@ -210,7 +210,7 @@ async def test_an_open_upstream_gives_way_to_the_next_tier_at_once() -> None:
 
 
 @virtual_time
-async def test_a_stream_whose_first_event_stays_an_error_says_stop() -> None:
+async def test_a_persistent_error_event_sets_x_should_retry_false() -> None:
     told_off = streams([event({"error": {"message": "overloaded", "type": "server_error"}})])
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: told_off), config=settings(retry=QUICK))
     told = await scene.ask(ask(stream=True))
@@ -246,7 +246,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize("stream", [False, True])
 @virtual_time
-async def test_another_model_answers_and_says_so(failure: Move, stream: bool) -> None:
+async def test_a_fallback_model_is_named_in_the_response(failure: Move, stream: bool) -> None:
     scene = PipelineFixture(failure, config=fallback("gpt-4o-mini"))
     scene.transport.otherwise = lambda sent: streams() if stream else says()
     told = await scene.ask(ask(stream=stream))
@@ -262,7 +262,7 @@ async def test_another_model_answers_and_says_so(failure: Move, stream: bool) ->
 
 @pytest.mark.parametrize("failure", [error(400), error(422), Fails("timeout"), Fails("invalid")])
 @virtual_time
-async def test_what_is_no_ones_fault_falls_back_on_nobody(failure: Move) -> None:
+async def test_client_errors_use_no_fallback_model(failure: Move) -> None:
     scene = PipelineFixture(failure, config=fallback("gpt-4o-mini"))
     told = await scene.ask()
     assert "X-Proxy-Model" not in told.headers
@@ -270,7 +270,7 @@ async def test_what_is_no_ones_fault_falls_back_on_nobody(failure: Move) -> None
 
 
 @virtual_time
-async def test_one_after_the_other_and_else_the_first_failure() -> None:
+async def test_fallback_models_are_tried_in_order_and_else_the_first_failure_is_returned() -> None:
     scene = PipelineFixture(config=fallback("a", "b"))
     scene.transport.otherwise = by_model(gpt_4o=error(503, message="asked for"), a=error(500), b=error(400))
     told = await scene.ask()
@@ -282,7 +282,7 @@ async def test_one_after_the_other_and_else_the_first_failure() -> None:
 
 
 @virtual_time
-async def test_the_next_tier_comes_before_another_model() -> None:
+async def test_the_next_priority_comes_before_a_fallback_model() -> None:
     config = two(retry=RetrySettings(max_retries=0, fallbacks={"gpt-4o": ("gpt-4o-mini",)}))
     scene = PipelineFixture(transport=by_key(ptu=error(500)), config=config)
     told = await scene.ask()
@@ -292,7 +292,7 @@ async def test_the_next_tier_comes_before_another_model() -> None:
 
 
 @virtual_time
-async def test_a_refusal_of_ours_falls_back_too() -> None:
+async def test_an_error_of_the_proxy_uses_the_fallback_model() -> None:
     scene = PipelineFixture(rate_limited("600"), config=fallback("gpt-4o-mini"))
     scene.transport.otherwise = lambda sent: says()
     await scene.ask()
@@ -301,7 +301,7 @@ async def test_a_refusal_of_ours_falls_back_too() -> None:
 
 
 @virtual_time
-async def test_nobody_is_asked_when_the_time_is_over() -> None:
+async def test_no_fallback_model_is_asked_after_the_deadline() -> None:
     scene = PipelineFixture(Fails("unreached", wait=5.0), config=fallback("gpt-4o-mini"))
     told = await scene.ask(total=5.0)
     assert len(scene.transport.sent) == 1

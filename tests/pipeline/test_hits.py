@@ -27,7 +27,7 @@ async def ages(scene: PipelineFixture, seconds: float) -> None:
 
 
 @virtual_time
-async def test_a_hit_is_byte_identical_and_calls_nobody() -> None:
+async def test_a_hit_is_byte_identical_and_sends_nothing_upstream() -> None:
     scene = PipelineFixture(
         says(headers=[("x-ratelimit-limit-requests", "9"), ("openai-version", "v"), ("Date", "today")])
     )
@@ -43,7 +43,7 @@ async def test_a_hit_is_byte_identical_and_calls_nobody() -> None:
 
 
 @virtual_time
-async def test_after_its_lifetime_it_is_bought_again() -> None:
+async def test_an_expired_entry_is_not_served() -> None:
     scene = PipelineFixture(
         says(), says(completion("new")), config=settings(cache=CacheSettings(ttl=TtlSettings(chat=100.0)))
     )
@@ -63,7 +63,7 @@ async def test_after_its_lifetime_it_is_bought_again() -> None:
 
 @pytest.mark.parametrize(("ttl", "age", "cache"), [(5.0, 4.0, "hit"), (5.0, 5.0, "miss"), (0.0, 0.0, "miss")])
 @virtual_time
-async def test_a_lifetime_of_its_own(ttl: float, age: float, cache: str) -> None:
+async def test_a_request_can_set_its_ttl(ttl: float, age: float, cache: str) -> None:
     scene = PipelineFixture(says(), says())
     told = await scene.ask(None, Options(ttl=ttl))
     assert told.headers["Cache-Status"] == "openai-proxy; fwd=uri-miss" + ("; stored" if ttl else "")
@@ -72,7 +72,7 @@ async def test_a_lifetime_of_its_own(ttl: float, age: float, cache: str) -> None
 
 
 @virtual_time
-async def test_no_older_than_one_wants() -> None:
+async def test_max_age_limits_the_age_of_a_hit() -> None:
     scene = PipelineFixture(says(), says())
     await scene.ask()
     await ages(scene, 10.0)
@@ -85,7 +85,7 @@ async def test_no_older_than_one_wants() -> None:
 
 
 @virtual_time
-async def test_no_cache_reads_nothing_and_stores() -> None:
+async def test_no_cache_does_not_read_and_does_store() -> None:
     scene = PipelineFixture(says(), says(completion("new")))
     await scene.ask()
     assert (await scene.ask(None, Options(no_cache=True))).cache == "miss"
@@ -111,7 +111,7 @@ async def test_no_store_neither_reads_nor_stores() -> None:
     ],
 )
 @virtual_time
-async def test_only_if_cached_calls_nobody(document: Any, options: Options, reason: str) -> None:
+async def test_only_if_cached_sends_nothing_upstream(document: Any, options: Options, reason: str) -> None:
     scene = PipelineFixture()
     told = await scene.ask(document, options)
     assert (told.status, told.refused) == (504, "not_cached")
@@ -121,7 +121,7 @@ async def test_only_if_cached_calls_nobody(document: Any, options: Options, reas
 
 
 @virtual_time
-async def test_only_if_cached_answers_what_is_there() -> None:
+async def test_only_if_cached_serves_a_stored_response() -> None:
     scene = PipelineFixture(says())
     await scene.ask(None, Options(ttl=10.0))
     assert (await scene.ask(None, Options(only_if_cached=True))).cache == "hit"
@@ -132,7 +132,7 @@ async def test_only_if_cached_answers_what_is_there() -> None:
 
 
 @virtual_time
-async def test_a_stored_plain_answer_serves_a_stream() -> None:
+async def test_a_stored_plain_response_serves_a_stream_request() -> None:
     scene = PipelineFixture(says())
     plain = (await scene.ask()).json()
     for _ in range(2):
@@ -163,7 +163,7 @@ async def test_a_stored_stream_serves_a_plain_request() -> None:
 
 
 @virtual_time
-async def test_a_large_answer_is_converted_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_response_is_converted_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
     scene = PipelineFixture(streams())
     await scene.ask(ask(stream=True))
@@ -171,7 +171,7 @@ async def test_a_large_answer_is_converted_beside_the_loop(monkeypatch: pytest.M
 
 
 @virtual_time
-async def test_what_has_no_certain_other_form_is_a_miss_and_kept_beside_the_first() -> None:
+async def test_a_response_that_cannot_be_converted_is_stored_in_both_forms() -> None:
     """Two chunks tell of a field that nobody knows how to join."""
     odd = [event(chunk(choices=[{"index": 0, "delta": {"content": "a", "odd": 1}, "finish_reason": None}]))] * 2
     scene = PipelineFixture(streams([*odd, event(chunk(None, "stop")), DONE]), says())
@@ -192,7 +192,7 @@ async def test_errors_are_never_stored(status: int) -> None:
 
 
 @virtual_time
-async def test_a_clock_set_back_makes_nothing_immortal_and_no_age_negative() -> None:
+async def test_a_clock_set_back_does_not_extend_ttl_or_give_a_negative_age() -> None:
     scene = PipelineFixture(says(), config=settings())
     await scene.ask()
     back = replace(scene.clock, wall=lambda: 1_000_000_000.0)
@@ -204,7 +204,7 @@ async def test_a_clock_set_back_makes_nothing_immortal_and_no_age_negative() -> 
 
 
 @virtual_time
-async def test_what_is_too_large_for_the_cache_passes() -> None:
+async def test_a_response_too_large_for_the_cache_is_passed() -> None:
     scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(max_entry=50)))
     for _ in range(2):
         told = await scene.ask()
@@ -228,7 +228,7 @@ async def remembered(scene: PipelineFixture, target: str = CHAT, **fields: Any) 
 
 @pytest.mark.parametrize("stream", [True, False])
 @virtual_time
-async def test_the_very_same_request_is_found_without_reading_it(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_identical_request_is_found_without_parsing(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = PipelineFixture(streams() if stream else says())
     assert scene.peek(CHAT, "", orjson.dumps(ask(stream=stream))) is None
     _, body = await remembered(scene, stream=stream)
@@ -241,7 +241,7 @@ async def test_the_very_same_request_is_found_without_reading_it(stream: bool, m
 
 
 @virtual_time
-async def test_only_identical_bytes_target_and_client_are_remembered() -> None:
+async def test_peek_needs_identical_bytes_target_and_client() -> None:
     scene = PipelineFixture(says())
     _, body = await remembered(scene)
     peek = scene.peek
@@ -253,7 +253,7 @@ async def test_only_identical_bytes_target_and_client_are_remembered() -> None:
 
 
 @virtual_time
-async def test_who_asks_for_usage_gets_it_on_the_short_way_too() -> None:
+async def test_peek_includes_usage_if_asked_for() -> None:
     scene = PipelineFixture(streams(events("Hello", usage=True)))
     _, without = await remembered(scene, stream=True)
     _, asked = await remembered(scene, stream=True, stream_options={"include_usage": True})
@@ -262,7 +262,7 @@ async def test_who_asks_for_usage_gets_it_on_the_short_way_too() -> None:
 
 
 @virtual_time
-async def test_an_entry_that_expired_is_not_found_on_the_short_way() -> None:
+async def test_peek_does_not_find_an_expired_entry() -> None:
     scene = PipelineFixture(says())
     _, body = await remembered(scene, "/_/ttl=10s/v1/chat/completions")
     assert scene.peek("/_/ttl=10s/v1/chat/completions", "", body) is not None
@@ -271,7 +271,7 @@ async def test_an_entry_that_expired_is_not_found_on_the_short_way() -> None:
 
 
 @virtual_time
-async def test_what_is_not_stored_is_not_found() -> None:
+async def test_peek_does_not_find_an_entry_that_is_not_stored() -> None:
     scene = PipelineFixture(error(400), says(), says())
     _, body = await remembered(scene)
     assert scene.peek(CHAT, "", body) is None
@@ -282,7 +282,7 @@ async def test_what_is_not_stored_is_not_found() -> None:
 
 
 @virtual_time
-async def test_the_memo_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memo_is_bounded_and_drops_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.cache.lookup, "_MEMO_SIZE", 3)
     scene = PipelineFixture(*[says()] * 5)
     bodies = [(await remembered(scene, x=n))[1] for n in range(5)]
@@ -291,7 +291,7 @@ async def test_the_memo_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.Mo
 
 
 @virtual_time
-async def test_without_a_cache_there_is_no_short_way() -> None:
+async def test_peek_finds_nothing_without_a_cache() -> None:
     scene = PipelineFixture(says(), config=settings(cache=CacheSettings(backend="off")))
     _, body = await remembered(scene)
     assert scene.peek(CHAT, "", body) is None

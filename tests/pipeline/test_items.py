@@ -69,7 +69,7 @@ def right(told: Result, texts: list[Any]) -> None:
 
 
 @virtual_time
-async def test_only_new_texts_go_up() -> None:
+async def test_only_new_texts_are_sent() -> None:
     scene = Batches()
     first = await scene.embed(["one", "two words"])
     assert (first.cache, first.reason, first.headers["Cache-Status"]) == (
@@ -97,7 +97,7 @@ async def test_only_new_texts_go_up() -> None:
 
 
 @virtual_time
-async def test_an_answer_in_order_keeps_its_bytes_and_another_is_put_in_order() -> None:
+async def test_vectors_are_returned_in_order_and_unchanged() -> None:
     rows = [{"index": at, "embedding": vector(text), "object": "embedding"} for at, text in enumerate("ab")]
     ordered = says({"data": rows, "zz": 1.0, "model": MODEL})
     scene = Batches(ordered, says({"data": rows[::-1], "zz": 1.0, "model": MODEL}))
@@ -108,7 +108,7 @@ async def test_an_answer_in_order_keeps_its_bytes_and_another_is_put_in_order() 
 
 
 @virtual_time
-async def test_all_items_cached_is_a_hit_made_of_them() -> None:
+async def test_a_batch_of_cached_texts_is_a_hit() -> None:
     scene = Batches()
     await scene.embed(["a", "b c"])
     await scene.embed(["d e f", "g"])
@@ -125,7 +125,7 @@ async def test_all_items_cached_is_a_hit_made_of_them() -> None:
 
 
 @virtual_time
-async def test_the_same_request_again_is_byte_identical() -> None:
+async def test_an_equal_batch_gets_identical_bytes() -> None:
     scene = Batches()
     for texts in (["a", "b"], ["a"], "b", ["x", "x", "y"], [[1, 2], [3]], [[7]], [7]):
         one, two = await scene.embed(texts), await scene.embed(texts)
@@ -135,7 +135,7 @@ async def test_the_same_request_again_is_byte_identical() -> None:
 
 
 @virtual_time
-async def test_a_single_text_serves_batches_and_is_served_by_them() -> None:
+async def test_single_texts_and_batches_share_entries() -> None:
     scene = Batches()
     single = await scene.embed("first of all")
     assert scene.transport.sent[0].body == scene.request({"model": MODEL, "input": "first of all"}).body
@@ -157,7 +157,7 @@ async def test_a_single_text_serves_batches_and_is_served_by_them() -> None:
 
 
 @virtual_time
-async def test_duplicates_go_up_once_and_count_once() -> None:
+async def test_duplicate_texts_are_sent_and_counted_once() -> None:
     scene = Batches()
     told = await scene.embed(["a", "b b", "a", "a"])
     assert scene.sent == [["a", "b b"]]
@@ -184,7 +184,7 @@ async def test_token_arrays_are_counted_exactly() -> None:
 
 
 @virtual_time
-async def test_only_input_changes_in_what_goes_up() -> None:
+async def test_only_the_input_of_the_request_changes() -> None:
     scene = Batches()
     await scene.embed(["a"])
     body = (
@@ -198,7 +198,7 @@ async def test_only_input_changes_in_what_goes_up() -> None:
 
 
 @virtual_time
-async def test_what_separates_requests_separates_items() -> None:
+async def test_parts_of_the_request_key_are_parts_of_each_texts_key() -> None:
     scene = Batches()
     await scene.embed(["a", "b"])
     for more in (
@@ -217,7 +217,7 @@ async def test_what_separates_requests_separates_items() -> None:
 
 
 @virtual_time
-async def test_unknown_fields_go_the_whole_way() -> None:
+async def test_a_request_with_unknown_fields_is_cached_as_a_whole() -> None:
     scene = Batches()
     await scene.embed(["a", "b"])
     told = await scene.embed(["b", "c", "c"], late_chunking=True)
@@ -226,7 +226,7 @@ async def test_unknown_fields_go_the_whole_way() -> None:
 
 
 @virtual_time
-async def test_it_can_be_switched_off() -> None:
+async def test_caching_by_text_can_be_switched_off() -> None:
     scene = Batches(embeddings_per_item=False)
     await scene.embed(["a", "b"])
     told = await scene.embed(["a", "a", "c"])
@@ -235,7 +235,7 @@ async def test_it_can_be_switched_off() -> None:
 
 
 @virtual_time
-async def test_controls_hold_item_by_item() -> None:
+async def test_cache_control_applies_to_each_text() -> None:
     scene = Batches(ttl=TtlSettings(embeddings=100.0))
     await scene.embed(["a", "b"])
     await scene.clock.sleep(60.0)
@@ -257,7 +257,7 @@ async def test_controls_hold_item_by_item() -> None:
 
 
 @virtual_time
-async def test_an_items_age_is_told() -> None:
+async def test_the_age_is_that_of_the_oldest_text() -> None:
     scene = Batches(ttl=TtlSettings(embeddings=100.0))
     await scene.embed(["a", "b"])
     await scene.clock.sleep(60.0)
@@ -269,7 +269,7 @@ async def test_an_items_age_is_told() -> None:
 
 
 @virtual_time
-async def test_large_batches_go_up_in_parts() -> None:
+async def test_large_batches_are_sent_in_parts() -> None:
     scene = Batches()
     texts = [f"text {n}" for n in range(2 * MAX_ITEMS + 5)]
     told = await scene.embed([*texts, texts[0]])
@@ -287,7 +287,7 @@ async def test_large_batches_go_up_in_parts() -> None:
 
 
 @virtual_time
-async def test_when_a_part_fails_the_client_gets_its_error_and_the_others_are_kept() -> None:
+async def test_if_a_part_fails_its_error_is_returned_and_the_others_are_stored() -> None:
     calls: list[int] = []
 
     def answer(sent: Sent) -> Move:
@@ -346,7 +346,7 @@ async def test_a_broken_answer_to_a_reduced_request_is_502(move: Move) -> None:
 
 @pytest.mark.parametrize("name", ["one missing", "one more", "unknown fields", "no list", "no JSON", "accepted"])
 @virtual_time
-async def test_to_a_whole_request_it_passes_as_it_is(name: str) -> None:
+async def test_a_broken_response_to_an_unchanged_request_is_passed(name: str) -> None:
     move = BROKEN[name]
     assert isinstance(move, Responds)
     scene = Batches(move)
@@ -359,7 +359,7 @@ async def test_to_a_whole_request_it_passes_as_it_is(name: str) -> None:
 
 
 @virtual_time
-async def test_errors_and_retries_are_as_for_any_call() -> None:
+async def test_parts_are_retried_like_any_request() -> None:
     scene = Batches()
     await scene.embed(["a"])
     scene.transport.queue += [error(500), error(503)]
@@ -389,7 +389,7 @@ async def test_vectors_of_two_models_are_not_mixed() -> None:
 
 
 @virtual_time
-async def test_without_usage_nothing_is_claimed() -> None:
+async def test_without_usage_no_tokens_are_reported() -> None:
     scene = Batches(answer=lambda sent: embed(sent, usage=None))
     await scene.embed(["a", "b"])
     told = await scene.embed(["a", "c"])
@@ -399,7 +399,7 @@ async def test_without_usage_nothing_is_claimed() -> None:
 
 
 @virtual_time
-async def test_a_leaked_key_is_masked_and_nothing_kept() -> None:
+async def test_a_pool_key_in_a_response_is_masked_and_nothing_stored() -> None:
     leak = base64.b64encode(b"x").decode()
     scene = Batches()
     await scene.embed(["a"])
@@ -412,7 +412,7 @@ async def test_a_leaked_key_is_masked_and_nothing_kept() -> None:
 
 
 @virtual_time
-async def test_limits_are_reserved_for_what_goes_up() -> None:
+async def test_limits_are_reserved_for_the_texts_that_are_sent() -> None:
     scene = Batches()
     long = "word " * 2000
     await scene.embed([long.strip()])
@@ -422,7 +422,7 @@ async def test_limits_are_reserved_for_what_goes_up() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=8))
-def test_whatever_is_asked_each_text_goes_up_once(batches: list[list[int]]) -> None:
+def test_any_batches_send_each_text_once(batches: list[list[int]]) -> None:
     async def told() -> None:
         scene = Batches()
         for batch in batches:

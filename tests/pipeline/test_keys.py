@@ -40,7 +40,7 @@ BAD: dict[str, tuple[Responds, tuple[str, float], bool]] = {
 
 @pytest.mark.parametrize(("bad", "state", "whole"), BAD.values(), ids=BAD.keys())
 @virtual_time
-async def test_a_bad_key_is_passed_over(bad: Responds, state: tuple[str, float], whole: bool) -> None:
+async def test_a_bad_key_is_replaced_by_the_next(bad: Responds, state: tuple[str, float], whole: bool) -> None:
     """At once and without a retry; and its state stands: for the model, or for the whole key."""
     scene = PipelineFixture(bad, says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
     told = await scene.ask()
@@ -65,7 +65,7 @@ async def test_a_bad_key_is_passed_over(bad: Responds, state: tuple[str, float],
 
 @pytest.mark.parametrize(("status", "code"), [(401, "invalid_api_key"), (403, None), (404, "model_not_found")])
 @virtual_time
-async def test_when_none_is_left_the_last_answer_is_the_clients(status: int, code: str | None) -> None:
+async def test_if_every_key_is_bad_the_last_response_is_returned(status: int, code: str | None) -> None:
     moves = [error(status, code, message="first"), error(status, code, message="last, for sk-k2")]
     scene = PipelineFixture(*moves, config=settings(pool("k1", "k2")))
     told = await scene.ask()
@@ -80,7 +80,7 @@ async def test_when_none_is_left_the_last_answer_is_the_clients(status: int, cod
 
 
 @virtual_time
-async def test_no_key_left_and_none_asked() -> None:
+async def test_if_every_key_is_rejected_the_error_is_no_usable_key() -> None:
     """502 without a call, and without waiting ten minutes for a key that will not do either."""
     scene = PipelineFixture(error(401), error(401), config=settings(pool("k1", "k2")))
     await scene.ask()
@@ -106,7 +106,7 @@ async def test_a_rejected_key_is_tried_again_after_ten_minutes() -> None:
 
 
 @virtual_time
-async def test_a_single_key_in_trouble_is_still_asked() -> None:
+async def test_a_rejected_key_is_still_used_if_it_is_the_only_one() -> None:
     """With no other, a 401 an hour ago is no reason to fail: the key may have been put right."""
     scene = PipelineFixture(error(401), says())
     assert (await scene.ask()).status == 401
@@ -116,7 +116,7 @@ async def test_a_single_key_in_trouble_is_still_asked() -> None:
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 @virtual_time
-async def test_other_refusals_are_the_clients_own(status: int) -> None:
+async def test_other_4xx_responses_are_returned_and_sent_once(status: int) -> None:
     """Once only, with whichever key."""
     scene = PipelineFixture(
         error(status, "context_length_exceeded", message="Too long."), config=settings(pool("k1", "k2"))
@@ -132,14 +132,14 @@ async def test_other_refusals_are_the_clients_own(status: int) -> None:
 
 
 @virtual_time
-async def test_an_organization_that_does_not_match_says_nothing_of_the_key() -> None:
+async def test_a_mismatched_organization_does_not_reject_the_key() -> None:
     scene = PipelineFixture(error(401, "mismatched_organization"), says(), config=settings(pool("k1", "k2")))
     assert (await scene.ask()).status == 200
     assert scene.state("k1") is None
 
 
 @virtual_time
-async def test_upstreams_of_lower_priority_serve_when_the_first_are_out() -> None:
+async def test_a_lower_priority_upstream_serves_while_the_first_cools() -> None:
     spare = replace(pool("spare", priority=1), name="spare", base_url="http://spare.test/v1")
     scene = PipelineFixture(rate_limited("5"), says(), says(), says(), config=settings(pool("k1"), spare))
     told = await scene.ask()
@@ -152,14 +152,14 @@ async def test_upstreams_of_lower_priority_serve_when_the_first_are_out() -> Non
 
 
 @virtual_time
-async def test_an_upstream_that_does_not_serve_the_model_is_not_asked() -> None:
+async def test_an_upstream_that_does_not_serve_the_model_is_not_used() -> None:
     scene = PipelineFixture(config=settings(pool("k1", models=("gpt-3*",))))
     told = await scene.ask()
     assert (told.status, told.refused, told.attempts) == (502, "no_usable_key", 0)
 
 
 @virtual_time
-async def test_all_keys_cooling_waits_for_the_first_to_be_ready() -> None:
+async def test_if_all_keys_cool_the_first_ready_one_is_waited_for() -> None:
     scene = PipelineFixture(
         rate_limited("30"), rate_limited("20"), says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES)
     )
@@ -172,7 +172,7 @@ async def test_all_keys_cooling_waits_for_the_first_to_be_ready() -> None:
 
 
 @virtual_time
-async def test_keys_that_cool_for_longer_than_one_may_wait() -> None:
+async def test_keys_cooling_is_returned_if_max_wait_is_too_short() -> None:
     scene = PipelineFixture(rate_limited("300"), config=settings(retry=NO_RETRIES))
     await scene.ask()
     told = await scene.ask(patience=100)
@@ -185,7 +185,7 @@ async def test_keys_that_cool_for_longer_than_one_may_wait() -> None:
 
 
 @virtual_time
-async def test_a_cooling_deadline_is_extended_and_never_shortened() -> None:
+async def test_a_cooldown_is_extended_and_never_shortened() -> None:
     moves = [rate_limited("40", wait=2.0), rate_limited("10", wait=3.0), rate_limited("90", wait=4.0)]
     scene = PipelineFixture(*moves, config=settings(retry=NO_RETRIES))
     tasks = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(3)]
@@ -198,7 +198,7 @@ async def test_a_cooling_deadline_is_extended_and_never_shortened() -> None:
 
 
 @virtual_time
-async def test_the_soonest_key_is_waited_for_when_all_have_said_429() -> None:
+async def test_after_a_429_from_every_key_the_soonest_one_is_waited_for() -> None:
     """The first is ready after 2 s: the second's hour must neither be waited for nor handed on."""
     for first, second in (("2", "3600"), ("3600", "2")):
         scene = PipelineFixture(rate_limited(first), rate_limited(second), says(), config=settings(pool("k1", "k2")))
@@ -208,7 +208,7 @@ async def test_the_soonest_key_is_waited_for_when_all_have_said_429() -> None:
 
 
 @virtual_time
-async def test_the_key_of_the_pool_goes_up_and_no_other_credential() -> None:
+async def test_the_pools_key_is_sent_and_no_other_credential() -> None:
     config = settings(replace(pool("k1"), keys=(replace(pool("k1").keys[0], organization="org-1", project="proj-1"),)))
     scene = PipelineFixture(says(), config=config)
     sent_headers = [
@@ -239,7 +239,7 @@ def mine(name: str) -> Client:
 
 
 @virtual_time
-async def test_passed_through_credentials() -> None:
+async def test_pass_through_sends_each_clients_credential() -> None:
     scene = PipelineFixture(says(), says(), config=settings(UpstreamSettings(base_url="http://up.test/v1")))
     await scene.ask(client=mine("alice"), headers=[(b"OpenAI-Organization", b"org-a")])
     await scene.ask(client=Client("", "nobody"))
@@ -250,7 +250,7 @@ async def test_passed_through_credentials() -> None:
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
 @virtual_time
-async def test_one_clients_bad_credential_is_not_the_others(bad: Responds) -> None:
+async def test_a_clients_bad_credential_does_not_affect_others(bad: Responds) -> None:
     """Its answer is the upstream's own word, to be shown as it is, and no state of ours."""
     config = settings(UpstreamSettings(base_url="http://up.test/v1"), retry=NO_RETRIES)
     scene = PipelineFixture(bad, says(), config=config)
@@ -263,7 +263,7 @@ async def test_one_clients_bad_credential_is_not_the_others(bad: Responds) -> No
 
 
 @virtual_time
-async def test_passed_through_limits_are_each_credentials_own() -> None:
+async def test_in_pass_through_each_credential_has_its_own_limits() -> None:
     config = settings(UpstreamSettings(base_url="http://up.test/v1"))
 
     def answer(sent: Sent) -> Responds:

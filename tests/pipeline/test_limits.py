@@ -82,7 +82,7 @@ SETTLED: dict[str, tuple[Move, bool, int | None]] = {
 
 @pytest.mark.parametrize(("move", "stream", "tokens"), SETTLED.values(), ids=SETTLED.keys())
 @virtual_time
-async def test_what_a_request_counts_in_the_end(move: Move, stream: bool, tokens: int | None) -> None:
+async def test_the_final_count_of_a_request(move: Move, stream: bool, tokens: int | None) -> None:
     scene = PipelineFixture(move, config=limited(rpm=100, tpm=100_000, concurrency=10))
     await scene.ask(ask(stream=stream, **FIFTY))
     assert scene.used() == {"rpm": 0 if tokens is None else 1, "tpm": tokens or 0, "concurrency": 0}
@@ -91,7 +91,7 @@ async def test_what_a_request_counts_in_the_end(move: Move, stream: bool, tokens
 
 
 @virtual_time
-async def test_while_it_runs_the_estimate_is_reserved() -> None:
+async def test_the_estimate_is_reserved_while_a_request_runs() -> None:
     scene = PipelineFixture(says(wait=5.0), config=limited(rpm=100, tpm=100_000, concurrency=10))
     task = start(scene, "Hi")
     await settled()
@@ -101,7 +101,7 @@ async def test_while_it_runs_the_estimate_is_reserved() -> None:
 
 
 @virtual_time
-async def test_a_window_is_used_whole_and_never_exceeded() -> None:
+async def test_a_window_is_used_fully_and_never_exceeded() -> None:
     """25 requests at 10 a minute: ten at once, ten after a minute, five after two."""
     scene = PipelineFixture(transport=endless(), config=limited(rpm=10, max_wait=200.0))
     tasks = [start(scene, n, total=500.0) for n in range(25)]
@@ -118,7 +118,7 @@ async def test_a_window_is_used_whole_and_never_exceeded() -> None:
 
 
 @virtual_time
-async def test_concurrency_is_handed_on_as_soon_as_it_is_free() -> None:
+async def test_a_free_permit_is_handed_on_at_once() -> None:
     scene = PipelineFixture(transport=endless(wait=2.0), config=limited(concurrency=2))
     tasks = [start(scene, n) for n in range(6)]
     tolds = [await task for task in tasks]
@@ -129,7 +129,7 @@ async def test_concurrency_is_handed_on_as_soon_as_it_is_free() -> None:
 
 
 @virtual_time
-async def test_an_error_gives_its_tokens_back_to_those_who_wait() -> None:
+async def test_an_error_returns_its_tokens_to_waiting_requests() -> None:
     """The first takes all of the tokens and fails: the second need not wait for the window to pass."""
     scene = PipelineFixture(error(400, wait=3.0), says(), config=limited(tpm=2 * ESTIMATE - 1, max_wait=200.0))
     first, second = (start(scene, name, total=500.0) for name in ("Hi", "Ho"))
@@ -141,7 +141,7 @@ async def test_an_error_gives_its_tokens_back_to_those_who_wait() -> None:
     ("options", "total", "patience"), [(None, 30.0, 60.0), (None, 100.0, 30.0), (Options(max_wait=30.0), 100.0, None)]
 )
 @virtual_time
-async def test_waiting_that_cannot_help_is_refused_at_once(
+async def test_a_wait_that_cannot_succeed_is_refused_at_once(
     options: Options | None, total: float, patience: float | None
 ) -> None:
     """With an honest delay: by then there is room."""
@@ -160,7 +160,7 @@ async def test_waiting_that_cannot_help_is_refused_at_once(
 
 
 @virtual_time
-async def test_a_full_queue() -> None:
+async def test_a_full_queue_refuses_requests() -> None:
     scene = PipelineFixture(transport=endless(wait=5.0), config=limited(max_queue=2, concurrency=1))
     tasks = [start(scene, n) for n in range(3)]
     await settled()
@@ -175,7 +175,7 @@ async def test_a_full_queue() -> None:
 
 
 @virtual_time
-async def test_what_is_larger_than_a_window_fails_at_once() -> None:
+async def test_a_request_larger_than_the_window_fails_at_once() -> None:
     scene = PipelineFixture(config=limited(tpm=100))
     told = await scene.ask(ask("x" * 1000))
     assert (told.status, told.refused, told.at) == (429, "request_exceeds_limit", 0.0)
@@ -186,7 +186,7 @@ async def test_what_is_larger_than_a_window_fails_at_once() -> None:
 
 
 @virtual_time
-async def test_hits_are_free_and_wait_for_nothing() -> None:
+async def test_hits_use_no_limit_and_do_not_wait() -> None:
     scene = PipelineFixture(says(), config=limited(rpm=1))
     await scene.ask()
     for _ in range(20):
@@ -196,7 +196,7 @@ async def test_hits_are_free_and_wait_for_nothing() -> None:
 
 
 @virtual_time
-async def test_a_pause_holds_no_permit() -> None:
+async def test_a_retry_pause_holds_no_permit() -> None:
     """While one waits for its retry, another may use the concurrency."""
     config = settings(
         throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}), retry=RetrySettings(base_delay=10.0, jitter=0.0)
@@ -208,7 +208,7 @@ async def test_a_pause_holds_no_permit() -> None:
 
 
 @virtual_time
-async def test_patience_is_one_for_all_the_waits_of_a_request() -> None:
+async def test_max_wait_covers_all_waits_of_a_request() -> None:
     """20 s waited before the first attempt: the second may wait for 10 s only, not for 30 again."""
     config = settings(
         throttle=ThrottleSettings(limits={"*": Limits(rpm=2)}, max_wait=30.0), retry=RetrySettings(jitter=0.0)
@@ -235,7 +235,7 @@ async def test_without_limits_nothing_is_counted(stream: bool) -> None:
 
 
 @virtual_time
-async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() -> None:
+async def test_without_max_tokens_the_mean_usage_is_reserved() -> None:
     """200 tokens of answer, plain and streamed, are reserved for the next one; a limit of its own counts instead."""
     for stream in (False, True):
         scene = PipelineFixture(streams() if stream else says(), transport=None, config=limited(tpm=100_000))
@@ -254,7 +254,7 @@ async def test_what_an_answer_took_is_reserved_for_the_next_without_a_limit() ->
 
 
 @virtual_time
-async def test_a_tier_holds_at_openai_and_not_at_azure() -> None:
+async def test_an_openai_tier_does_not_apply_to_azure() -> None:
     config = settings(pool("k1"), throttle=ThrottleSettings(tier="free"))
     scene = PipelineFixture(transport=endless(), config=config)
     for n in range(3):

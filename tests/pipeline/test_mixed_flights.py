@@ -42,7 +42,7 @@ def caches(tolds: Sequence[Result]) -> list[str]:
 
 
 @virtual_time
-async def test_plain_ones_wait_for_a_running_stream_and_get_their_form_of_it() -> None:
+async def test_plain_requests_wait_for_a_running_stream_and_get_it_converted() -> None:
     scene = PipelineFixture(streams(SLOW))
     asked = begin(scene, 2, STREAM)
     await asyncio.sleep(1.5)
@@ -62,7 +62,7 @@ async def test_plain_ones_wait_for_a_running_stream_and_get_their_form_of_it() -
 
 
 @virtual_time
-async def test_streaming_ones_wait_for_a_plain_answer_and_get_a_stream_of_it() -> None:
+async def test_stream_requests_wait_for_a_plain_response_and_get_it_converted() -> None:
     scene = PipelineFixture(says(wait=2.0))
     asked = begin(scene, 2)
     await asyncio.sleep(1.0)
@@ -82,7 +82,7 @@ async def test_streaming_ones_wait_for_a_plain_answer_and_get_a_stream_of_it() -
 
 
 @pytest.mark.parametrize("stream_first", [True, False])
-def test_whoever_leaves_a_mixed_flight_the_others_are_served(stream_first: bool) -> None:
+def test_other_clients_are_served_when_one_leaves_a_mixed_flight(stream_first: bool) -> None:
     """The one who bought leaves while only those in the other form are left: it goes on for them."""
 
     async def tell() -> None:
@@ -113,7 +113,7 @@ def test_whoever_leaves_a_mixed_flight_the_others_are_served(stream_first: bool)
     ],
     ids=["500", "400", "unreached", "cut", "not stored", "opaque"],
 )
-def test_what_does_not_end_in_the_cache_sends_the_others_their_own_way(first: Responds | Fails) -> None:
+def test_if_the_response_is_not_stored_the_other_form_is_fetched(first: Responds | Fails) -> None:
     async def tell() -> None:
         scene = PipelineFixture(first, says(wait=1.0), says(wait=1.0))
         asked = begin(scene, 1, STREAM, Options(max_retries=0))
@@ -128,7 +128,7 @@ def test_what_does_not_end_in_the_cache_sends_the_others_their_own_way(first: Re
 
 
 @virtual_time
-async def test_what_cannot_be_converted_is_bought_in_each_form() -> None:
+async def test_a_response_that_cannot_be_converted_is_fetched_in_each_form() -> None:
     odd = event({**chunk("Hel"), "choices": [{"index": 0, "delta": {"content": "Hel", "unheard_of": ["?"]}}]})
     scene = PipelineFixture(streams([1.0, odd, odd, *events(usage=True)[1:]]), says(wait=1.0))
     asked = begin(scene, 1, STREAM)
@@ -152,7 +152,7 @@ async def test_a_responses_stream_does_not_wait_for_a_plain_answer() -> None:
 
 
 @virtual_time
-async def test_a_guests_own_time_is_his_own() -> None:
+async def test_a_client_that_asked_for_the_other_form_keeps_its_own_deadline() -> None:
     scene = PipelineFixture(streams([*SLOW[:2], 30.0, *SLOW[2:]]))
     asked = begin(scene, 1, STREAM)
     await asyncio.sleep(0.5)
@@ -163,7 +163,7 @@ async def test_a_guests_own_time_is_his_own() -> None:
 
 
 @virtual_time
-async def test_a_stream_too_large_for_the_cache_lets_its_guests_go_at_once() -> None:
+async def test_a_stream_too_large_for_the_cache_releases_waiting_plain_requests() -> None:
     big = [event(chunk("x" * 30_000)) for _ in range(8)]
     script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
     scene = PipelineFixture(streams(script), says(wait=1.0), config=settings(cache=CacheSettings(max_entry=100_000)))
@@ -175,7 +175,7 @@ async def test_a_stream_too_large_for_the_cache_lets_its_guests_go_at_once() -> 
 
 
 @virtual_time
-async def test_a_thousand_mixed() -> None:
+async def test_a_thousand_requests_in_both_forms_make_one_call() -> None:
     scene = PipelineFixture(streams(SLOW), config=settings(throttle=ThrottleSettings()))
     asked = begin(scene, 1, STREAM)
     await asyncio.sleep(0.5)
@@ -192,7 +192,7 @@ async def test_a_thousand_mixed() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("after", [0.5, 2.5])
-def test_finish_reads_it_to_its_end_and_stores_it(stream: bool, after: float) -> None:
+def test_on_disconnect_finish_reads_to_the_end_and_stores(stream: bool, after: float) -> None:
     async def tell() -> None:
         scene = PipelineFixture(streams(SLOW) if stream else says(wait=5.0), config=FINISH)
         tasks = begin(scene, 2, ask(stream=stream))
@@ -211,7 +211,7 @@ def test_finish_reads_it_to_its_end_and_stores_it(stream: bool, after: float) ->
 
 
 @virtual_time
-async def test_who_comes_meanwhile_boards_it() -> None:
+async def test_a_new_client_joins_a_stream_that_is_being_finished() -> None:
     scene = PipelineFixture(streams(SLOW), config=FINISH)
     (task,) = begin(scene, 1, STREAM)
     await asyncio.sleep(2.5)
@@ -223,7 +223,7 @@ async def test_who_comes_meanwhile_boards_it() -> None:
 
 
 @virtual_time
-async def test_finish_lasts_a_minute_at_most() -> None:
+async def test_on_disconnect_finish_is_limited_to_a_minute() -> None:
     scene = PipelineFixture(streams([*SLOW[:4], HANG]), config=FINISH)
     (task,) = begin(scene, 1, STREAM)
     await asyncio.sleep(3.0)
@@ -236,7 +236,7 @@ async def test_finish_lasts_a_minute_at_most() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_finish_reads_no_more_than_the_cache_takes(stream: bool) -> None:
+def test_on_disconnect_finish_reads_no_more_than_max_entry(stream: bool) -> None:
     async def tell() -> None:
         cache = CacheSettings(on_disconnect="finish", max_entry=100_000)
         big = b"x" * 60_000
@@ -254,7 +254,7 @@ def test_finish_reads_no_more_than_the_cache_takes(stream: bool) -> None:
 
 
 @virtual_time
-async def test_what_never_went_up_is_not_finished() -> None:
+async def test_a_request_that_was_not_sent_is_not_finished() -> None:
     limits = ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)})
     scene = PipelineFixture(
         says(wait=9.0), config=settings(cache=CacheSettings(on_disconnect="finish"), throttle=limits)
@@ -271,7 +271,7 @@ async def test_what_never_went_up_is_not_finished() -> None:
 
 
 @virtual_time
-async def test_finish_without_coalesce() -> None:
+async def test_on_disconnect_finish_works_without_coalesce() -> None:
     config = settings(cache=CacheSettings(on_disconnect="finish", coalesce=False))
     scene = PipelineFixture(says(wait=2.0), says(wait=2.0), config=config)
     tasks = begin(scene, 2)
@@ -288,7 +288,7 @@ async def test_finish_without_coalesce() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_refresh_buys_once_and_stores(stream: bool) -> None:
+def test_a_revalidation_fetches_once_and_stores(stream: bool) -> None:
     async def tell() -> None:
         scene = PipelineFixture(streams(SLOW) if stream else says(wait=2.0))
         request = scene.request(ask(stream=stream))
@@ -307,7 +307,7 @@ def test_a_refresh_buys_once_and_stores(stream: bool) -> None:
 
 
 @virtual_time
-async def test_a_refresh_that_fails_harms_nobody() -> None:
+async def test_a_failed_revalidation_leaves_nothing_behind() -> None:
     scene = PipelineFixture(error(500, wait=1.0))
     request = scene.request(None, Options(max_retries=0))
     assert scene.journey.revalidator.start(request, await scene.journey.planner.plan(request))

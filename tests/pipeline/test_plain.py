@@ -27,7 +27,7 @@ def store_size(scene: PipelineFixture) -> int:
 
 
 @virtual_time
-async def test_a_good_answer_and_its_receipt() -> None:
+async def test_a_response_and_its_receipt() -> None:
     scene = PipelineFixture(says(wait=0.25, connect=0.05))
     told = await scene.ask(None, Options(tags=("team:search",)))
     assert (told.status, told.body) == (200, BODY)
@@ -63,7 +63,7 @@ async def test_a_good_answer_and_its_receipt() -> None:
 
 
 @virtual_time
-async def test_the_body_goes_up_byte_for_byte() -> None:
+async def test_the_body_is_sent_byte_for_byte() -> None:
     body = b'{ "messages":[{"role":"user","content":"h\\u00e9"}] ,\n"model" : "gpt-4o", "x": 1.50, "y":1e3 }'
     scene = PipelineFixture(says())
     await scene.ask(body=body)
@@ -72,7 +72,7 @@ async def test_the_body_goes_up_byte_for_byte() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @virtual_time
-async def test_an_answer_that_is_all_there_at_once(packed: bool) -> None:
+async def test_a_response_that_is_complete_at_once(packed: bool) -> None:
     headers = (JSON, ("Content-Encoding", "gzip")) if packed else (JSON,)
     body = gzip.compress(BODY) if packed else BODY
     scene = PipelineFixture(
@@ -101,7 +101,7 @@ async def test_an_answer_that_is_all_there_at_once(packed: bool) -> None:
 )
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8", "application/x+json"])
 @virtual_time
-async def test_a_broken_json_answer_is_502_and_not_stored(body: tuple[Any, ...], content_type: str) -> None:
+async def test_broken_json_is_502_and_not_stored(body: tuple[Any, ...], content_type: str) -> None:
     scene = PipelineFixture(Responds(200, (("Content-Type", content_type),), body), says())
     told = await scene.ask()
     assert (told.status, told.refused) == (502, "upstream_invalid_response")
@@ -131,7 +131,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("document", "why"), ODD.values(), ids=ODD.keys())
 @virtual_time
-async def test_whole_but_abnormal_answers_pass_and_are_not_stored(document: dict[str, Any], why: str) -> None:
+async def test_abnormal_responses_are_passed_and_not_stored(document: dict[str, Any], why: str) -> None:
     scene = PipelineFixture(says(document), says(document))
     told = await scene.ask()
     assert (told.status, told.body) == (200, dump(document))
@@ -140,7 +140,7 @@ async def test_whole_but_abnormal_answers_pass_and_are_not_stored(document: dict
 
 
 @virtual_time
-async def test_a_web_page_passes_and_is_not_stored() -> None:
+async def test_a_web_page_is_passed_and_not_stored() -> None:
     page = Responds(200, (("Content-Type", "text/html"),), (b"<html>", b"sign in</html>"))
     scene = PipelineFixture(page, says())
     told = await scene.ask()
@@ -162,14 +162,14 @@ async def test_only_200_is_stored(status: int) -> None:
 
 
 @virtual_time
-async def test_an_answer_that_is_not_an_object() -> None:
+async def test_json_that_is_not_an_object_is_passed_and_not_stored() -> None:
     scene = PipelineFixture(Responds(body=(b"[1, 2]",)))
     told = await scene.ask()
     assert (told.status, told.body, store_size(scene)) == (200, b"[1, 2]", 0)
 
 
 @virtual_time
-async def test_a_large_answer_is_parsed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_response_is_parsed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
     scene = PipelineFixture(says(), Responds(body=(b'{"id": "cut short',)))
     assert (await scene.ask()).cost == "0.002250"
@@ -179,7 +179,7 @@ async def test_a_large_answer_is_parsed_beside_the_loop(monkeypatch: pytest.Monk
 
 
 @virtual_time
-async def test_an_answer_too_large_to_hold_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_response_too_large_to_hold_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
     pieces = (b"{" + b" " * 60, b" " * 60, b" " * 60, b"}")
     scene = PipelineFixture(Responds(body=pieces), says())
@@ -192,7 +192,9 @@ async def test_an_answer_too_large_to_hold_flows(monkeypatch: pytest.MonkeyPatch
 
 
 @virtual_time
-async def test_a_flowing_answer_has_no_deadline_and_no_clean_end_when_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_streamed_plain_response_has_no_deadline_and_no_clean_end_when_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
     scene = PipelineFixture(Responds(body=(b" " * 200, 500.0, b" " * 60, CUT)))
     told = await scene.ask(total=10.0)
@@ -222,7 +224,7 @@ async def test_a_compressed_answer_is_decoded(coding: str, pack: Any) -> None:
 
 
 @virtual_time
-async def test_a_coding_unknown_to_us_passes_as_it_is() -> None:
+async def test_an_unknown_coding_is_passed_unchanged() -> None:
     scene = PipelineFixture(Responds(200, (JSON, ("Content-Encoding", "br")), (b"\x0b\x02", b"\x80")), says())
     told = await scene.ask()
     assert (told.status, told.body, told.broken) == (200, b"\x0b\x02\x80", False)
@@ -232,7 +234,7 @@ async def test_a_coding_unknown_to_us_passes_as_it_is() -> None:
 
 
 @virtual_time
-async def test_a_compressed_error_is_read_and_understood() -> None:
+async def test_a_compressed_error_is_decoded() -> None:
     refusal = gzip.compress(b'{"error":{"code":"insufficient_quota"}}')
     bad = Responds(429, (JSON, ("Content-Encoding", "gzip")), (refusal,))
     scene = PipelineFixture(bad, says(), config=settings(pool("k1", "k2")))
@@ -244,7 +246,7 @@ async def test_a_compressed_error_is_read_and_understood() -> None:
 
 
 @virtual_time
-async def test_a_pool_key_in_a_body_is_masked_and_the_answer_not_stored() -> None:
+async def test_a_pool_key_in_a_body_is_masked_and_the_response_not_stored() -> None:
     scene = PipelineFixture(says(completion("your key is sk-k1!")), says())
     told = await scene.ask()
     assert b"sk-k1" not in told.body
@@ -253,7 +255,7 @@ async def test_a_pool_key_in_a_body_is_masked_and_the_answer_not_stored() -> Non
 
 
 @virtual_time
-async def test_a_pool_key_in_a_header_is_masked_and_the_answer_not_stored() -> None:
+async def test_a_pool_key_in_a_header_is_masked_and_the_response_not_stored() -> None:
     scene = PipelineFixture(says(headers=[("x-debug", "used sk-k1 for this"), ("x-other", "fine")]), says())
     told = await scene.ask()
     assert dict(told.raw_headers)[b"x-debug"] == b"used *** for this"
@@ -286,7 +288,7 @@ async def test_a_pool_key_in_an_error_is_masked() -> None:
     ],
 )
 @virtual_time
-async def test_what_an_answer_costs(fields: dict[str, Any], cost: str | None, status: str) -> None:
+async def test_the_cost_of_a_response(fields: dict[str, Any], cost: str | None, status: str) -> None:
     scene = PipelineFixture(says(completion(**fields)))
     told = await scene.ask()
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (cost, status)
@@ -295,7 +297,7 @@ async def test_what_an_answer_costs(fields: dict[str, Any], cost: str | None, st
 
 
 @virtual_time
-async def test_an_unknown_model_has_no_cost_and_never_zero() -> None:
+async def test_an_unknown_model_has_no_cost_instead_of_zero() -> None:
     scene = PipelineFixture(says(completion(model="mystery-1")), says(completion(model="mystery-1")))
     told = await scene.ask(ask(model="mystery-1"))
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
@@ -306,7 +308,7 @@ async def test_an_unknown_model_has_no_cost_and_never_zero() -> None:
 
 
 @virtual_time
-async def test_prices_of_the_settings_and_of_an_upstream() -> None:
+async def test_prices_can_be_set_for_all_upstreams_and_for_one() -> None:
     ours = {"mystery-*": {"input": Decimal(1), "output": Decimal(2)}}
     theirs = {"mystery-2": {"input": Decimal(10), "output": Decimal(0)}}
     config = settings(pool("k1", prices=theirs), cost=CostSettings(prices=ours))
@@ -325,14 +327,14 @@ async def test_moderations_are_free_and_have_no_usage() -> None:
 
 
 @virtual_time
-async def test_a_page_instead_of_moderations_costs_nothing_known() -> None:
+async def test_a_web_page_instead_of_moderations_has_no_cost() -> None:
     scene = PipelineFixture(Responds(200, (("Content-Type", "text/html"),), (b"<p>",)))
     told = await scene.ask({"input": "Hi", "model": "omni-moderation-latest"}, target="/v1/moderations")
     assert (told.cost, told.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
 
 
 @virtual_time
-async def test_every_ending_has_one_receipt() -> None:
+async def test_every_outcome_has_one_receipt() -> None:
     scene = PipelineFixture(
         says(), error(400), error(500), Responds(302), config=settings(retry=RetrySettings(max_retries=0))
     )

@@ -47,7 +47,7 @@ PLANS: list[tuple[str, str, Any, Options, tuple[str, str, bool, bool, str]]] = [
 
 @pytest.mark.parametrize(("backend", "when", "document", "options", "expected"), PLANS)
 @virtual_time
-async def test_the_plan(
+async def test_the_plan_for_each_request(
     backend: str, when: str, document: Any, options: Options, expected: tuple[str, str, bool, bool, str]
 ) -> None:
     scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(backend=backend, when=when)))
@@ -74,7 +74,7 @@ async def test_the_plan(
     ],
 )
 @virtual_time
-async def test_embeddings_and_moderations_are_always_deterministic(target: str, document: Any, ttl: int) -> None:
+async def test_embeddings_and_moderations_count_as_deterministic(target: str, document: Any, ttl: int) -> None:
     answer = {"data": [{"index": 0, "embedding": [1.0]}], "results": [{"flagged": False}], "model": "m"}
     scene = PipelineFixture(says(answer), config=settings(cache=CacheSettings(when="deterministic")))
     await scene.ask(document, target=target)
@@ -92,7 +92,7 @@ async def test_embeddings_and_moderations_are_always_deterministic(target: str, 
     ],
 )
 @virtual_time
-async def test_bodies_that_have_no_one_meaning_pass_uncached(body: bytes, why: str) -> None:
+async def test_ambiguous_bodies_are_forwarded_and_not_cached(body: bytes, why: str) -> None:
     scene = PipelineFixture(says(), says())
     for _ in range(2):
         told = await scene.ask(body=body)
@@ -137,20 +137,20 @@ SAME: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("more", DIFFERENT.values(), ids=DIFFERENT.keys())
 @virtual_time
-async def test_another_key(more: dict[str, Any]) -> None:
+async def test_requests_that_differ_have_different_keys(more: dict[str, Any]) -> None:
     scene = PipelineFixture()
     assert await key(scene, **more) != await key(scene)
 
 
 @pytest.mark.parametrize("more", SAME.values(), ids=SAME.keys())
 @virtual_time
-async def test_the_same_key(more: dict[str, Any]) -> None:
+async def test_requests_that_mean_the_same_have_the_same_key(more: dict[str, Any]) -> None:
     scene = PipelineFixture()
     assert await key(scene, **more) == await key(scene)
 
 
 @virtual_time
-async def test_namespace_and_client_do_not_run_into_each_other() -> None:
+async def test_namespace_and_client_are_separate_in_the_key() -> None:
     scene = PipelineFixture()
     keys = [
         await key(scene, None, Options(namespace=namespace), client=Client("", scope))
@@ -160,7 +160,7 @@ async def test_namespace_and_client_do_not_run_into_each_other() -> None:
 
 
 @virtual_time
-async def test_sample_zero_is_a_request_without_a_sample() -> None:
+async def test_sample_0_has_the_key_of_a_request_without_a_sample() -> None:
     """Number 0 of a run is the entry of a request without a sample (docs/runs.md)."""
     scene = PipelineFixture()
     none, zero, one, minus = [await key(scene, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
@@ -169,7 +169,7 @@ async def test_sample_zero_is_a_request_without_a_sample() -> None:
 
 
 @virtual_time
-async def test_other_upstreams_are_other_keys_unless_they_stand_for_the_same() -> None:
+async def test_upstreams_have_separate_keys_unless_cache_as_is_equal() -> None:
     def scene(*upstreams: UpstreamSettings) -> PipelineFixture:
         return PipelineFixture(config=settings(*upstreams))
 
@@ -194,7 +194,7 @@ async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -
 
 
 @virtual_time
-async def test_the_key_is_not_shown_where_several_clients_share_the_proxy() -> None:
+async def test_the_cache_key_is_hidden_if_the_proxy_has_several_clients() -> None:
     clients = tuple(ClientKeySettings(name, b"x" * 32) for name in "ab")
     for known, shown in ((clients[:1], True), (clients, False)):
         scene = PipelineFixture(says(), config=replace(settings(), server=ServerSettings(client_keys=known)))

@@ -39,7 +39,7 @@ MISSES: dict[str, tuple[tuple[Any, Options], str]] = {
 
 @pytest.mark.parametrize(("asked", "reason"), MISSES.values(), ids=MISSES.keys())
 @virtual_time
-async def test_what_differs(asked: tuple[Any, Options], reason: str) -> None:
+async def test_the_differing_part_is_named(asked: tuple[Any, Options], reason: str) -> None:
     scene = PipelineFixture(says(), says())
     assert await why(scene) == ("miss", "new")
     assert await why(scene, *asked) == ("miss", reason)
@@ -47,21 +47,21 @@ async def test_what_differs(asked: tuple[Any, Options], reason: str) -> None:
 
 
 @virtual_time
-async def test_of_another_client_nothing_is_told() -> None:
+async def test_entries_of_another_client_are_not_compared() -> None:
     scene = PipelineFixture(says(), says())
     await scene.ask(client=Client("a", "name a"))
     assert await why(scene, ask(seed=1), client=Client("b", "name b")) == ("miss", "new")
 
 
 @virtual_time
-async def test_what_was_not_stored_is_no_neighbour() -> None:
+async def test_a_request_that_was_not_stored_is_not_compared() -> None:
     scene = PipelineFixture(says(), says())
     await scene.ask(None, Options(no_store=True))
     assert await why(scene, ask(seed=1)) == ("miss", "new")
 
 
 @virtual_time
-async def test_headers_and_query() -> None:
+async def test_a_differing_header_or_query_is_named() -> None:
     scene = PipelineFixture(says(), says(), says())
     await scene.ask()
     assert await why(scene, headers=[(b"OpenAI-Beta", b"v2")]) == ("miss", "differs: OpenAI-Beta")
@@ -69,7 +69,7 @@ async def test_headers_and_query() -> None:
 
 
 @virtual_time
-async def test_its_time_is_over_whether_it_was_swept_or_not() -> None:
+async def test_an_expired_entry_is_named_before_and_after_the_sweep() -> None:
     for swept in (False, True):
         scene = PipelineFixture(
             says(), says(), says(), config=settings(cache=CacheSettings(ttl=TtlSettings(chat=10.0)))
@@ -83,7 +83,7 @@ async def test_its_time_is_over_whether_it_was_swept_or_not() -> None:
 
 
 @virtual_time
-async def test_it_had_to_make_room() -> None:
+async def test_an_evicted_entry_is_named() -> None:
     scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(memory_size=2000)))
     await scene.ask()
     scene.services.store.memory.remove(scene.services.store.memory.matching(ALL))
@@ -91,7 +91,7 @@ async def test_it_had_to_make_room() -> None:
 
 
 @virtual_time
-async def test_after_a_purge_all_is_new() -> None:
+async def test_after_a_purge_every_request_is_new() -> None:
     scene = PipelineFixture(says(), says())
     await scene.ask()
     await scene.services.store.purge(ALL)
@@ -99,7 +99,7 @@ async def test_after_a_purge_all_is_new() -> None:
 
 
 @virtual_time
-async def test_one_found_in_the_store_is_a_neighbour_too() -> None:
+async def test_an_entry_found_in_the_store_is_compared_too() -> None:
     """After a restart: nothing is remembered, but what is asked again is."""
     first, again = PipelineFixture(says()), PipelineFixture(says())
     await first.ask()
@@ -110,14 +110,14 @@ async def test_one_found_in_the_store_is_a_neighbour_too() -> None:
 
 
 @virtual_time
-async def test_stored_in_the_other_form_only() -> None:
+async def test_an_entry_in_the_other_form_only_is_named() -> None:
     scene = PipelineFixture(streams(WHOLE), says())
     await scene.ask(STREAM)  # without usage there is no certain plain answer
     assert await why(scene) == ("miss", "stored in the other form")
 
 
 @virtual_time
-async def test_too_old_in_either_form() -> None:
+async def test_an_entry_too_old_in_either_form_is_named() -> None:
     scene = PipelineFixture(says(), streams(WHOLE), streams(WHOLE))
     await scene.ask()
     await scene.clock.sleep(9.0)
@@ -125,6 +125,6 @@ async def test_too_old_in_either_form() -> None:
 
 
 @virtual_time
-async def test_replaced_settings_replace_nothing_else() -> None:
+async def test_with_the_cache_off_the_reason_is_off() -> None:
     scene = PipelineFixture(says(), config=replace(settings(), cache=CacheSettings(backend="off")))
     assert await why(scene) == ("bypass", "off")

@@ -41,7 +41,7 @@ def replaying(file: Path, config: Settings | None = None) -> PipelineFixture:
 
 
 @virtual_time
-async def test_what_was_recorded_is_replayed_byte_for_byte_at_any_age(tmp_path: Path) -> None:
+async def test_a_recording_is_replayed_byte_for_byte_at_any_age(tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
     record = await recorded(file, says(), streams())
     plain = await record.ask()
@@ -67,7 +67,7 @@ async def test_what_was_recorded_is_replayed_byte_for_byte_at_any_age(tmp_path: 
     "options", [Options(no_cache=True), Options(max_age=0), Options(only_if_cached=True), Options(ttl=1.0)]
 )
 @virtual_time
-async def test_age_does_not_matter_to_a_replay(tmp_path: Path, options: Options) -> None:
+async def test_replay_ignores_age(tmp_path: Path, options: Options) -> None:
     record = await recorded(tmp_path / "c", says())
     await record.ask()
     await closed(record)
@@ -77,7 +77,7 @@ async def test_age_does_not_matter_to_a_replay(tmp_path: Path, options: Options)
 
 
 @virtual_time
-async def test_whose_it_was_does_not_matter_but_the_namespace_does(tmp_path: Path) -> None:
+async def test_replay_ignores_the_client_and_not_the_namespace(tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = await recorded(file, says(completion("ann's")), says(completion("bob's")), says(completion("ci's")))
     assert (await record.ask(client=ANN)).cache == "miss"
@@ -106,7 +106,7 @@ async def test_whose_it_was_does_not_matter_but_the_namespace_does(tmp_path: Pat
     ],
 )
 @virtual_time
-async def test_a_miss_is_a_504_that_says_what_was_looked_for(document: Any, options: Options, said: str) -> None:
+async def test_a_miss_is_a_504_with_the_key(document: Any, options: Options, said: str) -> None:
     scene = PipelineFixture(config=settings(cache=CacheSettings(mode="replay")))
     told = await scene.ask(document, options)
     assert (told.status, told.refused) == (504, "not_cached")
@@ -121,7 +121,7 @@ async def test_a_miss_is_a_504_that_says_what_was_looked_for(document: Any, opti
     [(ask("Hi", temperature=1), "temperature"), (ask("Bye"), "messages"), (ask("Hi", top_p=1, n=2), "n, top_p")],
 )
 @virtual_time
-async def test_a_miss_says_how_it_differs_from_the_nearest_recorded(asked: Any, differs: str, tmp_path: Path) -> None:
+async def test_a_miss_names_the_difference_to_the_nearest_recording(asked: Any, differs: str, tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(cassette=str(file))))
     await record.ask(ask("Hi"))
@@ -134,7 +134,7 @@ async def test_a_miss_says_how_it_differs_from_the_nearest_recorded(asked: Any, 
 
 
 @virtual_time
-async def test_the_upstream_is_part_of_it_and_cache_as_stands_for_it(tmp_path: Path) -> None:
+async def test_the_upstream_or_its_cache_as_is_part_of_the_key(tmp_path: Path) -> None:
     config = settings(pool("k1", cache_as="recorded"), cache=CacheSettings(cassette=str(tmp_path / "c")))
     record = PipelineFixture(says(), config=config)
     await record.ask()
@@ -145,7 +145,7 @@ async def test_the_upstream_is_part_of_it_and_cache_as_stands_for_it(tmp_path: P
 
 
 @virtual_time
-async def test_without_any_upstream_the_default_one_counts(tmp_path: Path) -> None:
+async def test_without_an_upstream_the_default_is_part_of_the_key(tmp_path: Path) -> None:
     default = replace(pool("k1"), base_url="https://api.openai.com/v1")
     record = PipelineFixture(says(), config=settings(default, cache=CacheSettings(cassette=str(tmp_path / "c"))))
     await record.ask()
@@ -154,7 +154,7 @@ async def test_without_any_upstream_the_default_one_counts(tmp_path: Path) -> No
 
 
 @virtual_time
-async def test_what_was_found_is_merged_too_and_an_unchanged_file_is_not_touched(tmp_path: Path) -> None:
+async def test_hits_are_recorded_too_and_an_unchanged_cassette_is_not_rewritten(tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = await recorded(file, says(), says())
     await record.ask(ask("b"))
@@ -175,7 +175,7 @@ async def test_what_was_found_is_merged_too_and_an_unchanged_file_is_not_touched
 
 
 @virtual_time
-async def test_refresh_asks_always_and_overwrites(tmp_path: Path) -> None:
+async def test_refresh_always_sends_and_overwrites(tmp_path: Path) -> None:
     file = tmp_path / "c"
     record = await recorded(file, says(completion("old")))
     await record.ask()
@@ -194,7 +194,7 @@ async def test_refresh_asks_always_and_overwrites(tmp_path: Path) -> None:
 
 
 @virtual_time
-async def test_the_request_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+async def test_the_request_is_stored_if_configured(tmp_path: Path) -> None:
     file = tmp_path / "c"
     scene = await recorded(file, says(), says(), store_requests=True)
     await scene.ask(ask("Grüße", user="somebody", temperature=0, note="sk-k1"))
@@ -206,7 +206,7 @@ async def test_the_request_is_kept_where_it_is_asked_for(tmp_path: Path) -> None
 
 
 @virtual_time
-async def test_a_replay_removes_nothing(tmp_path: Path) -> None:
+async def test_replay_removes_no_entry(tmp_path: Path) -> None:
     record = await recorded(tmp_path / "c", says())
     await record.ask()
     await closed(record)

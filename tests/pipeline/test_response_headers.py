@@ -28,19 +28,19 @@ TOKEN_LINES = (
 )
 
 
-def test_tokens() -> None:
+def test_token_headers() -> None:
     assert lines_of(usage_headers(USAGE)) == TOKEN_LINES
     assert lines_of(usage_headers(None)) == ""
 
 
 @pytest.mark.parametrize("status", ["exact", "estimated"])
-def test_a_known_cost(status: str) -> None:
+def test_headers_of_a_known_cost(status: str) -> None:
     cost = Cost(Decimal("0.002250"), status)  # type: ignore[arg-type]
     expected = f"X-Proxy-Cost-USD: 0.002250\r\nX-Proxy-Cost-Status: {status}\r\n"
     assert lines_of(cost_headers(cost, USAGE)) == expected + TOKEN_LINES
 
 
-def test_an_unknown_cost_is_no_number() -> None:
+def test_an_unknown_cost_has_no_number() -> None:
     assert lines_of(cost_headers(None, USAGE)) == "X-Proxy-Cost-Status: unknown\r\n" + TOKEN_LINES
     assert lines_of(cost_headers(None, None)) == "X-Proxy-Cost-Status: unknown\r\n"
 
@@ -49,7 +49,7 @@ def test_a_tiny_cost_is_not_rounded_to_zero() -> None:
     assert "X-Proxy-Cost-USD: 0.00000002\r\n" in lines_of(cost_headers(Cost(Decimal("2E-8"), "exact"), None))
 
 
-def test_the_comment_is_one_line() -> None:
+def test_the_cost_comment_is_one_line() -> None:
     expected = b": x-proxy-cost-usd=0.002250 x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n"
     assert cost_comment(Cost(Decimal("0.00225"), "exact"), USAGE) == expected
     assert cost_comment(None, None).startswith(b": ")
@@ -70,7 +70,7 @@ def test_the_comment_is_one_line() -> None:
         ("request", "max-age", True, "openai-proxy; fwd=request; stored; detail=max-age"),
     ],
 )
-def test_cache_status(forward: str, detail: str, stored: bool, line: str) -> None:
+def test_cache_status_header(forward: str, detail: str, stored: bool, line: str) -> None:
     assert cache_status(forward, detail, stored) == line
 
 
@@ -87,19 +87,19 @@ def test_cache_status(forward: str, detail: str, stored: bool, line: str) -> Non
         ("a=b", '"a=b"'),
     ],
 )
-def test_a_token_or_a_string(text: str, written: str) -> None:
+def test_structured_fields_are_tokens_or_strings(text: str, written: str) -> None:
     assert token(text) == written
 
 
 @given(st.text())
-def test_a_structured_field_item_whatever_the_text(text: str) -> None:
+def test_any_text_becomes_a_structured_field_item(text: str) -> None:
     """Neither a line break nor anything else that RFC 8941 does not allow can get into the header."""
     sf_token = r"[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*"
     sf_string = r'"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"'
     assert re.fullmatch(f"{sf_token}|{sf_string}", token(text))
 
 
-def test_server_timing() -> None:
+def test_server_timing_header() -> None:
     line = Timing(queue=1.24, upstream=200.0, total=205.5).header()
     assert line == "queue;dur=1.2, upstream;dur=200.0, proxy;dur=4.3"
     assert Timing(queue=5, upstream=5, total=9).header().endswith("proxy;dur=0.0")  # clocks never make it negative

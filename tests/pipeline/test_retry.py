@@ -51,7 +51,7 @@ CUT = TransportFailure("invalid", "cut")
     ],
 )
 @virtual_time
-async def test_what_is_retried_and_how_long_the_pauses_are(trouble: Move) -> None:
+async def test_retried_failures_and_their_pauses(trouble: Move) -> None:
     """min(base · 2^attempt + jitter, max): 1, 2, 4 s."""
     scene = PipelineFixture(trouble, trouble, trouble, says())
     told = await scene.ask()
@@ -68,7 +68,7 @@ async def test_what_is_retried_and_how_long_the_pauses_are(trouble: Move) -> Non
     ids=["400", "404", "422", "500, do not", "501"],
 )
 @virtual_time
-async def test_what_is_sent_once(final: Responds) -> None:
+async def test_failures_that_are_not_retried(final: Responds) -> None:
     scene = PipelineFixture(final, says())
     told = await scene.ask()
     retried = final.status == 501  # a 5xx, after all
@@ -78,7 +78,7 @@ async def test_what_is_sent_once(final: Responds) -> None:
 
 
 @virtual_time
-async def test_a_429_that_says_not_to_retry_is_passed_on_and_cools_nothing() -> None:
+async def test_a_429_with_x_should_retry_false_is_returned_and_cools_no_key() -> None:
     scene = PipelineFixture(error(429, "rate_limit_exceeded", [("x-should-retry", "false"), ("retry-after", "9")]))
     told = await scene.ask()
     assert (told.status, told.attempts) == (429, 1)
@@ -87,7 +87,7 @@ async def test_a_429_that_says_not_to_retry_is_passed_on_and_cools_nothing() -> 
 
 
 @virtual_time
-async def test_the_longest_pause_and_the_jitter() -> None:
+async def test_pauses_are_limited_and_jittered() -> None:
     retry = RetrySettings(max_retries=5, base_delay=2.0, max_delay=9.0, jitter=1.0)  # the dice always show 0.5
     scene = PipelineFixture(*[error(500)] * 5, says(), config=settings(retry=retry))
     assert (await scene.ask()).status == 200
@@ -97,7 +97,7 @@ async def test_the_longest_pause_and_the_jitter() -> None:
 
 
 @virtual_time
-async def test_when_our_retries_are_spent_the_client_is_told_not_to_add_its_own() -> None:
+async def test_after_the_last_retry_x_should_retry_is_false() -> None:
     scene = PipelineFixture(*[error(500, headers=[("x-should-retry", "true")])] * 4)
     told = await scene.ask()
     assert (told.status, told.attempts) == (500, 4)
@@ -112,7 +112,7 @@ async def test_when_our_retries_are_spent_the_client_is_told_not_to_add_its_own(
     ("kind", "code"), [("unreached", "upstream_unreachable"), ("ambiguous", "upstream_unreachable")]
 )
 @virtual_time
-async def test_an_upstream_that_cannot_be_had(kind: str, code: str) -> None:
+async def test_an_unreachable_upstream_is_a_502(kind: str, code: str) -> None:
     scene = PipelineFixture(*[Fails(kind)] * 4)  # type: ignore[arg-type]
     told = await scene.ask()
     assert (told.status, told.refused, told.attempts) == (502, code, 4)
@@ -127,7 +127,7 @@ async def test_an_upstream_that_cannot_be_had(kind: str, code: str) -> None:
 
 @pytest.mark.parametrize(("asked", "attempts"), [(0, 1), (1, 2), (5, 6)])
 @virtual_time
-async def test_the_number_of_retries_can_be_asked_for(asked: int, attempts: int) -> None:
+async def test_a_request_can_set_max_retries(asked: int, attempts: int) -> None:
     scene = PipelineFixture(*[error(500)] * 6)
     told = await scene.ask(None, Options(max_retries=asked))
     assert told.attempts == attempts
@@ -136,7 +136,7 @@ async def test_the_number_of_retries_can_be_asked_for(asked: int, attempts: int)
 
 
 @virtual_time
-async def test_ambiguous_failures_only_where_that_is_allowed() -> None:
+async def test_ambiguous_failures_are_retried_only_if_allowed() -> None:
     """The request may have been executed: a second one may cost a second time."""
     scene = PipelineFixture(Fails("ambiguous"), config=settings(retry=RetrySettings(ambiguous=False)))
     told = await scene.ask()
@@ -145,7 +145,7 @@ async def test_ambiguous_failures_only_where_that_is_allowed() -> None:
 
 
 @virtual_time
-async def test_a_stale_connection_is_replaced_once_and_at_once() -> None:
+async def test_a_stale_connection_is_replaced_once_without_a_pause() -> None:
     """A reused connection that closed without a byte: the next one is new, with no pause and no retry spent."""
     scene = PipelineFixture(Fails("stale"), says(), config=settings(retry=RetrySettings(max_retries=0)))
     told = await scene.ask()
@@ -186,7 +186,7 @@ HTTP_DATE = "Mon, 21 Sep 2026 14:13:40 GMT"
 )
 @pytest.mark.parametrize("status", [429, 503])
 @virtual_time
-async def test_never_before_retry_after(status: int, value: str, pause: float) -> None:
+async def test_no_retry_is_sent_before_retry_after(status: int, value: str, pause: float) -> None:
     assert WALL == 1_790_000_000.0  # 14:13:20 of that day
     scene = PipelineFixture(error(status, None, [("Retry-After", value)]), says())
     told = await scene.ask(total=1000.0)
@@ -194,7 +194,7 @@ async def test_never_before_retry_after(status: int, value: str, pause: float) -
 
 
 @virtual_time
-async def test_retry_after_beyond_the_deadline_is_passed_on_at_once() -> None:
+async def test_a_retry_after_beyond_the_deadline_returns_the_response_at_once() -> None:
     scene = PipelineFixture(rate_limited("61"), config=settings(timeouts=TimeoutSettings(total=60.0)))
     told = await scene.ask()
     assert (told.status, told.at, told.attempts) == (429, 0.0, 1)
@@ -222,7 +222,7 @@ async def test_retry_after_beyond_the_deadline_is_passed_on_at_once() -> None:
     ],
 )
 @virtual_time
-async def test_the_deadline_ends_it_wherever_it_is(slow: Move) -> None:
+async def test_the_deadline_ends_a_request_in_every_phase(slow: Move) -> None:
     """504 when the time is over, whatever was being waited for; and nobody is asked again: it may have been done."""
     scene = PipelineFixture(slow)
     told = await scene.ask(ask(stream=True), total=10.0)
@@ -233,7 +233,7 @@ async def test_the_deadline_ends_it_wherever_it_is(slow: Move) -> None:
 
 
 @virtual_time
-async def test_connecting_for_ever() -> None:
+async def test_an_endless_connect_ends_at_the_deadline() -> None:
     scene = PipelineFixture(Fails("hang connecting"))
     told = await scene.ask(total=10.0)
     assert (told.status, told.at) == (502, 10.0)
@@ -254,7 +254,7 @@ async def test_the_first_byte_has_its_own_limit() -> None:
 
 
 @virtual_time
-async def test_a_place_that_comes_just_at_the_deadline_is_of_no_use() -> None:
+async def test_a_permit_granted_at_the_deadline_is_not_used() -> None:
     """No call is made, none is counted, and the place is given back."""
     scene = PipelineFixture()
     scene.services.pool.record_outcome(
@@ -277,7 +277,7 @@ async def test_no_pause_reaches_beyond_the_deadline() -> None:
 
 
 @virtual_time
-async def test_a_first_pause_that_would_come_too_late() -> None:
+async def test_a_first_pause_beyond_the_deadline_returns_the_response() -> None:
     scene = PipelineFixture(error(500))
     told = await scene.ask(total=0.5)
     assert (told.status, told.attempts) == (500, 1)
@@ -299,7 +299,7 @@ async def test_one_deadline_over_queue_attempts_and_pauses() -> None:
 
 
 @virtual_time
-async def test_a_stream_may_go_on_beyond_the_deadline_once_it_began() -> None:
+async def test_a_stream_that_has_begun_may_outlast_the_deadline() -> None:
     steps: list[Step] = [event(chunk("a")), 100.0, event(chunk("b")), 100.0, event(chunk(None, "stop")), DONE]
     scene = PipelineFixture(streams(steps))
     told = await scene.ask(ask(stream=True), total=10.0)
@@ -325,7 +325,7 @@ async def test_a_stream_may_go_on_beyond_the_deadline_once_it_began() -> None:
     ],
 )
 @virtual_time
-async def test_a_broken_answer_is_502_and_not_asked_for_again(broken: Move) -> None:
+async def test_a_broken_response_is_502_and_not_retried(broken: Move) -> None:
     scene = PipelineFixture(broken)
     told = await scene.ask(ask(stream=True))
     assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)

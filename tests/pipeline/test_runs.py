@@ -56,7 +56,7 @@ async def report(scene: PipelineFixture, name: str = "one") -> dict[str, Any]:
 
 
 @virtual_time
-async def test_ten_calls_are_ten_answers_and_the_next_run_gets_the_same_in_order_free() -> None:
+async def test_ten_samples_of_a_run_are_hits_in_the_same_order_next_time() -> None:
     scene = PipelineFixture(*answers(11))
     first = [await scene.ask(ask(temperature=1), run("one")) for _ in range(10)]
     assert [text(told) for told in first] == [f"answer {number}" for number in range(10)]
@@ -76,7 +76,7 @@ async def test_ten_calls_are_ten_answers_and_the_next_run_gets_the_same_in_order
 
 
 @virtual_time
-async def test_ten_at_once_are_ten_answers() -> None:
+async def test_ten_concurrent_requests_of_a_run_get_ten_responses() -> None:
     scene = PipelineFixture(*answers(10))
     told = await asyncio.gather(*[scene.ask(None, run()) for _ in range(10)])
     assert {text(one) for one in told} == {f"answer {number}" for number in range(10)}
@@ -95,7 +95,7 @@ async def test_number_0_is_the_entry_of_a_request_without_a_run() -> None:
 
 
 @virtual_time
-async def test_a_sample_of_ones_own_is_taken_as_it_is() -> None:
+async def test_a_request_can_set_its_sample_number() -> None:
     scene = PipelineFixture(*answers(3))
     told = [await scene.ask(None, run(sample=sample)) for sample in ("5", "5", "0")]
     assert [text(one) for one in told] == ["answer 0", "answer 0", "answer 1"]
@@ -105,7 +105,7 @@ async def test_a_sample_of_ones_own_is_taken_as_it_is() -> None:
 
 
 @virtual_time
-async def test_other_requests_have_numbers_of_their_own() -> None:
+async def test_each_request_body_has_its_own_numbers() -> None:
     scene = PipelineFixture(*answers(4))
     told = [await scene.ask(ask(question), run()) for question in "abab"]
     assert [text(one) for one in told] == [f"answer {number}" for number in range(4)]
@@ -113,7 +113,7 @@ async def test_other_requests_have_numbers_of_their_own() -> None:
 
 
 @virtual_time
-async def test_runs_of_the_same_name_are_not_one_run() -> None:
+async def test_runs_of_different_clients_are_separate() -> None:
     scene = PipelineFixture(*answers(4))
     anna, otto = Client("anna", "same scope"), Client("otto", "same scope")
     for client in (anna, anna, otto):
@@ -144,7 +144,7 @@ async def test_a_retry_of_the_sdk_keeps_its_number() -> None:
 
 
 @virtual_time
-async def test_a_retry_after_a_client_that_gave_up() -> None:
+async def test_a_retry_after_a_client_timeout_keeps_its_number() -> None:
     scene = PipelineFixture(Fails("hang"), *answers(2))
     task = asyncio.create_task(scene.ask(None, run()))
     await settled()
@@ -159,7 +159,7 @@ async def test_a_retry_after_a_client_that_gave_up() -> None:
 
 @pytest.mark.parametrize("count", [b"0", b"", b"x", b"-1"])
 @virtual_time
-async def test_what_is_no_retry_is_a_new_request(count: bytes) -> None:
+async def test_a_request_that_is_not_a_retry_gets_a_new_number(count: bytes) -> None:
     scene = PipelineFixture(*answers(2))
     headers = ((b"x-stainless-retry-count", count),)
     told = [await scene.ask(None, run(), headers=headers) for _ in range(2)]
@@ -167,7 +167,7 @@ async def test_what_is_no_retry_is_a_new_request(count: bytes) -> None:
 
 
 @virtual_time
-async def test_streams_are_numbered_and_counted_when_they_end() -> None:
+async def test_streams_are_numbered_and_counted_at_their_end() -> None:
     spoken = [events(str(number), usage=True) for number in range(2)]
     scene = PipelineFixture(*[streams([first, 1.0, *rest]) for first, *rest in spoken])
     request = ask(stream=True)
@@ -179,7 +179,7 @@ async def test_streams_are_numbered_and_counted_when_they_end() -> None:
 
 
 @virtual_time
-async def test_a_broken_stream_is_not_delivered() -> None:
+async def test_a_retry_after_a_broken_stream_keeps_its_number() -> None:
     scene = PipelineFixture(streams(events("x")[:-2]), *answers(1))
     assert (await scene.ask(ask(stream=True), run())).broken
     await scene.ask(ask(), run(), headers=RETRY)
@@ -190,7 +190,7 @@ async def test_a_broken_stream_is_not_delivered() -> None:
 
 @pytest.mark.parametrize("config", [CacheSettings(backend="off"), CacheSettings(when="never")])
 @virtual_time
-async def test_without_a_cache_nothing_is_numbered_but_all_is_counted(config: CacheSettings) -> None:
+async def test_without_a_cache_requests_are_counted_and_not_numbered(config: CacheSettings) -> None:
     scene = PipelineFixture(*answers(2), config=settings(cache=config))
     for _ in range(2):
         told = await scene.ask(None, run())
@@ -199,7 +199,7 @@ async def test_without_a_cache_nothing_is_numbered_but_all_is_counted(config: Ca
 
 
 @virtual_time
-async def test_only_if_cached_and_no_room_end_their_numbers_too() -> None:
+async def test_a_retry_after_a_refusal_keeps_its_number() -> None:
     scene = PipelineFixture(*answers(1))
     assert (await scene.ask(None, run(only_if_cached=True))).refused == "not_cached"
     told = await scene.ask(None, run(), headers=RETRY)
@@ -212,7 +212,7 @@ async def test_only_if_cached_and_no_room_end_their_numbers_too() -> None:
 
 
 @virtual_time
-async def test_beyond_max_cost_only_stored_answers_are_given() -> None:
+async def test_beyond_max_cost_only_hits_are_served() -> None:
     scene = PipelineFixture(*answers(4))
     capped = run(max_cost="0.0045")
     assert [(await scene.ask(ask("a"), capped)).status for _ in range(2)] == [200, 200]
@@ -232,7 +232,7 @@ async def test_beyond_max_cost_only_stored_answers_are_given() -> None:
 
 
 @virtual_time
-async def test_those_under_way_count_with_their_estimates() -> None:
+async def test_requests_in_flight_count_with_their_estimates() -> None:
     """gpt-4o: 10 USD per million tokens of output, so each may cost 0.01 and a little."""
     scene = PipelineFixture(*answers(10))
     capped = run(max_cost="0.035")
@@ -244,14 +244,14 @@ async def test_those_under_way_count_with_their_estimates() -> None:
 
 
 @virtual_time
-async def test_nothing_may_be_bought_for_nothing() -> None:
+async def test_a_max_cost_of_0_allows_only_hits() -> None:
     scene = PipelineFixture(*answers(1))
     assert (await scene.ask(None, run(max_cost="0"))).refused == "budget_exceeded"
     assert scene.transport.sent == []
 
 
 @virtual_time
-async def test_without_a_limit_the_mean_so_far_is_expected() -> None:
+async def test_without_max_tokens_the_mean_cost_is_the_estimate() -> None:
     scene = PipelineFixture(*answers(3))
     capped = run(max_cost="0.0044")
     assert (await scene.ask(None, capped)).status == 200
@@ -260,7 +260,7 @@ async def test_without_a_limit_the_mean_so_far_is_expected() -> None:
 
 
 @virtual_time
-async def test_an_answer_without_a_price_is_said_to_be_one() -> None:
+async def test_a_response_without_a_price_is_reported() -> None:
     scene = PipelineFixture(*answers(1))
     told = await scene.ask(ask(model="nobody-knows"), run(max_cost="1"))
     assert told.status == 200  # its answer names gpt-4o, whose price holds
@@ -271,7 +271,7 @@ async def test_an_answer_without_a_price_is_said_to_be_one() -> None:
 
 
 @virtual_time
-async def test_what_went_up_and_never_came_back_counts_against_the_limit() -> None:
+async def test_a_sent_request_without_a_response_counts_against_max_cost() -> None:
     scene = PipelineFixture(Fails("hang"), *answers(2))
     capped = run(max_cost="0.025")
     task = asyncio.create_task(scene.ask(ask(max_tokens=2000), capped))
@@ -285,7 +285,7 @@ async def test_what_went_up_and_never_came_back_counts_against_the_limit() -> No
 
 
 @virtual_time
-async def test_a_limit_needs_a_run() -> None:
+async def test_max_cost_needs_a_run() -> None:
     scene = PipelineFixture()
     told = await scene.ask(None, Options(max_cost=Decimal(1)))
     assert (told.status, told.refused) == (400, "invalid_option")
@@ -293,7 +293,7 @@ async def test_a_limit_needs_a_run() -> None:
 
 
 @virtual_time
-async def test_nothing_is_held_when_all_is_over() -> None:
+async def test_no_reservation_remains_at_the_end() -> None:
     scene = PipelineFixture(*answers(1), error(400), error(500))
     for _ in range(3):
         await scene.ask(ask(max_tokens=10), run(max_cost="9", max_retries=0))
@@ -303,7 +303,7 @@ async def test_nothing_is_held_when_all_is_over() -> None:
 
 
 @virtual_time
-async def test_what_a_client_left_behind_is_counted_when_it_is_over() -> None:
+async def test_a_request_whose_client_left_is_counted_when_it_ends() -> None:
     """Its call may go on for others: its receipt then comes late, and its number is free for a retry at once."""
     scene = PipelineFixture(*answers(1))
     call, book = scene.request(ask(max_tokens=1000), run()), scene.services.runs
@@ -330,7 +330,7 @@ async def _too_many_different_requests() -> None:
     assert (await report(scene))["distinct_keys"] == 1
 
 
-def test_too_many_different_requests_are_told_once(
+def test_too_many_different_requests_are_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(proxy.accounting.runs.run, "MAX_KEYS", 1)
@@ -360,7 +360,7 @@ class Alone:
 
 
 @virtual_time
-async def test_without_the_redis_it_shares_a_process_goes_on_alone() -> None:
+async def test_without_redis_a_process_counts_alone() -> None:
     scene = PipelineFixture(*answers(3), coordination=Coordination(runs=Alone()))
     await scene.services.runs.open()
     told = [await scene.ask(ask(max_tokens=1000), run(max_cost="0.0124")) for _ in range(3)]

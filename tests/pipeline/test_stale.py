@@ -33,7 +33,7 @@ def stale(told: Result) -> str:
 
 
 @virtual_time
-async def test_a_stale_answer_is_served_at_once_and_renewed_behind_it() -> None:
+async def test_a_stale_response_is_served_at_once_and_revalidated() -> None:
     play = scene(says(completion("old")), says(completion("new"), wait=5.0), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
@@ -51,7 +51,7 @@ async def test_a_stale_answer_is_served_at_once_and_renewed_behind_it() -> None:
 
 
 @virtual_time
-async def test_a_stale_stream_is_renewed_too() -> None:
+async def test_a_stale_stream_is_revalidated() -> None:
     play = scene(streams(), streams(), revalidate=50.0)
     first = await play.ask(ask(stream=True))
     await play.clock.sleep(120.0)
@@ -74,7 +74,7 @@ async def test_a_stale_stream_is_renewed_too() -> None:
     ],
 )
 @virtual_time
-async def test_how_stale_it_may_be(age: float, options: Options, cache: str) -> None:
+async def test_stale_while_revalidate_limits_the_staleness(age: float, options: Options, cache: str) -> None:
     play = scene(says(), says(), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(age)
@@ -83,7 +83,7 @@ async def test_how_stale_it_may_be(age: float, options: Options, cache: str) -> 
 
 
 @virtual_time
-async def test_only_if_cached_takes_a_stale_one_and_calls_nobody() -> None:
+async def test_only_if_cached_serves_stale_and_sends_nothing() -> None:
     play = scene(says(), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
@@ -93,7 +93,7 @@ async def test_only_if_cached_takes_a_stale_one_and_calls_nobody() -> None:
 
 
 @virtual_time
-async def test_a_refresh_that_failed_is_not_tried_again_at_once() -> None:
+async def test_a_failed_revalidation_is_not_repeated_at_once() -> None:
     play = scene(says(completion("old")), error(500), says(completion("new")), revalidate=500.0)
     await play.ask()
     await play.clock.sleep(120.0)
@@ -109,7 +109,7 @@ async def test_a_refresh_that_failed_is_not_tried_again_at_once() -> None:
 
 
 @virtual_time
-async def test_what_is_renewed_when_the_proxy_stops_is_given_up() -> None:
+async def test_revalidations_end_when_the_proxy_stops() -> None:
     play = scene(says(), says(wait=1000.0), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
@@ -134,7 +134,7 @@ async def test_what_is_renewed_when_the_proxy_stops_is_given_up() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @virtual_time
-async def test_a_stale_answer_stands_in_for_a_failure(move: Move, why: str) -> None:
+async def test_a_stale_response_is_served_if_the_upstream_fails(move: Move, why: str) -> None:
     play = scene(says(completion("old")), move, on_error=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
@@ -152,7 +152,7 @@ async def test_a_stale_answer_stands_in_for_a_failure(move: Move, why: str) -> N
 
 @pytest.mark.parametrize("move", [error(400), error(404), error(422), error(413)])
 @virtual_time
-async def test_what_is_the_requests_own_fault_is_told(move: Move) -> None:
+async def test_a_client_error_is_returned_and_not_replaced_by_stale(move: Move) -> None:
     play = scene(says(), move, on_error=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
@@ -178,7 +178,7 @@ async def test_what_is_the_requests_own_fault_is_told(move: Move) -> None:
     ],
 )
 @virtual_time
-async def test_how_stale_it_may_be_in_place_of_a_failure(
+async def test_stale_if_error_limits_the_staleness(
     setting: float, asked: Options | None, age: float, status: int
 ) -> None:
     play = scene(says(), error(500), on_error=setting)
@@ -189,7 +189,7 @@ async def test_how_stale_it_may_be_in_place_of_a_failure(
 
 
 @virtual_time
-async def test_it_stands_in_in_either_form() -> None:
+async def test_stale_if_error_serves_either_form() -> None:
     play = scene(streams(), error(502), error(502), on_error=50.0)
     first = await play.ask(ask(stream=True))
     await play.clock.sleep(120.0)
@@ -200,7 +200,7 @@ async def test_it_stands_in_in_either_form() -> None:
 
 
 @virtual_time
-async def test_every_key_is_tried_first() -> None:
+async def test_stale_if_error_applies_after_every_key_failed() -> None:
     cache = CacheSettings(ttl=TtlSettings(chat=100.0), stale_if_error=5000.0)
     config = settings(pool("k1", "k2"), cache=cache, retry=RetrySettings(jitter=0.0))
     play = PipelineFixture(says(), rate_limited("9000"), rate_limited("9000"), config=replace(config))
@@ -214,7 +214,7 @@ async def test_every_key_is_tried_first() -> None:
 
 
 @virtual_time
-async def test_our_own_limits_are_no_failure_of_the_upstream() -> None:
+async def test_the_proxys_own_limits_are_no_upstream_failure() -> None:
     cache = CacheSettings(ttl=TtlSettings(chat=10.0), stale_if_error=5000.0)
     config = settings(cache=cache, throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
     play = PipelineFixture(says(), config=config)
@@ -245,5 +245,5 @@ async def test_our_own_limits_are_no_failure_of_the_upstream() -> None:
         (499, "client_gone", False),
     ],
 )
-def test_what_may_be_stood_in_for(status: int, error: str, may: bool) -> None:
+def test_errors_that_allow_stale(status: int, error: str, may: bool) -> None:
     assert allows_stale(status, error) is may

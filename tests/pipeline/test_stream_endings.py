@@ -48,9 +48,7 @@ async def started(
 @pytest.mark.parametrize("comment", [True, False])
 @pytest.mark.parametrize("extra", [b"", event(chunk("b"))[:30], event(chunk("b"))[:-1]])
 @virtual_time
-async def test_the_drain_interrupts_with_an_error_event_where_one_can_stand(
-    config: Any, comment: bool, extra: bytes
-) -> None:
+async def test_draining_adds_an_error_event_at_an_event_boundary(config: Any, comment: bool, extra: bytes) -> None:
     first = event(chunk("a"))
     scene = PipelineFixture(streams([first, *([extra] if extra else []), HANG]), config=config)
     told = await scene.interrupt(await started(scene, STREAM, Options(stream_cost=comment)))
@@ -65,7 +63,7 @@ async def test_the_drain_interrupts_with_an_error_event_where_one_can_stand(
 
 
 @virtual_time
-async def test_the_drain_interrupts_an_event_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_draining_ends_an_event_beyond_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.relay, "MAX_EVENT", 100)
     first, big = event(chunk("a")), event(chunk("x" * 1000))[:500]
     scene = PipelineFixture(streams([first, big, HANG]))
@@ -74,7 +72,7 @@ async def test_the_drain_interrupts_an_event_beyond_measure(monkeypatch: pytest.
 
 
 @virtual_time
-async def test_the_drain_interrupts_what_has_not_begun_to_flow() -> None:
+async def test_draining_ends_a_stream_that_has_not_begun() -> None:
     """The client is slow to take the first event."""
     scene = PipelineFixture(streams([event(chunk("a")), HANG]), config=OFF)
 
@@ -90,7 +88,9 @@ async def test_the_drain_interrupts_what_has_not_begun_to_flow() -> None:
 
 @pytest.mark.parametrize(("failure", "code"), [(CUT, "upstream_invalid_response"), (SILENT, "upstream_timeout")])
 @virtual_time
-async def test_a_failure_in_the_middle_is_told_and_has_no_clean_end(failure: TransportFailure, code: str) -> None:
+async def test_a_failure_in_mid_stream_is_an_error_event_without_a_clean_end(
+    failure: TransportFailure, code: str
+) -> None:
     scene = PipelineFixture(streams([*events()[:2], failure]), streams())
     told = await scene.ask(STREAM)
     assert told.broken
@@ -103,7 +103,7 @@ async def test_a_failure_in_the_middle_is_told_and_has_no_clean_end(failure: Tra
 
 
 @virtual_time
-async def test_an_upstream_that_told_of_its_failure_is_not_talked_over() -> None:
+async def test_no_error_event_is_added_after_the_upstreams_own() -> None:
     steps = [event(chunk("a")), event({"error": {"message": "theirs"}})]
     scene = PipelineFixture(streams([*steps, CUT]), config=OFF)
     told = await scene.ask(STREAM)
@@ -134,7 +134,7 @@ async def test_a_client_that_leaves_in_mid_stream(how: Exception | None) -> None
 
 
 @virtual_time
-async def test_a_client_gone_before_the_first_byte() -> None:
+async def test_a_client_that_leaves_before_the_first_byte() -> None:
     scene = PipelineFixture(streams([*events()[:1], HANG]), error(400))
     request = scene.request(STREAM)
     bought = await scene.fetch(request)
@@ -155,7 +155,7 @@ async def test_a_client_gone_before_the_first_byte() -> None:
     ids=["", "late", "never", "cut"],
 )
 @virtual_time
-async def test_a_client_that_hangs_up_at_done_got_all_there_is(
+async def test_a_client_that_hangs_up_at_done_counts_as_served(
     how: Exception | None, after: tuple[Step, ...], kept: bool
 ) -> None:
     """Most SDKs do. The answer is stored, priced and whole; what is left upstream is read for a second at most."""
@@ -183,7 +183,7 @@ async def test_a_client_that_hangs_up_at_done_got_all_there_is(
 
 
 @virtual_time
-async def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
+async def test_a_connection_lost_after_done_does_not_break_the_stream() -> None:
     for failure in (CUT, SILENT):
         scene = PipelineFixture(streams([*events(), failure]), config=OFF)
         told = await scene.ask(STREAM)
@@ -194,7 +194,7 @@ async def test_a_connection_that_breaks_after_done_breaks_nothing() -> None:
 
 
 @virtual_time
-async def test_what_has_been_said_is_a_hit_before_the_upstream_hangs_up() -> None:
+async def test_a_stream_is_stored_at_done_before_the_upstream_closes() -> None:
     scene = PipelineFixture(streams([*events(), 5.0]), config=OFF)
     task = await started(scene, STREAM)
     assert (await scene.ask(STREAM)).cache == "hit"

@@ -64,7 +64,7 @@ INCLUDE = {"include_usage": True}
     ids=["absent", "empty", "other options", "asked for", "explicitly not", "explicitly null"],
 )
 @virtual_time
-async def test_usage_is_asked_for_only_where_the_client_left_it_open(options: Any, sent: Any, seen: bytes) -> None:
+async def test_usage_is_requested_only_if_the_client_left_it_open(options: Any, sent: Any, seen: bytes) -> None:
     """And what only we asked for is taken out again."""
 
     def upstream(request: Sent) -> Responds:
@@ -82,7 +82,7 @@ async def test_usage_is_asked_for_only_where_the_client_left_it_open(options: An
 
 
 @virtual_time
-async def test_only_that_field_changes() -> None:
+async def test_only_include_usage_changes() -> None:
     body = b'{ "model":"gpt-4o",  "stream" : true, "messages":[{"role":"user","content":"h\\u00e9"}]\n}'
     scene = PipelineFixture(streams())
     await scene.ask(orjson.loads(body), body=body)
@@ -90,7 +90,7 @@ async def test_only_that_field_changes() -> None:
 
 
 @virtual_time
-async def test_switched_off_nothing_is_asked_for() -> None:
+async def test_usage_is_not_requested_if_switched_off() -> None:
     scene = PipelineFixture(streams(events()), config=settings(cost=CostSettings(stream_usage="off")))
     await scene.ask(stream())
     assert "stream_options" not in scene.transport.sent[0].json()
@@ -98,7 +98,7 @@ async def test_switched_off_nothing_is_asked_for() -> None:
 
 
 @virtual_time
-async def test_other_endpoints_and_plain_requests_are_left_alone() -> None:
+async def test_other_endpoints_and_plain_requests_are_not_changed() -> None:
     scene = PipelineFixture(says(), streams([event({"type": "response.completed", "response": {}})]))
     await scene.ask()
     await scene.ask({"model": "gpt-4o", "input": "Hi", "stream": True}, target="/v1/responses")
@@ -114,7 +114,7 @@ async def test_other_endpoints_and_plain_requests_are_left_alone() -> None:
     ],
 )
 @virtual_time
-async def test_the_chunk_that_only_we_asked_for_is_taken_out(usage_in: list[bytes]) -> None:
+async def test_the_injected_usage_chunk_is_removed(usage_in: list[bytes]) -> None:
     scene = PipelineFixture(streams(usage_in))
     told = await scene.ask(stream())
     assert told.body == b"".join(piece for piece in usage_in if not piece.startswith(USAGE[:-2]))
@@ -124,7 +124,7 @@ async def test_the_chunk_that_only_we_asked_for_is_taken_out(usage_in: list[byte
 
 
 @virtual_time
-async def test_usage_beside_choices_stays_where_it_is() -> None:
+async def test_usage_in_a_chunk_with_choices_stays() -> None:
     """Some providers put it there unasked: it is not the chunk that we asked for."""
     steps = [event(chunk("a")), event(chunk(None, "stop", usage=usage())), DONE]
     scene = PipelineFixture(streams(steps))
@@ -139,7 +139,7 @@ DISLIKE = error(400, "unknown_parameter", message="Unrecognized request argument
 
 
 @virtual_time
-async def test_an_upstream_that_dislikes_stream_options_is_asked_again_without() -> None:
+async def test_an_upstream_that_refuses_stream_options_is_retried_without() -> None:
     """At once, with no retry spent; and it is remembered, for this upstream and model."""
     scene = PipelineFixture(DISLIKE, streams(events()), streams(events()), DISLIKE, streams(events()))
     told = await scene.ask(stream(), Options(max_retries=0))
@@ -153,14 +153,14 @@ async def test_an_upstream_that_dislikes_stream_options_is_asked_again_without()
 
 
 @virtual_time
-async def test_what_the_client_asked_for_itself_is_its_own_mistake() -> None:
+async def test_a_refusal_of_the_clients_own_stream_options_is_returned() -> None:
     scene = PipelineFixture(DISLIKE)
     told = await scene.ask(stream(stream_options={"include_usage": True}))
     assert (told.status, told.attempts) == (400, 1)
 
 
 @virtual_time
-async def test_another_upstream_may_like_it() -> None:
+async def test_refused_stream_options_are_remembered_per_upstream() -> None:
     first, second = pool("k1", name="first"), pool("k2", name="second", priority=1)
     scene = PipelineFixture(DISLIKE, error(401), streams(), config=settings(first, second))
     told = await scene.ask(stream())
@@ -169,7 +169,7 @@ async def test_another_upstream_may_like_it() -> None:
 
 
 @virtual_time
-async def test_what_is_remembered_is_bounded_and_no_request_goes_round_in_circles() -> None:
+async def test_remembered_refusals_are_bounded_and_retried_once() -> None:
     """More models than are remembered: each still costs one call more, not an endless number."""
 
     def upstream(request: Sent) -> Responds:
@@ -187,7 +187,7 @@ async def test_what_is_remembered_is_bounded_and_no_request_goes_round_in_circle
 @pytest.mark.parametrize("document", [stream(), stream(stream_options=INCLUDE)], ids=["injected", "asked for"])
 @pytest.mark.parametrize("by_setting", [True, False])
 @virtual_time
-async def test_the_cost_as_a_comment(document: dict[str, Any], by_setting: bool) -> None:
+async def test_the_cost_comment(document: dict[str, Any], by_setting: bool) -> None:
     """One line, one newline, before [DONE]; a usage chunk that only we asked for is still taken out."""
     config = settings(cost=CostSettings(stream_comment=by_setting))
     scene = PipelineFixture(streams(), config=config)
@@ -200,7 +200,7 @@ async def test_the_cost_as_a_comment(document: dict[str, Any], by_setting: bool)
 
 
 @virtual_time
-async def test_without_the_wish_there_is_no_comment() -> None:
+async def test_there_is_no_cost_comment_unless_asked_for() -> None:
     scene = PipelineFixture(streams(), says())
     assert b"x-proxy" not in (await scene.ask(stream())).body
     assert b"x-proxy" not in (await scene.ask(None, COMMENT)).body  # not a stream
@@ -236,7 +236,7 @@ async def test_without_the_wish_there_is_no_comment() -> None:
     ],
 )
 @virtual_time
-async def test_there_is_one_comment_and_it_goes_before_done(steps: list[bytes], expected: list[bytes]) -> None:
+async def test_one_cost_comment_comes_before_done(steps: list[bytes], expected: list[bytes]) -> None:
     scene = PipelineFixture(streams(steps))
     told = await scene.ask(stream(), COMMENT)
     comment = re.compile(rb": x-proxy-cost-usd=[0-9.]+ x-proxy-cost-status=estimated [^\n]*\n")
@@ -244,7 +244,7 @@ async def test_there_is_one_comment_and_it_goes_before_done(steps: list[bytes], 
 
 
 @virtual_time
-async def test_a_stream_without_usage_is_estimated_from_what_was_asked_and_said() -> None:
+async def test_without_usage_the_cost_is_estimated_from_request_and_text() -> None:
     """gpt-4o: 2.5 and 10 USD per million tokens; text counts as its bytes / 4."""
     said = events("x" * 4000, "y" * 4000)
     scene = PipelineFixture(streams(said), config=settings(cost=CostSettings(stream_usage="off")))
@@ -262,7 +262,7 @@ async def test_a_stream_without_usage_is_estimated_from_what_was_asked_and_said(
 
 
 @virtual_time
-async def test_a_stream_that_its_client_cuts_is_estimated_once() -> None:
+async def test_a_stream_that_its_client_left_is_estimated_once() -> None:
     scene = PipelineFixture(streams([event(chunk("x" * 4000)), HANG, *events()]))
     task = asyncio.create_task(scene.ask(stream()))
     await asyncio.sleep(1.0)
@@ -277,14 +277,14 @@ async def test_a_stream_that_its_client_cuts_is_estimated_once() -> None:
 
 
 @virtual_time
-async def test_what_nobody_has_a_price_for_stays_unknown() -> None:
+async def test_a_stream_of_an_unpriced_model_has_no_cost() -> None:
     scene = PipelineFixture(streams([event(chunk("x", model="unheard-of")), *events()[-1:]]))
     await scene.ask(stream(model="unheard-of"))
     assert (scene.receipt.cost_usd, scene.receipt.usage, scene.receipt.cost_status) == (None, None, "unknown")
 
 
 @virtual_time
-async def test_a_broken_stream_has_no_comment() -> None:
+async def test_a_broken_stream_has_no_cost_comment() -> None:
     scene = PipelineFixture(streams(events(usage=True)[:2]))
     told = await scene.ask(stream(), COMMENT)
     assert told.broken
@@ -292,7 +292,7 @@ async def test_a_broken_stream_has_no_comment() -> None:
 
 
 @given(cuts=st.lists(st.integers(1, len(WITH) - 1), max_size=12, unique=True), comment=st.booleans())
-def test_however_the_bytes_arrive_the_client_sees_the_same(cuts: list[int], comment: bool) -> None:
+def test_any_split_of_the_bytes_gives_the_same_bytes(cuts: list[int], comment: bool) -> None:
     places = [0, *sorted(cuts), len(WITH)]
     reads = [WITH[start:end] for start, end in itertools.pairwise(places)]
 
@@ -311,7 +311,7 @@ def test_however_the_bytes_arrive_the_client_sees_the_same(cuts: list[int], comm
 # On a hit.
 
 
-def test_the_comment_of_a_stored_stream() -> None:
+def test_the_cost_comment_of_a_stored_stream() -> None:
     zero = b": x-proxy-cost-usd=0.000000\n"
     assert with_comment(WITHOUT, zero) == WITHOUT.removesuffix(DONE) + zero + DONE
     assert with_comment(b"data:[DONE]\n\n", zero) == zero + b"data:[DONE]\n\n"
@@ -319,7 +319,7 @@ def test_the_comment_of_a_stored_stream() -> None:
     assert with_comment(b"data: {}\n\n", zero) == b"data: {}\n\n" + zero
 
 
-def test_done_in_what_the_model_said_is_no_end() -> None:
+def test_done_inside_the_text_does_not_end_the_stream() -> None:
     zero = b": x-proxy-cost-usd=0.000000\n"
     said = event(chunk("streams end with data: [DONE]"))
     assert with_comment(said, zero) == said + zero

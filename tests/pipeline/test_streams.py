@@ -33,7 +33,7 @@ def last_error(body: bytes) -> Any:
 
 
 @virtual_time
-async def test_each_read_goes_on_at_once_and_unchanged() -> None:
+async def test_each_read_is_forwarded_at_once_and_unchanged() -> None:
     """However it is cut, and before the next one is there."""
     reads = [WHOLE[:50], WHOLE[50:51], WHOLE[51:200], WHOLE[200:]]
     steps: list[Any] = [step for read in reads for step in (1.0, read)]
@@ -55,7 +55,7 @@ async def test_each_read_goes_on_at_once_and_unchanged() -> None:
 
 
 @virtual_time
-async def test_its_receipt_comes_at_its_end() -> None:
+async def test_the_receipt_is_written_at_the_end_of_the_stream() -> None:
     scene = PipelineFixture(streams([*events(usage=True)[:2], 2.0, *events(usage=True)[2:]]))
     await scene.ask(STREAM)
     [receipt] = scene.receipts
@@ -68,7 +68,7 @@ async def test_its_receipt_comes_at_its_end() -> None:
 
 
 @virtual_time
-async def test_a_tier_has_its_own_price() -> None:
+async def test_a_service_tier_has_its_own_price() -> None:
     scene = PipelineFixture(streams(events(usage=True, service_tier="priority")))
     assert b": x-proxy-cost-usd=0.003825 " in (await scene.ask(STREAM, Options(stream_cost=True))).body
     assert scene.receipt.cost_usd == "0.003825"
@@ -76,7 +76,7 @@ async def test_a_tier_has_its_own_price() -> None:
 
 @pytest.mark.parametrize("tier", ["flex", "scale"])
 @virtual_time
-async def test_tiers_without_a_known_price(tier: str) -> None:
+async def test_a_service_tier_without_a_known_price_has_no_cost(tier: str) -> None:
     scene = PipelineFixture(streams(events(usage=True, service_tier=tier)))
     told = await scene.ask(STREAM, Options(stream_cost=True))
     assert (scene.receipt.cost_usd, scene.receipt.cost_status) == (None, "unknown")
@@ -86,7 +86,7 @@ async def test_tiers_without_a_known_price(tier: str) -> None:
 
 @pytest.mark.parametrize("document", [STREAM, ASKED], ids=["usage not asked for", "usage asked for"])
 @virtual_time
-async def test_a_whole_stream_is_stored_and_replayed_byte_for_byte(document: dict[str, Any]) -> None:
+async def test_a_complete_stream_is_stored_and_replayed_byte_for_byte(document: dict[str, Any]) -> None:
     scene = PipelineFixture(streams(headers=[("openai-version", "2020-10-01"), ("x-ratelimit-limit-requests", "5")]))
     told = await scene.ask(document)
     hit = await scene.ask(document)
@@ -97,7 +97,7 @@ async def test_a_whole_stream_is_stored_and_replayed_byte_for_byte(document: dic
 
 
 @virtual_time
-async def test_the_usage_chunk_is_only_for_those_who_asked() -> None:
+async def test_the_usage_chunk_is_sent_only_to_clients_that_asked() -> None:
     """Whoever was first, each gets the stream as the upstream would have sent it to him alone."""
     for first, second in ((STREAM, ASKED), (ASKED, STREAM)):
         scene = PipelineFixture(streams())
@@ -108,7 +108,7 @@ async def test_the_usage_chunk_is_only_for_those_who_asked() -> None:
 
 
 @virtual_time
-async def test_a_stream_without_usage_cannot_serve_those_who_ask() -> None:
+async def test_a_stored_stream_without_usage_is_a_miss_for_clients_that_ask_for_it() -> None:
     scene = PipelineFixture(streams(events()), streams(), config=OFF)
     await scene.ask(STREAM)
     told = await scene.ask(ASKED)
@@ -128,7 +128,7 @@ NOT_STORED: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("steps", NOT_STORED.values(), ids=NOT_STORED.keys())
 @virtual_time
-async def test_whole_but_abnormal_streams_pass_and_are_not_stored(steps: list[bytes]) -> None:
+async def test_abnormal_streams_are_passed_and_not_stored(steps: list[bytes]) -> None:
     scene = PipelineFixture(streams(steps), streams(), config=OFF)
     told = await scene.ask(STREAM)
     assert (told.status, told.body, told.broken) == (200, b"".join(steps), False)
@@ -137,7 +137,7 @@ async def test_whole_but_abnormal_streams_pass_and_are_not_stored(steps: list[by
 
 
 @virtual_time
-async def test_a_pool_key_in_a_stream_is_not_kept() -> None:
+async def test_a_stream_with_a_pool_key_is_not_stored() -> None:
     """It has gone to this client; it must not rest in the cache and go to others."""
     scene = PipelineFixture(streams(events("your key is ", "sk-k1", "!")), streams())
     await scene.ask(STREAM)
@@ -145,7 +145,7 @@ async def test_a_pool_key_in_a_stream_is_not_kept() -> None:
 
 
 @virtual_time
-async def test_a_pool_key_in_a_streams_header() -> None:
+async def test_a_pool_key_in_a_header_of_a_stream_is_masked() -> None:
     scene = PipelineFixture(streams(headers=[("x-debug", "sk-k1")]), streams())
     told = await scene.ask(STREAM)
     assert dict(told.raw_headers)[b"x-debug"] == b"***"
@@ -153,7 +153,7 @@ async def test_a_pool_key_in_a_streams_header() -> None:
 
 
 @virtual_time
-async def test_a_stream_too_large_for_the_cache_flows_all_the_same() -> None:
+async def test_a_stream_too_large_for_the_cache_is_forwarded() -> None:
     scene = PipelineFixture(streams(), streams(), config=settings(cache=CacheSettings(max_entry=100)))
     told = await scene.ask(ASKED)
     assert told.body == b"".join(events(usage=True))
@@ -164,7 +164,7 @@ async def test_a_stream_too_large_for_the_cache_flows_all_the_same() -> None:
 
 
 @virtual_time
-async def test_comments_before_the_first_event_hold_the_headers_back() -> None:
+async def test_headers_are_held_back_until_the_first_event() -> None:
     """Until then all can still be tried again."""
     ping = b": OPENROUTER PROCESSING\n\n"
     refused: list[Step] = [ping, 1.0, ping, event({"error": {"message": "overloaded", "type": "server_error"}})]
@@ -177,7 +177,7 @@ async def test_comments_before_the_first_event_hold_the_headers_back() -> None:
 
 
 @virtual_time
-async def test_a_first_error_that_persists_is_shown_as_it_came() -> None:
+async def test_a_persistent_error_as_the_first_event_is_forwarded() -> None:
     bad = event({"error": {"message": "overloaded", "type": "server_error"}})
     scene = PipelineFixture(*[streams([bad])] * 4, streams(), config=OFF)
     told = await scene.ask(STREAM)
@@ -187,7 +187,7 @@ async def test_a_first_error_that_persists_is_shown_as_it_came() -> None:
 
 
 @virtual_time
-async def test_a_first_error_that_is_the_clients_own_is_not_retried() -> None:
+async def test_a_client_error_as_the_first_event_is_not_retried() -> None:
     bad = event({"error": {"message": "too long", "type": "invalid_request_error"}})
     scene = PipelineFixture(streams([bad]))
     told = await scene.ask(STREAM)
@@ -196,7 +196,7 @@ async def test_a_first_error_that_is_the_clients_own_is_not_retried() -> None:
 
 
 @virtual_time
-async def test_a_first_error_on_every_key() -> None:
+async def test_a_key_error_as_the_first_event_tries_every_key() -> None:
     bad = event({"error": {"message": "no", "code": "insufficient_quota"}})
     scene = PipelineFixture(streams([bad]), streams([bad]), config=settings(pool("k1", "k2")))
     told = await scene.ask(STREAM)
@@ -206,7 +206,7 @@ async def test_a_first_error_on_every_key() -> None:
 
 
 @virtual_time
-async def test_a_first_event_larger_than_is_held_for_it() -> None:
+async def test_a_very_large_first_event_is_forwarded() -> None:
     """A megabyte in one line: it flows, and the rest of the story is the same."""
     big = events("x" * 1_000_000)
     first = big[0]
@@ -232,7 +232,7 @@ async def test_a_stream_of_nothing_but_comments() -> None:
 
 
 @virtual_time
-async def test_a_stream_nobody_asked_for_passes() -> None:
+async def test_an_event_stream_to_a_plain_request_is_passed_and_not_stored() -> None:
     scene = PipelineFixture(streams(events()), says())
     told = await scene.ask()
     assert (told.body, told.broken) == (WHOLE, False)
@@ -240,7 +240,7 @@ async def test_a_stream_nobody_asked_for_passes() -> None:
 
 
 @virtual_time
-async def test_json_where_a_stream_was_asked_for() -> None:
+async def test_json_to_a_stream_request_is_passed_with_its_cost() -> None:
     """Mock servers do that. It is passed on with its cost; stream or not, a hit would be the same bytes."""
     scene = PipelineFixture(says(), says())
     told = await scene.ask(STREAM, Options(stream_cost=True))
@@ -250,7 +250,7 @@ async def test_json_where_a_stream_was_asked_for() -> None:
 
 
 @virtual_time
-async def test_a_compressed_stream_is_decoded_and_kept() -> None:
+async def test_a_compressed_stream_is_decoded_and_stored() -> None:
     packed = gzip.compress(WHOLE)
     headers = (SSE, ("Content-Encoding", "gzip"))
     scene = PipelineFixture(
@@ -265,7 +265,7 @@ async def test_a_compressed_stream_is_decoded_and_kept() -> None:
 
 
 @virtual_time
-async def test_a_stream_in_a_coding_unknown_to_us_passes_as_it_is() -> None:
+async def test_a_stream_in_an_unknown_coding_is_passed_unchanged() -> None:
     scene = PipelineFixture(Responds(200, (SSE, ("Content-Encoding", "zstd")), (b"\x28\xb5", b"\x2f\xfd")), streams())
     told = await scene.ask(STREAM)
     assert (told.body, told.broken) == (b"\x28\xb5\x2f\xfd", False)
@@ -302,7 +302,7 @@ async def test_a_responses_stream_ends_with_its_completed_event() -> None:
 @pytest.mark.parametrize("usage", ["inject", "off"])
 @pytest.mark.parametrize("comment", [True, False])
 @virtual_time
-async def test_an_event_beyond_all_measure_flows_unseen(
+async def test_an_event_beyond_the_size_limit_is_forwarded_unparsed(
     monkeypatch: pytest.MonkeyPatch, usage: str, comment: bool
 ) -> None:
     monkeypatch.setattr(proxy.pipeline.relay, "MAX_EVENT", 1000)

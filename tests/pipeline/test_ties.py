@@ -43,7 +43,7 @@ def scene_of(**sections: Any) -> PipelineFixture:
 
 @pytest.mark.parametrize("stream", [False, True])
 @virtual_time
-async def test_a_conversation_stays_with_the_key_that_began_it(stream: bool) -> None:
+async def test_a_conversation_uses_the_key_that_started_it(stream: bool) -> None:
     scene = scene_of()
     for number in range(3):
         first = await respond(scene, f"a{number}", stream=stream)
@@ -57,7 +57,7 @@ async def test_a_conversation_stays_with_the_key_that_began_it(stream: bool) -> 
 
 @pytest.mark.parametrize("named", [{"previous_response_id": "resp_x"}, {"conversation": {"id": "conv_x"}}])
 @virtual_time
-async def test_what_nobody_remembers_goes_to_the_fixed_key(named: dict[str, Any]) -> None:
+async def test_unknown_stored_objects_use_the_fixed_key(named: dict[str, Any]) -> None:
     scene = scene_of()
     for number in range(3):
         assert (await respond(scene, str(number), **named)).headers["X-Proxy-Key"] == "k1"
@@ -65,7 +65,7 @@ async def test_what_nobody_remembers_goes_to_the_fixed_key(named: dict[str, Any]
 
 @pytest.mark.parametrize("trouble", [error(401), error(404, "model_not_found"), rate_limited("99"), error(500)])
 @virtual_time
-async def test_it_is_not_failed_over(trouble: Any) -> None:
+async def test_a_request_for_a_stored_object_does_not_fail_over(trouble: Any) -> None:
     fallbacks = RetrySettings(max_retries=0, fallbacks={"*": ("o1",)})
     scene = PipelineFixture(trouble, config=config(retry=fallbacks))
     told = await respond(scene, "x", previous_response_id="resp_x")
@@ -74,7 +74,7 @@ async def test_it_is_not_failed_over(trouble: Any) -> None:
 
 
 @virtual_time
-async def test_the_same_key_may_be_tried_again() -> None:
+async def test_a_request_for_a_stored_object_is_retried_with_the_same_key() -> None:
     scene = PipelineFixture(error(500), config=config(retry=RetrySettings(jitter=0.0)))
     scene.transport.otherwise = answering
     told = await respond(scene, "x", previous_response_id="resp_x")
@@ -82,7 +82,7 @@ async def test_the_same_key_may_be_tried_again() -> None:
 
 
 @virtual_time
-async def test_a_key_that_rests_is_asked_all_the_same_for_what_only_it_can_see() -> None:
+async def test_a_rejected_key_is_still_used_for_its_stored_objects() -> None:
     scene = PipelineFixture(error(401), config=config())
     scene.transport.otherwise = answering
     await respond(scene, "a")  # k1 rests
@@ -90,7 +90,7 @@ async def test_a_key_that_rests_is_asked_all_the_same_for_what_only_it_can_see()
 
 
 @virtual_time
-async def test_stored_chat_completions_are_remembered() -> None:
+async def test_the_owner_of_a_stored_chat_completion_is_recorded() -> None:
     scene = PipelineFixture(
         transport=ScriptedTransport(otherwise=lambda sent: says({"id": "chatcmpl-7", "object": "chat.completion"}))
     )
@@ -100,7 +100,7 @@ async def test_stored_chat_completions_are_remembered() -> None:
 
 
 @virtual_time
-async def test_long_prompts_stay_where_they_are_cached() -> None:
+async def test_long_prompts_with_the_same_prefix_use_the_same_key() -> None:
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says()), config=config())
     system = {"role": "system", "content": "Be brief. " * 500}
     for number in range(12):
@@ -112,7 +112,7 @@ async def test_long_prompts_stay_where_they_are_cached() -> None:
 
 
 @virtual_time
-async def test_told_room_is_used_and_then_waited_for() -> None:
+async def test_a_reported_quota_is_used_up_and_then_waited_for() -> None:
     """The upstream says that two requests are left of sixty a minute: two go, the third waits for its turn."""
     told = [("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "2")]
     told += [("x-ratelimit-reset-requests", "58s")]
@@ -128,7 +128,7 @@ async def test_told_room_is_used_and_then_waited_for() -> None:
 
 
 @virtual_time
-async def test_a_key_with_more_room_is_taken_first() -> None:
+async def test_the_key_with_more_remaining_quota_is_used_first() -> None:
     def told(sent: Sent) -> Any:
         left = "100" if sent.key == "k1" else "900"
         return says(headers=[("x-ratelimit-limit-tokens", "1000"), ("x-ratelimit-remaining-tokens", left)])
@@ -140,7 +140,7 @@ async def test_a_key_with_more_room_is_taken_first() -> None:
 
 
 @virtual_time
-async def test_adaptive_off_believes_nothing() -> None:
+async def test_without_adaptive_reported_quotas_are_ignored() -> None:
     headers = [("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "0")]
     headers += [("x-ratelimit-reset-requests", "60s")]
     scene = PipelineFixture(says(headers=headers), says(), config=settings(throttle=ThrottleSettings(adaptive=False)))
@@ -167,7 +167,7 @@ async def test_a_request_too_large_for_one_key_is_tried_on_another_and_no_key_co
 
 
 @virtual_time
-async def test_an_organisation_that_is_not_the_keys_does_not_kill_it() -> None:
+async def test_a_mismatched_organization_does_not_reject_the_key() -> None:
     scene = PipelineFixture(error(401, "mismatched_organization"), says(), config=config())
     assert (await scene.ask()).status == 200
     assert scene.state("k1") is None

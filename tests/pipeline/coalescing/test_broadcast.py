@@ -76,7 +76,7 @@ async def all_of(reader: Subscriber, pause: float = 0.0) -> list[bytes]:
 
 
 @virtual_time
-async def test_each_read_reaches_everybody_at_once_and_the_late_one_gets_what_was() -> None:
+async def test_each_read_reaches_all_subscribers_at_once_and_a_late_one_gets_the_start() -> None:
     stream, told = reel()
     times: dict[str, list[float]] = {"early": [], "late": []}
 
@@ -101,7 +101,7 @@ async def test_each_read_reaches_everybody_at_once_and_the_late_one_gets_what_wa
 
 
 @virtual_time
-async def test_a_failure_is_everybodys_after_all_that_came() -> None:
+async def test_a_failure_reaches_every_subscriber_after_the_data() -> None:
     stream, _ = reel()
     readers = [stream.reader(), stream.reader()]
     await record(stream, steps(b"a", b"b", TransportFailure("timeout", "silent")))
@@ -113,7 +113,7 @@ async def test_a_failure_is_everybodys_after_all_that_came() -> None:
 
 
 @virtual_time
-async def test_a_lone_reader_exerts_back_pressure() -> None:
+async def test_a_single_slow_subscriber_stops_the_source() -> None:
     stream, told = reel(keep=LAG)
     reader = stream.reader()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
@@ -129,7 +129,7 @@ async def test_a_lone_reader_exerts_back_pressure() -> None:
 
 
 @virtual_time
-async def test_what_all_have_read_is_let_go_once_nobody_new_may_come() -> None:
+async def test_consumed_chunks_are_freed_once_nobody_can_join() -> None:
     stream, told = reel(keep=10 * len(READ))
     reader = stream.reader()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 1000)))
@@ -142,7 +142,7 @@ async def test_what_all_have_read_is_let_go_once_nobody_new_may_come() -> None:
 
 
 @virtual_time
-async def test_nothing_is_let_go_before_all_who_may_come_are_there() -> None:
+async def test_chunks_are_kept_until_everybody_has_joined() -> None:
     stream, told = reel(keep=10)
     told.here = False
     recording = asyncio.create_task(record(stream, steps(*[b"0123456789"] * 5)))
@@ -155,7 +155,7 @@ async def test_nothing_is_let_go_before_all_who_may_come_are_there() -> None:
 
 
 @virtual_time
-async def test_a_slow_reader_holds_up_nobody_and_is_dropped_beyond_the_bound() -> None:
+async def test_a_slow_subscriber_delays_no_other_and_is_dropped_beyond_the_bound() -> None:
     stream, _ = reel(keep=2**20)
     slow, fast = stream.reader(), stream.reader()
     dropped = []
@@ -184,7 +184,7 @@ async def anext_later(reader: Subscriber) -> None:
 
 
 @virtual_time
-async def test_a_slow_reader_within_the_bound_gets_everything() -> None:
+async def test_a_slow_subscriber_within_the_bound_gets_everything() -> None:
     stream, _ = reel(keep=2**20)
     slow, fast = stream.reader(), stream.reader()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
@@ -198,7 +198,7 @@ async def test_a_slow_reader_within_the_bound_gets_everything() -> None:
 
 
 @virtual_time
-async def test_who_is_far_behind_gets_several_reads_as_one() -> None:
+async def test_a_subscriber_far_behind_gets_several_reads_at_once() -> None:
     stream, _ = reel()
     first = stream.reader()
     recording = asyncio.create_task(record(stream, steps(*[b"%04d" % n for n in range(1000)])))
@@ -213,7 +213,7 @@ async def test_who_is_far_behind_gets_several_reads_as_one() -> None:
     reads=st.lists(st.tuples(st.binary(min_size=1, max_size=50), st.sampled_from([0.0, 1.0])), max_size=40),
     readers=st.lists(st.tuples(st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from([0.0, 2.0])), min_size=1, max_size=5),
 )
-def test_everybody_gets_all_of_it(reads: list[tuple[bytes, float]], readers: list[tuple[float, float]]) -> None:
+def test_every_subscriber_gets_everything(reads: list[tuple[bytes, float]], readers: list[tuple[float, float]]) -> None:
     async def tell() -> None:
         stream, _ = reel()
         script: list[bytes | float] = [part for data, pause in reads for part in (pause, data)]
@@ -231,7 +231,7 @@ def test_everybody_gets_all_of_it(reads: list[tuple[bytes, float]], readers: lis
 
 
 @virtual_time
-async def test_who_takes_reads_at_once_is_woken_only_where_he_must_wait() -> None:
+async def test_a_subscriber_is_woken_only_if_it_waits() -> None:
     stream, _ = reel()
     reader = stream.reader()
     got: list[bytes] = []
@@ -254,7 +254,7 @@ async def test_who_takes_reads_at_once_is_woken_only_where_he_must_wait() -> Non
 
 
 @virtual_time
-async def test_a_client_that_is_gone_is_its_readers_trouble_alone() -> None:
+async def test_a_disconnected_client_affects_only_its_subscriber() -> None:
     stream, _ = reel()
     gone, other = stream.reader(), stream.reader()
 

@@ -32,7 +32,7 @@ async def leases(server: Valkey) -> AsyncIterator[RedisLockStore]:
     await link.close()
 
 
-async def test_one_has_it_until_it_is_given_back(leases: RedisLockStore) -> None:
+async def test_a_lock_is_held_until_it_is_released(leases: RedisLockStore) -> None:
     taken = [await leases.acquire(NAME, token, 1000.0) for token in ("a", "b", "a")]
     assert taken == ["mine", "theirs", "mine"]
     assert not await leases.renew(NAME, "b", 1000.0)
@@ -43,14 +43,14 @@ async def test_one_has_it_until_it_is_given_back(leases: RedisLockStore) -> None
     assert await leases.acquire("other", "c", 1000.0) == "mine"
 
 
-async def test_it_ends_by_itself(leases: RedisLockStore) -> None:
+async def test_a_lock_expires(leases: RedisLockStore) -> None:
     assert await leases.acquire(NAME, "a", 0.05) == "mine"
     await asyncio.sleep(0.2)
     assert not await leases.renew(NAME, "a", 1000.0)
     assert await leases.acquire(NAME, "b", 1000.0) == "mine"
 
 
-async def test_what_need_not_be_waited_for_is_open_for_all(leases: RedisLockStore, server: Valkey) -> None:
+async def test_a_key_marked_open_is_not_waited_for(leases: RedisLockStore, server: Valkey) -> None:
     await leases.acquire(NAME, "a", 1000.0)
     await leases.release(NAME, "a", 500.0)
     assert [await leases.acquire(NAME, token, 1000.0) for token in ("a", "b")] == ["open", "open"]
@@ -60,7 +60,7 @@ async def test_what_need_not_be_waited_for_is_open_for_all(leases: RedisLockStor
     assert await leases.acquire(NAME, "b", 1000.0) == "mine"
 
 
-async def test_every_key_is_short_and_has_a_lifetime(leases: RedisLockStore, server: Valkey) -> None:
+async def test_every_redis_key_is_short_and_expires(leases: RedisLockStore, server: Valkey) -> None:
     await leases.acquire(NAME * 10, "a", 1000.0)
     await leases.acquire(NAME, "a", 1000.0)
     await leases.release(NAME, "a", 1000.0)
@@ -70,7 +70,7 @@ async def test_every_key_is_short_and_has_a_lifetime(leases: RedisLockStore, ser
         assert 0 < int(server.say("PTTL", key).strip(b":\r\n")) <= 1_000_000
 
 
-async def test_a_server_in_trouble_has_no_leases(leases: RedisLockStore, server: Valkey) -> None:
+async def test_without_redis_no_lock_is_available(leases: RedisLockStore, server: Valkey) -> None:
     assert await leases.acquire(NAME, "a", 1000.0) == "mine"
     server.kill()
     assert await leases.acquire(NAME, "b", 1000.0) == "open"
@@ -78,9 +78,7 @@ async def test_a_server_in_trouble_has_no_leases(leases: RedisLockStore, server:
     await leases.release(NAME, "a", 0.0)
 
 
-async def test_nobody_waits_for_a_lease_after_another_command_has_failed(
-    leases: RedisLockStore, server: Valkey
-) -> None:
+async def test_after_another_commands_failure_no_lock_is_waited_for(leases: RedisLockStore, server: Valkey) -> None:
     server.signal(signal.SIGSTOP)
     leases._deadline = HASTY
     try:

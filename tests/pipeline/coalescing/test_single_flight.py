@@ -85,7 +85,7 @@ def caches(tolds: Sequence[Result]) -> list[str]:
 
 
 @virtual_time
-async def test_one_call_for_all_who_ask_the_same() -> None:
+async def test_equal_requests_make_one_call() -> None:
     scene = PipelineFixture(says(wait=2.0))
     first = begin(scene, 1)
     await asyncio.sleep(1.5)
@@ -112,7 +112,7 @@ async def test_one_call_for_all_who_ask_the_same() -> None:
 
 
 @virtual_time
-async def test_what_is_not_the_same_is_not_shared() -> None:
+async def test_different_requests_are_not_coalesced() -> None:
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
     asked = begin(scene, 1)
     asked += begin(scene, 1, ask("other"))
@@ -128,7 +128,7 @@ async def test_what_is_not_the_same_is_not_shared() -> None:
     ("options", "cache"),
     [(Options(no_cache=True), "miss"), (Options(ttl=0.0), "miss"), (Options(no_store=True), "bypass")],
 )
-def test_who_wants_no_cached_answer_shares_nothing(options: Options, cache: str) -> None:
+def test_requests_that_refuse_the_cache_are_not_coalesced(options: Options, cache: str) -> None:
     async def tell() -> None:
         scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
         assert caches(await asyncio.gather(*begin(scene, 3, None, options))) == [cache] * 3
@@ -139,7 +139,7 @@ def test_who_wants_no_cached_answer_shares_nothing(options: Options, cache: str)
 
 
 @virtual_time
-async def test_coalesce_false() -> None:
+async def test_without_coalesce_every_request_is_sent() -> None:
     scene = PipelineFixture(says(wait=1.0), says(wait=1.0), config=settings(cache=CacheSettings(coalesce=False)))
     assert caches(await asyncio.gather(*begin(scene, 2))) == ["miss", "miss"]
     over(scene)
@@ -147,7 +147,7 @@ async def test_coalesce_false() -> None:
 
 @pytest.mark.parametrize("gone", [0, 1, 25, 49])
 @pytest.mark.parametrize("stream", [True, False])
-def test_whoever_leaves_the_others_are_served(gone: int, stream: bool) -> None:
+def test_any_client_may_leave_and_the_others_are_served(gone: int, stream: bool) -> None:
     async def tell() -> None:
         scene = PipelineFixture(streams([2.0, *SLOW]) if stream else says(wait=3.0))
         tasks = begin(scene, 50, ask(stream=stream))
@@ -166,7 +166,7 @@ def test_whoever_leaves_the_others_are_served(gone: int, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("after", [0.0, 0.5, 1.5, 3.5])
-def test_with_the_last_one_the_upstream_is_closed(after: float) -> None:
+def test_the_upstream_is_closed_when_the_last_client_leaves(after: float) -> None:
     async def tell() -> None:
         scene = PipelineFixture(streams([1.0, *SLOW[1:4], HANG]))
         tasks = begin(scene, 20, STREAM)
@@ -182,7 +182,7 @@ def test_with_the_last_one_the_upstream_is_closed(after: float) -> None:
 
 
 @virtual_time
-async def test_who_asks_in_the_turn_in_which_the_last_one_leaves_gets_a_flight_of_his_own() -> None:
+async def test_a_request_in_the_turn_in_which_the_last_client_leaves_starts_a_new_flight() -> None:
     scene = PipelineFixture(says(wait=9.0), says(wait=1.0))
     (first,) = begin(scene, 1)
     await asyncio.sleep(1.0)
@@ -197,7 +197,7 @@ async def test_who_asks_in_the_turn_in_which_the_last_one_leaves_gets_a_flight_o
 
 
 @virtual_time
-async def test_a_follower_with_less_time_leaves_alone() -> None:
+async def test_a_follower_with_an_earlier_deadline_leaves_alone() -> None:
     scene = PipelineFixture(says(wait=5.0))
     asked = begin(scene, 1) + begin(scene, 1, total=2.0)
     leader, follower = await asyncio.gather(*asked)
@@ -207,7 +207,7 @@ async def test_a_follower_with_less_time_leaves_alone() -> None:
 
 
 @virtual_time
-async def test_a_leader_with_less_time_leaves_alone() -> None:
+async def test_a_leader_with_an_earlier_deadline_leaves_alone() -> None:
     scene = PipelineFixture(Responds(200, (JSON,), (dump(completion())[:9], 2.0, dump(completion())[9:]), wait=3.0))
     asked = begin(scene, 1, total=2.0) + begin(scene, 1, total=4.0) + begin(scene, 1)
     leader, second, third = await asyncio.gather(*asked)
@@ -220,7 +220,7 @@ async def test_a_leader_with_less_time_leaves_alone() -> None:
 
 
 @virtual_time
-async def test_the_time_of_whoever_has_most_is_the_flights() -> None:
+async def test_a_flight_has_the_latest_deadline_of_its_requests() -> None:
     scene = PipelineFixture(Fails("hang"))
     told = await asyncio.gather(*begin(scene, 1, total=2.0), *begin(scene, 1, total=7.0))
     assert [(each.refused, each.at) for each in told] == [("upstream_timeout", 2.0), ("upstream_timeout", 7.0)]
@@ -229,7 +229,7 @@ async def test_the_time_of_whoever_has_most_is_the_flights() -> None:
 
 
 @virtual_time
-async def test_each_waits_for_the_queue_as_long_as_he_said() -> None:
+async def test_each_request_keeps_its_own_max_wait() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)}, max_wait=1000.0))
     scene = PipelineFixture(says(wait=20.0), says(), config=config)
     other = begin(scene, 1, ask("other"))
@@ -243,7 +243,7 @@ async def test_each_waits_for_the_queue_as_long_as_he_said() -> None:
 
 
 @virtual_time
-async def test_an_impatient_leader_is_followed_by_a_patient_one() -> None:
+async def test_a_leader_with_a_short_max_wait_is_replaced() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)}))
     scene = PipelineFixture(says(wait=20.0), says(wait=1.0), config=config)
     other = begin(scene, 1, ask("other"))
@@ -272,7 +272,7 @@ AGAIN: dict[str, Move] = {
 
 
 @pytest.mark.parametrize("move", AGAIN.values(), ids=AGAIN.keys())
-def test_a_failure_that_may_not_come_again_is_its_leaders_alone(move: Move) -> None:
+def test_a_retryable_failure_is_only_the_leaders(move: Move) -> None:
     async def tell() -> None:
         scene = PipelineFixture(move, says(wait=1.0))
         document = ask(stream=isinstance(move, Responds) and move.headers[0] != JSON)
@@ -290,7 +290,7 @@ def test_a_failure_that_may_not_come_again_is_its_leaders_alone(move: Move) -> N
 
 
 @virtual_time
-async def test_at_most_two_try_then_the_failure_is_everybodys() -> None:
+async def test_after_a_second_failure_all_followers_get_it() -> None:
     scene = PipelineFixture(error(503, wait=1.0), error(500, wait=1.0))
     told = await asyncio.gather(*begin(scene, 10, None, ONCE))
     assert [(each.status, each.at) for each in told] == [(503, 1.0)] + [(500, 2.0)] * 9
@@ -301,7 +301,7 @@ async def test_at_most_two_try_then_the_failure_is_everybodys() -> None:
 
 
 @virtual_time
-async def test_a_refusal_is_shared_with_each_ones_own_id() -> None:
+async def test_a_shared_error_carries_each_requests_own_id() -> None:
     scene = PipelineFixture(*[Fails("unreached", 1.0)] * 2)
     told = await asyncio.gather(*begin(scene, 4, None, ONCE))
     assert [each.refused for each in told] == ["upstream_unreachable"] * 4
@@ -311,7 +311,7 @@ async def test_a_refusal_is_shared_with_each_ones_own_id() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_deterministic_error_is_everybodys(status: int) -> None:
+def test_a_deterministic_error_is_shared(status: int) -> None:
     async def tell() -> None:
         scene = PipelineFixture(error(status, wait=1.0))
         told = await asyncio.gather(*begin(scene, 5))
@@ -328,7 +328,7 @@ def test_a_deterministic_error_is_everybodys(status: int) -> None:
 
 
 @virtual_time
-async def test_a_leader_may_be_gone_when_its_failure_comes() -> None:
+async def test_a_follower_leads_if_the_leader_left_before_its_failure() -> None:
     scene = PipelineFixture(error(500, wait=2.0), says(wait=1.0))
     tasks = begin(scene, 3, None, ONCE)
     await asyncio.sleep(1.0)
@@ -341,7 +341,7 @@ async def test_a_leader_may_be_gone_when_its_failure_comes() -> None:
 
 
 @virtual_time
-async def test_what_turns_out_uncacheable_is_not_serialised() -> None:
+async def test_uncacheable_responses_are_not_serialised() -> None:
     scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(UNFINISHED, wait=1.0)))
     told = await asyncio.gather(*begin(scene, 100))
     assert caches(told) == ["miss"] * 100
@@ -356,7 +356,7 @@ async def test_what_turns_out_uncacheable_is_not_serialised() -> None:
 
 
 @virtual_time
-async def test_a_stream_that_grows_too_large_for_the_cache_takes_nobody_new_aboard() -> None:
+async def test_a_stream_too_large_for_the_cache_cannot_be_joined() -> None:
     big = [event(chunk("x" * 30_000)) for _ in range(8)]
     script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
     scene = PipelineFixture(streams(script), streams(script), config=settings(cache=CacheSettings(max_entry=100_000)))
@@ -375,7 +375,7 @@ async def test_a_stream_that_grows_too_large_for_the_cache_takes_nobody_new_aboa
     "move",
     [says(wait=1.0), Responds(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?"))],
 )
-def test_what_came_in_another_form_than_asked_is_its_leaders(move: Responds) -> None:
+def test_a_response_in_an_unexpected_form_is_not_shared(move: Responds) -> None:
     async def tell() -> None:
         scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: move))
         assert caches(await asyncio.gather(*begin(scene, 3, STREAM))) == ["miss"] * 3
@@ -389,7 +389,7 @@ def test_what_came_in_another_form_than_asked_is_its_leaders(move: Responds) -> 
 
 
 @virtual_time
-async def test_a_running_stream_is_joined_with_all_events_so_far() -> None:
+async def test_a_client_that_joins_a_running_stream_gets_all_events_so_far() -> None:
     scene = PipelineFixture(streams(SLOW))
     early = begin(scene, 2, STREAM)
     await asyncio.sleep(2.5)
@@ -410,7 +410,7 @@ async def test_a_running_stream_is_joined_with_all_events_so_far() -> None:
 
 
 @virtual_time
-async def test_each_gets_the_cost_comment_he_asked_for() -> None:
+async def test_each_client_gets_the_cost_comment_if_it_asked() -> None:
     scene = PipelineFixture(streams(SLOW))
     asked = begin(scene, 1, STREAM, Options(stream_cost=True)) + begin(scene, 1, STREAM)
     told = await asyncio.gather(*asked, *begin(scene, 1, STREAM, Options(stream_cost=True)))
@@ -421,7 +421,7 @@ async def test_each_gets_the_cost_comment_he_asked_for() -> None:
 
 
 @pytest.mark.parametrize("inject", ["inject", "off"])
-def test_who_wants_usage_never_shares_a_stream_without(inject: str) -> None:
+def test_a_client_that_wants_usage_does_not_share_a_stream_without_it(inject: str) -> None:
     async def tell() -> None:
         def answer(sent: Any) -> Move:
             asked = (sent.json().get("stream_options") or {}).get("include_usage")
@@ -442,7 +442,7 @@ def test_who_wants_usage_never_shares_a_stream_without(inject: str) -> None:
 
 
 @virtual_time
-async def test_a_stream_that_breaks_breaks_for_all_and_is_told_once() -> None:
+async def test_a_broken_stream_breaks_for_every_client_with_one_error_event() -> None:
     scene = PipelineFixture(streams([*SLOW[:4], 1.0, TransportFailure("timeout", "silent")]))
     told = await asyncio.gather(*begin(scene, 3, STREAM))
     assert [(each.broken, each.at) for each in told] == [(True, 3.0)] * 3
@@ -455,7 +455,7 @@ async def test_a_stream_that_breaks_breaks_for_all_and_is_told_once() -> None:
 
 
 @virtual_time
-async def test_a_slow_follower_slows_nobody() -> None:
+async def test_a_slow_follower_delays_no_other() -> None:
     scene = PipelineFixture(streams(SLOW))
     request = scene.request(STREAM)
     leader, *fast = begin(scene, 3, STREAM)
@@ -476,7 +476,7 @@ async def test_a_slow_follower_slows_nobody() -> None:
 
 
 @virtual_time
-async def test_a_follower_that_falls_too_far_behind_is_cut_off() -> None:
+async def test_a_follower_too_far_behind_is_cut_off() -> None:
     big = event(chunk("x" * 1_000_000))
     scene = PipelineFixture(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
     request = scene.request(STREAM)
@@ -506,7 +506,7 @@ async def _pumped(flow: StreamRelay | SubscriberStream | None, write: Write, tol
 
 
 @virtual_time
-async def test_at_the_stop_each_stream_is_told_and_the_upstream_closed() -> None:
+async def test_draining_ends_every_stream_with_an_error_and_closes_the_upstream() -> None:
     scene = PipelineFixture(streams([*SLOW[:4], HANG]))
     calls = [scene.request(STREAM) for _ in range(3)]
     buying = [scene.loop.create_task(scene.fetch(request)) for request in calls]
@@ -548,7 +548,7 @@ def far() -> tuple[float, float]:
 
 
 @virtual_time
-async def test_a_mistake_of_ours_fails_everybody_once_and_leaves_nothing() -> None:
+async def test_an_exception_fails_every_waiter_and_leaves_no_flight() -> None:
     flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, began = lead_of(RuntimeError("a bug"))
     seats = [flights.join([("k", "json")], lead, *far()) for _ in range(3)]
@@ -562,7 +562,7 @@ async def test_a_mistake_of_ours_fails_everybody_once_and_leaves_nothing() -> No
 
 
 @virtual_time
-async def test_all_leave_before_it_took_off() -> None:
+async def test_a_flight_that_everybody_left_before_its_start_is_not_started() -> None:
     flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, began = lead_of(FlightResult("a", Sharing.SHARED))
     first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
@@ -578,7 +578,7 @@ async def test_all_leave_before_it_took_off() -> None:
 
 
 @virtual_time
-async def test_who_was_first_and_left_before_it_took_off_does_not_lead() -> None:
+async def test_a_leader_that_left_before_the_start_is_replaced() -> None:
     flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, began = lead_of(FlightResult("a", Sharing.SHARED))
     first, second = (flights.join([("k", "json")], lead, *far()) for _ in range(2))
@@ -592,7 +592,7 @@ async def test_who_was_first_and_left_before_it_took_off_does_not_lead() -> None
 
 
 @virtual_time
-async def test_what_nobody_takes_is_dropped() -> None:
+async def test_a_result_that_nobody_takes_is_dropped() -> None:
     flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     dropped: list[str] = []
     landing = FlightResult("mine", Sharing.PRIVATE, drop=lambda: dropped.append("mine"))
@@ -614,7 +614,7 @@ async def test_what_nobody_takes_is_dropped() -> None:
 
 
 @virtual_time
-async def test_what_is_avoided_is_bounded_and_ends() -> None:
+async def test_hit_for_miss_marks_are_bounded_and_expire() -> None:
     flights: SingleFlight[str] = SingleFlight(virtual_time_loop().time, HitForMiss(virtual_time_loop().time))
     lead, _ = lead_of()
     for number in range(HIT_FOR_MISS_KEPT + 5):
@@ -632,7 +632,7 @@ async def test_what_is_avoided_is_bounded_and_ends() -> None:
 
 
 @virtual_time
-async def test_a_thousand() -> None:
+async def test_a_thousand_equal_requests_make_one_call() -> None:
     scene = PipelineFixture(says(wait=1.0), streams(SLOW), config=settings(throttle=ThrottleSettings()))
     told = await asyncio.gather(*begin(scene, 1000))
     assert caches(told).count("coalesced") == 999
@@ -674,7 +674,7 @@ _REQUEST = st.tuples(
     concurrency=st.sampled_from([1, 2, 100]),
     retries=st.integers(0, 2),
 )
-def test_storms_leave_nothing_behind(
+def test_any_mix_of_requests_leaves_nothing_behind(
     moves: list[Move],
     requests: list[tuple[int, bool, bool, float, float | None, float]],
     concurrency: int,
@@ -720,7 +720,7 @@ def test_storms_leave_nothing_behind(
     run(tell())
 
 
-def test_the_story_of_a_flight_left_in_every_turn() -> None:
+def test_a_client_may_leave_a_flight_in_any_turn_of_the_loop() -> None:
     """Three share a stream, and then a plain answer whose first leader fails; one of them leaves in each turn."""
 
     def tell(gone: int, at: int | None, stream: bool) -> int:
