@@ -1,1 +1,1 @@
-"""Clock, Redis connection, SQLite file, sockets: what touches the machine."""
+"""What touches the machine: clock, threads, sockets, the Redis connection, SQLite files."""

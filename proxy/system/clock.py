@@ -1,4 +1,4 @@
-"""The only room that reads a clock, sleeps, rolls dice or starts a task. Tests put their own in its place."""
+"""The only file that reads a clock, sleeps, draws random numbers or starts tasks. Tests replace its `Clock`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("proxy")
 
 
 class _Ids:
-    """Unguessable ids; random bytes are drawn for 256 at once, as each draw is a system call."""
+    """Unguessable ids. Random bytes are drawn for 256 ids at once, since each draw is a system call."""
 
     def __init__(self) -> None:
         self._left: list[str] = []
@@ -32,7 +32,13 @@ _ids = _Ids()
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """monotonic: seconds for durations; wall: Unix seconds; random: [0, 1); new_id: 32 hex characters."""
+    """The clock and other sources of chance.
+
+    monotonic: seconds, for durations.
+    wall: Unix seconds.
+    random: a number from 0 to below 1.
+    new_id: 32 hexadecimal characters.
+    """
 
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
@@ -47,7 +53,7 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 def spawn(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-    """A background task that is kept alive until done and whose crash is logged."""
+    """Start a background task. It is referenced until it ends, and an exception in it is logged."""
     task = asyncio.get_running_loop().create_task(coroutine, name=name)
     _tasks.add(task)
     task.add_done_callback(_finished)

@@ -1,4 +1,4 @@
-"""The way to Redis: connections, one deadline for each command, and a breaker. Imported only with the backend."""
+"""Redis: connections, a deadline for each command, and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ log = logging.getLogger("proxy.cache")
 T = TypeVar("T")
 
 DEADLINE_MAX: Final = 2.0
-"""Seconds a command may take behind the caller's back (a connection being made, a long write), before it is closed."""
+"""Seconds after which a command is ended although its caller no longer waits: connecting, or a long write."""
 
 _CONNECTIONS: Final = 32
 _FAILURES: Final = 3
-_PROBE_FIRST, _PROBE_LAST = 0.5, 2.5  # and LONGEST for the answer: a probe at least every 5 s
+_PROBE_FIRST, _PROBE_LAST = 0.5, 2.5  # and at most DEADLINE_MAX for the reply: a probe at least every 5 s
 
 
 class RedisConnection:
-    """Redis as long as it answers. deadline: seconds within which a probe must be answered; what, meanwhile: for logs.
+    """A connection to Redis, used as long as Redis replies.
 
-    up: whether it may be asked; state: "ok", or what is wrong; gone: the last failure was no late answer, nobody is
-    there. Raises ValueError, without the URL's text.
+    url: a secret.
+    deadline: seconds within which Redis must reply to a probe.
+    what, meanwhile: for log messages: the user of Redis, and what happens without it.
+    up: whether Redis may be asked.
+    state: "ok", or what is wrong.
+    gone: the last failure was a refused or closed connection, not a late reply.
+    failures: how many there were so far.
+    Raises ValueError, without the URL's text.
     """
 
     def __init__(
@@ -41,24 +47,23 @@ class RedisConnection:
         self._what, self._meanwhile = what, meanwhile
         self._pool = _pool(url)
         self.redis = Redis.from_pool(self._pool)
-        self._slots = asyncio.Semaphore(self._pool.max_connections)  # so that nobody queues in the pool itself
+        self._slots = asyncio.Semaphore(self._pool.max_connections)  # so that no command queues in the pool itself
         self._deadline = deadline
         self.up = False
         self.state = "not open"
         self.gone = False
         self.failures = 0
-        """All so far."""
-        self._in_a_row = 0
+        self._failures_in_a_row = 0
         self._probing: asyncio.Task[None] | None = None
         self._complain_at = 0.0
 
     @property
     def in_doubt(self) -> bool:
-        """The last command failed, or Redis is given up: what can be done without should be."""
-        return not self.up or self._in_a_row > 0
+        """Return whether the last command failed or Redis is not asked: avoid commands that are not needed."""
+        return not self.up or self._failures_in_a_row > 0
 
     async def open(self) -> None:
-        """Returns after the first attempt, or after a second."""
+        """Connect. Returns after the first attempt, or after a second."""
         first = asyncio.get_running_loop().create_future()
         self._probing = spawn(self._probe(first), "redis probe")
         await asyncio.wait({first}, timeout=1.0)
@@ -71,20 +76,22 @@ class RedisConnection:
             await self._pool.disconnect(inuse_connections=True)
 
     async def drop_connections(self, busy: bool = False) -> None:
-        """Those not in use, with `busy` all: the name is looked up anew, and no answer is left over."""
+        """Close unused connections, so that the name is looked up again. busy: close those in use, too."""
         await self._pool.disconnect(inuse_connections=busy)
 
-    async def run(self, command: Callable[[], Awaitable[T]], patience: float) -> T:
-        """Runs the command in a task of its own; raises TimeoutError after `patience` seconds and leaves it to itself.
+    async def run(self, command: Callable[[], Awaitable[T]], timeout: float) -> T:
+        """Run a command in a task of its own. Raises RedisError, OSError, TimeoutError.
 
-        Raises RedisError, OSError, TimeoutError. Counts towards the breaker what speaks about the link, once.
+        Failures of the connection count towards the circuit breaker.
+
+        timeout: seconds after which TimeoutError is raised and the command is left to itself.
         """
         began, late = False, False
 
         async def alone() -> T | Exception:
             nonlocal began
             try:
-                async with asyncio.timeout(max(DEADLINE_MAX, patience)), self._slots:
+                async with asyncio.timeout(max(DEADLINE_MAX, timeout)), self._slots:
                     if late:
                         return TimeoutError()
                     began = True
@@ -93,16 +100,16 @@ class RedisConnection:
                 return error
 
         task = spawn(alone(), "redis command")
-        await asyncio.wait({task}, timeout=patience)
+        await asyncio.wait({task}, timeout=timeout)
         if not task.done():
             late = True
-            if began:  # else it only waited for its turn
+            if began:  # otherwise it only waited for a connection
                 self.gone = False
-                self._failed(f"no answer within {patience * 1000:.0f} ms")
+                self._failed(f"no reply within {timeout * 1000:.0f} ms")
             raise TimeoutError
         outcome: T | Exception = task.result()
         if not isinstance(outcome, Exception):
-            self._in_a_row, self.gone = 0, False
+            self._failures_in_a_row, self.gone = 0, False
             return outcome
         if not isinstance(outcome, ResponseError):
             self.gone = _is_gone(outcome)
@@ -114,15 +121,15 @@ class RedisConnection:
 
     def _failed(self, reason: str) -> None:
         self.failures += 1
-        self._in_a_row += 1
-        if self.up and self._in_a_row >= _FAILURES:
+        self._failures_in_a_row += 1
+        if self.up and self._failures_in_a_row >= _FAILURES:
             self.up = False
             self.state = reason
             log.warning("%s: %s; %s until it works again", self._what, reason, self._meanwhile)
             self._probing = spawn(self._probe(None), "redis probe")
 
     async def _probe(self, first: asyncio.Future[None] | None) -> None:
-        """Asks until Redis answers, in time, on a connection that is already there."""
+        """Ping until Redis replies in time on an open connection. first: set after the first attempt."""
         pause = _PROBE_FIRST
         while True:
             try:
@@ -136,21 +143,21 @@ class RedisConnection:
                     log.warning("%s: %s; %s until it works", self._what, text_of(error), self._meanwhile)
                     first.set_result(None)
                 self.state, self.gone = text_of(error), _is_gone(error)
-                await self._pool.disconnect()  # let the name be looked up anew
+                await self._pool.disconnect()  # so that the name is looked up again
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PROBE_LAST)
         if first is None or first.done():
             log.warning("%s: works again", self._what)
         else:
             first.set_result(None)
-        self.up, self._in_a_row, self.state = True, 0, "ok"
+        self.up, self._failures_in_a_row, self.state = True, 0, "ok"
 
     async def _ping(self) -> None:
         async with self._slots:
             await cast("Awaitable[Any]", self.redis.ping())
 
     def complain(self, what: str) -> None:
-        """Once a minute: it may be about every single key."""
+        """Log an error reply and count it as a failure; at most once a minute, since every key may have one."""
         self.failures += 1
         now = time.monotonic()
         if now >= self._complain_at:
@@ -165,7 +172,7 @@ def _pool(url: str) -> BlockingConnectionPool:
         "socket_timeout": DEADLINE_MAX,
         "socket_connect_timeout": DEADLINE_MAX,
         "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,  # understood by every server; version 3 gives a cache nothing
+        "protocol": 2,  # every server knows it, and version 3 has no advantage for a cache
     }
     try:
         pool = BlockingConnectionPool.from_url(url, **settings)
@@ -173,14 +180,14 @@ def _pool(url: str) -> BlockingConnectionPool:
         raise ValueError(
             "redis.url: expected redis://, rediss:// or unix:// with settings that redis-py knows"
         ) from None
-    pool.connection_kwargs["decode_responses"] = False  # whatever the URL says: values are bytes
+    pool.connection_kwargs["decode_responses"] = False  # values are bytes, whatever the URL says
     return pool
 
 
 def _is_gone(error: Exception) -> bool:
-    """Whether an error says that nobody listens, or that the connection was closed; not that an answer is late."""
+    """Return whether an error says that a connection was refused or closed, not that a reply is late."""
     return isinstance(error, ConnectionError | RedisConnectionError)
 
 
 def text_of(error: Exception) -> str:
-    return str(error) or ("no answer" if isinstance(error, TimeoutError) else type(error).__name__)
+    return str(error) or ("no reply" if isinstance(error, TimeoutError) else type(error).__name__)

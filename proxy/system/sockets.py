@@ -1,4 +1,4 @@
-"""How much one read of a socket takes."""
+"""The size of reads from sockets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import asyncio
 from typing import Final
 
 READ_SIZE: Final = 64 * 1024
-"""Bytes asked of the system at once."""
+"""Bytes of one read."""
 
 
 def read_in_small_pieces(transport: asyncio.BaseTransport) -> None:
-    """asyncio asks for 256 KiB at each read: malloc gets a block of that size from the system and gives it back, page
-    faults and all, which took a quarter of the system time of a request. Smaller blocks come from its own pool."""
+    """Make asyncio read at most `READ_SIZE` at once.
+
+    It asks for 256 KiB by default. malloc gets a block of that size from the system and returns it, with page faults,
+    which took a quarter of the system time of a request; smaller blocks come from malloc's own pool.
+    """
     if hasattr(transport, "max_size"):
         transport.max_size = READ_SIZE

@@ -66,13 +66,13 @@ class UpstreamTransport(Protocol):
 
 
 class LockStore(Protocol):
-    """Who among several processes does what only one need do. Never raises: where it cannot tell, all are free."""
+    """Locks for work that only one of several processes need do. No method raises."""
 
-    async def acquire(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
-        """Whose it is now, ours for `seconds` if nobody's; open: everybody may go on without it."""
+    async def acquire(self, name: str, token: str, seconds: float) -> Literal["acquired", "held", "unavailable"]:
+        """Acquire a lock for `seconds`. held: by another process; unavailable: go on without the lock."""
 
     async def renew(self, name: str, token: str, seconds: float) -> bool:
-        """Whether it was still ours, and is for `seconds` more."""
+        """Hold a lock for `seconds` more. Returns False if it is no longer held by this token."""
 
     async def release(self, name: str, token: str, open_for: float) -> None:
-        """Gives it back if it is ours; where `open_for` is more than 0, nobody need ask for so many seconds."""
+        """Release a lock. open_for: seconds for which nobody needs the lock; `acquire` says unavailable."""

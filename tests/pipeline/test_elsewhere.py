@@ -35,14 +35,14 @@ class Held:
         token, until = self.held.get(name, ("", 0.0))
         return token if virtual_time_loop().time() < until else None
 
-    async def acquire(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
+    async def acquire(self, name: str, token: str, seconds: float) -> Literal["acquired", "held", "unavailable"]:
         if self.down:
-            return "open"
+            return "unavailable"
         held = self._now(name)
         if held in (None, token):
             self.held[name] = token, virtual_time_loop().time() + seconds
-            return "mine"
-        return "open" if held == "-" else "theirs"
+            return "acquired"
+        return "unavailable" if held == "-" else "held"
 
     async def renew(self, name: str, token: str, seconds: float) -> bool:
         if self.down or self._now(name) != token:

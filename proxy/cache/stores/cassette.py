@@ -1,7 +1,7 @@
-"""Record and replay: the stores behind `cache.cassette` and `cache.mode: replay`, and the file itself.
+"""Record and replay: the stores for `cache.cassette` and `cache.mode: replay`, and the cassette file.
 
-A cassette belongs to nobody: its lines (core/cassette.py) go by the bare key, which is less the client's scope, so that
-what one developer recorded answers another, and nothing in the file is made of a credential.
+A cassette contains keys without the client's partition (`cache/cassette.py`). So what one developer recorded answers
+another, and nothing in the file is derived from a credential.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _LOCK_PAUSE: Final = 0.05
 
 
 class CassetteError(Exception):
-    """A cassette that cannot be used. Says which file, where in it, and why."""
+    """A cassette that cannot be used. The message names the file, the line and the reason."""
 
 
 class ReplayStore(TieredStore):
-    """Answers by the bare key, and keeps what it found for ever. Nothing is written to the slower store, or removed."""
+    """Looks up by the key without a partition, and keeps what it found. It does not change the slower store."""
 
     async def get(self, key: str, form: str, wall: float) -> Entry | None:
         entry = self.memory.get(key, form)
@@ -66,7 +66,7 @@ class ReplayStore(TieredStore):
         return 0
 
     def load(self, entries: Entries) -> None:
-        """Takes over what a cassette holds."""
+        """Put the entries of a cassette into memory."""
         for entry in entries.values():
             self.memory.put(entry)
 
@@ -81,26 +81,26 @@ class RecordingStore(TieredStore):
         self._used: dict[EntryName, Entry] = {}
 
     def load(self, entries: Entries) -> None:
-        """What the cassette holds need not be asked again while it is fresh."""
+        """Put the entries of the cassette into memory, so that they are hits while they are fresh."""
         for entry in entries.values():
             self.memory.put(entry)
 
     def peek(self, key: str, form: str) -> Entry | None:
-        return self._noted(super().peek(key, form))
+        return self._note(super().peek(key, form))
 
     async def get(self, key: str, form: str, wall: float) -> Entry | None:
-        return self._noted(await super().get(key, form, wall))
+        return self._note(await super().get(key, form, wall))
 
     async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None]:
-        return [self._noted(entry) for entry in await super().get_many(keys, form, wall)]
+        return [self._note(entry) for entry in await super().get_many(keys, form, wall)]
 
     def put(self, entry: Entry) -> bool:
         kept = super().put(entry)
         if kept:
-            self._noted(entry)
+            self._note(entry)
         return kept
 
-    def _noted(self, entry: Entry | None) -> Entry | None:
+    def _note(self, entry: Entry | None) -> Entry | None:
         if entry is not None:
             self._used[entry.bare or entry.key, entry.form] = entry
         return entry
@@ -109,22 +109,22 @@ class RecordingStore(TieredStore):
         await super().close()
         used = {name: without_partition(entry) for name, entry in self._used.items()}
         try:
-            async with alone(self._file, self._clock):
+            async with locked(self._file, self._clock):
                 count = await asyncio.to_thread(merge_into, self._file, used)
-            log.info("cassette %s: %d answers", self._file, count)
+            log.info("cassette %s: %d responses", self._file, count)
         except (CassetteError, OSError, ValueError) as error:
             log.error("cassette %s: what this run used could not be merged into it: %s", self._file, error)
 
 
 def without_partition(entry: Entry) -> Entry:
-    """The entry under its bare key."""
+    """Return the entry under its key without a partition."""
     return msgspec.structs.replace(entry, key=entry.bare, bare="") if entry.bare else entry
 
 
 def open_cassette(store: TieredStore, file: str | None) -> int:
-    """Reads the cassette into the store; how many answers it holds. Raises CassetteError.
+    """Read the cassette into the store and return how many entries it holds. Raises CassetteError.
 
-    One to be recorded may be missing, but it must be possible to write it.
+    To record, the file may be missing, but it must be possible to write it.
     """
     if file is None:
         return 0
@@ -142,7 +142,7 @@ def open_cassette(store: TieredStore, file: str | None) -> int:
 
 
 def read_file(file: str, *, must_exist: bool = False) -> dict[EntryName, Entry]:
-    """What the cassette holds, by bare key; of several clients' answers the newest. Raises CassetteError."""
+    """Return the entries by key without a partition: of several clients' entries the newest. Raises CassetteError."""
     try:
         with _path(file).open("rb") as lines:
             return _newest(without_partition(entry) for entry in read(file, lines))
@@ -157,14 +157,14 @@ def read_file(file: str, *, must_exist: bool = False) -> dict[EntryName, Entry]:
 
 
 def merge_into(file: str, used: Entries) -> int:
-    """Merges entries into the file, which is replaced as a whole or not at all; how many it holds then.
+    """Merge entries into the file and return how many it holds then. The file is replaced as a whole or not at all.
 
-    Nothing it holds is dropped; a newer answer replaces an older one. A line whose answer has not changed stays as it
-    is, and a file that would not change is not touched: what git shows has changed. Raises CassetteError, OSError, or
-    ValueError for what no line can hold.
+    Nothing is dropped; a newer entry replaces an older one. A line whose response has not changed stays as it is, and a
+    file that would not change is not written, so that version control shows only what has changed. Raises
+    CassetteError, OSError, or ValueError for an entry that no line can hold.
     """
     held = read_file(file)
-    merged = held | {name: entry for name, entry in used.items() if _news(held.get(name), entry)}
+    merged = held | {name: entry for name, entry in used.items() if _is_newer(held.get(name), entry)}
     content = b"".join(write(merged.values()))
     path = _path(file)
     if not path.exists() or path.read_bytes() != content:
@@ -173,8 +173,8 @@ def merge_into(file: str, used: Entries) -> int:
 
 
 @contextlib.asynccontextmanager
-async def alone(file: str, clock: Clock) -> AsyncIterator[None]:
-    """One process at a time: a lock on the folder, so that no lock file is left beside the cassette. Raises OSError."""
+async def locked(file: str, clock: Clock) -> AsyncIterator[None]:
+    """Hold a lock on the folder, so that no lock file is left beside the cassette. Raises OSError."""
     handle = os.open(_path(file).parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for _ in range(_LOCK_TRIES):
@@ -187,7 +187,7 @@ async def alone(file: str, clock: Clock) -> AsyncIterator[None]:
         os.close(handle)
 
 
-def _news(held: Entry | None, entry: Entry) -> bool:
+def _is_newer(held: Entry | None, entry: Entry) -> bool:
     if held is None:
         return True
     same = msgspec.structs.replace(entry, stored_at=held.stored_at) == held
@@ -204,7 +204,7 @@ def _newest(entries: Iterable[Entry]) -> dict[EntryName, Entry]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Mode 0600, as of all files the proxy writes (contract 7, Secrets)."""
+    """Replace the file by one of mode 0600, the mode of all files that the proxy writes."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(handle, "wb") as file:
@@ -218,5 +218,5 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _path(file: str) -> Path:
-    """The real name: where the cassette is a link, what it leads to is replaced."""
+    """Return the real path: if the cassette is a link, its target is replaced."""
     return Path(os.path.realpath(os.path.expanduser(file)))

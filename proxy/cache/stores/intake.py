@@ -1,4 +1,4 @@
-"""Entries brought from elsewhere into a store, a few at a time, so that it can write what it was given."""
+"""Import entries into a store, in batches that it can write."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import msgspec
 from ..entry import Entry
 from .interface import Store, StoreError
 
-_FEW = 200
-_FEW_BYTES = 8 * 1024 * 1024
+_BATCH = 200
+_BATCH_BYTES = 8 * 1024 * 1024
 
 
 class ImportResult(msgspec.Struct):
-    """What became of the entries. new, replaced: there was none, or one, before; expired: their time was over;
-    refused: larger than the store takes.
-    """
+    """How many entries were new, replaced another one, had expired, or were refused because they are too large."""
 
     new: int = 0
     replaced: int = 0
@@ -25,28 +23,37 @@ class ImportResult(msgspec.Struct):
 
 
 async def import_entries(
-    store: Store, entries: Iterable[Entry], wall: float, grace: float = 0.0, told: Callable[[], object] = lambda: None
+    store: Store,
+    entries: Iterable[Entry],
+    wall: float,
+    grace: float = 0.0,
+    on_entry: Callable[[], object] = lambda: None,
 ) -> ImportResult:
-    """Puts the entries. wall: now, Unix seconds; grace: as for `Store`; told: called after each. Raises StoreError."""
-    taken = ImportResult()
+    """Put the entries into the store. Raises StoreError.
+
+    wall: now, in Unix seconds.
+    grace: as for `Store`.
+    on_entry: called after each entry.
+    """
+    result = ImportResult()
     count = size = 0
     for entry in entries:
         if entry.expires_at + grace <= wall:
-            taken.expired += 1
+            result.expired += 1
         else:
             there = await store.get(entry.key, entry.form, wall) is not None
             if not store.put(entry):
-                taken.refused += 1
+                result.refused += 1
             elif there:
-                taken.replaced += 1
+                result.replaced += 1
             else:
-                taken.new += 1
+                result.new += 1
             count, size = count + 1, size + entry.size
-        if count >= _FEW or size >= _FEW_BYTES:
+        if count >= _BATCH or size >= _BATCH_BYTES:
             await store.flush()
             count = size = 0
-        told()
+        on_entry()
     await store.flush()
     if (state := (await store.stats())["state"]) != "ok":
         raise StoreError(f"not everything was written: {state}")
-    return taken
+    return result

@@ -1,8 +1,8 @@
-"""Cache backends, one file each, and what they have in common.
+"""What cache backends have in common; each backend is one file.
 
-`memory` is the tier in front of every backend: synchronous, private to the process. `tiered` joins it to the backend
-behind it (sqlite, redis), which is one file here and one line in the table `BACKENDS`; its module is imported only when
-its name is configured. A backend never raises into a request: what is broken, slow, full or absent is a miss.
+`memory` is the tier in front of every backend: synchronous and private to the process. `tiered` joins it with the
+backend behind it (sqlite, redis). A backend is one file here and one line in `build.BACKENDS`, and is imported only if
+it is configured. It never raises into a request: if it is broken, slow, full or absent, the request is a miss.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import msgspec
 from ..entry import Entry
 
 EntryName = tuple[str, str]
-"""Key and form: what an entry is stored under."""
+"""Key and form, under which an entry is stored."""
 
 MAX_CLOCK_SKEW: Final = 300.0
-"""An entry from further in the future than this (seconds) was written by a clock that was wrong: a miss."""
+"""Seconds: an entry stored further in the future than this was written by a wrong clock, and is a miss."""
 
 
 class StoreError(Exception):
-    """Administration could not be done: the store is broken, absent or too slow. Says why, in one line."""
+    """An operator's request failed: the store is broken, absent or too slow. The message says why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which entries: those for which everything that is given holds; without anything, all.
+    """Selects the entries for which everything that is given holds; without anything, all.
 
-    prefix: what the key begins with; model: the one asked for; stored_before: Unix seconds.
+    prefix: what the key begins with.
+    model: the requested one.
+    stored_before: Unix seconds.
     """
 
     key: str | None = None
@@ -56,17 +58,17 @@ class Filter:
 
 ALL: Final = Filter()
 
-MOST_PURGES: Final = 1000
-"""So many purges a store remembers, for `purged`."""
+MAX_PURGES: Final = 1000
+"""How many purges a store remembers, for `purged`."""
 
 
 def purge_text(which: Filter) -> str:
-    """How a store writes down that this was purged."""
+    """Return a filter as a store writes it down after a purge."""
     return msgspec.json.encode(which).decode()
 
 
 def purge_of(text: str | bytes) -> Filter:
-    """What was purged; everything, where another version of the program says it in a way of its own."""
+    """Return the filter of a purge; `ALL` if another version of the program wrote it in another way."""
     try:
         return msgspec.json.decode(text, type=Filter)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -74,83 +76,93 @@ def purge_of(text: str | bytes) -> Filter:
 
 
 class ListedEntry(NamedTuple):
-    """An entry in a list. entry: with an empty body; size: bytes it takes in its store."""
+    """An entry in a list. entry: with an empty body; size: bytes that it takes in its store."""
 
     entry: Entry
     size: int
 
 
 class EntryPage(NamedTuple):
-    """Part of a list. next: where to go on, "" at the end."""
+    """A part of a list. next: where the next page begins; "" at the end."""
 
     entries: list[ListedEntry]
     next: str
 
 
 class Store(Protocol):
-    """A backend. Owned by one event loop. grace: how long past its ttl an entry is still kept (s), inf: for ever."""
+    """A backend, owned by one event loop. grace: seconds for which an entry is kept after its ttl; inf: forever."""
 
     async def open(self) -> None:
-        """Makes it ready, within about a second. Where that fails it serves misses, says so and keeps trying."""
+        """Get ready, within about a second. If that fails, the store logs it, serves misses and keeps trying."""
 
     async def get(self, key: str, form: str, wall: float) -> Entry | None:
-        """The entry, however old: who asks knows whether a stale one may serve. `wall`: now, Unix seconds.
+        """Return the entry, however old it is: the caller decides whether a stale one may serve.
 
-        None: there is none, or the store cannot tell. Never raises; a caller who is cancelled harms nobody.
+        Returns None if there is none, or if the store does not work. It never raises, and may be cancelled.
+
+        wall: now, in Unix seconds.
         """
 
     async def get_many(self, keys: Sequence[str], form: str, wall: float) -> list[Entry | None] | None:
-        """The same for several, in about the time of one. None: the store cannot tell, and more need not be asked."""
+        """Return several entries, in about the time of one. None: the store does not work, so do not ask again."""
 
     async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
-        """As `get`, by the bare key (core/entry.py): of several clients' answers the one stored last."""
+        """Return the entry that was stored last by any client under a key without a partition (`Entry.bare`)."""
 
     def put(self, entry: Entry) -> bool:
-        """Takes the entry, to be written soon, in place of an older one; never waits. False: it will not be kept."""
+        """Take an entry, to write it soon and replace an older one. Returns False if it will not be kept."""
 
     def touch(self, key: str, form: str) -> None:
-        """Tells that a tier in front served this entry, so that it does not count as unused. Never waits."""
+        """Note that a tier in front served this entry, so that it does not count as unused."""
 
     async def purge(self, which: Filter, dry_run: bool = False) -> int:
-        """Drops what was put so far and matches; how many (with dry_run: would be). Raises StoreError.
+        """Delete the entries that match and return how many they are. Raises StoreError.
 
-        Every process that uses the store hears of it by `purged`.
+        Every process that uses the store learns of it by `purged`.
+
+        dry_run: count only.
         """
 
     async def purged(self) -> list[Filter]:
-        """What was purged, by whichever process, since this was last asked, or since the store was opened.
+        """Return what any process has purged since the last call, or since the store was opened.
 
-        More than that where the store cannot tell. Never raises: what is not said now is said later.
+        It may return more than that. It never raises: what is not returned now is returned later.
         """
 
     async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
-        """Those of `names` that are there, whole, in no order; they do not count as used. Raises StoreError."""
+        """Return those of `names` that exist, in no order. They do not count as used. Raises StoreError."""
 
     async def list(self, which: Filter = ALL, after: str = "", limit: int = 500) -> EntryPage:
-        """About `limit` matching entries, in no order; `after`: the page before's `next`. Raises StoreError.
+        """Return about `limit` matching entries, in no order. Raises StoreError.
 
-        Entries put or dropped between two pages may be missing; one that is there all along is listed.
+        Entries that are stored or deleted between two pages may be missing.
+
+        after: `next` of the page before.
         """
 
     @property
     def errors(self) -> int:
-        """Reads and writes that failed so far."""
+        """Return how many reads and writes have failed so far."""
 
     async def stats(self) -> dict[str, int | str]:
-        """Counts so far, what there is, and `state`: "ok" or what is wrong. Never raises."""
+        """Return counts so far, the store's size, and `state`: "ok" or what is wrong. It never raises."""
 
     async def flush(self) -> None:
-        """Returns when everything put so far was written, or could not be."""
+        """Wait until everything put so far was written, or could not be."""
 
     async def close(self) -> None:
-        """Flushes, within a few seconds, and lets go. Nothing may be asked of it afterwards."""
+        """Flush, within a few seconds, and release all resources. The store cannot be used afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Where a backend keeps entries, and how much: each takes what it needs.
+    """Where a backend keeps entries, and how much. Each backend takes what it needs.
 
-    path: of the file; max_size, max_entry: bytes; redis_url: a secret; grace: as for `Store`; wall: the clock.
+    path: the file.
+    max_size, max_entry: bytes, of all entries and of one body.
+    redis_url: a secret.
+    wall: returns Unix seconds.
+    max_stale: seconds for which an entry is kept after its ttl; inf: forever.
     """
 
     path: str
@@ -163,5 +175,5 @@ class StoreOptions:
 
 
 def plausible(entry: Entry, wall: float, grace: float) -> bool:
-    """Whether its age can be told at `wall` (Unix seconds). Where nothing ages (grace: inf), it need not be."""
+    """Return whether an entry's age is plausible at `wall` (Unix seconds). grace: if inf, age does not matter."""
     return entry.stored_at - wall <= MAX_CLOCK_SKEW or grace == math.inf

@@ -1,4 +1,4 @@
-"""The memory tier: least recently used out first, bounded by real bytes, synchronous: a hit never waits."""
+"""The cache in memory: synchronous, bounded in bytes; the least recently used entry is evicted first."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from .interface import EntryName, Filter, ListedEntry
 
 
 class MemoryStore:
-    """Entries by key and form. Owned by one event loop; every method ends without waiting, so none locks.
+    """Entries by key and form, owned by one event loop. No method waits, so none needs a lock.
 
-    max_bytes: what all entries may take together, overhead included; max_entry: the longest body kept.
-    Age is not judged on reading: who asks knows whether a stale entry may still serve.
+    The caller decides whether a stale entry may serve.
+
+    max_bytes: bytes of all entries together, overhead included.
+    max_entry: bytes of the longest body that is kept.
     """
 
     def __init__(self, max_bytes: int, max_entry: int) -> None:
@@ -26,11 +28,11 @@ class MemoryStore:
         self._evictions = 0
         self._expirations = 0
         self._entries: OrderedDict[EntryName, Entry] = OrderedDict()  # least recently used first
-        # By end of life. Lines of entries that went another way stay until they are due or too many.
-        self._calendar: list[tuple[float, EntryName]] = []
+        # A heap by end of life. Entries that are gone stay in it until they are due or too many.
+        self._expiry: list[tuple[float, EntryName]] = []
 
     def get(self, key: str, form: str) -> Entry | None:
-        """The entry, now the most recently used. One that names another key or form is dropped: None."""
+        """Return the entry and make it the most recently used. One that names another key or form is deleted."""
         name = (key, form)
         entry = self._entries.get(name)
         if entry is None:
@@ -42,7 +44,7 @@ class MemoryStore:
         return entry
 
     def put(self, entry: Entry) -> bool:
-        """Stores the entry in place of an older one, evicting others for room. False: it is too large."""
+        """Store the entry, replace an older one, and evict others for room. Returns False if it is too large."""
         size = entry.size
         if size > self._max_bytes or len(entry.body) > self._max_entry:
             return False
@@ -55,20 +57,21 @@ class MemoryStore:
             self._evictions += 1
         self._entries[name] = entry
         self._bytes += size
-        heapq.heappush(self._calendar, (entry.expires_at, name))
-        if len(self._calendar) > 2 * len(self._entries) + 64:
-            self._calendar = [(kept.expires_at, name) for name, kept in self._entries.items()]
-            heapq.heapify(self._calendar)
+        heapq.heappush(self._expiry, (entry.expires_at, name))
+        if len(self._expiry) > 2 * len(self._entries) + 64:
+            self._expiry = [(kept.expires_at, name) for name, kept in self._entries.items()]
+            heapq.heapify(self._expiry)
         return True
 
     def sweep(self, wall: float, limit: int = 1000, grace: float = 0.0) -> int:
-        """Drops entries whose lifetime ended `grace` seconds or more before `wall`; how many.
+        """Delete entries whose lifetime ended `grace` seconds or more before `wall`, and return how many.
 
-        At most `limit`: when it drops as many as that, there may be more.
+        wall: now, in Unix seconds.
+        limit: delete at most this many; if as many are deleted, there may be more.
         """
         dropped = 0
-        while dropped < limit and self._calendar and self._calendar[0][0] + grace <= wall:
-            end, name = heapq.heappop(self._calendar)
+        while dropped < limit and self._expiry and self._expiry[0][0] + grace <= wall:
+            end, name = heapq.heappop(self._expiry)
             entry = self._entries.get(name)
             if entry is not None and entry.expires_at == end:
                 self._remove(name)
@@ -77,26 +80,26 @@ class MemoryStore:
         return dropped
 
     def matching(self, which: Filter) -> list[EntryName]:
-        """The names of what matches. Walks over everything: for administration."""
+        """Return the names of the entries that match. It reads all entries: for operators' requests."""
         return [name for name, entry in self._entries.items() if which.matches(entry)]
 
     def remove(self, names: Iterable[EntryName]) -> int:
-        """Drops those of `names` that are there; how many."""
+        """Delete those of `names` that exist, and return how many."""
         present = [name for name in names if name in self._entries]
         for name in present:
             self._remove(name)
         return len(present)
 
     def listed(self, names: Iterable[EntryName]) -> list[ListedEntry]:
-        """Those of `names` that are there, less their bodies. They do not count as used."""
+        """Return those of `names` that exist, without their bodies. They do not count as used."""
         return [ListedEntry(msgspec.structs.replace(entry, body=b""), entry.size) for entry in self.read(names)]
 
     def read(self, names: Iterable[EntryName]) -> list[Entry]:
-        """Those of `names` that are there. They do not count as used."""
+        """Return those of `names` that exist. They do not count as used."""
         return [entry for name in names if (entry := self._entries.get(name)) is not None]
 
     def stats(self) -> dict[str, int]:
-        """entries, bytes, max_bytes; evictions (for room) and expirations (by age) so far."""
+        """Return entries, bytes and max_bytes, and how many evictions and expirations there were so far."""
         return {
             "entries": len(self._entries),
             "bytes": self._bytes,

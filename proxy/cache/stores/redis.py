@@ -1,9 +1,9 @@
-"""The cache in Redis, shared by processes and machines. Imported only where it is configured.
+"""The cache in Redis, shared by processes and machines.
 
-No request pays for Redis' troubles: a read has a deadline of its own and runs in a task of its own, which a caller who
-leaves does not interrupt, so that no connection is left one reply behind. After a few failures in a row nobody asks any
-more, while a probe in the background does. Every key has a lifetime; an operation touches one key, so that any cluster
-will do. Values name their own key and are checked (core/envelope.py).
+Errors of Redis do not reach requests. A read has a deadline and runs in a task of its own; cancelling the caller does
+not interrupt it, so that no connection is left with an unread reply. After a few failures in a row Redis is not asked
+until a probe in the background succeeds. Every key expires. A command touches one key, so that a cluster can be used.
+Values contain their own key and are checked (`cache/codec.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..codec import FRAME_SIZE, VERSION, decode, describe, encode, head_size
 from ..entry import Entry
 from .interface import (
     ALL,
-    MOST_PURGES,
+    MAX_PURGES,
     EntryName,
     EntryPage,
     Filter,
@@ -43,27 +43,32 @@ log = logging.getLogger("proxy.cache")
 DEADLINE: Final = 0.09
 """Seconds a request waits for a read, at most."""
 
-MOST_PENDING: Final = 5000
-MOST_PENDING_BYTES: Final = 64 * 1024 * 1024
-LONGEST_PREFIX: Final = 64
-"""Bytes: a key is then at most 140 long."""
+MAX_PENDING: Final = 5000
+MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
+MAX_PREFIX: Final = 64
+"""Bytes of `redis.prefix`; a key is then at most 140 bytes long."""
 
 _WRITERS: Final = 4
 _REFUSED_PAUSE: Final = 5.0
 _ADMIN: Final = 5.0
 _CLOSING: Final = 3.0
-_LONGEST_LIFE: Final = 10 * 365 * 86400.0
+_MAX_LIFETIME: Final = 10 * 365 * 86400.0
 _HEAD_GUESS: Final = 2048
 _FORMS: Final = ("json", "sse")
 _PURGES_KEPT: Final = 86400
-"""Seconds since the last purge; Redis cannot be out of reach for so long and still have what was purged in memory."""
+"""Seconds for which purges are kept after the last one: longer than any process stays cut off from Redis."""
 
 
 class RedisStore:
-    """url: redis://, rediss:// or unix://, a secret; prefix: of every key; max_entry: the longest body kept (bytes).
+    """The cache in one Redis.
 
-    grace: seconds an entry is kept past its ttl, inf: for ten years; deadline: seconds a read may take.
-    Raises ValueError, without the URL's text, where url or prefix cannot be used.
+    url: redis://, rediss:// or unix://; a secret.
+    prefix: the start of every key.
+    max_entry: bytes of the longest body that is kept.
+    grace: seconds for which an entry is kept after its ttl; inf: ten years.
+    deadline: seconds that a read may take.
+    wall: returns Unix seconds.
+    Raises ValueError, without the URL's text, if url or prefix cannot be used.
     """
 
     def __init__(
@@ -75,14 +80,14 @@ class RedisStore:
         deadline: float = DEADLINE,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        if not 0 < len(prefix.encode()) <= LONGEST_PREFIX:
-            raise ValueError(f"redis.prefix: between 1 and {LONGEST_PREFIX} bytes, found {len(prefix.encode())}")
+        if not 0 < len(prefix.encode()) <= MAX_PREFIX:
+            raise ValueError(f"redis.prefix: between 1 and {MAX_PREFIX} bytes, found {len(prefix.encode())}")
         self.link = RedisConnection(url, deadline)
         self._redis = self.link.redis
         self._start = f"{prefix}:c{VERSION}:"
         self._pointers = f"{prefix}:b{VERSION}:"
         self._purges = f"{prefix}:purges"
-        self._heard = "-"  # the last purge that `purged` told of, "-": the one before all there are
+        self._heard = "-"  # the last purge that `purged` returned; "-": none yet
         self._max_entry = max_entry
         self._grace = grace
         self._deadline = deadline
@@ -97,15 +102,15 @@ class RedisStore:
 
     @property
     def up(self) -> bool:
-        """Whether Redis is asked at all; while it is not, everything is a miss at once."""
+        """Return whether Redis is asked at all; while it is not, everything is a miss at once."""
         return self.link.up
 
     def key_of(self, name: EntryName) -> str:
-        """The Redis key: at most 160 bytes, whatever the entry's is."""
+        """Return the Redis key of an entry: at most 140 bytes, however long the entry's key is."""
         return self._start + _short(name)
 
     def pointer_of(self, name: EntryName) -> str:
-        """The Redis key that says which entry was stored last under a bare key and a form."""
+        """Return the Redis key that names the entry stored last under a key without a partition, and a form."""
         return self._pointers + _short(name)
 
     async def open(self) -> None:
@@ -131,10 +136,10 @@ class RedisStore:
         names = [(key, form) for key in keys]
         entries = [self._pending.get(name) or self._writing.get(name) for name in names]
         left = [at for at, entry in enumerate(entries) if entry is None]
-        if left and self.link.in_doubt:  # the batch as a whole was asked for just now, and in vain: once is enough
+        if left and self.link.in_doubt:  # the batch as a whole was just asked for in vain
             return None
         if left:
-            # GETs in a pipeline, not an MGET: in a cluster their keys lie in different slots.
+            # GETs in a pipeline, not an MGET: in a cluster the keys are in different slots.
             pipeline = self._redis.pipeline(transaction=False)
             for at in left:
                 pipeline.get(self.key_of(names[at]))
@@ -166,7 +171,7 @@ class RedisStore:
     async def _value(self, redis_key: str) -> bytes | None:
         try:
             value = await self.link.run(lambda: self._redis.get(redis_key), self._deadline)
-        except ResponseError as error:  # the link works, but this cannot be read: NOPERM, MOVED, WRONGTYPE
+        except ResponseError as error:  # Redis works, but this cannot be read: NOPERM, MOVED, WRONGTYPE
             self.link.complain(f"refuses a read: {error}")
             return None
         except (RedisError, OSError, TimeoutError):
@@ -184,7 +189,7 @@ class RedisStore:
 
     async def _rejected(self, blob: bytes) -> None:
         self._counts["rejected"] += 1
-        if describe(blob) is not None:  # another entry: was this the answer to another question?
+        if describe(blob) is not None:  # another entry: this may be the reply to another command
             await self.link.drop_connections(busy=True)
 
     def put(self, entry: Entry) -> bool:
@@ -192,7 +197,7 @@ class RedisStore:
         if len(entry.body) > self._max_entry:
             return False
         self._forget_pending(name)
-        full = len(self._pending) >= MOST_PENDING or self._pending_bytes + size > MOST_PENDING_BYTES
+        full = len(self._pending) >= MAX_PENDING or self._pending_bytes + size > MAX_PENDING_BYTES
         if not self.link.up or full or time.monotonic() < self._refused_until:
             self._counts["dropped"] += 1
             return False
@@ -223,7 +228,7 @@ class RedisStore:
                     del self._writing[name]
 
     async def _write(self, name: EntryName, entry: Entry) -> None:
-        life = min(entry.expires_at + self._grace - self._wall(), _LONGEST_LIFE)
+        life = min(entry.expires_at + self._grace - self._wall(), _MAX_LIFETIME)
         if life <= 0 or not self.link.up or time.monotonic() < self._refused_until:
             self._counts["dropped"] += 1
             return
@@ -234,14 +239,14 @@ class RedisStore:
             if entry.bare:
                 pointer = self.pointer_of((entry.bare, entry.form))
                 await self.link.run(lambda: self._redis.set(pointer, entry.key, px=milliseconds), DEADLINE_MAX)
-        except ResponseError as error:  # OOM, READONLY, MISCONF, NOPERM: reads go on, writes pause
+        except ResponseError as error:  # OOM, READONLY, MISCONF, NOPERM: only writes pause
             self._counts["dropped"] += 1
             self._refused_until = time.monotonic() + _REFUSED_PAUSE
             if not self._refused:
-                log.warning("redis cache: takes no entries (%s); stored answers are still read", error)
+                log.warning("redis cache: takes no entries (%s); stored responses are still read", error)
             self._refused = str(error)
             if isinstance(error, ReadOnlyError):
-                await self.link.drop_connections()  # a replica now: let the name be looked up anew
+                await self.link.drop_connections()  # it has become a replica: look its name up again
         except (RedisError, OSError, TimeoutError):
             self._counts["dropped"] += 1
         else:
@@ -251,7 +256,7 @@ class RedisStore:
                 self._refused = ""
 
     def touch(self, key: str, form: str) -> None:
-        """Redis has its own notion of use."""
+        """Do nothing: Redis notes by itself what is used."""
 
     # -- administration -----------------------------------------------------------------------------------------------
 
@@ -260,7 +265,7 @@ class RedisStore:
         dropped, seen, cursor = 0, set[bytes](), -1
         while cursor:
             cursor, keys = await self._scan(which, max(cursor, 0), 1000)
-            if which != ALL:  # else whatever stands under our names goes, readable or not
+            if which != ALL:  # otherwise everything under our prefix goes, readable or not
                 keys = [key for key, _, _ in await self._heads(which, keys)]
             if dry_run:
                 seen.update(hashlib.blake2b(key, digest_size=12).digest() for key in keys)
@@ -268,15 +273,15 @@ class RedisStore:
                 dropped += sum(await self._each("unlink", keys))
         if dry_run:
             return len(seen)
-        said: dict[Any, Any] = {"which": purge_text(which)}
-        await self._admin(lambda: self._redis.xadd(self._purges, said, maxlen=MOST_PURGES, approximate=False))
+        note: dict[Any, Any] = {"which": purge_text(which)}
+        await self._admin(lambda: self._redis.xadd(self._purges, note, maxlen=MAX_PURGES, approximate=False))
         await self._admin(lambda: self._redis.expire(self._purges, _PURGES_KEPT))
         return dropped
 
     async def purged(self) -> list[Filter]:
         heard = self._heard
         try:
-            lines = await self._admin(lambda: self._redis.xrange(self._purges, min=heard, count=MOST_PURGES + 1))
+            lines = await self._admin(lambda: self._redis.xrange(self._purges, min=heard, count=MAX_PURGES + 1))
         except StoreError:
             return []
         if not lines:
@@ -284,8 +289,8 @@ class RedisStore:
         self._heard = lines[-1][0].decode()
         if lines[0][0].decode() == heard:
             del lines[0]
-        elif heard != "-" and len(lines) >= MOST_PURGES:
-            return [ALL]  # some are forgotten already
+        elif heard != "-" and len(lines) >= MAX_PURGES:
+            return [ALL]  # some are no longer remembered
         return [purge_of(fields.get(b"which", b"")) for _, fields in lines]
 
     async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
@@ -314,7 +319,7 @@ class RedisStore:
                 cursor, keys = await self._scan(ALL, max(cursor, 0), 1000)
                 seen.update(keys)
                 if time.monotonic() > until:
-                    return found  # too many to be counted just now
+                    return found  # too many to be counted in time
             if self.link.up:
                 found["entries"] = len(seen)
         return found
@@ -332,15 +337,15 @@ class RedisStore:
         await self.link.close()
 
     async def _scan(self, which: Filter, cursor: int, count: int) -> tuple[int, Sequence[bytes]]:
-        """(the next cursor, some keys). With `which.key`: both its forms at once."""
+        """Return (the next cursor, some keys). With `which.key`: both its forms at once."""
         if which.key is not None:
             return 0, [self.key_of((which.key, form)).encode() for form in _FORMS]
         pattern = re.sub(r"([*?\[\]\\^])", r"\\\1", self._start) + "*"
-        answer = await self._admin(lambda: self._redis.scan(cursor, match=pattern, count=count))
-        return int(answer[0]), list(answer[1])
+        reply = await self._admin(lambda: self._redis.scan(cursor, match=pattern, count=count))
+        return int(reply[0]), list(reply[1])
 
     async def _heads(self, which: Filter, keys: Sequence[bytes]) -> Sequence[tuple[bytes, Entry, int]]:
-        """(key, entry less its body, size) of those that match; what is no entry of ours does not."""
+        """Return (key, entry without its body, size) of the entries that match; values of other programs do not."""
         starts = await self._each("getrange", keys, 0, _HEAD_GUESS - 1)
         sizes = await self._each("strlen", keys)
         found = []
@@ -354,7 +359,7 @@ class RedisStore:
         return found
 
     async def _each(self, command: str, keys: Sequence[bytes], *values: int) -> Sequence[Any]:
-        """One command for each key, sent together but not as a transaction. Answers that are errors count as empty."""
+        """Send one command for each key, together but not as a transaction. Error replies count as empty."""
         if not keys:
             return []
 
@@ -364,8 +369,8 @@ class RedisStore:
                     pipeline.execute_command(command.upper(), key, *values)
                 return await pipeline.execute(raise_on_error=False)
 
-        answers = await self._admin(run)
-        return [0 if isinstance(answer, Exception) else answer for answer in answers]
+        replies = await self._admin(run)
+        return [0 if isinstance(reply, Exception) else reply for reply in replies]
 
     async def _admin(self, command: Callable[[], Awaitable[Any]]) -> Any:
         if not self.link.up:

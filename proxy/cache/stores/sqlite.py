@@ -1,7 +1,8 @@
 """The cache on disk: one SQLite file in WAL mode, shared by any number of processes of one machine.
 
-Reads happen on the loop, in microseconds, on a connection that cannot write; long answers are read in a thread. Writes
-gather and are made by one thread (sqlite_writer.py). A WAL file needs shared memory: no network file systems.
+Reads are done on the event loop, in microseconds, on a connection that cannot write; long responses are read in a
+thread. Writes are collected and done by one thread (`sqlite_writer.py`). WAL needs shared memory, so the file cannot be
+on a network file system.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..codec import decode, describe
 from ..entry import Entry
 from .interface import (
     ALL,
-    MOST_PURGES,
+    MAX_PURGES,
     EntryName,
     EntryPage,
     Filter,
@@ -37,19 +38,19 @@ from .sqlite_writer import CacheWriter
 T = TypeVar("T")
 
 INLINE: Final = 128 * 1024
-"""Stored answers up to this (bytes, packed) are read on the loop; longer ones in a thread."""
+"""Stored responses up to this size (bytes, compressed) are read on the event loop; longer ones in a thread."""
 
 DEADLINE: Final = 0.09
-"""Seconds a long read may take before it counts as a miss."""
+"""Seconds that a long read may take before it counts as a miss."""
 
 OPENING: Final = 2.0
 CLOSING: Final = 5.0
 
 _BUSY: Final = 0.01
-"""Seconds a read on the loop waits for a lock; readers of a WAL need one only while it is being recovered."""
+"""Seconds a read on the event loop waits for a lock. Readers of a WAL need one only while it is being recovered."""
 
 _ADMIN_BUSY: Final = 5.0
-# A body that is not asked for is not read.
+# SQLite does not read a body that is not selected.
 _GET: Final = f"SELECT head, CASE WHEN size <= {INLINE} THEN body END FROM {TABLE} WHERE key=? AND form=?"
 _GET_LONG: Final = f"SELECT head, body FROM {TABLE} WHERE key=? AND form=?"
 _NEWEST: Final = f"""
@@ -59,13 +60,17 @@ ORDER BY stored_at DESC LIMIT 1"""
 _PURGED: Final = f"SELECT number, which FROM {PURGES} WHERE number >= ? ORDER BY number"
 _CHUNK: Final = 500
 _PURGE_CHUNK: Final = 5000
-"""Entries dropped in one transaction: about 0.1 s, in which no process can write. Fewer make a large purge longer."""
+"""Entries deleted in one transaction, which takes about 0.1 s; no other process can write in that time."""
 
 
 class SQLiteStore:
-    """path: the file, `~` expanded; max_size: bytes it may take; max_entry: the longest body kept (bytes).
+    """The cache in one SQLite file.
 
-    grace: seconds an entry is kept past its ttl, inf: for ever; wall: the clock, Unix seconds.
+    path: the file; `~` is expanded.
+    max_size: bytes that it may take.
+    max_entry: bytes of the longest body that is kept.
+    grace: seconds for which an entry is kept after its ttl; inf: forever.
+    wall: returns Unix seconds.
     """
 
     def __init__(
@@ -76,15 +81,15 @@ class SQLiteStore:
         grace: float = 0.0,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        # The real name: the file moved aside, and its lock, must stand beside it.
+        # The real path: a file that is moved aside, and the lock, must be beside it.
         self.path = Path(os.path.realpath(os.path.expanduser(path)))
         self._max_size = max_size
         self._max_entry = min(max_entry, max_size // 4)
         self._grace = grace
         self._writer = CacheWriter(self.path, max_size, grace, wall)
         self._reader: sqlite3.Connection | None = None
-        self._reading = 0  # the generation of the file the reader is for
-        self._heard = (0, 0)  # the generation of the file, and its last purge that `purged` told of
+        self._reading = 0  # the generation of the file that the reader has open
+        self._heard = (0, 0)  # the generation of the file, and the last purge that `purged` returned
         self._counts = {"hits": 0, "misses": 0, "rejected": 0, "read_errors": 0}
 
     async def open(self) -> None:
@@ -114,12 +119,12 @@ class SQLiteStore:
             found.append(await self.get(key, form, wall))
             if self._counts["read_errors"] > errors:
                 return None
-            await asyncio.sleep(0)  # reading a row is no waiting: others have their turn
+            await asyncio.sleep(0)  # reading a row does not wait: let other tasks run
         return found
 
     async def newest(self, bare: str, form: str, wall: float) -> Entry | None:
         generation, key = self._writer.generation, bare
-        with contextlib.suppress(sqlite3.Error):  # `get` meets the same trouble, and sees to it
+        with contextlib.suppress(sqlite3.Error):  # `get` meets the same error and handles it
             asked = {"bare": bare, "form": form}
             found = self._connection(generation).execute(_NEWEST, asked).fetchall() if generation else []
             key = found[0][0] if found else bare
@@ -171,7 +176,7 @@ class SQLiteStore:
 
     async def purge(self, which: Filter, dry_run: bool = False) -> int:
         if not dry_run:
-            return await _outcome(self._writer.submit(lambda connection: _purge(connection, which)))
+            return await _result(self._writer.submit(lambda connection: _purge(connection, which)))
         await self.flush()
         return await self._ask(lambda connection: _count(connection, which))
 
@@ -179,7 +184,7 @@ class SQLiteStore:
         generation = self._writer.generation
         if not generation:
             return []
-        heard = self._heard[1] if self._heard[0] == generation else 0  # a new file counts anew
+        heard = self._heard[1] if self._heard[0] == generation else 0  # a new file numbers anew
         try:
             rows = self._connection(generation).execute(_PURGED, (heard,)).fetchall()
         except sqlite3.Error:
@@ -187,7 +192,7 @@ class SQLiteStore:
             return []
         self._heard = generation, rows[-1][0] if rows else heard
         if rows and rows[0][0] > heard + 1:
-            return [ALL]  # some are forgotten already
+            return [ALL]  # some are no longer remembered
         return [purge_of(which) for number, which in rows if number > heard]
 
     async def read(self, names: Sequence[EntryName]) -> Sequence[Entry]:
@@ -211,14 +216,14 @@ class SQLiteStore:
 
     async def flush(self) -> None:
         with contextlib.suppress(StoreError):
-            await _outcome(self._writer.submit(lambda _: None))
+            await _result(self._writer.submit(lambda _: None))
 
     async def close(self) -> None:
-        self._close_reader()  # first: the last connection to close tidies the log up
+        self._close_reader()  # first, since the last connection to close cleans up the log
         await asyncio.to_thread(self._writer.close, CLOSING)
 
     async def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
-        """Answers a question on a connection of its own, in a thread. Raises StoreError."""
+        """Return the answer to a question, asked in a thread on a connection of its own. Raises StoreError."""
         if not self._writer.generation:
             raise StoreError(f"cache file {self.path}: {self._writer.state}")
         return await asyncio.to_thread(_answer, self.path, question)
@@ -229,7 +234,7 @@ class SQLiteStore:
             self._reader = None
 
 
-async def _outcome(future: Future[T]) -> T:
+async def _result(future: Future[T]) -> T:
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
@@ -254,7 +259,7 @@ def _answer(path: Path, question: Callable[[sqlite3.Connection], T]) -> T:
 
 
 def _condition(which: Filter) -> tuple[str, list[Any]]:
-    """The WHERE clause and its values. The columns are ours, the values are parameters."""
+    """Return the WHERE clause and its values. Column names are fixed; values are parameters."""
     terms, values = ["rowid > ?"], []
     for column in ("key", "endpoint", "model", "namespace"):
         value = getattr(which, column)
@@ -274,7 +279,7 @@ def _condition(which: Filter) -> tuple[str, list[Any]]:
 
 
 def _purge(connection: sqlite3.Connection, which: Filter) -> int:
-    """In chunks, each its own transaction, so that other processes can write in between."""
+    """Delete in chunks, each its own transaction, so that other processes can write in between."""
     condition, values = _condition(which)
     dropped = last = 0
     while True:
@@ -286,9 +291,9 @@ def _purge(connection: sqlite3.Connection, which: Filter) -> int:
         dropped += connection.executemany(f"DELETE FROM {TABLE} WHERE rowid=?", rows).rowcount
         connection.execute("COMMIT")
         last = rows[-1][0]
-    # At the end: who hears of it finds nothing here any more that could come back.
+    # At the end, so that a process that learns of it finds nothing here that it could put back into memory.
     number = connection.execute(f"INSERT INTO {PURGES} (which) VALUES (?)", (purge_text(which),)).lastrowid or 0
-    connection.execute(f"DELETE FROM {PURGES} WHERE number <= ?", (number - MOST_PURGES,))
+    connection.execute(f"DELETE FROM {PURGES} WHERE number <= ?", (number - MAX_PURGES,))
     return dropped
 
 

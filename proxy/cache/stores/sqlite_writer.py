@@ -20,14 +20,14 @@ from .sqlite_file import LAYOUT, TABLE, tag_text
 
 T = TypeVar("T")
 
-MOST_PENDING: Final = 5000
-MOST_PENDING_BYTES: Final = 64 * 1024 * 1024
+MAX_PENDING: Final = 5000
+MAX_PENDING_BYTES: Final = 64 * 1024 * 1024
 
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 _SWEEP_EVERY: Final = 60.0
 _TOUCH_EVERY: Final = 10.0
 _CHUNK: Final = 500
-_LONGEST_EVICTION: Final = 4 * _CHUNK
+_MAX_EVICTION: Final = 4 * _CHUNK
 
 _PUT: Final = f"""
 INSERT INTO {TABLE} (key, form, endpoint, model, namespace, tags, stored_at, ends_at, used, size, head, body, bare)
@@ -71,10 +71,10 @@ class CacheWriter(SQLiteWriter):
     # -- from any thread ----------------------------------------------------------------------------------------------
 
     def start(self) -> Future[None]:
-        """Starts the thread. The future is done after the first attempt to open the file."""
-        tried = self.submit(lambda _: None)
+        """Start the thread. The future is done after the first attempt to open the file."""
+        attempt = self.submit(lambda _: None)
         self._thread.start()
-        return tried
+        return attempt
 
     def put(self, entry: Entry) -> bool:
         name = (entry.key, entry.form)
@@ -84,7 +84,7 @@ class CacheWriter(SQLiteWriter):
                 self._pending_bytes -= old.size
                 self._taken += 1
             size = entry.size
-            full = len(self._pending) >= MOST_PENDING or self._pending_bytes + size > MOST_PENDING_BYTES
+            full = len(self._pending) >= MAX_PENDING or self._pending_bytes + size > MAX_PENDING_BYTES
             if full or self._closing:
                 self.lost += 1
                 return False
@@ -95,17 +95,18 @@ class CacheWriter(SQLiteWriter):
             return True
 
     def waiting(self, name: EntryName) -> Entry | None:
-        """The entry, when it was put but is not yet in the file."""
+        """Return an entry that was put but is not yet in the file."""
         with self._wake:
             return self._pending.get(name) or self._writing.get(name)
 
     def touch(self, name: EntryName) -> None:
-        touched = self._touched  # the thread swaps the dict: what goes into the old one meanwhile may be lost, no more
-        if len(touched) < 10 * MOST_PENDING:
+        """Note that an entry was used. Notes may be lost while the thread swaps the dict, which does no harm."""
+        touched = self._touched
+        if len(touched) < 10 * MAX_PENDING:
             touched[name] = None
 
     def submit(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
-        """Runs `job` in the thread, after everything put so far. The future raises StoreError in trouble."""
+        """Run `job` in the thread, after everything put so far. The future raises StoreError if the file fails."""
         future: Future[T] = Future()
         with self._wake:
             if self._closing:
@@ -116,7 +117,7 @@ class CacheWriter(SQLiteWriter):
         return future
 
     def suspect(self, generation: int) -> None:
-        """A reader found damage in this opening of the file."""
+        """Note that a reader found damage in this generation of the file."""
         with self._wake:
             self._suspected = generation
             self._wake.notify()
@@ -214,7 +215,7 @@ class CacheWriter(SQLiteWriter):
         try:
             head, body = encode(entry)
         except Exception as error:
-            self.log.error("an entry cannot be written: %r", error)
+            self.log.error("a cache entry cannot be written: %r", error)
             self.lost += 1
             return None
         tags = "".join(map(tag_text, entry.tags))
@@ -222,12 +223,12 @@ class CacheWriter(SQLiteWriter):
         return (*where, entry.stored_at, entry.expires_at, len(head) + len(body), head, body, entry.bare)
 
     def _now(self) -> float:
-        """The wall clock, but never twice the same: entries of one batch keep their order."""
+        """Return the wall clock, but never the same value twice: entries of one batch keep their order."""
         self._last_use = max(self._wall(), self._last_use + 1e-6)
         return self._last_use
 
     def _make_room(self, connection: sqlite3.Connection) -> int:
-        """Drops the least recently used until the file's content leaves room for the next batch; how many."""
+        """Evict the least recently used until there is room for the next batch, and return how many entries."""
         dropped = 0
         while (over := files.used_bytes(connection) - (self._max_size - self._batch_bytes)) > 0:
             wanted = over + self._max_size // 100
@@ -241,12 +242,12 @@ class CacheWriter(SQLiteWriter):
                 break
             connection.executemany(_DROP, rows)
             dropped += len(rows)
-            if dropped >= _LONGEST_EVICTION:
-                break  # the bound was lowered: in steps, so that no transaction becomes long
+            if dropped >= _MAX_EVICTION:
+                break  # the bound was lowered: go on in the next round, so that no transaction becomes long
         return dropped
 
     def _sweep(self, connection: sqlite3.Connection) -> None:
-        """Drops what has expired, a chunk a round, and gives room that is left over back to the disk."""
+        """Delete what has expired, a chunk in each round, and return free space to the disk."""
         dropped = 0
         if self._grace != math.inf:
             dropped = connection.execute(_SWEEP, (self._wall() - self._grace,)).rowcount
@@ -255,7 +256,7 @@ class CacheWriter(SQLiteWriter):
         evicted = self._make_room(connection)
         connection.execute("COMMIT")
         self._evictions += evicted
-        if dropped < _CHUNK and evicted < _LONGEST_EVICTION:  # else the next round goes on
+        if dropped < _CHUNK and evicted < _MAX_EVICTION:  # otherwise the next round goes on
             self._sweep_at = time.monotonic() + _SWEEP_EVERY
             if (free := files.free_pages(connection)) * 4 * files.page_size(connection) > self._max_size // 16:
                 connection.executescript(f"PRAGMA incremental_vacuum({max(1, free // 2)})")  # execute() stops at a page

@@ -112,7 +112,7 @@ class LocalCache:
         return await self._store.purge(_filter(filters), dry_run)
 
     async def add(self, entries: Iterable[Entry], on_progress: Callable[[], object]) -> ImportResult:
-        return await import_entries(self._store, entries, SYSTEM_CLOCK.wall(), told=on_progress)
+        return await import_entries(self._store, entries, SYSTEM_CLOCK.wall(), on_entry=on_progress)
 
 
 def _filter(filters: FilterArguments) -> Filter:

@@ -93,12 +93,12 @@ class CrossProcessFlight:
         try:
             while True:
                 state = await self._locks.acquire(name, token, LEASE)
-                if state == "mine":
+                if state == "acquired":
                     lock = FetchLock(self._locks, self._store, clock, name, token)
                     if waited and (hit := await self._lookup(request, plan, lock)) is not None:
                         return hit
                     return lock
-                if state == "open" or clock.monotonic() + pause >= until:
+                if state == "unavailable" or clock.monotonic() + pause >= until:
                     return None
                 waited = True
                 await clock.sleep(pause)

@@ -1,6 +1,7 @@
-"""Short leases in Redis: `SET NX PX` with a token, given back and renewed by whoever holds that token alone.
+"""Short locks in Redis: `SET NX PX` with a token; only the holder of the token can renew or release the lock.
 
-One key an operation, so any cluster will do; every key has a lifetime. Trouble means that there are no leases.
+A command touches one key, so that a cluster can be used, and every key expires. While Redis does not work there are no
+locks.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from redis.exceptions import RedisError
 
 from ...system.redis import RedisConnection
 
-_TAKE: Final = """
+_ACQUIRE: Final = """
 local held = redis.call('GET', KEYS[1])
 if held == ARGV[1] or not held then
   redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-  return 'mine'
+  return 'acquired'
 end
-return held == '-' and 'open' or 'theirs'
+return held == '-' and 'unavailable' or 'held'
 """
 
 _RENEW: Final = """
@@ -35,7 +36,7 @@ return 1
 
 
 class RedisLockStore:
-    """prefix: of every key, as for the entries; deadline: seconds an operation may take."""
+    """Locks in one Redis. prefix: the start of every key, as for entries; deadline: seconds that a command may take."""
 
     def __init__(self, link: RedisConnection, prefix: str, deadline: float) -> None:
         self._link = link
@@ -43,16 +44,18 @@ class RedisLockStore:
         self._deadline = deadline
 
     def key_of(self, name: str) -> str:
-        """At most 160 bytes, whatever the name."""
+        """Return a lock's Redis key: at most 135 bytes, however long the name is."""
         return self._start + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
-    async def acquire(self, name: str, token: str, seconds: float) -> Literal["mine", "theirs", "open"]:
-        if self._link.in_doubt:  # the read before it has waited for Redis in vain: once is enough
-            return "open"
-        said = await self._run(_TAKE, name, token, seconds)
-        if said in (b"mine", b"theirs"):
-            return "mine" if said == b"mine" else "theirs"
-        return "open"
+    async def acquire(self, name: str, token: str, seconds: float) -> Literal["acquired", "held", "unavailable"]:
+        if self._link.in_doubt:  # the read before it has just waited for Redis in vain
+            return "unavailable"
+        match await self._run(_ACQUIRE, name, token, seconds):
+            case b"acquired":
+                return "acquired"
+            case b"held":
+                return "held"
+        return "unavailable"
 
     async def renew(self, name: str, token: str, seconds: float) -> bool:
         return bool(await self._run(_RENEW, name, token, seconds) == 1)
@@ -61,7 +64,7 @@ class RedisLockStore:
         await self._run(_RELEASE, name, token, open_for)
 
     async def _run(self, script: str, name: str, token: str, seconds: float) -> Any:
-        """None where Redis is in trouble."""
+        """Return the script's reply; None if Redis does not work."""
         if not self._link.up:
             return None
         key, milliseconds = self.key_of(name), str(int(seconds * 1000))

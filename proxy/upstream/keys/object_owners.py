@@ -1,4 +1,4 @@
-"""Which key made which stored object: in memory, and where a Redis is configured, in common with other proxies."""
+"""Which upstream key created which stored object: in memory, and shared with other processes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from .pool import KeyPool
 from .stored_objects import OwnerTable, ids_made_by, ids_made_by_event, ids_named
 
 _NAME_OBJECTS: Final = frozenset({"chat", "responses"})
-"""Of the five endpoints, those whose requests can name stored objects."""
+"""Those of the five endpoints whose requests can name stored objects."""
 
 
 class SharedOwners(Protocol):
-    """Where proxies tell each other. Neither method raises; both are quick about it when it is lost."""
+    """Owners shared by several processes. No method raises, and all are quick while the others are out of reach."""
 
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
 
-    async def put(self, ids: list[str], label: str) -> None: ...
+    async def put(self, ids: list[str], label: str) -> None:
+        """Publish that these objects belong to the key of this label."""
 
-    async def get(self, ids: list[str]) -> str | None: ...
+    async def get(self, ids: list[str]) -> str | None:
+        """Return the label of the key that one of the objects belongs to; None if it is unknown."""
 
 
 class ObjectOwners:
-    """Remembers who made what. `wall`: Unix seconds."""
+    """Remembers which key created which object. wall: returns Unix seconds."""
 
     def __init__(self, wall: Callable[[], float], shared: SharedOwners | None = None) -> None:
         self._wall = wall
-        self._makers = OwnerTable()
+        self._owners = OwnerTable()
         self.shared = shared
 
     async def open(self) -> None:
@@ -45,23 +47,23 @@ class ObjectOwners:
             await self.shared.close()
 
     def record_owner(self, ids: list[str], label: str) -> None:
-        """These objects are seen by that key."""
+        """Remember that these objects belong to the key of this label."""
         wall = self._wall()
-        news = [id_ for id_ in ids if self._makers.record(id_, label, wall)]
-        if news and self.shared is not None:
-            spawn(self.shared.put(news, label), "objects")
+        new = [id_ for id_ in ids if self._owners.record(id_, label, wall)]
+        if new and self.shared is not None:
+            spawn(self.shared.put(new, label), "objects")
 
     async def owner_of(self, ids: list[str]) -> str | None:
-        """The label of the key that made one of them; None where nobody knows."""
-        label = self._makers.owner_of(ids, self._wall())
+        """Return the label of the key that created one of the objects; None if it is unknown."""
+        label = self._owners.owner_of(ids, self._wall())
         if label is None and self.shared is not None and ids:
             label = await self.shared.get(ids)
             if label is not None:
-                self._makers.record(ids[0], label, self._wall())
+                self._owners.record(ids[0], label, self._wall())
         return label
 
     async def pinned_key(self, pool: KeyPool, request: ProxyRequest) -> str:
-        """The label of the one key that may see the stored objects a request names; '' where it names none."""
+        """Return the label of the only key that can see the stored objects a request names; '' if it names none."""
         if len(pool.keys) == 1 or request.endpoint not in _NAME_OBJECTS:
             return ""
         ids = ids_named(request.body, request.document)
@@ -74,14 +76,14 @@ class ObjectOwners:
         return key.label if key is not None else ""
 
     def record_answer(self, pool: KeyPool, request: ProxyRequest, key: UpstreamKey, document: object) -> None:
-        """Remembers which key made what an answer brings, where it is stored upstream."""
+        """Remember the key that created the objects in a response, if the upstream stores them."""
         if len(pool.keys) > 1 and (
             request.endpoint == "responses" or (request.endpoint == "chat" and request.document.get("store") is True)
         ):
             self.record_owner(ids_made_by(document), key.label)
 
     def record_stream(self, pool: KeyPool, request: ProxyRequest, key: UpstreamKey, first: Sequence[bytes]) -> None:
-        """The same for a stream, of which the first event tells. first: its bytes so far."""
+        """Remember the key that created the object named in a stream's first event. first: the bytes so far."""
         if len(pool.keys) > 1 and request.endpoint == "responses":
             for event in Splitter().feed(b"".join(first)):
                 self.record_owner(ids_made_by_event(data_of(event) or b""), key.label)

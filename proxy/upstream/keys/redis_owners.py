@@ -1,7 +1,7 @@
-"""Which key made which stored object, in Redis: what proxies that share a pool of keys tell each other.
+"""Which upstream key created which stored object, shared over Redis by proxies with the same keys.
 
-An id is stored as a digest, its value is a key's label: neither is a secret. One key an operation, so any cluster will
-do. Imported only where Redis is configured.
+An id is stored as a digest, and its value is a key's label: neither is a secret. A command touches one key, so that a
+cluster can be used.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ...system.redis import RedisConnection
 from .stored_objects import KEPT_FOR
 
 DEADLINE: Final = 0.09
-"""Seconds a request waits for an answer, at most; a label that comes too late is one that nobody knows."""
+"""Seconds a request waits for a reply, at most; a label that comes later counts as unknown."""
 
 _PUT_DEADLINE: Final = 2.0
-_MOST_ASKED: Final = 8
+_MAX_IDS: Final = 8
 
 
 class RedisOwners:
-    """`objects.Shared`. url: a secret; prefix: of every key. Raises ValueError, without the URL's text."""
+    """`SharedOwners` in Redis. url: a secret; prefix: the start of every key. Raises ValueError, without the URL."""
 
     def __init__(self, url: str, prefix: str) -> None:
         self.link = RedisConnection(url, DEADLINE)
@@ -48,7 +48,7 @@ class RedisOwners:
                 return
 
     async def get(self, ids: list[str]) -> str | None:
-        for id_ in ids[:_MOST_ASKED]:
+        for id_ in ids[:_MAX_IDS]:
             if not self.link.up:
                 return None
             key = self._key(id_)

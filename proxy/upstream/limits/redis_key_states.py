@@ -1,5 +1,6 @@
-"""What proxies let each other know of keys: cooling, exhausted, rejected. A key in Redis for each state, which expires
-with it, so that its end needs nobody.
+"""States of upstream keys (cooling, exhausted, rejected) shared over Redis.
+
+Each state is a Redis key that expires when the state ends.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from ...system.redis import DEADLINE_MAX, RedisConnection
 from ...system.redis_keys import digest
 from .shared import ApplyRemoteState, RemoteState
 
-MOST_TOLD: Final = 10_000
+MAX_KNOWN: Final = 10_000
+"""How many states are remembered as known to the others; beyond that all are forgotten and published again."""
 
 
 class RedisKeyStates:
-    """adopt: takes what another proxy has learned; start: of every key in Redis; offset: as `RedisLimits` has it."""
+    """Key states in one Redis.
+
+    script: `redis.lua`.
+    start: the start of every Redis key.
+    offset: ms that are added to the server's clock.
+    adopt: takes over what another proxy has learned.
+    """
 
     def __init__(self, link: RedisConnection, script: AsyncScript, start: str, offset: Callable[[], int]) -> None:
         self.adopt: ApplyRemoteState = lambda *_: None
@@ -29,18 +37,23 @@ class RedisKeyStates:
         self._script = script
         self._start = start
         self._offset = offset
-        self._told: dict[tuple[str, str], float] = {}
-        """(key, slot) -> until when (server's ms), as far as we know that the others know."""
+        self._known: dict[tuple[str, str], float] = {}
+        """Until when (server's ms) the others know a state to last, by key and slot."""
 
     def keys(self, key: str, model: str) -> list[str]:
+        """Return the Redis keys of the states that can keep `key` from serving `model`."""
         return [self._key(key, slot) for slot in slots(model)]
 
-    def news(self, key: str, model: str, states: Sequence[bytes], server: float) -> bool:
-        """Whether others know what we do not. Then it is adopted. states: what stands under `keys`; server: ms now."""
+    def apply(self, key: str, model: str, states: Sequence[bytes], server: float) -> bool:
+        """Take over what others have learned. Returns whether there was anything new.
+
+        states: the values of `keys`.
+        server: the server's time in ms.
+        """
         found = False
         for slot, text in zip(slots(model), states, strict=False):
             state = orjson.loads(text) if text else None
-            if state is not None and self._told.get((key, slot)) != state["until"]:
+            if state is not None and self._known.get((key, slot)) != state["until"]:
                 found = True
                 self._note(key, slot, state["until"])
                 seconds = max((state["until"] - server) / 1000, 0.001)
@@ -48,30 +61,34 @@ class RedisKeyStates:
         return found
 
     def publish(self, key: str, model: str, states: Mapping[str, RemoteState], server: float) -> None:
-        """Tells what is new to the others: states that have come or grown, and rests that are over before their time
-        because the key works; a time to cool stands whatever works.
+        """Publish states that are new or last longer than published before.
+
+        If an exhausted or rejected key works again early, that is published too; a cooldown always runs to its end.
+
+        server: the server's time in ms.
         """
         for slot in slots(model):
-            state, told = states.get(slot), self._told.get((key, slot))
+            state, known = states.get(slot), self._known.get((key, slot))
             if state is None:
-                if told is not None:
-                    del self._told[key, slot]
-                    if told > server and slot.startswith("rests"):
+                if known is not None:
+                    del self._known[key, slot]
+                    if known > server and slot.startswith("rests"):
                         spawn(self._learn(key, slot, 0, b""), "redis limits learn")
                 continue
             status, seconds, reason = state
             until = server + seconds * 1000
-            if told is None or abs(told - until) > 50:
+            if known is None or abs(known - until) > 50:
                 self._note(key, slot, until)
                 text = orjson.dumps({"status": status, "until": until, "reason": reason})
                 spawn(self._learn(key, slot, max(1, round(seconds * 1000)), text), "redis limits learn")
 
     def _note(self, key: str, slot: str, until: float) -> None:
-        if len(self._told) >= MOST_TOLD:
-            self._told.clear()
-        self._told[key, slot] = until
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        self._known[key, slot] = until
 
     async def _learn(self, key: str, slot: str, lasts: int, text: bytes) -> None:
+        """Write a state that lasts `lasts` ms; 0: it has ended."""
         if self._link.up:
             args: list[Any] = ["learn", self._offset(), lasts, text]
             with contextlib.suppress(RedisError, OSError, TimeoutError):
@@ -82,5 +99,5 @@ class RedisKeyStates:
 
 
 def slots(model: str) -> tuple[str, str, str, str]:
-    """The states that may stand against a key's use for `model`, each with the model it is about."""
+    """Return the names of the states that can keep a key from serving `model`, each with the model it concerns."""
     return (f"rests {model}", "rests *", f"cools {model}", "cools *")

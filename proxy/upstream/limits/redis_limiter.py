@@ -1,8 +1,7 @@
-"""The local half of a shared limit: what this proxy's own requests hold of it, and its share while others are out of
-reach.
+"""The local half of a limit shared over Redis: what this proxy's requests use of it, and its share without Redis.
 
-While the limit is shared the local windows never decide alone; they keep what would have to be told again should the
-store lose it. Without the store each proxy holds an equal part of the limit, less its part of what was in use last.
+While the limit is shared the local windows do not decide alone; they keep what must be published again if Redis loses
+its data. Without Redis each proxy uses an equal share of the limit, less its part of what was last known to be in use.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait, _Bucket,
 from .shared import RECHECK
 
 HOLD_AFTER_OUTAGE = 3.0
-"""Seconds after the loss of the others for which nothing counts as given back."""
+"""Seconds after Redis was lost for which nothing counts as freed."""
 
 _FREE = (-math.inf, -math.inf, 0)
 
 
 class Asked:
-    """One decision on its way: what came back, and whether nobody waits for it any more."""
+    """One decision that Redis is asked for. reply: None until it comes; abandoned: nobody waits for it any more."""
 
     __slots__ = ("abandoned", "reply")
 
@@ -33,40 +32,48 @@ class Asked:
 
 
 class RedisReservation(Reservation):
-    """stamp: server's ms at which it was admitted, None until it is; round: None where the others have counted it, else
-    `RedisRateLimiter.round` at its beginning: when that has moved on, they have been told of it.
+    """A reservation that all proxies count.
+
+    stamp: when it was admitted, in the server's ms; None until it is.
+    alone: it was made from this proxy's share.
+    round: None if Redis has counted it; otherwise `RedisRateLimiter.round` when it was made: if that has changed since,
+        Redis has counted it too.
     """
 
-    __slots__ = ("allowance", "alone", "round", "stamp")
+    __slots__ = ("alone", "limiter", "round", "stamp")
 
-    def __init__(self, allowance: RedisRateLimiter, tokens: int, made: Reservation) -> None:
-        super().__init__(allowance, tokens, made._windows, made._buckets)
-        self.allowance = allowance
-        self.alone = not allowance.shared
+    def __init__(self, limiter: RedisRateLimiter, tokens: int, made: Reservation) -> None:
+        super().__init__(limiter, tokens, made._windows, made._buckets)
+        self.limiter = limiter
+        self.alone = not limiter.shared
         self.stamp: float | None = None
-        self.round: int | None = allowance.round
+        self.round: int | None = limiter.round
 
     def settle(self, tokens: int | None) -> None:
         if self._open:
-            self.allowance.leave(self)
+            self.limiter.leave(self)
             super().settle(tokens)
-            self.allowance.ended(self, 0 if tokens is None else max(tokens, 0) - self.tokens, 0)
+            self.limiter.ended(self, 0 if tokens is None else max(tokens, 0) - self.tokens, 0)
 
     def cancel(self) -> None:
         if self._open:
-            self.allowance.leave(self)
+            self.limiter.leave(self)
             super().cancel()
-            self.allowance.ended(self, -self.tokens, -1)
+            self.limiter.ended(self, -self.tokens, -1)
 
 
 Publish = Callable[[RedisReservation, int, int], None]
+"""Publishes a change of a reservation that Redis has counted: (reservation, tokens, requests)."""
 
 
 class RedisRateLimiter(RateLimiter):
-    """`tell(reservation, tokens, requests)` is called with what changes of a reservation counted elsewhere.
+    """The rate limiter of one name in one proxy.
 
-    confirmed: admitted and at work; turn: held by who asks where requests at once are limited, so that what is still
-    being asked for does not count against others.
+    confirmed: how many requests are admitted and in flight.
+    turn: held while Redis is asked if concurrency is limited, so that a request that is not yet admitted does not count
+        against others.
+    shared: the limit is shared; False while this proxy keeps to its share.
+    round: how often everything was published again.
     """
 
     __slots__ = (
@@ -77,12 +84,12 @@ class RedisRateLimiter(RateLimiter):
         "_free",
         "_frozen_until",
         "_full",
-        "_ghosts",
         "_known",
         "_known_at",
-        "_most",
+        "_max_concurrency",
+        "_others_use",
+        "_publish",
         "_taken",
-        "_tell",
         "confirmed",
         "name",
         "round",
@@ -90,7 +97,7 @@ class RedisRateLimiter(RateLimiter):
         "turn",
     )
 
-    def __init__(self, name: str, limits: Limits, use: float, tell: Publish) -> None:
+    def __init__(self, name: str, limits: Limits, use: float, publish: Publish) -> None:
         self.shared = True
         self._known_at = -math.inf
         super().__init__(limits, use)
@@ -101,10 +108,10 @@ class RedisRateLimiter(RateLimiter):
         self._free: list[tuple[bool, int]] = []
         self._taken = 0, 0
         self.confirmed = 0
-        self._asking = 0, 0  # requests and tokens reserved here, and not yet admitted
+        self._asking = 0, 0  # requests and tokens that are reserved here and not yet admitted
         self.turn = asyncio.Lock()
-        self._tell = tell
-        self._ghosts: list[tuple[_Window, _Bucket]] = []
+        self._publish = publish
+        self._others_use: list[tuple[_Window, _Bucket]] = []
         self._blocked = _FREE
         self._known: dict[str, int] = {}
 
@@ -113,9 +120,9 @@ class RedisRateLimiter(RateLimiter):
         return self._windows
 
     @property
-    def most(self) -> int | None:
-        """Requests at once, of all proxies together."""
-        return self._most
+    def max_concurrency(self) -> int | None:
+        """Return how many requests of all proxies may be in flight at once; None: any number."""
+        return self._max_concurrency
 
     def reserve(self, tokens: int, now: float) -> Reservation | Wait | ExceedsLimit:
         tokens = max(tokens, 0)
@@ -132,58 +139,59 @@ class RedisRateLimiter(RateLimiter):
             self._asking = self._asking[0] + 1, self._asking[1] + tokens
             return RedisReservation(self, tokens, answer)
         if isinstance(answer, ExceedsLimit) and not self.shared and self._fits(tokens):
-            return Wait(RECHECK)  # larger than our share, but not than the whole
+            return Wait(RECHECK)  # larger than this proxy's share, but not than the limit
         return answer
 
     def _fits(self, tokens: int) -> bool:
         fits = all(
             (tokens if w.counts_tokens else 1) <= full for w, full in zip(self._windows, self._full, strict=True)
         )
-        return fits and self._most != 0
+        return fits and self._max_concurrency != 0
 
     def refused(self, reservation: RedisReservation, wait: float, now: float) -> None:
-        """The others leave no room for it for `wait` s (math.inf: unknown), unless they give back: they are asked again
-        only after `RECHECK`.
+        """Note that others leave no room for `wait` seconds (inf: unknown), unless they free some.
+
+        Until `RECHECK` is over they are not asked again.
         """
         self._blocked = (now + min(wait, 0.9 * RECHECK), now + wait, reservation.tokens)
 
-    def seen(self, totals: dict[str, int], now: float) -> None:
-        """What all proxies together hold."""
+    def note_usage(self, totals: dict[str, int], now: float) -> None:
+        """Note what all proxies together use."""
         self._known, self._known_at = totals, now
 
     @property
     def known_at(self) -> float:
-        """When that was."""
+        """Return when the use by all proxies was last known, in monotonic seconds."""
         return self._known_at
 
     def stale(self, now: float) -> bool:
-        """Whether it should be looked up again: it matters, and is not of just now."""
+        """Return whether the use by all proxies should be read again."""
         return RECHECK <= now - self._known_at < max((window.span for window in self._windows), default=0.0)
 
-    def looked(self, totals: Sequence[int], now: float) -> None:
-        """The same, but for requests at work."""
+    def note_window_usage(self, totals: Sequence[int], now: float) -> None:
+        """Note what all proxies together use of each window; requests in flight are not part of it."""
         known = dict(zip((window.name for window in self._windows), totals, strict=False))
-        self.seen(self._known | known, now)
+        self.note_usage(self._known | known, now)
 
     def ended(self, reservation: RedisReservation, tokens: int, requests: int) -> None:
-        """Tells the others of what a settlement changed, where they have counted it."""
+        """Publish what a settlement changed, if Redis has counted the reservation."""
         if reservation.stamp is not None and reservation.round != self.round:
             for window in self._windows:
                 if window.name in self._known:
                     self._known[window.name] += tokens if window.counts_tokens else requests
             if "concurrency" in self._known:
                 self._known["concurrency"] -= 1
-            self._tell(reservation, tokens, requests)
+            self._publish(reservation, tokens, requests)
 
     def leave(self, reservation: RedisReservation) -> None:
-        """A reservation ends, or is answered."""
+        """Note that a reservation ends, or is admitted."""
         if reservation.stamp is not None:
             self.confirmed -= 1
         else:
             self._asking = self._asking[0] - 1, self._asking[1] - reservation.tokens
 
     def admitted(self, reservation: RedisReservation, stamp: float, counted: bool) -> None:
-        """It may go up. counted: the others have counted it."""
+        """Note that a request may be sent. counted: Redis has counted it."""
         self.leave(reservation)
         reservation.stamp = stamp
         self.confirmed += 1
@@ -191,7 +199,7 @@ class RedisRateLimiter(RateLimiter):
             reservation.round = None
 
     def made_alone(self, reservation: RedisReservation) -> bool:
-        """Whether it was reserved of our share, not of the whole limit."""
+        """Return whether a reservation was made from this proxy's share, not from the whole limit."""
         return not self.shared and reservation.alone
 
     def change(self, limits: Limits, use: float) -> None:
@@ -200,14 +208,17 @@ class RedisRateLimiter(RateLimiter):
             self.share()
         super().change(limits, use)
         self._full = [window.limit for window in self._windows]
-        self._most = self._concurrency
+        self._max_concurrency = self._concurrency
         if alone:
-            self.lose(*self._among, now)
+            self.use_share(*self._among, now)
 
-    # -- alone --------------------------------------------------------------------------------------------------------
+    # -- without Redis -------------------------------------------------------------------------------------------------
 
-    def lose(self, proxies: int, rank: int, now: float) -> None:
-        """From now on an equal share: of the limit, less our part of what all held last, or what is our own of it."""
+    def use_share(self, proxies: int, rank: int, now: float) -> None:
+        """Use an equal share of the limit from now on, less this proxy's part of what all were last known to use.
+
+        rank: this proxy's place among the `proxies`.
+        """
         self.shared = False
         self._among = proxies, rank
         self._blocked = _FREE
@@ -216,47 +227,49 @@ class RedisRateLimiter(RateLimiter):
             window.limit = part(full, proxies, rank)
             known = self._known.get(window.name)
             if known is not None and now - self._known_at < window.span:
-                # What others hold leaves our share. Where we hold more than our part, that is not made good: perhaps
-                # they do not know of it yet.
+                # What others use reduces this share. If this proxy uses more than its part, that is not compensated:
+                # the others may not know of it yet.
                 ours = window.total - self._asking[window.counts_tokens]
                 slot = window.add_alone(max(0, part(known, proxies, proxies - 1 - rank) - ours), now)
-                self._ghosts.append((window, slot))
-        # For a moment only our part of what was free then, for it may be that only we have lost the others: they go on
-        # filling the limit, and what leaves the windows meanwhile is theirs.
+                self._others_use.append((window, slot))
+        # For some seconds only a part of what was free then may be used: perhaps only this proxy has lost Redis, and
+        # then the others use what leaves the windows meanwhile.
         self._frozen_until, self._taken = now + HOLD_AFTER_OUTAGE, (0, 0)
         self._free = [(window.counts_tokens, window.limit - window.total) for window in self._windows]
-        if self._most is not None:
-            self._concurrency = part(self._most, proxies, rank)
-            self._free.append((False, part(max(self._most - self._known.get("concurrency", 0), 0), proxies, rank)))
+        if self._max_concurrency is not None:
+            self._concurrency = part(self._max_concurrency, proxies, rank)
+            self._free.append(
+                (False, part(max(self._max_concurrency - self._known.get("concurrency", 0), 0), proxies, rank))
+            )
 
     def share(self) -> None:
-        """The whole limit again: others count with us."""
+        """Use the whole limit again, together with the others."""
         self.shared = True
         self._frozen_until = -math.inf
-        for window, slot in self._ghosts:
+        for window, slot in self._others_use:
             window.correct(slot, -slot.amount)
-        self._ghosts.clear()
+        self._others_use.clear()
         for window, full in zip(self._windows, self._full, strict=True):
             window.limit = full
-        self._concurrency = self._most
+        self._concurrency = self._max_concurrency
 
-    def pushed(self) -> None:
-        """All that the windows hold was told to the others."""
+    def published(self) -> None:
+        """Note that everything in the windows was published."""
         self.round += 1
 
-    def held_since(self, moment: float) -> list[tuple[_Window, float, int]]:
-        """(window, stamp, amount) of what was counted after `moment`, but for the ghosts."""
-        ghosts = {id(slot) for _, slot in self._ghosts}
+    def used_since(self, moment: float) -> list[tuple[_Window, float, int]]:
+        """Return (window, time, amount) of this proxy's requests since `moment`, in monotonic seconds."""
+        others = {id(slot) for _, slot in self._others_use}
         return [
             (window, slot.latest, slot.amount)
             for window in self._windows
             for slot in window.buckets
-            if slot.latest >= moment and slot.amount and id(slot) not in ghosts
+            if slot.latest >= moment and slot.amount and id(slot) not in others
         ]
 
     def reset(self) -> None:
         super().reset()
-        self._ghosts.clear()
+        self._others_use.clear()
         self._known = {}
         self._blocked = _FREE
 
@@ -273,5 +286,5 @@ class RedisRateLimiter(RateLimiter):
 
 
 def part(amount: int, proxies: int, rank: int) -> int:
-    """One proxy's equal part; the parts of all add up to the amount."""
+    """Return one proxy's equal part of an amount; the parts of all proxies add up to it."""
     return amount // proxies + (1 if rank < amount % proxies else 0)

@@ -1,5 +1,7 @@
-"""When Redis is lost. A proxy that goes alone for a late answer takes of what the others still share, so lateness must
-last; where nobody listens Redis is lost for all, and each may take its share.
+"""When Redis counts as lost.
+
+A proxy that goes on alone because of one late reply would use capacity that the others still share, so replies must be
+late for some time. If connections are refused, Redis is lost for all proxies, and each may use its share at once.
 """
 
 from __future__ import annotations
@@ -9,29 +11,31 @@ import math
 from typing import Final
 
 REFUSED_FOR: Final = 0.5
-"""Seconds after which it is lost where connections are refused or closed."""
+"""Seconds after which Redis is lost if connections are refused or closed."""
 
 SILENT_FOR: Final = 5.0
-"""Seconds after which it is lost where answers do not come, since it was seen that one did not: perhaps it is for us
-alone, and perhaps only because this machine is busy."""
+"""Seconds after which Redis is lost if replies are missing, from the first one that was missed.
+
+It may be out of reach for this proxy only, or this machine may be busy.
+"""
 
 SETTLING: Final = 3.0
-"""Seconds after the start until who else is there can be taken for known: before, it is not lost."""
+"""Seconds after the start until the other proxies are known: Redis does not count as lost before."""
 
 KEY_STATE_WAIT: Final = 0.5
-"""Seconds a request of no limit waits for what others know of its key."""
+"""Seconds for which a request without limits waits for what others know of its key."""
 
 FORGET_AFTER: Final = 5.0
-"""Seconds without Redis after which nobody has forgotten anybody: who has been heard of since, has told everything."""
+"""Seconds without Redis within which no proxy has forgotten another: one heard of since then has told everything."""
 
 
 def loop_time() -> float:
-    """The running loop's seconds."""
+    """Return the running event loop's clock, in seconds."""
     return asyncio.get_running_loop().time()
 
 
 class OutageDetector:
-    """Since when calls are not answered, by the running loop's clock."""
+    """Remembers since when Redis does not reply, by the running event loop's clock."""
 
     __slots__ = ("_since", "settled_at")
 
@@ -39,17 +43,18 @@ class OutageDetector:
         self._since = math.inf
         self.settled_at = -math.inf
 
-    def began(self) -> None:
-        """Redis was reached for the first time."""
+    def connected(self) -> None:
+        """Note that Redis was reached for the first time."""
         self.settled_at = loop_time() + SETTLING
 
     def failed(self) -> None:
-        """A call was not answered."""
+        """Note that a reply was missing."""
         self._since = min(self._since, loop_time())
 
     def answered(self) -> None:
+        """Note a reply."""
         self._since = math.inf
 
     def is_loss(self, gone: bool) -> bool:
-        """Whether it is time to part. gone: nobody listens."""
+        """Return whether Redis counts as lost. gone: connections are refused or closed."""
         return loop_time() >= max(self._since + (REFUSED_FOR if gone else SILENT_FOR), self.settled_at)

@@ -1,8 +1,7 @@
-"""Where limits are counted. In memory they are plain `core.limits` allowances, decided synchronously, and nothing of
-this package is imported. `redis` counts them for every proxy that names the same Redis.
+"""Limits that are shared by several processes: by the workers of one proxy, or by proxies that use one Redis.
 
-With a limiter each proxy still decides by its own allowances first: what its own requests alone exceed need not be
-asked for. What they would admit is then confirmed by the limiter, in one call, or taken back.
+Each process still decides by its own `RateLimiter` first: what its own requests exceed need not be asked for. What it
+would admit is then confirmed by `SharedLimits`, in one call, or taken back.
 """
 
 from __future__ import annotations
@@ -14,37 +13,38 @@ from ...config.limits import Limits
 from .rate_limiter import RateLimiter, Reservation
 
 RECHECK: Final = 0.25
-"""Seconds after which the others are asked again: they give back unheard."""
+"""Seconds between two questions about the same limit: other processes free capacity without notifying this one."""
 
 ApplyRemoteState = Callable[[str, str, str, float, str], None]
-"""Takes over what another proxy learned of a key: (label, model, status, seconds it lasts, reason)."""
+"""Takes over what another proxy has learned of a key: (label, model, status, seconds that it lasts, reason)."""
 
 RemoteState = tuple[str, float, str]
-"""What keeps a key from use: (status, seconds it lasts, reason)."""
+"""What keeps a key from use: (status, seconds that it lasts, reason)."""
 
 
 class SharedLimits(Protocol):
-    """Limits that hold across proxies. Owned by one event loop."""
+    """Limits that hold across processes, owned by one event loop."""
 
     @property
     def sound(self) -> bool:
-        """Whether they hold across proxies now: False while each holds only its share."""
+        """Return whether limits are shared now; while they are not, each process keeps to its share."""
 
     def rate_limiter(self, where: tuple[str, str], limits: Limits, use: float) -> RateLimiter:
-        """The windows of one name, to be reserved from and then confirmed."""
+        """Return the limiter of one name, whose reservations must be confirmed."""
 
     async def open(self, adopt: ApplyRemoteState) -> None:
-        """Returns within about a second, whether the others can be reached or not."""
+        """Connect. Returns within about a second, whether the others can be reached or not."""
 
     async def close(self) -> None: ...
 
     async def confirm(self, reservation: Reservation | None, key: str = "", model: str = "") -> bool:
-        """Whether a reservation holds everywhere, and nobody knows better of the key. If not, it was taken back, and
-        the allowance or the key ring now says how long to wait.
+        """Return whether a reservation is admitted by all, and no process knows that the key is not usable.
+
+        If it is not, it was cancelled, and the limiter or the key pool now says how long to wait.
         """
 
     def publish_key_state(self, key: str, model: str, states: Mapping[str, RemoteState]) -> None:
-        """Lets others know of a key's states, by kind and model: `rests *`, `cools M`. What is not there is over."""
+        """Publish a key's states, by kind and model (`rests *`, `cools M`). What is missing has ended."""
 
     def reset(self) -> None:
-        """Everybody's windows start afresh."""
+        """Empty the windows of all processes."""

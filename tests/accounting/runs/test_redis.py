@@ -13,7 +13,7 @@ import pytest
 from proxy.accounting.runs import redis as redis_runs
 from proxy.accounting.runs.redis import RedisRuns
 from proxy.accounting.runs.run import Run, RunTotals
-from proxy.cache.stores.redis import LONGEST_PREFIX
+from proxy.cache.stores.redis import MAX_PREFIX
 from proxy.system import redis as redis_link
 from proxy.system.redis import RedisConnection
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, until, valkey
@@ -172,7 +172,7 @@ async def test_what_a_dead_process_held_counts_no_longer(opened: Open) -> None:
 
 
 async def test_every_key_has_a_lifetime_and_is_short(opened: Open, server: Valkey) -> None:
-    one = await opened("p" * LONGEST_PREFIX)
+    one = await opened("p" * MAX_PREFIX)
     mine = run("p1", "n" * 128)
     number = await one.number(mine, A, False)
     assert number == 0

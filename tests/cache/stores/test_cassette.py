@@ -15,7 +15,7 @@ from proxy.cache.stores.build import NullStore
 from proxy.cache.stores.cassette import (
     CassetteError,
     RecordingStore,
-    alone,
+    locked,
     merge_into,
     open_cassette,
     read_file,
@@ -109,7 +109,7 @@ async def test_trouble_at_the_stop_is_told_and_harms_nothing(
 async def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c"
     store = await recorder(file, one())
-    async with alone(str(file), SYSTEM_CLOCK):
+    async with locked(str(file), SYSTEM_CLOCK):
         closing = asyncio.create_task(store.close())
         await asyncio.sleep(0.1)
         assert not file.exists()
@@ -117,8 +117,8 @@ async def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert file.read_bytes() == lines(one())
     monkeypatch.setattr(cassettes, "_LOCK_TRIES", 1)
     async with (
-        alone(str(file), SYSTEM_CLOCK),
-        alone(str(file), SYSTEM_CLOCK),
+        locked(str(file), SYSTEM_CLOCK),
+        locked(str(file), SYSTEM_CLOCK),
     ):  # whoever holds it for ever is not waited for so long
         pass
 

@@ -271,7 +271,7 @@ async def test_who_did_not_listen_for_long_hears_of_everything(
     if "memory" in request.node.callspec.id:
         pytest.skip("memory is each process's own")
     for module in ("sqlite", "redis"):
-        monkeypatch.setattr(f"proxy.cache.stores.{module}.MOST_PURGES", 5)
+        monkeypatch.setattr(f"proxy.cache.stores.{module}.MAX_PURGES", 5)
     one, two = await make(), await make()
     for number in range(4):
         await one.purge(Filter(key=str(number)))

@@ -19,7 +19,7 @@ async def test_what_becomes_of_each(tmp_path: Path) -> None:
     told: list[int] = []
     entries = [entry(f"k{number}", stored_at=NOW) for number in range(3000)]
     entries += [entry("there"), entry("over", ttl=1.0), entry("large", bytes(2**16 + 1))]
-    taken = await import_entries(store, entries, NOW + 1, told=lambda: told.append(1))
+    taken = await import_entries(store, entries, NOW + 1, on_entry=lambda: told.append(1))
     assert taken == ImportResult(new=3000, replaced=1, expired=1, refused=1)
     assert len(told) == 3003
     assert (await store.stats())["entries"] == 3001

@@ -220,7 +220,7 @@ class TestSweep:
         memory = store(2)
         for i in range(2000):
             memory.put(entry("abcdefghij"[i % 10], ttl=float(i)))
-        assert len(memory._calendar) <= 2 * 2 + 64
+        assert len(memory._expiry) <= 2 * 2 + 64
         assert memory.sweep(10**6) == 2
 
 

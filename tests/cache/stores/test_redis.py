@@ -21,7 +21,7 @@ from proxy.cache.codec import encode
 from proxy.cache.stores import redis
 from proxy.cache.stores.interface import ALL, Filter, StoreError
 from proxy.cache.stores.memory import MemoryStore
-from proxy.cache.stores.redis import LONGEST_PREFIX, MOST_PENDING, RedisStore
+from proxy.cache.stores.redis import MAX_PENDING, MAX_PREFIX, RedisStore
 from proxy.cache.stores.tiered import TieredStore
 from proxy.system import redis as redis_link
 from tests.cache.stores.kit import HASTY, NOW, PATIENT, Valkey, entry, until, valkey
@@ -121,7 +121,7 @@ async def between(server: Valkey, delay: Callable[[], float], tls: ssl.SSLContex
 
 class TestKeys:
     async def test_short_and_mortal(self, opened: Open, server: Valkey) -> None:
-        store = await opened(prefix="x" * LONGEST_PREFIX, grace=60.0)
+        store = await opened(prefix="x" * MAX_PREFIX, grace=60.0)
         for key in (hashlib.sha256(b"a").hexdigest(), "short", "long" * 1000, "ü"):
             await written(store, key, ttl=100.0)
             await written(store, key, ttl=100.0, form="sse")
@@ -151,7 +151,7 @@ class TestKeys:
         assert await one.purge(ALL) == 1
         assert (await two.stats())["entries"] == 1
 
-    @pytest.mark.parametrize("prefix", ["", "x" * (LONGEST_PREFIX + 1)])
+    @pytest.mark.parametrize("prefix", ["", "x" * (MAX_PREFIX + 1)])
     async def test_prefixes_that_do_not_fit(self, prefix: str) -> None:
         with pytest.raises(ValueError, match=r"redis\.prefix"):
             RedisStore("redis://127.0.0.1", prefix, 1)
@@ -418,8 +418,8 @@ class TestBounds:
     async def test_pending_writes(self, opened: Open, server: Valkey) -> None:
         store = await opened()
         server.signal(signal.SIGSTOP)
-        taken = sum(store.put(entry(f"k{number}")) for number in range(2 * MOST_PENDING))
-        assert taken == MOST_PENDING
+        taken = sum(store.put(entry(f"k{number}")) for number in range(2 * MAX_PENDING))
+        assert taken == MAX_PENDING
         assert await store.get("k0", "json", NOW) == entry("k0")  # from what waits
         server.signal(signal.SIGCONT)
         await store.flush()

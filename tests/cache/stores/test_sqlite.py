@@ -163,7 +163,7 @@ class TestRoom:
         for number in range(400):
             await written(large, f"k{number}", body=random.randbytes(5000))
         await large.close()
-        monkeypatch.setattr(sqlite_writer, "_LONGEST_EVICTION", 50)
+        monkeypatch.setattr(sqlite_writer, "_MAX_EVICTION", 50)
         small = await opened(max_size=2**20)
         await until(lambda: path.stat().st_size <= 1.1 * 2**20)
         assert await kept(small, "k0", "k399") == ["k399"]
@@ -408,12 +408,12 @@ class TestTrouble:
         with monkeypatch.context() as patch:
             patch.setattr(sqlite_file, "connect", broken)
             store = await opened()
-            taken = sum(store.put(entry(f"k{number}")) for number in range(sqlite_writer.MOST_PENDING + 500))
-            assert taken == sqlite_writer.MOST_PENDING
-            assert await kept(store, "k0", f"k{sqlite_writer.MOST_PENDING + 400}") == ["k0"]
+            taken = sum(store.put(entry(f"k{number}")) for number in range(sqlite_writer.MAX_PENDING + 500))
+            assert taken == sqlite_writer.MAX_PENDING
+            assert await kept(store, "k0", f"k{sqlite_writer.MAX_PENDING + 400}") == ["k0"]
         await until(lambda: store._writer.state == "ok" and not store._writer._pending)
         await store.flush()
-        assert (await store.stats())["entries"] == sqlite_writer.MOST_PENDING
+        assert (await store.stats())["entries"] == sqlite_writer.MAX_PENDING
 
     async def test_a_place_that_cannot_be_written(self, caplog: pytest.LogCaptureFixture) -> None:
         store = SQLiteStore("/proc/self/nowhere/cache.db", 2**26, 2**20)

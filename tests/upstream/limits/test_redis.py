@@ -266,7 +266,7 @@ async def test_a_settlement_by_one_makes_room_for_another(url: str) -> None:
         first = await group.ask(0, 1000)
         assert isinstance(first, RedisReservation)
         assert first.stamp is not None
-        span, width = shape(first.allowance.windows[0].span)
+        span, width = shape(first.limiter.windows[0].span)
         longest = (first.stamp // width + 1) * width + span - first.stamp  # ms, asked in the moment of the first
         answer = await group.ask(1, 500)
         assert isinstance(answer, Wait)
@@ -352,7 +352,8 @@ async def test_a_reset_is_everybodys(url: str) -> None:
         for n in range(2):
             assert isinstance(await group.ask(n, 1), RedisReservation)
         assert isinstance(await group.ask(0, 1), Wait)
-        await group.limiters[0]._reset()
+        group.limiters[0].reset()
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task.get_name() == "redis limits reset"))
         await group.beat()
         group.now += 1
         for n in range(2):
@@ -661,7 +662,7 @@ class Held:
         import gc
 
         for thing in gc.get_objects():
-            if isinstance(thing, RedisReservation) and thing.allowance is allowance and thing._open:
+            if isinstance(thing, RedisReservation) and thing.limiter is allowance and thing._open:
                 yield thing
 
 
