@@ -1,7 +1,7 @@
 """The thread that writes to a SQLite file, for the cache and for the ledger.
 
 Errors of the file (disk full, read-only, locked) do not reach callers. What is not written waits, the file is tried
-again every second, and the log is told now and then. A damaged file is moved aside, and a new one takes its place.
+again every second, and the error is logged now and then. A damaged file is moved aside, and a new one takes its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import ClassVar, Final
 from . import sqlite as files
 
 BUSY: Final = 5.0
-"""Seconds the writer waits for another process's transaction; nobody waits for the writer."""
+"""Seconds for which the writer waits for another process's transaction."""
 
 RETRY: Final = 1.0
 """Seconds between two attempts at a file that does not work."""
@@ -89,7 +89,7 @@ class SQLiteWriter(ABC):
 
     @abstractmethod
     def _after_round(self) -> None:
-        """Tell those who wait for a round; it may have failed."""
+        """Notify callers that wait for a round, whether it failed or not."""
 
     @abstractmethod
     def _waiting(self) -> int:

@@ -35,7 +35,7 @@ _SUMMED: Final = ("requests", "attempts", "prompt", "cached", "completion", "tot
 class LedgerWriter(SQLiteWriter):
     """Owns the writing connection and what waits for it. `put`, `facts` and `close` may be called from any thread.
 
-    lost: requests that nobody will find in the file.
+    lost: requests that are not in the file and never will be.
     """
 
     layout = ledger.LAYOUT

@@ -1,12 +1,12 @@
--- Limits shared by every proxy that names the same Redis: one call a decision, by the server's own clock.
+-- Limits shared by all proxies that use one Redis: one call for each decision, by the server's clock.
 --
--- A window is `<name>:t` (total), `<name>:o` (oldest slot not yet let go) and `<name>:<slot>` in the hash of its
--- allowance. Slot i holds what was stamped in [i * width, (i + 1) * width) ms and leaves when all of that is a whole
--- span old, so that no window of the span ever holds more than the limit; it errs towards waiting by one width.
--- Requests at work are kept by proxy: each tells its own number, and one that has not been heard of for `LEASE` ms is
--- dead and holds none. Every key gets a lifetime. All keys carry one hash tag.
+-- A window is `<name>:t` (total), `<name>:o` (the oldest slot that still counts) and `<name>:<slot>` in the hash of its
+-- limiter. Slot i contains what was admitted in [i * width, (i + 1) * width) ms, and expires when all of it is a whole
+-- span old. So no window of the span ever contains more than the limit, and a request waits at most one width too long.
+-- Requests in flight are counted by proxy: each proxy publishes its own number, and one that has sent nothing for
+-- `LEASE` ms counts as dead. Every key expires. All keys have one hash tag.
 --
--- ARGV[1] is what to do; time is the server's plus ARGV[2] ms (0 but in tests).
+-- ARGV[1] is what to do; the time is the server's plus ARGV[2] ms (0 except in tests).
 
 local LEASE = 10000
 local MOST_SLOTS = 310
@@ -18,7 +18,7 @@ end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) + tonumber(ARGV[2])
 
--- Lets go of what is a whole span old; the window's total, and its oldest slot.
+-- Removes what is a whole span old; returns the window's total and its oldest slot.
 local function advance(hash, window, span, width)
     local first = math.floor((now - span) / width)
     local kept = redis.call('HMGET', hash, window .. ':t', window .. ':o')
@@ -38,7 +38,7 @@ local function advance(hash, window, span, width)
     return total, first
 end
 
--- Milliseconds until `excess` will have gone.
+-- Returns the milliseconds until `excess` will have expired.
 local function wait(hash, window, span, width, oldest, excess)
     local fields = {}
     for slot = oldest, math.floor(now / width) do
@@ -53,7 +53,7 @@ local function wait(hash, window, span, width, oldest, excess)
     return span
 end
 
--- Adds to one slot, never below nothing; 0 where its time has passed.
+-- Adds to one slot, which never falls below 0; returns the change, 0 if the slot has expired.
 local function add(hash, window, span, width, stamp, change)
     local total, oldest = advance(hash, window, span, width)
     local slot = math.floor(stamp / width)
@@ -68,8 +68,8 @@ local function add(hash, window, span, width, stamp, change)
     return change
 end
 
--- How many requests are at work: (those of others, ours as last told before `sequence`, or `count` where that is newer).
-local function at_work(runs, proxy, sequence, count)
+-- Returns the requests in flight: those of others, and this proxy's: as published, or `count` if that is newer.
+local function in_flight(runs, proxy, sequence, count)
     local others, mine, newer = 0, count, true
     local all = redis.call('HGETALL', runs)
     for i = 1, #all, 2 do
@@ -95,9 +95,9 @@ end
 local verb = ARGV[1]
 
 if verb == 'reserve' then
-    -- KEYS: epoch, hash, runs, states …; ARGV: epoch, proxy, sequence, ours at work, most at work (-1: any),
-    -- then for each window: name, limit, span, width, amount.
-    -- {1 admitted | 0 wait | 2 epoch is another, now, wait in ms (-1: unknown), at work, states …, totals …}
+    -- KEYS: epoch, hash, runs, states …; ARGV: epoch, proxy, sequence, its requests in flight, the maximum of all
+    -- (-1: none), then for each window: name, limit, span, width, amount.
+    -- Returns {1 admitted | 0 wait | 2 another epoch, now, wait in ms (-1: unknown), in flight, states …, totals …}.
     local states = {}
     if #KEYS > 3 then
         states = redis.call('MGET', unpack(KEYS, 4))
@@ -112,7 +112,7 @@ if verb == 'reserve' then
     local longest, totals, room = 0, {}, true
     local others, mine, newer = 0, count, false
     if most >= 0 then
-        others, mine, newer = at_work(KEYS[3], proxy, sequence, count)
+        others, mine, newer = in_flight(KEYS[3], proxy, sequence, count)
         room = others + mine <= most
     end
     for i = 8, #ARGV, 5 do
@@ -140,11 +140,11 @@ if verb == 'reserve' then
 end
 
 if verb == 'add' then
-    -- KEYS: hash, runs; ARGV: proxy, sequence, ours at work (-1: no limit), then for each amount: name, span, width,
-    -- stamp, change.
+    -- KEYS: hash, runs; ARGV: proxy, sequence, its requests in flight (-1: no limit), then for each amount: name, span,
+    -- width, stamp, change.
     local count = tonumber(ARGV[5])
     if count >= 0 then
-        local _, _, newer = at_work(KEYS[2], ARGV[3], tonumber(ARGV[4]), count)
+        local _, _, newer = in_flight(KEYS[2], ARGV[3], tonumber(ARGV[4]), count)
         if newer then
             tell(KEYS[2], ARGV[3], tonumber(ARGV[4]), count)
         end
@@ -156,8 +156,9 @@ if verb == 'add' then
 end
 
 if verb == 'hello' then
-    -- KEYS: proxies, epoch, resets, runs …; ARGV: proxy, lifetime of epoch and resets, then sequence and ours at work
-    -- for each of the runs. {now, how many proxies, our rank among them, epoch, resets, when all have been heard of}
+    -- KEYS: proxies, epoch, resets, runs …; ARGV: proxy, lifetime of epoch and resets, then for each of the runs:
+    -- sequence and the proxy's requests in flight.
+    -- Returns {now, the number of proxies, this one's rank, epoch, resets, since when all have sent a heartbeat}.
     redis.call('ZADD', KEYS[1], now, ARGV[3])
     redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - LEASE)
     redis.call('PEXPIRE', KEYS[1], 3 * LEASE)
@@ -166,7 +167,7 @@ if verb == 'hello' then
     redis.call('PEXPIRE', KEYS[3], ARGV[4])
     for i = 4, #KEYS do
         local sequence, count = tonumber(ARGV[2 * i - 3]), tonumber(ARGV[2 * i - 2])
-        local _, _, newer = at_work(KEYS[i], ARGV[3], sequence, count)
+        local _, _, newer = in_flight(KEYS[i], ARGV[3], sequence, count)
         if newer then
             tell(KEYS[i], ARGV[3], sequence, count)
         end
@@ -182,7 +183,7 @@ if verb == 'hello' then
 end
 
 if verb == 'look' then
-    -- KEYS: hash; ARGV: for each window: name, span, width. Their totals.
+    -- KEYS: hash; ARGV: for each window: name, span, width. Returns their totals.
     local totals = {}
     for i = 3, #ARGV, 3 do
         totals[#totals + 1] = (advance(KEYS[1], ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])))
@@ -191,7 +192,7 @@ if verb == 'look' then
 end
 
 if verb == 'learn' then
-    -- KEYS: state; ARGV: milliseconds it lasts (0: it is over), text. A deadline is extended, never shortened.
+    -- KEYS: state; ARGV: milliseconds that it lasts (0: it has ended), text. A deadline is extended, never shortened.
     local lasts = tonumber(ARGV[3])
     if lasts <= 0 then
         redis.call('DEL', KEYS[1])

@@ -192,7 +192,7 @@ class RedisLimits:
             self._undo(reply, reservation)
 
     def _abandon(self, asked: Asked, reservation: RedisReservation | None) -> None:
-        """Note that nobody waits for this reply any more: what it admits, or has admitted, is cancelled."""
+        """Note that no caller waits for this reply any more: what it admits, or has admitted, is cancelled."""
         asked.abandoned = True
         if asked.reply is not None:
             self._undo(asked.reply, reservation)
@@ -257,7 +257,7 @@ class RedisLimits:
                     await self.link.redis.script_load(_SCRIPT)
                     continue
                 # It may have been done late. To count something twice does no harm, to free something twice does.
-                self._outbox.extendleft((who, tuple(one for one in each if one[-1] > 0)) for who, each in batch[::-1])
+                self._outbox.extendleft((limiter, tuple(one for one in each if one[-1] > 0)) for limiter, each in batch[::-1])
                 if isinstance(error, ResponseError):
                     self.link.complain(f"refuses a settlement: {error}")
                 return

@@ -22,7 +22,7 @@ _FREE = (-math.inf, -math.inf, 0)
 
 
 class Asked:
-    """One decision that Redis is asked for. reply: None until it comes; abandoned: nobody waits for it any more."""
+    """One decision that Redis is asked for. reply: None until it comes; abandoned: no caller waits for it any more."""
 
     __slots__ = ("abandoned", "reply")
 
