@@ -257,7 +257,8 @@ class RedisLimits:
                     await self.link.redis.script_load(_SCRIPT)
                     continue
                 # It may have been done late. To count something twice does no harm, to free something twice does.
-                self._outbox.extendleft((limiter, tuple(one for one in each if one[-1] > 0)) for limiter, each in batch[::-1])
+                for limiter, amounts in batch[::-1]:
+                    self._outbox.appendleft((limiter, tuple(one for one in amounts if one[-1] > 0)))
                 if isinstance(error, ResponseError):
                     self.link.complain(f"refuses a settlement: {error}")
                 return
