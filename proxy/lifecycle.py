@@ -100,7 +100,7 @@ async def run_worker(fd: int) -> int:
         return await _run(app, orders.loaded, listeners, say, seat.stop, seat.now, shared=True)
     finally:
         listeners.close()
-        seat.channel.notify("last_metrics", pack(app.ops.counts()))
+        seat.channel.notify("last_metrics", pack(app.ops.own_metrics()))
         await seat.channel.flush()
         seat.channel.close()
 

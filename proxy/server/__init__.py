@@ -1,1 +1,1 @@
-"""Where bytes come in and go out: the only rooms that know aiohttp."""
+"""The HTTP server: listeners, access control, API and admin routes. Only it and `upstream.client` use aiohttp."""

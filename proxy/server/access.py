@@ -1,4 +1,4 @@
-"""Who may come in: Host, Origin, client keys and the admin key (contract 7, Browsers and Secrets; contract 5)."""
+"""Access control: Host, Origin, client keys and the admin key (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -17,113 +17,120 @@ from ..protocol.errors import ProxyError
 from ..protocol.request import Client
 from ..protocol.routes import printable
 
-_ALWAYS: Final = ("localhost", "127.0.0.1", "[::1]")
-_KEEP: Final = 1024
+_LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "[::1]")
+_MAX_MEMOIZED: Final = 1024
 ANONYMOUS: Final = Client()
 
 
 class AccessControl:
-    """Checks requests against the settings. Raises ProxyError with the contract's codes."""
+    """Checks requests against the settings."""
 
     def __init__(self, settings: Settings) -> None:
         server = settings.server
         host = f"[{server.host}]" if ":" in server.host else server.host
-        self._hosts = {name.lower() for name in (*_ALWAYS, host, *server.allowed_hosts)}
-        self._globs = tuple(name.lower() for name in server.allowed_hosts if "*" in name)
-        self._known_hosts: set[str] = set()
+        self._hosts = {name.lower() for name in (*_LOCAL_HOSTS, host, *server.allowed_hosts)}
+        self._host_globs = tuple(name.lower() for name in server.allowed_hosts if "*" in name)
+        self._accepted_hosts: set[str] = set()
         self._origins = frozenset(origin.rstrip("/").lower() for origin in server.allowed_origins)
         self._keys = server.client_keys
         self._passthrough = settings.passthrough
-        self._admin = hashlib.sha256(server.admin_key.reveal().encode()).digest() if server.admin_key else None
-        self._single = configured_clients(settings)
+        self._admin_digest = hashlib.sha256(server.admin_key.reveal().encode()).digest() if server.admin_key else None
+        self._clients = configured_clients(settings)
 
     # -- browsers -----------------------------------------------------------------------------------------------------
 
     def check_host(self, request: BaseRequest) -> None:
-        """A Host that is not ours is a rebound name or a misdirected request: 421."""
+        """Raise `host_not_allowed` for an unknown Host, which may come from DNS rebinding (RFC 9110 section 7.4)."""
         hosts = request.headers.getall("Host", ())
-        if len(hosts) == 1 and hosts[0] in self._known_hosts:
+        if len(hosts) == 1 and hosts[0] in self._accepted_hosts:
             return
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        if len(hosts) != 1 or not self._is_allowed_host(hosts[0]):
             shown = hosts[0][:80] if hosts else ""
-            message = f"Host {shown!r} is not served here; server.allowed_hosts lists further names"
+            message = f"Host {shown!r} is not served here; add it to server.allowed_hosts"
             raise ProxyError("host_not_allowed", message)
-        if len(self._known_hosts) < _KEEP:
-            self._known_hosts.add(hosts[0])
+        if len(self._accepted_hosts) < _MAX_MEMOIZED:
+            self._accepted_hosts.add(hosts[0])
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_allowed_host(self, host: str) -> bool:
         name = host.lower()
-        stem, colon, port = name.rpartition(":")
+        without_port, colon, port = name.rpartition(":")
         if colon and port.isascii() and port.isdigit():
-            name = stem
-        return name in self._hosts or any(fnmatchcase(name, glob) for glob in self._globs)
+            name = without_port
+        return name in self._hosts or any(fnmatchcase(name, glob) for glob in self._host_globs)
 
     def check_origin(self, request: BaseRequest) -> str | None:
-        """The browser origin that may call, None where no browser is at work. 403 for any other."""
+        """Return the allowed origin of a browser's request, None for any other client.
+
+        Raises `origin_not_allowed`.
+        """
         headers = request.headers
         origin = headers.get("Origin")
         if origin is not None:
             if origin.rstrip("/").lower() in self._origins:
                 return origin
-            raise ProxyError("origin_not_allowed", f"origin {origin[:80]!r} is not in server.allowed_origins")
+            message = f"origin {origin[:80]!r} may not call the proxy; add it to server.allowed_origins"
+            raise ProxyError("origin_not_allowed", message)
         site = headers.get("Sec-Fetch-Site")
         if site is not None and site.lower() not in ("none", "same-origin"):
-            raise ProxyError("origin_not_allowed", "browsers may call from server.allowed_origins only")
+            message = "a page of another site may not call the proxy; add its origin to server.allowed_origins"
+            raise ProxyError("origin_not_allowed", message)
         return None
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
     def client(self, request: BaseRequest) -> Client:
-        """Who calls. Raises ProxyError(invalid_client_key), with one body for every way of having no good key."""
+        """Return the sender of a request. Raises `invalid_client_key`, with the same message whatever is wrong."""
         if not self._keys and not self._passthrough:
             return ANONYMOUS
         credential = _credential(request)
         if not self._keys:
-            return self._own_credential(request, credential)
+            return self._passthrough_client(request, credential)
         if credential is not None:
             digest = hashlib.sha256(credential[1].encode("utf-8", "surrogateescape")).digest()
-            found = None
-            for index, key in enumerate(self._keys):  # all of them: time does not tell which one fits
+            match = None
+            for index, key in enumerate(self._keys):  # compare with all, so that the time says nothing
                 if hmac.compare_digest(digest, key.digest):
-                    found = index
-            if found is not None:
-                return self._single[found]
+                    match = index
+            if match is not None:
+                return self._clients[match]
         raise ProxyError(
             "invalid_client_key",
-            "a client key of this proxy is needed, as `Authorization: Bearer …` or `api-key: …`",
+            "send a client key of this proxy as `Authorization: Bearer …` or `api-key: …`",
             headers=(("WWW-Authenticate", "Bearer"),),
         )
 
-    def _own_credential(self, request: BaseRequest, credential: tuple[str, str] | None) -> Client:
+    def _passthrough_client(self, request: BaseRequest, credential: tuple[str, str] | None) -> Client:
         headers = request.headers
         organization, project = headers.get("OpenAI-Organization", ""), headers.get("OpenAI-Project", "")
         scheme, token = credential or ("none", "")
         try:
-            scope = partition_of_credential(scheme, token, organization, project)
-        except UnicodeEncodeError:  # nor could it go up as it came
-            raise ProxyError("invalid_client_key", "the credential holds bytes that are not UTF-8") from None
-        return Client("", scope, credential)
+            partition = partition_of_credential(scheme, token, organization, project)
+        except UnicodeEncodeError:  # it could not be sent upstream either
+            raise ProxyError("invalid_client_key", "the credential is not valid UTF-8") from None
+        return Client("", partition, credential)
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
     def is_admin(self, request: BaseRequest) -> bool:
-        """Holds the admin key (bearer, or password of HTTP Basic); without one configured: comes from this machine."""
-        if self._admin is None:
+        """Return True if the request has the admin key, as bearer token or password of HTTP Basic.
+
+        If no admin key is configured, it must come from this machine.
+        """
+        if self._admin_digest is None:
             return is_loopback(request)
         for candidate in _admin_candidates(request):
-            if hmac.compare_digest(hashlib.sha256(candidate).digest(), self._admin):
+            if hmac.compare_digest(hashlib.sha256(candidate).digest(), self._admin_digest):
                 return True
         return False
 
     def check_admin(self, request: BaseRequest) -> None:
+        """Raise `invalid_client_key` unless `is_admin`."""
         if not self.is_admin(request):
-            raise ProxyError(
-                "invalid_client_key",
-                "this route needs server.admin_key"
-                if self._admin is not None
-                else "without server.admin_key this route answers to this machine only",
-                headers=(("WWW-Authenticate", 'Basic realm="openai-proxy"'),),
-            )
+            message = "this route needs the admin key (server.admin_key)"
+            if self._admin_digest is None:
+                message = "this route is served to this machine only; to reach it from elsewhere, set server.admin_key"
+            headers = (("WWW-Authenticate", 'Basic realm="openai-proxy"'),)
+            raise ProxyError("invalid_client_key", message, headers=headers)
 
 
 def partition_of_credential(scheme: str, token: str, *parts: str) -> str:
@@ -159,7 +166,7 @@ def client_named(settings: Settings, name: str | None) -> Client:
 
 
 def _credential(request: BaseRequest) -> tuple[str, str] | None:
-    """(`bearer` or `api-key`, token); None where there is none or it is not single."""
+    """Return (`bearer` or `api-key`, token); None if there is no token, or more than one."""
     headers = request.headers
     values = headers.getall("Authorization", ())
     if len(values) > 1:
@@ -176,6 +183,7 @@ def _credential(request: BaseRequest) -> tuple[str, str] | None:
 
 
 def _admin_candidates(request: BaseRequest) -> list[bytes]:
+    """Return the bearer tokens and the passwords of HTTP Basic."""
     candidates = []
     for value in request.headers.getall("Authorization", ()):
         scheme, _, rest = value.partition(" ")
@@ -190,11 +198,11 @@ def _admin_candidates(request: BaseRequest) -> list[bytes]:
 
 
 def is_loopback(request: BaseRequest) -> bool:
-    """The peer is on this machine: loopback, or a unix socket."""
+    """Return True if the client is on this machine: at a loopback address or a Unix socket."""
     transport = request.transport
     peer = transport.get_extra_info("peername") if transport is not None else None
     if not isinstance(peer, tuple):
-        return isinstance(peer, str | bytes)  # of a unix socket; None: gone before it could be asked
+        return isinstance(peer, str | bytes)  # of a Unix socket; None: the client has disconnected
     try:
         address = ipaddress.ip_address(peer[0].partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""The routes for operators: health, metrics, and what the proxy knows of itself, its keys and a finished request."""
+"""The admin routes: health, metrics, status, keys, usage, receipts, runs and the cache (docs/routes-and-errors.md)."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .responses import DateHeader, FullResponse, read_body, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
-_LINES: Final = "application/x-ndjson"
+_JSON_LINES: Final = "application/x-ndjson"
 _RUNS: Final = "/_proxy/runs/"
 
 
 class _Context(NamedTuple):
-    """One request to a page. rest: the last segment of the path where the page is for many, decoded; query: raw."""
+    """One request. rest: the decoded rest of the path, if the route ends in `/`; query: as it came."""
 
     request: BaseRequest
     rest: str
@@ -43,9 +43,7 @@ class _Context(NamedTuple):
 
 
 class _AdminRoute(NamedTuple):
-    """A route, by its path; one that ends in `/` has one more segment. guarded: for operators alone, else its own
-    matter.
-    """
+    """A route. If its path ends in `/`, one segment follows. guarded: for operators only."""
 
     answer: Callable[[_Context], Awaitable[FullResponse]]
     method: str = "GET"
@@ -53,25 +51,25 @@ class _AdminRoute(NamedTuple):
 
 
 class AdminHandler:
-    """Answers `own` routes."""
+    """Serves the proxy's own routes. link: to the other workers, if there are any."""
 
     def __init__(
         self,
         services: Services,
         metrics: Metrics,
-        gatekeeper: AccessControl,
-        traffic: InFlight,
+        access: AccessControl,
+        in_flight: InFlight,
         ledger: Ledger,
-        seat: WorkerLink | None = None,
+        link: WorkerLink | None = None,
     ) -> None:
         self._services = services
         self._ledger = ledger
         self._metrics = metrics
-        self._gatekeeper = gatekeeper
-        self._dates = DateHeader(services.clock.wall)
-        self.siblings = siblings = PeerWorkers(seat)
-        self._cache = CacheAdmin(services, siblings)
-        self._pages: dict[str, _AdminRoute] = {
+        self._access = access
+        self._date = DateHeader(services.clock.wall)
+        self.peers = peers = PeerWorkers(link)
+        self._cache = CacheAdmin(services, peers)
+        self._routes: dict[str, _AdminRoute] = {
             "/metrics": _AdminRoute(self._metrics_text),
             "/_proxy/status": _AdminRoute(self._status),
             "/_proxy/keys": _AdminRoute(self._keys),
@@ -79,17 +77,17 @@ class AdminHandler:
             "/_proxy/requests/": _AdminRoute(self._receipt, guarded=False),
             "/_proxy/limits/reset": _AdminRoute(self._reset_limits, "POST"),
             _RUNS: _AdminRoute(self._run),
-            "/_proxy/cache": _AdminRoute(self._cached),
-            "/_proxy/cache/": _AdminRoute(self._cached_one),
+            "/_proxy/cache": _AdminRoute(self._list_entries),
+            "/_proxy/cache/": _AdminRoute(self._show_entry),
             "/_proxy/cache/purge": _AdminRoute(self._purge, "POST"),
             "/_proxy/cache/import": _AdminRoute(self._import, "POST"),
             "/_proxy/cache/explain": _AdminRoute(self._explain, "POST"),
         }
-        self._traffic = traffic
-        siblings.answer(
+        self._in_flight = in_flight
+        peers.answer(
             {
                 "receipt": self._own_receipt,
-                "metrics": self._own_counts,
+                "metrics": self._own_metrics,
                 "status": self._own_status,
                 "pool": self._own_pool,
                 "reset": self._reset,
@@ -99,137 +97,135 @@ class AdminHandler:
         )
 
     async def handle(self, request: BaseRequest, route: Route) -> FullResponse:
-        """One request to an `own` route of the main listener. Raises ProxyError."""
+        """Serve a request of the main listener to one of the proxy's own routes. Raises ProxyError."""
         path = route.path
-        page, rest = self._pages.get(path), ""
-        if page is None:
-            stem, _, rest = path.rpartition("/")
+        admin_route, rest = self._routes.get(path), ""
+        if admin_route is None:
+            parent, _, rest = path.rpartition("/")
             if path.startswith(_RUNS):
-                stem, rest = _RUNS[:-1], path.removeprefix(_RUNS)  # a run's name may hold slashes
-            page = self._pages.get(stem + "/") if rest else None
-        method = "POST" if page is not None and page.method == "POST" else "GET"
-        if request.method != method and not (method == "GET" and request.method == "HEAD"):
-            allowed = "GET, HEAD" if method == "GET" else method
-            message = f"only {method} is allowed here"
-            raise ProxyError("method_not_allowed", message, headers=(("Allow", allowed),))
+                parent, rest = _RUNS[:-1], path.removeprefix(_RUNS)  # the name of a run may contain slashes
+            admin_route = self._routes.get(parent + "/") if rest else None
+        if admin_route is not None and admin_route.method == "POST":
+            _check_method(request, "POST")
+        else:
+            _check_method(request, "GET", "HEAD")
         if path in _PROBES:
             return self._probe(request, path)
-        self._gatekeeper.check_host(request)
-        self._gatekeeper.check_origin(request)
-        if page is None or page.guarded:
-            self._gatekeeper.check_admin(request)
-        if page is None:
+        self._access.check_host(request)
+        self._access.check_origin(request)
+        if admin_route is None or admin_route.guarded:
+            self._access.check_admin(request)
+        if admin_route is None:
             raise unknown_route(path)
-        return await page.answer(_Context(request, unquote(rest), route.query))
+        return await admin_route.answer(_Context(request, unquote(rest), route.query))
 
     async def handle_probe(self, request: BaseRequest, path: str) -> FullResponse:
-        """One request to the second listener, `server.ops`: probes and metrics only, any Host, no key."""
-        if request.method not in ("GET", "HEAD"):
-            raise ProxyError("method_not_allowed", "only GET is allowed here", headers=(("Allow", "GET, HEAD"),))
+        """Serve a request of the listener `server.ops`: probes and metrics, with any Host and no key."""
+        _check_method(request, "GET", "HEAD")
         if path in _PROBES:
             return self._probe(request, path)
         if path == "/metrics":
-            return await self._metrics_page(request)
+            return await self._metrics_response(request)
         raise unknown_route(path)
 
     def _probe(self, request: BaseRequest, path: str) -> FullResponse:
-        if path == "/readyz" and self._traffic.draining:
+        if path == "/readyz" and self._in_flight.draining:
             return self._json(request, {"status": "draining"}, status=503)
         return self._json(request, {"status": "ok" if path == "/healthz" else "ready"})
 
-    async def _reset_limits(self, visit: _Context) -> FullResponse:
-        """Every window starts afresh, those of clients too; what is at work keeps its permits. Budgets are not reset:
-        money spent is spent.
-        """
+    async def _reset_limits(self, context: _Context) -> FullResponse:
+        """Empty all limit windows, also those of clients. Requests in flight and budgets are not reset."""
         if self._services.limiter is not None:
             self._services.limiter.reset()
         await self._reset()
-        await self.siblings.ask("reset")
-        return self._json(visit.request, {"reset": True})
+        await self.peers.ask("reset")
+        return self._json(context.request, {"reset": True})
 
     async def _reset(self, _: bytes = b"") -> None:
         self._services.pool.reset()
         self._services.clients.reset()
         self._services.admission.wake()
 
-    async def _metrics_text(self, visit: _Context) -> FullResponse:
-        return await self._metrics_page(visit.request)
+    async def _metrics_text(self, context: _Context) -> FullResponse:
+        return await self._metrics_response(context.request)
 
-    async def _status(self, visit: _Context) -> FullResponse:
-        status, others = await self._own_status(), await self.siblings.ask("status")
-        if self.siblings.any:
+    async def _status(self, context: _Context) -> FullResponse:
+        status, others = await self._own_status(), await self.peers.ask("status")
+        if self.peers.any:
             store = self._services.store
             status = statuses_joined([status, *others], store.slower is not None)
-        return self._json(visit.request, status)
+        return self._json(context.request, status)
 
-    async def _keys(self, visit: _Context) -> FullResponse:
-        return self._json(visit.request, pools_joined([self._pool(), *await self.siblings.ask("pool")]))
+    async def _keys(self, context: _Context) -> FullResponse:
+        return self._json(context.request, pools_joined([self._pool(), *await self.peers.ask("pool")]))
 
-    async def _usage(self, visit: _Context) -> FullResponse:
-        others = await self.siblings.ask("totals")  # first: they write down what they have not yet
-        mine = await usage(self._ledger, visit.query, self._services.clock.wall())
-        return self._json(visit.request, usages_joined(mine, others) if others else mine)
+    async def _usage(self, context: _Context) -> FullResponse:
+        others = await self.peers.ask("totals")  # first, because this also writes their rows to the ledger
+        own = await usage(self._ledger, context.query, self._services.clock.wall())
+        return self._json(context.request, usages_joined(own, others) if others else own)
 
-    async def _cached(self, visit: _Context) -> FullResponse:
-        return self._json(visit.request, await self._cache.list(visit.query))
+    async def _list_entries(self, context: _Context) -> FullResponse:
+        return self._json(context.request, await self._cache.list(context.query))
 
-    async def _cached_one(self, visit: _Context) -> FullResponse:
-        found = await self._cache.show(visit.rest, visit.query)
-        if isinstance(found, bytes):
-            return self._answer(visit.request, found, _LINES)
-        return self._json(visit.request, found)
+    async def _show_entry(self, context: _Context) -> FullResponse:
+        shown = await self._cache.show(context.rest, context.query)
+        if isinstance(shown, bytes):
+            return self._response(context.request, shown, _JSON_LINES)
+        return self._json(context.request, shown)
 
-    async def _purge(self, visit: _Context) -> FullResponse:
-        return self._json(visit.request, await self._cache.purge(await self._body(visit)))
+    async def _purge(self, context: _Context) -> FullResponse:
+        return self._json(context.request, await self._cache.purge(await self._body(context)))
 
-    async def _import(self, visit: _Context) -> FullResponse:
-        return self._json(visit.request, await self._cache.take(await self._body(visit)))
+    async def _import(self, context: _Context) -> FullResponse:
+        return self._json(context.request, await self._cache.import_lines(await self._body(context)))
 
-    async def _explain(self, visit: _Context) -> FullResponse:
-        body, raw = await self._body(visit), visit.request.raw_headers
-        return self._json(visit.request, await self._cache.explain(visit.query, raw, body))
+    async def _explain(self, context: _Context) -> FullResponse:
+        body, raw = await self._body(context), context.request.raw_headers
+        return self._json(context.request, await self._cache.explain(context.query, raw, body))
 
-    async def _body(self, visit: _Context) -> bytes:
-        return await read_body(visit.request, self._services.settings.server.max_body)
+    async def _body(self, context: _Context) -> bytes:
+        return await read_body(context.request, self._services.settings.server.max_body)
 
-    async def _metrics_page(self, request: BaseRequest) -> FullResponse:
-        text = self._metrics.render(self._services, self._traffic.requests)
-        if self.siblings.any:  # its gauges are set by now
-            text = await self.siblings.metrics(self._metrics.registry)
-        return self._answer(request, text, _TEXT)
+    async def _metrics_response(self, request: BaseRequest) -> FullResponse:
+        text = self._metrics.render(self._services, self._in_flight.requests)
+        if self.peers.any:
+            text = await self.peers.metrics(self._metrics.registry)
+        return self._response(request, text, _TEXT)
 
-    def counts(self) -> list[Family]:
-        """This worker's metrics."""
-        self._metrics.render(self._services, self._traffic.requests)
-        return self.siblings.own_metrics(self._metrics.registry)
+    def own_metrics(self) -> list[Family]:
+        """Return this worker's metrics."""
+        self._metrics.render(self._services, self._in_flight.requests)
+        return self.peers.own_metrics(self._metrics.registry)
 
-    async def _receipt(self, visit: _Context) -> FullResponse:
-        """A receipt is for operators and for the client key that made the request."""
-        request, id_ = visit.request, visit.rest
-        receipt = self._services.receipts.get(id_) or await self.siblings.receipt(id_)
-        if not self._gatekeeper.is_admin(request):
-            client = self._gatekeeper.client(request)
+    async def _receipt(self, context: _Context) -> FullResponse:
+        """Show a receipt to operators, and to the client key that made the request."""
+        request, id_ = context.request, context.rest
+        receipt = self._services.receipts.get(id_) or await self.peers.receipt(id_)
+        if not self._access.is_admin(request):
+            client = self._access.client(request)
             if not client.name:
-                self._gatekeeper.check_admin(request)
-            if receipt is None or receipt.client != client.name:
-                raise ProxyError("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
+                self._access.check_admin(request)
+            if receipt is not None and receipt.client != client.name:
+                receipt = None
         if receipt is None:
-            raise ProxyError("unknown_route", f"no receipt of this id is kept: {printable(id_)}")
+            message = f"there is no receipt with the id {printable(id_)}; only the last requests have one"
+            raise ProxyError("unknown_route", message)
         return self._json(request, receipt.as_json())
 
-    async def _run(self, visit: _Context) -> FullResponse:
-        report = await self._services.runs.report(visit.rest)
+    async def _run(self, context: _Context) -> FullResponse:
+        report = await self._services.runs.report(context.rest)
         if report is None:
-            raise ProxyError("unknown_route", f"no run of this name is remembered: {printable(visit.rest)}")
-        return self._json(visit.request, report)
+            message = f"there is no run with the name {printable(context.rest)}; only the last runs are remembered"
+            raise ProxyError("unknown_route", message)
+        return self._json(context.request, report)
 
-    # -- for the other workers ----------------------------------------------------------------------------------------
+    # -- answers to other workers -------------------------------------------------------------------------------------
 
     async def _own_receipt(self, id_: bytes) -> Receipt | None:
         return self._services.receipts.get(id_.decode("utf-8", "surrogateescape"))
 
-    async def _own_counts(self, _: bytes) -> list[Family]:
-        return self.counts()
+    async def _own_metrics(self, _: bytes) -> list[Family]:
+        return self.own_metrics()
 
     async def _own_totals(self, _: bytes) -> dict[str, Any]:
         return await self._ledger.totals()
@@ -239,20 +235,20 @@ class AdminHandler:
 
     async def _own_status(self, _: bytes = b"") -> dict[str, Any]:
         status = await self.status()
-        return status | {"worker": self.siblings.number, "pid": os.getpid()} if self.siblings.any else status
+        return status | {"worker": self.peers.number, "pid": os.getpid()} if self.peers.any else status
 
     async def status(self) -> dict[str, Any]:
-        """Settings in force, without secrets, and how things stand."""
+        """Return this process's settings, without secrets, and its state."""
         services = self._services
         settings, prices = services.settings, services.upstreams[0].prices
         today = datetime.fromtimestamp(services.clock.wall(), UTC).date()
         return {
             "version": __version__,
-            "address": self._traffic.address,
-            "uptime_s": round(services.clock.wall() - self._traffic.started, 1),
-            "state": "draining" if self._traffic.draining else "ready",
+            "address": self._in_flight.address,
+            "uptime_s": round(services.clock.wall() - self._in_flight.started, 1),
+            "state": "draining" if self._in_flight.draining else "ready",
             "pass_through": services.passthrough,
-            "in_flight": self._traffic.requests,
+            "in_flight": self._in_flight.requests,
             "queue": {"waiting": services.admission.depth},
             "clients": services.clients.report(services.clock.monotonic()),
             "budgets": services.budgets.report(),
@@ -263,7 +259,7 @@ class AdminHandler:
         }
 
     def _pool(self) -> dict[str, Any]:
-        """The pool: keys by their labels, never the keys; and which upstreams are left alone."""
+        """Return the keys, by label, and the circuit breakers of the upstreams."""
         services = self._services
         now = services.clock.monotonic()
         return {
@@ -279,9 +275,15 @@ class AdminHandler:
         }
 
     def _json(self, request: BaseRequest, document: object, status: int = 200) -> FullResponse:
-        return self._answer(request, orjson.dumps(document), "application/json", status)
+        return self._response(request, orjson.dumps(document), "application/json", status)
 
-    def _answer(self, request: BaseRequest, body: bytes, content_type: str, status: int = 200) -> FullResponse:
-        head = status_line(status) + self._dates.line()
+    def _response(self, request: BaseRequest, body: bytes, content_type: str, status: int = 200) -> FullResponse:
+        head = status_line(status) + self._date.line()
         head += f"Content-Type: {content_type}\r\nCache-Control: no-store\r\n".encode()
         return FullResponse(request, head, body, status=status)
+
+
+def _check_method(request: BaseRequest, *allowed: str) -> None:
+    if request.method not in allowed:
+        message = f"method {printable(request.method, 20)} is not allowed here; use {allowed[0]}"
+        raise ProxyError("method_not_allowed", message, headers=(("Allow", ", ".join(allowed)),))

@@ -1,4 +1,4 @@
-"""The stored answers for operators: list, look, purge, and lines of a cassette out and in (contract 4)."""
+"""The admin routes of the cache: list, show, purge, export, import and explain (docs/caching.md)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
-import orjson
 
 from ..cache.cassette import CassetteLineError, read, write
 from ..cache.entry import Entry
@@ -21,148 +20,150 @@ from ..pipeline.explain import explain, request_of
 from ..protocol.durations import parse_duration
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
+from ..protocol.request import parse_body
 from ..protocol.routes import printable
 from ..services import Services
 from .access import client_named
 from .peers import LocalAnswer, PeerWorkers
 
-_TEXTS: Final = ("model", "endpoint", "namespace", "tag", "key", "prefix")
-_MOST_LISTED: Final = 1000
+_FILTERS: Final = ("model", "endpoint", "namespace", "tag", "key", "prefix")
+_MAX_PAGE: Final = 1000
 
 
 class CacheAdmin:
-    """What the routes below `/_proxy/cache` do. Every method raises Refusal."""
+    """The routes below `/_proxy/cache`. Every method raises ProxyError."""
 
-    def __init__(self, services: Services, siblings: PeerWorkers | None = None) -> None:
+    def __init__(self, services: Services, peers: PeerWorkers | None = None) -> None:
         self._services = services
-        self._siblings = siblings or PeerWorkers(None)
+        self._peers = peers or PeerWorkers(None)
 
     def for_peers(self) -> dict[str, LocalAnswer]:
-        """What other workers may ask: of our memory."""
+        """Return the handlers of other workers' requests, about this worker's memory."""
         return {
             "list": lambda query: self._own_list(query.decode("utf-8", "surrogateescape")),
             "entries": lambda key: self._read(key.decode("utf-8", "surrogateescape")),
             "forget": self._forget,
-            "import": self._own_take,
+            "import": self._own_import,
         }
 
     @property
-    def _scattered(self) -> bool:
-        """Each worker has entries of its own, and only there."""
-        return self._siblings.any and self._store().slower is None
+    def _memory_only(self) -> bool:
+        """True if the workers have no common store, so that each has entries that the others lack."""
+        return self._peers.any and self._store().slower is None
 
     async def list(self, query: str) -> dict[str, Any]:
-        """A page: `after` is the `next` of the page before, "" at the end; the filters are those of a purge."""
+        """Return a page of entries. query: filters of a purge, `limit`, and `after`: the `next` of the last page."""
         page = await self._own_list(query)
-        if not self._scattered:
+        if not self._memory_only:
             return page
-        return pages_joined([page, *await self._siblings.ask("list", query.encode("utf-8", "surrogateescape"))])
+        return pages_joined([page, *await self._peers.ask("list", query.encode("utf-8", "surrogateescape"))])
 
     async def _own_list(self, query: str) -> dict[str, Any]:
-        asked = _query(query, (*_TEXTS, "older_than", "after", "limit"))
-        after = asked.pop("after", "")
-        limit = asked.pop("limit", "100")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MOST_LISTED):
-            raise _wrong("limit", f"a number from 1 to {_MOST_LISTED}")
-        which = self._filter(asked)
+        fields = _query(query, (*_FILTERS, "older_than", "after", "limit"))
+        after = fields.pop("after", "")
+        limit = fields.pop("limit", "100")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MAX_PAGE):
+            raise _invalid("limit", f"a number from 1 to {_MAX_PAGE}")
+        filters = self._filter(fields)
         try:
-            page = await self._store().list(which, after, int(limit))
+            page = await self._store().list(filters, after, int(limit))
         except StoreError as error:
-            raise _broken(error) from None
+            raise _store_failed(error) from None
         except ValueError:
-            raise _wrong("after", "the `next` of the page before") from None
+            raise _invalid("after", "the `next` of the page before") from None
         wall = self._services.clock.wall()
         return {"entries": [listing(entry, size, wall) for entry, size in page.entries], "next": page.next}
 
     async def show(self, key: str, query: str) -> dict[str, Any] | bytes:
-        """The stored forms of a key; bytes: the lines of a cassette, for `?cassette=1`."""
-        asked = _query(query, ("body", "cassette"))
-        for name, value in asked.items():
+        """Return the entries of a key; with `?cassette=1`, as lines of a cassette."""
+        flags = _query(query, ("body", "cassette"))
+        for name, value in flags.items():
             if value not in ("0", "1"):
-                raise _wrong(name, "0 or 1")
-        found = await self._read(key)
-        if self._scattered and len(found) < 2:
-            there = {entry.form: entry for entry in [*await self._siblings.entries(key), *found]}
-            found = [there[form] for form in sorted(there)]
-        if not found:
-            raise ProxyError("unknown_route", f"no stored answer has the key {printable(key)!r}")
-        if asked.get("cassette") == "1":
-            return b"".join(write(found))
+                raise _invalid(name, "0 or 1")
+        entries = await self._read(key)
+        if self._memory_only and len(entries) < 2:
+            by_form = {entry.form: entry for entry in [*await self._peers.entries(key), *entries]}
+            entries = [by_form[form] for form in sorted(by_form)]
+        if not entries:
+            raise ProxyError("unknown_route", f"no stored response has the key {printable(key)!r}")
+        if flags.get("cassette") == "1":
+            return b"".join(write(entries))
         wall = self._services.clock.wall()
-        with_body = asked.get("body") == "1"
-        forms = [listing(entry, entry.size, wall) | (_body(entry) if with_body else {}) for entry in found]
+        with_body = flags.get("body") == "1"
+        forms = [listing(entry, entry.size, wall) | (_body(entry) if with_body else {}) for entry in entries]
         return {"key": key, "forms": forms}
 
     async def _read(self, key: str) -> Sequence[Entry]:
         try:
             return sorted(await self._store().read([(key, "json"), (key, "sse")]), key=lambda entry: entry.form)
         except StoreError as error:
-            raise _broken(error) from None
+            raise _store_failed(error) from None
 
     async def purge(self, body: bytes) -> dict[str, Any]:
-        """Every worker's memory follows at once; what is only there is counted where it is."""
-        which, dry_run = self._purged(body)
+        """Delete entries, in every worker's memory too. Without a common store, the workers' numbers are added."""
+        filters, dry_run = self._purge_request(body)
         try:
-            count = await self._store().purge(which, dry_run)
+            count = await self._store().purge(filters, dry_run)
         except StoreError as error:
-            raise _broken(error) from None
-        elsewhere = await self._siblings.ask("forget", body)
-        return {"purged": count + (sum(elsewhere) if self._scattered else 0), "dry_run": dry_run}
+            raise _store_failed(error) from None
+        peer_counts = await self._peers.ask("forget", body)
+        return {"purged": count + (sum(peer_counts) if self._memory_only else 0), "dry_run": dry_run}
 
     async def _forget(self, body: bytes) -> int:
-        return await self._store().forget(*self._purged(body))
+        return await self._store().forget(*self._purge_request(body))
 
-    def _purged(self, body: bytes) -> tuple[Filter, bool]:
-        """What shall be dropped, and whether only counted."""
-        asked = _object(body)
-        given = set(asked)
-        flags = {name: asked.pop(name, False) for name in ("all", "dry_run")}
+    def _purge_request(self, body: bytes) -> tuple[Filter, bool]:
+        """Return the filters of a purge, and whether it is a dry run."""
+        fields = parse_body(body)
+        names = set(fields)
+        flags = {name: fields.pop(name, False) for name in ("all", "dry_run")}
         for name, value in flags.items():
             if type(value) is not bool:
-                raise _wrong(name, "true or false")
-        which = self._filter(asked)
-        filters = given - set(flags)
-        if not filters and not flags["all"]:
+                raise _invalid(name, "true or false")
+        filters = self._filter(fields)
+        is_filtered = bool(names - set(flags))
+        if not is_filtered and not flags["all"]:
             raise ProxyError("invalid_option", 'a purge needs a filter, or "all": true', param="all")
-        if filters and flags["all"]:
+        if is_filtered and flags["all"]:
             raise ProxyError("invalid_option", '"all" goes without filters', param="all")
-        return which, flags["dry_run"]
+        return filters, flags["dry_run"]
 
-    async def take(self, body: bytes) -> dict[str, Any]:
-        """Entries as lines of a cassette; a bad line changes nothing."""
-        taken = await self._own_take(body)
-        if self._scattered:
-            await self._siblings.ask("import", body)
-        return taken
+    async def import_lines(self, body: bytes) -> dict[str, Any]:
+        """Store the entries of a cassette's lines; if one line is bad, none is stored."""
+        result = await self._own_import(body)
+        if self._memory_only:
+            await self._peers.ask("import", body)
+        return result
 
-    async def _own_take(self, body: bytes) -> dict[str, Any]:
+    async def _own_import(self, body: bytes) -> dict[str, Any]:
         try:
             entries = list(read("line", body.split(b"\n")))
         except CassetteLineError as error:
             raise ProxyError("bad_request", str(error)) from None
         try:
-            taken = await import_entries(self._store(), entries, self._services.clock.wall())
+            result = await import_entries(self._store(), entries, self._services.clock.wall())
         except StoreError as error:
-            raise _broken(error) from None
-        return msgspec.structs.asdict(taken)
+            raise _store_failed(error) from None
+        return msgspec.structs.asdict(result)
 
     async def explain(self, query: str, headers: Sequence[Raw], body: bytes) -> dict[str, Any]:
-        """The key of the request `body`, and how it differs from what is stored. Options by header, as in a request."""
-        asked = _query(query, ("target", "client"))
+        """Explain the request `body`: its cache key, and how it differs from stored requests. headers: its options."""
+        parameters = _query(query, ("target", "client"))
         services = self._services
-        client = client_named(services.settings, asked.get("client"))
-        call = request_of(services.addresses, asked.get("target", "/v1/chat/completions"), headers, body, client)
+        client = client_named(services.settings, parameters.get("client"))
+        target = parameters.get("target", "/v1/chat/completions")
+        request = request_of(services.addresses, target, headers, body, client)
         try:
-            pages = self._summaries(Filter(endpoint=call.endpoint))
-            found = await explain(services.planner, services.settings.cache, call, pages)
+            pages = self._summaries(Filter(endpoint=request.endpoint))
+            explanation = await explain(services.planner, services.settings.cache, request, pages)
         except StoreError as error:
-            raise _broken(error) from None
-        return {"client": client.name or None} | found
+            raise _store_failed(error) from None
+        return {"client": client.name or None} | explanation
 
-    async def _summaries(self, which: Filter) -> AsyncIterator[Sequence[dict[str, Any]]]:
+    async def _summaries(self, filters: Filter) -> AsyncIterator[Sequence[dict[str, Any]]]:
         store, after, wall = self._services.store, "", self._services.clock.wall()
         while store.enabled:
-            page = await store.list(which, after, _MOST_LISTED)
+            page = await store.list(filters, after, _MAX_PAGE)
             yield [listing(entry, size, wall) for entry, size in page.entries]
             after = page.next
             if not after:
@@ -170,21 +171,22 @@ class CacheAdmin:
 
     def _store(self) -> TieredStore:
         if not self._services.store.enabled:
-            raise ProxyError("bad_request", "nothing is stored: the cache is off")
+            raise ProxyError("bad_request", "nothing is stored: cache.backend is off")
         return self._services.store
 
-    def _filter(self, asked: Mapping[str, object]) -> Filter:
-        found: dict[str, Any] = {}
-        for name, value in asked.items():
+    def _filter(self, fields: Mapping[str, object]) -> Filter:
+        filters: dict[str, Any] = {}
+        for name, value in fields.items():
             if name == "older_than":
-                found["stored_before"] = self._services.clock.wall() - _seconds(name, value)
-            elif name not in _TEXTS:
-                raise ProxyError("invalid_option", f"{printable(name)}: no such field", param=printable(name))
+                filters["stored_before"] = self._services.clock.wall() - _seconds(name, value)
+            elif name not in _FILTERS:
+                known = f"known are {', '.join(_FILTERS)} and older_than"
+                raise ProxyError("invalid_option", f"{printable(name)}: no such field; {known}", param=printable(name))
             elif not isinstance(value, str):
-                raise _wrong(name, "a text")
+                raise _invalid(name, "a string")
             else:
-                found[name] = value
-        return Filter(**found)
+                filters[name] = value
+        return Filter(**filters)
 
 
 def _seconds(name: str, value: object) -> float:
@@ -193,26 +195,17 @@ def _seconds(name: str, value: object) -> float:
     try:
         return parse_duration(value if isinstance(value, str) else "")
     except ValueError as error:
-        raise _wrong(name, str(error)) from None
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        asked = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise ProxyError("invalid_json", "the body is not JSON") from None
-    if not isinstance(asked, dict):
-        raise ProxyError("invalid_json", "the body must be a JSON object")
-    return asked
+        raise _invalid(name, str(error)) from None
 
 
 def _query(query: str, known: tuple[str, ...]) -> dict[str, str]:
-    asked: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True, max_num_fields=50):
         if name not in known:
-            raise ProxyError("invalid_option", f"{printable(name)}: no such parameter", param=printable(name))
-        asked[name] = value
-    return asked
+            message = f"{printable(name)}: no such parameter; known are {', '.join(known)}"
+            raise ProxyError("invalid_option", message, param=printable(name))
+        parameters[name] = value
+    return parameters
 
 
 def _body(entry: Entry) -> dict[str, str]:
@@ -222,9 +215,9 @@ def _body(entry: Entry) -> dict[str, str]:
         return {"body_base64": base64.b64encode(entry.body).decode()}
 
 
-def _wrong(name: str, expected: str) -> ProxyError:
+def _invalid(name: str, expected: str) -> ProxyError:
     return ProxyError("invalid_option", f"{name}: expected {expected}", param=name)
 
 
-def _broken(error: StoreError) -> ProxyError:
-    return ProxyError("internal_error", f"the store cannot be asked: {error}")
+def _store_failed(error: StoreError) -> ProxyError:
+    return ProxyError("internal_error", f"the store failed: {error}")

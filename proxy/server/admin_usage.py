@@ -1,4 +1,4 @@
-"""`GET /_proxy/usage`: totals since the start of this process, and what the ledger says, by whatever is asked."""
+"""`GET /_proxy/usage`: totals since this process started, and rows of the ledger."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _DEFAULT: Final = ["day"]
 
 
 async def usage(ledger: Ledger, query: str, now: float) -> dict[str, Any]:
-    """The page's document. `by` (repeatable, or with commas), `since` and `until` as `openai-proxy report` takes them.
+    """Return the usage report.
 
+    query: `by` (may be repeated, or list several with commas), `since` and `until`, as in `openai-proxy report`.
     now: Unix seconds. Raises ProxyError(invalid_option).
     """
     by: list[str] = []
@@ -26,15 +27,15 @@ async def usage(ledger: Ledger, query: str, now: float) -> dict[str, Any]:
             by += value.split(",")
         elif name in ("since", "until"):
             try:
-                bounds[name] = parse_moment(value.replace(" ", "+"), now)  # an offset whose plus was not escaped
+                bounds[name] = parse_moment(value.replace(" ", "+"), now)  # the plus of an offset may be unescaped
             except ValueError as error:
-                raise _expected(name, str(error)) from None
+                raise _invalid(name, str(error)) from None
         else:
-            raise _expected(printable(name, 40), "by, since or until")
+            raise _invalid(printable(name, 40), "by, since or until")
     if not set(by) <= set(BY):
-        raise _expected("by", f"some of {', '.join(BY)}")
+        raise _invalid("by", f"some of {', '.join(BY)}")
     return await ledger.usage(list(dict.fromkeys(by)) or _DEFAULT, Span(bounds.get("since"), bounds.get("until")))
 
 
-def _expected(name: str, what: str) -> ProxyError:
-    return ProxyError("invalid_option", f"{name}: expected {what}", param=name)
+def _invalid(name: str, expected: str) -> ProxyError:
+    return ProxyError("invalid_option", f"{name}: expected {expected}", param=name)

@@ -1,4 +1,4 @@
-"""Requests come in here: the fast lane for hits, the way through the house for all else, errors into envelopes."""
+"""The handler of the main listener: a fast path for cache hits, the pipeline, pass-through, and error responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from operator import itemgetter
 from typing import Final
 
@@ -36,18 +35,18 @@ from ..pipeline.response_headers import (
 from ..protocol.errors import ProxyError
 from ..protocol.headers import is_request_option
 from ..protocol.options import Options, from_headers
-from ..protocol.request import Client, ProxyRequest, parse_body
+from ..protocol.request import Client
 from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
 from ..services import Services
-from ..system.threads import in_thread_if_large
 from ..upstream.limits.clients import check_model
-from ..upstream.providers.registry import model_named, models_in_path
+from ..upstream.providers.registry import models_in_path
 from .access import ANONYMOUS, AccessControl
 from .admin import AdminHandler
 from .cors import METHODS, cors_headers, preflight
 from .in_flight import InFlight
 from .passthrough import PassthroughHandler
+from .request_parser import RequestParser, check_media_type, text_headers
 from .responses import (
     DateHeader,
     FullResponse,
@@ -61,15 +60,15 @@ from .responses import (
 
 log = logging.getLogger("proxy")
 
-Answer = FullResponse | StreamedResponse
+Response = FullResponse | StreamedResponse
 
 _POST_ONLY: Final = frozenset({"embeddings", "completions", "moderations", "responses"})
-_KEEP: Final = 2048
+_MAX_MEMOIZED: Final = 2048
 
 
 @dataclass(slots=True)
 class _Context:
-    """One request on its way through the house. origin: the browser origin that may call; began: monotonic seconds."""
+    """A request that is being served. origin: an allowed browser origin; began: monotonic seconds."""
 
     request: BaseRequest
     target: str
@@ -80,212 +79,188 @@ class _Context:
 
 
 class ApiHandler:
-    """The handler of the main listener."""
+    """Serves the requests of the main listener."""
 
     def __init__(
         self,
         services: Services,
-        journey: RequestHandler,
-        passage: PassthroughHandler,
-        ops: AdminHandler,
+        handler: RequestHandler,
+        passthrough: PassthroughHandler,
+        admin: AdminHandler,
         metrics: Metrics,
-        gatekeeper: AccessControl,
-        traffic: InFlight,
+        access: AccessControl,
+        in_flight: InFlight,
         ledger: Ledger,
     ) -> None:
         self._services = services
-        self._journey = journey
-        self._passage = passage
-        self._ops = ops
+        self._handler = handler
+        self._passthrough = passthrough
+        self._admin = admin
         self._metrics = metrics
-        self._gatekeeper = gatekeeper
-        self._dates = DateHeader(services.clock.wall)
+        self._access = access
+        self._date = DateHeader(services.clock.wall)
         self._routes: dict[str, Route] = {}
         self._heads: dict[tuple[str, str], tuple[Entry, bytes]] = {}
         self._show_key = len(services.settings.server.client_keys) < 2
-        self._fast = not services.settings.cost.stream_comment
+        self._has_fast_path = not services.settings.cost.stream_comment
         self._max_body = services.settings.server.max_body
-        self.traffic = traffic
+        self.in_flight = in_flight
         self._ledger = ledger
         self._hit_log = HitLog()
-        self._model_of = partial(model_named, services.addresses)
+        self._parser = RequestParser(services)
 
     # -- every request ------------------------------------------------------------------------------------------------
 
-    async def handle(self, request: BaseRequest) -> Answer:
-        """One request. Never raises but for a client that is gone."""
-        self.traffic.requests += 1
+    async def handle(self, request: BaseRequest) -> Response:
+        """Serve one request. Raises nothing except CancelledError."""
+        self.in_flight.requests += 1
         began = self._services.clock.monotonic()
-        visit = None
+        context = None
         try:
             target = request.raw_path
             route = self._routes.get(target)
             if route is None:
-                route = self._parse(request, target)
-            visit = _Context(request, target, route, began)
+                route = self._parse_route(request, target)
+            context = _Context(request, target, route, began)
             if route.kind == "own":
-                return await self._ops.handle(request, route)
-            self._gatekeeper.check_host(request)
+                return await self._admin.handle(request, route)
+            self._access.check_host(request)
             headers = request.headers
             if "Origin" in headers or "Sec-Fetch-Site" in headers:
-                origin = visit.origin = self._gatekeeper.check_origin(request)
+                origin = context.origin = self._access.check_origin(request)
                 if origin is not None and request.method == "OPTIONS":
-                    return preflight(request, origin, self._dates.line())
-            answer = await self._serve(visit)
-        except ProxyError as refusal:
-            answer = self._error(request, refusal, visit)
+                    return preflight(request, origin, self._date.line())
+            return await self._serve(context)
+        except ProxyError as error:
+            return self._error_response(request, error, context)
         except ConnectionError as error:
             log.debug("%s %s: %s", request.method, printable(request.raw_path), error)
             return StreamedResponse(False, 499)
         except Exception:
             log.exception("a request failed inside the proxy")
-            failed = ProxyError("internal_error", "the proxy failed on this request; its log says more")
-            answer = self._error(request, failed, visit)
+            failure = ProxyError("internal_error", "the proxy failed on this request; see its log")
+            return self._error_response(request, failure, context)
         finally:
-            self.traffic.requests -= 1
-        return answer
+            self.in_flight.requests -= 1
 
-    def _parse(self, request: BaseRequest, target: str) -> Route:
+    def _parse_route(self, request: BaseRequest, target: str) -> Route:
         if request.method in ("TRACE", "CONNECT"):
             raise _not_allowed(request.method, "GET, POST")
         route = parse_target(target)
         if len(target) <= 256:
-            if len(self._routes) >= _KEEP:
+            if len(self._routes) >= _MAX_MEMOIZED:
                 self._routes.clear()
             self._routes[target] = route
         return route
 
-    async def _serve(self, visit: _Context) -> Answer:
-        request, route = visit.request, visit.route
+    async def _serve(self, context: _Context) -> Response:
+        request, route = context.request, context.route
         method = request.method
-        visit.client = self._gatekeeper.client(request)
-        if self.traffic.closing:
+        context.client = self._access.client(request)
+        if self.in_flight.closing:
             raise ProxyError("draining", "the proxy is shutting down", retry_after=1.0)
         if route.kind == "endpoint" and method == "POST":
             headers = request.headers
             content_type = headers.get("Content-Type", "")
             if not content_type.startswith("application/json") or "Content-Encoding" in headers:
-                _check_media_type(content_type, headers.get("Content-Encoding"))
+                check_media_type(content_type, headers.get("Content-Encoding"))
             body = await read_body(request, self._max_body)
-            raw = request.raw_headers
-            name = None
-            plain = self._fast and not visit.client.models  # whose model must be read first
-            if plain and _leaves_hits_alone(route.options) and not _asks_something(raw):
-                name = digest_of_request(visit.target, visit.client.cache_partition, body)
-                hit = self._journey.cache.peek(name)
+            digest = None
+            simple = self._has_fast_path and not context.client.models  # else the model must be parsed and checked
+            if simple and _keeps_hits_unchanged(route.options) and not _has_request_option(request.raw_headers):
+                digest = digest_of_request(context.target, context.client.cache_partition, body)
+                hit = self._handler.cache.peek(digest)
                 if hit is not None:
-                    return self._hit(visit, hit, b"", route.options.tags)
-            return await self._endpoint(visit, body, name)
+                    return self._hit(context, hit, b"", route.options.tags)
+            return await self._endpoint(context, body, digest)
         if method not in METHODS or (route.endpoint in _POST_ONLY):
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):
             raise _not_allowed(method, "GET, POST")
-        options = from_headers(route.options, _text(request.raw_headers))
+        options = from_headers(route.options, text_headers(request.raw_headers))
         self._check_in_flight()
-        return await self._passage.forward(request, route, visit.client, options, cors_headers(visit.origin))
+        return await self._passthrough.forward(request, route, context.client, options, cors_headers(context.origin))
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
-    async def _endpoint(self, visit: _Context, body: bytes, name: RequestDigest | None) -> Answer:
-        """name: where no header asks for anything, by which the answer may be found again."""
-        request = visit.request
-        call = await self._proxy_request(visit, body, plain=name is not None)
-        if visit.client.models:
-            check_model(visit.client, call.model, *models_in_path(self._services.addresses, visit.route))
-        served = await self._journey.handle(call, self._check_in_flight, name)
-        if isinstance(served, CacheHit):
-            comment = call.stream and (call.options.stream_cost or self._services.settings.cost.stream_comment)
-            zero = cost_comment(Cost(_ZERO, "exact"), served.entry.usage) if comment else b""
-            if served.stale:
-                return self._stale(visit, served, zero)
-            return self._hit(visit, served, zero, call.options.tags)
-        reply = served
+    async def _endpoint(self, context: _Context, body: bytes, digest: RequestDigest | None) -> Response:
+        """digest: names the request in the fast path; None if a header or an option asks for something."""
+        request = context.request
+        proxy_request = await self._parser.parse(
+            request, context.route, context.client, body, has_options=digest is None
+        )
+        if context.client.models:
+            check_model(context.client, proxy_request.model, *models_in_path(self._services.addresses, context.route))
+        reply = await self._handler.handle(proxy_request, self._check_in_flight, digest)
+        if isinstance(reply, CacheHit):
+            options = proxy_request.options
+            wants_comment = options.stream_cost or self._services.settings.cost.stream_comment
+            comment = b""
+            if proxy_request.stream and wants_comment:
+                comment = cost_comment(Cost(_ZERO, "exact"), reply.entry.usage)
+            if reply.stale:
+                return self._stale(context, reply, comment)
+            return self._hit(context, reply, comment, options.tags)
         head = (
             status_line(reply.status, reply.reason)
             + raw_lines(reply.headers)
             + lines_of(reply.proxy_headers).encode("latin-1", "replace")
-            + cors_headers(visit.origin)
+            + cors_headers(context.origin)
         )
         if reply.body is not None:
             return FullResponse(request, head, reply.body, status=reply.status)
         return await self._relay(request, head, reply)
 
     async def _relay(self, request: BaseRequest, head: bytes, reply: Reply) -> StreamedResponse:
-        """Lets a stream flow to the client."""
-        flow = reply.stream
-        assert flow is not None
-        names = {name.lower() for name, _ in reply.headers}
-        if flow.audit is not None:
+        """Relay a stream to the client."""
+        stream = reply.stream
+        assert stream is not None
+        is_api_stream = stream.audit is not None
+        if is_api_stream:
+            names = {name.lower() for name, _ in reply.headers}
             if b"cache-control" not in names:
                 head += b"Cache-Control: no-cache\r\n"
             if b"x-accel-buffering" not in names:
                 head += b"X-Accel-Buffering: no\r\n"
         task = asyncio.current_task()
         assert task is not None
-        self.traffic.streams[task] = flow
-        stream = StreamingResponse(request, head, reply.status, trailers=TRAILERS if flow.audit is not None else "")
-        if isinstance(flow, SubscriberStream):
-            flow.push = stream.push
+        self.in_flight.streams[task] = stream
+        response = StreamingResponse(request, head, reply.status, trailers=TRAILERS if is_api_stream else "")
+        if isinstance(stream, SubscriberStream):
+            stream.push = response.push
         try:
-            await flow.relay(stream.write)
+            await stream.relay(response.write)
             charge = reply.charge
             cost = cost_headers(charge.cost, charge.usage, charge.savings) if charge is not None else ()
-            return await stream.finish(lines_of(cost))
+            return await response.finish(lines_of(cost))
         except StreamBroken as broken:
-            return stream.abort(broken.at_once)
+            return response.abort(broken.at_once)
         finally:
-            flow.client_left()
-            del self.traffic.streams[task]
-
-    async def _proxy_request(self, visit: _Context, body: bytes, plain: bool) -> ProxyRequest:
-        """The request, read and understood. Raises ProxyError(invalid_json, invalid_option)."""
-        services, request, route = self._services, visit.request, visit.route
-        raw = request.raw_headers
-        options = route.options if plain else from_headers(route.options, _text(raw))
-        document = await in_thread_if_large(len(body), parse_body, body)
-        now = services.clock.monotonic()
-        total = services.settings.timeouts.total if options.timeout is None else options.timeout
-        own = _client_timeout(request)
-        if own is not None:
-            total = min(total, own - min(1.0, own / 10))
-        patience = options.max_wait if options.max_wait is not None else services.settings.throttle.max_wait
-        if patience is None:
-            patience = max(0.0, (own if own is not None else total) - 5.0)
-        return ProxyRequest.from_body(
-            body,
-            document,
-            self._model_of,
-            route=route,
-            headers=raw,
-            options=options,
-            client=visit.client,
-            id=services.clock.new_id(),
-            arrived=now,
-            deadline=now + total,
-            max_wait=patience,
-        )
+            stream.client_left()
+            del self.in_flight.streams[task]
 
     def _check_in_flight(self) -> None:
-        """Refuses early and cheaply when too much is going on; those who wait in the queue are counted there."""
+        """Raise `overloaded` above `server.max_in_flight`. Requests waiting in the queue do not count here."""
         limit = self._services.settings.server.max_in_flight
-        if self.traffic.requests - self._services.admission.depth > limit:
-            message = f"{limit} requests are being served already (server.max_in_flight)"
+        if self.in_flight.requests - self._services.admission.depth > limit:
+            message = f"{limit} requests are in flight (server.max_in_flight); try again later"
             raise ProxyError("overloaded", message, retry_after=1.0)
 
     # -- hits ---------------------------------------------------------------------------------------------------------
 
-    def _hit(self, visit: _Context, hit: CacheHit, comment: bytes, tags: tuple[str, ...]) -> FullResponse:
+    def _hit(self, context: _Context, hit: CacheHit, comment: bytes, tags: tuple[str, ...]) -> FullResponse:
+        """Return the response to a fresh hit, and record the hit. comment: SSE comment with the cost."""
         entry = hit.entry
         cached = self._heads.get((entry.key, entry.form))
         if cached is not None and cached[0] is entry:
             head = cached[1]
         else:
-            head = self._render(entry)
-            if len(self._heads) >= _KEEP:
+            head = self._render_head(entry)
+            if len(self._heads) >= _MAX_MEMOIZED:
                 self._heads.clear()
             self._heads[entry.key, entry.form] = entry, head
         wall = self._services.clock.wall()
-        spent = (self._services.clock.monotonic() - visit.began) * 1000
+        spent = (self._services.clock.monotonic() - context.began) * 1000
         sampled = "; detail=sampled" if entry.sampled else ""
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
@@ -293,26 +268,26 @@ class ApiHandler:
             f"{lines_of(hit.headers)}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
-        self._services.receipts.put_hit(hit.id, visit.client.name, entry, wall, hit.run, tags)
+        self._services.receipts.put_hit(hit.id, context.client.name, entry, wall, hit.run, tags)
         self._metrics.record_hit(entry)
-        self._hit_log.hit(hit.id, visit.client.name, entry, wall, visit.request.raw_headers)
-        self._ledger.hit(entry, visit.client.name, tags, hit.run, wall, spent)
-        head = head + self._dates.line() + lines.encode()
-        if visit.origin is not None:
-            head += cors_headers(visit.origin)
-        return FullResponse(visit.request, head, body, status=entry.status)
+        self._hit_log.hit(hit.id, context.client.name, entry, wall, context.request.raw_headers)
+        self._ledger.hit(entry, context.client.name, tags, hit.run, wall, spent)
+        head = head + self._date.line() + lines.encode()
+        if context.origin is not None:
+            head += cors_headers(context.origin)
+        return FullResponse(context.request, head, body, status=entry.status)
 
-    def _stale(self, visit: _Context, hit: CacheHit, comment: bytes) -> FullResponse:
-        """An answer past its lifetime. Its receipt is written."""
+    def _stale(self, context: _Context, hit: CacheHit, comment: bytes) -> FullResponse:
+        """Return the response to a stale hit; the pipeline has recorded it."""
         lines = lines_of(hit.headers + stale_headers(hit.entry, self._services.clock.wall(), hit.stale, hit.fwd))
-        spent = Timing(total=(self._services.clock.monotonic() - visit.began) * 1000)
+        spent = Timing(total=(self._services.clock.monotonic() - context.began) * 1000)
         lines += f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: {spent.header()}\r\n"
-        head = self._render(hit.entry, "stale", hit.attempts) + self._dates.line() + lines.encode()
+        head = self._render_head(hit.entry, "stale", hit.attempts) + self._date.line() + lines.encode()
         body = with_comment(hit.body, comment) if comment else hit.body
-        return FullResponse(visit.request, head + cors_headers(visit.origin), body, status=hit.entry.status)
+        return FullResponse(context.request, head + cors_headers(context.origin), body, status=hit.entry.status)
 
-    def _render(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
-        """The part of a hit's head that is the same every time."""
+    def _render_head(self, entry: Entry, cache: str = "hit", attempts: int = 0) -> bytes:
+        """Return the part of a hit's head that is the same for every request."""
         lines = f"X-Proxy-Cache: {cache}\r\nX-Proxy-Attempts: {attempts}\r\n"
         if self._show_key:
             lines += f"X-Proxy-Cache-Key: {entry.key}\r\n"
@@ -324,76 +299,45 @@ class ApiHandler:
         lines += lines_of(usage_headers(entry.usage))
         return status_line(entry.status) + raw_lines(entry.headers) + lines.encode()
 
-    # -- refusals and browsers ----------------------------------------------------------------------------------------
+    # -- errors -------------------------------------------------------------------------------------------------------
 
-    def _error(self, request: BaseRequest, refusal: ProxyError, visit: _Context | None) -> FullResponse:
-        """visit: None where not even the target can be read."""
+    def _error_response(self, request: BaseRequest, error: ProxyError, context: _Context | None) -> FullResponse:
+        """Return the error response, and record the error. context: None if the target cannot be parsed."""
         request_id = self._services.clock.new_id()
-        if not refusal.proxy_headers:  # else its receipt was counted and logged
-            self._metrics.record_refusal(refusal.code)
-            if visit is None:
-                self._ledger.refused(refusal.code, refusal.status, "", "")
-            elif visit.route.kind != "own":
-                self._ledger.refused(refusal.code, refusal.status, visit.client.name, visit.route.endpoint)
+        if not error.proxy_headers:  # else the pipeline has recorded it
+            self._metrics.record_refusal(error.code)
+            if context is None:
+                self._ledger.refused(error.code, error.status, "", "")
+            elif context.route.kind != "own":
+                self._ledger.refused(error.code, error.status, context.client.name, context.route.endpoint)
             fields = {
-                "status": refusal.status,
+                "status": error.status,
                 "id": request_id,
-                "client": visit.client.name if visit is not None else "",
-                "error": refusal.code,
+                "client": context.client.name if context is not None else "",
+                "error": error.code,
                 "traceparent": traceparent(request.raw_headers),
             }
             log_refusal(request.method, request.raw_path, fields)
-        if visit is not None and visit.origin is not None:
-            pairs = [line.split(": ", 1) for line in cors_headers(visit.origin).decode().splitlines()]
-            refusal.headers = (*refusal.headers, *((name, value) for name, value in pairs))
+        if context is not None and context.origin is not None:
+            pairs = [line.split(": ", 1) for line in cors_headers(context.origin).decode().splitlines()]
+            error.headers = (*error.headers, *((name, value) for name, value in pairs))
         unread = not request.content.is_eof()
-        return error_response(request, refusal, request_id, self._dates.line(), close=unread and refusal.status == 413)
+        return error_response(request, error, request_id, self._date.line(), close=unread and error.status == 413)
 
 
 _ZERO: Final = Decimal(0)
 
 
-def _asks_something(raw: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether any header may change what we do: then the fast lane is closed."""
+def _has_request_option(raw: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Return True if a header may be a request option; then the fast path is not taken."""
     return True in map(is_request_option, map(itemgetter(0), raw))
 
 
-def _leaves_hits_alone(options: Options) -> bool:
-    """Whether a hit is the same with these options of the base URL as without; the others choose which entry it is."""
+def _keeps_hits_unchanged(options: Options) -> bool:
+    """Return True if a hit is the same with these options of the base URL. Other options are part of the cache key."""
     return options.max_age is None and not (options.stream_cost or options.run or options.max_cost is not None)
 
 
-def _text(raw: Sequence[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in raw]
-
-
-def _check_media_type(content_type: str, encoding: str | None) -> None:
-    """Raises Refusal(unsupported_media_type) for anything but plain JSON: it also keeps browsers' simple requests
-    out.
-    """
-    essence = content_type.partition(";")[0].strip().lower()
-    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
-        raise ProxyError("unsupported_media_type", "Content-Type must be application/json", param="Content-Type")
-    if encoding is not None and encoding.strip().lower() != "identity":
-        raise ProxyError("unsupported_media_type", "request bodies must not be compressed", param="Content-Encoding")
-
-
-def _client_timeout(request: BaseRequest) -> float | None:
-    """Seconds after which the SDK gives up, as it says itself."""
-    found = []
-    for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
-        text = request.headers.get(name)
-        if text is None:
-            continue
-        try:
-            seconds = float(text)
-        except ValueError:
-            continue
-        if 0 < seconds < 1e6:
-            found.append(seconds)
-    return min(found) if found else None
-
-
 def _not_allowed(method: str, allow: str) -> ProxyError:
-    message = f"method {printable(method, 20)} is not allowed here"
+    message = f"method {printable(method, 20)} is not allowed here; use {allow}"
     return ProxyError("method_not_allowed", message, headers=(("Allow", allow),))

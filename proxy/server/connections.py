@@ -1,4 +1,4 @@
-"""The listening side: aiohttp's low-level server, with what it lacks against slow clients."""
+"""aiohttp's low-level server with a time limit for request headers and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .responses import error_response
 log = logging.getLogger("proxy")
 
 HEADER_TIMEOUT: Final = 10.0
-"""Seconds for a request's header to be complete (contract 7, Slow and hostile peers)."""
+"""Seconds in which a request's header must be complete (docs/security.md)."""
 
 KEEPALIVE: Final = 3630.0
-"""Seconds an idle connection is kept; longer than SDK pools keep theirs, so that they close first."""
+"""Seconds for which an idle connection is kept; longer than the SDKs' pools do, so that the client closes first."""
 
 
 class _Connection(RequestHandler):
-    """Closes a connection whose request header is not complete in time."""
+    """A connection that is closed if a request header is not complete within `HEADER_TIMEOUT`."""
 
     __slots__ = ("_header_timer",)
 
@@ -41,8 +41,8 @@ class _Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._messages and (current := self._current_request) is not None and not current.content.is_eof():
-            self.force_close()  # broken chunks: the parser gave up inside this body, and nobody else will end it
-        if self._waiter is None or self._waiter.done():  # a whole header is in, or a body is being read
+            self.force_close()  # the parser failed within this chunked body, and aiohttp would wait for its end
+        if self._waiter is None or self._waiter.done():  # a header is complete, or a body is being read
             if self._header_timer is not None:
                 self._header_timer.cancel()
                 self._header_timer = None
@@ -62,16 +62,17 @@ class _Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> Any:
-        """What aiohttp's parser refuses, in OpenAI's shape; its message may quote the offending bytes, so it stays
-        here.
+        """Return the error response to a request that aiohttp cannot parse.
+
+        aiohttp's own message may quote bytes of the request, so it is not repeated.
         """
-        code, text = "bad_request", "this is not an acceptable HTTP/1.1 request"
+        code, text = "bad_request", "the request is not valid HTTP/1.1"
         if status != 400:
-            code, text = "internal_error", "the proxy failed on this request"
+            code, text = "internal_error", "the proxy failed on this request; see its log"
         log.info("refused a request: %s (%s)", code, type(exc).__name__)
-        # What could not be parsed stands in as an HTTP/1.0 request, for which `close` would go without saying.
-        extra = (("Connection", "close"),) if status == 400 else ()
-        return error_response(request, ProxyError(code, text, headers=extra), SYSTEM_CLOCK.new_id(), b"", close=True)
+        # aiohttp treats an unparsable request as HTTP/1.0, for which `Connection: close` would be left out.
+        headers = (("Connection", "close"),) if status == 400 else ()
+        return error_response(request, ProxyError(code, text, headers=headers), SYSTEM_CLOCK.new_id(), b"", close=True)
 
     def _too_slow(self) -> None:
         self._header_timer = None
@@ -80,7 +81,7 @@ class _Connection(RequestHandler):
 
 
 class ListeningServer(Server):
-    """Makes the connections above, cancels handlers whose client has gone, and leaves bodies as they come."""
+    """The server of a listener. It cancels the handler if the client disconnects, and does not decode bodies."""
 
     def __init__(self, handler: Callable[[BaseRequest], Awaitable[Any]]) -> None:
         super().__init__(

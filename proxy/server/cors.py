@@ -1,4 +1,4 @@
-"""What browsers want to be told before they let a page see an answer (Fetch standard, section 3.2: CORS)."""
+"""CORS: the headers that let pages of allowed origins read responses (Fetch standard, section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..protocol.headers import EXPOSED
 from .responses import FullResponse, status_line
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
-"""What may be asked of routes that are passed through."""
+"""The methods of passed-through requests."""
 
 
 def cors_headers(origin: str | None) -> bytes:
-    """The headers for an origin that may call; nothing for anybody else."""
+    """Return the header lines for an allowed origin; none without one."""
     if origin is None:
         return b""
     return (
@@ -24,9 +24,9 @@ def cors_headers(origin: str | None) -> bytes:
 
 
 def preflight(request: BaseRequest, origin: str, date: bytes) -> FullResponse:
-    """The answer to an OPTIONS request of a browser on behalf of an origin that may call."""
-    wanted = request.headers.get("Access-Control-Request-Headers", "")
-    allowed = ", ".join(part.strip() for part in wanted.split(",") if part.strip().replace("-", "").isalnum())
+    """Return the response to a preflight request of an allowed origin."""
+    requested = request.headers.get("Access-Control-Request-Headers", "")
+    allowed = ", ".join(name.strip() for name in requested.split(",") if name.strip().replace("-", "").isalnum())
     lines = f"Access-Control-Allow-Methods: {', '.join(sorted(METHODS))}\r\nAccess-Control-Max-Age: 600\r\n" + (
         f"Access-Control-Allow-Headers: {allowed}\r\n" if allowed else ""
     )

@@ -1,4 +1,4 @@
-"""What is going on right now in one proxy, whatever its settings: it outlives a reload."""
+"""The requests and streams in flight. This state outlives a reload."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..pipeline.coalescing.broadcast import SubscriberStream
-from ..pipeline.relay import StreamRelay
+    from ..pipeline.relay import StreamRelay
 
 
 @dataclass(slots=True)
 class InFlight:
-    """in_flight: requests being served; flows: running streams by their task; closing: no new work is taken up;
-    draining: SIGTERM came; address: what the proxy listens on; started: Unix seconds.
+    """What one process serves.
+
+    started: Unix seconds. requests: number in flight. closing: new requests are refused. draining: the first signal
+    to stop has come. address: of the main listener. streams: by the task that relays them.
     """
 
     started: float = 0.0

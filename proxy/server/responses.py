@@ -1,7 +1,6 @@
-"""Answers as they go on the wire: ready bytes, one write (PERFORMANCE: a third cheaper than `web.Response`).
+"""Responses written as ready bytes in one write, which takes a third less CPU than aiohttp's `web.Response`.
 
-aiohttp asks of a response only `prepare`, `write_eof` and `keep_alive`; a test with the pinned aiohttp holds it to
-that.
+aiohttp uses only `prepare`, `write_eof` and `keep_alive` of a response; tests check this with the locked version.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from ..protocol.errors import ProxyError, retry_after_headers
 from ..protocol.headers import Raw
 
 BODY_TIMEOUT: Final = 30.0
-"""Seconds a request body has, and one more for each 64 KiB received (contract 7, Slow and hostile peers)."""
+"""Seconds in which a request body must arrive, plus one for each 64 KiB received (docs/security.md)."""
 
-_SMALL: Final = 64 * 1024
+_ONE_WRITE: Final = 64 * 1024
+"""Bodies below this number of bytes are joined with the head."""
+
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -35,7 +36,7 @@ def raw_lines(headers: Iterable[Raw]) -> bytes:
 
 
 class DateHeader:
-    """`Date` lines, made once a second (RFC 9110 section 6.6.1)."""
+    """The `Date` header line, formatted once a second (RFC 9110 section 6.6.1)."""
 
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
@@ -51,7 +52,7 @@ class DateHeader:
 
 
 class FullResponse:
-    """An answer in hand. head: status line and headers, without framing and the blank line."""
+    """A response whose body is complete. head: status line and headers, without framing and the blank line."""
 
     __slots__ = ("_body", "_request", "head", "keep_alive", "status")
 
@@ -70,7 +71,7 @@ class FullResponse:
         protocol = request.protocol
         transport = protocol.transport
         if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the client has disconnected")
         body = self._body
         framing = b""
         if self.status >= 200 and self.status not in (204, 304):
@@ -80,7 +81,7 @@ class FullResponse:
         head = self.head + framing + connection_line(request, self.keep_alive) + b"\r\n"
         if request.method == "HEAD":
             body = b""
-        if len(body) < _SMALL:
+        if len(body) < _ONE_WRITE:
             transport.write(head + body)
         else:
             transport.write(head)
@@ -89,7 +90,7 @@ class FullResponse:
 
 
 class StreamedResponse:
-    """An answer that has been written by `StreamingResponse` already; aiohttp only keeps the connection."""
+    """A response that `StreamingResponse` has written; it tells aiohttp whether to keep the connection."""
 
     __slots__ = ("keep_alive", "status")
 
@@ -105,44 +106,44 @@ class StreamedResponse:
 
 
 class StreamingResponse:
-    """Writes an answer piece by piece: chunked (RFC 9112 section 7.1), or bare where length is known or HTTP/1.0.
+    """Writes a response in pieces: chunked (RFC 9112 section 7.1), or unframed if its length is known or for HTTP/1.0.
 
-    Every write waits until the client has taken enough: memory is held by back-pressure.
+    Each write waits until the client has read enough, so memory is bounded by back-pressure.
     """
 
-    __slots__ = ("_bare", "_head", "_protocol", "_request", "_status", "_trailed", "keep_alive", "started")
+    __slots__ = ("_head", "_protocol", "_request", "_sends_trailers", "_status", "_unframed", "keep_alive", "started")
 
     def __init__(
         self, request: BaseRequest, head: bytes, status: int, length: int | None = None, trailers: str = ""
     ) -> None:
-        """trailers: names of the fields that may follow the last chunk; announced to those who take them."""
+        """length: of the body, if known. trailers: names of trailer fields, announced to clients that accept them."""
         self._request = request
         self._protocol = request.protocol
         self._status = status
         self.started = False
-        self._bare = length is not None or request.version == HttpVersion10 or request.method == "HEAD"
+        self._unframed = length is not None or request.version == HttpVersion10 or request.method == "HEAD"
         self.keep_alive = request.keep_alive and not (length is None and request.version == HttpVersion10)
-        framing = b"" if self._bare else b"Transfer-Encoding: chunked\r\n"
+        framing = b"" if self._unframed else b"Transfer-Encoding: chunked\r\n"
         if length is not None:
             framing = b"Content-Length: %d\r\n" % length
         if status in (204, 304):
-            framing, self._bare = b"", True
-        self._trailed = bool(trailers) and not self._bare and takes_trailers(request)
-        if self._trailed:
+            framing, self._unframed = b"", True
+        self._sends_trailers = bool(trailers) and not self._unframed and accepts_trailers(request)
+        if self._sends_trailers:
             framing += f"Trailer: {trailers}\r\n".encode()
         self._head = head + framing + connection_line(request, self.keep_alive) + b"\r\n"
 
     async def write(self, data: bytes) -> None:
-        """Sends `data` on, and waits until the client has taken enough. Raises ConnectionResetError when it is gone."""
+        """Send `data` and wait until the client has read enough. Raises ConnectionResetError if it has disconnected."""
         if not self.push(data):
             await wait_for_drain(self._protocol)
 
     def push(self, data: bytes) -> bool:
-        """Sends `data` on; whether the client takes as much as is written. Raises ConnectionResetError."""
+        """Send `data`; return False if the send buffer is full. Raises ConnectionResetError."""
         transport = self._protocol.transport
         if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client is gone")
-        framed = data if self._bare else b"%x\r\n%b\r\n" % (len(data), data)
+            raise ConnectionResetError("the client has disconnected")
+        framed = data if self._unframed else b"%x\r\n%b\r\n" % (len(data), data)
         if not self.started:
             self.started = True
             framed = self._head + framed if data else self._head
@@ -153,17 +154,18 @@ class StreamingResponse:
         return not self._protocol.writing_paused
 
     async def finish(self, trailers: str = "") -> StreamedResponse:
-        """The clean end; with the fields announced, where they are wanted (RFC 9112 section 7.1.2)."""
+        """End the response, with the announced trailer fields (RFC 9112 section 7.1.2)."""
         if not self.started:
             await self.write(b"")
         transport = self._protocol.transport
-        if not self._bare and transport is not None and not transport.is_closing():
-            transport.write(b"0\r\n%b\r\n" % (trailers.encode() if self._trailed else b""))
+        if not self._unframed and transport is not None and not transport.is_closing():
+            transport.write(b"0\r\n%b\r\n" % (trailers.encode() if self._sends_trailers else b""))
         return StreamedResponse(self.keep_alive, self._status)
 
     def abort(self, at_once: bool = False) -> StreamedResponse:
-        """No clean end: what was written is still delivered, unless `at_once`, then the connection closes without the
-        last chunk.
+        """Close the connection without the last chunk, so that the client sees that the response is incomplete.
+
+        at_once: discard what has not been sent yet.
         """
         transport = self._protocol.transport
         if transport is not None:
@@ -172,12 +174,12 @@ class StreamingResponse:
 
 
 async def wait_for_drain(protocol: Any) -> None:
-    """Waits while the client takes less than we write."""
+    """Wait until the send buffer has room."""
     await protocol._drain_helper()
 
 
-def takes_trailers(request: BaseRequest) -> bool:
-    """Whether the client asked for trailer fields (RFC 9110 sections 6.5.1 and 10.1.4)."""
+def accepts_trailers(request: BaseRequest) -> bool:
+    """Return True if the client accepts trailer fields (RFC 9110 sections 6.5.1 and 10.1.4)."""
     if "TE" not in request.headers:
         return False
     codings = ",".join(request.headers.getall("TE")).lower().split(",")
@@ -185,29 +187,29 @@ def takes_trailers(request: BaseRequest) -> bool:
 
 
 def connection_line(request: BaseRequest, keep_alive: bool) -> bytes:
-    """RFC 9112 section 9.3: only what differs from the version's default is said."""
+    """Return the `Connection` line if it differs from the HTTP version's default (RFC 9112 section 9.3)."""
     if request.version == HttpVersion10:
         return b"Connection: keep-alive\r\n" if keep_alive else b""
     return b"" if keep_alive else b"Connection: close\r\n"
 
 
 def error_response(
-    request: BaseRequest, refusal: ProxyError, request_id: str, date: bytes, *, close: bool = False
+    request: BaseRequest, error: ProxyError, request_id: str, date: bytes, *, close: bool = False
 ) -> FullResponse:
-    """An answer made by the proxy itself, in OpenAI's shape."""
-    lines = f"Content-Type: application/json\r\nX-Proxy-Error: {refusal.code}\r\n"
-    lines += lines_of(refusal.proxy_headers or (("X-Proxy-Request-Id", request_id),))
-    if refusal.should_retry is not None:
-        lines += f"X-Should-Retry: {'true' if refusal.should_retry else 'false'}\r\n"
-    lines += lines_of(refusal.headers)
-    if refusal.retry_after is not None:
-        lines += lines_of(retry_after_headers(refusal.retry_after))
-    head = status_line(refusal.status) + date + lines.encode("latin-1", "replace")
-    return FullResponse(request, head, refusal.body(), status=refusal.status, close=close)
+    """Return the response for one of the proxy's own errors, in OpenAI's shape."""
+    lines = f"Content-Type: application/json\r\nX-Proxy-Error: {error.code}\r\n"
+    lines += lines_of(error.proxy_headers or (("X-Proxy-Request-Id", request_id),))
+    if error.should_retry is not None:
+        lines += f"X-Should-Retry: {'true' if error.should_retry else 'false'}\r\n"
+    lines += lines_of(error.headers)
+    if error.retry_after is not None:
+        lines += lines_of(retry_after_headers(error.retry_after))
+    head = status_line(error.status) + date + lines.encode("latin-1", "replace")
+    return FullResponse(request, head, error.body(), status=error.status, close=close)
 
 
 async def read_body(request: BaseRequest, max_body: int) -> bytes:
-    """The whole request body. Raises ProxyError(request_too_large); ConnectionResetError where it comes too slowly."""
+    """Return the request body. Raises ProxyError(request_too_large), or ConnectionResetError if it is too slow."""
     content = request.content
     if content.is_eof():
         body = content.read_nowait(-1)
@@ -230,9 +232,9 @@ async def read_body(request: BaseRequest, max_body: int) -> bytes:
 
 
 async def next_piece(request: BaseRequest, began: float, size: int) -> bytes:
-    """The next read of a body of which `size` bytes came since `began` (loop time), b"" at its end.
+    """Return the next piece of a body, b"" at its end. size: bytes received since `began` (loop time).
 
-    Raises ConnectionResetError where it comes too slowly: then the connection is cut.
+    Raises ConnectionResetError, and closes the connection, if the body is too slow.
     """
     try:
         async with asyncio.timeout_at(began + BODY_TIMEOUT + size / 65536):
@@ -240,11 +242,11 @@ async def next_piece(request: BaseRequest, began: float, size: int) -> bytes:
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError("the request body came too slowly") from None
+        raise ConnectionResetError("the request body was too slow") from None
 
 
 async def send_continue(request: BaseRequest) -> None:
-    """Answers `Expect: 100-continue`, now that the body is wanted (RFC 9110 section 10.1.1)."""
+    """Answer `Expect: 100-continue` before the body is read (RFC 9110 section 10.1.1)."""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans, where the extra `tracing` is installed and the environment asks for them: one for each request,
-one for each call upstream, named and described by the GenAI semantic conventions. No prompt, no answer, no key.
+"""OpenTelemetry spans for each request and each request upstream, by the GenAI semantic conventions.
 
-Nobody else knows of this room: the composition root puts it round the handler and round the way up.
+They need the extra `tracing` and the OTEL_* variables (docs/metrics-and-logs.md). They contain no prompt, no response
+and no key. `app` wraps the handler and the transport; no other module imports this one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("proxy")
 
 CLOSE_TIMEOUT: Final = 3.0
-"""Seconds that spans have to get out when the proxy stops."""
+"""Seconds for sending the last spans when the proxy stops."""
 
 _OPERATIONS: Final = {"chat": "chat", "responses": "chat", "completions": "text_completion", "embeddings": "embeddings"}
-"""`gen_ai.operation.name`; other routes have their own name."""
+"""`gen_ai.operation.name` by endpoint; for other routes it is their first path segment."""
 
 _PROVIDERS: Final = {"openai": "openai", "azure": "azure.ai.openai"}
 _OWN: Final = ("/_proxy", "/healthz", "/readyz", "/metrics")
@@ -50,19 +50,19 @@ _ID: Final = re.compile(rb"\r\nX-Proxy-Request-Id: ([^\r]+)\r\n")
 
 @dataclass(slots=True)
 class _Request:
-    """The request that the current task serves. context: with its span; calls: made upstream; told: its receipt was."""
+    """The request of the current task. context: of its span; attempts: sent upstream; exported: it has attributes."""
 
     span: Span
     context: Context
-    calls: int = 0
-    told: bool = False
+    attempts: int = 0
+    exported: bool = False
 
 
 _current: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 class Tracing:
-    """Makes spans with `provider` and hands them to it."""
+    """Creates spans. provider: creates and exports them."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
@@ -70,7 +70,7 @@ class Tracing:
 
         self._provider = provider
         self._tracer = provider.get_tracer("openai-caching-proxy", __version__)
-        self._within = set_span_in_context
+        self._context_of = set_span_in_context
         self._propagator = TraceContextTextMapPropagator()
         self._server, self._client = SpanKind.SERVER, SpanKind.CLIENT
         self._failed = Status(StatusCode.ERROR)
@@ -80,20 +80,20 @@ class Tracing:
     async def handle(
         self, request: BaseRequest, services: Services, handler: Callable[[BaseRequest], Awaitable[Any]]
     ) -> Any:
-        """One request, within a span of its own; but for the proxy's own pages."""
+        """Serve a request within a span, unless it is for one of the proxy's own routes."""
         if request.raw_path.startswith(_OWN):
             return await handler(request)
         method = printable(request.method, 20)
         span = self._tracer.start_span(
             method, self._parent(request.raw_headers), self._server, {"http.request.method": method}
         )
-        current = _Request(span, self._within(span))
+        current = _Request(span, self._context_of(span))
         token = _current.set(current)
         try:
-            answer = await handler(request)
+            response = await handler(request)
             if span.is_recording():
-                self._answered(current, services, answer)
-            return answer
+                self._record_response(current, services, response)
+            return response
         finally:
             _current.reset(token)
             span.end()
@@ -105,27 +105,28 @@ class Tracing:
         states = [value.decode("latin-1") for name, value in raw if name.lower() == b"tracestate"]
         return self._propagator.extract({"traceparent": parent, **({"tracestate": ",".join(states)} if states else {})})
 
-    def _answered(self, current: _Request, services: Services, answer: Any) -> None:
-        current.span.set_attribute("http.response.status_code", answer.status)
-        if not current.told and isinstance(answer, FullResponse) and (found := _ID.search(answer.head)) is not None:
-            receipt = services.receipts.get(found[1].decode("latin-1"))
+    def _record_response(self, current: _Request, services: Services, response: Any) -> None:
+        current.span.set_attribute("http.response.status_code", response.status)
+        if not current.exported and isinstance(response, FullResponse):  # a hit, whose receipt is not observed
+            match = _ID.search(response.head)
+            receipt = services.receipts.get(match[1].decode("latin-1")) if match is not None else None
             if receipt is not None:
                 self._export(current, receipt, services)
-        if answer.status >= 500:
+        if response.status >= 500:
             current.span.set_status(self._failed)
 
     def observe(self, receipt: Receipt, services: Services) -> None:
-        """Takes a receipt; the first one that is written within a request is that request's."""
+        """Add a receipt to the span of the current request; only the first one is that request's."""
         current = _current.get()
-        if current is not None and not current.told and current.span.is_recording():
+        if current is not None and not current.exported and current.span.is_recording():
             self._export(current, receipt, services)
 
     def _export(self, current: _Request, receipt: Receipt, services: Services) -> None:
-        current.told = True
+        current.exported = True
         operation = _OPERATIONS.get(receipt.endpoint, printable(receipt.endpoint, 40))
         upstream = services.upstream_named(receipt.upstream or services.upstreams[0].address.name)
         usage = receipt.usage
-        told = {
+        attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": _PROVIDERS[upstream.address.kind] if upstream is not None else None,
             "gen_ai.request.model": printable(receipt.model, 120),
@@ -145,40 +146,40 @@ class Tracing:
             "openai_proxy.cost_usd": receipt.cost_usd,
             "openai_proxy.saved_usd": receipt.saved_usd,
         }
-        current.span.set_attributes({name: value for name, value in told.items() if value is not None and value != ""})
+        current.span.set_attributes({name: value for name, value in attributes.items() if value not in (None, "")})
         current.span.update_name(f"{operation} {printable(receipt.model, 120)}".rstrip())
         if receipt.status >= 500 or (receipt.error and receipt.status < 400):  # a stream that broke
             current.span.set_status(self._failed)
 
-    # -- calls upstream ------------------------------------------------------------------------------------------------
+    # -- requests upstream ---------------------------------------------------------------------------------------------
 
-    def transport(self, way_up: UpstreamTransport) -> UpstreamTransport:
-        """The same way, with a span for each call, which the upstream is told of."""
-        return _TracedTransport(self, way_up)
+    def transport(self, transport: UpstreamTransport) -> UpstreamTransport:
+        """Return a transport with a span for each request, whose context goes upstream."""
+        return _TracedTransport(self, transport)
 
-    async def call(
-        self, way_up: UpstreamTransport, method: str, url: str, headers: Sequence[tuple[str, str]], **rest: Any
+    async def send(
+        self, transport: UpstreamTransport, method: str, url: str, headers: Sequence[tuple[str, str]], **rest: Any
     ) -> UpstreamResponse:
         current = _current.get()
-        if current is None:  # nobody's: a refresh after a reload, a probe
-            return await way_up.send(method, url, headers, **rest)
+        if current is None:  # a request that no client has sent, such as a background revalidation
+            return await transport.send(method, url, headers, **rest)
         target = urlsplit(url)
         attributes: dict[str, str | int] = {"http.request.method": method, "server.address": target.hostname or ""}
         if target.port is not None:
             attributes["server.port"] = target.port
-        if current.calls:
-            attributes["http.request.resend_count"] = current.calls
-        current.calls += 1
+        if current.attempts:
+            attributes["http.request.resend_count"] = current.attempts
+        current.attempts += 1
         span = self._tracer.start_span(method, current.context, self._client, attributes)
         carrier: dict[str, str] = {}
-        self._propagator.inject(carrier, self._within(span))
+        self._propagator.inject(carrier, self._context_of(span))
         headers = [pair for pair in headers if pair[0].lower() not in _CONTEXT] + list(carrier.items())
         failure = "cancelled"
         try:
-            reply = await way_up.send(method, url, headers, **rest)
-            span.set_attribute("http.response.status_code", reply.status)
-            failure = str(reply.status) if reply.status >= 400 else ""
-            return reply
+            response = await transport.send(method, url, headers, **rest)
+            span.set_attribute("http.response.status_code", response.status)
+            failure = str(response.status) if response.status >= 400 else ""
+            return response
         except TransportFailure as error:
             failure = error.code
             raise
@@ -191,28 +192,28 @@ class Tracing:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Lets the last spans out, as long as that takes no longer than `LAST_WORDS`."""
+        """Send the last spans, for at most `CLOSE_TIMEOUT`."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
-        def shut() -> None:
+        def shut_down() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # too late: the loop is closed
+            with suppress(RuntimeError):  # the event loop may be closed by now
                 loop.call_soon_threadsafe(done.set)
 
-        Thread(target=shut, name="tracing", daemon=True).start()
+        Thread(target=shut_down, name="tracing", daemon=True).start()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await done.wait()
         except TimeoutError:
-            log.warning("tracing: the last spans could not be delivered")
+            log.warning("tracing: the last spans were not sent within %gs; is the OTLP endpoint up?", CLOSE_TIMEOUT)
 
 
 class _TracedTransport:
-    """WayUp."""
+    """An `UpstreamTransport` with a span for each request."""
 
-    def __init__(self, tracing: Tracing, way_up: UpstreamTransport) -> None:
+    def __init__(self, tracing: Tracing, transport: UpstreamTransport) -> None:
         self._tracing = tracing
-        self._way_up = way_up
+        self._transport = transport
 
     async def send(
         self,
@@ -224,12 +225,14 @@ class _TracedTransport:
         first_byte: float,
         connection: ConnectionInfo,
     ) -> UpstreamResponse:
-        call = self._tracing.call
-        return await call(self._way_up, method, url, headers, body=body, first_byte=first_byte, connection=connection)
+        send = self._tracing.send
+        return await send(
+            self._transport, method, url, headers, body=body, first_byte=first_byte, connection=connection
+        )
 
 
 def tracing_from(environ: Mapping[str, str]) -> Tracing | None:
-    """What the OTEL_* variables ask for; None: nothing, or it cannot be had, and then the log says why."""
+    """Return the tracing that the OTEL_* variables ask for, None if they do not. If it is impossible, log why."""
     exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none"

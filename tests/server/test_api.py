@@ -13,6 +13,7 @@ import pytest
 
 import proxy.pipeline.fetch
 import proxy.server.api
+import proxy.server.request_parser
 import proxy.server.responses
 from proxy.config.limits import Limits
 from proxy.config.settings import (
@@ -98,7 +99,7 @@ async def test_a_hit_parses_nothing_and_logs_nothing(
     async with running_proxy(says()) as home:
         for _ in range(2):
             await home.ask(body=ask())
-        monkeypatch.setattr(proxy.server.api, "parse_body", None)
+        monkeypatch.setattr(proxy.server.request_parser, "parse_body", None)
         caplog.set_level(logging.DEBUG)
         caplog.clear()
         assert (await home.ask(body=ask())).get("X-Proxy-Cache") == "hit"
@@ -115,7 +116,7 @@ async def test_the_head_of_an_entry_is_that_entrys() -> None:
 
 
 async def test_heads_and_routes_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.server.api, "_KEEP", 3)
+    monkeypatch.setattr(proxy.server.api, "_MAX_MEMOIZED", 3)
     async with running_proxy(*[says()] * 10) as home:
         for n in range(10):
             for _ in range(2):

@@ -1,0 +1,93 @@
+"""Parses requests to the cached endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from aiohttp.web import BaseRequest
+
+from ..protocol.errors import ProxyError
+from ..protocol.headers import Raw
+from ..protocol.options import from_headers
+from ..protocol.request import Client, ProxyRequest, parse_body
+from ..protocol.routes import Route, printable
+from ..services import Services
+from ..system.threads import in_thread_if_large
+from ..upstream.providers.registry import model_named
+
+
+class RequestParser:
+    """Makes a `ProxyRequest` of an HTTP request."""
+
+    def __init__(self, services: Services) -> None:
+        self._clock = services.clock
+        self._timeout = services.settings.timeouts.total
+        self._max_wait = services.settings.throttle.max_wait
+        self._model_of = partial(model_named, services.addresses)
+
+    async def parse(
+        self, request: BaseRequest, route: Route, client: Client, body: bytes, *, has_options: bool
+    ) -> ProxyRequest:
+        """Return the parsed request. has_options: a header may be a request option.
+
+        Raises ProxyError(invalid_json, invalid_option).
+        """
+        headers = request.raw_headers
+        options = from_headers(route.options, text_headers(headers)) if has_options else route.options
+        document = await in_thread_if_large(len(body), parse_body, body)
+        now = self._clock.monotonic()
+        timeout = self._timeout if options.timeout is None else options.timeout
+        client_timeout = _client_timeout(request)
+        if client_timeout is not None:  # answer before the client gives up
+            timeout = min(timeout, client_timeout - min(1.0, client_timeout / 10))
+        max_wait = options.max_wait if options.max_wait is not None else self._max_wait
+        if max_wait is None:
+            max_wait = max(0.0, (client_timeout if client_timeout is not None else timeout) - 5.0)
+        return ProxyRequest.from_body(
+            body,
+            document,
+            self._model_of,
+            route=route,
+            headers=headers,
+            options=options,
+            client=client,
+            id=self._clock.new_id(),
+            arrived=now,
+            deadline=now + timeout,
+            max_wait=max_wait,
+        )
+
+
+def text_headers(headers: Sequence[Raw]) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+
+
+def check_media_type(content_type: str, encoding: str | None) -> None:
+    """Raise `unsupported_media_type` unless the body is JSON without encoding.
+
+    This also refuses the simple requests of browsers, which need no preflight (Fetch standard, section 3.2).
+    """
+    essence = content_type.partition(";")[0].strip().lower()
+    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
+        message = f"Content-Type must be application/json, found {printable(essence, 80)!r}"
+        raise ProxyError("unsupported_media_type", message, param="Content-Type")
+    if encoding is not None and encoding.strip().lower() != "identity":
+        message = f"the request body must not be compressed, found Content-Encoding {printable(encoding, 80)!r}"
+        raise ProxyError("unsupported_media_type", message, param="Content-Encoding")
+
+
+def _client_timeout(request: BaseRequest) -> float | None:
+    """Return the client's own timeout in seconds, which OpenAI's SDKs send."""
+    timeouts = []
+    for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
+        text = request.headers.get(name)
+        if text is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            continue
+        if 0 < seconds < 1e6:
+            timeouts.append(seconds)
+    return min(timeouts) if timeouts else None
