@@ -54,7 +54,7 @@ from .workers.worker import WorkerLink, WorkerOwners, WorkerRuns
 log = logging.getLogger("proxy")
 
 SWEEP_INTERVAL: float = 60.0
-"""Seconds between two looks for entries whose time is over (contract 7: gone within 10 minutes of their end)."""
+"""Seconds between two sweeps of expired entries: they leave the store within ten minutes."""
 
 
 class App:

@@ -1,7 +1,7 @@
-"""How many tokens a request will take, guessed without a tokenizer, for the reservation only.
+"""Estimates the tokens of a request before it is sent, without a tokenizer, for the reservation only.
 
-The rules are contract 7, Limits; settlement by actual usage corrects whatever is wrong here. A tokenizer
-would download its tables at run time and hold the event loop for a long prompt.
+The rules are in `docs/keys-and-limits.md`. The usage of the response corrects what is wrong here. A tokenizer would
+download its tables at run time and block the event loop for a long prompt.
 """
 
 from __future__ import annotations
