@@ -36,7 +36,7 @@ def tokens(prompt: int, completion: int = 0, cached: int = 0, written: int = 0) 
     return Usage(prompt, completion, prompt + completion, cached, written)
 
 
-def test_the_list_says_where_it_comes_from() -> None:
+def test_the_list_names_its_source() -> None:
     assert date.fromisoformat(TABLE.as_of) == date.fromisoformat(DOCUMENT["as_of"])
     assert DOCUMENT["source"]["name"] == "genai-prices"
     assert any("MIT License" in line for line in DOCUMENT["source"]["license"])
@@ -157,6 +157,6 @@ def test_every_text_model_of_the_library_is_in_the_list() -> None:
 
 @same_library
 @pytest.mark.skipif(not TOOL.exists(), reason="the tool is not part of the package")
-def test_the_list_is_what_the_tool_writes() -> None:
+def test_the_list_is_the_output_of_the_tool() -> None:
     tool = runpy.run_path(str(TOOL))
     assert tool["render"](tool["build"](date.fromisoformat(DOCUMENT["as_of"]))) == FILE.read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def price(model: str | None, usage: Usage, kind: Kind = "openai", table: PriceTa
         ("gpt-4o", 0, 0, "0.000000"),
     ],
 )
-def test_golden(kind: Kind, model: str, prompt: int, completion: int, expected: str) -> None:
+def test_prices_of_known_requests(kind: Kind, model: str, prompt: int, completion: int, expected: str) -> None:
     assert price(model, tokens(prompt, completion), kind) == expected
     assert TABLE.cost(kind, [model], tokens(prompt, completion)) == Cost(Decimal(expected), "exact")
 
@@ -96,7 +96,7 @@ def test_moderations_are_free() -> None:
         pytest.param(Usage(10, 10, 20, cached_tokens=11), id="more cached than prompt"),
     ],
 )
-def test_what_has_no_rate_has_no_cost(usage: Usage) -> None:
+def test_an_unpriced_kind_of_token_has_no_cost(usage: Usage) -> None:
     assert TABLE.cost("openai", ["gpt-4o"], usage) is None
 
 
@@ -124,7 +124,7 @@ def test_azures_service_tiers_are_not_openais() -> None:
     assert TABLE.cost("azure", ["gpt-5.4"], tokens(1000, 100), "default") is not None
 
 
-def test_a_price_of_ones_own_holds_for_the_default_tier() -> None:
+def test_a_configured_price_applies_to_the_default_tier() -> None:
     table = PriceTable({"gpt-5.4": {"input": Decimal(1), "output": Decimal(1)}})
     assert table.cost("openai", ["gpt-5.4"], tokens(1000, 0)) == Cost(Decimal("0.001"), "exact")
     assert table.cost("openai", ["gpt-5.4"], tokens(1000, 0), "flex") is None
@@ -139,7 +139,7 @@ def test_audio_is_priced_as_audio() -> None:
     assert price("gpt-4o-mini-realtime-preview", cached) is None, "how much of it was audio is not said"
 
 
-def test_images_counted_apart_are_ordinary_input_where_the_model_has_no_rate_for_them() -> None:
+def test_image_tokens_without_a_rate_count_as_input() -> None:
     assert price("gpt-4o", Usage(1000, 0, 1000, cached_tokens=100, image_tokens=300)) == "0.002375"
 
 
@@ -181,7 +181,7 @@ def test_the_callers_decimal_context_rounds_nothing() -> None:
         ("azure", "gpt-4o-mini-2024-07-18.ft-0123456789abcdef", "ft:gpt-4o-mini", "exact"),
     ],
 )
-def test_names(kind: Kind, name: str, like: str, status: str) -> None:
+def test_models_are_found_by_name(kind: Kind, name: str, like: str, status: str) -> None:
     usage = tokens(1000, 100)
     cost, expected = TABLE.cost(kind, [name], usage), TABLE.cost("openai", [like], usage)
     assert cost is not None
@@ -222,11 +222,11 @@ def test_azures_list_comes_first_and_is_azures_alone() -> None:
 
 
 @pytest.mark.parametrize("names", [[], [None], [None, None], [1, 2.5, True], [["gpt-4o"], {"a": 1}], [b"gpt-4o"]])
-def test_names_that_are_no_text_have_no_cost(names: Any) -> None:
+def test_names_that_are_not_text_have_no_cost(names: Any) -> None:
     assert TABLE.cost("openai", names, tokens(1)) is None
 
 
-def test_the_answers_model_decides_before_the_one_asked_for() -> None:
+def test_the_responses_model_is_priced_before_the_requested_one() -> None:
     usage = tokens(MILLION)
     assert TABLE.cost("openai", ["gpt-4o-mini", "gpt-4o"], usage) == Cost(Decimal("0.15"), "exact")
     assert TABLE.cost("openai", ["unheard-of", "gpt-4o"], usage) == Cost(Decimal("2.5"), "exact")
@@ -235,7 +235,7 @@ def test_the_answers_model_decides_before_the_one_asked_for() -> None:
 
 
 @given(name=st.text(max_size=40) | st.from_regex(r"(ft:)?(gpt|o)-?[0-9o]{1,2}.{0,20}(-[0-9]{4}){0,2}"))
-def test_any_name_is_answered(name: str) -> None:
+def test_any_name_gives_a_price_or_none(name: str) -> None:
     cost = TABLE.cost("azure", [name, name[:5]], tokens(1, 1))
     assert cost is None or cost.usd >= 0
 
@@ -285,12 +285,12 @@ OVERRIDES = {
         pytest.param("gpt-4.1", tokens(MILLION), "2.000000", id="others keep theirs"),
     ],
 )
-def test_overrides(model: str, usage: Usage, expected: str | None) -> None:
+def test_configured_prices_replace_listed_ones(model: str, usage: Usage, expected: str | None) -> None:
     for kind in KINDS:
         assert price(model, usage, kind, PriceTable(OVERRIDES)) == expected
 
 
-def test_an_override_of_the_model_asked_for_beats_the_list_price_of_the_answers() -> None:
+def test_a_configured_price_of_the_requested_model_beats_the_listed_price_of_the_response() -> None:
     cost = PriceTable(OVERRIDES).cost("azure", ["gpt-4.1-2025-04-14", "my-deployment"], tokens(MILLION))
     assert cost == Cost(Decimal(5), "exact")
 
@@ -312,7 +312,7 @@ def test_an_override_of_the_model_asked_for_beats_the_list_price_of_the_answers(
         {"input": "1"},
     ],
 )
-def test_a_bad_override_names_its_glob(rates: Any) -> None:
+def test_an_invalid_configured_price_names_its_glob(rates: Any) -> None:
     with pytest.raises(ValueError, match="my-model"):
         PriceTable({"my-model": rates})
 
@@ -338,18 +338,18 @@ def test_a_bad_override_names_its_glob(rates: Any) -> None:
         ("123456789012345678901234567890.1234567", "123456789012345678901234567890.1234567"),
     ],
 )
-def test_usd(amount: str, expected: str) -> None:
+def test_amounts_in_usd(amount: str, expected: str) -> None:
     assert usd(Decimal(amount)) == expected
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=12))
-def test_usd_is_exact(amount: Decimal) -> None:
+def test_amounts_in_usd_are_exact(amount: Decimal) -> None:
     text = usd(amount)
     assert Decimal(text) == amount
     assert len(text.partition(".")[2]) >= 6
 
 
 @pytest.mark.parametrize("amount", ["nan", "inf", "-inf"])
-def test_usd_refuses_what_is_no_amount(amount: str) -> None:
+def test_invalid_amounts_are_refused(amount: str) -> None:
     with pytest.raises(ValueError, match="amount"):
         usd(Decimal(amount))

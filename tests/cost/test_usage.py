@@ -48,7 +48,7 @@ ENDPOINTS = ("chat", "completions", "embeddings", "responses", "moderations")
         ("embeddings", {"prompt_tokens": 8, "total_tokens": float("nan")}, None),
     ],
 )
-def test_counts(endpoint: str, usage: dict[str, Any], expected: Usage | None) -> None:
+def test_token_counts(endpoint: str, usage: dict[str, Any], expected: Usage | None) -> None:
     assert usage_of(endpoint, {"model": "m", "usage": usage}) == expected
 
 
@@ -85,7 +85,9 @@ def test_counts(endpoint: str, usage: dict[str, Any], expected: Usage | None) ->
     ],
 )
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
-def test_details(endpoint: str, prompt_details: object, completion_details: object, expected: Usage | None) -> None:
+def test_token_details(
+    endpoint: str, prompt_details: object, completion_details: object, expected: Usage | None
+) -> None:
     sent, received = ("input", "output") if endpoint == "responses" else ("prompt", "completion")
     usage = {
         f"{sent}_tokens": 100,
@@ -97,7 +99,7 @@ def test_details(endpoint: str, prompt_details: object, completion_details: obje
 
 
 @pytest.mark.parametrize("answer", [None, 1, "usage", [], {}, {"usage": None}, {"usage": []}, {"usage": "4"}])
-def test_no_usage(answer: object) -> None:
+def test_responses_without_usage(answer: object) -> None:
     assert usage_of("chat", answer) is None
 
 
@@ -123,7 +125,7 @@ _usage = st.builds(
     endpoint=st.sampled_from(ENDPOINTS),
     answer=_json | st.builds(lambda usage: {"usage": usage}, _usage | _json),
 )
-def test_any_json_value_gives_a_usable_answer_or_none(endpoint: str, answer: object) -> None:
+def test_any_json_value_gives_usage_or_none(endpoint: str, answer: object) -> None:
     usage = usage_of(endpoint, answer)
     if usage is not None:
         assert 0 <= usage.cached_tokens + usage.cache_write_tokens <= usage.prompt_tokens <= MOST_TOKENS

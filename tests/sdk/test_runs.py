@@ -13,7 +13,9 @@ from tests.sdk.conftest import Caller
 CHAT = "/v1/chat/completions"
 
 
-def test_three_calls_are_three_answers_and_a_retry_keeps_its_number(caller: Caller, upstream: ScriptedUpstream) -> None:
+def test_three_requests_of_a_run_get_three_responses_and_a_retry_keeps_its_number(
+    caller: Caller, upstream: ScriptedUpstream
+) -> None:
     if caller.sdk.kind.name == "python-1.3.0":
         pytest.skip("it does not say when it asks again")
 
@@ -36,7 +38,7 @@ def test_three_calls_are_three_answers_and_a_retry_keeps_its_number(caller: Call
     assert [headers["x-stainless-retry-count"] for headers in told] == ["0", "0", "1", "0"]
 
 
-def test_beyond_its_max_cost_it_is_an_error_that_is_not_asked_again(caller: Caller, upstream: ScriptedUpstream) -> None:
+def test_max_cost_exceeded_is_an_error_that_the_sdk_does_not_retry(caller: Caller, upstream: ScriptedUpstream) -> None:
     mine = replace(caller, address=f"{caller.address}/_/run={caller.name};max-cost=0.000001")
     assert mine.chat("a").value
     error = mine.chat("b").error

@@ -36,7 +36,7 @@ SCHEMA = {
 }
 
 
-def test_plain(anywhere: Caller) -> None:
+def test_a_plain_request(anywhere: Caller) -> None:
     answer = anywhere.chat("plain wörld 🌍")
     assert f"plain wörld 🌍 {anywhere.name}" in answer.message["content"]
     assert answer.value["usage"]["total_tokens"] > 0
@@ -44,7 +44,7 @@ def test_plain(anywhere: Caller) -> None:
 
 
 @pytest.mark.parametrize("azure", [False, True], ids=["openai", "azure"])
-def test_the_headers_show_a_miss_and_a_free_hit(anywhere: Caller, azure: bool) -> None:
+def test_headers_show_a_miss_and_a_free_hit(anywhere: Caller, azure: bool) -> None:
     first, second = (anywhere.chat(raw=True, azure=azure) for _ in range(2))
     assert (first.cache, second.cache) == ("miss", "hit")
     assert Decimal(first.cost) > 0
@@ -55,7 +55,7 @@ def test_the_headers_show_a_miss_and_a_free_hit(anywhere: Caller, azure: bool) -
 
 
 @pytest.mark.parametrize("azure", [False, True], ids=["openai", "azure"])
-def test_a_streamed_hit_is_the_stream_again(anywhere: Caller, azure: bool) -> None:
+def test_a_streamed_hit_equals_the_stream(anywhere: Caller, azure: bool) -> None:
     first, second = (anywhere.chat("stream 🌍", raw=True, stream=True, azure=azure) for _ in range(2))
     assert (first.cache, second.cache) == ("miss", "hit")
     assert first.headers["x-proxy-cost-status"] == "pending"
@@ -64,17 +64,17 @@ def test_a_streamed_hit_is_the_stream_again(anywhere: Caller, azure: bool) -> No
     assert f"stream 🌍 {anywhere.name}" in first.text
 
 
-def test_a_stream_without_headers(caller: Caller) -> None:
+def test_a_stream_and_its_events(caller: Caller) -> None:
     chunks = caller.chat("iterate", stream=True)
     assert f"iterate {caller.name}" in chunks.text
     assert chunks.value[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_usage_comes_to_those_who_ask(anywhere: Caller) -> None:
+def test_usage_is_sent_if_asked_for(anywhere: Caller) -> None:
     check_usage(anywhere, (False, True, False, True))
 
 
-def test_usage_comes_to_those_who_ask_first(caller: Caller) -> None:
+def test_usage_is_sent_if_the_first_client_asked(caller: Caller) -> None:
     check_usage(caller, (True, False, True, False))
 
 

@@ -10,23 +10,21 @@ from tests.sdk.conftest import Caller
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-def test_a_failing_upstream_sees_our_attempts_and_no_more(
-    caller: Caller, upstream: ScriptedUpstream, stream: bool
-) -> None:
+def test_the_sdk_adds_no_attempts_to_the_proxys(caller: Caller, upstream: ScriptedUpstream, stream: bool) -> None:
     upstream.always(upstream_answers.server_error(503))
     error = caller.chat(stream=stream).error
     assert (error["type"], error["status"]) == ("InternalServerError", 503)
     assert upstream.count == 2  # the call and our retry, not three times that
 
 
-def test_one_failure_is_not_seen(caller: Caller, upstream: ScriptedUpstream) -> None:
+def test_one_failure_is_retried_by_the_proxy(caller: Caller, upstream: ScriptedUpstream) -> None:
     upstream.queue("/v1/chat/completions", upstream_answers.server_error(500))
     answer = caller.chat(raw=True)
     assert caller.name in answer.message["content"]
     assert answer.headers["x-proxy-attempts"] == "2"
 
 
-def test_a_stream_is_whole_when_done_is_said(caller: Caller, upstream: ScriptedUpstream) -> None:
+def test_a_stream_is_complete_at_done(caller: Caller, upstream: ScriptedUpstream) -> None:
     """Most SDKs hang up at `[DONE]`, and do not wait for the body's last chunk."""
     events = [send(upstream_answers.chunked(event)) for event in upstream_answers.chat_events()]
     upstream.always(send(upstream_answers.stream_head()), *events, sleep(0.2), send(upstream_answers.LAST_CHUNK))
@@ -63,7 +61,7 @@ def test_a_rejected_key_is_an_authentication_error(caller: Caller, upstream: Scr
     assert upstream.count == 1
 
 
-def test_our_limit_is_a_rate_limit_error(caller: Caller, upstream: ScriptedUpstream) -> None:
+def test_a_limit_of_the_proxy_is_a_rate_limit_error(caller: Caller, upstream: ScriptedUpstream) -> None:
     model = f"throttled-{caller.name}"
     assert caller.chat("first", model=model).value
     error = caller.chat("second", model=model, max_retries=0).error

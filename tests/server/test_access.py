@@ -119,27 +119,27 @@ FOREIGN += [
 
 
 @pytest.mark.parametrize("host", OURS)
-def test_our_own_names_in_any_spelling(host: str) -> None:
+def test_the_proxys_own_hosts_are_accepted_in_any_spelling(host: str) -> None:
     gate = keeper()
     assert host_accepted(gate, host)
     assert host_accepted(gate, host)
 
 
 @pytest.mark.parametrize("host", FOREIGN)
-def test_any_other_host_is_a_421(host: str) -> None:
+def test_any_other_host_is_421(host: str) -> None:
     gate = keeper()
     assert host_accepted(gate, "localhost")
     assert not host_accepted(gate, host)
     assert not host_accepted(gate, host)
 
 
-def test_there_must_be_exactly_one_host() -> None:
+def test_requests_need_exactly_one_host() -> None:
     assert not host_accepted(keeper())
     assert not host_accepted(keeper(), "localhost", "localhost")
     assert not host_accepted(keeper(), "localhost", "evil.example")
 
 
-def test_further_names() -> None:
+def test_allowed_hosts_are_accepted() -> None:
     gate = keeper(allowed_hosts=("Proxy.Example.com", "*.svc.local", "10.0.0.5"))
     for host in ("proxy.example.com", "PROXY.example.com:443", "a.svc.local", "a.b.SVC.local:80", "10.0.0.5:8484"):
         assert host_accepted(gate, host), host
@@ -150,18 +150,18 @@ def test_further_names() -> None:
 @pytest.mark.parametrize(
     ("address", "host"), [("192.168.1.5", "192.168.1.5:8484"), ("::1", "[::1]"), ("fd00::1", "[fd00::1]")]
 )
-def test_the_address_we_listen_on_is_ours(address: str, host: str) -> None:
+def test_the_listening_address_is_accepted_as_host(address: str, host: str) -> None:
     assert host_accepted(keeper(host=address), host)
 
 
-def test_many_hosts_do_not_pile_up() -> None:
+def test_remembered_hosts_are_bounded() -> None:
     gate = keeper(allowed_hosts=("*.example",))
     assert all(host_accepted(gate, f"h{number}.example:{number}") for number in range(3000))
     assert len(gate._accepted_hosts) <= 1024
 
 
 @given(st.text(st.sampled_from("localhst127.0:[]@1 /#?,Z\u0660"), max_size=24))
-def test_whatever_is_accepted_is_one_of_our_names_with_a_port_at_most(host: str) -> None:
+def test_any_accepted_host_is_an_own_name_with_at_most_a_port(host: str) -> None:
     if host_accepted(keeper(), host):
         name, colon, port = host.rpartition(":") if not host.endswith("]") else (host, "", "")
         bare = name if colon else host
@@ -178,7 +178,7 @@ def origin_of(gate: AccessControl, **headers: str) -> str | None:
     return gate.check_origin(ask([(name.replace("_", "-"), value) for name, value in headers.items()]))
 
 
-def test_who_is_no_browser() -> None:
+def test_requests_without_a_foreign_origin_are_accepted() -> None:
     assert origin_of(keeper()) is None
     assert origin_of(keeper(), Sec_Fetch_Mode="cors") is None  # what node's fetch sends
     for site in ("none", "same-origin", "None", "SAME-ORIGIN"):
@@ -206,7 +206,7 @@ BAD_ORIGINS += ["https://app.example.com@evil", "https://evil/https://app.exampl
 
 @pytest.mark.parametrize("origin", BAD_ORIGINS)
 @pytest.mark.parametrize("site", [None, "none", "same-origin", "cross-site"])
-def test_a_foreign_origin_is_a_403(origin: str, site: str | None) -> None:
+def test_a_foreign_origin_is_403(origin: str, site: str | None) -> None:
     headers = {"Origin": origin} | ({"Sec_Fetch_Site": site} if site else {})
     for gate in (keeper(), keeper(allowed_origins=(APP,))):
         with pytest.raises(ProxyError) as caught:
@@ -216,7 +216,7 @@ def test_a_foreign_origin_is_a_403(origin: str, site: str | None) -> None:
 
 
 @pytest.mark.parametrize("site", ["cross-site", "Cross-Site", "same-site", "", "unheard-of"])
-def test_a_cross_site_request_without_an_origin_is_a_403(site: str) -> None:
+def test_a_cross_site_request_without_an_origin_is_403(site: str) -> None:
     for gate in (keeper(), keeper(allowed_origins=(APP,))):
         with pytest.raises(ProxyError) as caught:
             origin_of(gate, Sec_Fetch_Site=site)
@@ -224,7 +224,7 @@ def test_a_cross_site_request_without_an_origin_is_a_403(site: str) -> None:
 
 
 @pytest.mark.parametrize("configured", [APP, APP + "/", "HTTPS://App.Example.com"])
-def test_an_allowed_origin_is_named_as_it_was_written(configured: str) -> None:
+def test_an_allowed_origin_is_returned_as_sent(configured: str) -> None:
     gate = keeper(allowed_origins=("http://localhost:3000", configured))
     assert origin_of(gate, Origin=APP, Sec_Fetch_Site="cross-site") == APP
     assert origin_of(gate, Origin="http://localhost:3000", Sec_Fetch_Site="same-site") == "http://localhost:3000"
@@ -253,7 +253,7 @@ def test_a_client_key_as_bearer_or_api_key(headers: dict[str, str]) -> None:
     assert keeper(pooled=False, **GUARDED).client(ask(headers)).name == "anna"
 
 
-def test_each_key_is_its_own_client() -> None:
+def test_each_client_key_is_its_own_client() -> None:
     gate = keeper(**GUARDED)
     clients = [gate.client(ask(bearer(key))) for key in ("pk-anna", "pk-ben", "ключ")]
     assert [client.name for client in clients] == ["anna", "ben", "cy"]
@@ -284,7 +284,7 @@ NO_GOOD_KEY: list[Headers] = [
 
 
 @pytest.mark.parametrize("pooled", [True, False])
-def test_every_way_of_having_no_good_key_is_one_401(pooled: bool) -> None:
+def test_every_missing_or_wrong_client_key_gets_the_same_401(pooled: bool) -> None:
     bodies = set()
     for headers in NO_GOOD_KEY:
         with pytest.raises(ProxyError) as caught:
@@ -295,14 +295,14 @@ def test_every_way_of_having_no_good_key_is_one_401(pooled: bool) -> None:
     assert len(bodies) == 1
 
 
-def test_without_client_keys_everybody_is_the_same_nobody() -> None:
+def test_without_client_keys_every_client_is_anonymous() -> None:
     gate = keeper()
     for headers in ({}, bearer("anything"), {"api-key": "x"}):
         assert gate.client(ask(headers)) is ANONYMOUS
     assert Client() == ANONYMOUS
 
 
-def test_caches_are_apart_unless_joined_by_the_operator() -> None:
+def test_clients_have_separate_caches_unless_shared() -> None:
     keys = (
         client_key("a", "ka"),
         client_key("b", "kb", "team"),
@@ -333,13 +333,13 @@ def test_caches_are_apart_unless_joined_by_the_operator() -> None:
         ([("Authorization", "Bearer a"), ("Authorization", "Bearer b")], None),
     ],
 )
-def test_a_clients_own_credential(headers: Headers, auth: tuple[str, str] | None) -> None:
+def test_in_pass_through_the_clients_credential_is_kept(headers: Headers, auth: tuple[str, str] | None) -> None:
     client = keeper(pooled=False).client(ask(headers))
     assert (client.name, client.auth) == ("", auth)
     assert "sk-mine" not in client.cache_partition + repr(client)
 
 
-def test_each_credential_has_its_own_cache() -> None:
+def test_in_pass_through_each_credential_has_its_own_cache() -> None:
     gate = keeper(pooled=False)
     asked: list[Headers] = [
         {},
@@ -356,7 +356,7 @@ def test_each_credential_has_its_own_cache() -> None:
 
 
 @pytest.mark.parametrize("headers", [bearer("\udcff"), {"api-key": "\udcff"}, {"OpenAI-Organization": "\udcff"}])
-def test_a_credential_that_is_no_text_is_no_failure_of_ours(headers: Headers) -> None:
+def test_a_credential_that_is_not_utf_8_is_401(headers: Headers) -> None:
     """Bytes of a header that are no UTF-8 come as lone surrogates, and could not go up unchanged."""
     with pytest.raises(ProxyError) as caught:
         keeper(pooled=False).client(ask(headers))
@@ -388,7 +388,7 @@ SECRET = "admin:se:cret"
     ],
 )
 @pytest.mark.parametrize("peer", [("127.0.0.1", 1), ("203.0.113.9", 1)])
-def test_the_admin_key_as_bearer_or_password(headers: dict[str, str], peer: object) -> None:
+def test_the_admin_key_is_accepted_as_bearer_or_password(headers: dict[str, str], peer: object) -> None:
     gate = keeper(admin_key=Secret(SECRET))
     assert gate.is_admin(ask(headers, peer))
     gate.check_admin(ask(headers, peer))
@@ -413,7 +413,7 @@ def test_the_admin_key_as_bearer_or_password(headers: dict[str, str], peer: obje
         bearer("\udcff"),
     ],
 )
-def test_with_an_admin_key_being_local_is_not_enough(headers: dict[str, str]) -> None:
+def test_with_an_admin_key_a_local_client_needs_it_too(headers: dict[str, str]) -> None:
     refusal = admin_refusal(keeper(admin_key=Secret(SECRET)), ask(headers))
     assert "server.admin_key" in refusal.message
     assert SECRET.encode() not in refusal.body()
@@ -433,18 +433,18 @@ REMOTE += [("0.0.0.0", 1), ("::", 1, 0, 0), ("localhost", 1), ("", 1)]
 
 
 @pytest.mark.parametrize("peer", [*LOCAL, *UNIX])
-def test_without_an_admin_key_this_machine_is_enough(peer: object) -> None:
+def test_without_an_admin_key_local_clients_are_admitted(peer: object) -> None:
     assert is_loopback(ask(peer=peer))
     keeper().check_admin(ask(peer=peer))
 
 
 @pytest.mark.parametrize("peer", [*REMOTE, None])
-def test_without_an_admin_key_another_machine_is_not(peer: object) -> None:
+def test_without_an_admin_key_remote_clients_are_refused(peer: object) -> None:
     """None: a TCP peer that was gone before anybody could ask who it was."""
     assert not is_loopback(ask(peer=peer))
     headers = {"X-Forwarded-For": "127.0.0.1", "Forwarded": "for=127.0.0.1", **bearer("x")}
     assert "this machine" in admin_refusal(keeper(), ask(headers, peer)).message
 
 
-def test_a_connection_that_is_gone_is_not_local() -> None:
+def test_a_closed_connection_is_not_local() -> None:
     assert not is_loopback(cast(BaseRequest, SimpleNamespace(transport=None)))

@@ -44,7 +44,7 @@ def server(**fields: Any) -> Any:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3:8484", "anything"])
-async def test_probes_need_no_key_and_any_host_will_do(path: str, host: str) -> None:
+async def test_probes_need_no_key_and_accept_any_host(path: str, host: str) -> None:
     async with running_proxy(config=server(client_keys=(client_key("a"),), admin_key=Secret("x"))) as home:
         answer = await home.ask("GET", path, headers=[("Host", host)])
         assert (answer.status, answer.get("Content-Type")) == (200, "application/json")
@@ -54,7 +54,7 @@ async def test_probes_need_no_key_and_any_host_will_do(path: str, host: str) -> 
         assert home.transport.sent == []
 
 
-async def test_while_draining_it_is_alive_and_not_ready() -> None:
+async def test_while_draining_healthz_is_200_and_readyz_503() -> None:
     async with running_proxy() as home:
         home.traffic.draining = True
         assert (await home.ask("GET", "/healthz")).status == 200
@@ -65,7 +65,7 @@ async def test_while_draining_it_is_alive_and_not_ready() -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics", "/_proxy/status"])
 @pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS"])
-async def test_only_reading(path: str, method: str) -> None:
+async def test_admin_pages_allow_only_get_and_head(path: str, method: str) -> None:
     async with running_proxy() as home:
         answer = await home.ask(method, path)
         assert (answer.status, answer.error, answer.get("Allow")) == (405, "method_not_allowed", "GET, HEAD")
@@ -74,7 +74,7 @@ async def test_only_reading(path: str, method: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/_proxy/", "/_proxy/nothing", "/_proxy/requests", "/_proxy/requests/", "/_proxy/keys/"]
 )
-async def test_routes_that_are_none(path: str) -> None:
+async def test_unknown_admin_routes_are_404(path: str) -> None:
     async with running_proxy() as home:
         assert (await home.ask("GET", f"/_proxy/{path}")).error == "unknown_route"
 
@@ -83,7 +83,7 @@ async def test_routes_that_are_none(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", GUARDED)
-async def test_with_an_admin_key_nobody_else_may_look(path: str) -> None:
+async def test_admin_pages_need_the_admin_key_if_one_is_set(path: str) -> None:
     async with running_proxy(config=server(admin_key=Secret("the-admin-key"))) as home:
         for headers in ([], [("Authorization", "Bearer wrong")], [("api-key", "the-admin-key")]):
             answer = await home.ask("GET", path, headers=headers)
@@ -94,7 +94,7 @@ async def test_with_an_admin_key_nobody_else_may_look(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", GUARDED)
-async def test_browsers_and_rebound_names_may_not(path: str) -> None:
+async def test_admin_pages_refuse_foreign_hosts_and_origins(path: str) -> None:
     async with running_proxy() as home:
         assert (await home.ask("GET", path, headers=[("Host", "evil.test")])).error == "host_not_allowed"
         assert (await home.ask("GET", path, headers=[("Origin", "http://evil.test")])).error == "origin_not_allowed"
@@ -104,7 +104,7 @@ async def test_browsers_and_rebound_names_may_not(path: str) -> None:
 # What they see.
 
 
-async def test_status_tells_how_things_stand_without_secrets() -> None:
+async def test_status_shows_the_state_without_secrets() -> None:
     config = settings(pool("k1", "k2"))
     config = replace(config, server=ServerSettings(admin_key=Secret("the-admin-key"), client_keys=(client_key("a"),)))
     async with running_proxy(rate_limited("60"), says(), config=config) as home:
@@ -129,7 +129,7 @@ async def test_status_without_a_cache_and_without_keys() -> None:
         assert (status["cache"], status["pass_through"]) == (None, True)
 
 
-async def test_keys_are_labels_with_their_states() -> None:
+async def test_the_keys_page_shows_labels_and_states() -> None:
     async with running_proxy(error(401), rate_limited("60"), says(), config=settings(pool("k1", "k2", "k3"))) as home:
         assert (await home.ask(body=ask())).status == 200
         rows = {row["name"]: row for row in (await home.ask("GET", "/_proxy/keys")).json()["keys"]}
@@ -145,7 +145,7 @@ async def test_keys_are_labels_with_their_states() -> None:
 # Receipts.
 
 
-async def test_a_receipt_of_each_kind_of_answer() -> None:
+async def test_every_kind_of_response_has_a_receipt() -> None:
     async with running_proxy(says(), error(400), streams()) as home:
 
         async def told(answer: Answer) -> dict[str, Any]:
@@ -166,7 +166,7 @@ async def test_a_receipt_of_each_kind_of_answer() -> None:
         assert (stream["stream"], stream["cost_usd"], stream["cost_status"]) == (True, "0.002250", "exact")
 
 
-async def test_a_receipt_is_the_clients_own() -> None:
+async def test_a_receipt_is_shown_only_to_its_client() -> None:
     """Others are told that it does not exist, not that they may not see it."""
     keys = (client_key("a"), client_key("b"))
     async with running_proxy(says(), config=server(client_keys=keys, admin_key=Secret("the-admin-key"))) as home:
@@ -180,7 +180,7 @@ async def test_a_receipt_is_the_clients_own() -> None:
         assert (await home.ask("GET", target)).status == 401
 
 
-async def test_in_pass_through_receipts_are_for_operators() -> None:
+async def test_in_pass_through_receipts_need_the_admin_key() -> None:
     """Nobody has a name there, so nobody can own one."""
     config = replace(
         settings(UpstreamSettings(base_url="http://up.test/v1")),
@@ -194,7 +194,7 @@ async def test_in_pass_through_receipts_are_for_operators() -> None:
         assert (await home.ask("GET", f"/_proxy/requests/{id_}", headers=ADMIN)).status == 200
 
 
-async def test_a_receipt_whose_model_is_no_text() -> None:
+async def test_a_receipt_with_a_model_that_is_not_utf_8() -> None:
     """A lone surrogate is valid JSON and no UTF-8: it must not break what tells of it."""
     async with running_proxy(says()) as home:
         answer = await home.ask(body=b'{"model":"\\ud800","messages":[]}')
@@ -204,7 +204,7 @@ async def test_a_receipt_whose_model_is_no_text() -> None:
         assert receipt.json()["status"] == 200
 
 
-async def test_an_upstream_whose_model_is_no_text() -> None:
+async def test_a_response_with_a_model_that_is_not_utf_8() -> None:
     odd = b'{"model":"\\ud800","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"stop"}]}'
     async with running_proxy(Responds(body=(odd,))) as home:
         for _ in range(2):
@@ -228,7 +228,7 @@ async def probes(home: RunningProxy) -> AsyncIterator[int]:
         yield port
 
 
-async def test_the_second_listener_has_probes_and_metrics_only() -> None:
+async def test_the_ops_listener_serves_only_probes_and_metrics() -> None:
     async with (
         running_proxy(config=server(admin_key=Secret("x"))) as home,
         probes(home) as port,
@@ -250,7 +250,7 @@ async def test_the_second_listener_has_probes_and_metrics_only() -> None:
         assert (await get("/healthz", "POST")).error == "method_not_allowed"
 
 
-async def test_probes_answer_while_everything_else_is_busy() -> None:
+async def test_probes_are_answered_while_requests_are_in_flight() -> None:
     async with running_proxy(Responds(body=(b"{", HANG))) as home:
         task = asyncio.create_task(home.ask(body=ask()))
         await until(lambda: home.transport.sent)

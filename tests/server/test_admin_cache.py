@@ -81,7 +81,7 @@ async def purge(home: RunningProxy, document: Any) -> Any:
         ({"prefix": "aa"}, ["aa11json", "aa11sse", "aa22json"]),
     ],
 )
-async def test_purge(home: RunningProxy, which: dict[str, Any], wanted: list[str]) -> None:
+async def test_purge_by_each_filter(home: RunningProxy, which: dict[str, Any], wanted: list[str]) -> None:
     before = left(home)
     assert await purge(home, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True}
     assert left(home) == before
@@ -110,16 +110,14 @@ async def test_purge(home: RunningProxy, which: dict[str, Any], wanted: list[str
         ({"older_than": True}, "invalid_option", "older_than"),
     ],
 )
-async def test_a_purge_that_is_not_clear_is_refused(
-    home: RunningProxy, body: Any, code: str, param: str | None
-) -> None:
+async def test_an_ambiguous_purge_is_refused(home: RunningProxy, body: Any, code: str, param: str | None) -> None:
     before = left(home)
     answer = await home.ask("POST", "/_proxy/cache/purge", body)
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, code, param)
     assert left(home) == before
 
 
-async def test_what_is_purged_is_asked_for_anew() -> None:
+async def test_a_purged_entry_is_a_miss() -> None:
     async with running_proxy(says(), says()) as home:
         first = await home.ask(body=ask())
         key = first.get("X-Proxy-Cache-Key")
@@ -132,7 +130,7 @@ async def test_what_is_purged_is_asked_for_anew() -> None:
 # Looking.
 
 
-async def test_one_answer_in_all_its_forms(home: RunningProxy) -> None:
+async def test_an_entry_is_shown_in_all_its_forms(home: RunningProxy) -> None:
     shown = (await home.ask("GET", "/_proxy/cache/aa11")).json()
     assert (shown["key"], [form["form"] for form in shown["forms"]]) == ("aa11", ["json", "sse"])
     form = shown["forms"][0]
@@ -167,20 +165,20 @@ async def test_one_answer_in_all_its_forms(home: RunningProxy) -> None:
     assert (await home.ask("GET", "/_proxy/cache/bb33?body=1")).json()["forms"][0]["body_base64"] == "/w=="
 
 
-async def test_the_lines_of_a_cassette(home: RunningProxy) -> None:
+async def test_an_entry_as_cassette_lines(home: RunningProxy) -> None:
     answer = await home.ask("GET", "/_proxy/cache/aa11?cassette=1")
     assert answer.get("Content-Type") == "application/x-ndjson"
     assert [read_line(line).body for line in answer.body.splitlines()] == [b'{"a": 1}', b"data: [DONE]\n\n"]
 
 
-async def test_a_key_that_is_not_there(home: RunningProxy) -> None:
+async def test_an_unknown_key_is_404(home: RunningProxy) -> None:
     answer = await home.ask("GET", "/_proxy/cache/aa")
     assert (answer.status, answer.error) == (404, "unknown_route")
     assert "'aa'" in answer.json()["error"]["message"]
     assert (await home.ask("GET", "/_proxy/cache/")).status == 404
 
 
-async def test_a_list_comes_in_pages(home: RunningProxy) -> None:
+async def test_the_list_has_pages(home: RunningProxy) -> None:
     keys, after = [], ""
     while True:
         page = (await home.ask("GET", f"/_proxy/cache?limit=1&after={after}")).json()
@@ -205,7 +203,7 @@ async def test_a_list_comes_in_pages(home: RunningProxy) -> None:
         ("/aa11?form=json", "form"),
     ],
 )
-async def test_what_is_asked_wrongly(home: RunningProxy, target: str, param: str) -> None:
+async def test_invalid_queries_are_400(home: RunningProxy, target: str, param: str) -> None:
     answer = await home.ask("GET", f"/_proxy/cache{target}")
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, "invalid_option", param)
 
@@ -213,14 +211,14 @@ async def test_what_is_asked_wrongly(home: RunningProxy, target: str, param: str
 # Lines in.
 
 
-async def test_lines_are_stored(home: RunningProxy) -> None:
+async def test_imported_lines_are_stored(home: RunningProxy) -> None:
     lines = [write_line(entry("new", stored_at=WALL)), write_line(ENTRIES[0]), write_line(entry("old", ttl=1.0))]
     answer = await home.ask("POST", "/_proxy/cache/import", b"".join(lines))
     assert answer.json() == {"new": 1, "replaced": 1, "expired": 1, "refused": 0}
     assert (await home.ask("GET", "/_proxy/cache/new")).status == 200
 
 
-async def test_a_bad_line_changes_nothing(home: RunningProxy) -> None:
+async def test_an_invalid_line_imports_nothing(home: RunningProxy) -> None:
     answer = await home.ask("POST", "/_proxy/cache/import", write_line(entry("new")) + b"{}\n")
     assert (answer.status, answer.error) == (400, "bad_request")
     assert "line:2: " in answer.json()["error"]["message"]
@@ -239,7 +237,7 @@ async def test_a_bad_line_changes_nothing(home: RunningProxy) -> None:
         ("POST", "/_proxy/cache/import"),
     ],
 )
-async def test_only_the_operator_may(method: str, path: str) -> None:
+async def test_cache_pages_need_operator_access(method: str, path: str) -> None:
     config = replace(settings(), server=ServerSettings(admin_key=Secret("the-admin-key")))
     async with running_proxy(config=config) as home:
         for headers in ([], [("Authorization", "Bearer wrong")]):
@@ -253,13 +251,13 @@ async def test_only_the_operator_may(method: str, path: str) -> None:
         assert (answer.status, answer.get("Allow")) == (405, "GET, HEAD" if method == "GET" else "POST")
 
 
-async def test_without_a_cache_there_is_nothing_to_do() -> None:
+async def test_without_a_cache_the_pages_are_400() -> None:
     async with running_proxy(config=replace(settings(), cache=CacheSettings(backend="off"))) as home:
         answer = await home.ask("POST", "/_proxy/cache/purge", {"all": True})
         assert (answer.status, answer.error) == (400, "bad_request")
 
 
-async def test_a_store_in_trouble_is_said_to_be(home: RunningProxy) -> None:
+async def test_a_failing_store_is_reported(home: RunningProxy) -> None:
     class Broken(SQLiteStore):
         async def fail(self, *_: Any, **__: Any) -> Any:
             raise StoreError("the disk is gone")

@@ -21,7 +21,7 @@ async def sums(home: RunningProxy) -> dict[str, Any]:
     return found
 
 
-async def test_everything_is_counted_once() -> None:
+async def test_every_request_is_counted_once() -> None:
     async with running_proxy(says(), error(404), says()) as home:
         for _ in range(3):
             await home.ask(body=ask())
@@ -34,7 +34,7 @@ async def test_everything_is_counted_once() -> None:
         assert (await sums(home))["requests"] == 7  # the operators' own pages are not counted
 
 
-async def test_a_hit_bears_the_tags_of_who_asked_not_of_who_stored() -> None:
+async def test_a_hit_has_the_tags_of_its_request_and_not_of_the_stored_one() -> None:
     async with running_proxy(says()) as home:
         await home.ask(body=ask(), headers=[("X-Proxy-Tag", "team:a")])
         hits = [
@@ -49,7 +49,7 @@ async def test_a_hit_bears_the_tags_of_who_asked_not_of_who_stored() -> None:
         assert sorted(one.tags for one in home.ledger._hits.values()) == [(), ("team:b",), ("team:c",)]
 
 
-async def test_refusals_of_strangers_take_little_room() -> None:
+async def test_refused_client_keys_do_not_fill_the_ledger() -> None:
     config = settings(server=ServerSettings(client_keys=(ClientKeySettings("anna", b"x" * 32),)))
     async with running_proxy(config=config) as home:
         for number in range(20):
@@ -60,7 +60,7 @@ async def test_refusals_of_strangers_take_little_room() -> None:
         assert sum(home.ledger._refused.values()) == 40
 
 
-async def test_the_page_is_for_operators() -> None:
+async def test_the_usage_page_needs_operator_access() -> None:
     async with running_proxy(
         config=settings(server=ServerSettings(client_keys=(ClientKeySettings("anna", b"x" * 32),)))
     ) as home:

@@ -58,7 +58,7 @@ def server(**fields: Any) -> Settings:
 # Hits and misses.
 
 
-async def test_a_miss_and_then_hits() -> None:
+async def test_a_miss_is_followed_by_hits() -> None:
     async with running_proxy(says(headers=[("x-ratelimit-limit-requests", "5"), ("openai-version", "v")])) as home:
         miss = await home.ask(body=ask())
         assert (miss.status, miss.reason, miss.body) == (200, "As You Like It", dump(completion()))
@@ -106,7 +106,7 @@ async def test_a_hit_parses_nothing_and_logs_nothing(
         assert [record for record in caplog.records if record.name.startswith("proxy")] == []
 
 
-async def test_the_head_of_an_entry_is_that_entrys() -> None:
+async def test_the_rendered_head_of_a_hit_belongs_to_its_entry() -> None:
     """Rendered once, and anew when the entry is another one."""
     async with running_proxy(says(headers=[("openai-version", "1")]), says(headers=[("openai-version", "2")])) as home:
         for _ in range(3):
@@ -115,7 +115,7 @@ async def test_the_head_of_an_entry_is_that_entrys() -> None:
         assert (await home.ask(body=ask())).get("openai-version") == "2"
 
 
-async def test_heads_and_routes_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_kept_heads_and_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.api, "_MAX_MEMOIZED", 3)
     async with running_proxy(*[says()] * 10) as home:
         for n in range(10):
@@ -135,7 +135,7 @@ async def test_long_targets_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("segment", ["max-age=0", "stream-cost=comment"])
-async def test_what_the_base_url_asks_for_holds_every_time(segment: str) -> None:
+async def test_options_in_the_base_url_apply_to_every_request(segment: str) -> None:
     """The fast lane knows no options: requests that ask for something must not take it."""
     target = f"/_/{segment}{CHAT}"
     now = 1_790_000_000.0
@@ -152,7 +152,7 @@ async def test_what_the_base_url_asks_for_holds_every_time(segment: str) -> None
         assert again.get("X-Proxy-Cache") == ("miss" if segment == "max-age=0" else "hit")
 
 
-async def test_cost_comments_by_setting_are_there_every_time() -> None:
+async def test_configured_cost_comments_are_in_every_stream() -> None:
     async with running_proxy(streams(), says(), config=settings(cost=CostSettings(stream_comment=True))) as home:
         for cost in (b"0.002250", b"0.000000", b"0.000000"):
             answer = await home.ask(body=ask(stream=True))
@@ -161,13 +161,13 @@ async def test_cost_comments_by_setting_are_there_every_time() -> None:
             assert (await home.ask(body=ask(x=1))).body == dump(completion())
 
 
-async def test_json_where_a_stream_was_asked_for_has_no_comment_in_it() -> None:
+async def test_json_to_a_stream_request_has_no_cost_comment() -> None:
     async with running_proxy(*[says()] * 3, config=settings(cost=CostSettings(stream_comment=True))) as home:
         for _ in range(3):
             assert (await home.ask(body=ask(stream=True))).body == dump(completion())
 
 
-async def test_options_in_headers_close_the_fast_lane() -> None:
+async def test_requests_with_options_do_not_take_the_fast_path() -> None:
     async with running_proxy(*[says()] * 5) as home:
 
         async def cache(*headers: tuple[str, str]) -> str | None:
@@ -184,7 +184,7 @@ async def test_options_in_headers_close_the_fast_lane() -> None:
 # Streams on the wire.
 
 
-async def test_a_stream_and_its_hit() -> None:
+async def test_a_stream_is_chunked_and_its_hit_has_a_length() -> None:
     async with running_proxy(streams()) as home:
         miss, hit = await home.ask(body=ask(stream=True)), await home.ask(body=ask(stream=True))
         assert (miss.framing, miss.whole, hit.framing) == ("chunked", True, "length")
@@ -195,7 +195,7 @@ async def test_a_stream_and_its_hit() -> None:
         assert hit.get("Content-Type") == SSE[1]
 
 
-async def test_what_the_upstream_says_of_buffering_stands() -> None:
+async def test_buffering_headers_of_the_upstream_are_kept() -> None:
     async with running_proxy(
         streams(headers=[("cache-control", "no-transform"), ("x-accel-buffering", "yes")])
     ) as home:
@@ -212,7 +212,7 @@ async def test_a_broken_stream_ends_with_an_error_event_and_no_last_chunk() -> N
         assert answer.get("Connection") is None
 
 
-async def test_http_1_0_gets_its_stream_too() -> None:
+async def test_http_1_0_gets_a_stream_without_chunks() -> None:
     async with running_proxy(streams()) as home, raw_connection(home.port) as line:
         line.send(request(body=ask(stream=True), version="1.0"))
         answer = await line.answer()
@@ -220,7 +220,7 @@ async def test_http_1_0_gets_its_stream_too() -> None:
 
 
 @pytest.mark.parametrize("move", [streams([*events()[:2], HANG]), Fails("hang"), Responds(body=(b"{", HANG))])
-async def test_a_client_that_leaves_closes_the_upstream_at_once(move: Any) -> None:
+async def test_the_upstream_is_closed_at_once_when_the_client_leaves(move: Any) -> None:
     async with running_proxy(move) as home:
         async with raw_connection(home.port) as line:
             line.send(request(body=ask(stream=True)))
@@ -230,7 +230,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(move: Any) -> No
         assert [(receipt.status, receipt.error) for receipt in home.receipts] == [(499, "client_gone")]
 
 
-async def test_a_client_that_leaves_the_queue() -> None:
+async def test_a_client_that_leaves_the_queue_is_not_sent() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
     async with running_proxy(Fails("hang"), config=config) as home:
         async with raw_connection(home.port) as first, raw_connection(home.port) as second:
@@ -244,7 +244,7 @@ async def test_a_client_that_leaves_the_queue() -> None:
         assert len(home.transport.sent) == 1
 
 
-async def test_the_drain_ends_streams_with_an_error_event() -> None:
+async def test_draining_ends_streams_with_an_error_event() -> None:
     async with running_proxy(streams([event(chunk("a")), HANG])) as home, raw_connection(home.port) as line:
         line.send(request(body=ask(stream=True)))
         await line.reader.readuntil(b'"a"')
@@ -256,7 +256,7 @@ async def test_the_drain_ends_streams_with_an_error_event() -> None:
         assert not rest.endswith(b"0\r\n\r\n")
 
 
-async def test_while_draining_nothing_new_is_begun() -> None:
+async def test_while_draining_new_requests_are_refused() -> None:
     async with running_proxy() as home:
         home.traffic.closing = True
         for method, target, body in (("POST", CHAT, ask()), ("GET", "/v1/models", None)):
@@ -265,7 +265,7 @@ async def test_while_draining_nothing_new_is_begun() -> None:
         assert (await home.ask("GET", "/healthz")).status == 200
 
 
-async def test_a_body_that_comes_too_slowly_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_sent_too_slowly_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
     async with running_proxy() as home, raw_connection(home.port) as line:
         line.send(request(headers=[("Content-Type", "application/json"), ("Content-Length", "9")]) + b'{"a')
@@ -276,7 +276,7 @@ async def test_a_body_that_comes_too_slowly_ends_the_connection(monkeypatch: pyt
 # Too much at once.
 
 
-async def test_beyond_max_in_flight_it_is_refused_early() -> None:
+async def test_requests_beyond_max_in_flight_are_refused() -> None:
     config = server(max_in_flight=2)
     async with running_proxy(says(), Fails("hang"), Fails("hang"), config=config) as home:
         await home.ask(body=ask("stored"))
@@ -292,7 +292,7 @@ async def test_beyond_max_in_flight_it_is_refused_early() -> None:
             await second.gone()
 
 
-async def test_those_who_wait_are_not_in_flight() -> None:
+async def test_queued_requests_do_not_count_as_in_flight() -> None:
     """They count in the queue: five wait for one place, though only two may be served at once."""
     config = replace(server(max_in_flight=2), throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
     async with running_proxy(*[says(wait=0.02)] * 6, config=config) as home:
@@ -322,7 +322,7 @@ async def test_those_who_wait_are_not_in_flight() -> None:
         ([("X-Stainless-Timeout", "nan"), ("X-Stainless-Read-Timeout", "1e300")], 60.0),
     ],
 )
-async def test_the_answer_comes_before_the_client_gives_up(headers: Headers, seconds: float) -> None:
+async def test_the_deadline_is_before_the_clients_own_timeout(headers: Headers, seconds: float) -> None:
     async with running_proxy(says()) as home:
         await home.ask(body=ask(), headers=headers)
         assert max(0.0, seconds - 1.0) < home.transport.sent[0].first_byte <= seconds
@@ -338,7 +338,7 @@ async def test_the_answer_comes_before_the_client_gives_up(headers: Headers, sec
         (30.0, [("X-Proxy-Max-Wait", "2s")], 2.0),
     ],
 )
-async def test_how_long_it_may_wait_for_a_place(
+async def test_max_wait_of_each_request(
     max_wait: float | None, headers: Headers, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(throttle=ThrottleSettings(max_wait=max_wait), timeouts=TimeoutSettings(total=20.0))
@@ -359,7 +359,7 @@ async def test_how_long_it_may_wait_for_a_place(
 # Upstream errors on the wire.
 
 
-async def test_an_upstreams_error_is_the_upstreams() -> None:
+async def test_an_upstream_error_is_passed_with_its_status_and_masked_keys() -> None:
     bad = error(418, "teapot", [("Set-Cookie", "a=b"), ("x-debug", "sk-k1")], message="sk-k1 is short and stout")
     async with running_proxy(bad) as home:
         answer = await home.ask(body=ask())
@@ -368,7 +368,7 @@ async def test_an_upstreams_error_is_the_upstreams() -> None:
         assert (answer.get("Set-Cookie"), answer.get("x-debug"), answer.error) == (None, "***", None)
 
 
-async def test_our_own_errors_after_a_call_carry_its_headers() -> None:
+async def test_errors_after_an_attempt_carry_its_headers() -> None:
     async with running_proxy(Responds(302)) as home:
         answer = await home.ask(body=ask())
         assert (answer.status, answer.error) == (502, "upstream_invalid_response")
@@ -379,14 +379,14 @@ async def test_our_own_errors_after_a_call_carry_its_headers() -> None:
         assert 'openai_proxy_errors_total{code="upstream_invalid_response"} 1.0' in text  # counted once
 
 
-async def test_204_has_no_body_and_the_connection_goes_on() -> None:
+async def test_a_204_has_no_body_and_the_connection_persists() -> None:
     config = settings(pool("k1"), cache=CacheSettings(backend="off"))
     async with running_proxy(Responds(204), says(), config=config) as home, raw_connection(home.port) as line:
         line.send(request(body=ask()) + request(body=ask()))
         assert [(await line.answer()).status for _ in range(2)] == [204, 200]
 
 
-async def test_an_answer_too_large_to_hold_is_chunked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_response_too_large_to_hold_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
     async with running_proxy(Responds(body=(b"{" + b" " * 200, b" " * 100, b"}"))) as home:
         answer = await home.ask(body=ask())

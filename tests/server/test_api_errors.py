@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Headers, int, str]] = {
 
 
 @pytest.mark.parametrize(("what", "headers", "status", "code"), REFUSED.values(), ids=REFUSED.keys())
-async def test_refusals_have_openais_shape(
+async def test_errors_have_openais_shape(
     what: tuple[str, str, Any], headers: Headers, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -80,14 +80,14 @@ async def test_refusals_have_openais_shape(
 
 
 @pytest.mark.parametrize("head", [b"GET /v1/models\r\n\r\n", b"GET /v1/models HTTP/1.0\r\n\r\n"], ids=["0.9", "1.0"])
-async def test_old_http_without_a_host(head: bytes) -> None:
+async def test_http_1_0_without_a_host_is_refused(head: bytes) -> None:
     async with running_proxy() as home, raw_connection(home.port) as line:
         line.send(head)
         assert (await line.answer()).error == "host_not_allowed"
 
 
 @pytest.mark.parametrize("target", ["evil.test:443", "*"])
-async def test_targets_that_are_no_path(target: str) -> None:
+async def test_targets_that_are_not_paths_are_refused(target: str) -> None:
     async with running_proxy() as home, raw_connection(home.port) as line:
         for method in ("CONNECT", "OPTIONS", "GET"):
             async with raw_connection(home.port) as line:
@@ -95,7 +95,7 @@ async def test_targets_that_are_no_path(target: str) -> None:
                 assert (await line.answer()).status in (400, 404, 405)
 
 
-async def test_connections_outlive_refusals() -> None:
+async def test_connections_persist_after_errors() -> None:
     """One client's mistakes cost it no connection, except where a body was refused unread."""
     async with running_proxy(says()) as home, raw_connection(home.port) as line:
         for body in (b"{nope", b"[]", dump(ask())):
@@ -104,7 +104,7 @@ async def test_connections_outlive_refusals() -> None:
         assert answer.status == 200
 
 
-async def test_a_failure_inside_is_told_as_such(
+async def test_an_internal_error_is_a_500_without_details(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object) -> None:
@@ -120,7 +120,7 @@ async def test_a_failure_inside_is_told_as_such(
         assert (await home.ask(body=ask())).status == 200
 
 
-async def test_what_passes_for_json(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unusual_json_is_sent_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other content types that are JSON, charsets, odd bodies that an upstream may take: all go up as they are."""
     monkeypatch.setattr(proxy.system.threads, "LARGE", 50)
     bodies: list[tuple[str, bytes]] = [
@@ -148,7 +148,7 @@ def client_key(name: str) -> ClientKeySettings:
     return ClientKeySettings(name, hashlib.sha256(f"key-of-{name}".encode()).digest())
 
 
-async def test_client_keys() -> None:
+async def test_requests_need_a_client_key_if_one_is_set() -> None:
     config = server(client_keys=(client_key("a"), client_key("b")))
     async with running_proxy(says(), says(), config=config) as home:
 
@@ -171,7 +171,7 @@ async def test_client_keys() -> None:
         assert receipt.client == "a"
 
 
-async def test_no_key_no_answer_not_even_a_stored_one() -> None:
+async def test_hits_need_a_client_key_too() -> None:
     async with running_proxy(says(), config=server(client_keys=(client_key("a"),))) as home:
         for _ in range(3):
             assert (await home.ask(body=ask(), headers=[("Authorization", "Bearer key-of-a")])).status == 200
@@ -187,7 +187,7 @@ async def browser(home: RunningProxy, method: str, *headers: tuple[str, str], bo
     return await home.ask(method, CHAT, body, [("Origin", APP), *headers])
 
 
-async def test_an_origin_that_may_call() -> None:
+async def test_an_allowed_origin_gets_cors_headers() -> None:
     async with running_proxy(says(), error(400), streams(), config=server(allowed_origins=(APP,))) as home:
         answers = [await browser(home, "POST", body=ask()) for _ in range(3)]
         answers += [await browser(home, "POST", body=ask("b")), await browser(home, "POST", body=b"{nope")]
@@ -200,13 +200,13 @@ async def test_an_origin_that_may_call() -> None:
             assert answer.get("Access-Control-Allow-Credentials") is None
 
 
-async def test_passed_on_answers_name_the_origin_too() -> None:
+async def test_forwarded_responses_get_cors_headers() -> None:
     async with running_proxy(says(), config=server(allowed_origins=(APP,))) as home:
         answer = await home.ask("GET", "/v1/models", headers=[("Origin", APP)])
         assert answer.get("Access-Control-Allow-Origin") == APP
 
 
-async def test_a_preflight() -> None:
+async def test_a_preflight_is_answered() -> None:
     async with running_proxy(config=server(allowed_origins=(APP,), client_keys=(client_key("a"),))) as home:
         wanted = ("Access-Control-Request-Headers", "authorization, content-type,, x y, <b>, x-stainless-os")
         answer = await browser(home, "OPTIONS", ("Access-Control-Request-Method", "POST"), wanted)
@@ -218,7 +218,7 @@ async def test_a_preflight() -> None:
         assert home.transport.sent == []
 
 
-async def test_no_cors_header_without_a_browser() -> None:
+async def test_no_cors_headers_without_an_origin() -> None:
     async with running_proxy(
         says(headers=[("Access-Control-Allow-Origin", "*")]), config=server(allowed_origins=(APP,))
     ) as home:

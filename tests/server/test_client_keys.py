@@ -32,7 +32,7 @@ async def asked(
     return await home.ask(target=target, body=ask(text, **more), headers=headers)
 
 
-async def test_a_model_that_is_not_the_clients_is_a_403_and_never_goes_up() -> None:
+async def test_a_model_not_allowed_is_403_and_not_sent() -> None:
     async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as home:
         answer = await asked(home)
         assert (answer.status, answer.error, answer.get("X-Should-Retry")) == (403, "model_not_allowed", "false")
@@ -40,14 +40,14 @@ async def test_a_model_that_is_not_the_clients_is_a_403_and_never_goes_up() -> N
         assert (await asked(home, model="gpt-4o-mini")).status == 200
 
 
-async def test_nor_is_it_served_from_a_cache_that_is_shared() -> None:
+async def test_a_model_not_allowed_is_not_served_from_a_shared_cache() -> None:
     async with running_proxy(says(), config=config(models=("gpt-4o-mini",), namespace="team")) as home:
         for _ in range(2):
             assert (await asked(home, who="b")).status == 200
         assert (await asked(home)).error == "model_not_allowed"
 
 
-async def test_the_deployment_in_the_path_counts_where_azure_would_serve_it() -> None:
+async def test_the_deployment_in_the_path_decides_on_azure() -> None:
     azure = pool("k1", kind="azure", api_version="v", deployments={"gpt-4o": "large", "gpt-4o-mini": "small"})
     async with running_proxy(says(), config=config(azure, models=("gpt-4o-mini",))) as home:
         for deployment, status in (("large", 403), ("small", 200)):
@@ -55,14 +55,14 @@ async def test_the_deployment_in_the_path_counts_where_azure_would_serve_it() ->
             assert (await asked(home, model="gpt-4o-mini", target=target)).status == status
 
 
-async def test_a_route_that_is_not_read_may_run_any_model() -> None:
+async def test_a_client_limited_to_models_may_not_use_unparsed_routes() -> None:
     async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as home:
         answer = await asked(home, target="/v1/images/generations")
         assert answer.error == "model_not_allowed"
         assert (await asked(home, who="b", target="/v1/images/generations")).status == 200
 
 
-async def test_requests_are_counted_and_told_and_hits_are_free() -> None:
+async def test_client_limits_are_counted_and_reported_and_hits_are_free() -> None:
     async with running_proxy(says(), says(), config=config(rpm=2, tpm=100_000, concurrency=5)) as home:
         answer = await asked(home, "1")
         assert answer.get("X-Proxy-Client-Limit") == "rpm=1/2, tpm=300/100000, concurrency=0/5"
@@ -88,7 +88,7 @@ async def test_requests_are_counted_and_told_and_hits_are_free() -> None:
     ],
     ids=["an error", "a retry", "never went up", "a stream"],
 )
-async def test_what_counts_in_the_end(moves: list[Any], told: str | None) -> None:
+async def test_the_final_count_of_a_clients_request(moves: list[Any], told: str | None) -> None:
     base = config(rpm=9, tpm=100_000)
     base = replace(base, retry=replace(base.retry, base_delay=0.0))
     async with running_proxy(*moves, config=base) as home:
@@ -100,7 +100,7 @@ async def test_what_counts_in_the_end(moves: list[Any], told: str | None) -> Non
         assert use["limits"]["rpm"]["used"] == (0 if told and "rpm=0" in told else 1)
 
 
-async def test_passed_through_requests_count_too() -> None:
+async def test_passed_through_requests_count_for_the_client() -> None:
     async with running_proxy(says(), says(), config=config(rpm=1)) as home:
         answer = await asked(home, target="/v1/images/generations")
         assert (answer.status, answer.get("X-Proxy-Client-Limit")) == (200, "rpm=1/1")
@@ -109,7 +109,7 @@ async def test_passed_through_requests_count_too() -> None:
         assert answer.get("X-Proxy-Client-Limit") == "rpm=1/1"
 
 
-async def test_status_shows_use_and_a_reset_forgets_it() -> None:
+async def test_status_shows_client_usage_and_a_reset_clears_it() -> None:
     base = replace(config(rpm=1), throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
     async with running_proxy(says(), says(), config=base) as home:
         assert (await asked(home, "1")).status == 200

@@ -34,14 +34,14 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"P", b"POST / HTTP/1.1\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nHost: x\r\n\r"])
 @pytest.mark.usefixtures("hurried")
-async def test_a_header_that_is_not_complete_in_time(sent: bytes) -> None:
+async def test_a_header_not_complete_in_time_closes_the_connection(sent: bytes) -> None:
     async with served(echo) as port, raw_connection(port) as line:
         line.send(sent)
         assert await line.ended() == b""
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
+async def test_a_dripping_header_does_not_extend_the_header_timeout() -> None:
     async with served(echo) as port, raw_connection(port) as line:
         for byte in b"GET /" + b"x" * 500:
             line.send(bytes([byte]))
@@ -53,7 +53,7 @@ async def test_a_header_that_drips_has_no_more_time_than_any_other() -> None:
         assert await line.ended() == b""
 
 
-async def test_a_header_in_pieces_that_is_in_time() -> None:
+async def test_a_header_in_pieces_is_read_if_in_time() -> None:
     async with served(echo) as port, raw_connection(port) as line:
         for byte in request("GET", "/a"):
             line.send(bytes([byte]))
@@ -62,7 +62,7 @@ async def test_a_header_in_pieces_that_is_in_time() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_between_requests_nobody_is_hurried() -> None:
+async def test_the_header_timeout_begins_with_the_first_byte() -> None:
     """An idle connection is kept; its next header has its own time, from its first byte on."""
     async with served(echo) as port, raw_connection(port) as line:
         for _ in range(2):
@@ -74,7 +74,7 @@ async def test_between_requests_nobody_is_hurried() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_while_a_body_or_an_answer_is_under_way_nobody_is_hurried() -> None:
+async def test_the_header_timeout_does_not_apply_to_bodies_and_responses() -> None:
     async def slow(request: BaseRequest) -> FullResponse:
         await asyncio.sleep(0.2)
         return await echo(request)
@@ -86,7 +86,7 @@ async def test_while_a_body_or_an_answer_is_under_way_nobody_is_hurried() -> Non
         assert (await line.answer()).body.endswith(b"abcd")
 
 
-async def test_slow_clients_hold_up_nobody_else() -> None:
+async def test_slow_clients_delay_no_other() -> None:
     async with served(echo) as port:
         idlers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
         for _, writer in idlers:
@@ -125,7 +125,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("sent", BAD.values(), ids=BAD.keys())
-async def test_what_is_not_http_is_told_so_in_openais_shape(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+async def test_invalid_http_is_a_400_in_openais_shape(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """400, without a traceback, without repeating what was sent, and the connection ends."""
     caplog.set_level(logging.DEBUG)
     async with served(echo) as port, raw_connection(port) as line:
@@ -146,7 +146,7 @@ async def test_what_is_not_http_is_told_so_in_openais_shape(sent: bytes, caplog:
 
 
 @pytest.mark.parametrize("after", [b"zz\r\n", b"5\r\nhelloXX", b"-1\r\n", b"5 5\r\nhello\r\n"])
-async def test_chunks_that_are_none(after: bytes, caplog: pytest.LogCaptureFixture) -> None:
+async def test_invalid_chunks_end_the_connection(after: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """At once they are no HTTP; behind a good beginning the connection ends, without waiting for the rest."""
     caplog.set_level(logging.DEBUG)
     head = request(headers=[("Transfer-Encoding", "chunked")])
@@ -160,7 +160,7 @@ async def test_chunks_that_are_none(after: bytes, caplog: pytest.LogCaptureFixtu
     assert "Traceback" not in caplog.text
 
 
-async def test_good_requests_before_a_bad_one_are_answered() -> None:
+async def test_valid_requests_before_an_invalid_one_are_answered() -> None:
     async with served(echo) as port, raw_connection(port) as line:
         line.send(request("GET", "/a"))
         assert (await line.answer()).body == b"/a "
@@ -168,7 +168,7 @@ async def test_good_requests_before_a_bad_one_are_answered() -> None:
         assert (await line.answer()).error == "bad_request"
 
 
-async def test_a_handler_that_fails_is_told_as_our_fault() -> None:
+async def test_an_exception_in_the_handler_is_a_500() -> None:
     async def fails(request: BaseRequest) -> FullResponse:
         raise RuntimeError("sk-secret")
 
@@ -179,7 +179,7 @@ async def test_a_handler_that_fails_is_told_as_our_fault() -> None:
         assert b"secret" not in answer.body
 
 
-async def test_bodies_come_as_they_are() -> None:
+async def test_request_bodies_are_not_decompressed() -> None:
     """Nobody decodes here: a compressed body is refused by its header, and no bomb goes off before that."""
     packed = gzip.compress(b"hello")
     async with served(echo) as port, raw_connection(port) as line:
@@ -187,7 +187,7 @@ async def test_bodies_come_as_they_are() -> None:
         assert (await line.answer()).body.endswith(packed)
 
 
-async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
+async def test_a_client_that_leaves_cancels_its_handler() -> None:
     told = asyncio.Event()
     began = asyncio.Event()
 
@@ -209,7 +209,7 @@ async def test_a_client_that_leaves_cancels_what_is_done_for_it() -> None:
             await told.wait()
 
 
-async def test_what_is_sent_ahead_does_not_pile_up() -> None:
+async def test_a_thousand_pipelined_requests_are_answered_in_order() -> None:
     """A thousand requests in one go, and a client that reads late: all are answered, in order."""
     async with served(echo) as port, raw_connection(port) as line:
         line.send(b"".join(request("GET", f"/{n}") for n in range(1000)))

@@ -200,7 +200,7 @@ WAYS: dict[str, Way] = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-async def test_no_call_upstream_leaves_a_reference_cycle(name: str) -> None:
+async def test_no_upstream_request_leaves_a_reference_cycle(name: str) -> None:
     way, found, up = WAYS[name], Counter[str](), AiohttpTransport(connect=0.5, idle=0.05)
     async with raw_upstream(way.turn) as upstream:
 
@@ -216,7 +216,7 @@ async def test_no_call_upstream_leaves_a_reference_cycle(name: str) -> None:
     assert not found
 
 
-async def test_an_upstream_that_is_not_there_leaves_no_reference_cycle(up: AiohttpTransport) -> None:
+async def test_an_unreachable_upstream_leaves_no_reference_cycle(up: AiohttpTransport) -> None:
     found: Counter[str] = Counter()
     with uncollected(found, ours=True):
         for _ in range(TIMES):

@@ -28,7 +28,7 @@ def folder() -> Iterator[Path]:
         yield Path(short)
 
 
-def test_a_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(folder: Path) -> None:
+def test_an_unused_socket_file_is_replaced_and_one_in_use_is_not(folder: Path) -> None:
     path = folder / "s"
     left = listening.listen(ServerSettings(socket=str(path)))
     assert (left.address, left.path) == (f"unix:{path}", str(path))
@@ -43,7 +43,7 @@ def test_a_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(folder: P
     assert not path.exists()
 
 
-def test_a_taken_port_leaves_nothing_open() -> None:
+def test_a_port_in_use_leaves_nothing_open() -> None:
     taken = listening.listen(ServerSettings(port=0))
     port = taken.sockets[0].getsockname()[1]
     with pytest.raises(OSError, match=f"127.0.0.1:{port}.*another port with server.ops"):
@@ -60,7 +60,7 @@ async def serve(request: BaseRequest) -> object:
     return error_response(request, ProxyError("draining", "no"), "id", b"")
 
 
-async def test_one_connection_at_a_time_for_each_and_a_pause_when_the_system_is_full(
+async def test_listeners_accept_one_connection_at_a_time_and_pause_without_descriptors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(listening, "_PAUSE", 0.5)

@@ -43,7 +43,7 @@ def bodies(count: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-async def test_never_a_500(target: str) -> None:
+async def test_no_body_leads_to_a_500(target: str) -> None:
     odd = [body for body in bodies(150) if b'"stream":true' not in body]
     async with running_proxy(*(says() for _ in range(2 * len(odd)))) as home:
         for body in odd:
@@ -53,7 +53,7 @@ async def test_never_a_500(target: str) -> None:
                 assert answer.error or answer.get("X-Proxy-Cache") == "hit" or answer.get("X-Proxy-Cache-Reason")
 
 
-async def test_names_of_any_kind_stand_in_a_reason() -> None:
+async def test_any_field_name_fits_in_a_reason() -> None:
     names: list[str] = ["a b", "é", "x:y\r\nEvil: 1", "sample", "", "😀", '"', "\x00"]
     async with running_proxy(*(says() for _ in range(len(names) + 1))) as home:
         await home.ask(body=ask())

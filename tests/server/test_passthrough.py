@@ -41,7 +41,7 @@ def our(answer: Answer) -> dict[str, str]:
 # Through.
 
 
-async def test_what_every_passed_on_answer_says() -> None:
+async def test_headers_of_every_forwarded_response() -> None:
     async with running_proxy(
         Responds(200, (("Content-Type", "text/x"), ("Content-Length", "3")), (b"ab", b"c"))
     ) as home:
@@ -67,7 +67,7 @@ async def test_what_every_passed_on_answer_says() -> None:
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 @pytest.mark.parametrize("target", ["/v1/files/f-1/content?a=%2F&b", "/files/f-1/content?a=%2F&b", "/v1/x/y"])
-async def test_methods_targets_and_bodies_go_up_as_they_are(method: str, target: str) -> None:
+async def test_methods_targets_and_bodies_are_sent_unchanged(method: str, target: str) -> None:
     async with running_proxy(LISTED) as home:
         body = None if method == "GET" else bytes(range(256))
         headers = [("Content-Type", "application/octet-stream"), ("Accept-Encoding", "br"), ("Cookie", "a=b")]
@@ -80,7 +80,7 @@ async def test_methods_targets_and_bodies_go_up_as_they_are(method: str, target:
         assert sent.headers.get("Content-Length") == (None if body is None else "256")
 
 
-async def test_an_upload_of_unknown_length_flows_up() -> None:
+async def test_an_upload_of_unknown_length_is_streamed() -> None:
     async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Transfer-Encoding", "chunked")]) + chunked(b"ab", b"cd"))
         assert (await line.answer()).status == 200
@@ -88,14 +88,14 @@ async def test_an_upload_of_unknown_length_flows_up() -> None:
         assert "Content-Length" not in home.transport.sent[0].headers
 
 
-async def test_head_has_no_body() -> None:
+async def test_a_response_to_head_has_no_body() -> None:
     async with running_proxy(Responds(200, (("Content-Length", "12345"),))) as home:
         answer = await home.ask("HEAD", MODELS)
         assert (answer.status, answer.get("Content-Length")) == (200, "12345")
 
 
 @pytest.mark.parametrize("status", [200, 204, 206, 301, 304, 307])
-async def test_any_good_status_is_passed_on(status: int) -> None:
+async def test_any_status_below_400_is_forwarded(status: int) -> None:
     """Redirects, too: here nobody follows them, and nobody is told that they are wrong."""
     moved = Responds(status, (("Location", "/v1/elsewhere"), ("Content-Range", "bytes 0-1/9")))
     async with running_proxy(moved) as home:
@@ -104,27 +104,27 @@ async def test_any_good_status_is_passed_on(status: int) -> None:
         assert answer.get("Content-Range") == "bytes 0-1/9"
 
 
-async def test_without_a_length_the_answer_is_chunked_read_by_read() -> None:
+async def test_a_response_without_a_length_is_chunked_by_read() -> None:
     async with running_proxy(Responds(200, (), (b"ab", b"cd"))) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.chunks, answer.whole) == ([b"ab", b"cd"], True)
 
 
-async def test_compressed_answers_are_none_of_our_business() -> None:
+async def test_compressed_responses_are_not_decoded() -> None:
     packed = gzip.compress(b"abc")
     async with running_proxy(Responds(200, (("Content-Encoding", "gzip"),), (packed,))) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.get("Content-Encoding"), answer.body) == ("gzip", packed)
 
 
-async def test_each_read_goes_on_at_once() -> None:
+async def test_each_read_is_forwarded_at_once() -> None:
     async with running_proxy(Responds(200, (), (b"first", HANG))) as home, raw_connection(home.port) as line:
         line.send(request("GET", FILES))
         async with asyncio.timeout(PATIENCE):
             assert b"first" in await line.reader.readuntil(b"first")
 
 
-async def test_it_is_never_stored() -> None:
+async def test_forwarded_responses_are_never_stored() -> None:
     async with running_proxy(LISTED, LISTED) as home:
         for _ in range(2):
             assert (await home.ask("GET", MODELS)).get("X-Proxy-Cache") == "bypass"
@@ -157,7 +157,7 @@ async def carried(home: RunningProxy, route: str, *moves: Move, method: str = "G
     return home.transport.keys
 
 
-async def test_stateful_routes_have_one_fixed_key_and_others_any_that_works() -> None:
+async def test_stateful_routes_use_one_fixed_key_and_others_any_ready_key() -> None:
     async with running_proxy(config=TWO) as home:
         assert await carried(home, "/v1/models", error(401), LISTED) == ["k1", "k2"]
         assert await carried(home, "/v1/models", LISTED) == ["k2"]  # k1 rests
@@ -166,14 +166,14 @@ async def test_stateful_routes_have_one_fixed_key_and_others_any_that_works() ->
 
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
-async def test_a_bad_key_is_passed_over_where_another_will_do(bad: Responds) -> None:
+async def test_a_bad_key_is_replaced_by_the_next(bad: Responds) -> None:
     async with running_proxy(bad, LISTED, config=TWO) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Key"), answer.get("X-Proxy-Attempts")) == (200, "k2", "2")
         assert answer.error is None
 
 
-async def test_when_none_is_left_the_last_answer_is_the_clients() -> None:
+async def test_if_every_key_is_bad_the_last_response_is_returned() -> None:
     async with running_proxy(error(401), error(401, message="for sk-k2"), config=TWO) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.json()["error"]["message"]) == (401, "for ***")
@@ -182,7 +182,7 @@ async def test_when_none_is_left_the_last_answer_is_the_clients() -> None:
         assert home.receipts[0].error == "no_usable_key"
 
 
-async def test_a_clients_own_bad_credential_is_its_own_affair() -> None:
+async def test_in_pass_through_a_401_is_returned_as_is() -> None:
     async with running_proxy(error(401), config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Error")) == (401, None)
@@ -192,7 +192,7 @@ def made(id_: str, **fields: Any) -> Responds:
     return says({"id": id_, "object": "file", **fields})
 
 
-async def test_a_stored_object_is_seen_by_the_key_that_made_it() -> None:
+async def test_a_stored_object_is_requested_with_the_key_that_made_it() -> None:
     async with running_proxy(config=TWO) as home:
         home.services.object_owners.record_owner(["resp_1"], "k2")  # by one of the five endpoints
         assert await carried(home, "/v1/responses/resp_1", made("resp_1")) == ["k2"]
@@ -202,7 +202,7 @@ async def test_a_stored_object_is_seen_by_the_key_that_made_it() -> None:
 
 
 @pytest.mark.parametrize("length", [(), (("Content-Length", "38"),)])
-async def test_what_a_passed_on_answer_brings_is_remembered(length: Iterable[tuple[str, str]]) -> None:
+async def test_objects_in_forwarded_responses_are_remembered(length: Iterable[tuple[str, str]]) -> None:
     body = b'{"id": "vs_1", "object":"vector_store"}'[:-1] + b"}"
     answer = Responds(200, (JSON, *[("Content-Length", str(len(body))) for _ in length]), (body[:9], body[9:]))
     async with running_proxy(config=TWO) as home:
@@ -214,7 +214,7 @@ async def test_what_a_passed_on_answer_brings_is_remembered(length: Iterable[tup
         assert home.transport.sent[0].json() == {"file_ids": ["file-1"]}
 
 
-async def test_a_large_or_broken_body_is_not_looked_into() -> None:
+async def test_large_or_broken_bodies_are_not_parsed() -> None:
     async with running_proxy(config=TWO) as home:
         home.services.object_owners.record_owner(["file-1"], "k2")
         for body in (b'{"file_ids": ["file-1"], "x": "' + b"x" * 70_000 + b'"}', b'{"file_ids": ["file-1"], '):
@@ -224,7 +224,7 @@ async def test_a_large_or_broken_body_is_not_looked_into() -> None:
             assert home.transport.sent[-1].body == body
 
 
-async def test_an_upstream_that_fails_is_left_alone() -> None:
+async def test_the_circuit_opens_after_repeated_failures() -> None:
     async with running_proxy(*[error(500)] * 3, config=replace(ONE, breaker=BreakerSettings(failures=3))) as home:
         for _ in range(3):
             assert (await home.ask("POST", FILES, b"x")).status == 500
@@ -235,7 +235,7 @@ async def test_an_upstream_that_fails_is_left_alone() -> None:
         assert [(row["name"], row["state"]) for row in state] == [("openai", "open")]
 
 
-async def test_azure_shapes_go_to_an_azure_upstream_where_there_is_one() -> None:
+async def test_azure_paths_prefer_an_azure_upstream() -> None:
     azure = UpstreamSettings("azure", "azure", "https://res.test", keys=pool("k2").keys, api_version="2024-10-21")
     async with running_proxy(LISTED, config=settings(pool("k1"), azure)) as home:
         await home.ask("GET", "/openai/files?api-version=2024-06-01")
@@ -247,7 +247,7 @@ async def test_azure_shapes_go_to_an_azure_upstream_where_there_is_one() -> None
 
 
 @pytest.mark.parametrize("trouble", [error(500), error(429), Fails("ambiguous"), Fails("stale"), Fails("timeout")])
-async def test_what_has_gone_up_is_sent_once(trouble: Move) -> None:
+async def test_a_sent_post_is_not_retried(trouble: Move) -> None:
     """An upload, a batch or a fine-tuning job must not be made twice."""
     async with running_proxy(trouble, config=TWO) as home:
         answer = await home.ask("POST", FILES, b"x")
@@ -256,14 +256,14 @@ async def test_what_has_gone_up_is_sent_once(trouble: Move) -> None:
         assert len(home.receipts) == 1
 
 
-async def test_only_new_connections_carry_what_must_not_be_sent_twice() -> None:
+async def test_requests_that_may_not_be_resent_use_new_connections() -> None:
     async with running_proxy(LISTED, LISTED) as home:
         await home.ask("POST", FILES, b"x")
         await home.ask("GET", FILES)
         assert [sent.connection.fresh for sent in home.transport.sent] == [True, False]
 
 
-async def test_what_never_went_up_may_be_sent_again() -> None:
+async def test_a_request_that_was_not_sent_is_retried() -> None:
     async with running_proxy(Fails("unreached"), LISTED, config=ONE) as home:
         answer = await home.ask("POST", FILES, b"hello")
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (200, "2")
@@ -274,13 +274,13 @@ async def test_what_never_went_up_may_be_sent_again() -> None:
     "trouble", [error(500), error(503), Fails("ambiguous"), Fails("unreached"), rate_limited("0.01")]
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_reading_may_be_tried_again(trouble: Move, method: str) -> None:
+async def test_get_and_head_are_retried(trouble: Move, method: str) -> None:
     async with running_proxy(trouble, LISTED, config=ONE) as home:
         answer = await home.ask(method, MODELS)
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (200, "2")
 
 
-async def test_a_get_with_a_body_is_no_mere_reading() -> None:
+async def test_a_get_with_a_body_is_not_retried() -> None:
     async with running_proxy(error(500), config=ONE) as home:
         assert (await home.ask("GET", MODELS, b"x")).status == 500
 
@@ -291,7 +291,7 @@ async def test_a_stale_connection_is_replaced_by_a_new_one() -> None:
         assert [sent.connection.fresh for sent in home.transport.sent] == [False, True]
 
 
-async def test_when_the_retries_are_spent() -> None:
+async def test_after_the_last_retry_x_should_retry_is_false() -> None:
     async with running_proxy(*[error(500, headers=[("x-should-retry", "true")])] * 4, config=ONE) as home:
         answer = await home.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Attempts"), answer.get("X-Should-Retry")) == (500, "4", "false")
@@ -305,14 +305,14 @@ async def test_when_the_retries_are_spent() -> None:
     ("slow", "timeout"),
     [(Fails("hang"), "50ms"), (Responds(500, body=(b"{", HANG)), "50ms"), (Responds(wait=9.0), "0.05")],
 )
-async def test_the_deadline_is_the_clients(slow: Move, timeout: str) -> None:
+async def test_the_clients_timeout_is_the_deadline(slow: Move, timeout: str) -> None:
     async with running_proxy(slow) as home:
         answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Timeout", timeout)])
         assert (answer.status, answer.error) == (504, "upstream_timeout")
         assert home.receipts[0].error == "upstream_timeout"
 
 
-async def test_the_first_byte_has_its_own_limit() -> None:
+async def test_the_first_byte_has_its_own_timeout() -> None:
     async with running_proxy(Fails("hang"), config=settings(timeouts=TimeoutSettings(first_byte=0.05))) as home:
         assert (await home.ask("GET", MODELS)).error == "upstream_timeout"
 
@@ -320,7 +320,7 @@ async def test_the_first_byte_has_its_own_limit() -> None:
 # Errors, and answers that break.
 
 
-async def test_an_error_is_passed_on_with_keys_masked() -> None:
+async def test_an_error_is_forwarded_with_keys_masked() -> None:
     bad = error(400, "bad", [("x-debug", "sk-k1"), ("Set-Cookie", "a=b")], message="sk-k1 is not yours")
     async with running_proxy(bad) as home:
         answer = await home.ask("POST", FILES, b"x")
@@ -329,7 +329,7 @@ async def test_an_error_is_passed_on_with_keys_masked() -> None:
         assert home.receipts[0].error == "upstream_400"
 
 
-async def test_a_compressed_error_is_decoded_or_was_cut() -> None:
+async def test_a_compressed_error_is_decoded_and_a_cut_one_is_502() -> None:
     packed = gzip.compress(b'{"error":{"message":"sk-k1"}}')
     headers = (JSON, ("Content-Encoding", "gzip"))
     async with running_proxy(Responds(400, headers, (packed,)), Responds(400, headers, (packed[:-5],))) as home:
@@ -339,7 +339,7 @@ async def test_a_compressed_error_is_decoded_or_was_cut() -> None:
 
 
 @pytest.mark.parametrize("body", [(b"{", CUT), (b" " * 5_000_000, b" " * 5_000_000)], ids=["cut", "far too large"])
-async def test_an_error_that_breaks_is_502_and_its_connection_is_closed(body: tuple[Any, ...]) -> None:
+async def test_a_broken_error_body_is_502_and_its_connection_closed(body: tuple[Any, ...]) -> None:
     async with running_proxy(Responds(400, (JSON,), body)) as home:
         answer = await home.ask("POST", FILES, b"x")
         assert (answer.status, answer.error) == (502, "upstream_invalid_response")
@@ -347,7 +347,7 @@ async def test_an_error_that_breaks_is_502_and_its_connection_is_closed(body: tu
 
 
 @pytest.mark.parametrize("length", [(), (("Content-Length", "9"),)])
-async def test_an_answer_that_breaks_in_the_middle_has_no_clean_end(length: Iterable[tuple[str, str]]) -> None:
+async def test_a_response_that_breaks_in_the_middle_has_no_clean_end(length: Iterable[tuple[str, str]]) -> None:
     async with running_proxy(Responds(200, tuple(length), (b"abc", CUT))) as home:
         answer = await home.ask("GET", FILES)
         assert (answer.status, answer.body, answer.whole) == (200, b"abc", False)
@@ -355,7 +355,7 @@ async def test_an_answer_that_breaks_in_the_middle_has_no_clean_end(length: Iter
 
 
 @pytest.mark.parametrize(("kind", "status"), [("invalid", 502), ("timeout", 504)])
-async def test_an_answer_that_breaks_before_its_first_byte(kind: Any, status: int) -> None:
+async def test_a_response_that_breaks_before_its_first_byte_is_an_error(kind: Any, status: int) -> None:
     """Nothing was promised yet: the client gets a proper error, and its receipt says the same."""
     async with running_proxy(Responds(200, (), (TransportFailure(kind, "cut"),))) as home:
         answer = await home.ask("GET", FILES)
@@ -365,7 +365,7 @@ async def test_an_answer_that_breaks_before_its_first_byte(kind: Any, status: in
         assert answer.get("X-Proxy-Request-Id") == receipt.id
 
 
-async def test_a_client_that_leaves_closes_the_upstream() -> None:
+async def test_the_upstream_is_closed_when_the_client_leaves() -> None:
     async with running_proxy(Responds(200, (), (b"abc", HANG))) as home:
         async with raw_connection(home.port) as line:
             line.send(request("GET", FILES))
@@ -378,7 +378,7 @@ async def test_a_client_that_leaves_closes_the_upstream() -> None:
 
 
 @pytest.mark.parametrize("slow", [Fails("hang"), Responds(400, (JSON,), (b"{", HANG))])
-async def test_a_client_that_leaves_before_there_is_an_answer(slow: Move) -> None:
+async def test_the_upstream_is_closed_when_the_client_leaves_before_the_response(slow: Move) -> None:
     async with running_proxy(slow) as home:
         async with raw_connection(home.port) as line:
             line.send(request("GET", FILES))
@@ -394,7 +394,7 @@ async def test_a_client_that_leaves_before_there_is_an_answer(slow: Move) -> Non
 SMALL = replace(settings(), server=ServerSettings(max_body=1000))
 
 
-async def test_an_upload_too_large_by_its_own_word() -> None:
+async def test_an_upload_announced_too_large_is_413() -> None:
     async with running_proxy(config=SMALL) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "1001"), ("Expect", "100-continue")]))
         answer = await line.answer()
@@ -402,7 +402,7 @@ async def test_an_upload_too_large_by_its_own_word() -> None:
         assert home.transport.sent == []
 
 
-async def test_an_upload_that_turns_out_too_large() -> None:
+async def test_an_upload_of_unknown_length_beyond_the_limit_is_413() -> None:
     async with running_proxy(LISTED, config=SMALL) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Transfer-Encoding", "chunked")]) + chunked(b"x" * 600, b"x" * 600))
         answer = await line.answer()
@@ -419,7 +419,7 @@ async def test_an_upload_waits_for_100_continue() -> None:
         assert home.transport.sent[0].body == b"hello"
 
 
-async def test_an_upload_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_upload_sent_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.1)
     async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
@@ -428,7 +428,7 @@ async def test_an_upload_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.Mo
         assert len(home.receipts) == 1
 
 
-async def test_an_upload_that_is_broken_off() -> None:
+async def test_an_upload_that_the_client_breaks_off() -> None:
     async with running_proxy(LISTED) as home:
         async with raw_connection(home.port) as line:
             line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
@@ -438,7 +438,7 @@ async def test_an_upload_that_is_broken_off() -> None:
         assert [receipt.status for receipt in home.receipts] == [499]
 
 
-async def test_upstreams_are_closed_whatever_comes() -> None:
+async def test_upstream_responses_are_closed_after_every_outcome() -> None:
     """Twenty answers of all kinds, and half of the clients leave: nothing stays open."""
     moves = [LISTED, error(500), Responds(200, (), (b"a", 0.05, b"b")), Responds(400, (JSON,), (b"{", CUT))] * 5
     async with running_proxy(*moves, *[LISTED] * 40, config=ONE) as home:
@@ -460,7 +460,7 @@ async def test_upstreams_are_closed_whatever_comes() -> None:
 # One rule for every route.
 
 
-async def test_requests_that_are_passed_through_count_in_the_retry_budget() -> None:
+async def test_forwarded_requests_count_in_the_retry_budget() -> None:
     """A budget of one retry a request is enough for one retry of each request, however many there are."""
     config = settings(retry=RetrySettings(max_retries=1, base_delay=0.0, jitter=0.0, budget=1.0))
     async with running_proxy(*[error(500), LISTED] * 15, config=config) as home:
@@ -468,7 +468,7 @@ async def test_requests_that_are_passed_through_count_in_the_retry_budget() -> N
         assert [(answer.status, answer.get("X-Proxy-Attempts")) for answer in answers] == [(200, "2")] * 15
 
 
-async def test_a_wait_that_only_the_body_of_a_429_explains_is_obeyed() -> None:
+async def test_a_wait_named_only_in_the_body_of_a_429_is_obeyed() -> None:
     """The reset of a limit counts if the error says that this limit is the one that was hit."""
     limited = Responds(
         429,
@@ -480,7 +480,7 @@ async def test_a_wait_that_only_the_body_of_a_429_explains_is_obeyed() -> None:
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (429, "1")
 
 
-async def test_keys_of_the_lowest_priority_serve_first_and_the_others_when_they_fail() -> None:
+async def test_keys_are_used_by_priority() -> None:
     config = settings(
         replace(pool("k2"), name="second", priority=1),
         replace(pool("k1"), name="first"),
@@ -492,7 +492,7 @@ async def test_keys_of_the_lowest_priority_serve_first_and_the_others_when_they_
         assert await carried(home, MODELS, error(500), error(500), LISTED) == ["k1", "k1", "k2"]
 
 
-async def test_weights_hold_for_passed_on_requests() -> None:
+async def test_weights_apply_to_forwarded_requests() -> None:
     config = settings(pool("k1", "k2"), selection="weighted")
     heavy, light = config.upstreams[0].keys
     config = settings(replace(config.upstreams[0], keys=(replace(heavy, weight=3.0), light)), selection="weighted")
@@ -501,14 +501,14 @@ async def test_weights_hold_for_passed_on_requests() -> None:
         assert (used.count("k1"), used.count("k2")) == (6, 2)
 
 
-async def test_while_every_key_is_refused_nothing_is_sent() -> None:
+async def test_if_every_key_is_rejected_nothing_is_sent() -> None:
     async with running_proxy(error(401), error(401), config=TWO) as home:
         assert (await home.ask("GET", MODELS)).status == 401
         answer = await home.ask("GET", MODELS)
         assert (answer.error, len(home.transport.sent)) == ("no_usable_key", 2)
 
 
-async def test_what_passed_on_answers_say_of_a_key() -> None:
+async def test_key_states_learned_from_forwarded_responses() -> None:
     """A refused key that is accepted again is ready; that a key has quota again no such answer tells."""
     async with running_proxy(config=TWO) as home:
 
@@ -529,19 +529,19 @@ async def test_what_passed_on_answers_say_of_a_key() -> None:
         assert state("k2") == "ready"
 
 
-async def test_the_limits_of_models_do_not_hold_where_the_model_is_not_known() -> None:
+async def test_model_limits_do_not_apply_without_a_model() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
     async with running_proxy(*[LISTED] * 3, config=config) as home:
         assert [(await home.ask("GET", MODELS)).status for _ in range(3)] == [200] * 3
 
 
-async def test_a_model_filter_does_not_close_routes_that_name_no_model() -> None:
+async def test_a_model_filter_does_not_apply_without_a_model() -> None:
     async with running_proxy(LISTED, LISTED, config=settings(replace(pool("k1"), models=("gpt-*",)))) as home:
         assert (await home.ask("GET", MODELS)).status == 200
         assert (await home.ask("GET", FILES)).status == 200
 
 
-async def test_each_attempt_that_is_repeated_is_counted_by_its_cause() -> None:
+async def test_retries_are_counted_by_cause() -> None:
     async with running_proxy(error(500), LISTED, config=ONE) as home:
         await home.ask("GET", MODELS)
         assert dict(home.services.counters.retries) == {("openai", "retry"): 1}

@@ -9,14 +9,14 @@ from proxy.system.clock import SYSTEM_CLOCK
 from tests.pipeline.fixture import settings
 
 
-def test_metrics_say_the_same_after_the_way_over_the_wire() -> None:
+def test_metrics_are_unchanged_by_serialisation() -> None:
     metrics = Metrics()
     metrics.record_refusal("invalid_json")
     text = metrics.render(build_services(settings(), SYSTEM_CLOCK), 3)
     assert text_of(families_of(metrics.registry.collect())) == text == generate_latest(metrics.registry)
 
 
-async def test_alone_there_is_nobody_to_ask() -> None:
+async def test_a_single_process_has_no_peers() -> None:
     siblings = PeerWorkers(None)
     siblings.answer({})
     assert not siblings.any

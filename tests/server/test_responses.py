@@ -42,7 +42,7 @@ def whole(body: bytes = b"hello", status: int = 200, **more: Any) -> Any:
 # Whole answers.
 
 
-async def test_a_whole_answer_tells_its_length_and_keeps_the_connection() -> None:
+async def test_a_full_response_has_a_length_and_keeps_the_connection() -> None:
     async with served(whole()) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
@@ -51,7 +51,7 @@ async def test_a_whole_answer_tells_its_length_and_keeps_the_connection() -> Non
             assert (answer.body, answer.whole) == (b"hello", True)
 
 
-async def test_head_has_the_length_and_no_body() -> None:
+async def test_a_response_to_head_has_the_length_and_no_body() -> None:
     async with served(whole()) as port, raw_connection(port) as line:
         answer = await get(line, "HEAD")
         assert answer.get("Content-Length") == "5"
@@ -59,7 +59,7 @@ async def test_head_has_the_length_and_no_body() -> None:
 
 
 @pytest.mark.parametrize("status", [204, 304])
-async def test_no_content_has_no_framing_at_all(status: int) -> None:
+async def test_a_204_has_no_framing(status: int) -> None:
     """RFC 9110 section 8.6, RFC 9112 section 6.3: a length here is an error, a body would be the next answer."""
     async with served(whole(b"must not be seen", status)) as port, raw_connection(port) as line:
         for _ in range(2):
@@ -78,7 +78,7 @@ async def test_no_content_has_no_framing_at_all(status: int) -> None:
         ("1.0", "keep-alive", "keep-alive", True),
     ],
 )
-async def test_persistence_is_as_the_client_wants_it(
+async def test_the_client_decides_whether_the_connection_persists(
     version: str, connection: str, said: str | None, kept: bool
 ) -> None:
     async with served(whole()) as port, raw_connection(port) as line:
@@ -91,13 +91,13 @@ async def test_persistence_is_as_the_client_wants_it(
             assert await line.ended() == b""
 
 
-async def test_an_answer_that_ends_the_connection_says_so() -> None:
+async def test_a_response_that_ends_the_connection_has_connection_close() -> None:
     async with served(whole(close=True)) as port, raw_connection(port) as line:
         assert (await get(line)).get("Connection") == "close"
         assert await line.ended() == b""
 
 
-async def test_a_large_answer_arrives_whole() -> None:
+async def test_a_large_response_arrives_complete() -> None:
     body = bytes(range(256)) * 20_000
     async with served(whole(body)) as port, raw_connection(port) as line:
         assert (await get(line)).body == body
@@ -153,7 +153,7 @@ async def test_a_stream_is_chunked_piece_by_piece() -> None:
             assert (answer.framing, answer.whole, answer.get("Connection")) == ("chunked", True, None)
 
 
-async def test_a_stream_of_known_length_is_bare() -> None:
+async def test_a_stream_of_known_length_is_not_chunked() -> None:
     async with served(stream(b"ab", b"cd", length=4)) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
@@ -170,7 +170,7 @@ async def test_an_empty_stream() -> None:
 
 
 @pytest.mark.parametrize("connection", ["", "keep-alive"])
-async def test_http_1_0_knows_no_chunks(connection: str) -> None:
+async def test_a_stream_to_http_1_0_is_not_chunked(connection: str) -> None:
     """The end of the connection is the end of the answer, whatever the client would like."""
     async with served(stream(b"ab", b"cd")) as port, raw_connection(port) as line:
         answer = await get(line, version="1.0", connection=connection)
@@ -183,7 +183,7 @@ async def test_http_1_0_knows_no_chunks(connection: str) -> None:
 
 
 @pytest.mark.parametrize("length", [None, 4])
-async def test_a_stream_to_head_is_only_its_head(length: int | None) -> None:
+async def test_a_stream_to_head_sends_the_head_only(length: int | None) -> None:
     async with served(stream(length=length)) as port, raw_connection(port) as line:
         answer = await get(line, "HEAD")
         assert answer.get("Content-Length") == (None if length is None else "4")
@@ -254,7 +254,7 @@ def reading(limit: int = 1000) -> Any:
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000])
-async def test_a_body_up_to_the_limit(size: int) -> None:
+async def test_a_body_up_to_the_limit_is_read(size: int) -> None:
     async with served(reading()) as port, raw_connection(port) as line:
         for framed in (request(body=b"x" * size), request(headers=[("Transfer-Encoding", "chunked")])):
             line.send(framed if b"chunked" not in framed else framed + chunked(*[b"x"] * size))
@@ -262,7 +262,7 @@ async def test_a_body_up_to_the_limit(size: int) -> None:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.01])
-async def test_a_body_beyond_the_limit(delay: float) -> None:
+async def test_a_body_beyond_the_limit_is_refused(delay: float) -> None:
     async with served(reading()) as port:
         for framed in (
             request(headers=[("Content-Length", "1001")]),
@@ -277,7 +277,7 @@ async def test_a_body_beyond_the_limit(delay: float) -> None:
                 assert await line.ended() == b""
 
 
-async def test_a_body_that_is_there_at_once_and_too_large() -> None:
+async def test_a_buffered_body_beyond_the_limit_is_refused() -> None:
     async with served(reading(10)) as port, raw_connection(port) as line:
         line.send(request(body=b"x" * 11))
         assert (await line.answer()).error == "request_too_large"
@@ -289,7 +289,7 @@ async def test_an_announced_body_too_large_is_refused_before_it_is_sent() -> Non
         assert (await line.answer()).status == 413  # and not 100
 
 
-async def test_expect_100_continue() -> None:
+async def test_expect_100_continue_is_answered() -> None:
     async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "5"), ("Expect", "100-Continue")]))
         answer = await line.answer()
@@ -298,14 +298,14 @@ async def test_expect_100_continue() -> None:
         assert (await line.answer()).body == b"hello"
 
 
-async def test_no_100_where_the_body_came_along() -> None:
+async def test_no_100_continue_if_the_body_has_arrived() -> None:
     async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(body=b"hello", headers=[("Expect", "100-continue")]))
         answer = await line.answer()
         assert (answer.status, answer.body) == (200, b"hello")
 
 
-async def test_a_body_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_sent_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.5)
     async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "100")]) + b"x" * 50)
@@ -313,7 +313,7 @@ async def test_a_body_that_comes_too_slowly_is_cut_off(monkeypatch: pytest.Monke
         assert await line.ended() == b""  # no answer: the client does not keep to the protocol
 
 
-async def test_each_64_kib_received_is_worth_a_second_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_64_kib_received_extends_the_body_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
     async with served(reading(10**6)) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "65537")]) + b"x" * 65_536)
@@ -322,7 +322,7 @@ async def test_each_64_kib_received_is_worth_a_second_more(monkeypatch: pytest.M
         assert len((await line.answer()).body) == 65_537
 
 
-async def test_a_client_that_leaves_while_it_sends() -> None:
+async def test_a_client_that_leaves_while_sending_ends_the_read() -> None:
     errors: list[BaseException] = []
 
     async def handler(request: BaseRequest) -> FullResponse:
@@ -346,7 +346,7 @@ async def test_a_client_that_leaves_while_it_sends() -> None:
 # Small things.
 
 
-def test_dates_are_made_once_a_second() -> None:
+def test_the_date_header_is_rendered_once_a_second() -> None:
     now = 1_790_000_000.2
     dates = DateHeader(lambda: now)
     first = dates.line()
@@ -369,7 +369,7 @@ def test_status_lines(status: int, reason: str, line: bytes) -> None:
     assert status_line(status, reason) == line
 
 
-async def test_a_refusal_on_the_wire() -> None:
+async def test_an_error_response_on_the_wire() -> None:
     async def handler(request: BaseRequest) -> FullResponse:
         refusal = ProxyError(
             "throttled", "no room; “soon”", retry_after=1.2345, should_retry=True, headers=(("X-More", "yes"),)
@@ -393,7 +393,7 @@ async def test_a_refusal_on_the_wire() -> None:
         assert answer.json()["error"]["message"] == "no room; “soon”"
 
 
-async def test_connection_lines_are_only_said_where_they_say_something() -> None:
+async def test_connection_headers_are_sent_only_if_they_differ_from_the_default() -> None:
     seen = []
 
     async def handler(request: BaseRequest) -> FullResponse:

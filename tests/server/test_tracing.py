@@ -87,7 +87,7 @@ async def stage(*moves: Move) -> AsyncIterator[Stage]:
         await tracing.close()
 
 
-async def test_a_miss() -> None:
+async def test_a_miss_has_a_span_and_a_child_for_its_attempt() -> None:
     async with stage(says()) as scene:
         answer = await scene.ask(body=ask(), headers=INCOMING)
         own, [call] = await scene.spans(2)
@@ -127,7 +127,7 @@ async def test_a_miss() -> None:
 
 
 @pytest.mark.parametrize("sent", [[], [("traceparent", "00-nonsense"), ("tracestate", "a=b")]])
-async def test_who_brings_no_trace_begins_one(sent: list[tuple[str, str]]) -> None:
+async def test_without_traceparent_a_new_trace_begins(sent: list[tuple[str, str]]) -> None:
     async with stage(says()) as scene:
         await scene.ask(body=ask(), headers=sent)
         own, [call] = await scene.spans(2)
@@ -137,7 +137,7 @@ async def test_who_brings_no_trace_begins_one(sent: list[tuple[str, str]]) -> No
         assert "tracestate" not in scene.transport.sent[0].headers
 
 
-async def test_a_hit_has_a_span_without_calls() -> None:
+async def test_a_hit_has_a_span_without_children() -> None:
     async with stage(says()) as scene:
         await scene.ask(body=ask())
         await scene.spans(2)
@@ -154,7 +154,7 @@ async def test_a_hit_has_a_span_without_calls() -> None:
     assert own.attributes["gen_ai.usage.output_tokens"] == 200
 
 
-async def test_a_stream_ends_when_it_ends() -> None:
+async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
     first, *more = events(usage=True)
     async with stage(streams([first, 0.05, *more])) as scene:
         await scene.ask(body=ask(stream=True))
@@ -163,7 +163,7 @@ async def test_a_stream_ends_when_it_ends() -> None:
     assert own.attributes["gen_ai.usage.output_tokens"] == 200
 
 
-async def test_every_call_has_a_span() -> None:
+async def test_every_attempt_has_a_span() -> None:
     async with stage(rate_limited(), error(500), Fails("unreached"), says()) as scene:
         await scene.ask(body=ask())
         own, calls = await scene.spans(5)
@@ -178,7 +178,7 @@ async def test_every_call_has_a_span() -> None:
     assert ups == [f"{call.context.span_id:016x}" for call in calls]
 
 
-async def test_errors() -> None:
+async def test_errors_set_the_span_status() -> None:
     cut = streams([events()[0], TransportFailure("invalid", "cut")])
     async with stage(*[error(500)] * 4, cut) as scene:
         await scene.ask(body=ask())
@@ -193,7 +193,7 @@ async def test_errors() -> None:
         assert (own.attributes["error.type"], own.status.status_code.name) == ("upstream_invalid_response", "ERROR")
 
 
-async def test_who_shares_a_call_has_a_span_of_his_own() -> None:
+async def test_a_coalesced_request_has_its_own_span() -> None:
     async with stage(says(wait=0.1)) as scene:
         await asyncio.gather(scene.ask(body=ask()), scene.ask(body=ask()))
         async with asyncio.timeout(PATIENCE):
@@ -206,7 +206,7 @@ async def test_who_shares_a_call_has_a_span_of_his_own() -> None:
     assert call.parent.span_id == miss.context.span_id
 
 
-async def test_other_routes_have_spans_and_our_own_pages_none() -> None:
+async def test_pass_through_routes_have_spans_and_own_pages_have_none() -> None:
     async with stage(says()) as scene:
         for path in ("/healthz", "/readyz", "/metrics", "/_proxy/status"):
             await scene.ask("GET", path)
@@ -216,7 +216,7 @@ async def test_other_routes_have_spans_and_our_own_pages_none() -> None:
     assert call.attributes["http.request.method"] == "GET"
 
 
-async def test_nothing_that_was_said_is_in_a_span() -> None:
+async def test_no_text_of_a_request_or_response_is_in_a_span() -> None:
     async with stage(says()) as scene:
         await scene.ask(body=ask("a secret prompt"), headers=[("Authorization", "Bearer sk-of-a-client")])
         own, calls = await scene.spans(2)
@@ -224,7 +224,7 @@ async def test_nothing_that_was_said_is_in_a_span() -> None:
     assert not [word for word in ("secret prompt", "Hello!", "sk-k1", "sk-k2", "sk-of-a-client") if word in text]
 
 
-async def test_odd_model_names_do_no_harm() -> None:
+async def test_unusual_model_names_become_valid_attributes() -> None:
     async with stage(says(completion(model="x" * 20_000)), says()) as scene:
         for name in ("m\n\u2028" + "x" * 20_000, "\ud800"):
             body = json.dumps(ask(model=name)).encode()
@@ -260,12 +260,12 @@ def test_off_unless_asked_for(environ: Mapping[str, str], caplog: pytest.LogCapt
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/json"},
     ],
 )
-def test_what_is_not_built_in_is_said(environ: Mapping[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_otel_settings_are_reported(environ: Mapping[str, str], caplog: pytest.LogCaptureFixture) -> None:
     assert tracing_from(environ) is None
     assert "only OTEL_TRACES_EXPORTER=otlp over http/protobuf" in caplog.text
 
 
-def test_without_the_extra_it_says_what_is_missing(
+def test_without_the_extra_the_error_names_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.sdk.trace"):
@@ -275,13 +275,15 @@ def test_without_the_extra_it_says_what_is_missing(
     assert "pip install 'openai-caching-proxy[tracing]'" in caplog.text
 
 
-def test_it_is_not_loaded_unless_asked_for() -> None:
+def test_opentelemetry_is_not_imported_unless_asked_for() -> None:
     code = "import sys, proxy.app; print([m for m in sys.modules if m.startswith('opentelemetry.sdk')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 
-async def test_a_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_closing_does_not_wait_for_an_unreachable_collector(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry.sdk.trace import TracerProvider
 

@@ -36,7 +36,7 @@ BOUGHT = {
         [("TE", "deflate"), ("TE", "trailers")],
     ],
 )
-async def test_who_asks_gets_them(headers: list[tuple[str, str]]) -> None:
+async def test_trailers_are_sent_if_asked_for(headers: list[tuple[str, str]]) -> None:
     async with running_proxy(streams()) as home:
         answer = await home.ask(body=STREAM, headers=headers)
         assert (answer.status, answer.framing, answer.whole) == (200, "chunked", True)
@@ -48,13 +48,13 @@ async def test_who_asks_gets_them(headers: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("headers", [[], [("TE", "")], [("TE", "gzip")], [("TE", "notrailers, trailersx")]])
-async def test_nobody_else_does(headers: list[tuple[str, str]]) -> None:
+async def test_trailers_are_not_sent_unless_asked_for(headers: list[tuple[str, str]]) -> None:
     async with running_proxy(streams()) as home:
         answer = await home.ask(body=STREAM, headers=headers)
         assert (answer.get("Trailer"), answer.trailers, answer.whole) == (None, {}, True)
 
 
-async def test_http_1_0_has_none() -> None:
+async def test_http_1_0_gets_no_trailers() -> None:
     async with running_proxy(streams()) as home, raw_connection(home.port) as line:
         line.send(request(body=STREAM, headers=TE, version="1.0"))
         answer = await line.answer()
@@ -62,7 +62,7 @@ async def test_http_1_0_has_none() -> None:
         assert answer.body == b"".join(events())
 
 
-async def test_the_connection_goes_on_after_them() -> None:
+async def test_the_connection_persists_after_trailers() -> None:
     async with running_proxy(streams(), says()) as home, raw_connection(home.port) as line:
         line.send(request(body=STREAM, headers=TE) + request(body=ask("other"), headers=TE) + request(body=STREAM))
         stream, plain, hit = [await line.answer() for _ in range(3)]
@@ -72,7 +72,7 @@ async def test_the_connection_goes_on_after_them() -> None:
             assert one.get("X-Proxy-Cost-Status") == "exact"
 
 
-async def test_who_shares_a_stream_paid_nothing() -> None:
+async def test_the_trailers_of_a_coalesced_stream_say_saved_instead_of_cost() -> None:
     first, *more = events(usage=True)
     async with running_proxy(streams([first, 0.1, *more])) as home:
         both = [asyncio.create_task(home.ask(body=STREAM, headers=TE)) for _ in range(2)]
@@ -83,7 +83,7 @@ async def test_who_shares_a_stream_paid_nothing() -> None:
         assert follower.trailers == BOUGHT | free
 
 
-async def test_what_is_unknown_is_left_out() -> None:
+async def test_unknown_values_are_left_out_of_the_trailers() -> None:
     async with running_proxy(streams()) as home:
         answer = await home.ask(body=STREAM | {"model": "mystery"}, headers=TE)
         told = answer.trailers
@@ -97,20 +97,20 @@ async def test_what_is_unknown_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("cut", [[TransportFailure("invalid", "cut")], []])
-async def test_a_stream_without_an_end_has_none(cut: list[Step]) -> None:
+async def test_a_broken_stream_has_no_trailers(cut: list[Step]) -> None:
     async with running_proxy(streams([*events()[:2], *cut])) as home:
         answer: Answer = await home.ask(body=STREAM, headers=TE)
         assert (answer.whole, answer.trailers) == (False, {})
 
 
-async def test_other_routes_have_none() -> None:
+async def test_other_routes_have_no_trailers() -> None:
     async with running_proxy(says()) as home:
         answer = await home.ask("GET", "/v1/models", headers=TE)
         assert (answer.framing, answer.get("Trailer"), answer.trailers) == ("chunked", None, {})
         assert "TE" not in home.transport.sent[0].headers
 
 
-def test_all_that_may_come_is_announced() -> None:
+def test_every_possible_trailer_is_announced() -> None:
     names = set(TRAILERS.split(", "))
     assert set(BOUGHT) | {"X-Proxy-Cost-Saved-USD"} == names
     assert all(re.fullmatch(r"X-Proxy-[A-Za-z-]+", name) for name in names)

@@ -101,7 +101,7 @@ async def test_a_streamed_structured_output(sdk: openai.AsyncOpenAI) -> None:
     assert "answer" in json.loads("".join(deltas))
 
 
-async def test_a_function_is_called_when_asked_and_not_again_after_its_answer(sdk: openai.AsyncOpenAI) -> None:
+async def test_a_function_is_called_once(sdk: openai.AsyncOpenAI) -> None:
     answer = await sdk.responses.create(model="gpt-4o", input="use tool, please", tools=[SEARCH, WEATHER, OTHER])
     assert answer.status == "completed"
     (call,) = answer.output
@@ -142,7 +142,7 @@ async def test_tool_choice_decides(sdk: openai.AsyncOpenAI, text: str, choice: A
     assert [item.name for item in answer.output if item.type == "function_call"] == ([called] if called else [])
 
 
-async def test_only_functions_are_called(sdk: openai.AsyncOpenAI) -> None:
+async def test_other_tools_are_not_called(sdk: openai.AsyncOpenAI) -> None:
     answer = await sdk.responses.create(model="gpt-4o", input="use tool", tools=[SEARCH])
     assert "use tool" in answer.output_text
 

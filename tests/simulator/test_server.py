@@ -90,7 +90,7 @@ async def test_plain_chat_is_deterministic_and_has_openais_fields_and_headers(
         assert raw.headers[name]
 
 
-async def test_choices_parts_and_a_token_limit(sdk: openai.AsyncOpenAI) -> None:
+async def test_several_choices_content_parts_and_max_tokens(sdk: openai.AsyncOpenAI) -> None:
     parts: list[ChatCompletionMessageParam] = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "in parts"}]},
@@ -128,7 +128,7 @@ async def test_streamed_chat(http: aiohttp.ClientSession, with_usage: bool) -> N
         assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + ["stop"]
 
 
-async def test_tools_are_called_when_asked_and_not_again_after_their_answer(sdk: openai.AsyncOpenAI) -> None:
+async def test_tools_are_called_once(sdk: openai.AsyncOpenAI) -> None:
     asked = say("use tool, please")
     answer = await sdk.chat.completions.create(model="gpt-4o", messages=asked, tools=[WEATHER])
     assert answer.choices[0].finish_reason == "tool_calls"
@@ -234,7 +234,7 @@ async def test_embeddings_are_unit_vectors_in_order_and_the_same_in_both_encodin
     assert floats["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
 
 
-async def test_the_sdk_gets_full_vectors(sdk: openai.AsyncOpenAI) -> None:
+async def test_the_sdk_reads_the_vectors(sdk: openai.AsyncOpenAI) -> None:
     small = await sdk.embeddings.create(model="text-embedding-3-small", input="x")
     large = await sdk.embeddings.create(model="text-embedding-3-large", input=[[1, 2], [3]])
     assert len(small.data[0].embedding) == 1536
@@ -319,7 +319,7 @@ async def test_provoked_failures_come_at_every_other_attempt(
         assert seen == [status, 200, status, 200]
 
 
-async def test_a_slow_stream_pauses_between_chunks_and_may_be_left(http: aiohttp.ClientSession) -> None:
+async def test_a_slow_stream_pauses_between_chunks_and_can_be_cancelled(http: aiohttp.ClientSession) -> None:
     body = {"model": "gpt-4o", "messages": say("slow, please"), "stream": True}
     async with http.post("v1/chat/completions", json=body) as answer:
         first, _ = await answer.content.readchunk()
@@ -368,14 +368,14 @@ async def test_responses_plain_and_streamed(sdk: openai.AsyncOpenAI, http: aioht
     assert events[-1]["response"]["status"] == "completed"
 
 
-async def test_a_response_cut_by_its_limit_is_incomplete(http: aiohttp.ClientSession) -> None:
+async def test_a_response_cut_by_max_tokens_is_incomplete(http: aiohttp.ClientSession) -> None:
     body = {"model": "gpt-4o", "input": "Hello", "max_output_tokens": 2}
     events = await events_of(http, "v1/responses", body)
     assert events[-1]["type"] == "response.incomplete"
     assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
-async def test_a_taken_port_is_an_error(base_url: str) -> None:
+async def test_a_port_in_use_is_an_error(base_url: str) -> None:
     port = int(base_url.rsplit(":", 1)[1].removesuffix("/v1"))
     with pytest.raises(OSError, match=str(port)):
         async with running_simulator(port):
