@@ -238,7 +238,7 @@ def place_of(module: str) -> str:
     return module.split(".")[1]
 
 
-def test_the_scan_sees_what_there_is() -> None:
+def test_the_scan_finds_imports() -> None:
     """Otherwise every rule below would hold for lack of imports."""
     assert len(FILES) > 40
     for module, name in (
@@ -254,7 +254,7 @@ def test_the_scan_sees_what_there_is() -> None:
 # --- one way down -----------------------------------------------------------------------------------------------------
 
 
-def test_every_place_has_its_layer() -> None:
+def test_every_package_has_a_layer() -> None:
     listed = [name for layer in LAYERS for name in layer]
     assert len(listed) == len(set(listed))
     assert {place_of(module) for module in IMPORTS if module != "proxy"} == set(listed)
@@ -272,7 +272,7 @@ def test_imports_go_down() -> None:
     assert against == set()
 
 
-def test_no_module_leads_back_to_itself() -> None:
+def test_there_is_no_import_cycle() -> None:
     """What only type checkers read does not count."""
     graph = {module_of(path): {name for name, _ in imports_of(path, typed=False)} for path in FILES}
     done: set[str] = set()
@@ -358,7 +358,7 @@ def test_a_pure_file_reads_no_clock_and_opens_nothing(path: Path) -> None:
                     assert called.attr in ("getsizeof", "intern"), f"line {node.lineno}: sys.{called.attr}()"
 
 
-def test_what_is_named_impure_is_there() -> None:
+def test_files_named_impure_exist() -> None:
     assert [name for name in IMPURE if not modules_in(name)] == []
 
 
@@ -382,7 +382,7 @@ def test_the_pure_files_load_without_an_event_loop() -> None:
 # --- who may use what -------------------------------------------------------------------------------------------------
 
 
-def test_http_is_spoken_by_the_server_the_client_and_commands() -> None:
+def test_only_server_client_and_commands_import_aiohttp() -> None:
     speak = [
         "proxy.server",
         "proxy.upstream.client",
@@ -395,23 +395,23 @@ def test_http_is_spoken_by_the_server_the_client_and_commands() -> None:
     assert offences(modules_outside(*speak), ["aiohttp", "multidict", "yarl"]) == []
 
 
-def test_drivers_stand_in_files_named_after_them() -> None:
+def test_drivers_are_imported_in_files_named_after_them() -> None:
     """And in the ledger, which is a SQLite file whatever the settings say."""
     named = [module for module in IMPORTS if {"redis", "sqlite"} & set(module.rpartition(".")[2].split("_"))]
     assert len(named) > 5
     assert offences(modules_outside(*named, "proxy.accounting.ledger"), ["redis", "sqlite3"]) == []
 
 
-def test_one_file_reads_clocks_and_draws_numbers() -> None:
+def test_only_named_files_read_clocks_and_draw_random_numbers() -> None:
     assert offences(modules_outside(*CLOCKS_ALLOWED), TIME_AND_CHANCE) == []
 
 
 @pytest.mark.slow
-def test_the_story_loads_no_http_library_and_no_database() -> None:
+def test_the_handler_imports_no_http_library_and_no_database() -> None:
     assert not loaded_by("proxy.pipeline.handler") & (DRIVERS - {"socket"})  # asyncio brings that one
 
 
-def test_the_simulator_belongs_to_the_demo_alone() -> None:
+def test_only_the_demo_imports_the_simulator() -> None:
     assert offences(modules_outside("proxy.cli.demo", "proxy.simulator"), ["proxy.simulator"]) == []
     assert offences(modules_in("proxy.simulator"), ["proxy"], but=["proxy.simulator", "proxy.protocol"]) == []
 
@@ -469,7 +469,7 @@ def test_functions_of_many_parameters_have_a_reason() -> None:
     check_listed({name for name, node in FUNCTIONS if len(parameters_of(node)) > MAX_PARAMETERS}, MORE_PARAMETERS)
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     for path in FILES:
         text = path.read_text("utf-8")
         assert not text.strip() or ast.get_docstring(ast.parse(text)), path

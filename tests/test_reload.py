@@ -49,7 +49,7 @@ def running(tmp_path: Path) -> Callable[[], Running]:
 
 
 @virtual_time
-async def test_new_settings_come_with_what_stays_and_are_read_beside_it(
+async def test_new_settings_are_read_in_a_thread_with_the_fixed_ones(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = running()
@@ -67,7 +67,7 @@ async def test_new_settings_come_with_what_stays_and_are_read_beside_it(
 
 
 @pytest.mark.parametrize("error", [OSError("no such file"), RuntimeError("nobody expected this")])
-def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(
+def test_invalid_settings_leave_the_old_ones_in_force(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     @virtual_time
@@ -92,7 +92,7 @@ def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(
 
 
 @virtual_time
-async def test_a_file_is_read_once_nobody_writes_it(running: Callable[[], Running]) -> None:
+async def test_a_file_is_read_when_its_writer_has_finished(running: Callable[[], Running]) -> None:
     proxy = running()
     reload = asyncio.create_task(proxy.reloader.reload("SIGHUP"))
     for text in ("", "n", "neve", "never"):
@@ -105,7 +105,7 @@ async def test_a_file_is_read_once_nobody_writes_it(running: Callable[[], Runnin
 
 
 @pytest.mark.parametrize("half", ["ne", "always"])
-def test_what_changed_while_it_was_read_is_read_again(running: Callable[[], Running], half: str) -> None:
+def test_a_file_that_changed_while_being_read_is_read_again(running: Callable[[], Running], half: str) -> None:
     @virtual_time
     async def told() -> None:
         proxy = running()
@@ -124,7 +124,7 @@ def test_what_changed_while_it_was_read_is_read_again(running: Callable[[], Runn
 
 
 @virtual_time
-async def test_a_file_that_never_stands_still_is_given_up(
+async def test_a_file_that_keeps_changing_is_given_up(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = running()

@@ -71,7 +71,7 @@ async def test_a_cut_stream_is_an_error_to_the_client(
         await client.send(target, ask(stream=True))
 
 
-async def test_close_before_headers(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
+async def test_a_connection_closed_before_the_head(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     upstream.always(cut())
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await client.send(target, ask())
@@ -87,7 +87,7 @@ async def test_reset_on_accept_and_refusal(upstream: ScriptedUpstream, target: S
     assert upstream.count == 1
 
 
-async def test_it_sees_the_client_leave(upstream: ScriptedUpstream, target: Server) -> None:
+async def test_a_client_that_leaves_is_noticed(upstream: ScriptedUpstream, target: Server) -> None:
     upstream.always(stall())
     async with Client() as client:
         task = asyncio.create_task(client.send(target, ask()))
@@ -100,7 +100,7 @@ async def test_it_sees_the_client_leave(upstream: ScriptedUpstream, target: Serv
     assert upstream.last.peer_closed_at > left
 
 
-async def test_our_own_close_is_not_the_peers(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
+async def test_its_own_close_is_not_the_clients(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     upstream.always(sleep(0.01), reset())
     with pytest.raises(aiohttp.ClientError):
         await client.send(target, ask())
@@ -113,7 +113,7 @@ async def test_queue_comes_before_script(upstream: ScriptedUpstream, target: Ser
     assert statuses == [429, 401, 200]
 
 
-async def test_drip_and_raw_bytes(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
+async def test_dripping_and_raw_bytes(upstream: ScriptedUpstream, target: Server, client: Client) -> None:
     upstream.always(drip(upstream_answers.response(200, b'{"a": 1}'), 7))
     assert (await client.send(target, ask())).json() == {"a": 1}
     upstream.always(send(b"nonsense\r\n\r\n"), cut())
@@ -121,7 +121,7 @@ async def test_drip_and_raw_bytes(upstream: ScriptedUpstream, target: Server, cl
         await client.send(target, ask())
 
 
-async def test_answer_before_the_body(upstream: ScriptedUpstream, target: Server) -> None:
+async def test_a_response_before_the_request_body(upstream: ScriptedUpstream, target: Server) -> None:
     upstream.on_head = lambda _: [upstream_answers.reply(413, {"error": "early"}), cut()]
     answer = await raw(target, raw_request("POST", "/v1/files", {"Content-Length": "1000000"}))
     assert status_of(answer) == 413
@@ -134,7 +134,7 @@ async def test_idle_connections_can_be_closed(upstream: ScriptedUpstream, target
     await upstream.until(lambda: not upstream.open_connections)
 
 
-async def test_complaints() -> None:
+async def test_forbidden_headers_are_complaints() -> None:
     headers = [
         ("Host", "a"),
         ("Cookie", "1"),

@@ -33,7 +33,7 @@ def services(*upstreams: UpstreamSettings, **sections: object) -> Services:
     return build_services(replace(Settings(upstreams=upstreams or (UpstreamSettings(),)), **sections), SYSTEM_CLOCK)  # type: ignore[arg-type]
 
 
-def test_keys_of_all_upstreams_are_one_ring() -> None:
+def test_the_keys_of_all_upstreams_form_one_pool() -> None:
     first = UpstreamSettings("first", keys=(key("a", organization="org", project="proj", weight=2.0), key("b")))
     second = UpstreamSettings("second", kind="azure", models=("gpt-4*",), priority=1, keys=(key("c", quota="shared"),))
     made = services(first, second)
@@ -53,7 +53,7 @@ def test_keys_of_all_upstreams_are_one_ring() -> None:
     assert made.masker.mask(b"sk-a, sk-b and sk-c") == b"***, *** and ***"
 
 
-def test_no_key_at_all_is_pass_through() -> None:
+def test_without_keys_the_proxy_is_pass_through() -> None:
     made = services()
     assert made.passthrough
     assert [k.label for k in made.pool.keys] == [CLIENTS_KEY]
@@ -70,13 +70,13 @@ def test_an_upstream_without_keys_among_others_is_called_without_a_credential() 
     assert made.credentials["local"] == ()
 
 
-def test_no_secret_shows() -> None:
+def test_no_secret_is_in_repr() -> None:
     shown = repr(services(UpstreamSettings(keys=(key("a"),)), redis=Settings().redis).settings)
     assert "sk-a" not in shown
     assert "***" in shown
 
 
-def test_the_store_is_there_only_where_it_is_used() -> None:
+def test_the_store_is_disabled_if_it_is_not_used() -> None:
     assert services().store.enabled
     assert not services(cache=CacheSettings(backend="off")).store.enabled
     assert not services(cache=CacheSettings(when="never")).store.enabled
@@ -94,7 +94,7 @@ def test_a_slower_store_stands_behind_memory_and_nothing_is_opened_yet(tmp_path:
     assert not path.parent.exists()
 
 
-def test_limits_and_lifetimes_are_the_settings() -> None:
+def test_limits_and_ttls_are_those_of_the_settings() -> None:
     made = services(
         throttle=ThrottleSettings(limits={"*": Limits(rpm=10)}, use=0.5, max_queue=7),
     )
@@ -113,7 +113,7 @@ def test_limits_and_lifetimes_are_the_settings() -> None:
     ]
 
 
-def test_an_upstreams_prices_stand_over_the_common_ones() -> None:
+def test_an_upstreams_prices_replace_common_ones() -> None:
     common = {"m-*": {"input": Decimal(1)}, "n": {"input": Decimal(3)}}
     made = services(
         UpstreamSettings("a", prices={"m-*": {"input": Decimal(2)}}),
@@ -129,7 +129,7 @@ def test_an_upstreams_prices_stand_over_the_common_ones() -> None:
     assert (usd(0, "m-1"), usd(0, "n"), usd(1, "m-1")) == (Decimal(2), Decimal(3), Decimal(1))
 
 
-def test_identity_is_of_the_upstreams_that_serve_the_model() -> None:
+def test_the_cache_identity_names_the_upstreams_that_serve_the_model() -> None:
     openai = UpstreamSettings("openai", base_url="https://a.test/v1", keys=(key("a"),))
     azure = UpstreamSettings(
         "azure",
@@ -149,7 +149,7 @@ def test_identity_is_of_the_upstreams_that_serve_the_model() -> None:
     assert services(replace(azure, cache_as="x"), replace(openai, cache_as="x")).identities.of("gpt-4o") == "x"
 
 
-def test_identities_of_invented_models_do_not_pile_up() -> None:
+def test_remembered_identities_are_bounded() -> None:
     made = services()
     known = made.identities.of("gpt-4o")
     for number in range(10_000):
@@ -158,7 +158,7 @@ def test_identities_of_invented_models_do_not_pile_up() -> None:
     assert made.identities.of("gpt-4o") == known
 
 
-def test_scopes_of_pass_through_clients() -> None:
+def test_cache_partitions_of_pass_through_clients() -> None:
     """Each credential has its own; neither it nor its parts can be read off, or be joined to look like another."""
     scopes = [
         partition_of_credential("bearer", "sk-a", "", ""),

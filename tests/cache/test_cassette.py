@@ -77,14 +77,14 @@ def changed(**members: Any) -> bytes:
 
 
 @given(entries())
-def test_every_entry_comes_back_from_its_line(one: Entry) -> None:
+def test_any_entry_is_read_back_from_its_line(one: Entry) -> None:
     line = write_line(one)
     assert read_line(line) == one
     assert line.count(b"\n") == 1
     assert line == write_line(read_line(line))
 
 
-def test_the_line_as_it_stands_in_a_file() -> None:
+def test_the_form_of_a_line() -> None:
     """The format: whoever changes this changes what is committed in other people's repositories."""
     assert write_line(entry()).decode() == (
         '{"cassette":1,"key":"' + "ab" * 32 + '","form":"json","status":200,'
@@ -98,7 +98,7 @@ def test_the_line_as_it_stands_in_a_file() -> None:
     assert line.endswith(b',"request":"{\\"model\\":\\"gpt-4o\\"}","body_base64":"/w=="}\n')
 
 
-def test_nothing_of_one_request_or_one_account_is_written() -> None:
+def test_no_request_or_account_data_is_written() -> None:
     secret = [
         *((b"Authorization", b"Bearer sk-1"), (b"api-key", b"sk-1"), (b"Set-Cookie", b"a=sk-1"), (b"Cookie", b"sk-1")),
         *((b"x-request-id", b"sk-1"), (b"openai-organization", b"sk-1"), (b"x-ratelimit-limit-requests", b"sk-1")),
@@ -108,7 +108,7 @@ def test_nothing_of_one_request_or_one_account_is_written() -> None:
     assert read_line(line).headers == ((b"openai-version", b"2020-10-01"),)
 
 
-def test_a_file_is_sorted_and_says_the_same_whatever_the_order() -> None:
+def test_a_file_is_sorted_and_independent_of_the_order() -> None:
     several = [entry(key="b"), entry(key="a", form="sse"), entry(key="a"), entry(key="C")]
     lines = list(write(several))
     assert lines == list(write(reversed(several)))
@@ -120,7 +120,7 @@ def test_a_file_is_sorted_and_says_the_same_whatever_the_order() -> None:
     ]
 
 
-def test_no_json_can_hold_these() -> None:
+def test_entries_that_json_cannot_hold_are_refused() -> None:
     for one in (entry(ttl=float("inf")), entry(stored_at=float("nan")), entry(model="\ud800")):
         with pytest.raises(ValueError):
             write_line(one)
@@ -160,13 +160,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "why"), BAD)
-def test_a_bad_line_says_where_and_why(line: bytes, why: str) -> None:
+def test_an_invalid_line_names_its_place_and_reason(line: bytes, why: str) -> None:
     lines = [write_line(entry(key="first")), b"\n", line + b"\n"]
     with pytest.raises(CassetteLineError, match=f"(?s)dir/file:3: .*{why}") as error:
         list(read("dir/file", lines))
     assert "sk-1" not in str(error.value)
 
 
-def test_an_entry_stands_in_a_file_once() -> None:
+def test_an_entry_is_in_a_file_once() -> None:
     with pytest.raises(CassetteLineError, match="f:3: the same key and form as line 1"):
         list(read("f", [write_line(entry()), b"\n", write_line(entry(model="other"))]))

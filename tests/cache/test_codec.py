@@ -64,7 +64,7 @@ entries = st.builds(
 
 
 @given(entries)
-def test_comes_back_as_it_was(one: Entry) -> None:
+def test_decode_reverses_encode(one: Entry) -> None:
     whole = blob(one)
     assert decode(whole, one.key, one.form) == one
     assert describe(whole) == msgspec.structs.replace(one, body=b"", request=None)
@@ -74,7 +74,7 @@ def test_comes_back_as_it_was(one: Entry) -> None:
     assert describe(whole[: size - 1]) is None
 
 
-def test_other_names_are_misses() -> None:
+def test_a_blob_of_another_key_or_form_is_a_miss() -> None:
     whole = blob(entry("a"))
     assert decode(whole, "b", "json") is None
     assert decode(whole, "a", "sse") is None
@@ -82,7 +82,7 @@ def test_other_names_are_misses() -> None:
 
 
 @pytest.mark.parametrize("body", [b"short", b"long enough to be packed " * 100])
-def test_every_damage_is_a_miss(body: bytes) -> None:
+def test_any_flipped_bit_is_a_miss(body: bytes) -> None:
     whole = blob(entry("a", body))
     for at in range(len(whole)):
         for bit in (1, 128):
@@ -132,11 +132,11 @@ def test_bodies_are_compressed_only_if_smaller() -> None:
     ],
     ids=["empty", "garbage", "two frames", "trailing", "cut", "size unknown"],
 )
-def test_frames_that_are_not_ours(packed: bytes) -> None:
+def test_invalid_zstd_frames_are_misses(packed: bytes) -> None:
     assert decode(forged(head_of(entry()), packed), "k", "json") is None
 
 
-def test_bombs_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_that_decompress_beyond_the_limit_are_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(envelope, "MAX_BODY", 10_000)
     fits, bomb = b"x" * 10_000, b"x" * 10_001
     assert decode(forged(head_of(entry()), zstd.compress(fits)), "k", "json") == entry(body=fits)
@@ -144,12 +144,12 @@ def test_bombs_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("head", [b"", b"\xc1", b"\x80", msgspec.msgpack.encode([1]), b"\x91" * 5000])
-def test_heads_that_are_not_entries(head: bytes) -> None:
+def test_invalid_heads_are_misses(head: bytes) -> None:
     assert decode(forged(head, b"", packing=0), "k", "json") is None
     assert describe(forged(head, b"", packing=0)) is None
 
 
-def test_wrong_types_in_a_head() -> None:
+def test_heads_with_wrong_types_are_misses() -> None:
     document = msgspec.msgpack.decode(head_of(entry()))
     for change in ({"status": "200"}, {"form": "xml"}, {"tags": 1}, {"headers": [["a", "b", "c"]]}):
         head = msgspec.msgpack.encode({**document, **change})
@@ -172,7 +172,7 @@ def test_a_stored_entry_stays_readable() -> None:
     assert not found.usage_asked
 
 
-def test_a_request_that_is_kept_is_packed_with_the_body_and_not_in_the_head() -> None:
+def test_a_stored_request_is_compressed_with_the_body() -> None:
     one = entry(body=b"[]", request='{"a": "' + "x" * 5000 + '"}')
     head, body = encode(one)
     assert len(head) < 600

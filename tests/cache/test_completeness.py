@@ -43,7 +43,7 @@ class TestRequestBypass:
             ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]}, "uncacheable: tool mcp"),
         ],
     )
-    def test_bypassed(self, document: Json, reason: str) -> None:
+    def test_requests_that_are_not_cached(self, document: Json, reason: str) -> None:
         assert request_bypass("chat", document) == reason
         if "store" not in document:
             assert request_bypass("responses", document) == reason
@@ -73,15 +73,15 @@ class TestRequestBypass:
             {"seed": 1, "n": 3, "temperature": 1, "stream": True, "vendor": {}},
         ],
     )
-    def test_cached(self, endpoint: str, document: Json) -> None:
+    def test_requests_that_are_cached(self, endpoint: str, document: Json) -> None:
         assert request_bypass(endpoint, document) is None
 
     @pytest.mark.parametrize("item", ["additional_tools", "tool_search_output"])
-    def test_tools_among_the_input(self, item: str) -> None:
+    def test_tools_in_the_input_bypass_the_cache(self, item: str) -> None:
         document = {"input": [{"role": "user", "content": "x"}, {"type": item, "tools": [{"type": "web_search"}]}]}
         assert request_bypass("responses", document) == "uncacheable: tool web_search"
 
-    def test_responses_are_stored_by_default(self) -> None:
+    def test_a_responses_request_with_store_is_cached(self) -> None:
         assert request_bypass("responses", {"store": True}) is None
 
 
@@ -104,7 +104,7 @@ class TestDeterministic:
             ({"temperature": 1, "seed": 7}, True),
         ],
     )
-    def test_chat(self, document: Json, expected: bool) -> None:
+    def test_deterministic_chat_requests(self, document: Json, expected: bool) -> None:
         assert is_deterministic("chat", document) is expected
         assert is_deterministic("embeddings", document)
         assert is_deterministic("moderations", document)
@@ -360,7 +360,7 @@ class TestPlainModerations:
         max_leaves=15,
     ),
 )
-def test_nothing_raises(endpoint: str, value: Any) -> None:
+def test_no_value_raises(endpoint: str, value: Any) -> None:
     request = value if isinstance(value, dict) else {}
     request_bypass(endpoint, request)
     is_deterministic(endpoint, request)
@@ -484,7 +484,7 @@ class TestChatStream:
             assert verdict(stream[:length]) is not None
 
     @given(st.permutations([START, HI, ADVERSARIAL, STOP, USAGE_CHUNK, DONE]), st.integers(0, 5))
-    def test_losing_any_part_that_matters(self, events: list[bytes], length: int) -> None:
+    def test_a_stream_without_a_required_part_is_incomplete(self, events: list[bytes], length: int) -> None:
         kept = events[:length]
         if STOP not in kept or not {HI, ADVERSARIAL} & set(kept) or kept[-1] != DONE:
             assert verdict(b"".join(kept)) is not None
@@ -546,7 +546,7 @@ class TestTruncated:
             audit.event(each)
         assert audit.truncated(splitter.rest) is truncated
 
-    def test_done(self) -> None:
+    def test_done_is_noticed(self) -> None:
         assert not audited(HI + STOP).done
         assert audited(HI + STOP + DONE).done
 
@@ -561,7 +561,7 @@ class TestLearnt:
             chunk(delta(finish="stop"), x_groq={"id": "r", "usage": USAGE}),
         ],
     )
-    def test_usage_wherever_it_is(self, last: bytes) -> None:
+    def test_usage_is_found_in_any_chunk(self, last: bytes) -> None:
         assert audited(START + HI + last).usage == USAGE
 
     def test_the_last_usage_counts(self) -> None:
@@ -583,7 +583,7 @@ class TestLearnt:
         nonsense = audited(event({"model": 1, "service_tier": [], "usage": [], "x_groq": {"usage": 1}, "choices": []}))
         assert (nonsense.model, nonsense.service_tier, nonsense.usage) == (None, None, None)
 
-    def test_after_an_error_it_still_learns(self) -> None:
+    def test_usage_after_an_error_event_is_read(self) -> None:
         audit = audited(event({"error": {"message": "x"}}) + USAGE_CHUNK)
         assert audit.error
         assert audit.usage == USAGE
@@ -619,7 +619,7 @@ class TestResponsesStream:
         for length in range(len(stream)):
             assert verdict(stream[:length], endpoint="responses") is not None
 
-    def test_learnt(self) -> None:
+    def test_usage_and_model_of_a_responses_stream(self) -> None:
         audit = audited(CREATED + TEXT + COMPLETED, endpoint="responses")
         assert audit.usage == {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
         assert audit.model == "gpt-4o"
@@ -647,7 +647,7 @@ BREAKS: list[Callable[[list[Any]], Any]] = [
 
 @pytest.mark.parametrize(("endpoint", "request_", "answer"), WHOLE, ids=ENDPOINTS)
 @pytest.mark.parametrize("damage", BREAKS, ids=["pop", "clear", "append", "replace"])
-def test_damaged_lists_are_never_whole(
+def test_responses_with_damaged_lists_are_incomplete(
     endpoint: str, request_: Json, answer: Json, damage: Callable[[list[Any]], Any]
 ) -> None:
     assert plain_complete(endpoint, request_, answer) is None

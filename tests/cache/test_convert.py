@@ -328,11 +328,11 @@ class TestPlainFromStream:
         assert made is not None
         assert json.loads(made) == expected
 
-    def test_events_are_as_good_as_bytes(self) -> None:
+    def test_events_and_bytes_give_the_same_response(self) -> None:
         stream, _ = PAIRS["tools"]
         assert plain_from_stream("chat", {}, Splitter().feed(stream)) == plain_from_stream("chat", {}, stream)
 
-    def test_comments_names_and_line_ends_do_not_matter(self) -> None:
+    def test_comments_event_names_and_line_ends_do_not_matter(self) -> None:
         stream, expected = PAIRS["content"]
         odd = b": ping\r\n\r\n" + stream.replace(b"\n\n", b"\r\n\r\n").replace(b"data: ", b"data:") + b"\n"
         made = plain_from_stream("chat", {}, odd)
@@ -353,7 +353,7 @@ class TestPlainFromStream:
         assert made is not None
         assert odd in made
 
-    def test_order_is_that_of_a_plain_answer(self) -> None:
+    def test_fields_are_in_the_order_of_a_plain_response(self) -> None:
         made = json.loads(plain_from_stream("chat", {}, PAIRS["content"][0]) or b"")
         assert list(made)[:5] == ["id", "object", "created", "model", "choices"]
         assert list(made["choices"][0]) == ["index", "message", "logprobs", "finish_reason"]
@@ -414,14 +414,14 @@ class TestPlainFromStream:
             (columns(["a"], [0]), {"x": 1} | columns(["b"], [1]) | {"text_offset": ["1"]}),
         ],
     )
-    def test_uncertain_columns(self, first: Json, second: Json) -> None:
+    def test_differing_logprobs_are_not_converted(self, first: Json, second: Json) -> None:
         stream = text_sse(text_chunk("a", logprobs=first), text_chunk("b", "stop", logprobs=second))
         assert plain_from_stream("completions", {}, stream) is None
 
-    def test_a_stream_without_usage_is_no_plain_answer(self) -> None:
+    def test_a_stream_without_usage_is_not_converted(self) -> None:
         assert plain_from_stream("chat", {}, sse(chunk(part({"content": "a"}, "stop")), usage=None)) is None
 
-    def test_the_request_says_when_an_answer_is_whole(self) -> None:
+    def test_the_request_decides_whether_a_length_stop_is_complete(self) -> None:
         stream = sse(chunk(part({"content": "a"}, "length")))
         assert plain_from_stream("chat", {"max_tokens": 1}, stream) is not None
         assert plain_from_stream("chat", {"max_tokens": 1, "n": 2}, stream) is None
@@ -442,11 +442,11 @@ class TestPlainFromStream:
             PAIRS["content"][0].replace(b'"Hel"', b'"\\ud83d"'),
         ],
     )
-    def test_what_is_no_complete_stream(self, stream: bytes) -> None:
+    def test_incomplete_streams_are_not_converted(self, stream: bytes) -> None:
         assert plain_from_stream("chat", {}, stream) is None
 
     @pytest.mark.parametrize("depth", [40, 100, 990, 1200, 5000])
-    def test_what_is_dropped_is_not_too_deep_either(self, depth: int) -> None:
+    def test_dropped_fields_obey_the_depth_limit(self, depth: int) -> None:
         """On every version of Python."""
         padding = b'{"obfuscation":' + b"[" * depth + b"]" * depth + b","
         streams = {"chat": PAIRS["tools"][0], "responses": response_events(json.dumps(RESPONSE).encode())}
@@ -456,7 +456,7 @@ class TestPlainFromStream:
             assert (found is not None) == (depth == 40)
 
     @pytest.mark.parametrize("endpoint", ["embeddings", "moderations", "x"])
-    def test_other_endpoints_have_one_form(self, endpoint: str) -> None:
+    def test_other_endpoints_are_not_converted(self, endpoint: str) -> None:
         assert plain_from_stream(endpoint, {}, PAIRS["content"][0]) is None
         assert stream_from_plain(endpoint, {}, dump(PAIRS["content"][1])) is None
 
@@ -482,7 +482,7 @@ def response_events(spelling: bytes) -> bytes:
 
 
 class TestResponses:
-    def test_the_completed_response_byte_for_byte(self) -> None:
+    def test_a_completed_response_is_taken_byte_for_byte(self) -> None:
         spelling = json.dumps(RESPONSE, indent=None, separators=(" ,", ": ")).replace("1.0", "1.00e0").encode()
         assert plain_from_stream("responses", {}, response_events(spelling)) == spelling
         assert plain_from_stream("responses", {}, response_events(spelling) + DONE) == spelling
@@ -499,19 +499,19 @@ class TestResponses:
             {},
         ],
     )
-    def test_not_the_whole_answer(self, response: Json) -> None:
+    def test_incomplete_responses_are_not_converted(self, response: Json) -> None:
         assert plain_from_stream("responses", {}, response_events(json.dumps(response).encode())) is None
 
     @pytest.mark.parametrize("stream", [b"", DONE, b"data: [1]\n\n", b'data: {"type":1}\n\n', response_events(b"1")])
-    def test_no_completed_response(self, stream: bytes) -> None:
+    def test_streams_without_a_completed_response_are_not_converted(self, stream: bytes) -> None:
         assert plain_from_stream("responses", {}, stream) is None
 
-    def test_a_plain_response_has_no_certain_stream(self) -> None:
+    def test_a_plain_responses_object_is_not_converted_to_a_stream(self) -> None:
         assert stream_from_plain("responses", {}, dump(RESPONSE)) is None
 
 
 class TestStreamFromPlain:
-    def test_the_chunks_openai_would_send(self) -> None:
+    def test_a_plain_response_becomes_the_chunks_of_openai(self) -> None:
         made = stream_from_plain("chat", {}, dump(plain({"content": "Hello! How are you?"})))
         assert made is not None
         chunks = told_in(made[0])
@@ -528,7 +528,7 @@ class TestStreamFromPlain:
         assert made[0].endswith(b"}\n\ndata: [DONE]\n\n")
 
     @pytest.mark.parametrize("name", PAIRS)
-    def test_audit_and_span(self, name: str) -> None:
+    def test_the_stream_is_complete_and_its_usage_span_correct(self, name: str) -> None:
         made = stream_from_plain("chat", {}, dump(PAIRS[name][1]))
         assert made is not None
         stream, span = made
@@ -548,32 +548,32 @@ class TestStreamFromPlain:
     def test_there_and_back(self, endpoint: str, document: Json) -> None:
         assert json.loads(back(endpoint, {}, document) or b"") == document
 
-    def test_a_text_without_word_of_logprobs(self) -> None:
+    def test_a_text_without_a_logprobs_field(self) -> None:
         choice = {"text": "one two three", "index": 0, "finish_reason": "stop", "x": 1}
         document = ENVELOPE_OF_TEXT | {"choices": [choice], "usage": USAGE}
         assert json.loads(back("completions", {}, document) or b"") == document
 
     @pytest.mark.parametrize("absent", [{}, {"usage": None}])
-    def test_without_usage(self, absent: Json) -> None:
+    def test_a_response_without_usage(self, absent: Json) -> None:
         document = {name: value for name, value in plain({"content": "a"}).items() if name != "usage"} | absent
         made = stream_from_plain("chat", {}, dump(document))
         assert made is not None
         assert made[1] is None
         assert b"total_tokens" not in made[0]
 
-    def test_a_long_text_is_few_chunks(self) -> None:
+    def test_a_long_text_becomes_few_chunks(self) -> None:
         made = stream_from_plain("chat", {}, dump(plain({"content": "ä" * 100_000})))
         assert made is not None
         assert 60 < len(told_in(made[0])) < 70
 
-    def test_a_text_with_logprobs_comes_token_by_token(self) -> None:
+    def test_a_text_with_logprobs_becomes_one_chunk_a_token(self) -> None:
         made = stream_from_plain("chat", {}, dump(PAIRS["logprobs"][1]))
         assert made is not None
         told = [(chunk["choices"] or [{}])[0] for chunk in told_in(made[0])]
         assert [choice["delta"]["content"] for choice in told[1:4]] == ["Hel", "l", "o"]
         assert [choice["logprobs"]["content"][0]["token"] for choice in told[1:4]] == ["Hel", "l", "o"]
 
-    def test_an_index_in_a_tool_call_that_says_its_place(self) -> None:
+    def test_a_tool_call_with_its_own_index(self) -> None:
         message = {"tool_calls": [call("f", "{}", index=0), call("g", "{}", 2, index=1)]}
         assert stream_from_plain("chat", {}, dump(plain(message, "tool_calls"))) is not None
 
@@ -588,7 +588,7 @@ class TestStreamFromPlain:
             {},
         ],
     )
-    def test_logprobs_that_fit_no_text(self, logprobs: Json) -> None:
+    def test_logprobs_that_do_not_match_the_text_are_not_converted(self, logprobs: Json) -> None:
         document = plain({"content": "x"}, logprobs=logprobs)
         assert json.loads(back("chat", {}, document) or b"") == document
 
@@ -626,17 +626,17 @@ class TestStreamFromPlain:
     @pytest.mark.parametrize(
         "body", [b"", b"[]", b"{}", b"\xff", b'{"choices":1}', dump(plain({"content": "x"})).replace(b"9", b"9,9:1")]
     )
-    def test_what_is_no_answer(self, body: bytes) -> None:
+    def test_invalid_responses_are_not_converted(self, body: bytes) -> None:
         assert stream_from_plain("chat", {}, body) is None
 
     @pytest.mark.parametrize("text", [{"a": None}, [], ["x"], 7])
-    def test_a_text_that_is_none(self, text: object) -> None:
+    def test_text_of_another_type_is_not_converted(self, text: object) -> None:
         document = json.loads(dump(TEXT_PAIRS["text"][1]))
         assert stream_from_plain("completions", {}, dump(document)) is not None
         document["choices"][0]["text"] = text
         assert stream_from_plain("completions", {}, dump(document)) is None
 
-    def test_duplicate_keys(self) -> None:
+    def test_responses_with_duplicate_keys_are_not_converted(self) -> None:
         body = dump(plain({"content": "x"})).replace(b'"content": "x"', b'"content": "y", "content": "x"')
         assert stream_from_plain("chat", {}, body) is None
 
@@ -710,7 +710,7 @@ class TestAnyAnswer:
 
     @given(st.data())
     @settings(max_examples=100)
-    def test_nothing_is_raised_and_nothing_invented(self, data: st.DataObject) -> None:
+    def test_any_stream_is_converted_exactly_or_not_at_all(self, data: st.DataObject) -> None:
         """A value anywhere in the chunks replaced by any other: an answer, or None."""
         stream, _ = data.draw(st.sampled_from(list(PAIRS.values())))
         chunks = told_in(stream)
@@ -720,7 +720,7 @@ class TestAnyAnswer:
 
     @given(st.data())
     @settings(max_examples=100)
-    def test_any_change_of_a_plain_answer_shows_or_is_refused(self, data: st.DataObject) -> None:
+    def test_any_change_of_a_plain_response_shows_in_the_stream_or_prevents_it(self, data: st.DataObject) -> None:
         endpoint = data.draw(st.sampled_from(["chat", "completions"]))
         pairs = PAIRS if endpoint == "chat" else TEXT_PAIRS
         document = json.loads(json.dumps(data.draw(st.sampled_from(list(pairs.values())))[1]))
@@ -818,9 +818,7 @@ class TestWithTheSdk:
     @pytest.mark.parametrize("read_as", ["plain", "stream"])
     @pytest.mark.parametrize("stored_as", ["plain", "stream"])
     @pytest.mark.parametrize("name", MATRIX)
-    def test_every_form_of_storage_is_read_the_same_in_every_form(
-        self, sdk: Sdk, name: str, stored_as: str, read_as: str
-    ) -> None:
+    def test_the_sdk_reads_the_same_from_every_form(self, sdk: Sdk, name: str, stored_as: str, read_as: str) -> None:
         stream, document = PAIRS[name]
         if stored_as == "plain":
             made = stream_from_plain("chat", {}, dump(document))
@@ -840,7 +838,7 @@ class TestWithTheSdk:
     @settings(max_examples=25)
     @example(plain({"content": "x", "details": [{"index": 0, "text": "a"}, {"index": 1, "text": "b"}]}))
     @example(plain({"content": "x"}, logprobs={"content": [token("y")], "refusal": [token("z")]}))
-    def test_any_plain_answer_is_assembled_from_its_stream(self, sdk: Sdk, document: Json) -> None:
+    def test_the_sdk_assembles_any_plain_response_from_its_stream(self, sdk: Sdk, document: Json) -> None:
         made = stream_from_plain("chat", {}, dump(document))
         assert made is not None
         assert sdk.read(dump(document), made[0], "stream") == sdk.read(dump(document), made[0], "plain")

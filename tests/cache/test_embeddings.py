@@ -79,7 +79,7 @@ class TestRequests:
             (["", "x"], [b'""', b'"x"'], [0, 1]),
         ],
     )
-    def test_items(self, given: Any, texts: list[bytes], order: list[int]) -> None:
+    def test_the_items_of_a_batch(self, given: Any, texts: list[bytes], order: list[int]) -> None:
         batch = taken_apart(given)
         assert (list(batch.texts), list(batch.order)) == (texts, order)
         assert len(set(batch.keys)) == len(texts)
@@ -89,20 +89,20 @@ class TestRequests:
         [[], [[]], None, 1, {}, ["a", 1], [1, "a"], ["a", ["b"]], ["a", [1]], [[1], "a"], [[1], []], [[1], [2.0]],
          [1.0], [True], [[True]], [None], ["a", None], [{"text": "a"}], [[[1]]], [-1], [2**60]],
     )  # fmt: skip
-    def test_what_is_no_list_of_items_stays_whole(self, given: Any) -> None:
+    def test_input_that_is_not_a_list_is_not_split(self, given: Any) -> None:
         assert batch_of(given) is None
 
-    def test_a_token_written_otherwise_stays_whole(self) -> None:
+    def test_tokens_in_an_unusual_spelling_are_not_split(self) -> None:
         for raw in (b'{"input":[1, -0]}', b'{"input":[[-0]]}'):
             assert read_batch(raw, orjson.loads(raw), PARTS, DROP) is None
 
-    def test_fields_that_may_tie_items_together_stay_whole(self) -> None:
+    def test_unknown_fields_prevent_splitting(self) -> None:
         assert batch_of(["a", "b"], late_chunking=True) is None
         assert batch_of(["a", "b"], zz_future=1) is None
         assert batch_of(["a", "b"], dimensions=3, encoding_format="base64", user="u", input_type="query") is not None
         assert batch_of(["a", "b"], drop=DROP | {"metadata"}, metadata={}) is not None
 
-    def test_an_items_key_is_that_of_no_request_and_of_no_other_item(self) -> None:
+    def test_the_key_of_an_item_is_unique(self) -> None:
         one, two = taken_apart(["a", "b"]), taken_apart(["b", "a"])
         assert one.keys == two.keys[::-1]
         assert taken_apart("a").keys == taken_apart(["a"]).keys == one.keys[:1]
@@ -112,7 +112,7 @@ class TestRequests:
             assert cache_key(msgspec.structs.replace(PARTS, body=body)) not in one.keys
 
     @pytest.mark.parametrize("part", ["namespace", "model", "upstreams", "beta", "sample", "query"])
-    def test_all_else_in_a_requests_key_is_in_an_items(self, part: str) -> None:
+    def test_parts_of_the_request_key_are_in_the_items_key(self, part: str) -> None:
         other = msgspec.structs.replace(PARTS, **{part: "other"})
         assert set(taken_apart(["a"]).keys).isdisjoint(taken_apart(["a"], parts=other).keys)
 
@@ -121,14 +121,14 @@ class TestRequests:
         [{"dimensions": 3}, {"dimensions": None}, {"encoding_format": "base64"}, {"encoding_format": "float"},
          {"input_type": "query"}, {"model": "other"}],
     )  # fmt: skip
-    def test_so_are_the_other_fields(self, fields: dict[str, Any]) -> None:
+    def test_other_fields_are_in_the_items_key(self, fields: dict[str, Any]) -> None:
         assert set(taken_apart(["a"]).keys).isdisjoint(taken_apart(["a"], **fields).keys)
 
-    def test_the_ignored_ones_are_not(self) -> None:
+    def test_ignored_fields_are_not_in_the_items_key(self) -> None:
         assert taken_apart(["a"], user="u", stream=False).keys == taken_apart(["a"]).keys
 
     @given(st.lists(st.text(max_size=5) | st.sampled_from(["a", "b"]), min_size=2, max_size=30), st.data())
-    def test_the_order_of_members_escapes_and_white_space_change_no_item(self, texts: list[str], data: Any) -> None:
+    def test_spelling_does_not_change_an_items_key(self, texts: list[str], data: Any) -> None:
         if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
             return
         import json
@@ -149,13 +149,13 @@ class TestRequests:
         assert batch.calls_to_make() == [tuple(range(MAX_ITEMS))]
         assert not batch.changes_request
 
-    def test_more_items_are_several(self) -> None:
+    def test_a_batch_with_too_many_items_is_several_calls(self) -> None:
         batch = taken_apart([str(n % 5000) for n in range(10_000)])
         assert [len(part) for part in batch.calls_to_make()] == [2048, 2048, 904]
         assert sorted(number for part in batch.calls_to_make() for number in part) == list(range(5000))
         assert batch.changes_request
 
-    def test_more_tokens_are_several(self) -> None:
+    def test_a_batch_with_too_many_tokens_is_several_calls(self) -> None:
         for items, sizes in (
             ([[n] * 100_000 for n in range(5)], [2, 2, 1]),
             ([f"{n}" * 400_000 for n in range(5)], [2, 2, 1]),
@@ -178,7 +178,7 @@ VECTORS = st.binary(min_size=1, max_size=20).map(lambda b: b'"' + base64.b64enco
 
 class TestAnswers:
     @given(st.lists(VECTORS, min_size=1, max_size=10), st.randoms())
-    def test_vectors_keep_their_bytes_and_find_their_place(self, vectors: list[bytes], random: Any) -> None:
+    def test_vectors_keep_their_bytes_and_order(self, vectors: list[bytes], random: Any) -> None:
         data = [b'{ "index": %d, "embedding": %b, "object":"embedding" }' % pair for pair in enumerate(vectors)]
         random.shuffle(data)
         body = (
@@ -210,15 +210,15 @@ class TestAnswers:
             assert read_answer(b'{%b,"x":%b}' % (data, deep)) == {}
 
     @pytest.mark.parametrize("body", [b"", b"{", b'{"data":[{"index":0,"embedding":[1,,2]}]}', b'{"data":[]', b"\xff"])
-    def test_what_is_no_json_raises(self, body: bytes) -> None:
+    def test_invalid_json_raises(self, body: bytes) -> None:
         with pytest.raises(ValueError, match=r"\w"):
             read_answer(body)
 
     @pytest.mark.parametrize("body", [b"[]", b"1", b'{"data":null}', b'{"error":{"code":1}}', b'{"data":[NaN]}'])
-    def test_other_documents_are_what_they_are(self, body: bytes) -> None:
+    def test_other_documents_are_returned_unchanged(self, body: bytes) -> None:
         assert repr(read_answer(body)) == repr(json.loads(body))
 
-    def test_an_answer_looks_like_the_providers(self) -> None:
+    def test_a_joined_response_has_the_providers_form(self) -> None:
         body = answer_body({0: b"[0.10, 1e-3]", 1: b'"AAAA"'}, (1, 0, 1), "m", Usage(3, 0, 4))
         assert body == (
             b'{"object":"list","data":[{"object":"embedding","index":0,"embedding":"AAAA"},'
@@ -231,7 +231,7 @@ class TestAnswers:
 
 class TestShares:
     @given(st.integers(0, 10**12), st.lists(st.integers(0, 10**6), min_size=1, max_size=50))
-    def test_shares_add_up(self, total: int, weights: list[int]) -> None:
+    def test_token_shares_add_up(self, total: int, weights: list[int]) -> None:
         shares = apportion(total, weights)
         assert sum(shares) == total
         whole = sum(max(weight, 1) for weight in weights)
@@ -253,7 +253,7 @@ class TestShares:
             (Usage(9, 0, 9), "0.00000018", False, texts.keys[1])
         ]
 
-    def test_no_usage_no_counts(self) -> None:
+    def test_without_usage_there_are_no_counts(self) -> None:
         stored = item_entries(entry(), taken_apart(["a", "b"]), (0, 1), [b"[1]", b"[2]"], price)
         assert [(one.usage, one.cost, one.estimated) for one in stored] == [(None, None, False)] * 2
         assert (savings_of([CachedItem(b"", one) for one in stored]).usage, total_usage([None, Usage(1, 0, 1)])) == (
@@ -264,7 +264,7 @@ class TestShares:
 
 class TestCached:
     @given(st.data())
-    def test_whatever_is_cached_every_vector_is_in_its_place(self, data: Any) -> None:
+    def test_any_set_of_cached_items_gives_vectors_in_order(self, data: Any) -> None:
         """Random batches with duplicates, random subsets cached, bought in an answer of any order."""
         given = data.draw(st.lists(st.sampled_from([f"text {n}" for n in range(12)]), min_size=1, max_size=40))
         batch = taken_apart(given)
@@ -294,7 +294,7 @@ class TestCached:
         assert [row["index"] for row in answer["data"]] == list(range(len(given)))
         assert [row["embedding"].encode() for row in answer["data"]] == [vector(text)[1:-1] for text in given]
 
-    def test_entries_that_are_not_one_vector_are_not_found(self) -> None:
+    def test_entries_that_are_not_a_single_vector_are_misses(self) -> None:
         bodies = {
             0: b'{"data":[{"index":0,"embedding":[1]}]}',
             1: b'{"data":[{"index":0,"embedding":[1]},{"index":1,"embedding":[1]}]}',
@@ -305,12 +305,12 @@ class TestCached:
         }
         assert cached_items({number: entry(body) for number, body in bodies.items()}).keys() == {0}
 
-    def test_vectors_of_two_models_are_not_mixed(self) -> None:
+    def test_vectors_of_different_models_are_not_joined(self) -> None:
         body = b'{"data":[{"index":0,"embedding":[1]}]}'
         assert len(cached_items({0: entry(body), 1: entry(body)})) == 2
         assert cached_items({0: entry(body), 1: entry(body, answer_model="m-2")}) == {}
 
-    def test_an_answer_made_of_items_has_the_oldest_age_and_the_first_expiry(self) -> None:
+    def test_a_joined_response_has_the_oldest_age_and_the_earliest_expiry(self) -> None:
         old = entry(stored_at=100.0, ttl=1000.0, usage=Usage(2, 0, 2), cost="0.000002", tags=("a:b",))
         young = entry(stored_at=500.0, ttl=10.0, usage=Usage(3, 0, 3), cost="0.000003", estimated=True)
         batch = msgspec.structs.replace(

@@ -50,7 +50,7 @@ class TestLifetime:
             (900.0, True, 0, 160),
         ],
     )
-    def test_at(self, wall: float, fresh: bool, age: int, remaining: int) -> None:
+    def test_freshness_age_and_remaining_time(self, wall: float, fresh: bool, age: int, remaining: int) -> None:
         stored = entry()
         assert stored.fresh(wall) is fresh
         assert stored.age(wall) == age
@@ -69,7 +69,7 @@ class TestBody:
         assert stored.body_for(True) == BEFORE + USAGE_CHUNK + DONE
         assert stored.body_for(False) == BEFORE + DONE
 
-    def test_a_stream_stored_without_usage(self) -> None:
+    def test_a_stream_stored_without_usage_does_not_serve_clients_that_ask_for_it(self) -> None:
         stored = entry(form="sse", body=BEFORE + DONE, usage=None)
         assert stored.body_for(False) is stored.body
         assert stored.body_for(True) is None

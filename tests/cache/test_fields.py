@@ -47,7 +47,7 @@ def test_every_field_of_the_sdk_has_a_line(endpoint: str) -> None:
     assert fields_of(endpoint) <= FIELDS[endpoint].keys()
 
 
-def test_every_tool_of_the_sdk_is_judged() -> None:
+def test_every_tool_of_the_sdk_has_a_decision() -> None:
     kinds = tool_types()
     assert kinds >= {"function", "mcp", "custom"}
     assert {kind for kind in kinds if not kind.startswith(HOSTED_TOOLS)} == CLIENT_RUN

@@ -84,10 +84,10 @@ class TestDifferent:
             ('{"a":{"b":1}}', '{"a":{},"b":1}'),
         ],
     )
-    def test_pairs(self, one: str, other: str) -> None:
+    def test_different_requests_have_different_keys(self, one: str, other: str) -> None:
         assert canonical(one.encode(), NONE) != canonical(other.encode(), NONE)
 
-    def test_thousands_of_single_mutations(self) -> None:
+    def test_any_single_mutation_changes_the_key(self) -> None:
         """Any value at any depth replaced, removed or added to: never the key of the original, nor of
         another.
         """
@@ -103,7 +103,7 @@ class TestDifferent:
             assert seen.setdefault(key, text) == text
 
     @given(numbers, numbers)
-    def test_numbers_by_spelling(self, one: float, other: float) -> None:
+    def test_numbers_are_compared_by_spelling(self, one: float, other: float) -> None:
         assume(json.dumps(one) != json.dumps(other))
         assert key_of({"a": one}) != key_of({"a": other})
 
@@ -165,14 +165,16 @@ def respell_character(character: str, generator: random.Random) -> str:
 
 
 class TestSame:
-    def test_thousands_of_respellings(self) -> None:
+    def test_respellings_of_known_requests_have_the_same_key(self) -> None:
         generator = random.Random(1)
         original = key_of(REQUEST)
         for _ in range(3000):
             assert canonical(respell(REQUEST, generator).encode(), NONE) == original
 
     @given(json_objects, st.randoms(use_true_random=False))
-    def test_any_respelling_of_any_document(self, document: dict[str, Any], generator: random.Random) -> None:
+    def test_any_respelling_of_any_document_has_the_same_key(
+        self, document: dict[str, Any], generator: random.Random
+    ) -> None:
         assert canonical(respell(document, generator).encode(), NONE) == key_of(document)
 
     @given(json_objects)
@@ -181,16 +183,16 @@ class TestSame:
         assert json.loads(form) == document
         assert canonical(form, NONE) == form
 
-    def test_surrogate_pairs(self) -> None:
+    def test_an_escaped_surrogate_pair_equals_the_character(self) -> None:
         assert canonical(b'{"a":"\\ud83d\\ude00"}', NONE) == canonical('{"a":"😀"}'.encode(), NONE)
 
 
 class TestDrop:
     @pytest.mark.parametrize("endpoint", ["chat", "completions", "embeddings", "moderations"])
-    def test_ignored_fields_are_out(self, endpoint: str) -> None:
+    def test_ignored_fields_are_not_in_the_key(self, endpoint: str) -> None:
         assert dropped_fields(endpoint, IGNORED) == {"stream", "stream_options", *IGNORED}
 
-    def test_responses_echo_them(self) -> None:
+    def test_ignored_fields_of_responses_are_in_the_key(self) -> None:
         assert dropped_fields("responses", IGNORED) == {"stream", "stream_options"}
 
     def test_only_top_level_fields_are_ignored(self) -> None:
@@ -199,7 +201,7 @@ class TestDrop:
         assert canonical(body, drop) == b'{"messages":[{"stream":1,"user":"v"}]}'
         assert canonical(b'{"model":"m"}', drop) == b'{"model":"m"}'
 
-    def test_an_escaped_name_is_the_name(self) -> None:
+    def test_an_escaped_field_name_is_ignored_too(self) -> None:
         assert canonical(b'{"str\\u0065am":true}', dropped_fields("chat", [])) == b"{}"
 
 
@@ -237,12 +239,12 @@ class TestNoKey:
             (b"[" * 5000, "depth"),
         ],
     )
-    def test_reasons(self, body: bytes, reason: str) -> None:
+    def test_bodies_without_a_key_and_their_reasons(self, body: bytes, reason: str) -> None:
         with pytest.raises(NotCacheable) as caught:
             canonical(body, frozenset({"user"}))
         assert caught.value.reason == reason
 
-    def test_as_deep_as_allowed(self) -> None:
+    def test_the_greatest_allowed_depth_has_a_key(self) -> None:
         assert canonical(nested(MAX_DEPTH), NONE) == nested(MAX_DEPTH)
         wide = b'{"a":[' + b",".join([b'{"b":[{}]}'] * 100) + b"]}"
         assert canonical(wide, NONE) == wide
@@ -267,20 +269,20 @@ class TestNoKey:
             b'{"a":nan}',
         ],
     )
-    def test_not_json(self, body: bytes) -> None:
+    def test_invalid_json_has_no_key(self, body: bytes) -> None:
         with pytest.raises(ValueError):
             canonical(body, NONE)
 
     @given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
     @example(b'{"a":1e99999999999999999999}')
-    def test_nothing_else_is_raised(self, body: bytes) -> None:
+    def test_any_bytes_give_a_key_or_the_documented_error(self, body: bytes) -> None:
         try:
             canonical(body, NONE)
         except (ValueError, NotCacheable):
             pass
 
     @given(st.lists(st.sampled_from([*list('{}[]:,"\\u0a1-.eNaInfty'), '"a":', "�", "\\ud83d"]), max_size=20))
-    def test_nothing_else_is_raised_for_near_json(self, pieces: list[str]) -> None:
+    def test_almost_json_gives_a_key_or_the_documented_error(self, pieces: list[str]) -> None:
         try:
             canonical("".join(pieces).encode("utf-8", "surrogatepass"), NONE)
         except (ValueError, NotCacheable):
@@ -304,35 +306,35 @@ def key_with(parts: list[str]) -> str:
 
 
 class TestCacheKey:
-    def test_hex(self) -> None:
+    def test_the_key_is_hexadecimal(self) -> None:
         key = cache_key(PARTS)
         assert len(key) == 64
         assert key == cache_key(msgspec.structs.replace(PARTS))
         assert bytes.fromhex(key)
 
     @pytest.mark.parametrize("field", KeyParts.__struct_fields__)
-    def test_every_part_counts(self, field: str) -> None:
+    def test_every_part_is_in_the_key(self, field: str) -> None:
         other: Any = b"{}" if field == "body" else "other"
         assert cache_key(msgspec.structs.replace(PARTS, **{field: other})) != cache_key(PARTS)
 
-    def test_the_format_version_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_format_version_is_in_the_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = cache_key(PARTS)
         monkeypatch.setattr("proxy.cache.key.FORMAT_VERSION", "next")
         assert cache_key(PARTS) != before
 
     @settings(max_examples=300)
     @given(SHORT_TEXTS, SHORT_TEXTS)
-    def test_parts_do_not_run_together(self, one: list[str], other: list[str]) -> None:
+    def test_parts_are_separated_in_the_key(self, one: list[str], other: list[str]) -> None:
         assume(one != other)
         assert key_with(one) != key_with(other)
 
-    def test_header_bytes_of_any_kind(self) -> None:
+    def test_any_header_bytes_give_a_key(self) -> None:
         assert cache_key(msgspec.structs.replace(PARTS, beta="\udcff")) != cache_key(
             msgspec.structs.replace(PARTS, beta="\udcfe")
         )
 
 
-def test_cost_is_linear() -> None:
+def test_the_time_is_linear_in_the_size() -> None:
     """20 MB of text, of numbers and of small objects; generous, as this machine may be busy."""
     for body in (
         orjson.dumps({"messages": [{"role": "user", "content": "a [b] {c} é\n" * 1_000_000}]}),

@@ -75,28 +75,28 @@ class TestTraits:
             msgspec.structs.replace(PARTS, body=canonical(other, frozenset()))
         )
 
-    def test_fields_named_like_parts_and_odd_names(self) -> None:
+    def test_field_names_equal_to_parts_and_unusual_names_are_distinct(self) -> None:
         body = {"sample": 1, "body.sample": 2, "a b": 3, "x:y\r\n": 4, "é": 5, "": 6}
         names = [trait.rpartition(":")[0] for trait in field_digests_of(request(body, sample="1")).split()]
         assert names == ["model", "upstreams", "sample", "", "a%20b", "body.body.sample", "body.sample", *names[-2:]]
         assert names[-2:] == ["x%3Ay%0D%0A", "%C3%A9"]
 
-    def test_too_many_or_too_long_names_have_none(self) -> None:
+    def test_too_many_or_too_long_field_names_have_no_digests(self) -> None:
         assert field_digests_of(request({f"f{i}": 1 for i in range(MAX_FIELDS)}))
         assert field_digests_of(request({f"f{i}": 1 for i in range(MAX_FIELDS + 1)})) == ""
         assert field_digests_of(request({"x" * 65: 1})) == ""
         assert reason(knowing(request({"x" * 65: 1})), request({"x" * 65: 2})) == "new"
 
     @given(json_objects)
-    def test_any_body_has_some(self, body: dict[str, Any]) -> None:
+    def test_any_body_has_digests(self, body: dict[str, Any]) -> None:
         assert field_digests_of(request(body)).isascii()
 
     @pytest.mark.parametrize("number", [b"-0", b"1e2", b"1E400", b"1e9999999", b"1" * 100_000])
-    def test_any_number(self, number: bytes) -> None:
+    def test_numbers_of_any_size_have_digests(self, number: bytes) -> None:
         body = b'{"n":%b,"o":[%b]}' % (number, number)
         assert len(field_digests_of(msgspec.structs.replace(PARTS, body=canonical(body, frozenset()))).split()) == 4
 
-    def test_header_bytes_of_any_kind(self) -> None:
+    def test_any_header_bytes_have_a_digest(self) -> None:
         assert differences(field_digests_of(request(beta="\udcff")), field_digests_of(request(beta="\udcfe"))) == [
             "OpenAI-Beta"
         ]
@@ -104,7 +104,7 @@ class TestTraits:
 
 class TestDifferences:
     @given(st.sampled_from(sorted(BODY)), json_values)
-    def test_one_field_mutated_is_the_one_named(self, field: str, value: Any) -> None:
+    def test_a_changed_field_is_named(self, field: str, value: Any) -> None:
         other = BODY | {field: value}
         assume(json.dumps(value) != json.dumps(BODY[field]))
         recent = knowing(
@@ -113,7 +113,7 @@ class TestDifferences:
         assert reason(recent, request(other)) == ("new" if field == "messages" else f"differs: {field}")
 
     @given(st.sampled_from(sorted(BODY)))
-    def test_one_field_left_out(self, field: str) -> None:
+    def test_a_missing_field_is_named(self, field: str) -> None:
         shorter = {name: value for name, value in BODY.items() if name != field}
         expected = "new" if field == "messages" else f"differs: {field}"
         assert reason(knowing(request()), request(shorter)) == expected
@@ -132,24 +132,24 @@ class TestDifferences:
             ({"query": "api-version=1"}, "query"),
         ],
     )
-    def test_parts(self, parts: dict[str, str], name: str) -> None:
+    def test_a_differing_part_is_named(self, parts: dict[str, str], name: str) -> None:
         assert reason(knowing(request()), request(**parts)) == f"differs: {name}"
         assert reason(knowing(request(**parts)), request()) == f"differs: {name}"
 
     @pytest.mark.parametrize(("endpoint", "field"), MAIN_FIELDS.items())
-    def test_another_question_is_new(self, endpoint: str, field: str) -> None:
+    def test_a_request_with_other_content_is_new(self, endpoint: str, field: str) -> None:
         asked = [request({"model": "m", field: text, "x": 1}, endpoint=endpoint) for text in "ab"]
         assert reason(knowing(asked[0]), asked[1]) == "new"
         assert reason(knowing(asked[0]), request({"model": "m", field: "b", "x": 2}, endpoint=endpoint)) == "new"
 
-    def test_the_nearest_of_several(self) -> None:
+    def test_the_nearest_request_is_compared(self) -> None:
         far = request(BODY | {"temperature": 1, "top_p": 0.5, "seed": 1})
         near = request(BODY | {"temperature": 1, "top_p": 0.5})
         for order in ((far, near), (near, far)):
             assert reason(knowing(*order), request()) == "differs: temperature, top_p"
             assert reason(knowing(*order), request(BODY | {"temperature": 1})) == "differs: top_p"
 
-    def test_the_nearest_of_any(self) -> None:
+    def test_the_nearest_request_of_any_content_is_found(self) -> None:
         one, other = (
             field_digests_of(request(BODY | {"seed": 1, "n": 2})),
             field_digests_of(request(BODY | {"seed": 1})),
@@ -160,29 +160,29 @@ class TestDifferences:
         assert nearest([*candidates, ("same", asked)], asked) == ("same", [])
         assert nearest(candidates, "") is nearest([("none", "")], asked) is None
 
-    def test_at_most_three_are_named(self) -> None:
+    def test_at_most_three_differences_are_named(self) -> None:
         assert shown_names(["a", "b", "c"]) == "differs: a, b, c"
         assert shown_names(["a", "b", "c", "d"]) == "differs: a, b, c, ..."
 
-    def test_other_endpoints_and_clients_are_no_neighbours(self) -> None:
+    def test_other_endpoints_and_clients_are_not_compared(self) -> None:
         recent = knowing(request())
         assert reason(recent, request(BODY | {"seed": 1}, endpoint="responses")) == "new"
         assert reason(recent, request(BODY | {"seed": 1}, namespace="b\n"), scope="b") == "new"
 
-    def test_the_same_again(self) -> None:
+    def test_an_equal_request_is_gone_or_expired(self) -> None:
         recent = knowing(request(), *(request(BODY | {"seed": seed}) for seed in range(10, 20)))
         assert reason(recent, request()) == "gone"
         assert reason(recent, request(), wall=100.0) == "expired"
         assert reason(recent, request(BODY | {"seed": 1}), wall=100.0) == "new"
 
-    def test_nothing_known_and_nothing_kept(self) -> None:
+    def test_after_clearing_every_request_is_new(self) -> None:
         recent = knowing(request())
         recent.clear()
         assert reason(recent, request(BODY | {"seed": 1})) == "new"
         recent.add("", entry(request(), traits=""))
         assert reason(recent, request(BODY | {"seed": 1})) == "new"
 
-    def test_bounded(self) -> None:
+    def test_remembered_requests_are_bounded(self) -> None:
         recent = RecentRequests(kept=8)
         for number in range(100):
             recent.add("", entry(request(BODY | {"messages": str(number), "n": number})))
@@ -209,7 +209,7 @@ WALL = 50.0
         ((10, None), None, True, ("stored without usage", "uri-miss")),
     ],
 )
-def test_why_what_is_stored_does_not_serve(
+def test_the_reason_why_a_stored_entry_is_not_served(
     ages: tuple[int | None, int | None], max_age: int | None, wants_usage: bool, expected: tuple[str, str] | None
 ) -> None:
     stored = [

@@ -54,7 +54,9 @@ def one(key: str = "k", body: bytes = b"{}", **changes: object) -> Entry:
         ([one()], [one(stored_at=NOW + 1)], [one()]),  # the same answer: the line stays
     ],
 )
-def test_what_is_merged(tmp_path: Path, held: list[Entry], used: list[Entry], merged: list[Entry]) -> None:
+def test_entries_merged_into_the_file(
+    tmp_path: Path, held: list[Entry], used: list[Entry], merged: list[Entry]
+) -> None:
     file = tmp_path / "c"
     file.write_bytes(lines(*held))
     assert merge_into(str(file), named(*used)) == len(merged)
@@ -62,7 +64,7 @@ def test_what_is_merged(tmp_path: Path, held: list[Entry], used: list[Entry], me
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_kept(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "c")
     merge_into(str(tmp_path / "link"), named(one()))
@@ -70,7 +72,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "c").stat().st_mode & 0o777 == 0o600
 
 
-def test_of_several_clients_answers_the_newest_is_read(tmp_path: Path) -> None:
+def test_the_newest_entry_of_several_clients_is_read(tmp_path: Path) -> None:
     """As `cache export` writes them: under the keys of several clients."""
     file = tmp_path / "c"
     old, new = one("x", bare="b"), one("a", b"[]", bare="b", stored_at=NOW + 1)
@@ -87,7 +89,7 @@ async def recorder(file: Path, *entries: Entry) -> RecordingStore:
 
 
 @pytest.mark.parametrize("trouble", ["spoiled", "full"])
-async def test_trouble_at_the_stop_is_told_and_harms_nothing(
+async def test_an_error_at_the_stop_is_logged_and_keeps_the_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     file = tmp_path / "c"
@@ -106,7 +108,7 @@ async def test_trouble_at_the_stop_is_told_and_harms_nothing(
     assert f"cassette {file}: what this run used could not be merged into it" in caplog.text
 
 
-async def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_recorder_waits_for_the_lock_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c"
     store = await recorder(file, one())
     async with locked(str(file), SYSTEM_CLOCK):
@@ -124,12 +126,12 @@ async def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CassetteError, match="a place to write it to"):
         open_cassette(NullStore(), str(tmp_path / "c"))
 
 
-def test_a_directory_is_no_cassette(tmp_path: Path) -> None:
+def test_a_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CassetteError, match="expected a readable file, found: Is a directory"):
         read_file(str(tmp_path))

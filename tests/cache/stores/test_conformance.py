@@ -93,11 +93,11 @@ async def everything(store: Store, which: Filter = ALL, limit: int = 500) -> dic
             return found
 
 
-def test_every_backend_is_here() -> None:
+def test_every_backend_is_tested() -> None:
     assert set(BACKENDS) == {"memory", "sqlite", "redis"}
 
 
-async def test_comes_back_as_it_was_put(store: Store) -> None:
+async def test_an_entry_is_read_as_it_was_stored(store: Store) -> None:
     assert await store.get("k", "json", NOW) is None
     assert store.put(entry())
     assert await store.get("k", "json", NOW) == entry()
@@ -105,7 +105,7 @@ async def test_comes_back_as_it_was_put(store: Store) -> None:
     assert await store.get("k", "json", NOW) == entry()
 
 
-async def test_the_forms_are_apart(store: Store) -> None:
+async def test_the_forms_are_stored_separately(store: Store) -> None:
     store.put(entry(form="sse", body=b"data: [DONE]\n\n"))
     assert await store.get("k", "json", NOW) is None
     store.put(entry())
@@ -114,7 +114,7 @@ async def test_the_forms_are_apart(store: Store) -> None:
     assert await store.get("k", "sse", NOW) == entry(form="sse", body=b"data: [DONE]\n\n")
 
 
-async def test_several_are_looked_up_together(store: Store) -> None:
+async def test_several_keys_are_looked_up_together(store: Store) -> None:
     for number in range(200):
         store.put(entry(f"k{number}", body=b"%d" % number))
     names = [f"k{number}" for number in range(0, 400, 2)]
@@ -127,7 +127,7 @@ async def test_several_are_looked_up_together(store: Store) -> None:
     assert await store.get_many([], "json", NOW) == []
 
 
-async def test_the_last_one_counts(store: Store) -> None:
+async def test_the_last_stored_entry_is_read(store: Store) -> None:
     for number in range(5):
         store.put(entry(body=b"%d" % number))
     assert await store.get("k", "json", NOW) == entry(body=b"4")
@@ -147,13 +147,13 @@ async def test_bodies_of_any_size(store: Store, size: int) -> None:
     assert await store.get("k", "json", NOW) == one
 
 
-async def test_too_large_is_refused(store: Store) -> None:
+async def test_a_too_large_entry_is_refused(store: Store) -> None:
     assert not store.put(entry(body=bytes(MAX_ENTRY + 1)))
     await store.flush()
     assert await store.get("k", "json", NOW) is None
 
 
-async def test_odd_names(store: Store) -> None:
+async def test_unusual_keys(store: Store) -> None:
     names = ["", "ü" * 300, "a:b*?[x]\\", "x" * 1000, "'; DROP TABLE entries_v1; --", "\n\0"]
     for name in names:
         store.put(entry(name, name.encode(), model=name, namespace=name, tags=(name,)))
@@ -167,7 +167,7 @@ async def test_odd_names(store: Store) -> None:
     assert len(await everything(store)) == len(names)
 
 
-async def test_age_is_the_callers_to_judge(store: Store) -> None:
+async def test_expired_entries_are_still_returned(store: Store) -> None:
     store.put(entry(stored_at=NOW - 3500))
     await store.flush()
     found = await store.get("k", "json", NOW + 1000)
@@ -175,7 +175,7 @@ async def test_age_is_the_callers_to_judge(store: Store) -> None:
     assert not found.fresh(NOW + 1000)
 
 
-async def test_survives_a_restart(make: Make, request: pytest.FixtureRequest) -> None:
+async def test_entries_survive_a_restart(make: Make, request: pytest.FixtureRequest) -> None:
     store = await make()
     entries = [entry(f"k{number}", b"%d" % number) for number in range(50)]
     for one in entries:
@@ -186,7 +186,7 @@ async def test_survives_a_restart(make: Make, request: pytest.FixtureRequest) ->
     assert found == ([None] * 50 if "memory" in request.node.callspec.id else entries)
 
 
-async def test_two_at_once_see_each_other(make: Make, request: pytest.FixtureRequest) -> None:
+async def test_two_open_stores_see_each_others_entries(make: Make, request: pytest.FixtureRequest) -> None:
     if "memory" in request.node.callspec.id:
         pytest.skip("memory is each process's own")
     one, two = await make(), await make()
@@ -247,7 +247,7 @@ async def test_purge_and_list(store: Store, which: Filter, wanted: set[str]) -> 
         assert (await store.get(one.key, one.form, NOW) is None) == (one in matching), one.key
 
 
-async def test_a_purge_is_heard_of_once_by_everybody(make: Make, request: pytest.FixtureRequest) -> None:
+async def test_every_process_hears_of_a_purge_once(make: Make, request: pytest.FixtureRequest) -> None:
     if "memory" in request.node.callspec.id:
         pytest.skip("memory is each process's own")
     one, two = await make(), await make()
@@ -265,7 +265,7 @@ async def test_a_purge_is_heard_of_once_by_everybody(make: Make, request: pytest
     assert await two.purged() == [ALL] * 3
 
 
-async def test_who_did_not_listen_for_long_hears_of_everything(
+async def test_a_process_that_did_not_listen_for_long_drops_everything(
     make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "memory" in request.node.callspec.id:
@@ -304,7 +304,7 @@ async def test_a_purge_empties_the_memory_of_other_processes(
     assert two.peek("b", "json") == entry("b")
 
 
-async def test_several_are_read_at_once(store: Store) -> None:
+async def test_several_entries_are_read_at_once(store: Store) -> None:
     entries = [entry("a"), entry("b", os.urandom(500_000)), entry("c", form="sse"), entry("ü" * 100)]
     for one in entries:
         store.put(one)
@@ -326,14 +326,14 @@ async def test_pages_hold_each_entry_once(store: Store) -> None:
     assert len(await everything(store)) == 600
 
 
-async def test_a_long_head_is_listed(store: Store) -> None:
+async def test_an_entry_with_a_long_head_is_listed(store: Store) -> None:
     one = entry(tags=tuple(f"tag:{number}" for number in range(1000)))
     store.put(one)
     await store.flush()
     assert (await everything(store))[("k", "json")].entry.tags == one.tags
 
 
-async def test_stats(store: Store) -> None:
+async def test_counts_and_sizes(store: Store) -> None:
     for number in range(10):
         store.put(entry(f"k{number}"))
     await store.flush()
@@ -344,7 +344,7 @@ async def test_stats(store: Store) -> None:
     assert stats["entries"] == 10
 
 
-async def test_a_burst_is_bounded_and_whole(store: Store) -> None:
+async def test_a_burst_of_writes_is_bounded_and_entries_are_intact(store: Store) -> None:
     """Puts that never wait: each is either refused, or there in the end."""
     kept = [number for number in range(3000) if store.put(entry(f"k{number}"))]
     assert len(kept) >= 1000
@@ -353,7 +353,7 @@ async def test_a_burst_is_bounded_and_whole(store: Store) -> None:
     assert all(found)
 
 
-async def test_many_readers_at_once(store: Store) -> None:
+async def test_many_concurrent_readers(store: Store) -> None:
     entries = {f"k{number}": entry(f"k{number}", os.urandom(50)) for number in range(100)}
     for one in entries.values():
         store.put(one)
@@ -363,7 +363,7 @@ async def test_many_readers_at_once(store: Store) -> None:
     assert found == [entries[key] for key in keys]
 
 
-async def test_cancelled_readers_harm_nobody(store: Store) -> None:
+async def test_cancelled_readers_do_not_affect_others(store: Store) -> None:
     entries = {f"k{number}": entry(f"k{number}", os.urandom(5000)) for number in range(50)}
     for one in entries.values():
         store.put(one)
@@ -385,7 +385,7 @@ async def test_cancelled_readers_harm_nobody(store: Store) -> None:
     assert answered > 400
 
 
-async def test_like_a_dictionary(store: Store) -> None:
+async def test_a_store_behaves_like_a_dictionary(store: Store) -> None:
     """A thousand random steps against a model."""
     dice = random.Random(7)
     model: dict[tuple[str, str], Entry] = {}
@@ -410,7 +410,7 @@ async def test_like_a_dictionary(store: Store) -> None:
 
 
 @pytest.mark.parametrize("form", ["json", "sse"])
-async def test_the_newest_of_several_clients_answers_is_found_without_their_scope(make: Make, form: str) -> None:
+async def test_the_newest_entry_of_several_clients_is_found_without_partition(make: Make, form: str) -> None:
     """Replay: whose answer it was does not matter. Memory alone cannot search, and is not asked to."""
     store = await make()
     if isinstance(store, TieredStore) and store.slower is None:

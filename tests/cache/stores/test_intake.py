@@ -12,7 +12,7 @@ from proxy.cache.stores.sqlite import SQLiteStore
 from tests.cache.stores.kit import NOW, entry
 
 
-async def test_what_becomes_of_each(tmp_path: Path) -> None:
+async def test_imported_entries_are_counted_by_result(tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path / "cache.db", 2**28, 2**16, wall=lambda: NOW)
     await store.open()
     store.put(entry("there"))
@@ -27,7 +27,7 @@ async def test_what_becomes_of_each(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_a_store_that_does_not_write_is_told_of(tmp_path: Path) -> None:
+async def test_a_store_that_refuses_writes_is_reported(tmp_path: Path) -> None:
     (tmp_path / "cache.db").mkdir()
     store = SQLiteStore(tmp_path / "cache.db", 2**28, 2**16, wall=lambda: NOW)
     await store.open()

@@ -52,7 +52,7 @@ def keys(memory: MemoryStore) -> set[str]:
 
 
 class TestGetAndPut:
-    def test_what_was_put(self) -> None:
+    def test_an_entry_is_read_as_it_was_stored(self) -> None:
         memory = store()
         stored = entry("a")
         assert memory.get("a", "json") is None
@@ -60,7 +60,7 @@ class TestGetAndPut:
         assert memory.get("a", "json") is stored
         assert memory.get("a", "sse") is None
 
-    def test_both_forms_side_by_side(self) -> None:
+    def test_both_forms_are_kept(self) -> None:
         memory = store()
         plain, stream = entry("a"), entry("a", form="sse")
         assert memory.put(plain)
@@ -68,7 +68,7 @@ class TestGetAndPut:
         assert memory.get("a", "json") is plain
         assert memory.get("a", "sse") is stream
 
-    def test_replacing_adjusts_the_total(self) -> None:
+    def test_replacing_an_entry_adjusts_the_total(self) -> None:
         memory = store()
         memory.put(entry("a", b"x" * 100))
         memory.put(entry("a", b"x" * 10))
@@ -76,7 +76,7 @@ class TestGetAndPut:
         assert memory.stats()["entries"] == 1
         assert memory.stats()["evictions"] == 0
 
-    def test_stale_entries_are_given(self) -> None:
+    def test_stale_entries_are_returned(self) -> None:
         memory = store()
         memory.put(entry("a", ttl=0.0))
         assert memory.get("a", "json") is not None
@@ -91,7 +91,7 @@ class TestGetAndPut:
 
 
 class TestBounds:
-    def test_least_recently_used_goes_first(self) -> None:
+    def test_the_least_recently_used_entry_is_evicted_first(self) -> None:
         memory = store(3)
         for key in "abc":
             memory.put(entry(key))
@@ -101,7 +101,7 @@ class TestBounds:
         assert keys(memory) == {"a", "c", "d"}
         assert memory.stats()["evictions"] == 1
 
-    def test_a_large_one_pushes_out_several(self) -> None:
+    def test_a_large_entry_evicts_several(self) -> None:
         memory = store(3)
         for key in "abc":
             memory.put(entry(key))
@@ -109,7 +109,7 @@ class TestBounds:
         assert keys(memory) == {"c", "d"}
         assert memory.stats()["bytes"] == 3 * SIZE
 
-    def test_too_large_is_refused_and_harms_nobody(self) -> None:
+    def test_a_too_large_entry_is_refused_and_evicts_none(self) -> None:
         memory = store(3, max_entry=2 * SIZE)
         memory.put(entry("a"))
         assert not memory.put(entry("b", b"x" * (2 * SIZE + 1)))
@@ -117,7 +117,7 @@ class TestBounds:
         assert memory.put(entry("c", b"x" * (2 * SIZE - 100))) is True
         assert keys(memory) == {"c"} or keys(memory) == {"a", "c"}
 
-    def test_max_entry_is_the_body(self) -> None:
+    def test_max_entry_limits_the_body(self) -> None:
         assert MemoryStore(10**6, 100).put(entry("a", b"x" * 100))
         assert not MemoryStore(10**6, 100).put(entry("a", b"x" * 101))
 
@@ -130,7 +130,7 @@ class TestBounds:
             max_size=60,
         )
     )
-    def test_against_a_model(self, steps: list[tuple[str, str, int, bool]]) -> None:
+    def test_any_sequence_of_steps_agrees_with_a_model(self, steps: list[tuple[str, str, int, bool]]) -> None:
         """A list in order of use is the plain statement of what the store does."""
         limit = 5 * SIZE
         memory = MemoryStore(limit, 10**6)
@@ -151,7 +151,7 @@ class TestBounds:
             assert memory.stats()["bytes"] == sum(e.size for e in model) <= limit
             assert memory.stats()["entries"] == len(model)
 
-    def test_the_total_is_real_memory(self) -> None:
+    def test_the_total_is_the_memory_used(self) -> None:
         """Against tracemalloc, for small entries, where overhead is most."""
         count = 3000
         memory = MemoryStore(10**9, 10**6)
@@ -178,7 +178,7 @@ class TestBounds:
 
 
 class TestSweep:
-    def test_expired_entries_leave(self) -> None:
+    def test_expired_entries_are_swept(self) -> None:
         memory = store(5)
         for key, ttl in (("a", 10.0), ("b", 30.0), ("c", 20.0)):
             memory.put(entry(key, ttl=ttl))
@@ -196,13 +196,13 @@ class TestSweep:
         assert memory.stats()["bytes"] == 0
         assert memory.sweep(2000.0) == 0
 
-    def test_grace(self) -> None:
+    def test_entries_are_kept_for_the_grace_period(self) -> None:
         memory = store()
         memory.put(entry("a", ttl=10.0))
         assert memory.sweep(1069.0, grace=60.0) == 0
         assert memory.sweep(1070.0, grace=60.0) == 1
 
-    def test_bounded_work(self) -> None:
+    def test_a_sweep_does_bounded_work(self) -> None:
         memory = store(10)
         for key in "abcdefghij":
             memory.put(entry(key))
@@ -216,7 +216,7 @@ class TestSweep:
         assert keys(memory) == {"a"}
         assert memory.sweep(1100.0) == 1
 
-    def test_evicted_entries_leave_no_debt(self) -> None:
+    def test_evicted_entries_are_forgotten_by_the_sweep(self) -> None:
         memory = store(2)
         for i in range(2000):
             memory.put(entry("abcdefghij"[i % 10], ttl=float(i)))

@@ -120,7 +120,7 @@ async def between(server: Valkey, delay: Callable[[], float], tls: ssl.SSLContex
 
 
 class TestKeys:
-    async def test_short_and_mortal(self, opened: Open, server: Valkey) -> None:
+    async def test_keys_are_short_and_expire(self, opened: Open, server: Valkey) -> None:
         store = await opened(prefix="x" * MAX_PREFIX, grace=60.0)
         for key in (hashlib.sha256(b"a").hexdigest(), "short", "long" * 1000, "ü"):
             await written(store, key, ttl=100.0)
@@ -131,7 +131,7 @@ class TestKeys:
         for name in names:
             assert 100_000 < int(server.say("PTTL", name)[1:]) <= 160_000
 
-    async def test_lifetimes_at_the_edges(self, opened: Open, server: Valkey) -> None:
+    async def test_shortest_and_longest_lifetimes(self, opened: Open, server: Valkey) -> None:
         store = await opened(grace=float("inf"))
         await written(store, "forever", ttl=10.0)
         assert int(server.say("TTL", store.key_of(("forever", "json")))[1:]) > 9 * 365 * 86400
@@ -143,7 +143,7 @@ class TestKeys:
         await asyncio.sleep(0.1)
         assert await mortal.get("soon", "json", NOW) is None
 
-    async def test_prefixes_are_apart_and_taken_literally(self, opened: Open) -> None:
+    async def test_prefixes_are_separate_and_literal(self, opened: Open) -> None:
         one, two, odd = await opened(prefix="a"), await opened(prefix="ab"), await opened(prefix="[a]*?\\")
         for store in (one, two, odd):
             await written(store, "k")
@@ -152,24 +152,26 @@ class TestKeys:
         assert (await two.stats())["entries"] == 1
 
     @pytest.mark.parametrize("prefix", ["", "x" * (MAX_PREFIX + 1)])
-    async def test_prefixes_that_do_not_fit(self, prefix: str) -> None:
+    async def test_invalid_prefixes_are_refused(self, prefix: str) -> None:
         with pytest.raises(ValueError, match=r"redis\.prefix"):
             RedisStore("redis://127.0.0.1", prefix, 1)
 
     @pytest.mark.parametrize("url", ["http://u:secret@h", "", "redis://u:secret@h:port", "redis://h?db=secret"])
-    async def test_urls_that_are_none(self, url: str) -> None:
+    async def test_invalid_urls_are_refused(self, url: str) -> None:
         with pytest.raises(ValueError, match=r"redis\.url") as caught:
             RedisStore(url, "p", 1)
         assert "secret" not in str(caught.value)
 
-    async def test_a_url_cannot_turn_bytes_into_text(self, opened: Open, server: Valkey) -> None:
+    async def test_decode_responses_in_the_url_is_ignored(self, opened: Open, server: Valkey) -> None:
         store = await opened(url=server.url + "?decode_responses=true")
         await written(store, "a")
         assert await store.get("a", "json", NOW) == entry("a")
 
 
 class TestForeignValues:
-    async def test_are_misses(self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_foreign_values_are_misses(
+        self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
+    ) -> None:
         store = await opened()
         await written(store, "other")
         whole = b"".join(encode(entry("k")))
@@ -184,7 +186,9 @@ class TestForeignValues:
         await written(store, "k")
         assert await store.get("k", "json", NOW) == entry("k")
 
-    async def test_of_another_type(self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_values_of_another_type_are_misses(
+        self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
+    ) -> None:
         store = await opened()
         name = store.key_of(("k", "json"))
         server.say("LPUSH", name, "x")
@@ -201,7 +205,7 @@ class TestForeignValues:
 
 
 class TestTrouble:
-    async def test_a_batch_waits_once(self, opened: Open, server: Valkey) -> None:
+    async def test_a_batch_waits_for_redis_once(self, opened: Open, server: Valkey) -> None:
         """The read of its items is given up where the one of the whole was late."""
         store = await opened()
         waits(store, HASTY)
@@ -216,7 +220,9 @@ class TestTrouble:
         assert await store.get("k", "json", NOW) is None
         assert await store.get_many(["a", "b"], "json", NOW) == [None, None]
 
-    async def test_nobody_there(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_an_unreachable_redis_costs_only_misses(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Starts without, serves without, and uses it when it comes."""
         server = Valkey()
         try:
@@ -241,7 +247,9 @@ class TestTrouble:
         finally:
             server.remove()
 
-    async def test_frozen(self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_frozen_redis_costs_only_misses(
+        self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
+    ) -> None:
         store = await opened()
         await written(store, "k")
         waits(store, HASTY)
@@ -256,7 +264,7 @@ class TestTrouble:
         assert await store.get("k", "json", NOW) == entry()
         assert len(caplog.records) == 2
 
-    async def test_frozen_under_many(self, opened: Open, server: Valkey) -> None:
+    async def test_many_requests_wait_once_for_a_frozen_redis(self, opened: Open, server: Valkey) -> None:
         store = await opened()
         await written(store, *(f"k{number}" for number in range(300)))
         waits(store, 0.2)
@@ -269,9 +277,7 @@ class TestTrouble:
         for number in range(300):
             assert await store.get(f"k{number}", "json", NOW) == entry(f"k{number}")
 
-    async def test_frozen_before_the_start_and_at_the_end(
-        self, server: Valkey, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_a_redis_frozen_at_start_and_stop(self, server: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(redis, "_CLOSING", HASTY)
         server.signal(signal.SIGSTOP)
         store = RedisStore(server.url, "p", 2**20, deadline=PATIENT)
@@ -285,7 +291,7 @@ class TestTrouble:
         async with asyncio.timeout(PATIENT / 2):
             await store.close()
 
-    async def test_slow(self, opened: Open, server: Valkey) -> None:
+    async def test_a_slow_redis(self, opened: Open, server: Valkey) -> None:
         """Slower than the deadline: out of use, so long as it is."""
         delay, answers = [0.0], [0]
 
@@ -310,7 +316,7 @@ class TestTrouble:
             assert await store.get("k", "json", NOW) == entry()
             await store.close()
 
-    async def test_killed_and_restarted(self, opened: Open, server: Valkey) -> None:
+    async def test_a_killed_redis_is_used_again_after_its_restart(self, opened: Open, server: Valkey) -> None:
         store = await opened()
         await written(store, "k")
         for _ in range(2):
@@ -324,7 +330,7 @@ class TestTrouble:
             await written(store, "k")
             assert await store.get("k", "json", NOW) == entry()
 
-    async def test_closed_idle_connections(
+    async def test_idle_connections_closed_by_redis(
         self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
     ) -> None:
         store = await opened()
@@ -337,7 +343,9 @@ class TestTrouble:
             assert found.count(None) <= 1
         assert not caplog.records
 
-    async def test_full(self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_full_redis_is_reported(
+        self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
+    ) -> None:
         store = await opened()
         await written(store, "k")
         server.say("CONFIG", "SET", "maxmemory", "1")
@@ -356,7 +364,9 @@ class TestTrouble:
         assert len(caplog.records) == 2
         assert (await store.stats())["state"] == "ok"
 
-    async def test_a_replica_now(self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_redis_that_became_a_replica_is_reported(
+        self, opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
+    ) -> None:
         store = await opened()
         await written(store, "k")
         server.say("CONFIG", "SET", "replica-serve-stale-data", "yes")
@@ -366,7 +376,7 @@ class TestTrouble:
         assert "read only" in caplog.text
         assert await store.get("k", "json", NOW) == entry()
 
-    async def test_a_password_that_is_lost(self, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_lost_password_is_reported(self, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
         with valkey("--requirepass", "sesame") as server:
             store = await opened(url=f"unix://:sesame@{server.socket}")
             await written(store, "k")
@@ -395,14 +405,14 @@ class TestTrouble:
 
 
 class TestBounds:
-    async def test_a_pool_of_two(self, opened: Open, server: Valkey) -> None:
+    async def test_the_connection_pool_is_bounded(self, opened: Open, server: Valkey) -> None:
         store = await opened(url=server.url + "?max_connections=2")
         await written(store, "k")
         found = await asyncio.gather(*(store.get("k", "json", NOW) for _ in range(200)))
         assert found == [entry()] * 200
         assert int(server.say("INFO", "clients").split(b"connected_clients:")[1].split(b"\r")[0]) <= 3
 
-    async def test_waiting_for_a_turn_is_bounded_and_blames_nobody(self, opened: Open, server: Valkey) -> None:
+    async def test_waiting_for_a_connection_is_bounded_and_no_outage(self, opened: Open, server: Valkey) -> None:
         delay = [0.0]
         async with between(server, lambda: delay[0]) as port:
             store = await opened(url=f"redis://127.0.0.1:{port}?max_connections=2")
@@ -415,7 +425,7 @@ class TestBounds:
             assert store.up
             await store.close()
 
-    async def test_pending_writes(self, opened: Open, server: Valkey) -> None:
+    async def test_pending_writes_are_bounded(self, opened: Open, server: Valkey) -> None:
         store = await opened()
         server.signal(signal.SIGSTOP)
         taken = sum(store.put(entry(f"k{number}")) for number in range(2 * MAX_PENDING))
@@ -424,7 +434,7 @@ class TestBounds:
         server.signal(signal.SIGCONT)
         await store.flush()
 
-    async def test_pending_bytes(self, opened: Open) -> None:
+    async def test_pending_bytes_are_bounded(self, opened: Open) -> None:
         store = await opened()
         taken = [store.put(entry(f"k{number}", bytes(2**22))) for number in range(20)]
         assert taken.count(True) == 15
@@ -433,7 +443,7 @@ class TestBounds:
 
 
 class TestCancelled:
-    async def test_storms_never_mix_answers_up(self, opened: Open, server: Valkey) -> None:
+    async def test_cancelled_commands_never_mix_up_replies(self, opened: Open, server: Valkey) -> None:
         """16 readers, half of them cancelled at any moment, a jittery network: nobody gets another's answer (T01)."""
         dice = random.Random(11)
         bodies = {f"k{number}": b"%d " % number * dice.randrange(1, 500) for number in range(300)}
@@ -464,7 +474,7 @@ class TestCancelled:
             assert stats["rejected"] == stats["failures"] == 0
             await store.close()
 
-    async def test_late_answers_are_nobodys(self, opened: Open, server: Valkey) -> None:
+    async def test_late_replies_are_discarded(self, opened: Open, server: Valkey) -> None:
         """Deadlines that fall between question and answer: what comes late is not the next one's."""
         dice = random.Random(12)
         async with between(server, lambda: dice.random() * 0.02) as port:
@@ -483,7 +493,7 @@ class TestCancelled:
             assert (await store.stats())["rejected"] == 0
             await store.close()
 
-    async def test_behind_memory(self, opened: Open, server: Valkey) -> None:
+    async def test_a_cancelled_lookup_behind_memory(self, opened: Open, server: Valkey) -> None:
         """A cancelled caller's answer still reaches nobody wrongly, and the next one promotes."""
         store = TieredStore(MemoryStore(2**20, 2**20), await opened())
         store.put(entry("k"))

@@ -82,7 +82,7 @@ def _moved_on(store: SQLiteStore, identity: object) -> bool:
 
 
 class TestFile:
-    async def test_private_whatever_the_mask(self, opened: Open, path: Path) -> None:
+    async def test_files_are_private_with_any_umask(self, opened: Open, path: Path) -> None:
         mask = os.umask(0)
         try:
             await written(await opened(), "a")
@@ -94,7 +94,9 @@ class TestFile:
         assert {file.name for file in files} >= {"cache.db", "cache.db-wal", "cache.db-shm"}
         assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
-    async def test_a_loose_file_is_closed_up_and_a_directory_of_others_is_left(self, opened: Open, path: Path) -> None:
+    async def test_a_readable_file_is_made_private_and_its_directory_is_not_changed(
+        self, opened: Open, path: Path
+    ) -> None:
         path.parent.mkdir(parents=True)
         path.parent.chmod(0o755)
         path.touch(0o644)
@@ -113,14 +115,14 @@ class TestFile:
         await written(store, "a")
         assert path.exists()
 
-    async def test_settings_of_the_file(self, opened: Open, path: Path) -> None:
+    async def test_pragmas_of_the_file(self, opened: Open, path: Path) -> None:
         await opened()
         with closing(sqlite3.connect(path)) as connection:
             assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
             assert connection.execute("PRAGMA application_id").fetchone() == (LAYOUT.application_id,)
 
-    async def test_left_tidy(self, path: Path) -> None:
+    async def test_closing_leaves_no_other_file(self, path: Path) -> None:
         store = SQLiteStore(path, 2**26, 2**20)
         await store.open()
         await written(store, "a")
@@ -130,7 +132,7 @@ class TestFile:
 
 
 class TestRoom:
-    async def test_the_file_stays_within_its_size_and_what_is_used_stays(self, opened: Open, path: Path) -> None:
+    async def test_the_size_is_bounded_and_used_entries_stay(self, opened: Open, path: Path) -> None:
         store = await opened(max_size=2**20)
         random_body = random.Random(1).randbytes
         for number in range(600):
@@ -142,21 +144,21 @@ class TestRoom:
         assert 100 < int(stats["entries"]) < 210
         assert await kept(store, "k0", "k1", "k599") == ["k0", "k599"]
 
-    async def test_a_tier_in_front_tells_what_is_used(self, opened: Open) -> None:
+    async def test_the_memory_tier_reports_used_entries(self, opened: Open) -> None:
         store = await opened(max_size=2**20)
         for number in range(300):
             await written(store, f"k{number}", body=random.randbytes(5000))
             store.touch("k0", "json")
         assert await kept(store, "k0", "k1", "k299") == ["k0", "k299"]
 
-    async def test_touches_are_bounded_and_harmless(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_updates_of_last_use_are_bounded(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         store = await opened()
         for number in range(20_000):
             store.touch(f"nobody{number}", "json")
         await written(store, "a")
         assert (await store.stats())["entries"] == 1
 
-    async def test_a_bound_made_smaller(self, opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_smaller_size_limit_evicts(self, opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sqlite_writer, "_SWEEP_EVERY", 0.05)
         monkeypatch.setattr(sqlite_writer, "_TOUCH_EVERY", 0.05)
         large = await opened()
@@ -168,7 +170,7 @@ class TestRoom:
         await until(lambda: path.stat().st_size <= 1.1 * 2**20)
         assert await kept(small, "k0", "k399") == ["k399"]
 
-    async def test_purged_room_goes_back_to_the_disk(
+    async def test_purged_space_is_returned_to_the_disk(
         self, opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sqlite_writer, "_SWEEP_EVERY", 0.05)
@@ -180,13 +182,13 @@ class TestRoom:
         assert await store.purge(ALL) == 200
         await until(lambda: path.stat().st_size < 150 * 4096)
 
-    async def test_an_answer_larger_than_the_room(self, opened: Open) -> None:
+    async def test_an_entry_larger_than_the_limit_is_refused(self, opened: Open) -> None:
         store = await opened(max_size=2**18)
         assert not store.put(entry(body=bytes(2**17)))
 
 
 class TestAge:
-    async def test_swept_after_ttl_and_grace(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_entries_are_swept_after_ttl_and_grace(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sqlite_writer, "_SWEEP_EVERY", 0.01)
         now = [NOW]
         store = await opened(grace=60.0, wall=lambda: now[0])
@@ -203,7 +205,7 @@ class TestAge:
         await until(lambda: store._writer.counts["expirations"] == 900)
         assert await kept(store, "k0", "k899", "young", "x") == ["young", "x"]
 
-    async def test_nothing_ages_in_replay(self, opened: Open) -> None:
+    async def test_no_entry_expires_in_replay(self, opened: Open) -> None:
         store = await opened(grace=float("inf"), wall=lambda: NOW + 10**9)
         await written(store, "a", ttl=1.0)
         await written(store, "future", stored_at=NOW + 10**8)
@@ -211,7 +213,7 @@ class TestAge:
         await written(store, "b")
         assert await kept(store, "a", "future") == ["a", "future"]
 
-    async def test_a_clock_that_was_wrong(self, opened: Open) -> None:
+    async def test_entries_from_the_far_future_are_dropped(self, opened: Open) -> None:
         store = await opened()
         await written(store, "ahead", stored_at=NOW + 10 * 365 * 86400)
         await written(store, "skewed", stored_at=NOW + 100)
@@ -219,9 +221,7 @@ class TestAge:
 
 
 class TestDamage:
-    async def test_a_text_instead_of_a_database(
-        self, opened: Open, path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    async def test_a_text_file_is_moved_aside(self, opened: Open, path: Path, caplog: pytest.LogCaptureFixture) -> None:
         path.parent.mkdir(parents=True)
         path.write_text("these are my notes, not a database\n" * 500)
         store = await opened()
@@ -232,7 +232,7 @@ class TestDamage:
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert (await store.stats())["moved_aside"] == 1
 
-    async def test_two_in_one_second_get_two_names(self, path: Path) -> None:
+    async def test_two_files_moved_aside_in_a_second_get_two_names(self, path: Path) -> None:
         for _ in range(3):
             sqlite_file.make_private(path)
             assert sqlite_file.move_aside(path, sqlite_file.identity(path)) is not None
@@ -242,7 +242,7 @@ class TestDamage:
         assert sqlite_file.move_aside(path, (0, 0)) is None
 
     @pytest.mark.parametrize("seed", range(6))
-    async def test_flipped_pages(self, opened: Open, path: Path, seed: int) -> None:
+    async def test_damaged_pages_are_moved_aside(self, opened: Open, path: Path, seed: int) -> None:
         """Whatever breaks is a miss or a right answer; afterwards entries are kept again."""
         dice = random.Random(seed)
         keys = [f"k{number}" for number in range(300)]
@@ -266,7 +266,7 @@ class TestDamage:
         await written(again, "last")
         assert await again.get("last", "json", NOW) == entry("last")
 
-    async def test_found_by_a_reader(self, opened: Open, path: Path) -> None:
+    async def test_damage_found_by_a_reader_is_repaired(self, opened: Open, path: Path) -> None:
         store = await opened()
         for number in range(300):
             store.put(entry(f"k{number}", body_of("k") * 10))
@@ -280,7 +280,7 @@ class TestDamage:
         assert await kept(again, "a") == ["a"]
 
     @pytest.mark.parametrize("size", [0, 1, 100, 5000])
-    async def test_cut_files(self, opened: Open, path: Path, size: int) -> None:
+    async def test_truncated_files_are_moved_aside(self, opened: Open, path: Path, size: int) -> None:
         store = await opened()
         await written(store, *(f"k{number}" for number in range(100)))
         await store.close()
@@ -356,7 +356,7 @@ class TestDamage:
         assert await kept(store, "a", "b") == ["b"]
         assert path.exists()
 
-    async def test_one_process_moves_it_aside_the_other_follows(self, opened: Open, path: Path) -> None:
+    async def test_other_processes_follow_when_one_moves_a_file_aside(self, opened: Open, path: Path) -> None:
         one, two = await opened(), await opened()
         await written(one, "a")
         assert await kept(two, "a") == ["a"]
@@ -399,7 +399,7 @@ class TestTrouble:
         assert "works again" in caplog.text
         assert (await store.stats())["entries"] == 101
 
-    async def test_trouble_that_lasts_is_bounded(
+    async def test_a_lasting_error_drops_bounded_writes(
         self, opened: Open, monkeypatch: pytest.MonkeyPatch, path: Path
     ) -> None:
         def broken(*_: object) -> sqlite3.Connection:
@@ -415,7 +415,7 @@ class TestTrouble:
         await store.flush()
         assert (await store.stats())["entries"] == sqlite_writer.MAX_PENDING
 
-    async def test_a_place_that_cannot_be_written(self, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_an_unwritable_place_is_reported(self, caplog: pytest.LogCaptureFixture) -> None:
         store = SQLiteStore("/proc/self/nowhere/cache.db", 2**26, 2**20)
         await store.open()
         assert store.put(entry("a"))
@@ -427,7 +427,9 @@ class TestTrouble:
         await store.close()
         assert len(caplog.records) == 1
 
-    async def test_read_only_from_now_on(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_file_that_becomes_read_only_is_reported(
+        self, opened: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         connect = sqlite_file.connect
 
         def read_only(*arguments: Any) -> sqlite3.Connection:
@@ -478,7 +480,7 @@ class TestTrouble:
         await until(lambda: not store._writer._pending and store._writer.state == "ok")
         assert await kept(store, "a", "b") == ["a", "b"]
 
-    async def test_another_process_is_making_the_file(
+    async def test_a_file_that_another_process_is_creating(
         self, opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sqlite_file, "_MAX_LOCK_WAIT", 0.1)
@@ -500,7 +502,7 @@ class TestTrouble:
         store = await opened()
         assert ((await store.stats())["state"] == "ok") == works
 
-    async def test_an_entry_that_cannot_be_written_takes_nobody_along(
+    async def test_an_entry_that_cannot_be_written_does_not_affect_others(
         self, opened: Open, caplog: pytest.LogCaptureFixture
     ) -> None:
         store = await opened()
@@ -510,7 +512,7 @@ class TestTrouble:
         assert await kept(store, "a", "b") == ["a", "b"]
         assert (await store.stats())["dropped"] == 1
 
-    async def test_a_bug_does_not_end_the_thread(
+    async def test_an_exception_does_not_end_the_writer_thread(
         self, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         store = await opened()
@@ -531,7 +533,7 @@ class TestTrouble:
             await store.flush()
         assert not found
 
-    async def test_a_long_read_that_takes_too_long(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_read_beyond_the_deadline_is_a_miss(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         store = await opened()
         await written(store, "a", body=random.randbytes(300_000))
         assert await kept(store, "a") == ["a"]
@@ -542,7 +544,7 @@ class TestTrouble:
         finally:
             finished.set()
 
-    async def test_after_close(self, path: Path) -> None:
+    async def test_use_after_close(self, path: Path) -> None:
         store = SQLiteStore(path, 2**26, 2**20)
         await store.close()
         store = SQLiteStore(path, 2**26, 2**20)
@@ -566,7 +568,7 @@ def _start(path: Path, number: int) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-async def test_killed_while_writing(
+async def test_a_process_killed_while_writing_leaves_a_valid_file(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two processes write to one file and are killed at any time, again and again: no torn entry, no repair."""

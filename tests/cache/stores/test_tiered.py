@@ -89,7 +89,7 @@ def tiered(slower: Slower) -> TieredStore:
     return TieredStore(MemoryStore(2**20, 2**18), slower)
 
 
-async def test_memory_answers_alone(slower: Slower) -> None:
+async def test_a_hit_in_memory_asks_no_slower_store(slower: Slower) -> None:
     store = tiered(slower)
     store.put(entry("a"))
     assert store.peek("a", "json") == entry("a")
@@ -99,7 +99,7 @@ async def test_memory_answers_alone(slower: Slower) -> None:
     assert slower.touched == ["a"] * 3
 
 
-async def test_what_comes_from_behind_stays_in_memory(slower: Slower) -> None:
+async def test_an_entry_of_the_slower_store_is_kept_in_memory(slower: Slower) -> None:
     slower.put(entry("a"))
     store = tiered(slower)
     assert store.peek("a", "json") is None
@@ -108,7 +108,7 @@ async def test_what_comes_from_behind_stays_in_memory(slower: Slower) -> None:
     assert (await store.stats())["promotions"] == 1
 
 
-async def test_too_large_for_memory_is_served_from_behind(slower: Slower) -> None:
+async def test_an_entry_too_large_for_memory_is_served_from_the_slower_store(slower: Slower) -> None:
     store, large = tiered(slower), entry("a", bytes(2**18 + 1))
     assert store.put(large)
     assert store.peek("a", "json") is None
@@ -118,7 +118,7 @@ async def test_too_large_for_memory_is_served_from_behind(slower: Slower) -> Non
 
 
 @pytest.mark.parametrize(("behind", "wanted"), [(NOW + 90, NOW + 90), (NOW, NOW), (NOW - 90, NOW), (None, NOW)])
-async def test_the_younger_of_two(slower: Slower, behind: float | None, wanted: float) -> None:
+async def test_the_younger_of_two_entries_is_returned(slower: Slower, behind: float | None, wanted: float) -> None:
     """Once memory's is stale: another process may have a new one."""
     store = tiered(slower)
     store.put(entry("a", ttl=60.0))
@@ -134,7 +134,7 @@ async def test_the_younger_of_two(slower: Slower, behind: float | None, wanted: 
     assert kept.stored_at == wanted
 
 
-async def test_an_answer_stored_meanwhile_is_not_replaced_by_an_older_one(slower: Slower) -> None:
+async def test_an_entry_stored_meanwhile_is_not_replaced_by_an_older_one(slower: Slower) -> None:
     store = tiered(slower)
     slower.put(entry("a"))
     slower.gate.clear()
@@ -146,7 +146,7 @@ async def test_an_answer_stored_meanwhile_is_not_replaced_by_an_older_one(slower
     assert store.peek("a", "json") == entry("a", stored_at=NOW + 1)
 
 
-async def test_what_is_stored_while_the_slower_store_is_asked_is_found(slower: Slower) -> None:
+async def test_an_entry_stored_during_a_lookup_is_found(slower: Slower) -> None:
     store = tiered(slower)
     slower.gate.clear()
     one = asyncio.create_task(store.get("a", "json", NOW))
@@ -161,7 +161,7 @@ async def test_what_is_stored_while_the_slower_store_is_asked_is_found(slower: S
     assert await many == [None, entry("a")]
 
 
-async def test_what_is_purged_while_it_is_read_does_not_come_back(slower: Slower) -> None:
+async def test_an_entry_purged_during_a_read_stays_purged(slower: Slower) -> None:
     store = tiered(slower)
     slower.put(entry("a"))
     slower.gate.clear()
@@ -173,7 +173,7 @@ async def test_what_is_purged_while_it_is_read_does_not_come_back(slower: Slower
     assert store.peek("a", "json") is None
 
 
-async def test_memory_is_purged_even_where_the_store_behind_cannot_be(slower: Slower) -> None:
+async def test_memory_is_purged_even_if_the_slower_store_fails(slower: Slower) -> None:
     store = tiered(slower)
     store.put(entry("a"))
     slower.state = "gone"
@@ -183,7 +183,7 @@ async def test_memory_is_purged_even_where_the_store_behind_cannot_be(slower: Sl
     assert (await store.stats())["state"] == "gone"
 
 
-async def test_what_only_one_tier_has_is_read_too(slower: Slower) -> None:
+async def test_entries_of_either_tier_are_read(slower: Slower) -> None:
     store = tiered(slower)
     slower.put(entry("behind"))
     slower.takes = False
@@ -192,7 +192,7 @@ async def test_what_only_one_tier_has_is_read_too(slower: Slower) -> None:
     assert [one.key for one in found] == ["behind", "front"]
 
 
-async def test_what_others_purge_leaves_memory_too(slower: Slower, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_purges_by_other_processes_reach_memory(slower: Slower, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.cache.stores.tiered.POLL", 0.001)
     store = tiered(slower)
     await store.open()
@@ -212,7 +212,7 @@ async def test_what_others_purge_leaves_memory_too(slower: Slower, monkeypatch: 
     await store.close()
 
 
-async def test_the_rest_is_passed_on(slower: Slower) -> None:
+async def test_other_methods_are_forwarded_to_the_slower_store(slower: Slower) -> None:
     store = tiered(slower)
     await store.open()
     await store.flush()
@@ -224,7 +224,7 @@ async def test_the_rest_is_passed_on(slower: Slower) -> None:
     assert store.peek("a", "json") is None
 
 
-async def test_many_are_looked_up_in_memory_first() -> None:
+async def test_several_keys_are_looked_up_in_memory_first() -> None:
     slower = Slower()
     store = TieredStore(MemoryStore(1_000_000, 100_000), slower)
     store.memory.put(entry("here"))
