@@ -1,7 +1,4 @@
-"""The composition root: settings become objects, objects become a running proxy, and a signal ends it in order.
-
-The only file that knows everybody.
-"""
+"""`App`: the composition root. It builds everything from the settings; no other file knows all packages."""
 
 from __future__ import annotations
 
@@ -54,22 +51,22 @@ from .workers.worker import WorkerLink, WorkerOwners, WorkerRuns
 log = logging.getLogger("proxy")
 
 SWEEP_INTERVAL: float = 60.0
-"""Seconds between two sweeps of expired entries: they leave the store within ten minutes."""
+"""Seconds between two searches for expired entries in memory."""
 
 
 class App:
-    """Everything one proxy is made of. `handle` is the main listener's handler."""
+    """All parts of one proxy process. link: to the supervisor, if it is one of several workers."""
 
     def __init__(
         self,
         settings: Settings,
         clock: Clock = SYSTEM_CLOCK,
-        seat: WorkerLink | None = None,
+        link: WorkerLink | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._seat = seat
+        self._link = link
         self.metrics = Metrics()
-        self.traffic = InFlight(started=clock.wall())
+        self.in_flight = InFlight(started=clock.wall())
         ledger = settings.ledger
         self.ledger = Ledger(ledger.path if ledger.enabled else None, clock)
         offline = settings.cache.mode == "replay"
@@ -77,56 +74,56 @@ class App:
             settings.timeouts.connect, settings.timeouts.idle, connect_options(settings), offline
         )
         self.tracing = tracing
-        self._traced_way_up = self.transport if tracing is None else tracing.transport(self.transport)
+        self._traced_transport = self.transport if tracing is None else tracing.transport(self.transport)
         self._dates = DateHeader(clock.wall)
         self._renewals: list[asyncio.Task[None]] = []
-        self._build(build_services(settings, clock, coordination=_worker_coordination(seat, clock)))
+        self._build(build_services(settings, clock, coordination=_worker_coordination(link, clock)))
 
     def _build(self, services: Services) -> None:
-        """Everything that stands in this world. What is in flight keeps the rooms it is in."""
+        """Build all that depends on the services. Requests in flight keep the parts that they are in."""
         self.services = services
-        gatekeeper = AccessControl(services.settings)
-        self.ops = AdminHandler(services, self.metrics, gatekeeper, self.traffic, self.ledger, self._seat)
-        sender = build_sender(services, self._traced_way_up)
+        access = AccessControl(services.settings)
+        self.admin = AdminHandler(services, self.metrics, access, self.in_flight, self.ledger, self._link)
+        sender = build_sender(services, self._traced_transport)
         reservations = build_reservations(services)
         endpoint_sender = build_endpoint_sender(services, sender, reservations)
         self.handler = build_handler(services, endpoint_sender, self._observe)
-        self.downstream = ApiHandler(
+        self.api = ApiHandler(
             services,
             self.handler,
             PassthroughHandler(services, sender, reservations, self._observe_and_keep),
-            self.ops,
+            self.admin,
             self.metrics,
-            gatekeeper,
-            self.traffic,
+            access,
+            self.in_flight,
             self.ledger,
         )
 
     def apply(self, loaded: LoadedSettings) -> None:
-        """Puts other settings in force, in one step. Raises OSError, and then nothing has changed."""
+        """Put other settings in force, in one step. Raises OSError, and then nothing has changed."""
         old, settings = self.services, loaded.settings
-        services, found = build_services(settings, old.clock, old), connect_options(settings)
-        self.transport.apply_settings(settings.timeouts.connect, settings.timeouts.idle, found)
+        services, options = build_services(settings, old.clock, old), connect_options(settings)
+        self.transport.apply_settings(settings.timeouts.connect, settings.timeouts.idle, options)
         self._build(services)
         logs.configure(settings.log.level, settings.log.format, services.masker)
         self.start_tokens()
 
     def apply_from_supervisor(self, loaded: LoadedSettings) -> None:
-        """As `use`, by the parent, which has checked them and logged what is to be logged."""
+        """Put settings in force that the supervisor has checked and logged."""
         try:
             self.apply(loaded)
         except OSError as error:
             log.error("reload: a worker cannot use the new settings, the old ones stay: %s", error)
 
     def start_tokens(self) -> list[EntraTokens]:
-        """Has the Entra ID tokens of this world renewed, and no longer those of the one before."""
+        """Renew the Entra ID tokens of these services, and no longer those of the services before."""
         for task in self._renewals:
             task.cancel()
         services, tokens = self.services, []
         for spec in services.settings.upstreams:
             if spec.entra_id:
                 tokens.append(EntraTokens(partial(services.put_token, spec.name), services.clock, default_identity))
-        self._renewals = [spawn(one.run(), "entra id") for one in tokens]
+        self._renewals = [spawn(token.run(), "entra id") for token in tokens]
         return tokens
 
     def _observe(self, receipt: Receipt) -> None:
@@ -142,22 +139,22 @@ class App:
 
     async def handle(self, request: BaseRequest) -> Any:
         if self.tracing is not None:
-            return await self.tracing.handle(request, self.services, self.downstream.handle)
-        return await self.downstream.handle(request)
+            return await self.tracing.handle(request, self.services, self.api.handle)
+        return await self.api.handle(request)
 
     async def handle_ops(self, request: BaseRequest) -> Any:
         try:
             path = request.raw_path.partition("?")[0]
-            return await self.ops.handle_probe(request, path)
-        except ProxyError as refusal:
-            return error_response(request, refusal, self.services.clock.new_id(), self._dates.line())
+            return await self.admin.handle_probe(request, path)
+        except ProxyError as error:
+            return error_response(request, error, self.services.clock.new_id(), self._dates.line())
 
     async def sweep(self) -> None:
-        """Takes entries out of memory whose time is over; a little at a time."""
+        """Remove expired entries from memory, a few at a time."""
         store, grace = self.services.store, max_stale(self.services.settings.cache)
         while store.enabled:
             await self.services.clock.sleep(SWEEP_INTERVAL)
-            while store.sweep(self.services.clock.wall(), grace=grace):  # noqa: ASYNC110 - lets others run in between
+            while store.sweep(self.services.clock.wall(), grace=grace):  # noqa: ASYNC110 - other tasks run in between
                 await asyncio.sleep(0)
 
 
@@ -229,7 +226,7 @@ def _worker_coordination(link: WorkerLink | None, clock: Clock) -> Coordination:
 
 
 def connect_options(settings: Settings) -> dict[str, ConnectOptions]:
-    """By origin, how those upstreams are reached that are not reached directly. Raises OSError."""
+    """Return, by origin, the proxy and CA file of upstreams that have one. Raises OSError."""
     return {
         parse_url(spec.base_url).origin: ConnectOptions(spec.proxy.reveal() if spec.proxy else None, spec.ca_file)
         for spec in settings.upstreams

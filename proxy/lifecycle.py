@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from aiohttp.web import Server, ServerRunner
 
@@ -32,9 +33,18 @@ from .workers.supervisor import supervise
 from .workers.worker import WorkerLink
 
 
+@dataclass(frozen=True, slots=True)
+class StopSignals:
+    """The first SIGTERM or SIGINT sets `stop`: requests in flight may finish. The second sets `now`."""
+
+    stop: asyncio.Event
+    now: asyncio.Event
+
+
 async def serve(loaded: LoadedSettings, read: Read, *, extra_lines: Callable[[str], list[str]] | None = None) -> int:
-    """Runs the proxy until SIGTERM or SIGINT; the exit status. read: as `Reloader`; extra_lines: told the base URL,
-    more start-up text.
+    """Run the proxy until SIGTERM or SIGINT. Returns the exit status.
+
+    read: as in `Reloader`. extra_lines: returns more lines of the banner for a base URL.
     """
     settings = loaded.settings
     try:
@@ -43,78 +53,80 @@ async def serve(loaded: LoadedSettings, read: Read, *, extra_lines: Callable[[st
         print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
         return 1
 
-    def say(lines: list[str]) -> None:
+    def print_banner(lines: list[str]) -> None:
         more = extra_lines(listeners.address) if extra_lines is not None else []
         print("\n".join([*lines, *more]), file=sys.stderr, flush=True)
 
     try:
         if settings.server.workers > 1:
             logs.configure(settings.log.level, settings.log.format, SecretMasker(()))
-            return await supervise(loaded, read, listeners, SYSTEM_CLOCK, say)
-        return await _serve_in_this_process(loaded, read, listeners, say)
+            return await supervise(loaded, read, listeners, SYSTEM_CLOCK, print_banner)
+        return await _serve_in_this_process(loaded, read, listeners, print_banner)
     finally:
         listeners.close()
         listeners.remove()
 
 
 async def _serve_in_this_process(
-    loaded: LoadedSettings, read: Read, listeners: listening.Listeners, say: Callable[[list[str]], None]
+    loaded: LoadedSettings, read: Read, listeners: listening.Listeners, print_banner: Callable[[list[str]], None]
 ) -> int:
-    """All of the proxy in this process."""
+    """Run the whole proxy in this process. Returns the exit status."""
     app = App(loaded.settings, tracing=tracing_from(os.environ))
     reloader = Reloader(loaded, read, app.apply, app.services.clock)
-    stop, now = _on_signals(reloader.ask)
+    signals = _on_signals(reloader.ask)
     reloading: list[asyncio.Task[None]] = []
 
-    def begun(lines: list[str]) -> None:
-        say(lines)
+    def started(banner: list[str]) -> None:
+        print_banner(banner)
         reloading.append(spawn(reloader.run(), "reload"))
 
     try:
-        return await _run(app, loaded, listeners, begun, stop, now, shared=False)
+        return await _run(app, loaded, listeners, signals, started, shared=False)
     finally:
         for task in reloading:
             task.cancel()
 
 
 async def run_worker(fd: int) -> int:
-    """One of several workers, whose parent is at the other end of `fd`; the exit status."""
+    """Run one of several workers. fd: the socket to the supervisor. Returns the exit status."""
     for name in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # the parent's: it tells us
+        signal.signal(name, signal.SIG_IGN)  # the supervisor gets them, and tells its workers
     try:
-        seat, orders = await WorkerLink.open(fd)
+        link, start = await WorkerLink.open(fd)
     except ConnectionLost:
         return 1
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seat.stop.set)
-    sockets = [socket.socket(fileno=one) for one in orders.listeners]
-    listeners = listening.Listeners(sockets, orders.address, orders.ops_address)
-    app = App(orders.loaded.settings, seat=seat, tracing=tracing_from(os.environ))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, link.stop.set)
+    sockets = [socket.socket(fileno=number) for number in start.listeners]
+    listeners = listening.Listeners(sockets, start.address, start.ops_address)
+    app = App(start.loaded.settings, link=link, tracing=tracing_from(os.environ))
     if isinstance(app.services.limiter, WorkerLimits):
         app.services.limiter.on_capacity = lambda: app.services.admission.wake()
-    seat.channel.handlers["settings"] = lambda body: app.apply_from_supervisor(pickle.loads(body))
+    link.channel.handlers["settings"] = lambda body: app.apply_from_supervisor(pickle.loads(body))
 
-    def say(lines: list[str]) -> None:
-        seat.channel.notify("ready", pack(lines))
+    def started(banner: list[str]) -> None:
+        link.channel.notify("ready", pack(banner))
 
     try:
-        return await _run(app, orders.loaded, listeners, say, seat.stop, seat.now, shared=True)
+        return await _run(app, start.loaded, listeners, StopSignals(link.stop, link.now), started, shared=True)
     finally:
         listeners.close()
-        seat.channel.notify("last_metrics", pack(app.ops.own_metrics()))
-        await seat.channel.flush()
-        seat.channel.close()
+        link.channel.notify("last_metrics", pack(app.admin.own_metrics()))
+        await link.channel.flush()
+        link.channel.close()
 
 
 async def _run(
     app: App,
     loaded: LoadedSettings,
     listeners: listening.Listeners,
-    say: Callable[[list[str]], None],
-    stop: asyncio.Event,
-    now: asyncio.Event,
+    signals: StopSignals,
+    started: Callable[[list[str]], None],
     shared: bool,
 ) -> int:
-    """Serves until told to stop; the exit status. shared: others take connections from the same listeners."""
+    """Serve until a signal comes. Returns the exit status.
+
+    started: is called with the banner. shared: other processes take connections from the same listeners.
+    """
     settings = loaded.settings
     try:
         recorded = open_cassette(app.services.store, settings.cache.cassette)
@@ -123,9 +135,9 @@ async def _run(
         return 2
     logs.configure(settings.log.level, settings.log.format, app.services.masker)
     servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)
-    runner, ops_runner = (ServerRunner(one, handle_signals=False, shutdown_timeout=0.1) for one in servers)
+    runner, ops_runner = (ServerRunner(server, handle_signals=False, shutdown_timeout=0.1) for server in servers)
     background: list[asyncio.Task[None]] = []
-    app.traffic.address = listeners.address
+    app.in_flight.address = listeners.address
     try:
         await app.services.store.open()
         if app.services.limiter is not None:
@@ -134,17 +146,17 @@ async def _run(
         await app.services.runs.open()
         await app.services.object_owners.open()
         await app.services.budgets.open(app.ledger.spent if settings.ledger.enabled else None)
-        for one, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
-            await one.setup()
-            await listening.serve_on(one, listener, shared)
+        for each, listener in zip((runner, ops_runner), listeners.sockets, strict=False):
+            await each.setup()
+            await listening.serve_on(each, listener, shared)
         app.ledger.open()
         background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
         background.append(spawn(app.metrics.measure_loop_lag(app.services.clock), "event loop lag"))
-        say(banner_lines(loaded, listeners.address, listeners.ops_address, recorded))
+        started(banner_lines(loaded, listeners.address, listeners.ops_address, recorded))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
-        await _until_stopped(app, runner, stop, now)
+        await _until_stopped(app, runner, signals)
         return 0
     finally:
         for task in background:
@@ -152,40 +164,40 @@ async def _run(
         await _close(app, runner, ops_runner)
 
 
-def _on_signals(reload: Callable[[], None]) -> tuple[asyncio.Event, asyncio.Event]:
-    """(stop, now): set by the first and the second SIGTERM or SIGINT. `reload` is called at SIGHUP."""
+def _on_signals(reload: Callable[[], None]) -> StopSignals:
+    """Handle the signals of this process. reload: is called at SIGHUP."""
     loop = asyncio.get_running_loop()
-    stop, now = asyncio.Event(), asyncio.Event()
+    signals = StopSignals(asyncio.Event(), asyncio.Event())
 
-    def told() -> None:
-        (now if stop.is_set() else stop).set()
+    def stop() -> None:
+        (signals.now if signals.stop.is_set() else signals.stop).set()
 
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, told)
+        loop.add_signal_handler(name, stop)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    return stop, now
+    return signals
 
 
-async def _until_stopped(app: App, runner: ServerRunner, stop: asyncio.Event, now: asyncio.Event) -> None:
-    """Waits for a signal, then drains. A second signal: now."""
-    await stop.wait()
+async def _until_stopped(app: App, runner: ServerRunner, signals: StopSignals) -> None:
+    """Wait for a signal, then drain. A second signal cuts that short."""
+    await signals.stop.wait()
     settings = app.services.settings.server
-    count = app.traffic.requests
+    count = app.in_flight.requests
     log.info("stopping: %d request%s in flight", count, "" if count == 1 else "s")
-    app.traffic.draining = True
+    app.in_flight.draining = True
     if settings.drain_delay:
         with suppress(TimeoutError):
-            await asyncio.wait_for(now.wait(), settings.drain_delay)
+            await asyncio.wait_for(signals.now.wait(), settings.drain_delay)
     for site in list(runner.sites):
         await site.stop()
     assert runner.server is not None
     runner.server.pre_shutdown()  # idle connections close now, busy ones after their request
-    await _drain(app, runner.server, now)
+    await _drain(app, runner.server, signals.now)
 
 
 async def _close(app: App, runner: ServerRunner, ops_runner: ServerRunner) -> None:
-    for one in (runner, ops_runner):
-        await one.cleanup()
+    for each in (runner, ops_runner):
+        await each.cleanup()
     await app.handler.revalidator.close()
     await app.transport.close()
     if app.services.limiter is not None:
@@ -204,27 +216,27 @@ async def _drain(app: App, server: Server, now: asyncio.Event) -> None:
 
     now: ends the wait.
     """
-    app.traffic.closing = True
+    app.in_flight.closing = True
     limit = app.services.settings.server.drain_timeout
     loop = asyncio.get_running_loop()
     end = loop.time() + limit
     # It polls: an event would have to be set on the hot path.
     while _is_busy(app, server) and loop.time() < end and not now.is_set():  # noqa: ASYNC110
         await asyncio.sleep(0.02)
-    if count := app.traffic.requests:
+    if count := app.in_flight.requests:
         cause = "second signal" if now.is_set() else f"server.drain_timeout ({limit:g}s) is over"
         log.warning("%s: cutting off %d request%s in flight", cause, count, "" if count == 1 else "s")
-    for task, stream in list(app.traffic.streams.items()):
+    for task, stream in list(app.in_flight.streams.items()):
         stream.interrupted = "draining"
         task.cancel()
-    tasks = list(app.traffic.streams)
+    tasks = list(app.in_flight.streams)
     if tasks:
         await asyncio.wait(tasks, timeout=0.5)
 
 
 def _is_busy(app: App, server: Server) -> bool:
     """Whether a request is being served, a response is read for the cache, or one is not yet with the system."""
-    if app.traffic.requests or len(app.handler.coalescer.flights):
+    if app.in_flight.requests or len(app.handler.coalescer.flights):
         return True
     transports = (connection.transport for connection in server.connections)
     return any(transport is not None and transport.get_write_buffer_size() for transport in transports)

@@ -1,8 +1,8 @@
-"""New settings for a running proxy: on SIGHUP, or when a file that holds a key changed.
+"""`Reloader`: puts new settings in force in a running proxy, on SIGHUP or when a file that holds a key has changed.
 
-The new world is compiled beside the old one and takes its place in one step; requests in flight end in the world they
-began in. A reload is no first start: what is validated is what will be in force, the new settings with what cannot
-change (the listener). What cannot be read or used changes nothing, and the log says why.
+The new services are built beside the old ones and take their place in one step; requests in flight end with the
+services they began with. The settings that are validated are those that will be in force: the new ones, with what
+cannot change while the proxy runs (the listener). If they cannot be read or used, nothing changes and the log says why.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .system.clock import Clock
 
 log = logging.getLogger("proxy")
 
-LOOK: Final = 2.0
-"""Seconds between two looks at the files that are watched."""
+CHECK_INTERVAL: Final = 2.0
+"""Seconds between two checks of the files that are watched."""
 
 SETTLE: Final = 0.1
-"""Seconds for which the settings file must not have changed when it is read: it may be written in several steps."""
+"""Seconds for which the settings file must not change before it is read, because it may be written in several steps."""
 
-UNSETTLED: Final = 50
-"""So many times in a row it may have changed before the reload is given up."""
+MAX_CHANGES: Final = 50
+"""The number of changes in a row after which a reload is given up."""
 
 Read = Callable[[LoadedSettings], LoadedSettings]
-"""Reads the settings again, to be put in force instead of those given. Raises SettingsError."""
+"""Reads the settings again, for those in force. Raises SettingsError."""
 
 Stamp = tuple[int, ...] | None
 
 
 def stamp(path: Path) -> Stamp:
-    """What tells that a file is another than before: symbolic links are followed, as secret mounts swap those."""
+    """Return what differs if a file has changed. Symbolic links are followed, because secret mounts swap them."""
     try:
         status = path.stat()
     except OSError:
@@ -46,30 +46,30 @@ def stamp(path: Path) -> Stamp:
 
 
 class Reloader:
-    """loaded: what is in force; use: puts other settings in force, raises OSError if it cannot."""
+    """loaded: the settings in force. use: puts others in force; raises OSError if it cannot."""
 
     def __init__(self, loaded: LoadedSettings, read: Read, use: Callable[[LoadedSettings], None], clock: Clock) -> None:
         self._in_force = loaded
         self._read = read
         self._use = use
         self._clock = clock
-        self._stamps = self._look(loaded)
+        self._stamps = self._stamps_of(loaded)
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
-        """SIGHUP came."""
+        """Reload soon: SIGHUP came."""
         self._asked.set()
 
     async def run(self) -> None:
-        """For as long as the proxy runs."""
+        """Wait for reasons to reload, for as long as the proxy runs."""
         while True:
             waiting = asyncio.ensure_future(self._asked.wait())
-            napping = asyncio.ensure_future(self._clock.sleep(LOOK))
+            pausing = asyncio.ensure_future(self._clock.sleep(CHECK_INTERVAL))
             try:
-                await asyncio.wait({waiting, napping}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({waiting, pausing}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 waiting.cancel()
-                napping.cancel()
+                pausing.cancel()
             if self._asked.is_set():
                 self._asked.clear()
                 await self.reload("SIGHUP")
@@ -77,8 +77,8 @@ class Reloader:
                 await self.reload(f"{changed[0]} changed")
 
     async def reload(self, why: str) -> bool:
-        """Whether new settings are in force."""
-        self._stamps = {path: stamp(path) for path in self._stamps}  # a bad file is complained about once
+        """Reload. why: for the log. Returns whether new settings are in force."""
+        self._stamps = {path: stamp(path) for path in self._stamps}  # a bad file is logged once
         try:
             loaded = await self._settled()
             settings, fixed = with_fixed(self._in_force.settings, loaded.settings)
@@ -93,7 +93,7 @@ class Reloader:
             log.exception("reload (%s): failed inside the proxy; the old settings stay", why)
             return False
         self._in_force = loaded
-        self._stamps = self._look(loaded)
+        self._stamps = self._stamps_of(loaded)
         for name in fixed:
             log.warning("reload (%s): %s takes effect at the next start", why, name)
         for warning in loaded.warnings:
@@ -102,11 +102,11 @@ class Reloader:
         return True
 
     async def _settled(self) -> LoadedSettings:
-        """The settings of a file that nobody is writing. Raises SettingsError, OSError.
+        """Return the settings once their file does not change any more. Raises SettingsError, OSError.
 
-        They are read beside the loop, as reading may run commands for keys.
+        They are read in a thread, because commands for keys may run.
         """
-        for _ in range(UNSETTLED):
+        for _ in range(MAX_CHANGES):
             before = self._written()
             await self._clock.sleep(SETTLE)
             if self._written() != before:
@@ -125,5 +125,5 @@ class Reloader:
         return stamp(self._in_force.file) if self._in_force.file is not None else None
 
     @staticmethod
-    def _look(loaded: LoadedSettings) -> dict[Path, Stamp]:
+    def _stamps_of(loaded: LoadedSettings) -> dict[Path, Stamp]:
         return {path: stamp(path) for path in loaded.watched}

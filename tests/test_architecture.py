@@ -45,7 +45,6 @@ LONGER_FUNCTIONS: dict[str, str] = {}
 
 MAX_PARAMETERS = 6
 MORE_PARAMETERS: dict[str, str] = {
-    "proxy.lifecycle._run": "until what a process starts with is one value",
     "proxy.protocol.request.ProxyRequest.from_body": "one for each field that the body does not say",
     "proxy.pipeline.coalescing.coalescer.Coalescer.__init__": "what `app` builds for it",
     "proxy.pipeline.fetch.Fetcher.__init__": "what `app` builds for it",

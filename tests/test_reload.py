@@ -11,7 +11,7 @@ import pytest
 from proxy.config.loader import LoadedSettings
 from proxy.config.problems import Problem, SettingsError
 from proxy.config.settings import CacheSettings, ServerSettings, Settings
-from proxy.reload import SETTLE, UNSETTLED, Reloader
+from proxy.reload import MAX_CHANGES, SETTLE, Reloader
 from proxy.system.clock import Clock
 from tests.pipeline.clock import virtual_time
 
@@ -128,7 +128,7 @@ async def test_a_file_that_keeps_changing_is_given_up(
     running: Callable[[], Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = running()
-    lengths = iter(range(1, 10 * UNSETTLED))
+    lengths = iter(range(1, 10 * MAX_CHANGES))
 
     def write_on() -> None:
         proxy.file.write_text("x" * next(lengths))

@@ -1,8 +1,7 @@
-"""A streamed answer on its way down: every read goes on at once, a copy is audited, and only a whole one is kept.
+"""`StreamRelay`: passes a stream on, each read at once; a copy is audited, and stored if it is complete.
 
-What the client gets differs from what came in two cases only: a usage chunk that nobody but the proxy asked for is
-taken
-out, and a cost comment is put in where asked for (contract 6 and 7, Streams).
+The client gets what the upstream sent, with two exceptions: a usage chunk that only the proxy asked for is taken out,
+and a cost comment is put in if the client asked for it.
 """
 
 from __future__ import annotations
@@ -21,19 +20,18 @@ from ..upstream.response import ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
 
 MAX_EVENT: Final = 16 * 1024 * 1024
-"""An event longer than this (bytes) is passed on without being looked at: memory is bounded, whatever comes."""
-
+"""A longer event is passed on without being parsed, so that memory is bounded (bytes)."""
 
 SHUTTING_DOWN: Final = "the proxy is shutting down"
 
 READ_ON: Final = 1.0
-"""Seconds for which the end of an upstream's body is waited for when the client hung up at the end of its stream."""
+"""Seconds to wait for the end of the upstream's body if the client hung up at the end of its stream."""
 
 
 class StreamBroken(Exception):
-    """The stream cannot end well: the client's connection is to be aborted, so that nobody takes it for complete.
+    """The stream cannot end well: the client's connection is to be aborted, so that the client sees it is incomplete.
 
-    failure: why; at_once: what was written already is not waited for, because the client does not take it.
+    failure: why. at_once: do not wait for what was written already, because the client does not read it.
     """
 
     def __init__(self, failure: TransportFailure, *, at_once: bool = False) -> None:
@@ -44,8 +42,10 @@ class StreamBroken(Exception):
 
 @dataclass(slots=True)
 class StreamEnd:
-    """How a stream ended. whole: storable, else `why` not; failure: the error code where it broke; gone: the client
-    left.
+    """How a stream ended.
+
+    body: its bytes, if they may be stored. why: the reason that it must not be stored. failure: the error code if it
+    broke. client_left: the client disconnected.
     """
 
     body: bytes | None = None
@@ -55,78 +55,84 @@ class StreamEnd:
 
 
 class ClientFilter:
-    """What one client gets of a stream. strip: less the usage chunk, which only the proxy asked for; comment: gives the
-    cost comment that it wants before the end."""
+    """What one client gets of a stream.
 
-    __slots__ = ("_comment", "_filter", "_splitter", "_strip", "_told")
+    strip: the usage chunk is taken out, because only the proxy asked for it.
+    comment: returns the cost comment that is put in before the end; None: the client wants none.
+    """
+
+    __slots__ = ("_comment", "_commented", "_filter", "_splitter", "_strip")
 
     def __init__(self, strip: bool, comment: Callable[[], bytes] | None) -> None:
         self._strip = strip
         self._comment = comment
         self._splitter = Splitter() if comment is not None else None
         self._filter = UsageFilter() if strip and comment is None else None
-        self._told = False
+        self._commented = False
 
     @property
     def raw(self) -> bool:
-        """Everything goes on as it comes."""
+        """Whether everything is passed on as it comes."""
         return self._filter is None and self._splitter is None
 
     @property
     def at_boundary(self) -> bool:
-        """Whether an event of ours may follow what was given so far. Where it is `raw`, its source knows."""
+        """Whether an event of the proxy's may follow what was passed on so far. If it is `raw`, its source knows."""
         return self._filter is None or self._filter.at_boundary
 
     def feed(self, chunk: bytes) -> bytes:
-        """What of it may go on now."""
+        """Return what may be passed on now."""
         if self._filter is not None:
             return self._filter.feed(chunk)
         if self._splitter is None:
             return chunk
-        out = self._commented(self._splitter.feed(chunk))
+        out = self._with_comment(self._splitter.feed(chunk))
         if self._splitter.held > MAX_EVENT:
             out += self._splitter.rest
             self._splitter = None
         return out
 
     def finish(self) -> bytes:
-        """The last of it; the cost comment goes before a `[DONE]` without its blank line, too."""
+        """Return the rest. The cost comment also goes before a `[DONE]` that lacks its blank line."""
         if self._filter is not None:
             return self._filter.finish()
         if self._splitter is None:
             return b""
         assert self._comment is not None
-        out = self._commented(self._splitter.finish())
+        out = self._with_comment(self._splitter.finish())
         rest = self._splitter.rest
-        cost = b"" if self._told else self._comment()
+        cost = b"" if self._commented else self._comment()
         return out + (cost + rest if rest.strip(b"\r\n") else rest + cost)
 
-    def _commented(self, events: list[bytes]) -> bytes:
-        """Whole events only, the cost comment before `[DONE]`."""
+    def _with_comment(self, events: list[bytes]) -> bytes:
+        """Return whole events, with the cost comment before `[DONE]`."""
         assert self._comment is not None
         out = []
         for event in events:
             if self._strip and is_usage_event(event):
                 continue
-            if not self._told and (data_of(event) or b"").strip() == b"[DONE]":
-                self._told = True
+            if not self._commented and (data_of(event) or b"").strip() == b"[DONE]":
+                self._commented = True
                 out.append(self._comment())
             out.append(event)
         return b"".join(out)
 
 
 def _nothing() -> None:
-    """Nobody counts the reads."""
+    """Count no reads."""
 
 
 @dataclass(slots=True)
 class StreamRelay:
-    """One stream. dress: what the client gets of it; keep: bytes kept at most for the cache; ended: called exactly
-    once, with what is to be settled, priced, stored and recorded; quiet: a failure is told to nobody here, because
-    those who read (`reel`) are told of it where they are; read: called at each read of what follows the
-    first event."""
+    """One stream.
 
-    answered: ResponseInHand
+    keep: the number of bytes kept for the cache, at most. client_filter: what the client gets of it.
+    ended: is called exactly once, at the end. read: is called at each read of what follows the first event.
+    quiet: no error event is written, because the subscribers of a `Broadcast` each write their own.
+    interrupted: the error code to end with if the task is cancelled; "": the client has left.
+    """
+
+    response: ResponseInHand
     audit: StreamAudit | None
     keep: int
     client_filter: ClientFilter
@@ -135,27 +141,27 @@ class StreamRelay:
     read: Callable[[], None] = _nothing
     interrupted: str = ""
     _done: bool = False
-    _dropped: bool = False
-    _pumped: bool = False
+    _cancelled: bool = False
+    _started: bool = False
     _kept: list[bytes] | None = None
     _size: int = 0
     _blind: bool = False
     _splitter: Splitter = field(default_factory=Splitter)
 
     def client_left(self) -> None:
-        """The client left before the first byte. After `pump` it does nothing."""
-        if not self._pumped:
+        """End a stream whose client left before the first byte. After `relay` has begun it does nothing."""
+        if not self._started:
             self._end(StreamEnd(client_left=True))
 
     def cancel(self) -> None:
-        """Nobody wants it any more: it ends now, whoever pumps; unless it is at its end already."""
+        """End the stream now, because no client wants it any more; unless it is at its end already."""
         if not self._done:
-            self._dropped = True
+            self._cancelled = True
             self._end(StreamEnd(client_left=True))
 
     async def relay(self, write: Write) -> None:
-        """Passes the whole stream to `write`. Raises StreamBroken after a failure has been told, or could not be."""
-        self._pumped = True
+        """Pass the whole stream to `write`. Raises StreamBroken after a failure, when it has written an error event."""
+        self._started = True
         self._kept = [] if self.audit is not None and self.keep else None
         feed = self.client_filter.feed
         try:
@@ -181,7 +187,7 @@ class StreamRelay:
             if self._done:  # it broke off after its end: nothing is missing
                 self._end(StreamEnd())
                 return
-            # Where the cut falls inside an event, nothing of ours may stand there.
+            # If it broke inside an event, no other event may be written.
             at_boundary = self._splitter.at_boundary and self.client_filter.at_boundary
             await self._break(write, failure.code, failure, at_boundary)
         except asyncio.CancelledError:
@@ -207,58 +213,58 @@ class StreamRelay:
 
     @property
     def over(self) -> bool:
-        """All was said that such a stream has to say."""
+        """Whether the stream has come to its last event."""
         return self.audit is not None and self.audit.ended and self._splitter.at_boundary and not self._blind
 
     @property
     def open_for_error(self) -> bool:
-        """Whether an event of ours may follow what came so far, and has not been told by the upstream itself."""
+        """Whether an error event may follow what came so far, and the upstream has not sent one itself."""
         return self.audit is not None and not self.audit.error and not self._blind and self._splitter.at_boundary
 
     def _ending(self) -> StreamEnd:
-        """The good ending."""
-        return StreamEnd(b"".join(self._kept) if self._kept is not None else None, self._verdict())
+        """Return how a stream ended that is complete."""
+        return StreamEnd(b"".join(self._kept) if self._kept is not None else None, self._why_not_stored())
 
     def _read_on(self) -> None:
-        """The client hung up at the end: what little is left is read, so that the connection upstream can be kept."""
-        if self._dropped:
+        """Read what little is left after a client hung up at the end, so that the upstream connection can be kept."""
+        if self._cancelled:
             return
 
         async def rest() -> None:
             try:
                 async with asyncio.timeout(READ_ON):
-                    async for _ in self.answered.response.chunks():
+                    async for _ in self.response.response.chunks():
                         pass
             except (TimeoutError, TransportFailure):
                 pass
             finally:
-                self.answered.response.close()
+                self.response.response.close()
 
         spawn(rest(), "read on")
 
-    def _verdict(self) -> str | None:
+    def _why_not_stored(self) -> str | None:
         if self.audit is None:
             return "uncacheable: opaque"
         return "event too large" if self._blind else self.audit.reason_not_stored(self._splitter.rest)
 
     async def _break(self, write: Write, code: str, failure: TransportFailure, at_boundary: bool) -> None:
-        """Tells the client of a failure after the first byte: an error event where one can stand, then no clean end."""
-        told = self.audit is not None and self.audit.error
+        """Report a failure after the first byte: an error event if one may be written, then no clean end."""
+        reported = self.audit is not None and self.audit.error
         self._end(StreamEnd(failure=code))
-        if at_boundary and self.audit is not None and not self._blind and not told and not self.quiet:
+        if at_boundary and self.audit is not None and not self._blind and not reported and not self.quiet:
             await write(error_event(code, failure.detail))
         raise StreamBroken(failure)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        for chunk in self.answered.first:
+        for chunk in self.response.first:
             yield chunk
-        self.answered.first = []
-        async for chunk in self.answered.more:
+        self.response.first = []
+        async for chunk in self.response.more:
             self.read()
             yield chunk
 
     def _examine(self, chunk: bytes) -> None:
-        """Keeps and audits a copy."""
+        """Keep and audit a copy."""
         if self._kept is not None:
             self._size += len(chunk)
             if self._size > self.keep:
@@ -277,7 +283,7 @@ class StreamRelay:
             self.audit.event(event)
 
     def _end(self, ending: StreamEnd) -> None:
-        self.answered.response.close()
+        self.response.response.close()
         self._report(ending)
 
     def _report(self, ending: StreamEnd) -> None:
@@ -287,7 +293,7 @@ class StreamRelay:
 
 
 def with_comment(body: bytes, comment: bytes) -> bytes:
-    """A stored stream with the cost comment before its `[DONE]`, or at its end."""
+    """Return a stored stream with the cost comment before its `[DONE]`, or at its end."""
     for end in (b"data: [DONE]", b"data:[DONE]"):
         at = body.rfind(end)
         if at == 0 or (at > 0 and body[at - 1] in b"\r\n"):  # elsewhere it is part of what the model said

@@ -69,7 +69,7 @@ class StreamReplies:
         wants_comment = request.stream and (request.options.stream_cost or self._stream_comment)
         storable = plan.write and request.stream and response.status == 200 and not response.leaked
         stream = StreamRelay(
-            answered=response,
+            response=response,
             audit=outcome.audit,
             keep=self._max_entry if storable else 0,
             client_filter=ClientFilter(

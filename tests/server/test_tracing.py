@@ -77,7 +77,7 @@ async def stage(*moves: Move) -> AsyncIterator[Stage]:
     provider.add_span_processor(SimpleSpanProcessor(memory))
     tracing, transport = Tracing(provider), ScriptedTransport(*moves)
     app = App(CONFIG, tracing=tracing)
-    app._traced_way_up = tracing.transport(transport)
+    app._traced_transport = tracing.transport(transport)
     app._build(app.services)
     try:
         async with served(app.handle) as port:

@@ -302,7 +302,7 @@ def _status(end: StreamEnd, value: SharedReply) -> tuple[int, str]:
 
 
 def _free_comment(endpoint: str, broadcast: Broadcast) -> bytes:
-    audit = broadcast.flow.audit
+    audit = broadcast.stream.audit
     return cost_comment(FREE, usage_of(endpoint, {"usage": audit.usage}) if audit is not None else None)
 
 

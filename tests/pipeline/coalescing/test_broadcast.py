@@ -47,7 +47,7 @@ def flow() -> StreamRelay:
 
 
 def record(stream: Broadcast, reads: AsyncIterator[bytes]) -> Coroutine[Any, Any, None]:
-    stream.flow.answered.more = reads
+    stream.stream.response.more = reads
     return stream.record()
 
 
@@ -82,7 +82,7 @@ async def test_each_read_reaches_all_subscribers_at_once_and_a_late_one_gets_the
 
     async def follow(name: str) -> bytes:
         got = b""
-        async for data in reads(reader := stream.reader()):
+        async for data in reads(reader := stream.subscribe()):
             times[name].append(loop.time() - began)
             got += data
         reader.close()
@@ -103,7 +103,7 @@ async def test_each_read_reaches_all_subscribers_at_once_and_a_late_one_gets_the
 @virtual_time
 async def test_a_failure_reaches_every_subscriber_after_the_data() -> None:
     stream, _ = reel()
-    readers = [stream.reader(), stream.reader()]
+    readers = [stream.subscribe(), stream.subscribe()]
     await record(stream, steps(b"a", b"b", TransportFailure("timeout", "silent")))
     for reader in readers:
         assert [await reader.next(), await reader.next()] == [b"a", b"b"]
@@ -115,7 +115,7 @@ async def test_a_failure_reaches_every_subscriber_after_the_data() -> None:
 @virtual_time
 async def test_a_single_slow_subscriber_stops_the_source() -> None:
     stream, told = reel(keep=LAG)
-    reader = stream.reader()
+    reader = stream.subscribe()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
     await settled()
     assert stream.held <= WINDOW + len(READ)
@@ -131,7 +131,7 @@ async def test_a_single_slow_subscriber_stops_the_source() -> None:
 @virtual_time
 async def test_consumed_chunks_are_freed_once_nobody_can_join() -> None:
     stream, told = reel(keep=10 * len(READ))
-    reader = stream.reader()
+    reader = stream.subscribe()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 1000)))
     total = 0
     async for data in reads(reader):
@@ -148,7 +148,7 @@ async def test_chunks_are_kept_until_everybody_has_joined() -> None:
     recording = asyncio.create_task(record(stream, steps(*[b"0123456789"] * 5)))
     await settled()
     assert told.full == 1
-    reader = stream.reader()
+    reader = stream.subscribe()
     told.here = True
     assert b"".join(await all_of(reader)) == b"0123456789" * 5
     await recording
@@ -157,7 +157,7 @@ async def test_chunks_are_kept_until_everybody_has_joined() -> None:
 @virtual_time
 async def test_a_slow_subscriber_delays_no_other_and_is_dropped_beyond_the_bound() -> None:
     stream, _ = reel(keep=2**20)
-    slow, fast = stream.reader(), stream.reader()
+    slow, fast = stream.subscribe(), stream.subscribe()
     dropped = []
     slow.too_slow = lambda: dropped.append(virtual_time_loop().time())
     await anext_later(slow)
@@ -186,7 +186,7 @@ async def anext_later(reader: Subscriber) -> None:
 @virtual_time
 async def test_a_slow_subscriber_within_the_bound_gets_everything() -> None:
     stream, _ = reel(keep=2**20)
-    slow, fast = stream.reader(), stream.reader()
+    slow, fast = stream.subscribe(), stream.subscribe()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
     began = virtual_time_loop().time()
     await all_of(fast)
@@ -200,11 +200,11 @@ async def test_a_slow_subscriber_within_the_bound_gets_everything() -> None:
 @virtual_time
 async def test_a_subscriber_far_behind_gets_several_reads_at_once() -> None:
     stream, _ = reel()
-    first = stream.reader()
+    first = stream.subscribe()
     recording = asyncio.create_task(record(stream, steps(*[b"%04d" % n for n in range(1000)])))
     await all_of(first)
     await recording
-    got = await all_of(stream.reader())
+    got = await all_of(stream.subscribe())
     assert b"".join(got) == b"".join(b"%04d" % n for n in range(1000))
     assert len(got) < 20
 
@@ -221,7 +221,7 @@ def test_every_subscriber_gets_everything(reads: list[tuple[bytes, float]], read
 
         async def read(after: float, pause: float) -> bytes:
             await asyncio.sleep(after)
-            return b"".join(await all_of(stream.reader(), pause))
+            return b"".join(await all_of(stream.subscribe(), pause))
 
         got = await asyncio.gather(*(read(*each) for each in readers))
         await recording
@@ -233,7 +233,7 @@ def test_every_subscriber_gets_everything(reads: list[tuple[bytes, float]], read
 @virtual_time
 async def test_a_subscriber_is_woken_only_if_it_waits() -> None:
     stream, _ = reel()
-    reader = stream.reader()
+    reader = stream.subscribe()
     got: list[bytes] = []
 
     def take(data: bytes) -> bool:
@@ -256,7 +256,7 @@ async def test_a_subscriber_is_woken_only_if_it_waits() -> None:
 @virtual_time
 async def test_a_disconnected_client_affects_only_its_subscriber() -> None:
     stream, _ = reel()
-    gone, other = stream.reader(), stream.reader()
+    gone, other = stream.subscribe(), stream.subscribe()
 
     def take(data: bytes) -> bool:
         raise ConnectionResetError
