@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,11 +87,11 @@ class App:
         sender = build_sender(services, self._traced_transport)
         reservations = build_reservations(services)
         endpoint_sender = build_endpoint_sender(services, sender, reservations)
-        self.handler = build_handler(services, endpoint_sender, self._observe)
+        self.handler = build_handler(services, endpoint_sender, self._observers(services))
         self.api = ApiHandler(
             services,
             self.handler,
-            PassthroughHandler(services, sender, reservations, self._observe_and_keep),
+            PassthroughHandler(services, sender, reservations, self._observe_passed),
             self.admin,
             self.metrics,
             access,
@@ -126,16 +126,16 @@ class App:
         self._renewals = [spawn(token.run(), "entra id") for token in tokens]
         return tokens
 
-    def _observe(self, receipt: Receipt) -> None:
-        self.metrics.observe(receipt)
-        self.ledger.record(receipt)
-        logs.log_receipt(receipt)
-        if self.tracing is not None:
-            self.tracing.observe(receipt, self.services)
+    def _observers(self, services: Services) -> tuple[Callable[[Receipt], None], ...]:
+        """Return what takes note of every finished receipt."""
+        observers = self.ledger.record, self.metrics.observe, logs.log_receipt
+        return observers if self.tracing is None else (*observers, partial(self.tracing.observe, services=services))
 
-    def _observe_and_keep(self, receipt: Receipt) -> None:
+    def _observe_passed(self, receipt: Receipt) -> None:
+        """Take note of the receipt of a request that was passed through."""
         self.services.receipts.put(receipt)
-        self._observe(receipt)
+        for observe in self._observers(self.services):
+            observe(receipt)
 
     async def handle(self, request: BaseRequest) -> Any:
         if self.tracing is not None:
@@ -158,10 +158,12 @@ class App:
                 await asyncio.sleep(0)
 
 
-def build_handler(services: Services, sender: EndpointSender, observe: Callable[[Receipt], None]) -> RequestHandler:
+def build_handler(
+    services: Services, sender: EndpointSender, observers: Sequence[Callable[[Receipt], None]]
+) -> RequestHandler:
     """Return the handler of the five endpoints, built from below: each part is handed to those that use it.
 
-    observe: is called with every finished receipt, when it has been counted.
+    observers: are called with every finished receipt, when it has been counted.
     """
     settings, clock, masker = services.settings, services.clock, services.masker
     runs, budgets = services.runs, services.budgets
@@ -170,7 +172,7 @@ def build_handler(services: Services, sender: EndpointSender, observe: Callable[
         services.clients,
         budgets,
         show_key=len(settings.server.client_keys) < 2,
-        observers=(runs.finished, budgets.recorded, services.receipts.put, observe),
+        observers=(runs.finished, budgets.recorded, services.receipts.put, *observers),
     )
     cache = ResponseCache(services.store, settings.cache, clock, identity=services.identities.of, mask=masker.mask_text)
     estimates = sender.estimates

@@ -7,7 +7,7 @@ import pytest
 from tests.rooms import KINDS, walks
 
 MAX_ROOMS = 12
-MAX_CHANGES = 110
+MAX_CHANGES = 100
 
 pytestmark = pytest.mark.slow
 

@@ -39,7 +39,7 @@ class Client:
 class ProxyRequest(msgspec.Struct, frozen=True):
     """One request to one of the cached endpoints, parsed.
 
-    headers: as they came. body: as it came; document: the same, parsed.
+    endpoint: the route's. headers: as they came. body: as it came; document: the same, parsed.
     model: the body's, else that of the Azure deployment in the path; body_model: the body's alone.
     wants_usage: it asked for a stream's usage chunk.
     arrived, deadline: monotonic seconds. max_wait: seconds it may wait for a key.
@@ -47,6 +47,7 @@ class ProxyRequest(msgspec.Struct, frozen=True):
 
     id: str
     route: Route
+    endpoint: str
     headers: Sequence[Raw]
     body: bytes
     document: Mapping[str, Any]
@@ -86,6 +87,7 @@ class ProxyRequest(msgspec.Struct, frozen=True):
         return cls(
             id=id,
             route=route,
+            endpoint=route.endpoint,
             headers=headers,
             body=body,
             document=document,
@@ -99,10 +101,6 @@ class ProxyRequest(msgspec.Struct, frozen=True):
             deadline=deadline,
             max_wait=max_wait,
         )
-
-    @property
-    def endpoint(self) -> str:
-        return self.route.endpoint
 
     def with_input(self, input_json: bytes) -> ProxyRequest:
         """Return the request with another `input` (JSON text); every other byte of its body stays."""

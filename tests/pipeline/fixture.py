@@ -114,7 +114,7 @@ def request_handler(
 ) -> RequestHandler:
     """The handler of the five endpoints, built as `app` builds it."""
     sender = build_endpoint_sender(services, build_sender(services, transport), build_reservations(services))
-    return build_handler(services, sender, observe)
+    return build_handler(services, sender, [observe])
 
 
 def header_lines(lines: str) -> dict[str, str]:
