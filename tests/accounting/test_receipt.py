@@ -58,7 +58,7 @@ def test_a_receipt_as_json() -> None:
     assert orjson.loads(orjson.dumps(got)) == got
 
 
-def test_everything_is_told() -> None:
+def test_a_receipt_has_every_field() -> None:
     fields = {
         "id": "a1",
         "client": "anna",
@@ -93,13 +93,13 @@ def test_everything_is_told() -> None:
     }
 
 
-def test_a_model_that_is_no_unicode_can_be_told_too() -> None:
+def test_a_model_that_is_not_unicode_can_be_written() -> None:
     """JSON bodies may hold lone surrogates, in either direction."""
     got = orjson.loads(orjson.dumps(receipt(model="gpt-\ud800", answer_model="é\udfff").as_json()))
     assert (got["model"], got["answer_model"]) == ("gpt-\\ud800", "é\\udfff")
 
 
-def test_what_is_unknown_is_null_never_zero() -> None:
+def test_unknown_values_are_null_instead_of_zero() -> None:
     got = receipt().as_json()
     for name in ("cost_usd", "saved_usd", "prompt_tokens", "completion_tokens", "total_tokens", "client", "error"):
         assert got[name] is None, name
@@ -126,7 +126,7 @@ def test_a_hit_of_unknown_price_saves_an_unknown_amount() -> None:
     assert got.saved_usd is None
 
 
-def test_the_last_ones_are_kept() -> None:
+def test_the_latest_receipts_are_kept() -> None:
     receipts = Receipts(kept=3)
     for number in range(5):
         if number % 2:

@@ -19,7 +19,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 # What goes up and what comes back.
 
 
-async def test_a_request_and_its_answer(up: AiohttpTransport) -> None:
+async def test_a_request_and_its_response(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         connection = ConnectionInfo()
         answer = await send(up, upstream, connection)
@@ -36,7 +36,7 @@ async def test_a_request_and_its_answer(up: AiohttpTransport) -> None:
         ]
 
 
-async def test_headers_go_up_as_often_and_as_written(up: AiohttpTransport) -> None:
+async def test_headers_are_sent_repeated_and_unchanged(up: AiohttpTransport) -> None:
     headers = (("X-Twice", "1"), ("X-Twice", "2"), ("x-lower", "ä".encode().decode("utf-8", "surrogateescape")))
     async with raw_upstream(says(OK)) as upstream:
         await whole(await send(up, upstream, headers=headers))
@@ -44,7 +44,7 @@ async def test_headers_go_up_as_often_and_as_written(up: AiohttpTransport) -> No
 
 
 @pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 3_000_000])
-async def test_bodies_of_any_size_have_their_length(up: AiohttpTransport, size: int) -> None:
+async def test_bodies_of_any_size_have_a_content_length(up: AiohttpTransport, size: int) -> None:
     got: list[bytes] = []
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -58,7 +58,7 @@ async def test_bodies_of_any_size_have_their_length(up: AiohttpTransport, size: 
         assert b"transfer-encoding" not in upstream.heads[0].lower()
 
 
-async def test_a_body_that_flows_is_chunked_or_has_the_length_it_was_given(up: AiohttpTransport) -> None:
+async def test_a_streamed_body_is_chunked_or_has_its_given_length(up: AiohttpTransport) -> None:
     got: list[bytes] = []
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -86,7 +86,7 @@ async def test_requests_without_a_body(up: AiohttpTransport, method: str) -> Non
         assert b"content-" not in upstream.heads[0].lower().replace(b"content-length: 0\r\n", b"")
 
 
-async def test_nothing_is_followed_and_no_cookie_is_kept(up: AiohttpTransport) -> None:
+async def test_redirects_are_not_followed_and_cookies_not_kept(up: AiohttpTransport) -> None:
     moved = b"HTTP/1.1 302 Found\r\nLocation: /v1/y\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"
     async with raw_upstream(says(moved, times=2)) as upstream:
         for _ in range(2):
@@ -96,14 +96,14 @@ async def test_nothing_is_followed_and_no_cookie_is_kept(up: AiohttpTransport) -
         assert all(b"cookie" not in head.lower() for head in upstream.heads)
 
 
-async def test_the_environments_proxies_are_not_used(up: AiohttpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxies_of_the_environment_are_not_used(up: AiohttpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     async with raw_upstream(says(OK)) as upstream:
         assert (await send(up, upstream)).status == 200
 
 
-async def test_compressed_bodies_come_as_they_are(up: AiohttpTransport) -> None:
+async def test_compressed_bodies_are_not_decoded(up: AiohttpTransport) -> None:
     packed = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nnope"
     async with raw_upstream(says(packed)) as upstream:
         assert await whole(await send(up, upstream)) == b"nope"
@@ -116,7 +116,7 @@ async def test_a_body_arrives_read_by_read(up: AiohttpTransport) -> None:
         assert [chunk async for chunk in answer.chunks()] == [b"ab", b"c"]
 
 
-async def test_what_came_with_the_head_is_ready_and_nothing_else(up: AiohttpTransport) -> None:
+async def test_data_received_with_the_head_is_ready(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=2, then="wait")) as upstream:
         answer = await send(up, upstream)
         assert answer.ready() == b"{}"
@@ -140,7 +140,7 @@ async def test_what_came_with_the_head_is_ready_and_nothing_else(up: AiohttpTran
 # Connections.
 
 
-async def test_a_connection_is_used_again_when_its_answer_was_read_to_the_end(up: AiohttpTransport) -> None:
+async def test_a_connection_is_reused_after_its_response_was_read(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=3)) as upstream:
         reused = []
         for _ in range(3):
@@ -150,7 +150,7 @@ async def test_a_connection_is_used_again_when_its_answer_was_read_to_the_end(up
         assert (upstream.connections, reused) == (1, [False, True, True])
 
 
-async def test_a_fresh_one_is_new_whatever_is_idle(up: AiohttpTransport) -> None:
+async def test_a_fresh_connection_is_new_despite_idle_ones(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK, times=3, then="wait")) as upstream:
         await whole(await send(up, upstream))
         connection = ConnectionInfo(fresh=True)
@@ -158,7 +158,7 @@ async def test_a_fresh_one_is_new_whatever_is_idle(up: AiohttpTransport) -> None
         assert (upstream.connections, connection.reused) == (2, False)
 
 
-async def test_closing_in_the_middle_ends_the_connection(up: AiohttpTransport) -> None:
+async def test_closing_an_unread_response_closes_the_connection(up: AiohttpTransport) -> None:
     ended = asyncio.Event()
 
     async def turn(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

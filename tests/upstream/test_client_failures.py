@@ -35,7 +35,9 @@ TABLE: dict[str, tuple[Say, str, bool]] = {
 
 @pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
 @pytest.mark.parametrize(("turn", "kind", "answered"), TABLE.values(), ids=TABLE.keys())
-async def test_how_far_a_request_got(up: AiohttpTransport, turn: Say, kind: str, answered: bool, method: str) -> None:
+async def test_failures_are_classified_by_progress(
+    up: AiohttpTransport, turn: Say, kind: str, answered: bool, method: str
+) -> None:
     async with raw_upstream(turn) as upstream:
         connection = ConnectionInfo()
         with pytest.raises(TransportFailure) as caught:
@@ -46,7 +48,7 @@ async def test_how_far_a_request_got(up: AiohttpTransport, turn: Say, kind: str,
 
 
 @pytest.mark.parametrize("how", [(), (None,)], ids=["closed", "reset"])
-async def test_a_reused_connection_that_closes_without_a_word_is_stale(
+async def test_a_reused_connection_closed_without_a_response_is_stale(
     up: AiohttpTransport, how: tuple[None, ...]
 ) -> None:
     """Also for the methods that aiohttp would otherwise send again by itself."""
@@ -91,7 +93,7 @@ async def test_idle_connections_that_were_closed_are_not_used(up: AiohttpTranspo
             assert (upstream.connections, connection.reused) == (connections, False)
 
 
-async def test_nobody_listens(up: AiohttpTransport) -> None:
+async def test_a_refused_connection_is_unreached(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         pass
     connection = ConnectionInfo()
@@ -102,14 +104,14 @@ async def test_nobody_listens(up: AiohttpTransport) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://no-such-host.invalid/v1", "http://[::1", "http://127.0.0.1:99999/v1"])
-async def test_addresses_that_lead_nowhere(up: AiohttpTransport, url: str) -> None:
+async def test_unresolvable_addresses_are_unreached(up: AiohttpTransport, url: str) -> None:
     connection = ConnectionInfo()
     with pytest.raises(TransportFailure) as caught:
         await up.send("POST", url, [], b"{}", first_byte=3.0, connection=connection)
     assert (caught.value.kind, connection.connected) == ("unreached", False)
 
 
-async def test_no_tls_where_tls_is_expected(up: AiohttpTransport) -> None:
+async def test_a_server_without_tls_is_unreached(up: AiohttpTransport) -> None:
     async with raw_upstream(says(OK)) as upstream:
         connection = ConnectionInfo()
         with pytest.raises(TransportFailure) as caught:
@@ -120,7 +122,7 @@ async def test_no_tls_where_tls_is_expected(up: AiohttpTransport) -> None:
         assert upstream.heads == []
 
 
-async def test_a_certificate_that_nobody_vouches_for() -> None:
+async def test_an_untrusted_certificate_is_unreached() -> None:
     """No key is sent to it."""
     key = aiohttp.client_reqrep.ConnectionKey("h", 443, True, True, None, None, None)
     error = aiohttp.ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("sk-secret"))
@@ -145,11 +147,11 @@ async def test_a_certificate_that_nobody_vouches_for() -> None:
         (aiohttp.ClientPayloadError(), ConnectionInfo(connected=True), "ambiguous"),
     ],
 )
-def test_the_table(error: Exception, connection: ConnectionInfo, kind: str) -> None:
+def test_the_table_of_exceptions(error: Exception, connection: ConnectionInfo, kind: str) -> None:
     assert transport_failure(error, connection).kind == kind
 
 
-def test_every_failure_of_aiohttp_has_a_place() -> None:
+def test_every_aiohttp_exception_is_in_the_table() -> None:
     """Whatever its client raises is caught by one of the kinds that `send` names."""
     named = (TimeoutError, aiohttp.ClientError, OSError, ValueError)
     public = [getattr(aiohttp, name) for name in aiohttp.__all__]
@@ -177,7 +179,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     ],
     ids=["closed", "reset", "inside a chunk", "no chunk", "silent", "short", "short and silent"],
 )
-async def test_bodies_that_break(up: AiohttpTransport, turn: Say, kind: str, got: bytes) -> None:
+async def test_bodies_that_break_off(up: AiohttpTransport, turn: Say, kind: str, got: bytes) -> None:
     async with raw_upstream(turn) as upstream:
         answer = await send(up, upstream)
         seen: list[bytes] = []
@@ -193,7 +195,7 @@ async def test_bodies_that_break(up: AiohttpTransport, turn: Say, kind: str, got
         answer.close()
 
 
-async def test_each_read_has_its_own_patience(up: AiohttpTransport) -> None:
+async def test_each_read_has_its_own_timeout(up: AiohttpTransport) -> None:
     """0.2 s of silence are too much, a stream of any length is not."""
     pieces: list[Any] = [piece for _ in range(6) for piece in (0.1, b"1\r\na\r\n")]
     async with raw_upstream(says(CHUNKED, *pieces, b"0\r\n\r\n")) as upstream:

@@ -51,7 +51,7 @@ def bytewise(data: bytes) -> list[bytes]:
 @pytest.mark.parametrize(
     "body", [b"", b"x", TEXT, NOISE, b"\0" * 100_000], ids=["empty", "x", "text", "noise", "zeros"]
 )
-def test_every_form_whole_and_byte_by_byte(form: str, body: bytes) -> None:
+def test_every_coding_is_decoded_whole_and_byte_by_byte(form: str, body: bytes) -> None:
     encoding, compress = FORMS[form]
     data = compress(body)
     assert inflated(encoding, [data]) == body
@@ -60,7 +60,7 @@ def test_every_form_whole_and_byte_by_byte(form: str, body: bytes) -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from(list(FORMS)), st.lists(st.integers(1, 40), min_size=1, max_size=20))
-def test_any_body_in_any_pieces(body: bytes, form: str, sizes: list[int]) -> None:
+def test_any_body_is_decoded_in_any_pieces(body: bytes, form: str, sizes: list[int]) -> None:
     encoding, compress = FORMS[form]
     data = compress(body)
     pieces: list[bytes] = []
@@ -73,7 +73,7 @@ def test_any_body_in_any_pieces(body: bytes, form: str, sizes: list[int]) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_cut_anywhere_is_seen(form: str) -> None:
+def test_a_body_cut_anywhere_is_an_error(form: str) -> None:
     encoding, compress = FORMS[form]
     data = compress(TEXT)
     for cut in range(1, len(data)):
@@ -83,7 +83,7 @@ def test_a_cut_anywhere_is_seen(form: str) -> None:
             assert caught.value.kind == "invalid"
 
 
-def test_raw_deflate_that_looks_a_little_like_zlib() -> None:
+def test_raw_deflate_that_resembles_zlib_is_decoded() -> None:
     """Two bytes that pass zlib's check sum, or that name its method: both are needed."""
     bodies = [raw_deflate(str(number).encode()) for number in range(2000)]
     alike = [data for data in bodies if int.from_bytes(data[:2], "big") % 31 == 0]
@@ -92,14 +92,14 @@ def test_raw_deflate_that_looks_a_little_like_zlib() -> None:
         assert inflated("deflate", bytewise(data)).isdigit()
 
 
-def test_nothing_at_all_is_nothing() -> None:
+def test_an_empty_body_is_empty() -> None:
     for encoding in ("gzip", "deflate"):
         assert inflated(encoding, []) == b""
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 @pytest.mark.parametrize("data", [b"{}", b'{"error": "plain text"}', b"<html>", b"\xff" * 50, b"\x1f\x8b\x08"])
-def test_what_is_not_compressed_is_an_invalid_answer(encoding: str, data: bytes) -> None:
+def test_an_uncompressed_body_is_an_error(encoding: str, data: bytes) -> None:
     for pieces in ([data], bytewise(data)):
         with pytest.raises(TransportFailure) as caught:
             inflated(encoding, pieces)
@@ -119,7 +119,7 @@ def test_a_flipped_bit_never_gives_another_error(form: str, data: st.DataObject)
 
 
 @pytest.mark.parametrize("spoilt", [-1, -5])
-def test_a_wrong_checksum_or_length_is_seen(spoilt: int) -> None:
+def test_a_wrong_checksum_or_length_is_an_error(spoilt: int) -> None:
     data = bytearray(gzip.compress(TEXT))
     data[spoilt] ^= 1
     with pytest.raises(TransportFailure):
@@ -130,26 +130,26 @@ def test_a_wrong_checksum_or_length_is_seen(spoilt: int) -> None:
 
 
 @given(st.lists(st.binary(max_size=60), min_size=1, max_size=6), st.integers(1, 60))
-def test_gzip_members_in_a_row(bodies: list[bytes], size: int) -> None:
+def test_several_gzip_members_are_decoded(bodies: list[bytes], size: int) -> None:
     data = b"".join(gzip.compress(body) for body in bodies)
     pieces = [data[at : at + size] for at in range(0, len(data), size)]
     assert inflated("gzip", pieces) == b"".join(bodies)
     assert inflated("gzip", [data]) == b"".join(bodies)
 
 
-def test_the_second_member_may_be_cut_too() -> None:
+def test_a_cut_second_gzip_member_is_an_error() -> None:
     data = gzip.compress(b"one") + gzip.compress(TEXT)
     for cut in range(len(gzip.compress(b"one")) + 1, len(data)):
         with pytest.raises(TransportFailure):
             inflated("gzip", [data[:cut]])
 
 
-def test_rubbish_after_a_gzip_member_is_refused() -> None:
+def test_trailing_bytes_after_a_gzip_member_are_an_error() -> None:
     with pytest.raises(TransportFailure):
         inflated("gzip", [gzip.compress(b"one") + b"rubbish"])
 
 
-def test_bytes_after_a_deflate_stream_do_not_pile_up() -> None:
+def test_trailing_bytes_after_a_deflate_stream_are_dropped() -> None:
     """The stream says itself where it ends: what follows is no part of the answer, and must not be held."""
     for compress in (zlib.compress, raw_deflate):
         inflater = Decompressor("deflate")
@@ -166,12 +166,12 @@ def test_bytes_after_a_deflate_stream_do_not_pile_up() -> None:
 # --- bombs ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_bounds_are_the_contracts() -> None:
+def test_the_limits_of_decompression() -> None:
     assert (inflate.MAX_DECODED, inflate.BOMB_FLOOR, inflate.BOMB_RATIO) == (256 * MIB, 8 * MIB, 100)
 
 
 @pytest.mark.parametrize("form", ["gzip", "zlib", "raw"])
-def test_up_to_the_floor_any_ratio_is_fine(form: str) -> None:
+def test_any_ratio_is_allowed_for_small_bodies(form: str) -> None:
     encoding, compress = FORMS[form]
     data = compress(b"\0" * (8 * MIB))
     assert len(data) * 100 < 8 * MIB
@@ -180,7 +180,7 @@ def test_up_to_the_floor_any_ratio_is_fine(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["gzip", "zlib", "raw"])
 @pytest.mark.parametrize("extra", [1, 24 * MIB])
-def test_a_bomb_is_refused_and_never_unpacked(form: str, extra: int) -> None:
+def test_a_decompression_bomb_is_refused_without_unpacking(form: str, extra: int) -> None:
     encoding, compress = FORMS[form]
     data = compress(b"\0" * (8 * MIB + extra))
     for size in (len(data), 1000):
@@ -195,14 +195,14 @@ def test_a_bomb_is_refused_and_never_unpacked(form: str, extra: int) -> None:
         assert peak < 24 * MIB
 
 
-def test_a_bomb_of_many_members_is_refused() -> None:
+def test_a_decompression_bomb_of_many_members_is_refused() -> None:
     data = gzip.compress(b"\0" * MIB) * 9
     with pytest.raises(TransportFailure, match="too much"):
         inflated("gzip", [data])
     assert len(inflated("gzip", [gzip.compress(b"\0" * MIB) * 8])) == 8 * MIB
 
 
-def test_beyond_the_floor_a_modest_ratio_is_fine() -> None:
+def test_a_modest_ratio_is_allowed_for_large_bodies() -> None:
     pattern = random.Random(2).randbytes(1024)
     body = (pattern + b"\0" * 40_000) * 250
     data = gzip.compress(body)
@@ -211,7 +211,7 @@ def test_beyond_the_floor_a_modest_ratio_is_fine() -> None:
     assert inflated("gzip", [data[at : at + 4096] for at in range(0, len(data), 4096)]) == body
 
 
-def test_no_ratio_excuses_more_than_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_size_is_limited_at_any_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inflate, "MAX_DECODED", 5000)
     noise = random.Random(3).randbytes(5001)
     assert inflated("gzip", [gzip.compress(noise[:5000])]) == noise[:5000]
@@ -222,7 +222,7 @@ def test_no_ratio_excuses_more_than_the_whole(monkeypatch: pytest.MonkeyPatch) -
 
 @settings(max_examples=30)
 @given(st.integers(0, 400), st.integers(1, 50))
-def test_the_bound_is_exact(length: int, size: int) -> None:
+def test_the_size_limit_is_exact(length: int, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inflate, "MAX_DECODED", 200)
         data = zlib.compress((bytes(range(200)) * 2)[:length])
@@ -238,10 +238,10 @@ def test_the_bound_is_exact(length: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate"])
-def test_what_it_knows(encoding: str) -> None:
+def test_supported_codings(encoding: str) -> None:
     assert Decompressor.knows(encoding)
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "br", "zstd", "compress", "gzip, gzip", "GZIP"])
-def test_what_it_does_not_know(encoding: str) -> None:
+def test_unsupported_codings(encoding: str) -> None:
     assert not Decompressor.knows(encoding)

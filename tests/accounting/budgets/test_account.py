@@ -73,7 +73,7 @@ def test_days_and_months_are_those_of_utc(kind: Kind, wall: float, begin: float,
         ("2", "0", "0", "0", False),
     ],
 )
-def test_what_has_room(settled: str, held: str, others: str, amount: str, fits: bool) -> None:
+def test_amounts_that_fit(settled: str, held: str, others: str, amount: str, fits: bool) -> None:
     one = account()
     stake("0", one).settle(D(settled), NOON)
     one.read("day", at(2026, 11, 21), D(others), NOON)
@@ -81,11 +81,11 @@ def test_what_has_room(settled: str, held: str, others: str, amount: str, fits: 
     assert (one.short(D(amount), NOON) is None) is fits
 
 
-def test_nothing_fits_into_nothing() -> None:
+def test_nothing_fits_into_a_budget_of_0() -> None:
     assert account("0").short(D(0), NOON) is not None
 
 
-def test_of_two_full_ones_the_one_that_is_full_for_longer_is_told() -> None:
+def test_of_two_exceeded_periods_the_longer_one_is_named() -> None:
     one = account("1", "1")
     stake("1", one).settle(D(1), NOON)
     pot = one.short(D("0.1"), NOON)
@@ -98,7 +98,7 @@ def test_of_two_full_ones_the_one_that_is_full_for_longer_is_told() -> None:
     assert "stored answers are still given" in refusal.message
 
 
-def test_what_is_in_the_way_is_said() -> None:
+def test_the_exceeded_budget_is_named() -> None:
     one = account("1", name="anna")
     held = stake("0.8", one)
     pot = one.short(D("0.5"), NOON)
@@ -112,7 +112,7 @@ def test_what_is_in_the_way_is_said() -> None:
     assert "this request alone" in budget_exceeded(one, pot, D("1.5"), NOON, cache_only=False).message
 
 
-def test_a_stake_ends_once() -> None:
+def test_a_reservation_ends_once() -> None:
     one, other = account(), account("5", "9", "anna")
     told: list[None] = []
     mine = BudgetReservation((one, other), D("0.3"), lambda: told.append(None))
@@ -125,7 +125,7 @@ def test_a_stake_ends_once() -> None:
     assert len(told) == 1
 
 
-def test_what_nobody_knows_counts_with_its_estimate() -> None:
+def test_an_unknown_cost_counts_with_its_estimate() -> None:
     one = account()
     mine = stake("0.3", one)
     mine.assume(NOON)  # an attempt that timed out, and the request goes on
@@ -135,7 +135,7 @@ def test_what_nobody_knows_counts_with_its_estimate() -> None:
     assert (str(pot.assumed), str(pot.settled), pot.unknown, one.held) == ("0.6", "0", 2, D(0))
 
 
-def test_midnight_begins_a_day_and_what_is_under_way_stays_held() -> None:
+def test_at_midnight_spending_resets_and_reservations_stay() -> None:
     one = account("1", "10")
     stake("0", one).settle(D("0.9"), NOON)
     late = stake("0.1", one)
@@ -147,7 +147,7 @@ def test_midnight_begins_a_day_and_what_is_under_way_stays_held() -> None:
     assert spent(one, NOON) == {"day": "0.2", "month": "1.1"}  # a clock that is set back changes nothing
 
 
-def test_the_ledger_tells_what_others_have_spent_and_lags_behind() -> None:
+def test_spending_of_other_processes_comes_from_the_ledger() -> None:
     one, today = account(), at(2026, 11, 21)
     one.read("day", today, D("0.4"), NOON)
     assert spent(one) == {"day": "0.4"}
@@ -163,7 +163,7 @@ def test_the_ledger_tells_what_others_have_spent_and_lags_behind() -> None:
     assert one.at(NOON)[0].recorded == D("0.1")
 
 
-def test_alone_each_keeps_to_an_equal_share_of_what_was_left() -> None:
+def test_without_redis_each_process_keeps_an_equal_share() -> None:
     one, today = account("10"), at(2026, 11, 21)
     stake("0", one).settle(D(1), NOON)
     one.apply_shared({("day", today): D(2)}, D(1), 3, NOON)  # 6 are left, for three
@@ -180,7 +180,7 @@ def test_alone_each_keeps_to_an_equal_share_of_what_was_left() -> None:
     assert one.short(D(9), MIDNIGHT, alone=True) is None
 
 
-def test_one_warning_a_period() -> None:
+def test_an_exceeded_budget_is_logged_once_a_period() -> None:
     one = account("1", "3")
     share = D("0.8")
     stake("0", one).settle(D("0.79"), NOON)
@@ -196,7 +196,7 @@ def test_one_warning_a_period() -> None:
     assert [pot.kind for pot in one.crossed(share, MIDNIGHT)] == ["month"]
 
 
-def test_other_limits_keep_what_was_spent() -> None:
+def test_changed_limits_keep_the_spending() -> None:
     one = account("1")
     stake("0", one).settle(D("0.5"), NOON)
     one.change({"day": D("0.4"), "month": D(5)}, NOON)
@@ -236,7 +236,7 @@ AMOUNTS = st.integers(0, 10**12).map(lambda pico: D(pico).scaleb(-12))
         max_size=60,
     )
 )
-def test_only_what_was_underestimated_is_overspent(moves: list[tuple[str, object, object]]) -> None:
+def test_a_budget_is_exceeded_only_by_underestimates(moves: list[tuple[str, object, object]]) -> None:
     """A turned clock, costs that have nothing to do with their estimates: no period ever holds more than its limit and
     what estimates of requests that ended in it were short of; and in the end nothing is held.
     """

@@ -113,7 +113,7 @@ async def start(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         await proxy.budgets.close()
 
 
-async def test_one_budget_for_all(start: Start) -> None:
+async def test_a_budget_is_shared_by_all_proxies(start: Start) -> None:
     proxies = [await start("1") for _ in range(3)]
     spent = await asyncio.gather(*[proxies[n % 3].spend("0.03", "0.03") for n in range(60)])
     assert sum(spent) <= 33
@@ -128,14 +128,14 @@ async def test_one_budget_for_all(start: Start) -> None:
     assert {proxy.account.held for proxy in proxies} == {0}
 
 
-async def test_a_burst_at_one_proxy_gets_all_that_there_is(start: Start) -> None:
+async def test_a_burst_at_one_proxy_may_use_the_whole_budget(start: Start) -> None:
     one = await start("1")
     stakes = await asyncio.gather(*[one.hold("0.03") for _ in range(100)])
     assert len([stake for stake in stakes if stake is not None]) == 33
     assert one.account.held == D("0.99")
 
 
-async def test_what_one_holds_another_cannot_have(start: Start) -> None:
+async def test_a_reservation_of_one_proxy_is_not_free_for_others(start: Start) -> None:
     one, other = await start("1"), await start("1")
     mine = await one.hold("0.7")
     assert mine is not None
@@ -157,7 +157,7 @@ async def test_sums_are_exact(start: Start) -> None:
     assert one.pot().spent == other.pot().spent == D("222221.000000000003")
 
 
-async def test_what_is_said_twice_counts_once_and_old_news_not_at_all(start: Start, server: Valkey) -> None:
+async def test_repeated_reports_count_once_and_outdated_ones_not(start: Start, server: Valkey) -> None:
     one, other = await start(), await start()
     await one.spend("2")
     for _ in range(3):
@@ -171,7 +171,7 @@ async def test_what_is_said_twice_counts_once_and_old_news_not_at_all(start: Sta
     assert (other.pot().spent, other.pot("month").spent) == (D(2), D(2))
 
 
-async def test_a_new_day(start: Start, server: Valkey) -> None:
+async def test_a_new_day_starts_at_zero(start: Start, server: Valkey) -> None:
     one, other = await start(), await start()
     await one.spend("9")
     await one.told()
@@ -193,7 +193,7 @@ async def test_keys_are_short(start: Start) -> None:
     assert len(proxy.shared.key(Account("c" * 200), "month", int(NOW)).encode()) <= 160
 
 
-async def test_what_a_killed_proxy_held_comes_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reservations_of_a_killed_proxy_are_released(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = await start("1"), await start("1")
     assert await one.hold("0.9") is not None
     assert not await other.spend("0.5")
@@ -203,7 +203,7 @@ async def test_what_a_killed_proxy_held_comes_back(start: Start, monkeypatch: py
     assert await other.spend("0.5")
 
 
-async def test_a_memory_that_is_lost_is_told_again(start: Start, server: Valkey) -> None:
+async def test_spending_is_reported_again_after_redis_lost_its_data(start: Start, server: Valkey) -> None:
     one, other = await start(before="3"), await start(before="3")
     await one.spend("1")
     await other.spend("2")
@@ -226,7 +226,7 @@ async def test_a_restart_knows_what_was_spent_from_redis_and_the_ledger(start: S
     assert (await start(before="5")).pot().spent == 5  # the ledger knows more: Redis was not there before
 
 
-async def test_alone_each_keeps_to_its_share_of_what_was_left(
+async def test_without_redis_each_proxy_keeps_to_its_share(
     start: Start, server: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, other = await start("10"), await start("10")
@@ -253,7 +253,7 @@ async def test_alone_each_keeps_to_its_share_of_what_was_left(
     assert one.pot().spent == other.pot().spent == 10
 
 
-async def test_a_server_that_refuses_is_nobodys_trouble(start: Start, server: Valkey) -> None:
+async def test_an_error_of_redis_fails_no_request(start: Start, server: Valkey) -> None:
     one = await start("10")
     server.say("SET", "x", "1")
     server.say("DEL", one.shared.key(one.account, "held"))

@@ -108,7 +108,7 @@ async def test_hits_misses_and_refusals(path: Path) -> None:
         assert connection.execute("SELECT count(*) FROM rows_v1").fetchone() == (4,)
 
 
-async def test_what_a_clean_stop_still_holds_is_written(path: Path) -> None:
+async def test_pending_rows_are_written_at_the_stop(path: Path) -> None:
     ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
     for number in range(1000):
@@ -118,7 +118,7 @@ async def test_what_a_clean_stop_still_holds_is_written(path: Path) -> None:
     assert (total(path)["requests"], total(path)["cost_usd"]) == (1001, "2.250000")
 
 
-async def test_without_a_path_there_are_totals_alone(tmp_path: Path) -> None:
+async def test_without_a_path_only_totals_are_kept(tmp_path: Path) -> None:
     ledger = Ledger(None, SYSTEM_CLOCK)
     ledger.open()
     ledger.record(receipt())
@@ -131,7 +131,7 @@ async def test_without_a_path_there_are_totals_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_it_is_flushed_without_being_asked(path: Path) -> None:
+async def test_rows_are_flushed_periodically(path: Path) -> None:
     ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
     task = asyncio.create_task(ledger.run())
@@ -142,7 +142,7 @@ async def test_it_is_flushed_without_being_asked(path: Path) -> None:
     await ledger.close()
 
 
-async def test_what_was_spent(path: Path) -> None:
+async def test_spending_by_client_and_period(path: Path) -> None:
     ledger = Ledger(str(path), SYSTEM_CLOCK)
     assert await ledger.spent(0.0) == 0  # no file yet
     ledger.open()
@@ -184,7 +184,7 @@ def test_a_request_with_two_tags_counts_in_both_and_once_in_all(path: Path, runn
     assert all_["requests"] == 3
 
 
-def test_another_cache(path: Path, running: LedgerWriter) -> None:
+def test_the_what_if_report_of_another_ttl(path: Path, running: LedgerWriter) -> None:
     put(running, *(receipt(finished_at=NOW + hours * 3600) for hours in range(4)))
     found = what_if(path, ALL, WhatIf.parse("ttl=2h"))
     assert (found["hits"], found["what_if_hits"], found["what_if_saved_usd"]) == (0, 2, "0.004500")
@@ -254,7 +254,7 @@ def test_a_full_disk(path: Path, running: LedgerWriter, caplog: pytest.LogCaptur
     assert any("works again" in record.getMessage() for record in caplog.records)
 
 
-def test_when_too_much_waits_equal_hits_are_one_and_the_rest_is_counted_as_lost(
+def test_a_full_queue_joins_equal_hits_and_counts_lost_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(writer, "MAX_WAITING", 10)
@@ -287,7 +287,7 @@ def test_when_too_much_waits_equal_hits_are_one_and_the_rest_is_counted_as_lost(
     assert any("5 requests lost" in record.getMessage() for record in caplog.records)
 
 
-async def test_what_is_beyond_the_memory_is_counted(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+async def test_dropped_rows_are_counted(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     monkeypatch.setattr("proxy.accounting.ledger.ledger.MAX_WAITING", 2)
     ledger = Ledger(str(path), SYSTEM_CLOCK)
     ledger.open()
@@ -355,7 +355,7 @@ def test_another_programs_database_is_left_alone(path: Path) -> None:
     assert spent(path, 0.0) == 0
 
 
-def test_a_file_that_was_removed_is_made_anew_with_all_its_kinds(path: Path, running: LedgerWriter) -> None:
+def test_a_removed_file_is_created_again(path: Path, running: LedgerWriter) -> None:
     put(running, receipt(client="anna"))
     path.unlink()
     put(running, receipt(client="anna"), receipt(client="ben"))
@@ -374,7 +374,7 @@ def test_a_row_that_cannot_be_written_does_not_stop_the_others(
     assert [record.levelno for record in caplog.records if record.levelno >= logging.ERROR] != []
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(LedgerMissing, match="there is no ledger"):
         report(tmp_path / "none.db", ["day"], ALL)
     assert not (tmp_path / "none.db").exists()
@@ -386,7 +386,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         report(tmp_path / "text.db", ["day"], ALL)
 
 
-def test_a_stop_that_takes_too_long_says_so(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_that_takes_too_long_is_logged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = LedgerWriter(path, 1, ReportRow())
     one.start()
     put(one, receipt())
@@ -414,7 +414,9 @@ for number in range(10**9):
 
 
 @pytest.mark.slow
-def test_killed_while_writing_beside_another(path: Path, running: LedgerWriter, tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_beside_another_loses_little(
+    path: Path, running: LedgerWriter, tmp_path: Path
+) -> None:
     """What was said to be written is there, and the file is whole."""
     command = [sys.executable, "-c", WRITES, str(path)]
     processes = [
@@ -447,7 +449,7 @@ def test_killed_while_writing_beside_another(path: Path, running: LedgerWriter, 
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def test_the_file_says_whose_it_is(path: Path) -> None:
+def test_the_file_has_the_proxys_application_id(path: Path) -> None:
     connection = open_to_write(path, 1.0, LAYOUT)
     assert connection.execute("PRAGMA application_id").fetchone() == (LAYOUT.application_id,)
     assert CACHE.application_id != LAYOUT.application_id

@@ -46,7 +46,7 @@ def receipt(**fields: Any) -> Receipt:
         ("1000000.000000000000000000000001", 0, "1000000.000000000000000000000001"),
     ],
 )
-def test_amounts(text: str, whole: int, rest: str) -> None:
+def test_amounts_are_stored_as_integers(text: str, whole: int, rest: str) -> None:
     assert amount(text) == (whole, Decimal(rest))
 
 
@@ -68,7 +68,7 @@ def test_sums_are_exact(amounts: list[tuple[Decimal, int]]) -> None:
     assert all(0 <= (whole or 0) <= 10**15 for whole, _ in parts)
 
 
-def test_a_row() -> None:
+def test_a_receipt_as_a_row() -> None:
     usage = Usage(100, 20, 120, cached_tokens=64)
     row = record_of(
         receipt(
@@ -105,7 +105,7 @@ def test_a_row() -> None:
     }
 
 
-def test_what_came_in_one_piece_has_its_first_byte_at_the_end() -> None:
+def test_a_plain_response_has_its_first_byte_at_the_end() -> None:
     assert record_of(receipt(total_ms=3.0), 1).first == 3000
 
 
@@ -150,6 +150,6 @@ def test_a_kind_has_one_number_everywhere() -> None:
     assert 0 <= kind_id(one) < 2**63
 
 
-def test_a_refusal() -> None:
+def test_a_refused_request_as_a_row() -> None:
     got = error_receipt("invalid_json", 400, "anna", "chat", 2.0)
     assert (kind_of(got).error, kind_of(got).status, record_of(got, 1, 3).requests) == ("invalid_json", 400, 3)

@@ -28,7 +28,7 @@ def row(**fields: Any) -> LedgerRecord:
     return LedgerRecord(**(base | fields))
 
 
-def test_sums() -> None:
+def test_sums_of_rows() -> None:
     sums = ReportRow()
     bought = row(attempts=2, prompt=100, cached=60, completion=20, total=120, cost=2_250_000_000, saved=0)
     sums.add(kind(), bought)
@@ -58,7 +58,7 @@ def test_sums() -> None:
     }
 
 
-def test_nothing_is_no_division() -> None:
+def test_empty_reports_divide_by_nothing() -> None:
     assert ReportRow().as_json()["hit_rate"] == 0.0
 
 
@@ -83,7 +83,7 @@ def test_percentiles_are_of_the_nearest_rank(slots: list[int]) -> None:
         (["endpoint", "error"], {"error": "throttled"}, [("chat", "throttled")]),
     ],
 )
-def test_where_a_request_belongs(by: list[str], fields: dict[str, Any], wanted: list[tuple[str | None, ...]]) -> None:
+def test_the_group_of_a_request(by: list[str], fields: dict[str, Any], wanted: list[tuple[str | None, ...]]) -> None:
     assert labels(by, kind(**fields), DAY) == wanted
     assert set(by) <= set(BY)
 
@@ -110,12 +110,12 @@ def test_the_order_of_rows() -> None:
         ("2001-09-09T03:46:40+02:00", 1e9),
     ],
 )
-def test_moments(text: str, wanted: float) -> None:
+def test_points_in_time(text: str, wanted: float) -> None:
     assert parse_moment(text, 1e9) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "tomorrow", "2001-13-01", "7 days", "-7d"])
-def test_what_is_no_moment(text: str) -> None:
+def test_invalid_points_in_time(text: str) -> None:
     with pytest.raises(ValueError, match="a duration back such as 7d"):
         parse_moment(text, 1e9)
 
@@ -140,7 +140,7 @@ def what(rows: list[tuple[int, int, int, int, int, int]], text: str) -> tuple[in
     return found["hits"], found["what_if_hits"], spent, saved
 
 
-def test_a_longer_life_has_more_hits() -> None:
+def test_a_longer_ttl_has_more_hits() -> None:
     dollar = 10**12
     rows = [(n * 3600 * S, 1, 1, dollar, 0, 7) for n in range(5)]
     assert what(rows, "ttl=30m") == (0, 0, Decimal(5), Decimal(0))
@@ -148,17 +148,17 @@ def test_a_longer_life_has_more_hits() -> None:
     assert what(rows, "ttl=7d") == what(rows, "when=always") == (0, 4, Decimal(1), Decimal(4))
 
 
-def test_a_shorter_life_has_fewer() -> None:
+def test_a_shorter_ttl_has_fewer_hits() -> None:
     rows = [(0, 1, 1, 10**12, 0, 7), (1 * S, 2, 3, 0, 3 * 10**12, 7), (100 * S, 2, 1, 0, 10**12, 7)]
     assert what(rows, "ttl=1h") == (4, 4, Decimal(1), Decimal(4))
     assert what(rows, "ttl=10s") == (4, 3, Decimal(2), Decimal(3))
 
 
-def test_hits_whose_answer_was_stored_before_the_ledger_began() -> None:
+def test_hits_stored_before_the_ledger_began() -> None:
     assert what([(0, 2, 3, 0, 3 * 10**12, 7)], "ttl=1h") == (3, 2, Decimal(1), Decimal(2))
 
 
-def test_only_what_is_deterministic() -> None:
+def test_only_deterministic_requests_are_counted_if_configured() -> None:
     rows = [(n * S, which, 1, 10**12, 0, which) for n in range(3) for which in (1, 3)]
     assert what(rows, "when=always")[:2] == (0, 4)
     assert what(rows, "ttl=1h,when=deterministic")[:2] == (0, 2)
@@ -171,6 +171,6 @@ def test_errors_are_not_stored() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "ttl", "ttl=", "ttl=never", "when=sometimes", "size=1", "ttl=1h;when=always"])
-def test_what_is_no_other_cache(text: str) -> None:
+def test_invalid_what_if_settings(text: str) -> None:
     with pytest.raises(ValueError, match=r"DURATION|duration"):
         WhatIf.parse(text)

@@ -65,7 +65,7 @@ async def told(runs: RedisRuns, mine: Run, until: float = NOW + 60) -> bool | No
     return await runs.share(mine, mine.share(until))
 
 
-async def test_numbers_are_given_once(opened: Open) -> None:
+async def test_sample_numbers_are_unique_over_all_processes(opened: Open) -> None:
     one, two = await opened(), await opened()
     mine, theirs = run("p1"), run("p2")
     both = ((one, mine), (two, theirs))
@@ -74,7 +74,7 @@ async def test_numbers_are_given_once(opened: Open) -> None:
     assert await one.number(run("p1", "eval-8"), A, False) == 0
 
 
-async def test_a_retry_takes_what_ended_in_another_process(opened: Open) -> None:
+async def test_a_retry_gets_the_number_that_ended_in_another_process(opened: Open) -> None:
     one, two = await opened(), await opened()
     mine, theirs = run("p1"), run("p2")
     for _ in range(3):
@@ -90,7 +90,7 @@ async def test_a_retry_takes_what_ended_in_another_process(opened: Open) -> None
     assert await one.number(mine, A, True) == 4
 
 
-async def test_numbers_go_on_from_what_was_given_without_redis(opened: Open) -> None:
+async def test_numbers_continue_after_an_outage_of_redis(opened: Open) -> None:
     one = await opened()
     mine = run("p1")
     for _ in range(3):
@@ -98,7 +98,9 @@ async def test_numbers_go_on_from_what_was_given_without_redis(opened: Open) -> 
     assert [await one.number(mine, A, False) for _ in range(2)] == [3, 4]
 
 
-async def test_a_run_that_is_full_is_numbered_by_each_alone(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_beyond_its_bound_is_numbered_by_each_process(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(redis_runs, "MAX_KEYS", 1)
     one = await opened()
     assert await one.number(run("p1"), A, False) == 0
@@ -136,7 +138,7 @@ async def test_an_older_share_does_not_undo_a_newer(opened: Open) -> None:
     assert theirs.cost == 1
 
 
-async def test_two_processes_do_not_overrun_together(opened: Open) -> None:
+async def test_two_processes_stay_within_max_cost(opened: Open) -> None:
     one, two = await opened(), await opened()
     limit, amount, bought = Decimal("1"), Decimal("0.15"), []
     mine, theirs = run("p1"), run("p2")
@@ -159,7 +161,7 @@ async def test_two_processes_do_not_overrun_together(opened: Open) -> None:
     assert len(bought) == 6
 
 
-async def test_what_a_dead_process_held_counts_no_longer(opened: Open) -> None:
+async def test_reservations_of_a_dead_process_are_released(opened: Open) -> None:
     one = await opened()
     dead, mine = run("p1"), run("p2")
     dead.reserve(Decimal(5))
@@ -171,7 +173,7 @@ async def test_what_a_dead_process_held_counts_no_longer(opened: Open) -> None:
     assert mine.others == 5
 
 
-async def test_every_key_has_a_lifetime_and_is_short(opened: Open, server: Valkey) -> None:
+async def test_every_redis_key_expires_and_is_short(opened: Open, server: Valkey) -> None:
     one = await opened("p" * MAX_PREFIX)
     mine = run("p1", "n" * 128)
     number = await one.number(mine, A, False)
@@ -186,7 +188,7 @@ async def test_every_key_has_a_lifetime_and_is_short(opened: Open, server: Valke
     await one.ended(mine, A[::-1], 7, delivered=False)  # no such number: nothing is made of it
 
 
-async def test_what_is_not_ours_is_left_out(opened: Open, server: Valkey) -> None:
+async def test_foreign_values_are_ignored(opened: Open, server: Valkey) -> None:
     one = await opened()
     mine = run("p1")
     _, shares, _ = one.keys_of(mine.name, mine.owner)
@@ -195,7 +197,7 @@ async def test_what_is_not_ours_is_left_out(opened: Open, server: Valkey) -> Non
     assert mine.cost == 0
 
 
-async def test_a_frozen_server_costs_a_moment_and_nothing_else(opened: Open, server: Valkey) -> None:
+async def test_a_frozen_redis_delays_only_briefly(opened: Open, server: Valkey) -> None:
     one = await opened(deadline=HASTY)
     server.signal(signal.SIGSTOP)
     async with asyncio.timeout(PATIENT / 2):  # an answer is waited for twice as long
@@ -203,9 +205,7 @@ async def test_a_frozen_server_costs_a_moment_and_nothing_else(opened: Open, ser
         assert await told(one, run("p1")) is None
 
 
-async def test_a_server_that_refuses_is_complained_about_once(
-    opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_error_of_redis_is_logged_once(opened: Open, server: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     one = await opened()
     mine = run("p1")
     numbers, _, _ = one.keys_of(mine.name, mine.owner)
@@ -215,7 +215,7 @@ async def test_a_server_that_refuses_is_complained_about_once(
     assert len([record for record in caplog.records if "refuses to count a run" in record.getMessage()]) == 1
 
 
-async def test_without_a_server_each_goes_on_alone(opened: Open, tmp_path: object) -> None:
+async def test_without_redis_each_process_counts_alone(opened: Open, tmp_path: object) -> None:
     one = await opened(url=f"unix://{tmp_path}/nothing")
     mine = run("p1")
     assert (await one.number(mine, A, False), await told(one, mine), await one.read("eval-7")) == (None, None, None)

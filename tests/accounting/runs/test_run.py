@@ -107,7 +107,7 @@ def test_no_two_open_fresh_requests_share_a_number_and_none_is_skipped(
 # Bounds.
 
 
-def test_the_least_recently_asked_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_request_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "MAX_KEYS", 2)
     one = run()
     for text in ("a", "b", "a", "c"):
@@ -116,7 +116,7 @@ def test_the_least_recently_asked_is_forgotten_first(monkeypatch: pytest.MonkeyP
     assert [one.number(key(text), False) for text in ("a", "b")] == [2, 0]
 
 
-def test_what_is_not_delivered_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undelivered_numbers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "MAX_OPEN", 2)
     one = run()
     for _ in range(3):
@@ -124,7 +124,7 @@ def test_what_is_not_delivered_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -
     assert one.number(A, True) == 1
 
 
-def test_runs_are_remembered_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_run_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "MAX_RUNS", 2)
     book = Runs()
     for name in ("one", "two"):
@@ -170,7 +170,7 @@ def test_sums_are_exact(amounts: list[Decimal]) -> None:
 
 
 @given(st.lists(st.tuples(AMOUNTS, st.booleans()), max_size=40), st.decimals(0, 3000, places=6))
-def test_what_costs_no_more_than_its_estimate_never_overruns(steps: list[tuple[Decimal, bool]], limit: Decimal) -> None:
+def test_costs_within_their_estimates_never_exceed_max_cost(steps: list[tuple[Decimal, bool]], limit: Decimal) -> None:
     """Requests under way count with their estimates, so that no order of arrivals and ends takes a run beyond."""
     one = run()
     under_way: list[Decimal] = []
@@ -202,7 +202,7 @@ def test_what_costs_no_more_than_its_estimate_never_overruns(steps: list[tuple[D
         ("0.5", "0.3", "0.2", "0.1", "1", False),
     ],
 )
-def test_room(spent: str, held: str, others: str, amount: str, limit: str, fits: bool) -> None:
+def test_the_remaining_amount(spent: str, held: str, others: str, amount: str, limit: str, fits: bool) -> None:
     one = run()
     one.add(RunTotals(cost=Decimal(spent)), WALL)
     one.reserve(Decimal(held))
@@ -210,7 +210,7 @@ def test_room(spent: str, held: str, others: str, amount: str, limit: str, fits:
     assert one.room_for(Decimal(amount), Decimal(limit)) is fits
 
 
-def test_what_others_hold_counts_while_they_live() -> None:
+def test_reservations_of_live_processes_count() -> None:
     one = run()
     share = RunShare(1, RunTotals(cost=Decimal(1), assumed=Decimal(2), saved=Decimal(7)), Decimal(3), until=WALL + 10)
     one.apply_shared([share], WALL)
@@ -219,7 +219,7 @@ def test_what_others_hold_counts_while_they_live() -> None:
     assert one.others == 3
 
 
-def test_what_is_assumed_counts_against_the_limit_only() -> None:
+def test_assumed_costs_count_only_against_the_limit() -> None:
     one = run()
     one.add(RunTotals(assumed=Decimal(2)), WALL)
     assert (one.cost, one.committed) == (Decimal(0), Decimal(2))
@@ -228,7 +228,7 @@ def test_what_is_assumed_counts_against_the_limit_only() -> None:
 @pytest.mark.parametrize(
     ("amount", "units"), [("0", 0), ("0.000000001", 1), ("0.0000000001", 1), ("1.5", 1_500_000_000)]
 )
-def test_rounding_up(amount: str, units: int) -> None:
+def test_amounts_are_rounded_up(amount: str, units: int) -> None:
     assert rounded_up(Decimal(amount), 9) == units
 
 

@@ -26,7 +26,7 @@ class Board:
         return next((self.known[id_] for id_ in ids if id_ in self.known), None)
 
 
-async def test_one_process_remembers_the_maker_of_an_object() -> None:
+async def test_a_process_remembers_the_owner_of_an_object() -> None:
     objects = ObjectOwners(lambda: 0.0)
     await objects.open()
     objects.record_owner(["file-1"], "k1")
@@ -36,7 +36,7 @@ async def test_one_process_remembers_the_maker_of_an_object() -> None:
     await objects.close()
 
 
-async def test_processes_share_makers_over_redis() -> None:
+async def test_processes_share_owners_over_redis() -> None:
     board = Board()
     one, other = ObjectOwners(lambda: 0.0, board), ObjectOwners(lambda: 0.0, board)
     one.record_owner(["file-1"], "k1")

@@ -63,7 +63,7 @@ JSONISH = st.recursive(
 
 
 @given(JSONISH, st.text(max_size=5))
-def test_nothing_raises(value: Any, model: str) -> None:
+def test_no_value_raises(value: Any, model: str) -> None:
     document = {
         "messages": value,
         "input": [value],

@@ -14,7 +14,7 @@ from tests.cache.stores.kit import PATIENT, until, valkey
 pytestmark = pytest.mark.slow
 
 
-async def test_one_proxy_tells_another(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_owners_are_shared_between_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DEADLINE", "_PUT_DEADLINE"):
         monkeypatch.setattr(redis_objects, name, PATIENT)
     with valkey() as server:
@@ -38,7 +38,7 @@ async def told(url: str) -> None:
         await asyncio.gather(one.close(), other.close())
 
 
-async def test_without_redis_nobody_knows_and_nobody_waits() -> None:
+async def test_without_redis_owners_are_unknown_at_once() -> None:
     with valkey() as server:
         objects = RedisOwners(server.url, "t")
         await objects.open()

@@ -45,11 +45,11 @@ def named(document: Any) -> list[str]:
         ([], []),
     ],
 )
-def test_what_a_request_names(document: Any, ids: list[str]) -> None:
+def test_ids_in_requests(document: Any, ids: list[str]) -> None:
     assert named(document) == ids
 
 
-def test_every_name_is_found() -> None:
+def test_ids_in_every_field_are_found() -> None:
     for name in objects._ID_FIELDS:
         assert named({name: "x"}) == ["x"]
 
@@ -71,7 +71,7 @@ def test_ids_are_found_at_any_depth() -> None:
         ("/files/", []),
     ],
 )
-def test_what_a_path_may_name(path: str, ids: list[str]) -> None:
+def test_ids_in_paths(path: str, ids: list[str]) -> None:
     assert ids_in_path(path) == ids
 
 
@@ -87,11 +87,11 @@ def test_what_a_path_may_name(path: str, ids: list[str]) -> None:
         (None, []),
     ],
 )
-def test_what_an_answer_brings(document: Any, ids: list[str]) -> None:
+def test_ids_in_responses(document: Any, ids: list[str]) -> None:
     assert ids_made_by(document) == ids
 
 
-def test_what_a_stream_brings() -> None:
+def test_ids_in_streams() -> None:
     created = {"type": "response.created", "response": {"id": "resp_1", "object": "response"}}
     assert ids_made_by_event(orjson.dumps(created)) == ["resp_1"]
     for data in (b"", b"[DONE]", b'{"response"', b'["response"]', b'{"response": 7}', b'{"choices": []}'):
@@ -111,7 +111,7 @@ def test_a_copy_is_bounded() -> None:
     assert broken.ids() == []
 
 
-def test_the_maker_is_known_for_thirty_days() -> None:
+def test_the_owner_is_known_for_thirty_days() -> None:
     owners = OwnerTable()
     assert owners.record("file-1", "k1", 0.0)
     assert not owners.record("file-1", "k1", 3600.0)  # no news
@@ -130,7 +130,7 @@ def test_memory_is_bounded() -> None:
 
 
 @given(st.recursive(st.none() | st.text(max_size=4), lambda x: st.lists(x) | st.dictionaries(st.text(max_size=4), x)))
-def test_nothing_raises(value: Any) -> None:
+def test_no_value_raises(value: Any) -> None:
     document = {"conversation": value, "file_ids": value, "id": value, "object": "x", "data": value}
     ids_named(orjson.dumps(document), document)
     ids_made_by(document)

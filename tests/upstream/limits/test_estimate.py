@@ -86,11 +86,11 @@ def image(url: str, detail: str | None = None) -> dict[str, Any]:
         ("other", {"prompt": "x" * 4, "input": "x" * 4, "max_tokens": 5}, 7),
     ],
 )
-def test_the_formula(endpoint: str, document: dict[str, Any], tokens: int) -> None:
+def test_the_documented_formula(endpoint: str, document: dict[str, Any], tokens: int) -> None:
     assert estimate_tokens(endpoint, document) == tokens
 
 
-def test_a_learned_output_stands_in_only_where_no_limit_is_set() -> None:
+def test_the_learned_output_is_used_only_without_max_tokens() -> None:
     assert estimate_tokens("chat", said("x" * 4), expected_output=300) == 301
     assert estimate_tokens("chat", said("x" * 4, n=2, max_tokens=None), expected_output=300) == 601
     assert estimate_tokens("chat", said("x" * 4, max_tokens=5), expected_output=300) == 6
@@ -107,7 +107,7 @@ def test_tools_and_schemas_are_prompt_text() -> None:
     assert estimate_tokens("responses", {"input": "", "text": {"format": {"schema": schema}}}) == 30
 
 
-def test_a_property_named_like_a_picture_is_none() -> None:
+def test_a_schema_property_named_like_an_image_is_text() -> None:
     tool = {"parameters": {"properties": {"image_url": {"description": "x" * 4}}}}
     assert estimate_tokens("chat", said("", tools=[tool])) == 4
 
@@ -141,7 +141,7 @@ def test_calls_of_functions_in_the_conversation_count() -> None:
         (b"BM" + bytes(60), "bmp", 1105),
     ],
 )
-def test_the_tiles_of_an_image_in_the_body(head: bytes, kind: str, tokens: int) -> None:
+def test_images_in_the_body_count_by_tiles(head: bytes, kind: str, tokens: int) -> None:
     url = data_url(head, kind)
     assert estimate_tokens("chat", said([image(url)])) == tokens
     assert estimate_tokens("chat", said([image(url, "high")])) == tokens
@@ -166,7 +166,7 @@ def test_the_tiles_of_an_image_in_the_body(head: bytes, kind: str, tokens: int) 
         7,
     ],
 )
-def test_an_image_of_unknown_size(url: Any) -> None:
+def test_an_image_of_unknown_size_has_a_default(url: Any) -> None:
     assert estimate_tokens("chat", said([image(url)])) == 1105
     assert estimate_tokens("chat", said([{"type": "image_url", "image_url": url}])) == 1105
 
@@ -196,7 +196,7 @@ def test_audio_and_files_are_not_characters() -> None:
 @pytest.mark.parametrize(
     "value", [True, "50", [50], {}, None, float("nan"), -5, -(10**400), float("-inf"), "9" * 99, 0.5]
 )
-def test_an_output_limit_that_is_no_count_is_nothing(value: Any) -> None:
+def test_an_invalid_output_limit_is_ignored(value: Any) -> None:
     assert estimate_tokens("chat", said("x" * 4, max_tokens=value)) == 1
 
 

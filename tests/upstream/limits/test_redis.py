@@ -135,7 +135,7 @@ steps = st.one_of(
 
 @given(limits=limit_values, script=st.lists(steps, max_size=40))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_window_ever_admits_more_than_the_limit_whoever_asks(
+def test_no_window_admits_more_than_the_limit_over_all_proxies(
     url: str, limits: Limits, script: list[tuple[str, float, int | None, int]]
 ) -> None:
     asyncio.run(story(url, limits, script))
@@ -227,7 +227,7 @@ async def test_nearly_all_of_each_limit_is_usable(
                 assert 0.95 * limit * seconds / span <= amount <= limit * (math.ceil(seconds / span) + 1)
 
 
-async def test_a_burst_of_the_whole_limit_goes_at_once_from_several_sides(url: str) -> None:
+async def test_a_burst_of_the_whole_limit_is_admitted_over_several_proxies(url: str) -> None:
     async with proxies(url, Limits(rpm=100, tpm=1000), 4) as group:
         answers = await asyncio.gather(*(group.ask(n % 4, 10) for n in range(200)))
         assert sum(isinstance(answer, RedisReservation) for answer in answers) == 100
@@ -236,7 +236,7 @@ async def test_a_burst_of_the_whole_limit_goes_at_once_from_several_sides(url: s
                 assert 30 < answer.seconds <= 61  # the server's own clock goes on
 
 
-async def test_concurrency_is_one_for_all_and_returns(url: str) -> None:
+async def test_concurrency_is_shared_and_released(url: str) -> None:
     async with proxies(url, Limits(concurrency=3), 3) as group:
         answers = await asyncio.gather(*(group.ask(n % 3, 1) for n in range(30)))
         taken = [answer for answer in answers if isinstance(answer, RedisReservation)]
@@ -248,7 +248,7 @@ async def test_concurrency_is_one_for_all_and_returns(url: str) -> None:
         assert sum(isinstance(answer, RedisReservation) for answer in answers) == 1
 
 
-async def test_what_a_killed_proxy_held_comes_back(url: str) -> None:
+async def test_permits_of_a_killed_proxy_are_released(url: str) -> None:
     async with proxies(url, Limits(concurrency=2), 2) as group:
         for _ in range(2):
             assert isinstance(await group.ask(0, 1), RedisReservation)
@@ -286,7 +286,7 @@ async def test_a_settlement_by_one_makes_room_for_another(url: str) -> None:
 # --- keys -----------------------------------------------------------------------------------------
 
 
-async def test_what_one_learns_of_a_key_holds_for_the_others(url: str) -> None:
+async def test_a_key_state_learned_by_one_proxy_applies_to_all(url: str) -> None:
     async with proxies(url, Limits(), 2) as group:
         one, other = group.limiters
         one.publish_key_state("k1", "m", {"cools m": ("cooling", 30.0, "429")})
@@ -302,7 +302,7 @@ async def test_what_one_learns_of_a_key_holds_for_the_others(url: str) -> None:
         assert 15 < group.adopted[-1][3] <= 31
 
 
-async def test_a_rested_key_that_works_is_free_for_all(url: str) -> None:
+async def test_a_key_that_works_again_is_ready_for_all(url: str) -> None:
     async with proxies(url, Limits(), 2) as group:
         one, other = group.limiters
         one.publish_key_state("k1", "m", {"rests *": ("rejected", 600.0, "401")})
@@ -321,7 +321,7 @@ async def eventually(ask: Callable[[], Awaitable[bool]], expected: bool) -> None
 # --- what is in Redis -----------------------------------------------------------------------------
 
 
-async def test_every_key_expires_is_short_and_of_one_slot(url: str) -> None:
+async def test_every_redis_key_expires_is_short_and_in_one_slot(url: str) -> None:
     prefix = "p" * 64
     limiter = RedisLimits(url, prefix, "0" * 32, lambda: 0.0, deadline=PATIENT)
     await limiter.open(lambda *_: None)
@@ -347,7 +347,7 @@ async def test_every_key_expires_is_short_and_of_one_slot(url: str) -> None:
     await limiter.close()
 
 
-async def test_a_reset_is_everybodys(url: str) -> None:
+async def test_a_reset_applies_to_all_proxies(url: str) -> None:
     async with proxies(url, Limits(rpm=2), 2) as group:
         for n in range(2):
             assert isinstance(await group.ask(n, 1), RedisReservation)
@@ -370,7 +370,7 @@ def own_server() -> Iterator[Valkey]:
         yield server
 
 
-def test_parts_add_up() -> None:
+def test_the_shares_add_up_to_the_limit() -> None:
     for amount in range(30):
         for count in range(1, 9):
             assert sum(part(amount, count, rank) for rank in range(count)) == amount
@@ -385,7 +385,7 @@ async def drained(group: Proxies, who: range, tokens: int = 1) -> int:
     return admitted
 
 
-async def test_while_redis_is_lost_each_holds_its_share_and_nobody_comes_back_with_a_burst(
+async def test_without_redis_each_proxy_keeps_its_share_and_returns_without_a_burst(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with own_server() as server:
@@ -426,7 +426,7 @@ async def test_while_redis_is_lost_each_holds_its_share_and_nobody_comes_back_wi
 
 @pytest.mark.parametrize("beat", [True, False])
 @pytest.mark.parametrize("first", [0, 1])
-async def test_a_loss_admits_no_more_than_was_free_whoever_asked_last(beat: bool, first: int) -> None:
+async def test_losing_redis_admits_no_more_than_was_free(beat: bool, first: int) -> None:
     with own_server() as server:
         async with proxies(server.url, Limits(rpm=60)) as group:
             await group.beat()
@@ -445,7 +445,7 @@ async def test_a_loss_admits_no_more_than_was_free_whoever_asked_last(beat: bool
             assert admitted == 20
 
 
-async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> None:
+async def test_a_proxy_started_without_redis_joins_when_redis_returns() -> None:
     with own_server() as server:
         server.kill()
         async with proxies(server.url, Limits(rpm=100)) as group:
@@ -464,7 +464,7 @@ async def test_who_starts_without_redis_joins_the_others_when_it_is_there() -> N
             assert await drained(group, range(2)) == 40, "what each admitted by itself is counted"
 
 
-async def test_who_finds_a_redis_without_memory_first_does_not_share_before_the_others_have_told() -> None:
+async def test_after_redis_lost_its_data_limits_are_shared_once_all_have_reported() -> None:
     with own_server() as server:
         async with proxies(server.url, Limits(rpm=60)) as group:
             await group.beat()
@@ -493,7 +493,7 @@ async def test_who_finds_a_redis_without_memory_first_does_not_share_before_the_
             assert await drained(group, range(2)) == 0
 
 
-async def test_who_starts_while_redis_is_late_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_started_while_redis_is_slow_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with own_server() as server:
         one = Alone(server, monkeypatch)
         server.signal(signal.SIGSTOP)
@@ -570,7 +570,7 @@ async def alone(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Alone]:
             await one.limiter.close()
 
 
-async def test_a_late_answer_means_waiting_and_only_lasting_silence_going_alone(
+async def test_a_late_reply_is_waited_for_and_a_lasting_outage_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with alone(monkeypatch) as one:
@@ -597,7 +597,7 @@ async def test_a_late_answer_means_waiting_and_only_lasting_silence_going_alone(
         assert limiter.link.failures == failures, "nobody is asked any more"
 
 
-async def test_what_waits_in_no_gate_waits_for_the_answer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reservation_outside_the_queue_waits_for_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     async with alone(monkeypatch) as one:
         one.freeze()
         answer = asyncio.create_task(one.ask(key=""))
@@ -608,7 +608,7 @@ async def test_what_waits_in_no_gate_waits_for_the_answer_itself(monkeypatch: py
         assert one.limiter.sound
 
 
-async def test_a_settlement_that_was_done_late_gives_nothing_back_twice(url: str) -> None:
+async def test_a_late_settlement_releases_nothing_twice(url: str) -> None:
     async with proxies(url, Limits(tpm=1000), 2) as group:
         first, second = await group.ask(0, 400), await group.ask(0, 600)
         assert isinstance(first, RedisReservation)
@@ -631,7 +631,7 @@ async def test_a_settlement_that_was_done_late_gives_nothing_back_twice(url: str
         assert isinstance(await group.ask(1, 300), RedisReservation)
 
 
-async def test_what_is_cancelled_on_its_way_is_taken_back(url: str) -> None:
+async def test_a_cancelled_reservation_is_released(url: str) -> None:
     async with proxies(url, Limits(rpm=5, concurrency=5), 2) as group:
         for _ in range(20):
             task = asyncio.create_task(group.ask(0, 1))
@@ -666,7 +666,7 @@ class Held:
                 yield thing
 
 
-async def test_one_that_loses_redis_for_a_moment_takes_nothing_from_the_others(url: str) -> None:
+async def test_a_proxy_that_loses_redis_briefly_takes_nothing_from_others(url: str) -> None:
     async with proxies(url, Limits(rpm=100, concurrency=100), 4) as group:
         await group.beat()
         for n in range(80):

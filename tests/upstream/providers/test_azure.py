@@ -69,7 +69,7 @@ V = "?api-version=2024-10-21"
         ("/openai/v1/models", "/v1/models"),
     ],
 )
-def test_every_shape_with_an_api_version(target: str, expected: str) -> None:
+def test_urls_with_an_api_version(target: str, expected: str) -> None:
     assert url(target) == expected
 
 
@@ -83,16 +83,16 @@ def test_every_shape_with_an_api_version(target: str, expected: str) -> None:
         ("/openai/files?api-version=1", "/files?api-version=1"),
     ],
 )
-def test_without_an_api_version_the_newer_surface(target: str, expected: str) -> None:
+def test_without_an_api_version_the_v1_surface_is_used(target: str, expected: str) -> None:
     assert url(target, api_version=None) == expected
 
 
-def test_an_azure_path_never_lacks_an_api_version() -> None:
+def test_a_deployment_path_always_has_an_api_version() -> None:
     for target in ("/openai/deployments/d/chat/completions", "/openai/files"):
         assert "api-version=" in url(target, api_version=None)
 
 
-def test_what_only_looks_like_an_api_version() -> None:
+def test_a_parameter_that_resembles_api_version_is_kept() -> None:
     assert url("/v1/models?x=api-version=1").endswith("?x=api-version=1&api-version=2024-10-21")
     assert url("/v1/models?xapi-version=1").endswith("&api-version=2024-10-21")
 
@@ -141,7 +141,7 @@ def test_model_stays_one_segment_of_the_path_or_is_refused(model: str) -> None:
     assert not got.fragment
 
 
-def test_a_model_that_is_no_unicode_is_still_a_url() -> None:
+def test_a_model_that_is_not_unicode_gives_a_valid_url() -> None:
     """A body may hold a lone surrogate; the upstream says 404 to it."""
     for text in ("\ud800", "a\udfffb"):
         assert azure.url(site(), parse_target("/v1/chat/completions"), text).isascii()
@@ -199,11 +199,11 @@ def test_the_credential_of_a_pool_key() -> None:
         ("api-key", "eyJhbGciOi.x.y", ("api-key", "eyJhbGciOi.x.y")),
     ],
 )
-def test_a_clients_own_credential(scheme: str, token: str, header: tuple[str, str]) -> None:
+def test_the_clients_own_credential_is_sent(scheme: str, token: str, header: tuple[str, str]) -> None:
     assert azure.client_auth(scheme, token) == (header,)
 
 
-def test_the_identity_is_address_version_and_deployment() -> None:
+def test_the_cache_identity_is_address_version_and_deployment() -> None:
     """Another base URL, api-version or deployment is another identity."""
     here = site()
     assert azure.identity(here, "gpt-4o") == azure.identity(site(), "gpt-4o")

@@ -46,14 +46,14 @@ def url(target: str, base_url: str = BASE, model: str = "gpt-4o") -> str:
         ("/v1/chat/completions?api-version=1", "/chat/completions?api-version=1"),
     ],
 )
-def test_every_shape_becomes_openais(target: str, path: str) -> None:
+def test_every_request_shape_becomes_openais(target: str, path: str) -> None:
     assert url(target) == BASE + path
 
 
 @pytest.mark.parametrize(
     "base_url", ["http://127.0.0.1:1234/v1", "https://gateway.example/team/openai", "http://[::1]:80"]
 )
-def test_the_base_url_is_the_settings_whatever_the_target(base_url: str) -> None:
+def test_the_configured_base_url_is_used_for_any_target(base_url: str) -> None:
     for target in ("/v1/@evil.example/x", "/v1/models?x=@evil", "/v1/:80/x", "/chat/completions", "/v1/x?//evil"):
         assert url(target, base_url).startswith(base_url + "/")
 
@@ -81,7 +81,7 @@ def test_no_target_leaves_the_base_url(text: str) -> None:
         ("/openai/v1/responses", "gpt-4o", None),
     ],
 )
-def test_the_bodys_model_else_what_the_deployment_stands_for(
+def test_the_model_is_that_of_the_body_or_of_the_deployment(
     target: str, body_model: str | None, written: str | None
 ) -> None:
     here, route = site(**{"gpt-4o": "mine"}), parse_target(target)
@@ -105,11 +105,11 @@ def test_the_credential_of_a_pool_key(organization: str | None, project: str | N
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "api-key"])
-def test_a_clients_own_credential_goes_as_bearer(scheme: str) -> None:
+def test_the_clients_own_credential_is_sent_as_bearer(scheme: str) -> None:
     assert openai.client_auth(scheme, "sk-mine") == (("Authorization", "Bearer sk-mine"),)
 
 
-def test_the_identity_is_the_base_url() -> None:
+def test_the_cache_identity_is_the_base_url() -> None:
     assert openai.identity(site(), "a") == openai.identity(site(), "b")
     assert openai.identity(site(), "a") != openai.identity(site("http://localhost/v1"), "a")
 
@@ -117,13 +117,13 @@ def test_the_identity_is_the_base_url() -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_what_there_is() -> None:
+def test_the_table_of_providers() -> None:
     assert set(PROVIDERS) == {"openai", "azure"}
 
 
 @pytest.mark.parametrize("kind", PROVIDERS)
 @pytest.mark.parametrize("scheme", ["bearer", "api-key"])
-def test_exactly_one_credential_goes_up(kind: str, scheme: str) -> None:
+def test_exactly_one_credential_is_sent(kind: str, scheme: str) -> None:
     dialect = PROVIDERS[kind]
     names = {"authorization", "api-key"}
     for headers in (dialect.auth("sk-x", "o", "p"), dialect.client_auth(scheme, "sk-x")):
@@ -131,7 +131,7 @@ def test_exactly_one_credential_goes_up(kind: str, scheme: str) -> None:
         assert sum("sk-x" in value for _, value in headers) == 1
 
 
-def test_dialects_have_identities_of_their_own() -> None:
+def test_providers_have_different_cache_identities() -> None:
     where = "https://x.openai.azure.com"
     assert len({dialect.identity(site(where), "m") for dialect in PROVIDERS.values()}) == len(PROVIDERS)
 
@@ -151,7 +151,7 @@ def test_dialects_have_identities_of_their_own() -> None:
         ("/openai/v1/responses", None, ""),
     ],
 )
-def test_the_model_a_request_is_for(target: str, body_model: str | None, model: str) -> None:
+def test_the_model_of_a_request(target: str, body_model: str | None, model: str) -> None:
     azure_site = UpstreamAddress(
         "az", "azure", "https://x.openai.azure.com", None, {"gpt-4o": "mine", "o*": "all-o", "gpt-[45]?": "maybe"}
     )

@@ -16,7 +16,7 @@ def opened(at: float = 0.0) -> CircuitBreaker:
     return breaker
 
 
-def test_failures_in_a_row_open_it() -> None:
+def test_consecutive_failures_open_the_circuit() -> None:
     breaker = CircuitBreaker(BreakerSettings(failures=3))
     for now in (0.0, 1.0):
         breaker.record_failure(now)
@@ -25,7 +25,7 @@ def test_failures_in_a_row_open_it() -> None:
     assert (breaker.state(2.0), breaker.wait(2.0)) == ("open", 15.0)
 
 
-def test_an_answer_in_between_starts_anew() -> None:
+def test_a_response_in_between_resets_the_count() -> None:
     breaker = CircuitBreaker(BreakerSettings(failures=3))
     for now in range(30):
         breaker.record_failure(float(now))
@@ -50,7 +50,7 @@ def test_failures_far_apart_do_not_add_up() -> None:
         assert breaker.state(float(now)) == "closed"
 
 
-def test_one_request_tries_it_and_the_others_wait() -> None:
+def test_one_request_probes_and_others_are_refused() -> None:
     breaker = opened()
     assert breaker.wait(14.9) > 0
     assert (breaker.wait(15.0), breaker.state(15.0)) == (0.0, "half_open")
@@ -60,20 +60,20 @@ def test_one_request_tries_it_and_the_others_wait() -> None:
     assert (breaker.wait(15.1), breaker.state(15.1)) == (0.0, "closed")
 
 
-def test_a_probe_that_fails_opens_it_again() -> None:
+def test_a_failed_probe_opens_the_circuit_again() -> None:
     breaker = opened()
     breaker.sends(15.0)
     breaker.record_failure(16.0)
     assert (breaker.wait(16.0), breaker.state(16.0)) == (15.0, "open")
 
 
-def test_a_probe_that_is_lost_is_followed_by_another() -> None:
+def test_a_probe_without_result_is_followed_by_another() -> None:
     breaker = opened()
     breaker.sends(15.0)
     assert breaker.wait(30.0) == 0.0
 
 
-def test_what_was_under_way_when_it_opened_changes_nothing() -> None:
+def test_requests_in_flight_when_the_circuit_opens_do_not_change_it() -> None:
     breaker = opened()
     breaker.record_failure(10.0)
     assert breaker.wait(10.0) == 5.0
@@ -84,7 +84,7 @@ def test_what_was_under_way_when_it_opened_changes_nothing() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(["sends", "record_failure", "record_success"]), st.floats(0, 40)), max_size=60)
 )
-def test_nobody_waits_longer_than_an_opening(story: list[tuple[str, float]]) -> None:
+def test_retry_after_is_at_most_the_open_time(story: list[tuple[str, float]]) -> None:
     breaker = CircuitBreaker(BreakerSettings(failures=2))
     now = 0.0
     for what, step in story:

@@ -16,11 +16,11 @@ TABLE = {"gpt-4o": ("gpt-4o-mini", "gpt-4.1"), "gpt-4*": ("gpt-4o-mini",), "*": 
     ("model", "others"),
     [("gpt-4o", ("gpt-4o-mini", "gpt-4.1")), ("gpt-4-turbo", ("gpt-4o-mini",)), ("o3", ("o1",)), ("o1", ())],
 )
-def test_the_exact_name_then_the_longest_glob(model: str, others: tuple[str, ...]) -> None:
+def test_the_exact_name_wins_over_the_longest_glob(model: str, others: tuple[str, ...]) -> None:
     assert fallbacks_for(TABLE, model) == others
 
 
-def test_none_configured() -> None:
+def test_without_configuration_there_is_no_fallback() -> None:
     assert fallbacks_for({}, "gpt-4o") == ()
 
 
@@ -46,7 +46,7 @@ def test_only_the_model_of_the_body_changes() -> None:
     assert (other.id, other.deadline, other.route) == (first.id, first.deadline, first.route)
 
 
-def test_a_deployment_in_the_path_gives_way() -> None:
+def test_a_deployment_in_the_path_is_replaced() -> None:
     other = with_model(request("/openai/deployments/mine/chat/completions?api-version=1", b"{}"), "o1")
     assert (other.route.deployment, other.route.shape, other.route.path) == (None, "openai", "/chat/completions")
     assert other.route.query == "api-version=1"

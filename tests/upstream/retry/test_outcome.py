@@ -49,7 +49,7 @@ HINTS = [None, "", "true", "false", "maybe"]
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 206, 301, 302, 307, 399])
-def test_what_is_no_error_is_ok(status: int) -> None:
+def test_statuses_below_400_are_ok(status: int) -> None:
     for error, hint in product([NOTHING, QUOTA, *MISSING], HINTS):
         assert classify(status, error, hint) is OutcomeKind.OK
 
@@ -88,7 +88,7 @@ def test_every_error_status(status: int) -> None:
         ErrorInfo("billing_hard_limit_reached", "invalid_request_error"),
     ],
 )
-def test_out_of_quota_is_no_passing_rate_limit(error: ErrorInfo) -> None:
+def test_insufficient_quota_is_not_a_rate_limit(error: ErrorInfo) -> None:
     assert classify(429, error, None) is OutcomeKind.QUOTA
     assert classify(429, error, "true") is OutcomeKind.QUOTA
     assert OutcomeKind.QUOTA in KEY_TROUBLE
@@ -122,7 +122,7 @@ def test_a_transport_failure_is_an_outcome(kind: Any) -> None:
         (None, NOTHING),
     ],
 )
-def test_what_decides_in_an_error_body(document: Any, info: ErrorInfo) -> None:
+def test_the_parts_of_an_error_body_that_decide(document: Any, info: ErrorInfo) -> None:
     assert error_info(json.dumps(document).encode()) == info
 
 
@@ -147,7 +147,7 @@ SAID = "Rate limit reached for gpt-4o in organization org-x on {}: Limit {}, Use
         ({"message": "slow down"}, None, False),
     ],
 )
-def test_which_limit_a_429_is_about(error: dict[str, Any], limit: str | None, too_large: bool) -> None:
+def test_the_limit_of_a_429(error: dict[str, Any], limit: str | None, too_large: bool) -> None:
     info = error_info(json.dumps({"error": error}).encode())
     assert (info.limit, info.too_large) == (limit, too_large)
     assert classify(429, info, None) is (OutcomeKind.TOO_LARGE if too_large else OutcomeKind.RATE_LIMITED)
@@ -159,14 +159,14 @@ def test_which_limit_a_429_is_about(error: dict[str, Any], limit: str | None, to
     ("requests", "tokens", "limit"),
     [("0", "500", "requests"), ("3", "0", "tokens"), ("0", "0", None), (None, None, None), ("-1", "-1", None)],
 )
-def test_the_headers_say_it_where_the_body_does_not(requests: Any, tokens: Any, limit: Any) -> None:
+def test_the_headers_decide_if_the_body_does_not(requests: Any, tokens: Any, limit: Any) -> None:
     told = {"requests": requests, "tokens": tokens}
     headers = {f"x-ratelimit-remaining-{of}": left for of, left in told.items() if left is not None}
     assert dimension_of(headers, NOTHING) == limit
     assert dimension_of(headers, ErrorInfo(limit="tokens")) == "tokens"
 
 
-def test_the_dimension_that_is_named_tells_the_wait() -> None:
+def test_the_named_limit_decides_the_wait() -> None:
     headers = {"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "6m0s"}
     assert retry_after(headers, 0.0) is None
     assert retry_after(headers, 0.0, ErrorInfo(limit="tokens")) == 360.0
@@ -175,7 +175,7 @@ def test_the_dimension_that_is_named_tells_the_wait() -> None:
 
 
 @pytest.mark.parametrize("code", ["mismatched_organization", "mismatched_project", "invalid_organization"])
-def test_a_wrong_organisation_is_not_a_bad_key(code: str) -> None:
+def test_a_mismatched_organization_is_not_a_bad_key(code: str) -> None:
     assert classify(401, ErrorInfo(code, "invalid_request_error"), None) is OutcomeKind.ORGANIZATION
 
 
@@ -195,12 +195,12 @@ def test_a_wrong_organisation_is_not_a_bad_key(code: str) -> None:
         (OutcomeKind.STALE, None, None),
     ],
 )
-def test_what_speaks_against_an_upstream(outcome: OutcomeKind, status: int | None, sick: int | None) -> None:
+def test_outcomes_that_count_against_an_upstream(outcome: OutcomeKind, status: int | None, sick: int | None) -> None:
     assert breaker_failure(outcome, None if status is None else (status, {"date": "now"})) == sick
 
 
 @pytest.mark.parametrize("header", ["retry-after", "retry-after-ms"])
-def test_who_says_when_to_come_back_is_not_dead(header: str) -> None:
+def test_a_response_with_retry_after_does_not_count_against_an_upstream(header: str) -> None:
     assert breaker_failure(OutcomeKind.RETRY, (503, {header: "1"})) is None
 
 
@@ -209,7 +209,7 @@ DEEPER = b'{"error":' + b"[" * 100_000
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>502 Bad Gateway</html>", b"{", b"\xff\xfe", b'{"error":', DEEPER])
-def test_a_body_that_says_nothing(body: bytes) -> None:
+def test_an_error_body_without_information(body: bytes) -> None:
     assert error_info(body) == NOTHING
 
 
@@ -221,7 +221,7 @@ JSON = st.recursive(
 
 
 @given(st.binary(max_size=80) | st.builds(lambda error: json.dumps({"error": error, "type": "error"}).encode(), JSON))
-def test_no_body_raises(body: bytes) -> None:
+def test_no_error_body_raises(body: bytes) -> None:
     info = error_info(body)
     assert isinstance(info.code, str)
     assert isinstance(info.type, str)
@@ -289,7 +289,7 @@ def test_an_ordinary_first_event(event: Any) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"[DONE]", b'{"error"', b'"error"', b'{"error": NaN, ', b"\xff"])
-def test_a_first_event_that_is_no_json(data: bytes) -> None:
+def test_a_first_event_that_is_not_json(data: bytes) -> None:
     assert stream_error(data) is None
 
 
@@ -332,7 +332,7 @@ NONSENSE += ["9" * 400, "Tue, 99 Nov 2023 22:14:20 GMT", "Tue, 14 Nov 2023 22:14
 
 
 @pytest.mark.parametrize("text", NONSENSE)
-def test_a_retry_after_that_means_nothing(text: str) -> None:
+def test_invalid_retry_after_is_ignored(text: str) -> None:
     assert retry_after({"retry-after": text}, NOW) is None
     assert retry_after({"retry-after-ms": text}, NOW) is None
 
@@ -341,12 +341,12 @@ def test_a_retry_after_that_means_nothing(text: str) -> None:
     ("text", "seconds"),
     [("0", 0.0), ("1", 0.001), ("1500", 1.5), ("250.5", 0.2505), ("60000", 60.0)],
 )
-def test_milliseconds(text: str, seconds: float) -> None:
+def test_retry_after_in_milliseconds(text: str, seconds: float) -> None:
     assert retry_after({"retry-after-ms": text}, NOW) == pytest.approx(seconds)
     assert retry_after({"retry-after-ms": text, "retry-after": "77"}, NOW) == pytest.approx(seconds)
 
 
-def test_milliseconds_that_mean_nothing_leave_it_to_the_other() -> None:
+def test_invalid_retry_after_in_milliseconds_is_ignored() -> None:
     assert retry_after({"retry-after-ms": "-1", "retry-after": "20"}, NOW) == 20.0
     assert retry_after({"retry-after-ms": "x", "retry-after": "6m0s"}, NOW) == 360.0
 
@@ -405,7 +405,7 @@ def test_an_absurd_wait_is_bounded(text: str) -> None:
         ({"x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "60"}, None),
     ],
 )
-def test_the_exhausted_dimension_stands_in(headers: dict[str, str], seconds: float | None) -> None:
+def test_without_retry_after_the_exhausted_limits_reset_is_used(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(headers, NOW) == (None if seconds is None else pytest.approx(seconds))
 
 

@@ -60,7 +60,7 @@ def machine(random: float = 0.5, **policy: float) -> RetryState:
         (1000, 0.9, 10.0),
     ],
 )
-def test_the_delay_by_default(attempt: int, random: float, delay: float) -> None:
+def test_the_default_delays(attempt: int, random: float, delay: float) -> None:
     assert retry_delay(RetrySettings(), attempt, lambda: random) == pytest.approx(delay)
 
 
@@ -103,7 +103,7 @@ def test_a_longer_retry_after_may_exceed_max_delay() -> None:
 
 
 @pytest.mark.parametrize("outcome", AT_ONCE)
-def test_what_is_never_sent_again(outcome: OutcomeKind) -> None:
+def test_outcomes_that_are_never_retried(outcome: OutcomeKind) -> None:
     for asked, other in product((None, 0.0, 5.0), (False, True)):
         attempts = machine()
         assert after(attempts, outcome, asked=asked, other=other) == ReturnToClient(spent=False)
@@ -111,7 +111,7 @@ def test_what_is_never_sent_again(outcome: OutcomeKind) -> None:
 
 
 @pytest.mark.parametrize("outcome", sorted(KEY_TROUBLE, key=str))
-def test_trouble_of_the_key_changes_key_for_nothing(outcome: OutcomeKind) -> None:
+def test_a_failure_of_the_key_changes_the_key_without_using_a_retry(outcome: OutcomeKind) -> None:
     """No retry, no wait, no deadline: also with no retries at all, and for as many keys as there are."""
     attempts = machine(max_retries=0)
     for other in [True] * 50 + [False]:
@@ -119,7 +119,7 @@ def test_trouble_of_the_key_changes_key_for_nothing(outcome: OutcomeKind) -> Non
     assert attempts.retries == 0
 
 
-def test_a_limited_key_gives_way_to_another_at_once() -> None:
+def test_a_rate_limited_key_is_replaced_at_once() -> None:
     attempts = machine(max_retries=0)
     for _ in range(9):
         assert after(attempts, OutcomeKind.RATE_LIMITED, asked=30.0, other=True, granted=lambda: False) == TryNextKey()
@@ -129,7 +129,7 @@ def test_a_limited_key_gives_way_to_another_at_once() -> None:
 
 @pytest.mark.parametrize("outcome", [*PAUSED, OutcomeKind.RATE_LIMITED])
 @pytest.mark.parametrize("most", [0, 1, 3, 10])
-def test_as_many_retries_as_allowed(outcome: OutcomeKind, most: int) -> None:
+def test_retries_are_limited_to_max_retries(outcome: OutcomeKind, most: int) -> None:
     attempts = machine(0.0, max_retries=most)
     for number in range(most):
         assert after(attempts, outcome, left=math.inf) == RetryAfter(min(2.0**number, 10.0))
@@ -138,11 +138,11 @@ def test_as_many_retries_as_allowed(outcome: OutcomeKind, most: int) -> None:
 
 
 @pytest.mark.parametrize("outcome", PAUSED)
-def test_another_key_does_not_help_what_is_not_the_keys_fault(outcome: OutcomeKind) -> None:
+def test_an_upstream_failure_does_not_change_the_key(outcome: OutcomeKind) -> None:
     assert isinstance(after(machine(), outcome, other=True), RetryAfter)
 
 
-def test_beyond_the_deadline_the_answer_is_passed_on_at_once() -> None:
+def test_a_delay_beyond_the_deadline_returns_the_response() -> None:
     attempts = machine()
     assert after(attempts, OutcomeKind.RATE_LIMITED, asked=3600.0, left=600.0) == ReturnToClient(spent=False)
     assert after(attempts, OutcomeKind.RATE_LIMITED, asked=600.0, left=600.0) == ReturnToClient(spent=False)
@@ -152,7 +152,7 @@ def test_beyond_the_deadline_the_answer_is_passed_on_at_once() -> None:
     assert attempts.retries == 1
 
 
-def test_a_stale_connection_costs_nothing_once() -> None:
+def test_one_stale_connection_uses_no_retry() -> None:
     attempts = machine(max_retries=1)
     assert after(attempts, OutcomeKind.STALE, left=0.5, granted=lambda: False) == RetryOnNewConnection()
     assert attempts.retries == 0
@@ -161,7 +161,7 @@ def test_a_stale_connection_costs_nothing_once() -> None:
 
 
 @pytest.mark.parametrize("outcome", [OutcomeKind.AMBIGUOUS, OutcomeKind.STALE])
-def test_what_may_have_been_billed_is_sent_again_only_where_allowed(outcome: OutcomeKind) -> None:
+def test_ambiguous_failures_are_retried_only_if_allowed(outcome: OutcomeKind) -> None:
     attempts = machine(ambiguous=False)
     attempts.stale_used = True
     assert after(attempts, outcome) == ReturnToClient(spent=False)
@@ -171,13 +171,13 @@ def test_what_may_have_been_billed_is_sent_again_only_where_allowed(outcome: Out
 
 
 @pytest.mark.parametrize("outcome", [OutcomeKind.RETRY, OutcomeKind.UNREACHED, OutcomeKind.RATE_LIMITED])
-def test_what_was_not_billed_is_sent_again_anyway(outcome: OutcomeKind) -> None:
+def test_unbilled_failures_are_always_retried(outcome: OutcomeKind) -> None:
     assert isinstance(after(machine(ambiguous=False), outcome), RetryAfter)
 
 
 @pytest.mark.parametrize("outcome", OutcomeKind)
 @pytest.mark.parametrize("ambiguous", [True, False])
-def test_what_may_be_tried_elsewhere(outcome: OutcomeKind, ambiguous: bool) -> None:
+def test_outcomes_that_may_fail_over(outcome: OutcomeKind, ambiguous: bool) -> None:
     """Another upstream or model may take what may be sent again; what may have been billed only where allowed."""
     attempts = RetryState(RetrySettings(ambiguous=ambiguous), lambda: 0.0)
     never = {OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT}
@@ -186,13 +186,13 @@ def test_what_may_be_tried_elsewhere(outcome: OutcomeKind, ambiguous: bool) -> N
     assert attempts.can_fail_over(outcome) is (outcome not in never)
 
 
-def test_without_budget_no_retry_and_no_more_from_the_sdk() -> None:
+def test_without_retry_budget_x_should_retry_is_false() -> None:
     attempts = machine()
     assert after(attempts, OutcomeKind.RETRY, granted=lambda: False) == ReturnToClient(spent=True)
     assert attempts.retries == 0
 
 
-def test_the_budget_is_asked_only_for_a_retry_that_will_be_made() -> None:
+def test_the_retry_budget_is_used_only_by_retries_that_are_made() -> None:
     asked: list[bool] = []
 
     def granted() -> bool:
@@ -212,7 +212,7 @@ def test_the_budget_is_asked_only_for_a_retry_that_will_be_made() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(list(OutcomeKind)), st.booleans(), st.none() | st.floats(0, 100)), max_size=60)
 )
-def test_however_it_goes_the_retries_are_bounded(story: list[tuple[OutcomeKind, bool, float | None]]) -> None:
+def test_any_sequence_of_outcomes_has_bounded_retries(story: list[tuple[OutcomeKind, bool, float | None]]) -> None:
     attempts = machine()
     fresh = 0
     for outcome, other, asked in story:
@@ -235,21 +235,21 @@ def taken(budget: RetryBudget, now: float, tries: int = 1000) -> int:
     ("share", "requests", "retries"),
     [(0.2, 0, 10), (0.2, 1, 11), (0.2, 100, 30), (0.2, 1000, 210), (0.0, 1000, 10), (1.0, 50, 60)],
 )
-def test_a_share_of_the_requests_beyond_a_floor(share: float, requests: int, retries: int) -> None:
+def test_the_budget_is_a_share_of_the_requests_above_a_minimum(share: float, requests: int, retries: int) -> None:
     budget = RetryBudget(share)
     for _ in range(requests):
         budget.request(5.0)
     assert taken(budget, 5.0) == retries
 
 
-def test_it_comes_back_after_ten_seconds() -> None:
+def test_the_budget_recovers_after_ten_seconds() -> None:
     budget = RetryBudget(0.2)
     assert taken(budget, 0.0) == 10
     assert taken(budget, 9.9) == 0
     assert taken(budget, 10.0) == 10
 
 
-def test_it_shrinks_with_the_requests() -> None:
+def test_the_budget_shrinks_with_the_requests() -> None:
     budget = RetryBudget(0.5)
     for _ in range(100):
         budget.request(0.0)
@@ -257,7 +257,7 @@ def test_it_shrinks_with_the_requests() -> None:
     assert taken(budget, 10.0) == 5  # the requests have left the window, the five retries not yet
 
 
-def test_what_has_left_the_window_is_forgotten_to_the_last_request() -> None:
+def test_requests_outside_the_window_are_forgotten() -> None:
     budget = RetryBudget(1.0)
     for number in range(50):
         budget.request(number * 0.03)
@@ -266,7 +266,7 @@ def test_what_has_left_the_window_is_forgotten_to_the_last_request() -> None:
     assert taken(budget, 20.0) == 110
 
 
-def test_its_memory_is_bounded() -> None:
+def test_the_budgets_memory_is_bounded() -> None:
     budget = RetryBudget(0.2)
     for number in range(100_000):
         budget.request(number / 1000)
@@ -277,7 +277,7 @@ STEPS = st.lists(st.tuples(st.sampled_from([0.0, 0.01, 0.1, 0.5, 3.0, 11.0]), st
 
 
 @given(STEPS, st.sampled_from([0.0, 0.2, 1.0]))
-def test_it_agrees_with_a_count_by_hand(steps: list[tuple[float, bool]], share: float) -> None:
+def test_the_budget_agrees_with_a_simple_count(steps: list[tuple[float, bool]], share: float) -> None:
     """Granted only where the last 10 s allow it, refused only where they do not (a request may count 0.1 s less)."""
     budget = RetryBudget(share)
     now = 0.0
