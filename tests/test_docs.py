@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from proxy.config.loader import load
+from proxy.config.settings import Settings
 from tests.launch import Launch, ProxyProcess, environment, secret, settings
 from tests.pages import MANUAL, OTHERS, PAGES, README, ROOT, Block, anchors, block, blocks, section, without_code
 from tests.rooms import walks
@@ -70,15 +71,11 @@ PAPERS = re.compile(r"\b[Cc]ontract\b|CONTRACT|RELIABILITY|SDK_FACTS|FIELD_REPOR
 """Papers that are not in this repository."""
 
 
-UNFINISHED = ("proxy/pipeline/relay.py",)
-"""Where citations of such papers are still being replaced."""
-
-
 def test_code_cites_only_what_readers_have() -> None:
     cited, missing = {}, {}
     for path in CODE:
         name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-        if path != Path(__file__) and not name.startswith(UNFINISHED):
+        if path != Path(__file__):
             cited[name] = PAPERS.findall(text)
         missing[name] = {page for page in re.findall(r"\bdocs/([\w-]+\.md)", text) if page not in MANUAL}
     assert {name: found for name, found in cited.items() if found} == {}
@@ -356,6 +353,14 @@ def test_the_budget_example_is_valid(tmp_path: Path) -> None:
     loaded = load(file, {}, {"ALICE_KEY": "a-long-secret-text"}, tmp_path).settings
     assert [loaded.cost.budget.usd_per_day, loaded.cost.budget.usd_per_month] == [20, 300]
     assert loaded.server.client_keys[0].usd_per_day == 5
+
+
+def test_settings_that_the_readme_names_are_valid(tmp_path: Path) -> None:
+    named = re.findall(r"^\| `([a-z]+)\.([a-z_]+): (.+?)` \|", README, re.MULTILINE)
+    assert len(named) == 2
+    for table, setting, value in named:
+        loaded = load(None, {}, {f"PROXY__{table}__{setting}".upper(): value}, tmp_path)
+        assert getattr(getattr(loaded.settings, table), setting) != getattr(getattr(Settings(), table), setting)
 
 
 @pytest.mark.slow
