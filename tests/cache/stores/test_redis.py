@@ -444,7 +444,7 @@ class TestBounds:
 
 class TestCancelled:
     async def test_cancelled_commands_never_mix_up_replies(self, opened: Open, server: Valkey) -> None:
-        """16 readers, half of them cancelled at any moment, a jittery network: nobody gets another's answer (T01)."""
+        """16 readers, half of them cancelled at any moment, a jittery network: no read gets the reply of another."""
         dice = random.Random(11)
         bodies = {f"k{number}": b"%d " % number * dice.randrange(1, 500) for number in range(300)}
         async with between(server, lambda: dice.random() * 0.003) as port:
