@@ -32,11 +32,23 @@ def upstream(model: str = "m", dollars: int = 1) -> Upstream:
 
 def estimate(document: dict[str, Any], *upstreams: Upstream, endpoint: str = "chat", **more: Any) -> Decimal | None:
     """In millionths of a USD."""
-    client = Client("", "")
     request = ProxyRequest(
-        "id", Route("endpoint", "/", "", endpoint), (), b"", document, "m", "m", False, False, NO_OPTIONS, client,
-        0.0, 0.0, 0.0,
-    )  # fmt: skip
+        id="id",
+        route=Route("endpoint", "/", "", endpoint),
+        endpoint=endpoint,
+        headers=(),
+        body=b"",
+        document=document,
+        model="m",
+        body_model="m",
+        stream=False,
+        wants_usage=False,
+        options=NO_OPTIONS,
+        client=Client("", ""),
+        arrived=0.0,
+        deadline=0.0,
+        max_wait=0.0,
+    )
     found = max_cost_estimate(request, request_size(endpoint, document), upstreams, **more)
     return None if found is None else found * 10**6
 
