@@ -6,11 +6,10 @@
 force on that day is taken. Review the diff, run tests/cost/test_pricing.py (it prices every model with the
 library again), and note the new date in CHANGELOG.md.
 
-What is taken: OpenAI's and Azure's models priced by token: input, cached input, cache write, output, audio, images in
-the prompt, the long-context tiers, all that again for each service tier, and the tools billed by the call. What is
-not: image generation (its price needs output image tokens, which no priced endpoint reports), prices per hour or
-character, models without an output price that are not embeddings, and chat models that search by themselves, as no
-usage tells how often they did.
+It takes OpenAI's and Azure's models that are priced by token: input, cached input, cache write, output, audio and
+images in both directions, the long-context tiers, all that again for each service tier, and the tools billed by the
+call. It leaves out prices per hour or character, models without an output price that are not embeddings, and the models
+and rates in `NOT_EXACT`: their list price is not what a call costs.
 """
 
 from __future__ import annotations
@@ -37,11 +36,15 @@ RATES = {
     "cache_write": "cache_write_mtok",
     "output": "output_mtok",
     "audio_input": "input_audio_mtok",
+    "cached_audio_input": "cache_audio_read_mtok",
     "audio_output": "output_audio_mtok",
     "image_input": "input_image_mtok",
+    "cached_image_input": "cache_image_read_mtok",
+    "image_output": "output_image_mtok",
     "web_search": "web_searches_kcount",
     "file_search": "storage_searches_kcount",
 }
+OUTPUTS = {"output", "image_output"}
 SERVICES: dict[str, dict[str, str]] = {
     **{tier: {"service_tier": tier} for tier in ("flex", "priority", "fast")},
     "batch": {"processing": "batch"},
@@ -56,6 +59,18 @@ UNSAFE_RULES = {
     ("openai", "gpt-4"): "fine-tunes of gpt-4 (ft:gpt-4-0…) would be priced as the base model",
     ("openai", "gpt-5-nano"): "any suffix; its only snapshot is named below",
     ("openai", "moderation"): "contains 'moderation' also catches a user's deployment of another model",
+}
+
+# Models and rates of the library that would make a wrong cost.
+NOT_EXACT = {
+    r".*-search-(preview|api).*": "each call searches, and no usage tells how often",
+    r".*-deep-research.*": "each call searches, and the price depends on the kind of search",
+    r"gpt-oss.*": "open weights: each server sells them at a price of its own",
+    r"gpt-5.*-image.*": "the price of the images is missing",
+}
+NOT_EXACT_RATES = {
+    ("gpt-4o-mini", "web_search"): "8,000 input tokens a search are added that usage does not show (OpenAI: Pricing)",
+    ("gpt-4.1-mini", "web_search"): "the same",
 }
 
 # Models the library lacks or has incompletely. Moderation is free. Fine-tunes: OpenAI's published rates, on
@@ -111,13 +126,11 @@ def build(as_of: date) -> dict[str, Any]:
 
 
 def entries(provider: types.Provider, as_of: date) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each model of `provider` that is priced by text token, as (id, entry)."""
+    """Yield each model of `provider` that is priced by token, as (id, entry)."""
     for model in provider.models:
         rates = rates_of(model, as_of)
         is_embedding = any(name.startswith("text-embedding") for name in (model.id, *names_and_globs(model.match)[0]))
-        if "input" not in rates or "-image" in model.id or not ("output" in rates or is_embedding):
-            continue
-        if "-search-" in model.id:
+        if "input" not in rates or not_exact(model.id) or not (rates.keys() & OUTPUTS or is_embedding):
             continue
         if services := services_of(model, as_of, rates):
             rates["services"] = services
@@ -129,12 +142,20 @@ def entries(provider: types.Provider, as_of: date) -> Iterator[tuple[str, dict[s
         names += [name.replace("gpt-3.5", "gpt-35") for name in (model.id, *names) if name.startswith("gpt-3.5")]
         globs += [glob.replace("gpt-3.5", "gpt-35") for glob in globs if glob.startswith("gpt-3.5")]
         # The library takes the first model that matches: a name belongs to the model it finds, to no other.
-        mine = {name for name in names if name != model.id and provider.find_model(name) in (model, None)}
+        mine = {
+            name
+            for name in names
+            if name != model.id and not not_exact(name) and provider.find_model(name) in (model, None)
+        }
         if mine:
             rates["names"] = sorted(mine)
         if globs:
             rates["patterns"] = sorted(globs)
         yield model.id, rates
+
+
+def not_exact(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in NOT_EXACT)
 
 
 def services_of(model: types.ModelInfo, as_of: date, standard: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +172,13 @@ def rates_of(model: types.ModelInfo, as_of: date, context: dict[str, str] | None
         if condition.constraint is not None and condition.constraint.start_date > as_of:
             print(f"note: {model.id} changes its price on {condition.constraint.start_date}", file=sys.stderr)
     prices = model.get_prices(datetime(as_of.year, as_of.month, as_of.day, 12, tzinfo=UTC), context)
-    found = {name: price for name, key in RATES.items() if (price := getattr(prices, key, None)) is not None}
+    found = {
+        name: price
+        for name, key in RATES.items()
+        if (model.id, name) not in NOT_EXACT_RATES and (price := getattr(prices, key, None)) is not None
+    }
+    if "gpt-image" in model.id and "image_output" not in found:
+        found["image_output"] = found.pop("output")  # what their text costs is not said
     starts = sorted({tier.start for price in found.values() if not isinstance(price, Decimal) for tier in price.tiers})
     rates: dict[str, Any] = {name: rate_at(price, 0) for name, price in found.items()}
     if starts:

@@ -15,7 +15,7 @@ from .cache.stores.tiered import TieredStore
 from .config.limits import Limits
 from .config.settings import Settings, UpstreamSettings
 from .coordination import NO_COORDINATION, Coordination, over_redis
-from .cost.pricing import PriceTable
+from .cost.pricing import PriceTable, seller_of
 from .protocol.masking import SecretMasker
 from .system.clock import Clock
 from .upstream.attempt import AttemptRunner
@@ -242,8 +242,10 @@ def _build_upstream(settings: Settings, spec: UpstreamSettings, old: Services | 
         if before.breaker.settings == settings.breaker:
             breaker = before.breaker
     address = UpstreamAddress(spec.name, spec.kind, spec.base_url, spec.api_version, spec.deployments)
-    prices = PriceTable({**settings.cost.prices, **spec.prices})
-    return Upstream(address, PROVIDERS[spec.kind], prices, budget, spec.cache_as, breaker)
+    name, own = (spec.prices, {}) if isinstance(spec.prices, str) else (None, spec.prices)
+    seller = seller_of(spec.kind, spec.base_url, pooled=spec.pooled, passthrough=settings.passthrough, prices=name)
+    prices = PriceTable({**settings.cost.prices, **own})
+    return Upstream(address, PROVIDERS[spec.kind], prices, seller, budget, spec.cache_as, breaker)
 
 
 def _build_keys(settings: Settings) -> tuple[list[UpstreamKey], CredentialHeaders]:

@@ -22,6 +22,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 
+from ..cost.usage import Usage
 from ..protocol.headers import Raw, downstream_headers, storable_headers
 from .entry import Entry
 
@@ -33,6 +34,7 @@ EntryName = tuple[str, str]
 _DEFAULTS: Final = {field.name: field.default for field in msgspec.structs.fields(Entry)}
 _CREDENTIALS: Final = frozenset({b"authorization", b"api-key", b"x-api-key", b"cookie", b"www-authenticate"})
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")  # RFC 9110 section 5.6.2
+_AMOUNT: Final = r"\d{1,12}(\.\d{1,40})?"
 _LINE_BREAKS: Final = re.compile(rb"[\r\n\0]")
 
 
@@ -162,7 +164,14 @@ def _check(entry: Entry) -> None:
         start, end = entry.usage_span
         if not 0 <= start <= end <= len(entry.body):
             raise CassetteLineError("`usage_span`: outside the body")
-    if entry.usage is not None and min(msgspec.structs.astuple(entry.usage)) < 0:
+    if entry.usage is not None and not _are_counts(entry.usage):
         raise CassetteLineError("`usage`: expected counts")
-    if entry.cost is not None and not re.fullmatch(r"\d{1,12}(\.\d{1,40})?", entry.cost, re.ASCII):
+    if entry.cost is not None and not re.fullmatch(_AMOUNT, entry.cost, re.ASCII):
         raise CassetteLineError("`cost`: expected a plain decimal of USD")
+
+
+def _are_counts(usage: Usage) -> bool:
+    """Return whether all counts are at least 0 and a stated cost is a plain decimal."""
+    counts = msgspec.structs.asdict(usage)
+    stated = counts.pop("stated_cost")
+    return min(counts.values()) >= 0 and (not stated or re.fullmatch(_AMOUNT, stated, re.ASCII) is not None)

@@ -23,12 +23,17 @@ A request is not cached because of:
 | `tools` whose type is in HOSTED_TOOLS,  | all   | the provider runs them: files, containers, the web; |
 | a `shell` in a container                |       | also in namespaces, and among the input's items     |
 | `audio`, or "audio" among `modalities`  | all   | large, and refers to audio stored for an hour only  |
+| a `model` that searches the web by      | all   | the web changes                                     |
+| itself (`_SEARCHING`)                   |       |                                                     |
+| fields of other providers that make     | all   | the web changes                                     |
+| them search (`_searches`)               |       |                                                     |
 
 Everything else is cached, also requests with `previous_response_id` or file ids: what these name never changes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -98,9 +103,16 @@ HOSTED_TOOLS: Final = (
 )
 """Beginnings of the types of tools that the provider runs (`web_search_preview_2025_03_11`, …)."""
 
+_SEARCHING: Final = re.compile(
+    r"(?:.*/)?(?:.*-search-(?:preview|api)|.*deep-research|sonar|compound)|.*:online\Z", re.DOTALL
+)
+"""Models that search the web in each call: OpenAI's search and deep research models, Perplexity's Sonar, Groq's
+Compound, and any model on OpenRouter with `:online`."""
+
 LABELS: Final = frozenset(name for fields in FIELDS.values() for name, verdict in fields.items() if verdict == "label")
 """The default of `cache.ignore_fields`."""
 
+_MAX_NAME: Final = 256
 _ECHOING: Final = frozenset(endpoint for endpoint, fields in FIELDS.items() if "echoed" in fields.values())
 
 
@@ -119,6 +131,11 @@ def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
     for field in ("conversation", "web_search_options"):
         if document.get(field) is not None:
             return f"uncacheable: {field}"
+    model = document.get("model")
+    if isinstance(model, str) and len(model) <= _MAX_NAME and _SEARCHING.match(model):
+        return "uncacheable: search model"
+    for field in _searches(document):
+        return f"uncacheable: {field}"
     modalities = document.get("modalities")
     if document.get("audio") is not None or (isinstance(modalities, list) and "audio" in modalities):
         return "uncacheable: audio"
@@ -129,6 +146,18 @@ def request_bypass(endpoint: str, document: Mapping[str, Any]) -> str | None:
             for kind in _hosted(item):
                 return f"uncacheable: tool {kind}"
     return None
+
+
+def _searches(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the fields that make other providers search the web: xAI, Qwen, OpenRouter."""
+    search = document.get("search_parameters")
+    if isinstance(search, dict) and search.get("mode") != "off":
+        yield "search_parameters"
+    if document.get("enable_search") is True:
+        yield "enable_search"
+    plugins = document.get("plugins")
+    if isinstance(plugins, list) and any(isinstance(one, dict) and one.get("id") == "web" for one in plugins):
+        yield "plugins"
 
 
 def _hosted(holder: object, nested: bool = True) -> Iterator[str]:

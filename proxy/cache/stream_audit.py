@@ -18,9 +18,9 @@ class StreamAudit:
     reads these attributes, whether the stream is complete or not:
 
     usage: the last usage object, wherever the provider puts it (a chunk of its own, beside choices, inside a choice,
-    Groq's `x_groq`, a response). model, service_tier: of the response. error: there was an error event. output, tools:
-    of a Responses stream; they show the calls that are billed. text_bytes: UTF-8 bytes of text so far. usage_span:
-    where in the stream the usage chunk is (from, to), None if there is none.
+    Groq's `x_groq`, a response). model, service_tier: of the response. error: there was an error event. output, tools,
+    tool_usage: of a Responses stream; they show the calls that are billed. text_bytes: UTF-8 bytes of text so far.
+    usage_span: where in the stream the usage chunk is (from, to), None if there is none.
     """
 
     __slots__ = (
@@ -38,6 +38,7 @@ class StreamAudit:
         "output",
         "service_tier",
         "text_bytes",
+        "tool_usage",
         "tools",
         "usage",
         "usage_span",
@@ -60,6 +61,7 @@ class StreamAudit:
         self.text_bytes = 0
         self.output: object = None
         self.tools: object = None
+        self.tool_usage: object = None
         self.error = False
 
     def event(self, event: bytes) -> None:
@@ -107,6 +109,11 @@ class StreamAudit:
         return "not a streamed endpoint"
 
     @property
+    def billed(self) -> dict[str, object]:
+        """What of the stream `usage_of` reads."""
+        return {"usage": self.usage, "output": self.output, "tools": self.tools, "tool_usage": self.tool_usage}
+
+    @property
     def done(self) -> bool:
         """Whether `[DONE]` was seen."""
         return self._done
@@ -144,6 +151,7 @@ class StreamAudit:
             self.service_tier = tier
         if self._endpoint == "responses":
             self.output, self.tools = source.get("output"), source.get("tools")
+            self.tool_usage = source.get("tool_usage")
 
     def _chunk(self, chunk: dict[str, Any], start: int) -> None:
         """Read a chat or completions chunk. The commonest, a known choice that goes on, costs least."""

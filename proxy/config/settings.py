@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
 
-from ..cost.pricing import Kind
+from ..cost.pricing import RATE_NAMES, Kind
 from .description import (
     Leaf,
     ListOf,
     MapOf,
+    OneOf,
     Section,
     fixed_setting,
     optional,
@@ -62,8 +63,9 @@ Prices = Mapping[str, Mapping[str, Decimal]]
 
 _SPAN: Final = duration()
 _POSITIVE_SPAN: Final = duration(0.001)
-_RATE: Final = choice("input", "cached_input", "cache_write", "output")
+_RATE: Final = choice(*RATE_NAMES)
 _PRICES: Final = MapOf(GLOB, MapOf(_RATE, MONEY, needed="input"))
+UPSTREAM_PRICES: Final = OneOf((choice("openai", "none"), _PRICES))
 _BASE_URL: Final = Leaf("a base URL", parse_url, secret=True)
 _PROXY: Final = Leaf("a proxy such as http://proxy.example:3128", lambda text: Secret(proxy_url(text)), secret=True)
 _ESSENTIAL: Final = frozenset({"model", "messages", "input", "prompt", "instructions", "tools"})
@@ -148,7 +150,9 @@ class UpstreamSettings:
         MapOf(GLOB, DEPLOYMENT), {}, "Azure: deployments by model; default: its name."
     )
     insecure: bool = setting(BOOLEAN, False, "Allow plain http with a key to another machine.")
-    prices: Prices = setting(_PRICES, {}, "As cost.prices, for this upstream.")
+    prices: Prices | str = setting(
+        UPSTREAM_PRICES, {}, "As cost.prices, for this upstream; or openai or none: the built-in list that applies."
+    )
     entra_id: bool = setting(BOOLEAN, False, "Azure: use tokens of this machine's identity instead of keys.")
     proxy: Secret | None = setting(optional(_PROXY), None, "HTTP proxy to reach it through.")
     ca_file: str | None = setting(optional(PATH), None, "Certificates (PEM) to trust instead of the system's.")

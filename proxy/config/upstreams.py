@@ -12,7 +12,7 @@ from .key_tables import ADMIN_KEY, CLIENT_KEYS, KEY_LIMITS, KEYS
 from .keys import labelled, read_admin_key, read_client_keys, read_key_limits, read_keys
 from .problems import Invalid
 from .reading import Reading, items_of, read, read_items
-from .settings import DEFAULT_API_VERSION, UPSTREAM, UPSTREAMS, KeySettings, UpstreamSettings
+from .settings import DEFAULT_API_VERSION, UPSTREAM, UPSTREAM_PRICES, UPSTREAMS, KeySettings, UpstreamSettings
 from .tree import Node, Table
 from .urls import Url, azure_url, openai_url
 from .values import DEPLOYMENT
@@ -33,8 +33,15 @@ def read_upstreams(node: Node, path: str, reading: Reading) -> tuple[UpstreamSet
     return tuple(upstreams)
 
 
+def read_upstream_prices(node: Node, path: str, reading: Reading) -> Any:
+    """Return the prices of an upstream: a table, or the name of the built-in list that applies."""
+    name, table = UPSTREAM_PRICES.kinds
+    return read(table if isinstance(node, Table) else name, node, path, reading)
+
+
 READERS: Final[Mapping[Kind, Callable[[Node, str, Reading], Any]]] = {
     UPSTREAMS: read_upstreams,
+    UPSTREAM_PRICES: read_upstream_prices,
     KEYS: read_keys,
     KEY_LIMITS: read_key_limits,
     CLIENT_KEYS: read_client_keys,

@@ -114,7 +114,7 @@ class EmbeddingsFetcher:
 def new_entry(request: ProxyRequest, response: ResponseInHand, whole: WholeResponse) -> NewEntry:
     """Return what of a plain response is to be stored beside its body."""
     model = answer_model(whole.document)
-    price = partial(response.upstream.prices.cost, response.upstream.address.kind, (model, request.model))
+    price = partial(response.upstream.cost, request, model, service_tier=None)
     return NewEntry(response.status, whole.headers, whole.usage, whole.cost, model, response.injected, price)
 
 

@@ -121,15 +121,14 @@ class StreamOutcome:
         """Return usage and cost as far as the stream has come, estimated if it does not say its usage."""
         request, _, attempt_log, _ = self._context
         upstream = self._response.upstream
-        usage = usage_of(request.endpoint, {"usage": audit.usage, "output": audit.output, "tools": audit.tools})
-        kind, models = upstream.address.kind, (audit.model, request.model)
+        usage = usage_of(request.endpoint, audit.billed)
         if usage is not None:
-            return usage, upstream.prices.cost(kind, models, usage, audit.service_tier)
+            return usage, upstream.cost(request, audit.model, usage, audit.service_tier)
         if audit.error and not audit.text_bytes:
             return None, None
         # It was cut short, or the upstream does not say: the prompt and what was generated so far are estimated.
         usage = self._replies.estimates.used(request, attempt_log.size, audit.text_bytes)
-        cost = upstream.prices.cost(kind, models, usage, audit.service_tier)
+        cost = upstream.cost(request, audit.model, usage, audit.service_tier)
         return (usage, Cost(cost.usd, "estimated")) if cost is not None else (None, None)
 
     def comment(self) -> bytes:

@@ -30,7 +30,13 @@ def max_cost_estimate(
     tier = request.document.get("service_tier")
     tiers = {None, tier} if isinstance(tier, str) else {None}
     costs = [
-        upstream.prices.cost(upstream.address.kind, (request.model,), usage, each)
+        upstream.prices.cost(
+            upstream.seller,
+            (request.model,),
+            usage,
+            each,
+            upstream.provider.deployment(upstream.address, request.route, request.model),
+        )
         for upstream in upstreams
         for each in tiers
     ]

@@ -147,5 +147,4 @@ def price(request: ProxyRequest, response: ResponseInHand, document: Any) -> tup
     if usage is None:
         return None, None
     said = document if isinstance(document, Mapping) else {}
-    models = said.get("model"), request.model
-    return usage, response.upstream.prices.cost(response.upstream.address.kind, models, usage, said.get("service_tier"))
+    return usage, response.upstream.cost(request, said.get("model"), usage, said.get("service_tier"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ..cost.pricing import PriceTable
+from ..cost.pricing import DEFAULT_TIERS, Cost, PriceTable, Seller
+from ..cost.usage import Usage
+from ..protocol.request import ProxyRequest
 from .providers.interface import Provider, UpstreamAddress
 from .retry.circuit_breaker import CircuitBreaker
 from .retry.policy import RetryBudget
@@ -21,9 +23,23 @@ class Upstream:
     address: UpstreamAddress
     provider: Provider
     prices: PriceTable
+    seller: Seller
     budget: RetryBudget
     cache_as: str | None
     breaker: CircuitBreaker
+
+    def cost(self, request: ProxyRequest, answer_model: object, usage: Usage, service_tier: object) -> Cost | None:
+        """Return the cost of a response here in USD; None if it is not known.
+
+        answer_model, service_tier: as the response names them. If it does not name the tier although the request asked
+        for one, the tier is not known.
+        """
+        asked_tier = request.document.get("service_tier")
+        if service_tier is None and not isinstance(asked_tier, list | dict) and asked_tier not in DEFAULT_TIERS:
+            return None
+        models = answer_model if isinstance(answer_model, str) else None, request.model
+        deployment = self.provider.deployment(self.address, request.route, request.model)
+        return self.prices.cost(self.seller, models, usage, service_tier, deployment)
 
     def identity(self, model: str) -> str:
         """Return what stands for the upstream in the cache key of a request for `model`."""

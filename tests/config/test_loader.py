@@ -135,7 +135,8 @@ def test_all_problems_come_at_once_in_order(load: Load) -> None:
         ("cost: {prices: {gpt-x: {output: 1}}}", "cost.prices.gpt-x: expected at least an input price, found none"),
         (
             "cost: {prices: {gpt-x: {in: 1}}}",
-            "cost.prices.gpt-x.in: expected input, cached_input, cache_write or output, found 'in'",
+            "cost.prices.gpt-x.in: expected input, cached_input, cache_write, output, audio_input, cached_audio_input, "
+            "audio_output, image_input, cached_image_input, image_output, web_search or file_search, found 'in'",
         ),
         ("cost: {prices: {gpt-x: {input: -1}}}", "cost.prices.gpt-x.input: expected an amount in USD"),
         ("retry: {fallbacks: {a: []}}", "retry.fallbacks.a: expected at least 1 of"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cost.pricing import Cost, Kind, PriceTable, usd
+from proxy.cost.pricing import Cost, Kind, PriceTable, Seller, seller_of, usd
 from proxy.cost.usage import NO_TOKENS, Usage
 
 KINDS: tuple[Kind, ...] = ("openai", "azure")
@@ -173,7 +173,6 @@ def test_the_callers_decimal_context_rounds_nothing() -> None:
         ("openai", "gpt-6-luna-2026-09-01", "gpt-6-luna", "exact"),
         ("azure", "gpt-35-turbo-0125", "gpt-3.5-turbo", "exact"),
         ("azure", "gpt-35-turbo-16k", "gpt-3.5-turbo-16k", "exact"),
-        ("azure", "o4-mini-deep-research", "o4-mini-deep-research", "exact"),
         ("openai", "ft:gpt-4o-2024-08-06:org::id", "ft:gpt-4o", "exact"),
         ("openai", "ft:gpt-4o-mini-2024-07-18:org:name:id-0101", "ft:gpt-4o-mini", "exact"),
         ("openai", "ft:gpt-4.1-nano-2025-04-14:org::id", "ft:gpt-4.1-nano", "exact"),
@@ -315,6 +314,150 @@ def test_a_configured_price_of_the_requested_model_beats_the_listed_price_of_the
 def test_an_invalid_configured_price_names_its_glob(rates: Any) -> None:
     with pytest.raises(ValueError, match="my-model"):
         PriceTable({"my-model": rates})
+
+
+# Prices that are not the list's.
+
+
+@pytest.mark.parametrize(
+    ("kind", "base_url", "pooled", "passthrough", "prices", "seller"),
+    [
+        ("openai", "https://api.openai.com/v1", True, False, None, "openai"),
+        ("openai", "https://api.openai.com/v1", False, True, None, "openai"),
+        ("openai", "https://gateway.example.com/v1", True, False, None, "openai"),
+        ("openai", "http://127.0.0.1:4000/v1", True, False, None, "openai"),
+        # A regional host has prices of its own.
+        ("openai", "https://eu.api.openai.com/v1", True, False, None, "none"),
+        ("openai", "https://US.api.openai.com:443/v1", False, True, None, "none"),
+        ("openai", "https://eu.api.openai.com/v1", True, False, "openai", "openai"),
+        # Nobody bills a local server without a key.
+        ("openai", "http://127.0.0.1:8000/v1", False, False, None, "none"),
+        ("openai", "http://127.0.0.1:8000/v1", False, True, None, "none"),
+        ("openai", "http://localhost:11434/v1", False, True, None, "none"),
+        ("openai", "http://[::1]:8000/v1", False, True, None, "none"),
+        ("openai", "http://vllm.internal:8000/v1", False, False, None, "none"),
+        ("openai", "http://vllm.internal:8000/v1", False, True, None, "openai"),
+        ("openai", "http://127.0.0.1:8000/v1", False, False, "openai", "openai"),
+        ("openai", "https://api.openai.com/v1", True, False, "none", "none"),
+        ("azure", "https://name.openai.azure.com", True, False, None, "azure"),
+        ("azure", "https://name.openai.azure.com", True, False, "none", "none"),
+        ("openai", "https://name.openai.azure.com/openai/v1", True, False, None, "azure"),
+        ("azure", "http://127.0.0.1:9000", False, True, None, "none"),
+        ("openai", "", False, True, None, "openai"),
+    ],
+)
+def test_whose_prices_apply(
+    kind: Kind, base_url: str, pooled: bool, passthrough: bool, prices: str | None, seller: Seller
+) -> None:
+    assert seller_of(kind, base_url, pooled=pooled, passthrough=passthrough, prices=prices) == seller
+
+
+def test_without_a_seller_only_configured_prices_apply() -> None:
+    table = PriceTable({"gpt-4o": overridden(input="1", output="2")})
+    assert table.cost("none", ["gpt-4o-mini"], tokens(MILLION)) is None
+    assert table.cost("none", ["gpt-4o-mini-2024-07-18", "gpt-4o"], tokens(MILLION)) == Cost(Decimal(1), "exact")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["gpt-4o-search-preview"],
+        ["gpt-4o-mini-search-preview-2025-03-11", "gpt-4o-mini-search-preview"],
+        ["gpt-5-search-api-2025-10-14", "gpt-5"],
+        ["gpt-4o-mini", "gpt-4o-mini-search-preview"],
+        ["o3-deep-research"],
+        ["o4-mini-deep-research-2025-06-26", "o4-mini"],
+        ["gpt-oss-120b"],
+        ["gpt-oss-20b", "gpt-4o"],
+        ["openai/gpt-oss-120b", "gpt-4o"],
+        ["gpt-oss:20b", "gpt-4o"],
+        ["ft:gpt-5-2025-08-07:org::id", "gpt-5"],
+        ["gpt-4o-2024-08-06.ft-0123456789abcdef", "gpt-4o"],
+        ["gpt-5-2025-08-07", "ft:gpt-5-2025-08-07:org::id"],
+    ],
+)
+def test_another_models_price_is_never_taken_for_a_special_one(names: list[str]) -> None:
+    for kind in KINDS:
+        assert TABLE.cost(kind, names, tokens(1000, 100)) is None
+    own = PriceTable({names[-1]: overridden(input="1", output="1")})
+    assert own.cost("openai", names, tokens(1000)) == Cost(Decimal("0.001"), "exact")
+
+
+def test_a_fine_tuned_model_keeps_its_price_although_the_response_names_its_base() -> None:
+    names = ["gpt-4o-2024-08-06", "ft:gpt-4o-2024-08-06:org::id"]
+    assert TABLE.cost("openai", names, tokens(MILLION)) == Cost(Decimal("3.75"), "exact")
+
+
+def test_azures_tools_are_not_openais() -> None:
+    for usage in (Usage(1000, 0, 1000, web_searches=1), Usage(1000, 0, 1000, file_searches=1)):
+        assert TABLE.cost("azure", ["gpt-5"], usage) is None
+    table = PriceTable({"gpt-5": overridden(input="1", web_search="35")})
+    assert table.cost("azure", ["gpt-5"], Usage(1000, 0, 1000, web_searches=1)) == Cost(Decimal("0.036"), "exact")
+    assert TABLE.cost("azure", ["gpt-5.4"], tokens(300_000)) is not None, "the long context"
+    assert TABLE.cost("azure", ["gpt-5.4"], Usage(300_000, 0, 300_000, web_searches=1)) is None
+
+
+def test_a_deployments_price_goes_before_the_models() -> None:
+    table = PriceTable({"gpt-4o*": overridden(input="7", output="7"), "my-ptu": overridden(input="0", output="0")})
+    models = ["gpt-4o-2024-08-06", "gpt-4o"]
+    assert table.cost("azure", models, tokens(MILLION), None, "my-ptu") == Cost(Decimal(0), "exact")
+    assert table.cost("azure", models, tokens(MILLION), None, "other") == Cost(Decimal(7), "exact")
+    assert TABLE.cost("azure", ["mystery", "gpt-4o"], tokens(MILLION), None, "gpt-4") == Cost(Decimal("2.5"), "exact")
+
+
+def test_a_cost_that_the_upstream_states_is_taken() -> None:
+    stated = Usage(10, 10, 20, unpriced=1, stated_cost="0.00014")
+    for seller in ("openai", "azure", "none"):
+        assert TABLE.cost(seller, ["mystery"], stated, "scale") == Cost(Decimal("0.00014"), "exact")
+    assert TABLE.cost("openai", ["gpt-4o"], stated) == Cost(Decimal("0.00014"), "exact")
+
+
+def test_searches_of_the_small_models_are_not_priced() -> None:
+    """OpenAI adds 8,000 input tokens to each of their searches, which usage does not show."""
+    for model in ("gpt-4o-mini", "gpt-4.1-mini"):
+        assert price(model, Usage(1000, 0, 1000, web_searches=1)) is None
+        assert price(model, Usage(1000, 0, 1000, file_searches=1)) is not None
+
+
+# gpt-realtime: 4, 0.40 cached and 16 for text; 32, 0.40 cached and 64 for audio; 5 and 0.50 cached for images.
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (Usage(1000, 0, 1000, heard_tokens=400), "0.015200"),
+        (Usage(1000, 0, 1000, image_tokens=400), "0.004400"),
+        (Usage(1000, 0, 1000, 300, heard_tokens=400, cached_text_tokens=100, cached_audio_tokens=200), "0.008520"),
+        (Usage(1000, 0, 1000, 300, image_tokens=400, cached_text_tokens=200, cached_image_tokens=100), "0.003230"),
+        (Usage(1000, 0, 1000, 300, heard_tokens=1000), "0.022520"),
+        (Usage(1000, 0, 1000, 1000, heard_tokens=400), "0.000400"),
+        (Usage(1000, 0, 1000, 300, heard_tokens=400), None),
+        (Usage(1000, 0, 1000, 300, heard_tokens=400, cached_audio_tokens=100), None),
+        (Usage(1000, 0, 1000, 300, heard_tokens=400, cached_audio_tokens=400), None),
+        (Usage(1000, 0, 1000, 300, cached_text_tokens=200, heard_tokens=800), "0.022520"),
+        (Usage(0, 500, 500, spoken_tokens=300), "0.022400"),
+        (Usage(0, 500, 500, drawn_tokens=300), None),
+    ],
+)
+def test_cached_tokens_are_priced_by_their_kind(usage: Usage, expected: str | None) -> None:
+    assert price("gpt-realtime", usage) == expected
+
+
+def test_images_that_a_model_makes() -> None:
+    drawn = Usage(1000, 4000, 5000, image_tokens=200, drawn_tokens=4000)
+    assert price("gpt-image-1", drawn) == "0.166000"
+    assert price("gpt-image-1.5", drawn) == "0.133600"
+    assert price("gpt-image-1.5", Usage(0, 4000, 4000, drawn_tokens=3000)) == "0.106000"
+    assert price("gpt-image-2", Usage(0, 4000, 4000, drawn_tokens=3000)) is None, "what its text costs is not known"
+
+
+def test_reasoning_beside_the_completion_is_output() -> None:
+    table = PriceTable({"grok-4": overridden(input="3", output="15")})
+    assert price("grok-4", Usage(100, 10, 410, extra_reasoning_tokens=300), table=table) == "0.004950"
+
+
+def test_an_override_may_price_every_kind_of_token() -> None:
+    rates = dict.fromkeys(("input", "output", "audio_input", "image_output"), Decimal(1))
+    usage = Usage(MILLION, MILLION, 2 * MILLION, heard_tokens=MILLION, drawn_tokens=MILLION)
+    assert price("m", usage, table=PriceTable({"m": rates})) == "2.000000"
 
 
 # Amounts as text.

@@ -73,5 +73,9 @@ def client_auth(scheme: str, token: str) -> tuple[tuple[str, str], ...]:
     return (("api-key", token),)
 
 
+def deployment(address: UpstreamAddress, route: Route, model: str) -> str | None:
+    return route.deployment or deployment_of(address, model)
+
+
 def identity(address: UpstreamAddress, model: str) -> str:
     return f"azure {address.base_url} {address.api_version} {deployment_of(address, model)}"

@@ -39,5 +39,8 @@ class Provider(Protocol):
     def client_auth(self, scheme: str, token: str) -> tuple[tuple[str, str], ...]:
         """Return the client's own credential (`bearer` or `api-key`) in this upstream's style."""
 
+    def deployment(self, address: UpstreamAddress, route: Route, model: str) -> str | None:
+        """Return the deployment that serves the request; None if the dialect has none."""
+
     def identity(self, address: UpstreamAddress, model: str) -> str:
         """Return what of this upstream can change a response: part of the cache key."""

@@ -34,5 +34,9 @@ def client_auth(scheme: str, token: str) -> tuple[tuple[str, str], ...]:
     return (("Authorization", f"Bearer {token}"),)
 
 
+def deployment(address: UpstreamAddress, route: Route, model: str) -> str | None:
+    return None
+
+
 def identity(address: UpstreamAddress, model: str) -> str:
     return f"openai {address.base_url}"
