@@ -27,7 +27,8 @@ def upstream(model: str = "m", dollars: int = 1) -> Upstream:
     """One whose prompt tokens cost `dollars` USD per million, its completion tokens ten times that."""
     prices = PriceTable({model: {"input": D(dollars), "output": D(10 * dollars)}})
     address = UpstreamAddress("u", "openai", "https://u.example/v1", None, {})
-    return Upstream(address, PROVIDERS["openai"], prices, RetryBudget(0.1), None, CircuitBreaker(BreakerSettings()))
+    breaker = CircuitBreaker(BreakerSettings())
+    return Upstream(address, PROVIDERS["openai"], prices, "openai", RetryBudget(0.1), None, breaker)
 
 
 def estimate(document: dict[str, Any], *upstreams: Upstream, endpoint: str = "chat", **more: Any) -> Decimal | None:
