@@ -1,4 +1,4 @@
-"""Real sockets, in one process: a raw client, a server for a handler, an upstream made of bytes, and a whole house."""
+"""Real sockets in one process: a raw client, a server for a handler, a scripted upstream, and a whole proxy."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ from proxy.system.clock import SYSTEM_CLOCK, Clock
 from tests.pipeline.fixture import request_handler, settings
 from tests.pipeline.script import Move, ScriptedTransport
 
-PATIENCE = 30.0
-"""Seconds after which a test no longer believes that anything will happen."""
+TEST_TIMEOUT = 30.0
+"""Seconds after which a waiting test fails."""
 
 CHAT = "/v1/chat/completions"
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TEST_TIMEOUT):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
 @dataclass(slots=True)
 class Answer:
-    """One answer off the wire. body: unframed; framing: how its end was told (`length`, `chunked`, `close`, `none`);
-    whole: it had the end that its framing promises.
+    """One response as received.
+
+    body: without framing. framing: `length`, `chunked`, `close` or `none`. whole: the body had the end that its
+    framing requires.
     """
 
     version: str
@@ -56,7 +58,7 @@ class Answer:
     trailers: dict[str, str] = field(default_factory=dict)
 
     def get(self, name: str) -> str | None:
-        """A header that stands at most once."""
+        """Return the value of a header, which occurs at most once."""
         values = [value for key, value in self.headers if key.lower() == name.lower()]
         assert len(values) <= 1, (name, values)
         return values[0] if values else None
@@ -66,7 +68,7 @@ class Answer:
 
     @property
     def error(self) -> str | None:
-        """Our error code, with the body in OpenAI's shape."""
+        """Return the proxy's error code, and check that the body has OpenAI's shape."""
         code = self.get("X-Proxy-Error")
         if code is not None and self.body:
             assert self.get("Content-Type") == "application/json"
@@ -78,7 +80,7 @@ class Answer:
 
 
 class RawConnection:
-    """A client's end of a connection: bytes out, answers in."""
+    """The client's end of a connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -88,8 +90,8 @@ class RawConnection:
         self.writer.write(data)
 
     async def answer(self, *, head: bool = False) -> Answer:
-        """The next answer; head: to a HEAD request, so that it has no body."""
-        async with asyncio.timeout(PATIENCE):
+        """Return the next response. head: it answers a HEAD request, so it has no body."""
+        async with asyncio.timeout(TEST_TIMEOUT):
             raw = await self.reader.readuntil(b"\r\n\r\n")
             first, *lines = raw.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
             version, status, reason = first.split(" ", 2)
@@ -122,15 +124,15 @@ class RawConnection:
         answer.body = b"".join(answer.chunks) + answer.body
 
     async def ended(self) -> bytes:
-        """What comes until the other side ends the connection."""
-        async with asyncio.timeout(PATIENCE):
+        """Return the bytes that arrive until the server closes the connection."""
+        async with asyncio.timeout(TEST_TIMEOUT):
             try:
                 return await self.reader.read()
             except ConnectionError:
                 return b""
 
     async def silent(self, seconds: float = 0.05) -> bool:
-        """Whether nothing comes, not even the end."""
+        """Return True if no byte arrives and the connection stays open."""
         try:
             async with asyncio.timeout(seconds):
                 await self.reader.read(1)
@@ -139,7 +141,7 @@ class RawConnection:
         return False
 
     async def gone(self) -> None:
-        """Hangs up."""
+        """Disconnect."""
         self.writer.transport.abort()
         await asyncio.sleep(0)
 
@@ -164,8 +166,9 @@ def request(
     headers: Iterable[tuple[str, str]] = (),
     version: str = "1.1",
 ) -> bytes:
-    """A request as bytes. A body that is not bytes goes as JSON; `headers` stand over the usual ones; '' as value: the
-    header is not sent at all.
+    """Return a request as bytes.
+
+    body: JSON unless it is bytes. headers: replace the usual ones; a header whose value is "" is not sent.
     """
     raw = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
     usual = {"host": ("Host", "127.0.0.1")}
@@ -184,7 +187,7 @@ def chunked(*pieces: bytes) -> bytes:
 
 @asynccontextmanager
 async def served(handler: Callable[[Any], Awaitable[Any]]) -> AsyncIterator[int]:
-    """The port of a server that runs `handler` as the proxy's listeners do."""
+    """Yield the port of a server that runs `handler` as the proxy's listeners do."""
     runner = ServerRunner(ListeningServer(handler), handle_signals=False, shutdown_timeout=0.1)
     await runner.setup()
     listener = bind("127.0.0.1", 0)
@@ -196,7 +199,7 @@ async def served(handler: Callable[[Any], Awaitable[Any]]) -> AsyncIterator[int]
 
 
 class RunningProxy:
-    """All rooms but the way up, which is scripted: what `App` puts together."""
+    """What `App` builds, with a scripted transport."""
 
     def __init__(self, *moves: Move, config: Settings | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         config = config or settings()
@@ -204,11 +207,11 @@ class RunningProxy:
         self.transport = ScriptedTransport(*moves)
         self.metrics = Metrics()
         self.receipts: list[Receipt] = []
-        gatekeeper = AccessControl(config)
-        self.traffic = InFlight(started=clock.wall())
+        access = AccessControl(config)
+        self.in_flight = InFlight(started=clock.wall())
         self.ledger = Ledger(None, clock)
-        self.ops = AdminHandler(self.services, self.metrics, gatekeeper, self.traffic, self.ledger)
-        self.downstream = ApiHandler(
+        self.admin = AdminHandler(self.services, self.metrics, access, self.in_flight, self.ledger)
+        self.api = ApiHandler(
             self.services,
             request_handler(self.services, self.transport, self._observe),
             PassthroughHandler(
@@ -217,10 +220,10 @@ class RunningProxy:
                 build_reservations(self.services),
                 self._keep,
             ),
-            self.ops,
+            self.admin,
             self.metrics,
-            gatekeeper,
-            self.traffic,
+            access,
+            self.in_flight,
             self.ledger,
         )
         self.port = 0
@@ -241,25 +244,25 @@ class RunningProxy:
         body: bytes | object | None = None,
         headers: Iterable[tuple[str, str]] = (),
     ) -> Answer:
-        """One request on a connection of its own."""
+        """Send a request on a new connection; return the response."""
         async with raw_connection(self.port) as line:
             line.send(request(method, target, body, headers))
             return await line.answer(head=method == "HEAD")
 
     async def settled(self) -> None:
-        """Waits until nothing is in flight and every connection up is given back."""
-        await until(lambda: not self.traffic.requests and all(reply.given_back for reply in self.transport.replies))
+        """Wait until no request is in flight and every upstream connection is released."""
+        await until(lambda: not self.in_flight.requests and all(reply.given_back for reply in self.transport.replies))
         assert self.services.admission.depth == 0
-        assert self.traffic.streams == {}
+        assert self.in_flight.streams == {}
 
 
 @asynccontextmanager
 async def running_proxy(
     *moves: Move, config: Settings | None = None, clock: Clock = SYSTEM_CLOCK
 ) -> AsyncIterator[RunningProxy]:
-    """A house that listens. At the end nothing may be held any more."""
+    """Yield a listening proxy. At the end nothing may be in flight."""
     built = RunningProxy(*moves, config=config, clock=clock)
-    async with served(built.downstream.handle) as built.port:
+    async with served(built.api.handle) as built.port:
         yield built
         await built.settled()
 
@@ -269,7 +272,7 @@ Say = Callable[["Raw", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[No
 
 
 class Raw:
-    """An upstream made of bytes. turn: what it does with each connection; connections: how many came."""
+    """A scripted upstream. turn: serves a connection; connections: number accepted."""
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
@@ -296,12 +299,12 @@ class Raw:
             writer.close()
 
     def hang_up(self) -> None:
-        """Ends all connections, whatever they were waiting for."""
+        """Close all connections."""
         for task in self._at_work:
             task.cancel()
 
     async def read_request(self, reader: asyncio.StreamReader) -> bytes:
-        """A request with its body; the head is kept."""
+        """Return the body of the next request, and keep its head."""
         head = await reader.readuntil(b"\r\n\r\n")
         self.heads.append(head)
         for line in head.lower().split(b"\r\n"):

@@ -32,7 +32,7 @@ POOLED = (UpstreamSettings(keys=(KeySettings("openai-1", Secret("sk-pool")),)),)
 
 
 def ask(headers: Headers = (), peer: object = ("127.0.0.1", 50000)) -> BaseRequest:  # type: ignore[assignment]
-    """As much of a request as the gatekeeper looks at. peer: what the transport says of it."""
+    """The parts of a request that access control uses. peer: the transport's `peername`."""
     transport = SimpleNamespace(get_extra_info=lambda name: peer if name == "peername" else None)
     return cast(BaseRequest, SimpleNamespace(headers=CIMultiDict(headers), transport=transport))
 
@@ -319,7 +319,7 @@ def test_clients_have_separate_caches_unless_shared() -> None:
     assert len(set(scopes(keeper(client_keys=keys, cache=CacheSettings(shared=True))))) == 1
 
 
-# Pass-through: each client's own credential goes up, and separates its cache.
+# --- pass-through -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_in_pass_through_each_credential_has_its_own_cache() -> None:
 
 @pytest.mark.parametrize("headers", [bearer("\udcff"), {"api-key": "\udcff"}, {"OpenAI-Organization": "\udcff"}])
 def test_a_credential_that_is_not_utf_8_is_401(headers: Headers) -> None:
-    """Bytes of a header that are no UTF-8 come as lone surrogates, and could not go up unchanged."""
+    """aiohttp decodes header bytes that are not UTF-8 to lone surrogates, which cannot be sent upstream unchanged."""
     with pytest.raises(ProxyError) as caught:
         keeper(pooled=False).client(ask(headers))
     assert (caught.value.code, caught.value.status) == ("invalid_client_key", 401)
@@ -440,7 +440,7 @@ def test_without_an_admin_key_local_clients_are_admitted(peer: object) -> None:
 
 @pytest.mark.parametrize("peer", [*REMOTE, None])
 def test_without_an_admin_key_remote_clients_are_refused(peer: object) -> None:
-    """None: a TCP peer that was gone before anybody could ask who it was."""
+    """None: the TCP client had disconnected."""
     assert not is_loopback(ask(peer=peer))
     headers = {"X-Forwarded-For": "127.0.0.1", "Forwarded": "for=127.0.0.1", **bearer("x")}
     assert "this machine" in admin_refusal(keeper(), ask(headers, peer)).message

@@ -1,4 +1,4 @@
-"""The routes for operators: probes, status, keys, receipts; who may see them, and that no secret is in them."""
+"""The admin routes: probes, status, keys and receipts; who may see them, and that they contain no secret."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ def bearer(name: str) -> list[tuple[str, str]]:
     return [("Authorization", f"Bearer key-of-{name}")]
 
 
-def server(**fields: Any) -> Any:
+def server_config(**fields: Any) -> Any:
     return replace(settings(), server=ServerSettings(**fields))
 
 
-# Probes.
+# --- probes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3:8484", "anything"])
 async def test_probes_need_no_key_and_accept_any_host(path: str, host: str) -> None:
-    async with running_proxy(config=server(client_keys=(client_key("a"),), admin_key=Secret("x"))) as home:
-        answer = await home.ask("GET", path, headers=[("Host", host)])
+    async with running_proxy(config=server_config(client_keys=(client_key("a"),), admin_key=Secret("x"))) as server:
+        answer = await server.ask("GET", path, headers=[("Host", host)])
         assert (answer.status, answer.get("Content-Type")) == (200, "application/json")
         assert answer.json() == {"status": "ok" if path == "/healthz" else "ready"}
         assert answer.get("Cache-Control") == "no-store"
-        assert (await home.ask("HEAD", path)).status == 200
-        assert home.transport.sent == []
+        assert (await server.ask("HEAD", path)).status == 200
+        assert server.transport.sent == []
 
 
 async def test_while_draining_healthz_is_200_and_readyz_503() -> None:
-    async with running_proxy() as home:
-        home.traffic.draining = True
-        assert (await home.ask("GET", "/healthz")).status == 200
-        answer = await home.ask("GET", "/readyz")
+    async with running_proxy() as server:
+        server.in_flight.draining = True
+        assert (await server.ask("GET", "/healthz")).status == 200
+        answer = await server.ask("GET", "/readyz")
         assert (answer.status, answer.json()) == (503, {"status": "draining"})
-        assert (await home.ask("GET", "/_proxy/status")).json()["state"] == "draining"
+        assert (await server.ask("GET", "/_proxy/status")).json()["state"] == "draining"
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics", "/_proxy/status"])
 @pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS"])
 async def test_admin_pages_allow_only_get_and_head(path: str, method: str) -> None:
-    async with running_proxy() as home:
-        answer = await home.ask(method, path)
+    async with running_proxy() as server:
+        answer = await server.ask(method, path)
         assert (answer.status, answer.error, answer.get("Allow")) == (405, "method_not_allowed", "GET, HEAD")
 
 
@@ -75,42 +75,42 @@ async def test_admin_pages_allow_only_get_and_head(path: str, method: str) -> No
     "path", ["/_proxy/", "/_proxy/nothing", "/_proxy/requests", "/_proxy/requests/", "/_proxy/keys/"]
 )
 async def test_unknown_admin_routes_are_404(path: str) -> None:
-    async with running_proxy() as home:
-        assert (await home.ask("GET", f"/_proxy/{path}")).error == "unknown_route"
+    async with running_proxy() as server:
+        assert (await server.ask("GET", f"/_proxy/{path}")).error == "unknown_route"
 
 
-# Who may look.
+# --- access -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", GUARDED)
 async def test_admin_pages_need_the_admin_key_if_one_is_set(path: str) -> None:
-    async with running_proxy(config=server(admin_key=Secret("the-admin-key"))) as home:
+    async with running_proxy(config=server_config(admin_key=Secret("the-admin-key"))) as server:
         for headers in ([], [("Authorization", "Bearer wrong")], [("api-key", "the-admin-key")]):
-            answer = await home.ask("GET", path, headers=headers)
+            answer = await server.ask("GET", path, headers=headers)
             assert (answer.status, answer.error) == (401, "invalid_client_key")
             assert "the-admin-key" not in str(answer)
-        answer = await home.ask("GET", path, headers=ADMIN)
+        answer = await server.ask("GET", path, headers=ADMIN)
         assert answer.status == (404 if path.endswith("/x") else 200)
 
 
 @pytest.mark.parametrize("path", GUARDED)
 async def test_admin_pages_refuse_foreign_hosts_and_origins(path: str) -> None:
-    async with running_proxy() as home:
-        assert (await home.ask("GET", path, headers=[("Host", "evil.test")])).error == "host_not_allowed"
-        assert (await home.ask("GET", path, headers=[("Origin", "http://evil.test")])).error == "origin_not_allowed"
-        assert (await home.ask("GET", path, headers=[("Sec-Fetch-Site", "cross-site")])).status == 403
+    async with running_proxy() as server:
+        assert (await server.ask("GET", path, headers=[("Host", "evil.test")])).error == "host_not_allowed"
+        assert (await server.ask("GET", path, headers=[("Origin", "http://evil.test")])).error == "origin_not_allowed"
+        assert (await server.ask("GET", path, headers=[("Sec-Fetch-Site", "cross-site")])).status == 403
 
 
-# What they see.
+# --- status and keys --------------------------------------------------------------------------------------------------
 
 
 async def test_status_shows_the_state_without_secrets() -> None:
     config = settings(pool("k1", "k2"))
     config = replace(config, server=ServerSettings(admin_key=Secret("the-admin-key"), client_keys=(client_key("a"),)))
-    async with running_proxy(rate_limited("60"), says(), config=config) as home:
-        home.traffic.address = "http://127.0.0.1:1"
-        assert (await home.ask(body=ask(), headers=bearer("a"))).status == 200
-        answer = await home.ask("GET", "/_proxy/status", headers=ADMIN)
+    async with running_proxy(rate_limited("60"), says(), config=config) as server:
+        server.in_flight.address = "http://127.0.0.1:1"
+        assert (await server.ask(body=ask(), headers=bearer("a"))).status == 200
+        answer = await server.ask("GET", "/_proxy/status", headers=ADMIN)
         status = answer.json()
         assert (status["version"], status["address"], status["state"]) == (__version__, "http://127.0.0.1:1", "ready")
         assert (status["pass_through"], status["in_flight"], status["queue"]) == (False, 1, {"waiting": 0})
@@ -124,15 +124,15 @@ async def test_status_shows_the_state_without_secrets() -> None:
 
 async def test_status_without_a_cache_and_without_keys() -> None:
     config = replace(settings(UpstreamSettings(base_url="http://up.test/v1")), cache=CacheSettings(backend="off"))
-    async with running_proxy(config=config) as home:
-        status = (await home.ask("GET", "/_proxy/status")).json()
+    async with running_proxy(config=config) as server:
+        status = (await server.ask("GET", "/_proxy/status")).json()
         assert (status["cache"], status["pass_through"]) == (None, True)
 
 
 async def test_the_keys_page_shows_labels_and_states() -> None:
-    async with running_proxy(error(401), rate_limited("60"), says(), config=settings(pool("k1", "k2", "k3"))) as home:
-        assert (await home.ask(body=ask())).status == 200
-        rows = {row["name"]: row for row in (await home.ask("GET", "/_proxy/keys")).json()["keys"]}
+    async with running_proxy(error(401), rate_limited("60"), says(), config=settings(pool("k1", "k2", "k3"))) as server:
+        assert (await server.ask(body=ask())).status == 200
+        rows = {row["name"]: row for row in (await server.ask("GET", "/_proxy/keys")).json()["keys"]}
         assert [rows[name]["state"] for name in ("k1", "k2", "k3")] == ["rejected", "ready", "ready"]
         [cooling] = rows["k2"]["states"]
         assert (cooling["model"], cooling["state"]) == ("gpt-4o", "cooling")
@@ -142,85 +142,86 @@ async def test_the_keys_page_shows_labels_and_states() -> None:
         assert "sk-" not in str(rows)
 
 
-# Receipts.
+# --- receipts ---------------------------------------------------------------------------------------------------------
 
 
 async def test_every_kind_of_response_has_a_receipt() -> None:
-    async with running_proxy(says(), error(400), streams()) as home:
+    async with running_proxy(says(), error(400), streams()) as server:
 
         async def told(answer: Answer) -> dict[str, Any]:
             id_ = answer.get("X-Proxy-Request-Id")
-            receipt = (await home.ask("GET", f"/_proxy/requests/{id_}")).json()
+            receipt = (await server.ask("GET", f"/_proxy/requests/{id_}")).json()
             assert receipt["id"] == id_
             return dict(receipt)
 
-        miss = await told(await home.ask(body=ask()))
+        miss = await told(await server.ask(body=ask()))
         assert (miss["cache"], miss["cost_usd"], miss["saved_usd"]) == ("miss", "0.002250", "0.000000")
         assert (miss["prompt_tokens"], miss["completion_tokens"]) == (100, 200)
-        hit = await told(await home.ask(body=ask()))
+        hit = await told(await server.ask(body=ask()))
         assert (hit["cache"], hit["cost_usd"], hit["saved_usd"]) == ("hit", "0.000000", "0.002250")
         assert (hit["cost_status"], hit["model"], hit["attempts"]) == ("exact", "gpt-4o", 0)
-        failed = await told(await home.ask(body=ask("b")))
+        failed = await told(await server.ask(body=ask("b")))
         assert (failed["status"], failed["error"], failed["cost_usd"]) == (400, "upstream_400", None)
-        stream = await told(await home.ask(body=ask("c", stream=True)))
+        stream = await told(await server.ask(body=ask("c", stream=True)))
         assert (stream["stream"], stream["cost_usd"], stream["cost_status"]) == (True, "0.002250", "exact")
 
 
 async def test_a_receipt_is_shown_only_to_its_client() -> None:
-    """Others are told that it does not exist, not that they may not see it."""
+    """Other clients get 404 instead of 403, so they do not learn that it exists."""
     keys = (client_key("a"), client_key("b"))
-    async with running_proxy(says(), config=server(client_keys=keys, admin_key=Secret("the-admin-key"))) as home:
-        id_ = (await home.ask(body=ask(), headers=bearer("a"))).get("X-Proxy-Request-Id")
+    config = server_config(client_keys=keys, admin_key=Secret("the-admin-key"))
+    async with running_proxy(says(), config=config) as server:
+        id_ = (await server.ask(body=ask(), headers=bearer("a"))).get("X-Proxy-Request-Id")
         target = f"/_proxy/requests/{id_}"
-        assert (await home.ask("GET", target, headers=bearer("a"))).json()["client"] == "a"
-        assert (await home.ask("GET", target, headers=ADMIN)).status == 200
-        other = await home.ask("GET", target, headers=bearer("b"))
-        none = await home.ask("GET", "/_proxy/requests/" + "0" * 32, headers=bearer("b"))
+        assert (await server.ask("GET", target, headers=bearer("a"))).json()["client"] == "a"
+        assert (await server.ask("GET", target, headers=ADMIN)).status == 200
+        other = await server.ask("GET", target, headers=bearer("b"))
+        none = await server.ask("GET", "/_proxy/requests/" + "0" * 32, headers=bearer("b"))
         assert (other.status, none.status) == (404, 404)
-        assert (await home.ask("GET", target)).status == 401
+        assert (await server.ask("GET", target)).status == 401
 
 
 async def test_in_pass_through_receipts_need_the_admin_key() -> None:
-    """Nobody has a name there, so nobody can own one."""
+    """Clients have no names in pass-through, so no client owns a receipt."""
     config = replace(
         settings(UpstreamSettings(base_url="http://up.test/v1")),
         server=ServerSettings(admin_key=Secret("the-admin-key")),
     )
-    async with running_proxy(says(), config=config) as home:
-        id_ = (await home.ask(body=ask(), headers=[("Authorization", "Bearer mine")])).get("X-Proxy-Request-Id")
+    async with running_proxy(says(), config=config) as server:
+        id_ = (await server.ask(body=ask(), headers=[("Authorization", "Bearer mine")])).get("X-Proxy-Request-Id")
         assert (
-            await home.ask("GET", f"/_proxy/requests/{id_}", headers=[("Authorization", "Bearer mine")])
+            await server.ask("GET", f"/_proxy/requests/{id_}", headers=[("Authorization", "Bearer mine")])
         ).status == 401
-        assert (await home.ask("GET", f"/_proxy/requests/{id_}", headers=ADMIN)).status == 200
+        assert (await server.ask("GET", f"/_proxy/requests/{id_}", headers=ADMIN)).status == 200
 
 
 async def test_a_receipt_with_a_model_that_is_not_utf_8() -> None:
-    """A lone surrogate is valid JSON and no UTF-8: it must not break what tells of it."""
-    async with running_proxy(says()) as home:
-        answer = await home.ask(body=b'{"model":"\\ud800","messages":[]}')
+    """A lone surrogate is valid in JSON but not in UTF-8; receipts and logs must not fail on it."""
+    async with running_proxy(says()) as server:
+        answer = await server.ask(body=b'{"model":"\\ud800","messages":[]}')
         assert answer.status == 200
-        receipt = await home.ask("GET", f"/_proxy/requests/{answer.get('X-Proxy-Request-Id')}")
+        receipt = await server.ask("GET", f"/_proxy/requests/{answer.get('X-Proxy-Request-Id')}")
         assert receipt.status == 200
         assert receipt.json()["status"] == 200
 
 
 async def test_a_response_with_a_model_that_is_not_utf_8() -> None:
     odd = b'{"model":"\\ud800","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"stop"}]}'
-    async with running_proxy(Responds(body=(odd,))) as home:
+    async with running_proxy(Responds(body=(odd,))) as server:
         for _ in range(2):
-            answer = await home.ask(body=ask())
+            answer = await server.ask(body=ask())
             assert answer.body == odd
-            assert (await home.ask("GET", f"/_proxy/requests/{answer.get('X-Proxy-Request-Id')}")).status == 200
+            assert (await server.ask("GET", f"/_proxy/requests/{answer.get('X-Proxy-Request-Id')}")).status == 200
 
 
-# The second listener.
+# --- the listener server.ops ------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def probes(home: RunningProxy) -> AsyncIterator[int]:
+async def probes(server: RunningProxy) -> AsyncIterator[int]:
     async def handle(request: BaseRequest) -> Any:
         try:
-            return await home.ops.handle_probe(request, request.raw_path.partition("?")[0])
+            return await server.admin.handle_probe(request, request.raw_path.partition("?")[0])
         except ProxyError as refusal:
             return error_response(request, refusal, "id", b"")
 
@@ -230,8 +231,8 @@ async def probes(home: RunningProxy) -> AsyncIterator[int]:
 
 async def test_the_ops_listener_serves_only_probes_and_metrics() -> None:
     async with (
-        running_proxy(config=server(admin_key=Secret("x"))) as home,
-        probes(home) as port,
+        running_proxy(config=server_config(admin_key=Secret("x"))) as server,
+        probes(server) as port,
         raw_connection(port) as line,
     ):
 
@@ -251,11 +252,11 @@ async def test_the_ops_listener_serves_only_probes_and_metrics() -> None:
 
 
 async def test_probes_are_answered_while_requests_are_in_flight() -> None:
-    async with running_proxy(Responds(body=(b"{", HANG))) as home:
-        task = asyncio.create_task(home.ask(body=ask()))
-        await until(lambda: home.transport.sent)
-        assert (await home.ask("GET", "/healthz")).status == 200
-        assert (await home.ask("GET", "/_proxy/status")).json()["in_flight"] == 2
+    async with running_proxy(Responds(body=(b"{", HANG))) as server:
+        task = asyncio.create_task(server.ask(body=ask()))
+        await until(lambda: server.transport.sent)
+        assert (await server.ask("GET", "/healthz")).status == 200
+        assert (await server.ask("GET", "/_proxy/status")).json()["in_flight"] == 2
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,4 +1,4 @@
-"""The routes below `/_proxy/cache`: what is stored, one answer, purging, lines in and out; what is refused, and how."""
+"""The routes below `/_proxy/cache`: list, show, purge, export, import, and their errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WALL = NOW + 100
 
 
 def entry(key: str, body: bytes = b'{"a": 1}', **changes: Any) -> Entry:
-    """One that a line can hold."""
+    """Return an entry that a cassette line can hold."""
     plain: dict[str, Any] = {"headers": ((b"content-type", b"application/json"),), "usage_span": None}
     return kit.entry(key, body, **(plain | changes))
 
@@ -41,27 +41,27 @@ ENTRIES = [
 
 
 @pytest.fixture
-async def home() -> AsyncIterator[RunningProxy]:
+async def server() -> AsyncIterator[RunningProxy]:
     async with running_proxy(clock=replace(SYSTEM_CLOCK, wall=lambda: WALL)) as built:
         for one in ENTRIES:
             built.services.store.put(one)
         yield built
 
 
-def left(home: RunningProxy) -> list[str]:
-    return sorted(entry.key + entry.form for entry, _ in home.services.store.memory.listed(NAMES))
+def left(server: RunningProxy) -> list[str]:
+    return sorted(entry.key + entry.form for entry, _ in server.services.store.memory.listed(NAMES))
 
 
 NAMES = [(one.key, one.form) for one in ENTRIES]
 
 
-async def purge(home: RunningProxy, document: Any) -> Any:
-    answer = await home.ask("POST", "/_proxy/cache/purge", document)
+async def purge(server: RunningProxy, document: Any) -> Any:
+    answer = await server.ask("POST", "/_proxy/cache/purge", document)
     assert answer.status == 200, answer.body
     return answer.json()
 
 
-# Purge.
+# --- purge ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ async def purge(home: RunningProxy, document: Any) -> Any:
         ({"prefix": "aa"}, ["aa11json", "aa11sse", "aa22json"]),
     ],
 )
-async def test_purge_by_each_filter(home: RunningProxy, which: dict[str, Any], wanted: list[str]) -> None:
-    before = left(home)
-    assert await purge(home, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True}
-    assert left(home) == before
-    assert await purge(home, which) == {"purged": len(wanted), "dry_run": False}
-    assert left(home) == sorted(set(before) - set(wanted))
+async def test_purge_by_each_filter(server: RunningProxy, which: dict[str, Any], wanted: list[str]) -> None:
+    before = left(server)
+    assert await purge(server, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True}
+    assert left(server) == before
+    assert await purge(server, which) == {"purged": len(wanted), "dry_run": False}
+    assert left(server) == sorted(set(before) - set(wanted))
 
 
 @pytest.mark.parametrize(
@@ -110,28 +110,28 @@ async def test_purge_by_each_filter(home: RunningProxy, which: dict[str, Any], w
         ({"older_than": True}, "invalid_option", "older_than"),
     ],
 )
-async def test_an_ambiguous_purge_is_refused(home: RunningProxy, body: Any, code: str, param: str | None) -> None:
-    before = left(home)
-    answer = await home.ask("POST", "/_proxy/cache/purge", body)
+async def test_an_ambiguous_purge_is_refused(server: RunningProxy, body: Any, code: str, param: str | None) -> None:
+    before = left(server)
+    answer = await server.ask("POST", "/_proxy/cache/purge", body)
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, code, param)
-    assert left(home) == before
+    assert left(server) == before
 
 
 async def test_a_purged_entry_is_a_miss() -> None:
-    async with running_proxy(says(), says()) as home:
-        first = await home.ask(body=ask())
+    async with running_proxy(says(), says()) as server:
+        first = await server.ask(body=ask())
         key = first.get("X-Proxy-Cache-Key")
-        assert (await home.ask(body=ask())).get("X-Proxy-Cache") == "hit"
-        assert await purge(home, {"key": key}) == {"purged": 1, "dry_run": False}
-        again = await home.ask(body=ask())
+        assert (await server.ask(body=ask())).get("X-Proxy-Cache") == "hit"
+        assert await purge(server, {"key": key}) == {"purged": 1, "dry_run": False}
+        again = await server.ask(body=ask())
         assert (again.get("X-Proxy-Cache"), again.get("X-Proxy-Cache-Key")) == ("miss", key)
 
 
-# Looking.
+# --- list and show ----------------------------------------------------------------------------------------------------
 
 
-async def test_an_entry_is_shown_in_all_its_forms(home: RunningProxy) -> None:
-    shown = (await home.ask("GET", "/_proxy/cache/aa11")).json()
+async def test_an_entry_is_shown_in_all_its_forms(server: RunningProxy) -> None:
+    shown = (await server.ask("GET", "/_proxy/cache/aa11")).json()
     assert (shown["key"], [form["form"] for form in shown["forms"]]) == ("aa11", ["json", "sse"])
     form = shown["forms"][0]
     assert form["size"] > 0
@@ -160,34 +160,34 @@ async def test_an_entry_is_shown_in_all_its_forms(home: RunningProxy) -> None:
         "traits": "",
     }
     assert "body" not in form
-    shown = (await home.ask("GET", "/_proxy/cache/aa11?body=1")).json()
+    shown = (await server.ask("GET", "/_proxy/cache/aa11?body=1")).json()
     assert [form["body"] for form in shown["forms"]] == ['{"a": 1}', "data: [DONE]\n\n"]
-    assert (await home.ask("GET", "/_proxy/cache/bb33?body=1")).json()["forms"][0]["body_base64"] == "/w=="
+    assert (await server.ask("GET", "/_proxy/cache/bb33?body=1")).json()["forms"][0]["body_base64"] == "/w=="
 
 
-async def test_an_entry_as_cassette_lines(home: RunningProxy) -> None:
-    answer = await home.ask("GET", "/_proxy/cache/aa11?cassette=1")
+async def test_an_entry_as_cassette_lines(server: RunningProxy) -> None:
+    answer = await server.ask("GET", "/_proxy/cache/aa11?cassette=1")
     assert answer.get("Content-Type") == "application/x-ndjson"
     assert [read_line(line).body for line in answer.body.splitlines()] == [b'{"a": 1}', b"data: [DONE]\n\n"]
 
 
-async def test_an_unknown_key_is_404(home: RunningProxy) -> None:
-    answer = await home.ask("GET", "/_proxy/cache/aa")
+async def test_an_unknown_key_is_404(server: RunningProxy) -> None:
+    answer = await server.ask("GET", "/_proxy/cache/aa")
     assert (answer.status, answer.error) == (404, "unknown_route")
     assert "'aa'" in answer.json()["error"]["message"]
-    assert (await home.ask("GET", "/_proxy/cache/")).status == 404
+    assert (await server.ask("GET", "/_proxy/cache/")).status == 404
 
 
-async def test_the_list_has_pages(home: RunningProxy) -> None:
+async def test_the_list_has_pages(server: RunningProxy) -> None:
     keys, after = [], ""
     while True:
-        page = (await home.ask("GET", f"/_proxy/cache?limit=1&after={after}")).json()
+        page = (await server.ask("GET", f"/_proxy/cache?limit=1&after={after}")).json()
         keys += [one["key"] + one["form"] for one in page["entries"]]
         if not page["next"]:
             break
         after = page["next"].replace("\n", "%0A")
-    assert keys == left(home)
-    page = (await home.ask("GET", "/_proxy/cache?prefix=aa&older_than=5m&model=gpt-4o-mini")).json()
+    assert keys == left(server)
+    page = (await server.ask("GET", "/_proxy/cache?prefix=aa&older_than=5m&model=gpt-4o-mini")).json()
     assert ([one["key"] for one in page["entries"]], page["next"]) == (["aa22"], "")
 
 
@@ -203,29 +203,29 @@ async def test_the_list_has_pages(home: RunningProxy) -> None:
         ("/aa11?form=json", "form"),
     ],
 )
-async def test_invalid_queries_are_400(home: RunningProxy, target: str, param: str) -> None:
-    answer = await home.ask("GET", f"/_proxy/cache{target}")
+async def test_invalid_queries_are_400(server: RunningProxy, target: str, param: str) -> None:
+    answer = await server.ask("GET", f"/_proxy/cache{target}")
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, "invalid_option", param)
 
 
-# Lines in.
+# --- import -----------------------------------------------------------------------------------------------------------
 
 
-async def test_imported_lines_are_stored(home: RunningProxy) -> None:
+async def test_imported_lines_are_stored(server: RunningProxy) -> None:
     lines = [write_line(entry("new", stored_at=WALL)), write_line(ENTRIES[0]), write_line(entry("old", ttl=1.0))]
-    answer = await home.ask("POST", "/_proxy/cache/import", b"".join(lines))
+    answer = await server.ask("POST", "/_proxy/cache/import", b"".join(lines))
     assert answer.json() == {"new": 1, "replaced": 1, "expired": 1, "refused": 0}
-    assert (await home.ask("GET", "/_proxy/cache/new")).status == 200
+    assert (await server.ask("GET", "/_proxy/cache/new")).status == 200
 
 
-async def test_an_invalid_line_imports_nothing(home: RunningProxy) -> None:
-    answer = await home.ask("POST", "/_proxy/cache/import", write_line(entry("new")) + b"{}\n")
+async def test_an_invalid_line_imports_nothing(server: RunningProxy) -> None:
+    answer = await server.ask("POST", "/_proxy/cache/import", write_line(entry("new")) + b"{}\n")
     assert (answer.status, answer.error) == (400, "bad_request")
     assert "line:2: " in answer.json()["error"]["message"]
-    assert (await home.ask("GET", "/_proxy/cache/new")).status == 404
+    assert (await server.ask("GET", "/_proxy/cache/new")).status == 404
 
 
-# Who, and with what.
+# --- access and errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,33 +239,33 @@ async def test_an_invalid_line_imports_nothing(home: RunningProxy) -> None:
 )
 async def test_cache_pages_need_operator_access(method: str, path: str) -> None:
     config = replace(settings(), server=ServerSettings(admin_key=Secret("the-admin-key")))
-    async with running_proxy(config=config) as home:
+    async with running_proxy(config=config) as server:
         for headers in ([], [("Authorization", "Bearer wrong")]):
-            assert (await home.ask(method, path, {"all": True}, headers)).status == 401
-    async with running_proxy() as home:
+            assert (await server.ask(method, path, {"all": True}, headers)).status == 401
+    async with running_proxy() as server:
         for headers in ([("Origin", "http://evil.test")], [("Sec-Fetch-Site", "cross-site")]):
-            assert (await home.ask(method, path, {"all": True}, headers)).status == 403
-        assert (await home.ask(method, path, {"all": True}, [("Host", "evil.test")])).status == 421
+            assert (await server.ask(method, path, {"all": True}, headers)).status == 403
+        assert (await server.ask(method, path, {"all": True}, [("Host", "evil.test")])).status == 421
         other = "POST" if method == "GET" else "GET"
-        answer = await home.ask(other, path)
+        answer = await server.ask(other, path)
         assert (answer.status, answer.get("Allow")) == (405, "GET, HEAD" if method == "GET" else "POST")
 
 
 async def test_without_a_cache_the_pages_are_400() -> None:
-    async with running_proxy(config=replace(settings(), cache=CacheSettings(backend="off"))) as home:
-        answer = await home.ask("POST", "/_proxy/cache/purge", {"all": True})
+    async with running_proxy(config=replace(settings(), cache=CacheSettings(backend="off"))) as server:
+        answer = await server.ask("POST", "/_proxy/cache/purge", {"all": True})
         assert (answer.status, answer.error) == (400, "bad_request")
 
 
-async def test_a_failing_store_is_reported(home: RunningProxy) -> None:
+async def test_a_failing_store_is_reported(server: RunningProxy) -> None:
     class Broken(SQLiteStore):
         async def fail(self, *_: Any, **__: Any) -> Any:
             raise StoreError("the disk is gone")
 
         purge = list = read = fail
 
-    home.services.store.slower = Broken("nowhere", 2**20, 2**20)
+    server.services.store.slower = Broken("nowhere", 2**20, 2**20)
     for method, path in (("POST", "/purge"), ("GET", ""), ("GET", "/aa11")):
-        answer = await home.ask(method, f"/_proxy/cache{path}", {"all": True} if method == "POST" else None)
+        answer = await server.ask(method, f"/_proxy/cache{path}", {"all": True} if method == "POST" else None)
         assert (answer.status, answer.error) == (500, "internal_error")
         assert "the disk is gone" in answer.json()["error"]["message"]

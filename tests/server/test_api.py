@@ -1,4 +1,4 @@
-"""Requests come in: the fast lane, the slow one, refusals in OpenAI's shape, browsers, and the end of streams."""
+"""The handler of the main listener: fast path, pipeline, errors, browsers, and the end of streams."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.pipeline.script import (
     says,
     streams,
 )
-from tests.server.kit import PATIENCE, raw_connection, request, running_proxy, until
+from tests.server.kit import TEST_TIMEOUT, raw_connection, request, running_proxy, until
 
 pytestmark = pytest.mark.slow
 
@@ -51,20 +51,20 @@ CHAT = "/v1/chat/completions"
 Headers = Iterable[tuple[str, str]]
 
 
-def server(**fields: Any) -> Settings:
+def server_config(**fields: Any) -> Settings:
     return replace(settings(), server=ServerSettings(**fields))
 
 
-# Hits and misses.
+# --- hits and misses --------------------------------------------------------------------------------------------------
 
 
 async def test_a_miss_is_followed_by_hits() -> None:
-    async with running_proxy(says(headers=[("x-ratelimit-limit-requests", "5"), ("openai-version", "v")])) as home:
-        miss = await home.ask(body=ask())
+    async with running_proxy(says(headers=[("x-ratelimit-limit-requests", "5"), ("openai-version", "v")])) as server:
+        miss = await server.ask(body=ask())
         assert (miss.status, miss.reason, miss.body) == (200, "As You Like It", dump(completion()))
         assert (miss.get("X-Proxy-Cache"), miss.get("X-Proxy-Cost-USD")) == ("miss", "0.002250")
         assert miss.get("x-request-id") == "req_1"
-        slow, fast = await home.ask(body=ask()), await home.ask(body=ask())
+        slow, fast = await server.ask(body=ask()), await server.ask(body=ask())
         for hit in (slow, fast):
             assert (hit.status, hit.body) == (200, miss.body)
             names = [name for name, _ in hit.headers]
@@ -90,88 +90,90 @@ async def test_a_miss_is_followed_by_hits() -> None:
                 "Cache-Status": "openai-proxy; hit; ttl=86399; detail=sampled",
                 "Content-Length": str(len(miss.body)),
             }
-        assert len(home.transport.sent) == 1
+        assert len(server.transport.sent) == 1
 
 
 async def test_a_hit_parses_nothing_and_logs_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running_proxy(says()) as home:
+    async with running_proxy(says()) as server:
         for _ in range(2):
-            await home.ask(body=ask())
+            await server.ask(body=ask())
         monkeypatch.setattr(proxy.server.request_parser, "parse_body", None)
         caplog.set_level(logging.DEBUG)
         caplog.clear()
-        assert (await home.ask(body=ask())).get("X-Proxy-Cache") == "hit"
+        assert (await server.ask(body=ask())).get("X-Proxy-Cache") == "hit"
         assert [record for record in caplog.records if record.name.startswith("proxy")] == []
 
 
 async def test_the_rendered_head_of_a_hit_belongs_to_its_entry() -> None:
-    """Rendered once, and anew when the entry is another one."""
-    async with running_proxy(says(headers=[("openai-version", "1")]), says(headers=[("openai-version", "2")])) as home:
+    """A head is rendered once for each entry."""
+    async with running_proxy(
+        says(headers=[("openai-version", "1")]), says(headers=[("openai-version", "2")])
+    ) as server:
         for _ in range(3):
-            await home.ask(body=ask())
-        await home.ask(body=ask(), headers=[("Cache-Control", "no-cache")])
-        assert (await home.ask(body=ask())).get("openai-version") == "2"
+            await server.ask(body=ask())
+        await server.ask(body=ask(), headers=[("Cache-Control", "no-cache")])
+        assert (await server.ask(body=ask())).get("openai-version") == "2"
 
 
 async def test_kept_heads_and_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.api, "_MAX_MEMOIZED", 3)
-    async with running_proxy(*[says()] * 10) as home:
+    async with running_proxy(*[says()] * 10) as server:
         for n in range(10):
             for _ in range(2):
                 target = f"{CHAT}?n={n}"
-                assert (await home.ask("POST", target, ask())).status == 200
-            await home.ask("GET", f"/nowhere/{n}")
-        assert len(home.downstream._heads) <= 3
-        assert len(home.downstream._routes) <= 3
-        assert (await home.ask("POST", f"{CHAT}?n=0", ask())).get("X-Proxy-Cache") == "hit"
+                assert (await server.ask("POST", target, ask())).status == 200
+            await server.ask("GET", f"/nowhere/{n}")
+        assert len(server.api._heads) <= 3
+        assert len(server.api._routes) <= 3
+        assert (await server.ask("POST", f"{CHAT}?n=0", ask())).get("X-Proxy-Cache") == "hit"
 
 
 async def test_long_targets_are_not_kept() -> None:
-    async with running_proxy(says()) as home:
-        await home.ask("POST", f"{CHAT}?{'x' * 300}", ask())
-        assert home.downstream._routes == {}
+    async with running_proxy(says()) as server:
+        await server.ask("POST", f"{CHAT}?{'x' * 300}", ask())
+        assert server.api._routes == {}
 
 
 @pytest.mark.parametrize("segment", ["max-age=0", "stream-cost=comment"])
 async def test_options_in_the_base_url_apply_to_every_request(segment: str) -> None:
-    """The fast lane knows no options: requests that ask for something must not take it."""
+    """The fast path knows no options, so requests with options must not take it."""
     target = f"/_/{segment}{CHAT}"
     now = 1_790_000_000.0
     clock = replace(SYSTEM_CLOCK, wall=lambda: now)
-    async with running_proxy(*[streams()] * 3, clock=clock) as home:
-        first, *others = [await home.ask("POST", target, ask(stream=True)) for _ in range(3)]
+    async with running_proxy(*[streams()] * 3, clock=clock) as server:
+        first, *others = [await server.ask("POST", target, ask(stream=True)) for _ in range(3)]
         assert all(other.get("X-Proxy-Cache") == "hit" for other in others)
         if segment.startswith("stream"):
             assert b": x-proxy-cost-usd=0.002250 x-proxy" in first.body
             zero = b": x-proxy-cost-usd=0.000000 x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n" + DONE
             assert all(other.body.endswith(zero) for other in others)
         now += 1.0
-        again = await home.ask("POST", target, ask(stream=True))
+        again = await server.ask("POST", target, ask(stream=True))
         assert again.get("X-Proxy-Cache") == ("miss" if segment == "max-age=0" else "hit")
 
 
 async def test_configured_cost_comments_are_in_every_stream() -> None:
-    async with running_proxy(streams(), says(), config=settings(cost=CostSettings(stream_comment=True))) as home:
+    async with running_proxy(streams(), says(), config=settings(cost=CostSettings(stream_comment=True))) as server:
         for cost in (b"0.002250", b"0.000000", b"0.000000"):
-            answer = await home.ask(body=ask(stream=True))
+            answer = await server.ask(body=ask(stream=True))
             assert answer.body.count(b": x-proxy-cost-usd=" + cost) == 1
         for _ in range(3):
-            assert (await home.ask(body=ask(x=1))).body == dump(completion())
+            assert (await server.ask(body=ask(x=1))).body == dump(completion())
 
 
 async def test_json_to_a_stream_request_has_no_cost_comment() -> None:
-    async with running_proxy(*[says()] * 3, config=settings(cost=CostSettings(stream_comment=True))) as home:
+    async with running_proxy(*[says()] * 3, config=settings(cost=CostSettings(stream_comment=True))) as server:
         for _ in range(3):
-            assert (await home.ask(body=ask(stream=True))).body == dump(completion())
+            assert (await server.ask(body=ask(stream=True))).body == dump(completion())
 
 
 async def test_requests_with_options_do_not_take_the_fast_path() -> None:
-    async with running_proxy(*[says()] * 5) as home:
+    async with running_proxy(*[says()] * 5) as server:
 
         async def cache(*headers: tuple[str, str]) -> str | None:
-            return (await home.ask(body=ask(), headers=headers)).get("X-Proxy-Cache")
+            return (await server.ask(body=ask(), headers=headers)).get("X-Proxy-Cache")
 
         assert [await cache(), await cache(), await cache()] == ["miss", "hit", "hit"]
         assert await cache(("cache-control", "no-store")) == "bypass"
@@ -181,12 +183,12 @@ async def test_requests_with_options_do_not_take_the_fast_path() -> None:
         assert await cache(("X-Stainless-Retry-Count", "1")) == "hit"
 
 
-# Streams on the wire.
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_stream_is_chunked_and_its_hit_has_a_length() -> None:
-    async with running_proxy(streams()) as home:
-        miss, hit = await home.ask(body=ask(stream=True)), await home.ask(body=ask(stream=True))
+    async with running_proxy(streams()) as server:
+        miss, hit = await server.ask(body=ask(stream=True)), await server.ask(body=ask(stream=True))
         assert (miss.framing, miss.whole, hit.framing) == ("chunked", True, "length")
         assert miss.body == hit.body == b"".join(events())
         assert (miss.get("Cache-Control"), miss.get("X-Accel-Buffering")) == ("no-cache", "no")
@@ -198,14 +200,14 @@ async def test_a_stream_is_chunked_and_its_hit_has_a_length() -> None:
 async def test_buffering_headers_of_the_upstream_are_kept() -> None:
     async with running_proxy(
         streams(headers=[("cache-control", "no-transform"), ("x-accel-buffering", "yes")])
-    ) as home:
-        answer = await home.ask(body=ask(stream=True))
+    ) as server:
+        answer = await server.ask(body=ask(stream=True))
         assert (answer.get("Cache-Control"), answer.get("X-Accel-Buffering")) == ("no-transform", "yes")
 
 
 async def test_a_broken_stream_ends_with_an_error_event_and_no_last_chunk() -> None:
-    async with running_proxy(streams([*events()[:2], CUT])) as home:
-        answer = await home.ask(body=ask(stream=True))
+    async with running_proxy(streams([*events()[:2], CUT])) as server:
+        answer = await server.ask(body=ask(stream=True))
         assert (answer.status, answer.framing, answer.whole) == (200, "chunked", False)
         last = orjson.loads(answer.chunks[-1].removeprefix(b"data: "))
         assert last["error"]["code"] == "upstream_invalid_response"
@@ -213,7 +215,7 @@ async def test_a_broken_stream_ends_with_an_error_event_and_no_last_chunk() -> N
 
 
 async def test_http_1_0_gets_a_stream_without_chunks() -> None:
-    async with running_proxy(streams()) as home, raw_connection(home.port) as line:
+    async with running_proxy(streams()) as server, raw_connection(server.port) as line:
         line.send(request(body=ask(stream=True), version="1.0"))
         answer = await line.answer()
         assert (answer.framing, answer.body) == ("close", b"".join(events()))
@@ -221,34 +223,34 @@ async def test_http_1_0_gets_a_stream_without_chunks() -> None:
 
 @pytest.mark.parametrize("move", [streams([*events()[:2], HANG]), Fails("hang"), Responds(body=(b"{", HANG))])
 async def test_the_upstream_is_closed_at_once_when_the_client_leaves(move: Any) -> None:
-    async with running_proxy(move) as home:
-        async with raw_connection(home.port) as line:
+    async with running_proxy(move) as server:
+        async with raw_connection(server.port) as line:
             line.send(request(body=ask(stream=True)))
-            await until(lambda: home.traffic.requests == 1 and home.transport.sent)
+            await until(lambda: server.in_flight.requests == 1 and server.transport.sent)
             await line.gone()
-        await home.settled()
-        assert [(receipt.status, receipt.error) for receipt in home.receipts] == [(499, "client_gone")]
+        await server.settled()
+        assert [(receipt.status, receipt.error) for receipt in server.receipts] == [(499, "client_gone")]
 
 
 async def test_a_client_that_leaves_the_queue_is_not_sent() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
-    async with running_proxy(Fails("hang"), config=config) as home:
-        async with raw_connection(home.port) as first, raw_connection(home.port) as second:
+    async with running_proxy(Fails("hang"), config=config) as server:
+        async with raw_connection(server.port) as first, raw_connection(server.port) as second:
             first.send(request(body=ask("a")))
-            await until(lambda: home.transport.sent)
+            await until(lambda: server.transport.sent)
             second.send(request(body=ask("b")))
-            await until(lambda: home.services.admission.depth == 1)
+            await until(lambda: server.services.admission.depth == 1)
             await second.gone()
-            await until(lambda: home.services.admission.depth == 0)
+            await until(lambda: server.services.admission.depth == 0)
             await first.gone()
-        assert len(home.transport.sent) == 1
+        assert len(server.transport.sent) == 1
 
 
 async def test_draining_ends_streams_with_an_error_event() -> None:
-    async with running_proxy(streams([event(chunk("a")), HANG])) as home, raw_connection(home.port) as line:
+    async with running_proxy(streams([event(chunk("a")), HANG])) as server, raw_connection(server.port) as line:
         line.send(request(body=ask(stream=True)))
         await line.reader.readuntil(b'"a"')
-        [(task, flow)] = home.traffic.streams.items()
+        [(task, flow)] = server.in_flight.streams.items()
         flow.interrupted = "draining"
         task.cancel()
         rest = await line.ended()
@@ -257,55 +259,55 @@ async def test_draining_ends_streams_with_an_error_event() -> None:
 
 
 async def test_while_draining_new_requests_are_refused() -> None:
-    async with running_proxy() as home:
-        home.traffic.closing = True
+    async with running_proxy() as server:
+        server.in_flight.closing = True
         for method, target, body in (("POST", CHAT, ask()), ("GET", "/v1/models", None)):
-            answer = await home.ask(method, target, body)
+            answer = await server.ask(method, target, body)
             assert (answer.status, answer.error, answer.get("Retry-After")) == (503, "draining", "1")
-        assert (await home.ask("GET", "/healthz")).status == 200
+        assert (await server.ask("GET", "/healthz")).status == 200
 
 
 async def test_a_body_sent_too_slowly_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
-    async with running_proxy() as home, raw_connection(home.port) as line:
+    async with running_proxy() as server, raw_connection(server.port) as line:
         line.send(request(headers=[("Content-Type", "application/json"), ("Content-Length", "9")]) + b'{"a')
         assert await line.ended() == b""
-        assert home.receipts == []  # it never became a call
+        assert server.receipts == []  # it never became a call
 
 
-# Too much at once.
+# --- overload ---------------------------------------------------------------------------------------------------------
 
 
 async def test_requests_beyond_max_in_flight_are_refused() -> None:
-    config = server(max_in_flight=2)
-    async with running_proxy(says(), Fails("hang"), Fails("hang"), config=config) as home:
-        await home.ask(body=ask("stored"))
-        async with raw_connection(home.port) as first, raw_connection(home.port) as second:
+    config = server_config(max_in_flight=2)
+    async with running_proxy(says(), Fails("hang"), Fails("hang"), config=config) as server:
+        await server.ask(body=ask("stored"))
+        async with raw_connection(server.port) as first, raw_connection(server.port) as second:
             for n, line in enumerate((first, second)):
                 line.send(request(body=ask(str(n))))
-                await until(lambda n=n: home.traffic.requests == n + 1)  # type: ignore[misc]
-            answer = await home.ask(body=ask("c"))
+                await until(lambda n=n: server.in_flight.requests == n + 1)  # type: ignore[misc]
+            answer = await server.ask(body=ask("c"))
             assert (answer.status, answer.error, answer.get("Retry-After")) == (503, "overloaded", "1")
-            assert (await home.ask("GET", "/v1/models")).error == "overloaded"
-            assert (await home.ask(body=ask("stored"))).get("X-Proxy-Cache") == "hit"  # hits are served all the same
+            assert (await server.ask("GET", "/v1/models")).error == "overloaded"
+            assert (await server.ask(body=ask("stored"))).get("X-Proxy-Cache") == "hit"  # hits are served all the same
             await first.gone()
             await second.gone()
 
 
 async def test_queued_requests_do_not_count_as_in_flight() -> None:
-    """They count in the queue: five wait for one place, though only two may be served at once."""
-    config = replace(server(max_in_flight=2), throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
-    async with running_proxy(*[says(wait=0.02)] * 6, config=config) as home:
+    """Five requests wait for one permit, although only two may be in flight."""
+    config = replace(server_config(max_in_flight=2), throttle=ThrottleSettings(limits={"*": Limits(concurrency=1)}))
+    async with running_proxy(*[says(wait=0.02)] * 6, config=config) as server:
         tasks = []
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TEST_TIMEOUT):
             for n in range(6):
-                tasks.append(asyncio.create_task(home.ask(body=ask(str(n)))))
-                while home.traffic.requests + len(home.receipts) <= n:  # noqa: ASYNC110 - one after the other
+                tasks.append(asyncio.create_task(server.ask(body=ask(str(n)))))
+                while server.in_flight.requests + len(server.receipts) <= n:  # noqa: ASYNC110 - one after the other
                     await asyncio.sleep(0.001)
             assert [(await task).status for task in tasks] == [200] * 6
 
 
-# What bounds a request.
+# --- time limits ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -323,9 +325,9 @@ async def test_queued_requests_do_not_count_as_in_flight() -> None:
     ],
 )
 async def test_the_deadline_is_before_the_clients_own_timeout(headers: Headers, seconds: float) -> None:
-    async with running_proxy(says()) as home:
-        await home.ask(body=ask(), headers=headers)
-        assert max(0.0, seconds - 1.0) < home.transport.sent[0].first_byte <= seconds
+    async with running_proxy(says()) as server:
+        await server.ask(body=ask(), headers=headers)
+        assert max(0.0, seconds - 1.0) < server.transport.sent[0].first_byte <= seconds
 
 
 @pytest.mark.parametrize(
@@ -342,53 +344,53 @@ async def test_max_wait_of_each_request(
     max_wait: float | None, headers: Headers, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(throttle=ThrottleSettings(max_wait=max_wait), timeouts=TimeoutSettings(total=20.0))
-    async with running_proxy(says(), config=config) as home:
+    async with running_proxy(says(), config=config) as server:
         seen: list[float] = []
-        admit = home.services.admission.acquire
+        admit = server.services.admission.acquire
 
         async def noted(lane: str, attempt: Any, patience: float, client: str) -> Any:
             seen.append(patience)
             return await admit(lane, attempt, patience, client)
 
-        monkeypatch.setattr(home.services.admission, "acquire", noted)
-        await home.ask(body=ask(), headers=headers)
+        monkeypatch.setattr(server.services.admission, "acquire", noted)
+        await server.ask(body=ask(), headers=headers)
         [patience] = seen
         assert max(0.0, min(seconds, 20.0) - 1.0) <= patience <= min(seconds, 20.0)
 
 
-# Upstream errors on the wire.
+# --- upstream errors --------------------------------------------------------------------------------------------------
 
 
 async def test_an_upstream_error_is_passed_with_its_status_and_masked_keys() -> None:
     bad = error(418, "teapot", [("Set-Cookie", "a=b"), ("x-debug", "sk-k1")], message="sk-k1 is short and stout")
-    async with running_proxy(bad) as home:
-        answer = await home.ask(body=ask())
+    async with running_proxy(bad) as server:
+        answer = await server.ask(body=ask())
         assert (answer.status, answer.reason) == (418, "As You Like It")
         assert answer.json()["error"]["message"] == "*** is short and stout"
         assert (answer.get("Set-Cookie"), answer.get("x-debug"), answer.error) == (None, "***", None)
 
 
 async def test_errors_after_an_attempt_carry_its_headers() -> None:
-    async with running_proxy(Responds(302)) as home:
-        answer = await home.ask(body=ask())
+    async with running_proxy(Responds(302)) as server:
+        answer = await server.ask(body=ask())
         assert (answer.status, answer.error) == (502, "upstream_invalid_response")
         assert answer.get("X-Proxy-Attempts") == "1"
         assert answer.get("X-Proxy-Upstream") == "openai"
-        assert home.receipts[0].id == answer.get("X-Proxy-Request-Id")
-        text = home.metrics.render(home.services, 0).decode()
+        assert server.receipts[0].id == answer.get("X-Proxy-Request-Id")
+        text = server.metrics.render(server.services, 0).decode()
         assert 'openai_proxy_errors_total{code="upstream_invalid_response"} 1.0' in text  # counted once
 
 
 async def test_a_204_has_no_body_and_the_connection_persists() -> None:
     config = settings(pool("k1"), cache=CacheSettings(backend="off"))
-    async with running_proxy(Responds(204), says(), config=config) as home, raw_connection(home.port) as line:
+    async with running_proxy(Responds(204), says(), config=config) as server, raw_connection(server.port) as line:
         line.send(request(body=ask()) + request(body=ask()))
         assert [(await line.answer()).status for _ in range(2)] == [204, 200]
 
 
 async def test_a_response_too_large_to_hold_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.pipeline.fetch, "SPILL", 100)
-    async with running_proxy(Responds(body=(b"{" + b" " * 200, b" " * 100, b"}"))) as home:
-        answer = await home.ask(body=ask())
+    async with running_proxy(Responds(body=(b"{" + b" " * 200, b" " * 100, b"}"))) as server:
+        answer = await server.ask(body=ask())
         assert (answer.framing, answer.whole, len(answer.body)) == ("chunked", True, 302)
         assert answer.get("X-Accel-Buffering") is None

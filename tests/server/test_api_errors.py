@@ -24,11 +24,11 @@ CHAT = "/v1/chat/completions"
 Headers = Iterable[tuple[str, str]]
 
 
-def server(**fields: Any) -> Settings:
+def server_config(**fields: Any) -> Settings:
     return replace(settings(), server=ServerSettings(**fields))
 
 
-# What is refused, and how.
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[tuple[Any, ...], Headers, int, str]] = {
     # (method, target, body), headers -> status, code
@@ -66,38 +66,38 @@ async def test_errors_have_openais_shape(
     what: tuple[str, str, Any], headers: Headers, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    async with running_proxy(config=server(max_body=100)) as home:
-        answer = await home.ask(*what, headers)
+    async with running_proxy(config=server_config(max_body=100)) as server:
+        answer = await server.ask(*what, headers)
         assert (answer.status, answer.error) == (status, code)
         assert answer.get("X-Should-Retry") == "false"
         assert len(answer.get("X-Proxy-Request-Id") or "") == 32
         assert answer.get("Date")
         assert answer.get("Access-Control-Allow-Origin") is None
         assert (answer.get("Allow") is not None) is (status == 405)
-        assert home.transport.sent == []
-        assert f'openai_proxy_errors_total{{code="{code}"}} 1.0' in home.metrics.render(home.services, 0).decode()
+        assert server.transport.sent == []
+        assert f'openai_proxy_errors_total{{code="{code}"}} 1.0' in server.metrics.render(server.services, 0).decode()
     assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("head", [b"GET /v1/models\r\n\r\n", b"GET /v1/models HTTP/1.0\r\n\r\n"], ids=["0.9", "1.0"])
 async def test_http_1_0_without_a_host_is_refused(head: bytes) -> None:
-    async with running_proxy() as home, raw_connection(home.port) as line:
+    async with running_proxy() as server, raw_connection(server.port) as line:
         line.send(head)
         assert (await line.answer()).error == "host_not_allowed"
 
 
 @pytest.mark.parametrize("target", ["evil.test:443", "*"])
 async def test_targets_that_are_not_paths_are_refused(target: str) -> None:
-    async with running_proxy() as home, raw_connection(home.port) as line:
+    async with running_proxy() as server, raw_connection(server.port) as line:
         for method in ("CONNECT", "OPTIONS", "GET"):
-            async with raw_connection(home.port) as line:
+            async with raw_connection(server.port) as line:
                 line.send(request(method, target))
                 assert (await line.answer()).status in (400, 404, 405)
 
 
 async def test_connections_persist_after_errors() -> None:
-    """One client's mistakes cost it no connection, except where a body was refused unread."""
-    async with running_proxy(says()) as home, raw_connection(home.port) as line:
+    """A refusal keeps the connection, unless the body was refused unread."""
+    async with running_proxy(says()) as server, raw_connection(server.port) as line:
         for body in (b"{nope", b"[]", dump(ask())):
             line.send(request(body=body))
             answer = await line.answer()
@@ -110,18 +110,18 @@ async def test_an_internal_error_is_a_500_without_details(
     def fails(*_: object) -> None:
         raise RuntimeError("sk-k1 is broken")
 
-    async with running_proxy(says()) as home:
-        monkeypatch.setattr(home.downstream, "_check_in_flight", fails)
-        answer = await home.ask(body=ask())
+    async with running_proxy(says()) as server:
+        monkeypatch.setattr(server.api, "_check_in_flight", fails)
+        answer = await server.ask(body=ask())
         assert (answer.status, answer.error) == (500, "internal_error")
         assert b"sk-k1" not in answer.body
         assert "RuntimeError" in caplog.text
         monkeypatch.undo()
-        assert (await home.ask(body=ask())).status == 200
+        assert (await server.ask(body=ask())).status == 200
 
 
 async def test_unusual_json_is_sent_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other content types that are JSON, charsets, odd bodies that an upstream may take: all go up as they are."""
+    """JSON media types, charsets and odd bodies that an upstream may accept are forwarded unchanged."""
     monkeypatch.setattr(proxy.system.threads, "LARGE", 50)
     bodies: list[tuple[str, bytes]] = [
         ("application/json; charset=utf-8", b'{"model":"gpt-4o","messages":[]}'),
@@ -134,14 +134,14 @@ async def test_unusual_json_is_sent_unchanged(monkeypatch: pytest.MonkeyPatch) -
         ("application/json", b'{"model":7,"messages":[]}'),
         ("application/json", b"{}"),
     ]
-    async with running_proxy(*[says()] * len(bodies)) as home:
+    async with running_proxy(*[says()] * len(bodies)) as server:
         for content_type, body in bodies:
-            answer = await home.ask("POST", CHAT, body, [("Content-Type", content_type)])
+            answer = await server.ask("POST", CHAT, body, [("Content-Type", content_type)])
             assert answer.status == 200, body[:100]
-            assert home.transport.sent[-1].body == body
+            assert server.transport.sent[-1].body == body
 
 
-# Clients.
+# --- clients ----------------------------------------------------------------------------------------------------------
 
 
 def client_key(name: str) -> ClientKeySettings:
@@ -149,49 +149,49 @@ def client_key(name: str) -> ClientKeySettings:
 
 
 async def test_requests_need_a_client_key_if_one_is_set() -> None:
-    config = server(client_keys=(client_key("a"), client_key("b")))
-    async with running_proxy(says(), says(), config=config) as home:
+    config = server_config(client_keys=(client_key("a"), client_key("b")))
+    async with running_proxy(says(), says(), config=config) as server:
 
         async def asked(*headers: tuple[str, str]) -> Answer:
-            return await home.ask(body=ask(), headers=headers)
+            return await server.ask(body=ask(), headers=headers)
 
         nobody = await asked()
         assert (nobody.status, nobody.error, nobody.get("WWW-Authenticate")) == (401, "invalid_client_key", "Bearer")
         assert (await asked(("Authorization", "Bearer nope"))).status == 401
         mine = await asked(("Authorization", "Bearer key-of-a"))
         assert (mine.get("X-Proxy-Cache"), mine.get("X-Proxy-Cache-Key")) == ("miss", None)
-        assert home.receipts[0].client == "a"
+        assert server.receipts[0].client == "a"
         theirs = await asked(("api-key", "key-of-b"))
         assert theirs.get("X-Proxy-Cache") == "miss"
         for _ in range(2):
             hit = await asked(("Authorization", "Bearer key-of-a"))
             assert (hit.get("X-Proxy-Cache"), hit.get("X-Proxy-Cache-Key")) == ("hit", None)
-        receipt = home.services.receipts.get(hit.get("X-Proxy-Request-Id") or "")
+        receipt = server.services.receipts.get(hit.get("X-Proxy-Request-Id") or "")
         assert receipt is not None
         assert receipt.client == "a"
 
 
 async def test_hits_need_a_client_key_too() -> None:
-    async with running_proxy(says(), config=server(client_keys=(client_key("a"),))) as home:
+    async with running_proxy(says(), config=server_config(client_keys=(client_key("a"),))) as server:
         for _ in range(3):
-            assert (await home.ask(body=ask(), headers=[("Authorization", "Bearer key-of-a")])).status == 200
-        assert (await home.ask(body=ask())).status == 401
+            assert (await server.ask(body=ask(), headers=[("Authorization", "Bearer key-of-a")])).status == 200
+        assert (await server.ask(body=ask())).status == 401
 
 
-# Browsers.
+# --- browsers ---------------------------------------------------------------------------------------------------------
 
 APP = "http://app.test"
 
 
-async def browser(home: RunningProxy, method: str, *headers: tuple[str, str], body: Any = None) -> Answer:
-    return await home.ask(method, CHAT, body, [("Origin", APP), *headers])
+async def browser(server: RunningProxy, method: str, *headers: tuple[str, str], body: Any = None) -> Answer:
+    return await server.ask(method, CHAT, body, [("Origin", APP), *headers])
 
 
 async def test_an_allowed_origin_gets_cors_headers() -> None:
-    async with running_proxy(says(), error(400), streams(), config=server(allowed_origins=(APP,))) as home:
-        answers = [await browser(home, "POST", body=ask()) for _ in range(3)]
-        answers += [await browser(home, "POST", body=ask("b")), await browser(home, "POST", body=b"{nope")]
-        answers += [await browser(home, "POST", body=ask(stream=True))]
+    async with running_proxy(says(), error(400), streams(), config=server_config(allowed_origins=(APP,))) as server:
+        answers = [await browser(server, "POST", body=ask()) for _ in range(3)]
+        answers += [await browser(server, "POST", body=ask("b")), await browser(server, "POST", body=b"{nope")]
+        answers += [await browser(server, "POST", body=ask(stream=True))]
         assert [answer.status for answer in answers] == [200, 200, 200, 400, 400, 200]
         for answer in answers:
             assert answer.get("Access-Control-Allow-Origin") == APP
@@ -201,27 +201,27 @@ async def test_an_allowed_origin_gets_cors_headers() -> None:
 
 
 async def test_forwarded_responses_get_cors_headers() -> None:
-    async with running_proxy(says(), config=server(allowed_origins=(APP,))) as home:
-        answer = await home.ask("GET", "/v1/models", headers=[("Origin", APP)])
+    async with running_proxy(says(), config=server_config(allowed_origins=(APP,))) as server:
+        answer = await server.ask("GET", "/v1/models", headers=[("Origin", APP)])
         assert answer.get("Access-Control-Allow-Origin") == APP
 
 
 async def test_a_preflight_is_answered() -> None:
-    async with running_proxy(config=server(allowed_origins=(APP,), client_keys=(client_key("a"),))) as home:
+    async with running_proxy(config=server_config(allowed_origins=(APP,), client_keys=(client_key("a"),))) as server:
         wanted = ("Access-Control-Request-Headers", "authorization, content-type,, x y, <b>, x-stainless-os")
-        answer = await browser(home, "OPTIONS", ("Access-Control-Request-Method", "POST"), wanted)
+        answer = await browser(server, "OPTIONS", ("Access-Control-Request-Method", "POST"), wanted)
         assert (answer.status, answer.get("Access-Control-Allow-Origin")) == (204, APP)
         assert answer.get("Access-Control-Allow-Headers") == "authorization, content-type, x-stainless-os"
         assert "POST" in (answer.get("Access-Control-Allow-Methods") or "")
         assert answer.get("Access-Control-Max-Age") == "600"
-        assert (await browser(home, "OPTIONS")).get("Access-Control-Allow-Headers") is None
-        assert home.transport.sent == []
+        assert (await browser(server, "OPTIONS")).get("Access-Control-Allow-Headers") is None
+        assert server.transport.sent == []
 
 
 async def test_no_cors_headers_without_an_origin() -> None:
     async with running_proxy(
-        says(headers=[("Access-Control-Allow-Origin", "*")]), config=server(allowed_origins=(APP,))
-    ) as home:
+        says(headers=[("Access-Control-Allow-Origin", "*")]), config=server_config(allowed_origins=(APP,))
+    ) as server:
         for _ in range(3):
-            answer = await home.ask(body=ask())
+            answer = await server.ask(body=ask())
             assert not [name for name, _ in answer.headers if name.lower().startswith("access-control")]

@@ -26,56 +26,56 @@ def config(*upstreams: Any, models: tuple[str, ...] = (), namespace: str | None 
 
 
 async def asked(
-    home: RunningProxy, text: str = "Hi", who: str = "a", target: str = "/v1/chat/completions", **more: Any
+    server: RunningProxy, text: str = "Hi", who: str = "a", target: str = "/v1/chat/completions", **more: Any
 ) -> Answer:
     headers = [("Authorization", f"Bearer key-{who}"), *more.pop("headers", ())]
-    return await home.ask(target=target, body=ask(text, **more), headers=headers)
+    return await server.ask(target=target, body=ask(text, **more), headers=headers)
 
 
 async def test_a_model_not_allowed_is_403_and_not_sent() -> None:
-    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as home:
-        answer = await asked(home)
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as server:
+        answer = await asked(server)
         assert (answer.status, answer.error, answer.get("X-Should-Retry")) == (403, "model_not_allowed", "false")
-        assert home.transport.sent == []
-        assert (await asked(home, model="gpt-4o-mini")).status == 200
+        assert server.transport.sent == []
+        assert (await asked(server, model="gpt-4o-mini")).status == 200
 
 
 async def test_a_model_not_allowed_is_not_served_from_a_shared_cache() -> None:
-    async with running_proxy(says(), config=config(models=("gpt-4o-mini",), namespace="team")) as home:
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",), namespace="team")) as server:
         for _ in range(2):
-            assert (await asked(home, who="b")).status == 200
-        assert (await asked(home)).error == "model_not_allowed"
+            assert (await asked(server, who="b")).status == 200
+        assert (await asked(server)).error == "model_not_allowed"
 
 
 async def test_the_deployment_in_the_path_decides_on_azure() -> None:
     azure = pool("k1", kind="azure", api_version="v", deployments={"gpt-4o": "large", "gpt-4o-mini": "small"})
-    async with running_proxy(says(), config=config(azure, models=("gpt-4o-mini",))) as home:
+    async with running_proxy(says(), config=config(azure, models=("gpt-4o-mini",))) as server:
         for deployment, status in (("large", 403), ("small", 200)):
             target = f"/openai/deployments/{deployment}/chat/completions?api-version=v"
-            assert (await asked(home, model="gpt-4o-mini", target=target)).status == status
+            assert (await asked(server, model="gpt-4o-mini", target=target)).status == status
 
 
 async def test_a_client_limited_to_models_may_not_use_unparsed_routes() -> None:
-    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as home:
-        answer = await asked(home, target="/v1/images/generations")
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as server:
+        answer = await asked(server, target="/v1/images/generations")
         assert answer.error == "model_not_allowed"
-        assert (await asked(home, who="b", target="/v1/images/generations")).status == 200
+        assert (await asked(server, who="b", target="/v1/images/generations")).status == 200
 
 
 async def test_client_limits_are_counted_and_reported_and_hits_are_free() -> None:
-    async with running_proxy(says(), says(), config=config(rpm=2, tpm=100_000, concurrency=5)) as home:
-        answer = await asked(home, "1")
+    async with running_proxy(says(), says(), config=config(rpm=2, tpm=100_000, concurrency=5)) as server:
+        answer = await asked(server, "1")
         assert answer.get("X-Proxy-Client-Limit") == "rpm=1/2, tpm=300/100000, concurrency=0/5"
         for _ in range(5):
-            assert (await asked(home, "1")).get("X-Proxy-Cache") == "hit"
-        assert (await asked(home, "2")).status == 200
-        answer = await asked(home, "3")
+            assert (await asked(server, "1")).get("X-Proxy-Cache") == "hit"
+        assert (await asked(server, "2")).status == 200
+        answer = await asked(server, "3")
         assert (answer.status, answer.error, answer.get("X-Should-Retry")) == (429, "client_limit", None)
         assert 55 <= int(answer.get("Retry-After") or 0) <= 61
         assert answer.get("retry-after-ms")
         assert answer.get("X-Proxy-Client-Limit") == "rpm=2/2, tpm=600/100000, concurrency=0/5"
-        assert len(home.transport.sent) == 2
-        assert (await asked(home, "1")).get("X-Proxy-Cache") == "hit"
+        assert len(server.transport.sent) == 2
+        assert (await asked(server, "1")).get("X-Proxy-Cache") == "hit"
 
 
 @pytest.mark.parametrize(
@@ -91,38 +91,38 @@ async def test_client_limits_are_counted_and_reported_and_hits_are_free() -> Non
 async def test_the_final_count_of_a_clients_request(moves: list[Any], told: str | None) -> None:
     base = config(rpm=9, tpm=100_000)
     base = replace(base, retry=replace(base.retry, base_delay=0.0))
-    async with running_proxy(*moves, config=base) as home:
-        answer = await asked(home, stream=told is None)
+    async with running_proxy(*moves, config=base) as server:
+        answer = await asked(server, stream=told is None)
         if told is not None:
             assert answer.get("X-Proxy-Client-Limit") == told
-        use = home.services.clients.report(home.services.clock.monotonic())["a"]
+        use = server.services.clients.report(server.services.clock.monotonic())["a"]
         assert use["running"] == 0
         assert use["limits"]["rpm"]["used"] == (0 if told and "rpm=0" in told else 1)
 
 
 async def test_passed_through_requests_count_for_the_client() -> None:
-    async with running_proxy(says(), says(), config=config(rpm=1)) as home:
-        answer = await asked(home, target="/v1/images/generations")
+    async with running_proxy(says(), says(), config=config(rpm=1)) as server:
+        answer = await asked(server, target="/v1/images/generations")
         assert (answer.status, answer.get("X-Proxy-Client-Limit")) == (200, "rpm=1/1")
-        answer = await asked(home, target="/v1/images/generations")
+        answer = await asked(server, target="/v1/images/generations")
         assert (answer.status, answer.error) == (429, "client_limit")
         assert answer.get("X-Proxy-Client-Limit") == "rpm=1/1"
 
 
 async def test_status_shows_client_usage_and_a_reset_clears_it() -> None:
     base = replace(config(rpm=1), throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
-    async with running_proxy(says(), says(), config=base) as home:
-        assert (await asked(home, "1")).status == 200
-        clients = (await home.ask("GET", "/_proxy/status")).json()["clients"]
+    async with running_proxy(says(), says(), config=base) as server:
+        assert (await asked(server, "1")).status == 200
+        clients = (await server.ask("GET", "/_proxy/status")).json()["clients"]
         assert clients["a"] == {"requests": 1, "tokens": 300, "running": 0, "limits": {"rpm": {"limit": 1, "used": 1}}}
         assert clients["b"] == {"requests": 0, "tokens": 0, "running": 0, "limits": {}}
-        assert (await asked(home, "2")).error == "client_limit"
-        assert (await asked(home, "2", who="b")).error == "throttled"
-        assert (await home.ask("GET", "/_proxy/limits/reset")).status == 405
-        assert (await home.ask("POST", "/_proxy/limits/reset", headers=[("Host", "evil.test")])).status == 421
+        assert (await asked(server, "2")).error == "client_limit"
+        assert (await asked(server, "2", who="b")).error == "throttled"
+        assert (await server.ask("GET", "/_proxy/limits/reset")).status == 405
+        assert (await server.ask("POST", "/_proxy/limits/reset", headers=[("Host", "evil.test")])).status == 421
         assert (
-            await home.ask("POST", "/_proxy/limits/reset", headers=[("Sec-Fetch-Site", "cross-site")])
+            await server.ask("POST", "/_proxy/limits/reset", headers=[("Sec-Fetch-Site", "cross-site")])
         ).status == 403
-        answer = await home.ask("POST", "/_proxy/limits/reset")
+        answer = await server.ask("POST", "/_proxy/limits/reset")
         assert (answer.status, answer.json()) == (200, {"reset": True})
-        assert (await asked(home, "2")).status == 200
+        assert (await asked(server, "2")).status == 200

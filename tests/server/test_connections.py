@@ -11,7 +11,7 @@ from aiohttp.web import BaseRequest
 
 import proxy.server.connections
 from proxy.server.responses import FullResponse, read_body, status_line
-from tests.server.kit import PATIENCE, raw_connection, request, served
+from tests.server.kit import TEST_TIMEOUT, raw_connection, request, served
 
 pytestmark = pytest.mark.slow
 
@@ -25,11 +25,11 @@ async def echo(request: BaseRequest) -> FullResponse:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers must be complete in a tenth of a second."""
+    """Set the header timeout to 0.1 s."""
     monkeypatch.setattr(proxy.server.connections, "HEADER_TIMEOUT", 0.1)
 
 
-# Slow headers.
+# --- slow headers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sent", [b"", b"P", b"POST / HTTP/1.1\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nHost: x\r\n\r"])
@@ -63,7 +63,7 @@ async def test_a_header_in_pieces_is_read_if_in_time() -> None:
 
 @pytest.mark.usefixtures("hurried")
 async def test_the_header_timeout_begins_with_the_first_byte() -> None:
-    """An idle connection is kept; its next header has its own time, from its first byte on."""
+    """An idle connection is kept; the timeout of the next header starts with its first byte."""
     async with served(echo) as port, raw_connection(port) as line:
         for _ in range(2):
             line.send(request("GET", "/a"))
@@ -99,7 +99,7 @@ async def test_slow_clients_delay_no_other() -> None:
             await writer.wait_closed()
 
 
-# What is not HTTP.
+# --- invalid HTTP -----------------------------------------------------------------------------------------------------
 
 BAD = {
     "noise": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
@@ -126,7 +126,7 @@ BAD = {
 
 @pytest.mark.parametrize("sent", BAD.values(), ids=BAD.keys())
 async def test_invalid_http_is_a_400_in_openais_shape(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """400, without a traceback, without repeating what was sent, and the connection ends."""
+    """The response is 400 without a traceback and without bytes of the request, and the connection closes."""
     caplog.set_level(logging.DEBUG)
     async with served(echo) as port, raw_connection(port) as line:
         line.send(sent)
@@ -147,7 +147,7 @@ async def test_invalid_http_is_a_400_in_openais_shape(sent: bytes, caplog: pytes
 
 @pytest.mark.parametrize("after", [b"zz\r\n", b"5\r\nhelloXX", b"-1\r\n", b"5 5\r\nhello\r\n"])
 async def test_invalid_chunks_end_the_connection(after: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """At once they are no HTTP; behind a good beginning the connection ends, without waiting for the rest."""
+    """An invalid first chunk is invalid HTTP; after a valid one the connection closes without waiting for the rest."""
     caplog.set_level(logging.DEBUG)
     head = request(headers=[("Transfer-Encoding", "chunked")])
     async with served(echo) as port, raw_connection(port) as line, raw_connection(port) as other:
@@ -180,7 +180,7 @@ async def test_an_exception_in_the_handler_is_a_500() -> None:
 
 
 async def test_request_bodies_are_not_decompressed() -> None:
-    """Nobody decodes here: a compressed body is refused by its header, and no bomb goes off before that."""
+    """A compressed body is refused by its header before it is decoded, so it cannot be a compression bomb."""
     packed = gzip.compress(b"hello")
     async with served(echo) as port, raw_connection(port) as line:
         line.send(request(body=packed, headers=[("Content-Encoding", "gzip")]))
@@ -205,12 +205,12 @@ async def test_a_client_that_leaves_cancels_its_handler() -> None:
             line.send(request("GET", "/"))
             await began.wait()
             await line.gone()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TEST_TIMEOUT):
             await told.wait()
 
 
 async def test_a_thousand_pipelined_requests_are_answered_in_order() -> None:
-    """A thousand requests in one go, and a client that reads late: all are answered, in order."""
+    """A client sends a thousand requests at once and reads late; all are answered in order."""
     async with served(echo) as port, raw_connection(port) as line:
         line.send(b"".join(request("GET", f"/{n}") for n in range(1000)))
         await asyncio.sleep(0.05)

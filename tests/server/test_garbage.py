@@ -1,4 +1,4 @@
-"""No request leaves a reference cycle at the edges either: on real sockets, with aiohttp's own objects between."""
+"""No request leaves a reference cycle, on real sockets and with aiohttp's own objects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Do = Callable[[RunningProxy, RawConnection, int], Awaitable[object]]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of request. do: makes one (number n) on a connection of its own; moves: what the upstream does."""
+    """One kind of request. do: sends request number n on a new connection; moves: what the upstream does."""
 
     do: Do
     moves: Sequence[Move] = ()
@@ -44,9 +44,9 @@ class Kind:
 def sends(
     method: str = "POST", target: str = "/v1/chat/completions", body: Any = None, leave: bool = False, **fields: Any
 ) -> Do:
-    """body: None for a question that nobody has asked before. leave: the client hangs up before its answer's end."""
+    """body: None for a new request each time. leave: the client disconnects before the end of the response."""
 
-    async def do(home: RunningProxy, line: RawConnection, n: int) -> None:
+    async def do(server: RunningProxy, line: RawConnection, n: int) -> None:
         own = ask(f"question {n}", **fields) if body is None and method == "POST" else body
         line.send(request(method, target, own))
         if leave:
@@ -58,28 +58,28 @@ def sends(
     return do
 
 
-async def several(home: RunningProxy, line: RawConnection, n: int) -> None:
-    """Several requests on one connection."""
+async def several(server: RunningProxy, line: RawConnection, n: int) -> None:
+    """Send several requests on one connection."""
     for number in range(3):
         line.send(request(body=ask(f"question {n}.{number}")))
         await line.answer()
 
 
-async def the_same(home: RunningProxy, line: RawConnection, n: int) -> None:
-    home.transport.queue = [] if n else [says()]
+async def the_same(server: RunningProxy, line: RawConnection, n: int) -> None:
+    server.transport.queue = [] if n else [says()]
     line.send(request(body=ask()))
     await line.answer()
 
 
-async def broken_upload(home: RunningProxy, line: RawConnection, n: int) -> None:
-    """The client leaves while its body goes up."""
+async def broken_upload(server: RunningProxy, line: RawConnection, n: int) -> None:
+    """Disconnect while a passed-through body is being sent."""
     line.send(request("POST", FILES, b"", [("Content-Length", "1000")]) + b"abc")
     await asyncio.sleep(0.03)
     await line.gone()
 
 
-async def broken_body(home: RunningProxy, line: RawConnection, n: int) -> None:
-    """The same on an endpoint, whose body is read before anything is done."""
+async def broken_body(server: RunningProxy, line: RawConnection, n: int) -> None:
+    """Disconnect while the body for a cached endpoint is being sent."""
     line.send(request("POST", body=b"{", headers=[("Content-Length", "1000")]))
     await asyncio.sleep(0.03)
     await line.gone()
@@ -123,26 +123,26 @@ async def test_no_request_leaves_a_reference_cycle(name: str) -> None:
     kind = KINDS[name]
     found: Counter[str] = Counter()
 
-    async def repeat(home: RunningProxy, first: int) -> None:
+    async def repeat(server: RunningProxy, first: int) -> None:
         for n in range(first, first + TIMES):
-            home.transport.queue = list(kind.moves)
-            async with raw_connection(home.port) as line:
-                await kind.do(home, line, n)
-            await home.settled()
+            server.transport.queue = list(kind.moves)
+            async with raw_connection(server.port) as line:
+                await kind.do(server, line, n)
+            await server.settled()
             await asyncio.sleep(0.01)
-            assert not home.transport.queue
-        home.transport.sent.clear()
-        home.receipts.clear()
+            assert not server.transport.queue
+        server.transport.sent.clear()
+        server.receipts.clear()
 
-    async with running_proxy(config=kind.config) as home:
-        await repeat(home, 0)
+    async with running_proxy(config=kind.config) as server:
+        await repeat(server, 0)
         with uncollected(found, ours=True):
-            await repeat(home, TIMES)
+            await repeat(server, TIMES)
     assert not found
 
 
 async def deaf(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Takes little of what is sent, and never answers."""
+    """Read little of the request, and never answer."""
     await reader.read(1)
     await asyncio.sleep(0.1)
 
@@ -152,8 +152,10 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
 
 @dataclass(frozen=True)
 class Way:
-    """One kind of call on the way up. turn: what the upstream does; leave: seconds until the caller leaves; unread:
-    the body of the answer is not read; fields: of `send`.
+    """One kind of request upstream.
+
+    turn: what the upstream does. leave: seconds until the sender cancels. unread: the body of the response is not
+    read. fields: of `send`.
     """
 
     turn: Say

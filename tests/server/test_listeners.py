@@ -1,4 +1,4 @@
-"""The listening sockets: opened once, taken from by many."""
+"""The listening sockets, and how several workers share them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any body is passed on or refused, and never makes the proxy fail."""
+"""Any request body is forwarded or refused; none makes the proxy fail."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NAMES += ["stream_options", "metadata", "user", "max_tokens", "odd name\\r\\n", 
 
 
 ENDS = [(200, None), (400, "invalid_json"), (429, "request_exceeds_limit")]
-"""Passed; not JSON; more tokens than the limit is."""
+"""200: forwarded; 400: not JSON; 429: more tokens than the limit."""
 
 
 def bodies(count: int) -> list[bytes]:
-    """Objects of odd names and values, some of them cut or damaged in one place."""
+    """Generate objects with odd names and values, some cut or damaged in one place."""
     generator = random.Random(3)
     found = []
     for _ in range(count):
@@ -45,20 +45,20 @@ def bodies(count: int) -> list[bytes]:
 @pytest.mark.parametrize("target", TARGETS)
 async def test_no_body_leads_to_a_500(target: str) -> None:
     odd = [body for body in bodies(150) if b'"stream":true' not in body]
-    async with running_proxy(*(says() for _ in range(2 * len(odd)))) as home:
+    async with running_proxy(*(says() for _ in range(2 * len(odd)))) as server:
         for body in odd:
             for _ in range(2):
-                answer = await home.ask("POST", target, body)
+                answer = await server.ask("POST", target, body)
                 assert (answer.status, answer.error) in ENDS, body[:200]
                 assert answer.error or answer.get("X-Proxy-Cache") == "hit" or answer.get("X-Proxy-Cache-Reason")
 
 
 async def test_any_field_name_fits_in_a_reason() -> None:
     names: list[str] = ["a b", "é", "x:y\r\nEvil: 1", "sample", "", "😀", '"', "\x00"]
-    async with running_proxy(*(says() for _ in range(len(names) + 1))) as home:
-        await home.ask(body=ask())
+    async with running_proxy(*(says() for _ in range(len(names) + 1))) as server:
+        await server.ask(body=ask())
         for name in names:
-            answer = await home.ask(body=orjson.dumps(ask() | {name: 1}))
+            answer = await server.ask(body=orjson.dumps(ask() | {name: 1}))
             assert answer.status == 200
             reason = answer.get("X-Proxy-Cache-Reason")
             assert reason is not None

@@ -23,7 +23,7 @@ from proxy.config.settings import (
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import pool, settings
 from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
-from tests.server.kit import PATIENCE, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
+from tests.server.kit import TEST_TIMEOUT, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
 
 pytestmark = pytest.mark.slow
 
@@ -38,14 +38,14 @@ def our(answer: Answer) -> dict[str, str]:
     return {name: value for name, value in answer.headers if name.startswith(("X-Proxy", "Cache-Status", "X-Should"))}
 
 
-# Through.
+# --- forwarding -------------------------------------------------------------------------------------------------------
 
 
 async def test_headers_of_every_forwarded_response() -> None:
     async with running_proxy(
         Responds(200, (("Content-Type", "text/x"), ("Content-Length", "3")), (b"ab", b"c"))
-    ) as home:
-        answer = await home.ask("GET", MODELS)
+    ) as server:
+        answer = await server.ask("GET", MODELS)
         assert (answer.status, answer.reason, answer.body) == (200, "As You Like It", b"abc")
         assert (answer.framing, answer.get("Content-Type")) == ("length", "text/x")
         shown = our(answer)
@@ -60,19 +60,19 @@ async def test_headers_of_every_forwarded_response() -> None:
             "X-Proxy-Cost-Status": "unknown",
         }
         assert "upstream;dur=" in (answer.get("Server-Timing") or "")
-        [receipt] = home.receipts
-        assert home.services.receipts.get(answer.get("X-Proxy-Request-Id") or "") is receipt
+        [receipt] = server.receipts
+        assert server.services.receipts.get(answer.get("X-Proxy-Request-Id") or "") is receipt
         assert (receipt.endpoint, receipt.status, receipt.cache, receipt.attempts) == ("models", 200, "bypass", 1)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 @pytest.mark.parametrize("target", ["/v1/files/f-1/content?a=%2F&b", "/files/f-1/content?a=%2F&b", "/v1/x/y"])
 async def test_methods_targets_and_bodies_are_sent_unchanged(method: str, target: str) -> None:
-    async with running_proxy(LISTED) as home:
+    async with running_proxy(LISTED) as server:
         body = None if method == "GET" else bytes(range(256))
         headers = [("Content-Type", "application/octet-stream"), ("Accept-Encoding", "br"), ("Cookie", "a=b")]
-        assert (await home.ask(method, target, body, headers)).status == 200
-        [sent] = home.transport.sent
+        assert (await server.ask(method, target, body, headers)).status == 200
+        [sent] = server.transport.sent
         assert (sent.method, sent.url) == (method, "http://up.test/v1/" + target.removeprefix("/v1").removeprefix("/"))
         assert sent.body == body
         assert sent.headers.getall("Authorization") == ["Bearer sk-k1"]
@@ -81,110 +81,110 @@ async def test_methods_targets_and_bodies_are_sent_unchanged(method: str, target
 
 
 async def test_an_upload_of_unknown_length_is_streamed() -> None:
-    async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
+    async with running_proxy(LISTED) as server, raw_connection(server.port) as line:
         line.send(request("POST", FILES, headers=[("Transfer-Encoding", "chunked")]) + chunked(b"ab", b"cd"))
         assert (await line.answer()).status == 200
-        assert home.transport.sent[0].body == b"abcd"
-        assert "Content-Length" not in home.transport.sent[0].headers
+        assert server.transport.sent[0].body == b"abcd"
+        assert "Content-Length" not in server.transport.sent[0].headers
 
 
 async def test_a_response_to_head_has_no_body() -> None:
-    async with running_proxy(Responds(200, (("Content-Length", "12345"),))) as home:
-        answer = await home.ask("HEAD", MODELS)
+    async with running_proxy(Responds(200, (("Content-Length", "12345"),))) as server:
+        answer = await server.ask("HEAD", MODELS)
         assert (answer.status, answer.get("Content-Length")) == (200, "12345")
 
 
 @pytest.mark.parametrize("status", [200, 204, 206, 301, 304, 307])
 async def test_any_status_below_400_is_forwarded(status: int) -> None:
-    """Redirects, too: here nobody follows them, and nobody is told that they are wrong."""
+    """Redirects are not followed and are no errors either."""
     moved = Responds(status, (("Location", "/v1/elsewhere"), ("Content-Range", "bytes 0-1/9")))
-    async with running_proxy(moved) as home:
-        answer = await home.ask("GET", FILES)
+    async with running_proxy(moved) as server:
+        answer = await server.ask("GET", FILES)
         assert (answer.status, answer.get("Location")) == (status, "/v1/elsewhere")
         assert answer.get("Content-Range") == "bytes 0-1/9"
 
 
 async def test_a_response_without_a_length_is_chunked_by_read() -> None:
-    async with running_proxy(Responds(200, (), (b"ab", b"cd"))) as home:
-        answer = await home.ask("GET", FILES)
+    async with running_proxy(Responds(200, (), (b"ab", b"cd"))) as server:
+        answer = await server.ask("GET", FILES)
         assert (answer.chunks, answer.whole) == ([b"ab", b"cd"], True)
 
 
 async def test_compressed_responses_are_not_decoded() -> None:
     packed = gzip.compress(b"abc")
-    async with running_proxy(Responds(200, (("Content-Encoding", "gzip"),), (packed,))) as home:
-        answer = await home.ask("GET", FILES)
+    async with running_proxy(Responds(200, (("Content-Encoding", "gzip"),), (packed,))) as server:
+        answer = await server.ask("GET", FILES)
         assert (answer.get("Content-Encoding"), answer.body) == ("gzip", packed)
 
 
 async def test_each_read_is_forwarded_at_once() -> None:
-    async with running_proxy(Responds(200, (), (b"first", HANG))) as home, raw_connection(home.port) as line:
+    async with running_proxy(Responds(200, (), (b"first", HANG))) as server, raw_connection(server.port) as line:
         line.send(request("GET", FILES))
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TEST_TIMEOUT):
             assert b"first" in await line.reader.readuntil(b"first")
 
 
 async def test_forwarded_responses_are_never_stored() -> None:
-    async with running_proxy(LISTED, LISTED) as home:
+    async with running_proxy(LISTED, LISTED) as server:
         for _ in range(2):
-            assert (await home.ask("GET", MODELS)).get("X-Proxy-Cache") == "bypass"
-        answer = await home.ask("GET", MODELS, headers=[("Cache-Control", "only-if-cached")])
+            assert (await server.ask("GET", MODELS)).get("X-Proxy-Cache") == "bypass"
+        answer = await server.ask("GET", MODELS, headers=[("Cache-Control", "only-if-cached")])
         assert (answer.status, answer.error) == (504, "not_cached")
 
 
 async def test_pass_through_sends_the_clients_own_credential() -> None:
-    async with running_proxy(LISTED, config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
+    async with running_proxy(LISTED, config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as server:
         headers = [("Authorization", "Bearer mine"), ("OpenAI-Organization", "org-1")]
-        answer = await home.ask("GET", MODELS, headers=headers)
-        sent = home.transport.sent[0].headers
+        answer = await server.ask("GET", MODELS, headers=headers)
+        sent = server.transport.sent[0].headers
         assert (sent["Authorization"], sent["OpenAI-Organization"]) == ("Bearer mine", "org-1")
         assert answer.get("X-Proxy-Key") == "client"
 
 
 async def test_a_client_without_a_credential_sends_none() -> None:
-    async with running_proxy(LISTED, config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
-        await home.ask("GET", MODELS)
-        assert "Authorization" not in home.transport.sent[0].headers
+    async with running_proxy(LISTED, config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as server:
+        await server.ask("GET", MODELS)
+        assert "Authorization" not in server.transport.sent[0].headers
 
 
-# Which key.
+# --- selection of keys ------------------------------------------------------------------------------------------------
 
 
-async def carried(home: RunningProxy, route: str, *moves: Move, method: str = "GET") -> list[str]:
-    home.transport.queue[:] = moves
-    home.transport.sent.clear()
-    await home.ask(method, route, b"x" if method == "POST" else None)
-    return home.transport.keys
+async def carried(server: RunningProxy, route: str, *moves: Move, method: str = "GET") -> list[str]:
+    server.transport.queue[:] = moves
+    server.transport.sent.clear()
+    await server.ask(method, route, b"x" if method == "POST" else None)
+    return server.transport.keys
 
 
 async def test_stateful_routes_use_one_fixed_key_and_others_any_ready_key() -> None:
-    async with running_proxy(config=TWO) as home:
-        assert await carried(home, "/v1/models", error(401), LISTED) == ["k1", "k2"]
-        assert await carried(home, "/v1/models", LISTED) == ["k2"]  # k1 rests
-        assert await carried(home, "/v1/files", LISTED) == ["k1"]  # another key could not see the file
-        assert await carried(home, "/v1/files", error(401)) == ["k1"]
+    async with running_proxy(config=TWO) as server:
+        assert await carried(server, "/v1/models", error(401), LISTED) == ["k1", "k2"]
+        assert await carried(server, "/v1/models", LISTED) == ["k2"]  # k1 rests
+        assert await carried(server, "/v1/files", LISTED) == ["k1"]  # another key could not see the file
+        assert await carried(server, "/v1/files", error(401)) == ["k1"]
 
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
 async def test_a_bad_key_is_replaced_by_the_next(bad: Responds) -> None:
-    async with running_proxy(bad, LISTED, config=TWO) as home:
-        answer = await home.ask("GET", MODELS)
+    async with running_proxy(bad, LISTED, config=TWO) as server:
+        answer = await server.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Key"), answer.get("X-Proxy-Attempts")) == (200, "k2", "2")
         assert answer.error is None
 
 
 async def test_if_every_key_is_bad_the_last_response_is_returned() -> None:
-    async with running_proxy(error(401), error(401, message="for sk-k2"), config=TWO) as home:
-        answer = await home.ask("GET", MODELS)
+    async with running_proxy(error(401), error(401, message="for sk-k2"), config=TWO) as server:
+        answer = await server.ask("GET", MODELS)
         assert (answer.status, answer.json()["error"]["message"]) == (401, "for ***")
         assert answer.get("X-Proxy-Error") == "no_usable_key"
         assert answer.get("X-Should-Retry") == "false"
-        assert home.receipts[0].error == "no_usable_key"
+        assert server.receipts[0].error == "no_usable_key"
 
 
 async def test_in_pass_through_a_401_is_returned_as_is() -> None:
-    async with running_proxy(error(401), config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as home:
-        answer = await home.ask("GET", MODELS)
+    async with running_proxy(error(401), config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as server:
+        answer = await server.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Error")) == (401, None)
 
 
@@ -193,81 +193,81 @@ def made(id_: str, **fields: Any) -> Responds:
 
 
 async def test_a_stored_object_is_requested_with_the_key_that_made_it() -> None:
-    async with running_proxy(config=TWO) as home:
-        home.services.object_owners.record_owner(["resp_1"], "k2")  # by one of the five endpoints
-        assert await carried(home, "/v1/responses/resp_1", made("resp_1")) == ["k2"]
-        assert await carried(home, "/v1/responses/resp_1/input_items", made("x")) == ["k2"]
-        assert await carried(home, "/v1/responses/resp_2", made("resp_2")) == ["k1"]
-        assert await carried(home, "/v1/responses/resp_1", error(401)) == ["k2"]  # no other key could see it
+    async with running_proxy(config=TWO) as server:
+        server.services.object_owners.record_owner(["resp_1"], "k2")  # by one of the five endpoints
+        assert await carried(server, "/v1/responses/resp_1", made("resp_1")) == ["k2"]
+        assert await carried(server, "/v1/responses/resp_1/input_items", made("x")) == ["k2"]
+        assert await carried(server, "/v1/responses/resp_2", made("resp_2")) == ["k1"]
+        assert await carried(server, "/v1/responses/resp_1", error(401)) == ["k2"]  # no other key could see it
 
 
 @pytest.mark.parametrize("length", [(), (("Content-Length", "38"),)])
 async def test_objects_in_forwarded_responses_are_remembered(length: Iterable[tuple[str, str]]) -> None:
     body = b'{"id": "vs_1", "object":"vector_store"}'[:-1] + b"}"
     answer = Responds(200, (JSON, *[("Content-Length", str(len(body))) for _ in length]), (body[:9], body[9:]))
-    async with running_proxy(config=TWO) as home:
-        home.services.object_owners.record_owner(["file-1"], "k2")
-        home.transport.queue[:] = [answer, LISTED]
-        made = await home.ask("POST", "/v1/vector_stores", {"file_ids": ["file-1"]})
-        assert (made.body, home.transport.keys) == (body, ["k2"])  # where its file is
-        assert await home.services.object_owners.owner_of(["vs_1"]) == "k2"
-        assert home.transport.sent[0].json() == {"file_ids": ["file-1"]}
+    async with running_proxy(config=TWO) as server:
+        server.services.object_owners.record_owner(["file-1"], "k2")
+        server.transport.queue[:] = [answer, LISTED]
+        made = await server.ask("POST", "/v1/vector_stores", {"file_ids": ["file-1"]})
+        assert (made.body, server.transport.keys) == (body, ["k2"])  # where its file is
+        assert await server.services.object_owners.owner_of(["vs_1"]) == "k2"
+        assert server.transport.sent[0].json() == {"file_ids": ["file-1"]}
 
 
 async def test_large_or_broken_bodies_are_not_parsed() -> None:
-    async with running_proxy(config=TWO) as home:
-        home.services.object_owners.record_owner(["file-1"], "k2")
+    async with running_proxy(config=TWO) as server:
+        server.services.object_owners.record_owner(["file-1"], "k2")
         for body in (b'{"file_ids": ["file-1"], "x": "' + b"x" * 70_000 + b'"}', b'{"file_ids": ["file-1"], '):
-            home.transport.queue[:] = [LISTED]
-            await home.ask("POST", "/v1/vector_stores", body, [("Content-Type", "application/json")])
-            assert home.transport.keys.pop() == "k1"
-            assert home.transport.sent[-1].body == body
+            server.transport.queue[:] = [LISTED]
+            await server.ask("POST", "/v1/vector_stores", body, [("Content-Type", "application/json")])
+            assert server.transport.keys.pop() == "k1"
+            assert server.transport.sent[-1].body == body
 
 
 async def test_the_circuit_opens_after_repeated_failures() -> None:
-    async with running_proxy(*[error(500)] * 3, config=replace(ONE, breaker=BreakerSettings(failures=3))) as home:
+    async with running_proxy(*[error(500)] * 3, config=replace(ONE, breaker=BreakerSettings(failures=3))) as server:
         for _ in range(3):
-            assert (await home.ask("POST", FILES, b"x")).status == 500
-        answer = await home.ask("POST", FILES, b"x")
+            assert (await server.ask("POST", FILES, b"x")).status == 500
+        answer = await server.ask("POST", FILES, b"x")
         assert (answer.status, answer.error) == (503, "circuit_open")
         assert answer.get("Retry-After") == "15"
-        state = (await home.ask("GET", "/_proxy/keys")).json()["upstreams"]
+        state = (await server.ask("GET", "/_proxy/keys")).json()["upstreams"]
         assert [(row["name"], row["state"]) for row in state] == [("openai", "open")]
 
 
 async def test_azure_paths_prefer_an_azure_upstream() -> None:
     azure = UpstreamSettings("azure", "azure", "https://res.test", keys=pool("k2").keys, api_version="2024-10-21")
-    async with running_proxy(LISTED, config=settings(pool("k1"), azure)) as home:
-        await home.ask("GET", "/openai/files?api-version=2024-06-01")
-        [sent] = home.transport.sent
+    async with running_proxy(LISTED, config=settings(pool("k1"), azure)) as server:
+        await server.ask("GET", "/openai/files?api-version=2024-06-01")
+        [sent] = server.transport.sent
         assert (sent.key, sent.url) == ("k2", "https://res.test/openai/files?api-version=2024-06-01")
 
 
-# Once, or again.
+# --- retries ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trouble", [error(500), error(429), Fails("ambiguous"), Fails("stale"), Fails("timeout")])
 async def test_a_sent_post_is_not_retried(trouble: Move) -> None:
-    """An upload, a batch or a fine-tuning job must not be made twice."""
-    async with running_proxy(trouble, config=TWO) as home:
-        answer = await home.ask("POST", FILES, b"x")
+    """An upload, a batch or a fine-tuning job must not be created twice."""
+    async with running_proxy(trouble, config=TWO) as server:
+        answer = await server.ask("POST", FILES, b"x")
         assert answer.status in (500, 429, 502, 504)
         assert answer.get("X-Proxy-Attempts") == "1"
-        assert len(home.receipts) == 1
+        assert len(server.receipts) == 1
 
 
 async def test_requests_that_may_not_be_resent_use_new_connections() -> None:
-    async with running_proxy(LISTED, LISTED) as home:
-        await home.ask("POST", FILES, b"x")
-        await home.ask("GET", FILES)
-        assert [sent.connection.fresh for sent in home.transport.sent] == [True, False]
+    async with running_proxy(LISTED, LISTED) as server:
+        await server.ask("POST", FILES, b"x")
+        await server.ask("GET", FILES)
+        assert [sent.connection.fresh for sent in server.transport.sent] == [True, False]
 
 
 async def test_a_request_that_was_not_sent_is_retried() -> None:
-    async with running_proxy(Fails("unreached"), LISTED, config=ONE) as home:
-        answer = await home.ask("POST", FILES, b"hello")
+    async with running_proxy(Fails("unreached"), LISTED, config=ONE) as server:
+        answer = await server.ask("POST", FILES, b"hello")
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (200, "2")
-        assert home.transport.sent[1].body == b"hello"
+        assert server.transport.sent[1].body == b"hello"
 
 
 @pytest.mark.parametrize(
@@ -275,30 +275,30 @@ async def test_a_request_that_was_not_sent_is_retried() -> None:
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_get_and_head_are_retried(trouble: Move, method: str) -> None:
-    async with running_proxy(trouble, LISTED, config=ONE) as home:
-        answer = await home.ask(method, MODELS)
+    async with running_proxy(trouble, LISTED, config=ONE) as server:
+        answer = await server.ask(method, MODELS)
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (200, "2")
 
 
 async def test_a_get_with_a_body_is_not_retried() -> None:
-    async with running_proxy(error(500), config=ONE) as home:
-        assert (await home.ask("GET", MODELS, b"x")).status == 500
+    async with running_proxy(error(500), config=ONE) as server:
+        assert (await server.ask("GET", MODELS, b"x")).status == 500
 
 
 async def test_a_stale_connection_is_replaced_by_a_new_one() -> None:
-    async with running_proxy(Fails("stale"), LISTED, config=ONE) as home:
-        assert (await home.ask("GET", MODELS)).status == 200
-        assert [sent.connection.fresh for sent in home.transport.sent] == [False, True]
+    async with running_proxy(Fails("stale"), LISTED, config=ONE) as server:
+        assert (await server.ask("GET", MODELS)).status == 200
+        assert [sent.connection.fresh for sent in server.transport.sent] == [False, True]
 
 
 async def test_after_the_last_retry_x_should_retry_is_false() -> None:
-    async with running_proxy(*[error(500, headers=[("x-should-retry", "true")])] * 4, config=ONE) as home:
-        answer = await home.ask("GET", MODELS)
+    async with running_proxy(*[error(500, headers=[("x-should-retry", "true")])] * 4, config=ONE) as server:
+        answer = await server.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Attempts"), answer.get("X-Should-Retry")) == (500, "4", "false")
-    async with running_proxy(*[Fails("unreached")] * 2, config=ONE) as home:
-        answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Max-Retries", "1")])
+    async with running_proxy(*[Fails("unreached")] * 2, config=ONE) as server:
+        answer = await server.ask("GET", MODELS, headers=[("X-Proxy-Max-Retries", "1")])
         assert (answer.status, answer.error, answer.get("X-Should-Retry")) == (502, "upstream_unreachable", "false")
-        assert home.receipts[0].error == "upstream_unreachable"
+        assert server.receipts[0].error == "upstream_unreachable"
 
 
 @pytest.mark.parametrize(
@@ -306,145 +306,145 @@ async def test_after_the_last_retry_x_should_retry_is_false() -> None:
     [(Fails("hang"), "50ms"), (Responds(500, body=(b"{", HANG)), "50ms"), (Responds(wait=9.0), "0.05")],
 )
 async def test_the_clients_timeout_is_the_deadline(slow: Move, timeout: str) -> None:
-    async with running_proxy(slow) as home:
-        answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Timeout", timeout)])
+    async with running_proxy(slow) as server:
+        answer = await server.ask("GET", MODELS, headers=[("X-Proxy-Timeout", timeout)])
         assert (answer.status, answer.error) == (504, "upstream_timeout")
-        assert home.receipts[0].error == "upstream_timeout"
+        assert server.receipts[0].error == "upstream_timeout"
 
 
 async def test_the_first_byte_has_its_own_timeout() -> None:
-    async with running_proxy(Fails("hang"), config=settings(timeouts=TimeoutSettings(first_byte=0.05))) as home:
-        assert (await home.ask("GET", MODELS)).error == "upstream_timeout"
+    async with running_proxy(Fails("hang"), config=settings(timeouts=TimeoutSettings(first_byte=0.05))) as server:
+        assert (await server.ask("GET", MODELS)).error == "upstream_timeout"
 
 
-# Errors, and answers that break.
+# --- errors and cut responses -----------------------------------------------------------------------------------------
 
 
 async def test_an_error_is_forwarded_with_keys_masked() -> None:
     bad = error(400, "bad", [("x-debug", "sk-k1"), ("Set-Cookie", "a=b")], message="sk-k1 is not yours")
-    async with running_proxy(bad) as home:
-        answer = await home.ask("POST", FILES, b"x")
+    async with running_proxy(bad) as server:
+        answer = await server.ask("POST", FILES, b"x")
         assert (answer.status, answer.json()["error"]["message"]) == (400, "*** is not yours")
         assert (answer.get("x-debug"), answer.get("Set-Cookie")) == ("***", None)
-        assert home.receipts[0].error == "upstream_400"
+        assert server.receipts[0].error == "upstream_400"
 
 
 async def test_a_compressed_error_is_decoded_and_a_cut_one_is_502() -> None:
     packed = gzip.compress(b'{"error":{"message":"sk-k1"}}')
     headers = (JSON, ("Content-Encoding", "gzip"))
-    async with running_proxy(Responds(400, headers, (packed,)), Responds(400, headers, (packed[:-5],))) as home:
-        answer = await home.ask("POST", FILES, b"x")
+    async with running_proxy(Responds(400, headers, (packed,)), Responds(400, headers, (packed[:-5],))) as server:
+        answer = await server.ask("POST", FILES, b"x")
         assert (answer.body, answer.get("Content-Encoding")) == (b'{"error":{"message":"***"}}', None)
-        assert (await home.ask("POST", FILES, b"x")).error == "upstream_invalid_response"
+        assert (await server.ask("POST", FILES, b"x")).error == "upstream_invalid_response"
 
 
 @pytest.mark.parametrize("body", [(b"{", CUT), (b" " * 5_000_000, b" " * 5_000_000)], ids=["cut", "far too large"])
 async def test_a_broken_error_body_is_502_and_its_connection_closed(body: tuple[Any, ...]) -> None:
-    async with running_proxy(Responds(400, (JSON,), body)) as home:
-        answer = await home.ask("POST", FILES, b"x")
+    async with running_proxy(Responds(400, (JSON,), body)) as server:
+        answer = await server.ask("POST", FILES, b"x")
         assert (answer.status, answer.error) == (502, "upstream_invalid_response")
-        assert home.transport.replies[0].given_back
+        assert server.transport.replies[0].given_back
 
 
 @pytest.mark.parametrize("length", [(), (("Content-Length", "9"),)])
 async def test_a_response_that_breaks_in_the_middle_has_no_clean_end(length: Iterable[tuple[str, str]]) -> None:
-    async with running_proxy(Responds(200, tuple(length), (b"abc", CUT))) as home:
-        answer = await home.ask("GET", FILES)
+    async with running_proxy(Responds(200, tuple(length), (b"abc", CUT))) as server:
+        answer = await server.ask("GET", FILES)
         assert (answer.status, answer.body, answer.whole) == (200, b"abc", False)
-        assert (home.receipts[0].status, home.receipts[0].error) == (200, "upstream_invalid_response")
+        assert (server.receipts[0].status, server.receipts[0].error) == (200, "upstream_invalid_response")
 
 
 @pytest.mark.parametrize(("kind", "status"), [("invalid", 502), ("timeout", 504)])
 async def test_a_response_that_breaks_before_its_first_byte_is_an_error(kind: Any, status: int) -> None:
-    """Nothing was promised yet: the client gets a proper error, and its receipt says the same."""
-    async with running_proxy(Responds(200, (), (TransportFailure(kind, "cut"),))) as home:
-        answer = await home.ask("GET", FILES)
+    """No byte has been sent to the client, so it gets an error, and the receipt has the same."""
+    async with running_proxy(Responds(200, (), (TransportFailure(kind, "cut"),))) as server:
+        answer = await server.ask("GET", FILES)
         assert answer.status == status
-        [receipt] = home.receipts
+        [receipt] = server.receipts
         assert (receipt.status, receipt.error) == (status, answer.error)
         assert answer.get("X-Proxy-Request-Id") == receipt.id
 
 
 async def test_the_upstream_is_closed_when_the_client_leaves() -> None:
-    async with running_proxy(Responds(200, (), (b"abc", HANG))) as home:
-        async with raw_connection(home.port) as line:
+    async with running_proxy(Responds(200, (), (b"abc", HANG))) as server:
+        async with raw_connection(server.port) as line:
             line.send(request("GET", FILES))
             await line.reader.readuntil(b"abc")
             await line.gone()
-        async with asyncio.timeout(PATIENCE):
-            await home.settled()
-        assert home.transport.replies[0].closed
-        assert (home.receipts[0].status, home.receipts[0].error) == (499, "client_gone")
+        async with asyncio.timeout(TEST_TIMEOUT):
+            await server.settled()
+        assert server.transport.replies[0].closed
+        assert (server.receipts[0].status, server.receipts[0].error) == (499, "client_gone")
 
 
 @pytest.mark.parametrize("slow", [Fails("hang"), Responds(400, (JSON,), (b"{", HANG))])
 async def test_the_upstream_is_closed_when_the_client_leaves_before_the_response(slow: Move) -> None:
-    async with running_proxy(slow) as home:
-        async with raw_connection(home.port) as line:
+    async with running_proxy(slow) as server:
+        async with raw_connection(server.port) as line:
             line.send(request("GET", FILES))
             await asyncio.sleep(0.05)
             await line.gone()
-        async with asyncio.timeout(PATIENCE):
-            await home.settled()
-        assert (home.receipts[0].status, home.receipts[0].error) == (499, "client_gone")
+        async with asyncio.timeout(TEST_TIMEOUT):
+            await server.settled()
+        assert (server.receipts[0].status, server.receipts[0].error) == (499, "client_gone")
 
 
-# Uploads that are too large, too slow, or broken off.
+# --- uploads that are too large, slow or aborted ----------------------------------------------------------------------
 
 SMALL = replace(settings(), server=ServerSettings(max_body=1000))
 
 
 async def test_an_upload_announced_too_large_is_413() -> None:
-    async with running_proxy(config=SMALL) as home, raw_connection(home.port) as line:
+    async with running_proxy(config=SMALL) as server, raw_connection(server.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "1001"), ("Expect", "100-continue")]))
         answer = await line.answer()
         assert (answer.status, answer.error, answer.get("Connection")) == (413, "request_too_large", "close")
-        assert home.transport.sent == []
+        assert server.transport.sent == []
 
 
 async def test_an_upload_of_unknown_length_beyond_the_limit_is_413() -> None:
-    async with running_proxy(LISTED, config=SMALL) as home, raw_connection(home.port) as line:
+    async with running_proxy(LISTED, config=SMALL) as server, raw_connection(server.port) as line:
         line.send(request("POST", FILES, headers=[("Transfer-Encoding", "chunked")]) + chunked(b"x" * 600, b"x" * 600))
         answer = await line.answer()
         assert (answer.status, answer.error) == (413, "request_too_large")
-        assert [(receipt.status, receipt.error) for receipt in home.receipts] == [(413, "request_too_large")]
+        assert [(receipt.status, receipt.error) for receipt in server.receipts] == [(413, "request_too_large")]
 
 
 async def test_an_upload_waits_for_100_continue() -> None:
-    async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
+    async with running_proxy(LISTED) as server, raw_connection(server.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "5"), ("Expect", "100-continue")]))
         assert (await line.answer()).status == 100
         line.send(b"hello")
         assert (await line.answer()).status == 200
-        assert home.transport.sent[0].body == b"hello"
+        assert server.transport.sent[0].body == b"hello"
 
 
 async def test_an_upload_sent_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.1)
-    async with running_proxy(LISTED) as home, raw_connection(home.port) as line:
+    async with running_proxy(LISTED) as server, raw_connection(server.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
         assert await line.ended() == b""
-        await home.settled()
-        assert len(home.receipts) == 1
+        await server.settled()
+        assert len(server.receipts) == 1
 
 
 async def test_an_upload_that_the_client_breaks_off() -> None:
-    async with running_proxy(LISTED) as home:
-        async with raw_connection(home.port) as line:
+    async with running_proxy(LISTED) as server:
+        async with raw_connection(server.port) as line:
             line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
             await asyncio.sleep(0.05)
             await line.gone()
-        await home.settled()
-        assert [receipt.status for receipt in home.receipts] == [499]
+        await server.settled()
+        assert [receipt.status for receipt in server.receipts] == [499]
 
 
 async def test_upstream_responses_are_closed_after_every_outcome() -> None:
-    """Twenty answers of all kinds, and half of the clients leave: nothing stays open."""
+    """Of twenty responses of all kinds, half of the clients disconnect; no connection stays open."""
     moves = [LISTED, error(500), Responds(200, (), (b"a", 0.05, b"b")), Responds(400, (JSON,), (b"{", CUT))] * 5
-    async with running_proxy(*moves, *[LISTED] * 40, config=ONE) as home:
+    async with running_proxy(*moves, *[LISTED] * 40, config=ONE) as server:
 
         async def one(n: int) -> None:
-            async with raw_connection(home.port) as line:
+            async with raw_connection(server.port) as line:
                 line.send(request("GET" if n % 2 else "POST", FILES, None if n % 2 else b"x"))
                 if n % 4 < 2:
                     await asyncio.sleep(0.001 * n)
@@ -453,30 +453,30 @@ async def test_upstream_responses_are_closed_after_every_outcome() -> None:
                     await line.answer()
 
         await asyncio.gather(*[one(n) for n in range(20)])
-        await home.settled()
-        assert len(home.receipts) <= 20
+        await server.settled()
+        assert len(server.receipts) <= 20
 
 
-# One rule for every route.
+# --- rules of all routes ----------------------------------------------------------------------------------------------
 
 
 async def test_forwarded_requests_count_in_the_retry_budget() -> None:
-    """A budget of one retry a request is enough for one retry of each request, however many there are."""
+    """A budget of one retry for each request allows one retry of each request."""
     config = settings(retry=RetrySettings(max_retries=1, base_delay=0.0, jitter=0.0, budget=1.0))
-    async with running_proxy(*[error(500), LISTED] * 15, config=config) as home:
-        answers = [await home.ask("GET", MODELS) for _ in range(15)]
+    async with running_proxy(*[error(500), LISTED] * 15, config=config) as server:
+        answers = [await server.ask("GET", MODELS) for _ in range(15)]
         assert [(answer.status, answer.get("X-Proxy-Attempts")) for answer in answers] == [(200, "2")] * 15
 
 
 async def test_a_wait_named_only_in_the_body_of_a_429_is_obeyed() -> None:
-    """The reset of a limit counts if the error says that this limit is the one that was hit."""
+    """The reset time of a limit counts if the error says that this limit was reached."""
     limited = Responds(
         429,
         (JSON, ("x-ratelimit-reset-tokens", "99s")),
         (b'{"error": {"type": "tokens", "code": "rate_limit_exceeded", "message": "x"}}',),
     )
-    async with running_proxy(limited, LISTED, config=ONE) as home:
-        answer = await home.ask("GET", MODELS, headers=[("X-Proxy-Timeout", "5s")])
+    async with running_proxy(limited, LISTED, config=ONE) as server:
+        answer = await server.ask("GET", MODELS, headers=[("X-Proxy-Timeout", "5s")])
         assert (answer.status, answer.get("X-Proxy-Attempts")) == (429, "1")
 
 
@@ -486,62 +486,62 @@ async def test_keys_are_used_by_priority() -> None:
         replace(pool("k1"), name="first"),
         retry=RetrySettings(max_retries=1, base_delay=0.0, jitter=0.0),
     )
-    async with running_proxy(config=config) as home:
-        assert await carried(home, MODELS, LISTED) == ["k1"]
-        assert await carried(home, MODELS, LISTED) == ["k1"]
-        assert await carried(home, MODELS, error(500), error(500), LISTED) == ["k1", "k1", "k2"]
+    async with running_proxy(config=config) as server:
+        assert await carried(server, MODELS, LISTED) == ["k1"]
+        assert await carried(server, MODELS, LISTED) == ["k1"]
+        assert await carried(server, MODELS, error(500), error(500), LISTED) == ["k1", "k1", "k2"]
 
 
 async def test_weights_apply_to_forwarded_requests() -> None:
     config = settings(pool("k1", "k2"), selection="weighted")
     heavy, light = config.upstreams[0].keys
     config = settings(replace(config.upstreams[0], keys=(replace(heavy, weight=3.0), light)), selection="weighted")
-    async with running_proxy(config=config) as home:
-        used = [(await carried(home, MODELS, LISTED))[0] for _ in range(8)]
+    async with running_proxy(config=config) as server:
+        used = [(await carried(server, MODELS, LISTED))[0] for _ in range(8)]
         assert (used.count("k1"), used.count("k2")) == (6, 2)
 
 
 async def test_if_every_key_is_rejected_nothing_is_sent() -> None:
-    async with running_proxy(error(401), error(401), config=TWO) as home:
-        assert (await home.ask("GET", MODELS)).status == 401
-        answer = await home.ask("GET", MODELS)
-        assert (answer.error, len(home.transport.sent)) == ("no_usable_key", 2)
+    async with running_proxy(error(401), error(401), config=TWO) as server:
+        assert (await server.ask("GET", MODELS)).status == 401
+        answer = await server.ask("GET", MODELS)
+        assert (answer.error, len(server.transport.sent)) == ("no_usable_key", 2)
 
 
 async def test_key_states_learned_from_forwarded_responses() -> None:
-    """A refused key that is accepted again is ready; that a key has quota again no such answer tells."""
-    async with running_proxy(config=TWO) as home:
+    """A rejected key that works again is ready; such a response does not tell that a key has quota again."""
+    async with running_proxy(config=TWO) as server:
 
         def state(label: str) -> str:
-            state = home.services.pool.state(label, "gpt-4o", home.services.clock.monotonic())
+            state = server.services.pool.state(label, "gpt-4o", server.services.clock.monotonic())
             return "ready" if state is None else state.status.value
 
-        assert await carried(home, MODELS, error(401), LISTED) == ["k1", "k2"]
+        assert await carried(server, MODELS, error(401), LISTED) == ["k1", "k2"]
         assert state("k1") == "rejected"
-        assert await carried(home, FILES, LISTED) == ["k1"]
+        assert await carried(server, FILES, LISTED) == ["k1"]
         assert state("k1") == "ready"
-        assert await carried(home, MODELS, LISTED) == ["k2"]
-        assert await carried(home, MODELS, error(429, "insufficient_quota"), LISTED) == ["k1", "k2"]
-        assert await carried(home, FILES, LISTED) == ["k1"]
+        assert await carried(server, MODELS, LISTED) == ["k2"]
+        assert await carried(server, MODELS, error(429, "insufficient_quota"), LISTED) == ["k1", "k2"]
+        assert await carried(server, FILES, LISTED) == ["k1"]
         assert state("k1") == "exhausted"
         for passing in (error(403), error(404, "model_not_found"), rate_limited("99")):
-            await carried(home, FILES, passing)
+            await carried(server, FILES, passing)
         assert state("k2") == "ready"
 
 
 async def test_model_limits_do_not_apply_without_a_model() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1)}, max_wait=0.0))
-    async with running_proxy(*[LISTED] * 3, config=config) as home:
-        assert [(await home.ask("GET", MODELS)).status for _ in range(3)] == [200] * 3
+    async with running_proxy(*[LISTED] * 3, config=config) as server:
+        assert [(await server.ask("GET", MODELS)).status for _ in range(3)] == [200] * 3
 
 
 async def test_a_model_filter_does_not_apply_without_a_model() -> None:
-    async with running_proxy(LISTED, LISTED, config=settings(replace(pool("k1"), models=("gpt-*",)))) as home:
-        assert (await home.ask("GET", MODELS)).status == 200
-        assert (await home.ask("GET", FILES)).status == 200
+    async with running_proxy(LISTED, LISTED, config=settings(replace(pool("k1"), models=("gpt-*",)))) as server:
+        assert (await server.ask("GET", MODELS)).status == 200
+        assert (await server.ask("GET", FILES)).status == 200
 
 
 async def test_retries_are_counted_by_cause() -> None:
-    async with running_proxy(error(500), LISTED, config=ONE) as home:
-        await home.ask("GET", MODELS)
-        assert dict(home.services.counters.retries) == {("openai", "retry"): 1}
+    async with running_proxy(error(500), LISTED, config=ONE) as server:
+        await server.ask("GET", MODELS)
+        assert dict(server.services.counters.retries) == {("openai", "retry"): 1}

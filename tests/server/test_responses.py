@@ -39,7 +39,7 @@ def whole(body: bytes = b"hello", status: int = 200, **more: Any) -> Any:
     return handler
 
 
-# Whole answers.
+# --- full responses ---------------------------------------------------------------------------------------------------
 
 
 async def test_a_full_response_has_a_length_and_keeps_the_connection() -> None:
@@ -60,7 +60,7 @@ async def test_a_response_to_head_has_the_length_and_no_body() -> None:
 
 @pytest.mark.parametrize("status", [204, 304])
 async def test_a_204_has_no_framing(status: int) -> None:
-    """RFC 9110 section 8.6, RFC 9112 section 6.3: a length here is an error, a body would be the next answer."""
+    """A length is an error here, and a body would be read as the next response (RFC 9110 section 8.6, RFC 9112 6.3)."""
     async with served(whole(b"must not be seen", status)) as port, raw_connection(port) as line:
         for _ in range(2):
             answer = await get(line)
@@ -132,7 +132,7 @@ async def test_nothing_is_written_to_a_client_that_is_gone() -> None:
     assert seen == ["refused", "refused"]
 
 
-# Streams.
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def stream(*pieces: bytes, length: int | None = None, status: int = 200, clean: bool = True) -> Any:
@@ -171,7 +171,7 @@ async def test_an_empty_stream() -> None:
 
 @pytest.mark.parametrize("connection", ["", "keep-alive"])
 async def test_a_stream_to_http_1_0_is_not_chunked(connection: str) -> None:
-    """The end of the connection is the end of the answer, whatever the client would like."""
+    """The end of the connection is the end of the response, so it closes even if the client asks to keep it."""
     async with served(stream(b"ab", b"cd")) as port, raw_connection(port) as line:
         answer = await get(line, version="1.0", connection=connection)
         assert (answer.framing, answer.body) == ("close", b"abcd")
@@ -199,8 +199,9 @@ async def test_a_204_stream_has_no_framing(length: int | None) -> None:
 
 @pytest.mark.parametrize(("length", "framing"), [(None, "chunked"), (9, "length")])
 async def test_an_aborted_stream_has_no_clean_end(length: int | None, framing: str) -> None:
-    """What was written arrives; the last chunk, or the rest of the length, does not; and no `Connection: close`, for
-    Node's fetch would then take the cut for the end.
+    """The client gets what was written, but neither the last chunk nor the rest of the length.
+
+    There is no `Connection: close`, because Node's fetch would then take the cut for the end of the response.
     """
     async with served(stream(b"ab", b"cd", length=length, clean=False)) as port, raw_connection(port) as line:
         answer = await get(line)
@@ -239,7 +240,7 @@ async def test_a_slow_reader_holds_the_writer_back() -> None:
         assert (len(answer.body), answer.whole) == (600 * 65_536, True)
 
 
-# Request bodies.
+# --- request bodies ---------------------------------------------------------------------------------------------------
 
 
 def reading(limit: int = 1000) -> Any:
@@ -343,7 +344,7 @@ async def test_a_client_that_leaves_while_sending_ends_the_read() -> None:
     assert not isinstance(errors[0], ProxyError)
 
 
-# Small things.
+# --- other ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_date_header_is_rendered_once_a_second() -> None:

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, taken from the SDK's own memory; what the environment asks for. Without the extra, nothing."""
+"""OpenTelemetry spans in the SDK's in-memory exporter, and the OTEL_* variables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from proxy.server.tracing import Tracing, tracing_from
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask, pool, settings
 from tests.pipeline.script import Fails, Move, ScriptedTransport, completion, error, events, rate_limited, says, streams
-from tests.server.kit import CHAT, PATIENCE, Answer, raw_connection, request, served
+from tests.server.kit import CHAT, TEST_TIMEOUT, Answer, raw_connection, request, served
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ CONFIG = settings(
 
 
 class Stage:
-    """An app that listens, with a scripted way up, and the spans it has made."""
+    """A listening app with a scripted transport, and its spans."""
 
     def __init__(self, app: App, transport: ScriptedTransport, memory: Any, port: int) -> None:
         self.app = app
@@ -52,8 +52,8 @@ class Stage:
             return await line.answer()
 
     async def spans(self, count: int) -> tuple[Any, list[Any]]:
-        """The one request's span and those of its calls, once there are so many."""
-        async with asyncio.timeout(PATIENCE):
+        """Return the span of the request and those of its attempts, once there are this many."""
+        async with asyncio.timeout(TEST_TIMEOUT):
             while len(found := self._memory.get_finished_spans()) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert len(found) == count
@@ -196,7 +196,7 @@ async def test_errors_set_the_span_status() -> None:
 async def test_a_coalesced_request_has_its_own_span() -> None:
     async with stage(says(wait=0.1)) as scene:
         await asyncio.gather(scene.ask(body=ask()), scene.ask(body=ask()))
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TEST_TIMEOUT):
             while len(found := scene._memory.get_finished_spans()) < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     own = sorted(span.attributes["openai_proxy.cache"] for span in found if span.kind.name == "SERVER")
@@ -235,7 +235,7 @@ async def test_unusual_model_names_become_valid_attributes() -> None:
             assert len(str(dict(own.attributes))) < 2000
 
 
-# The environment.
+# --- the environment --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

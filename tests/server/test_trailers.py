@@ -1,4 +1,4 @@
-"""What a stream cost, after its last chunk: for those who take trailers, and for nobody else."""
+"""The cost of a stream in trailer fields after its last chunk, for clients that accept them."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ BOUGHT = {
     ],
 )
 async def test_trailers_are_sent_if_asked_for(headers: list[tuple[str, str]]) -> None:
-    async with running_proxy(streams()) as home:
-        answer = await home.ask(body=STREAM, headers=headers)
+    async with running_proxy(streams()) as server:
+        answer = await server.ask(body=STREAM, headers=headers)
         assert (answer.status, answer.framing, answer.whole) == (200, "chunked", True)
         assert answer.body == b"".join(events())
         assert answer.get("Trailer") == TRAILERS
         assert answer.trailers == BOUGHT
-        assert "TE" not in home.transport.sent[0].headers
-        assert answer.trailers["X-Proxy-Cost-USD"] == home.receipts[0].cost_usd
+        assert "TE" not in server.transport.sent[0].headers
+        assert answer.trailers["X-Proxy-Cost-USD"] == server.receipts[0].cost_usd
 
 
 @pytest.mark.parametrize("headers", [[], [("TE", "")], [("TE", "gzip")], [("TE", "notrailers, trailersx")]])
 async def test_trailers_are_not_sent_unless_asked_for(headers: list[tuple[str, str]]) -> None:
-    async with running_proxy(streams()) as home:
-        answer = await home.ask(body=STREAM, headers=headers)
+    async with running_proxy(streams()) as server:
+        answer = await server.ask(body=STREAM, headers=headers)
         assert (answer.get("Trailer"), answer.trailers, answer.whole) == (None, {}, True)
 
 
 async def test_http_1_0_gets_no_trailers() -> None:
-    async with running_proxy(streams()) as home, raw_connection(home.port) as line:
+    async with running_proxy(streams()) as server, raw_connection(server.port) as line:
         line.send(request(body=STREAM, headers=TE, version="1.0"))
         answer = await line.answer()
         assert (answer.framing, answer.get("Trailer")) == ("close", None)
@@ -63,7 +63,7 @@ async def test_http_1_0_gets_no_trailers() -> None:
 
 
 async def test_the_connection_persists_after_trailers() -> None:
-    async with running_proxy(streams(), says()) as home, raw_connection(home.port) as line:
+    async with running_proxy(streams(), says()) as server, raw_connection(server.port) as line:
         line.send(request(body=STREAM, headers=TE) + request(body=ask("other"), headers=TE) + request(body=STREAM))
         stream, plain, hit = [await line.answer() for _ in range(3)]
         assert stream.trailers == BOUGHT
@@ -74,8 +74,8 @@ async def test_the_connection_persists_after_trailers() -> None:
 
 async def test_the_trailers_of_a_coalesced_stream_say_saved_instead_of_cost() -> None:
     first, *more = events(usage=True)
-    async with running_proxy(streams([first, 0.1, *more])) as home:
-        both = [asyncio.create_task(home.ask(body=STREAM, headers=TE)) for _ in range(2)]
+    async with running_proxy(streams([first, 0.1, *more])) as server:
+        both = [asyncio.create_task(server.ask(body=STREAM, headers=TE)) for _ in range(2)]
         leader, follower = sorted([await one for one in both], key=lambda one: one.get("X-Proxy-Cache") or "")[::-1]
         assert (leader.get("X-Proxy-Cache"), follower.get("X-Proxy-Cache")) == ("miss", "coalesced")
         assert leader.trailers == BOUGHT
@@ -84,13 +84,13 @@ async def test_the_trailers_of_a_coalesced_stream_say_saved_instead_of_cost() ->
 
 
 async def test_unknown_values_are_left_out_of_the_trailers() -> None:
-    async with running_proxy(streams()) as home:
-        answer = await home.ask(body=STREAM | {"model": "mystery"}, headers=TE)
+    async with running_proxy(streams()) as server:
+        answer = await server.ask(body=STREAM | {"model": "mystery"}, headers=TE)
         told = answer.trailers
     async with running_proxy(
         streams([event({"model": "mystery", "choices": []}), *events(usage=True, model="mystery")])
-    ) as home:
-        answer = await home.ask(body=STREAM | {"model": "mystery"}, headers=TE)
+    ) as server:
+        answer = await server.ask(body=STREAM | {"model": "mystery"}, headers=TE)
         assert answer.trailers.get("X-Proxy-Cost-USD") is None
         assert answer.trailers["X-Proxy-Cost-Status"] == "unknown"
     assert told["X-Proxy-Cost-USD"] == "0.002250"  # by the model that answered
@@ -98,16 +98,16 @@ async def test_unknown_values_are_left_out_of_the_trailers() -> None:
 
 @pytest.mark.parametrize("cut", [[TransportFailure("invalid", "cut")], []])
 async def test_a_broken_stream_has_no_trailers(cut: list[Step]) -> None:
-    async with running_proxy(streams([*events()[:2], *cut])) as home:
-        answer: Answer = await home.ask(body=STREAM, headers=TE)
+    async with running_proxy(streams([*events()[:2], *cut])) as server:
+        answer: Answer = await server.ask(body=STREAM, headers=TE)
         assert (answer.whole, answer.trailers) == (False, {})
 
 
 async def test_other_routes_have_no_trailers() -> None:
-    async with running_proxy(says()) as home:
-        answer = await home.ask("GET", "/v1/models", headers=TE)
+    async with running_proxy(says()) as server:
+        answer = await server.ask("GET", "/v1/models", headers=TE)
         assert (answer.framing, answer.get("Trailer"), answer.trailers) == ("chunked", None, {})
-        assert "TE" not in home.transport.sent[0].headers
+        assert "TE" not in server.transport.sent[0].headers
 
 
 def test_every_possible_trailer_is_announced() -> None:

@@ -1,4 +1,4 @@
-"""Structured outputs and function calls of the simulated `/v1/responses`, asked by the official SDK."""
+"""Structured outputs and function calls of the simulated `/v1/responses`, with OpenAI's SDK."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def events_of(sdk: openai.AsyncOpenAI, **request: Any) -> list[ResponseStr
 
 
 def kinds(events: list[ResponseStreamEvent]) -> list[str]:
-    """The types in order; a row of deltas counts once."""
+    """Return the event types in order; consecutive deltas count once."""
     types = [e.type.removeprefix("response.") for e in events]
     return [t for i, t in enumerate(types) if i == 0 or t != types[i - 1]]
 

@@ -1,4 +1,4 @@
-"""The simulated OpenAI, asked by the official SDK and by a client that reads bytes."""
+"""The simulated OpenAI API, with OpenAI's SDK and with a client that reads bytes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def say(text: str) -> list[ChatCompletionMessageParam]:
 
 
 async def events_of(http: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> list[Any]:
-    """The JSON of every event; the stream must end as OpenAI's do."""
+    """Return the JSON of every event; the stream must end as OpenAI's do."""
     async with http.post(path, json=body | {"stream": True}) as answer:
         assert answer.status == 200
         assert answer.content_type == "text/event-stream"

@@ -10,7 +10,7 @@ import pytest
 from proxy.upstream.client import AiohttpTransport
 from proxy.upstream.interfaces import ConnectionInfo
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.server.kit import PATIENCE, Raw, raw_upstream
+from tests.server.kit import TEST_TIMEOUT, Raw, raw_upstream
 from tests.upstream.transport import OK, says, send, whole
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -173,7 +173,7 @@ async def test_closing_an_unread_response_closes_the_connection(up: AiohttpTrans
             break
         answer.close()
         answer.close()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TEST_TIMEOUT):
             await ended.wait()
 
 
@@ -195,5 +195,5 @@ async def test_cancelling_ends_the_connection_at_once(up: AiohttpTransport, answ
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TEST_TIMEOUT):
             await ended.wait()

@@ -13,7 +13,7 @@ from proxy.upstream.client import AiohttpTransport
 from proxy.upstream.client_errors import transport_failure
 from proxy.upstream.interfaces import ConnectionInfo
 from proxy.upstream.retry.outcome import TransportFailure
-from tests.server.kit import PATIENCE, Raw, Say, raw_upstream
+from tests.server.kit import TEST_TIMEOUT, Raw, Say, raw_upstream
 from tests.upstream.transport import OK, reset, says, send, whole
 
 # The exception table: (what the upstream does) -> how far the request got.
@@ -185,7 +185,7 @@ async def test_bodies_that_break_off(up: AiohttpTransport, turn: Say, kind: str,
         seen: list[bytes] = []
 
         async def read() -> None:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TEST_TIMEOUT):
                 async for chunk in answer.chunks():
                     seen.append(chunk)
 

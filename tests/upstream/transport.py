@@ -9,7 +9,7 @@ from socket import SO_LINGER, SOL_SOCKET
 
 from proxy.upstream.client import AiohttpResponse, AiohttpTransport
 from proxy.upstream.interfaces import ConnectionInfo
-from tests.server.kit import PATIENCE, Raw, Say
+from tests.server.kit import TEST_TIMEOUT, Raw, Say
 
 OK = b"HTTP/1.1 200 Fine\r\nContent-Type: application/json\r\nX-A: 1\r\nx-a: 2\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -30,7 +30,7 @@ async def send(
 
 
 async def whole(answer: AiohttpResponse) -> bytes:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TEST_TIMEOUT):
         return b"".join([chunk async for chunk in answer.chunks()])
 
 
