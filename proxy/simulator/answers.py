@@ -1,7 +1,6 @@
-"""What the simulated OpenAI answers: texts, tool calls, JSON for a schema, vectors.
+"""The responses of the simulated OpenAI API: texts, tool calls, JSON for a schema, embeddings.
 
-The shapes are those of OpenAI's API reference. Nothing here knows HTTP; only ids and creation times are new
-each time.
+Their shapes are those of OpenAI's API reference. The same request gets the same response, except for ids and times.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ MODELS = (
     "text-embedding-3-small",
     "text-embedding-ada-002",
 )
-# OpenAI answers an alias with the name of the snapshot behind it.
+# As with OpenAI, the response names the snapshot of an alias.
 SNAPSHOTS = {"gpt-4o": "gpt-4o-2024-08-06", "gpt-4o-mini": "gpt-4o-mini-2024-07-18"}
 MODEL_FAMILIES = (
     "gpt-",
@@ -63,7 +62,7 @@ _SCHEMA_DEPTH = 12
 
 
 class BadRequest(Exception):
-    """A request that OpenAI answers with 400; `param` names the field."""
+    """A request that OpenAI refuses with 400. param: the field at fault."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -73,7 +72,7 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one choice says: either text or one tool call."""
+    """The content of one choice: text, or one tool call. text: of the tool call, its arguments."""
 
     text: str
     tool: str | None
@@ -81,7 +80,7 @@ class Reply:
 
     @property
     def pieces(self) -> list[str]:
-        """The text in the portions in which it is streamed: words, or a few signs of a call's arguments."""
+        """The pieces in which it is streamed: words, or twelve characters of a call's arguments."""
         if self.tool is None:
             return _WORDS.findall(self.text)
         return [self.text[start : start + 12] for start in range(0, len(self.text), 12)]
@@ -100,12 +99,12 @@ def known_model(model: str) -> bool:
 
 
 def count_tokens(text: str) -> int:
-    """A simple count: words in lengths of eight, and every sign."""
+    """Count one token for each eight letters of a word, and one for each punctuation mark."""
     return len(_TOKENS.findall(text))
 
 
 def text_of(content: object) -> str:
-    """The text of a message's `content`: a string, or the text parts of a list."""
+    """Return the text of a message's `content`: a string, or the text parts of a list."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -119,7 +118,7 @@ def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def messages_of(body: Mapping[str, Any]) -> list[Json]:
-    """The messages of a chat request. Raises BadRequest where there are none."""
+    """Return the messages of a chat request. Raises BadRequest if there are none."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise BadRequest("Missing required parameter: 'messages'.", "messages")
@@ -127,15 +126,15 @@ def messages_of(body: Mapping[str, Any]) -> list[Json]:
 
 
 def prose(prompt: str, number: int = 0) -> str:
-    """The answer to a prompt; `number` counts the choices of one request."""
-    said = " ".join(prompt.split())
-    said = said if len(said) <= 200 else said[:197] + "..."
+    """Return the text for a prompt. number: of the choice."""
+    quote = " ".join(prompt.split())
+    quote = quote if len(quote) <= 200 else quote[:197] + "..."
     variant = f" (choice {number})" if number else ""
-    return f"You said: {said}. This is a simulated answer{variant}: no model was asked."
+    return f"You said: {quote}. This is a simulated answer{variant}: no model was asked."
 
 
 def reply(prompt: str, number: int, limit: object) -> Reply:
-    """A text of at most `limit` tokens (None: any length)."""
+    """Return a text of at most `limit` tokens; of any length if that is not a number."""
     text = prose(prompt, number)
     if not isinstance(limit, int) or limit >= count_tokens(text):
         return Reply(text, None, "stop")
@@ -144,27 +143,29 @@ def reply(prompt: str, number: int, limit: object) -> Reply:
 
 
 def chat_reply(body: Mapping[str, Any], number: int = 0) -> Reply:
-    """What a chat request is answered: a tool call, JSON, or text."""
+    """Return the reply to a chat request: a tool call, JSON, or text."""
     messages = messages_of(body)
     prompt = last_user_text(messages)
-    tool = _wanted_tool(body, messages, prompt)
+    tool = _tool_to_call(body, messages, prompt)
     if tool is not None:
         name, parameters = tool
         return Reply(orjson.dumps(example(parameters)).decode(), name, "tool_calls")
     form = body.get("response_format")
     kind = form.get("type") if isinstance(form, dict) else None
     if kind == "json_schema" and isinstance(form, dict):
-        wanted = form.get("json_schema")
-        schema = wanted.get("schema") if isinstance(wanted, dict) else None
+        wrapper = form.get("json_schema")
+        schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
         return Reply(orjson.dumps(example(schema)).decode(), None, "stop")
     if kind == "json_object":
         return Reply(orjson.dumps({"answer": prose(prompt, number)}).decode(), None, "stop")
     return reply(prompt, number, body.get("max_completion_tokens", body.get("max_tokens")))
 
 
-def _wanted_tool(body: Mapping[str, Any], messages: Sequence[Json], prompt: str) -> tuple[str, object] | None:
-    """The function to call and its parameters' schema: for a prompt that starts with `use tool`, or where the
-    request insists, but not again once the tool has answered."""
+def _tool_to_call(body: Mapping[str, Any], messages: Sequence[Json], prompt: str) -> tuple[str, object] | None:
+    """Return the function to call and its parameters' schema, if any.
+
+    It is called if the prompt starts with `use tool` or the request requires it, unless the tool has answered.
+    """
     tools = body.get("tools")
     if not isinstance(tools, list) or messages[-1].get("role") == "tool":
         return None
@@ -183,7 +184,7 @@ def _wanted_tool(body: Mapping[str, Any], messages: Sequence[Json], prompt: str)
 
 
 def example(schema: object, root: object = None, depth: int = 0) -> object:
-    """A value that fits a simple JSON schema (objects, arrays, enums, references, the simple types)."""
+    """Return a value that matches a simple JSON schema: objects, arrays, enums, references and simple types."""
     root = schema if root is None else root
     if not isinstance(schema, dict) or depth > _SCHEMA_DEPTH:
         return None
@@ -196,7 +197,7 @@ def example(schema: object, root: object = None, depth: int = 0) -> object:
         return example(_resolve(reference, root), root, deeper)
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(options := schema.get(key), list) and options:
-            # Half-way down, null where it is allowed: a recursive schema comes to an end.
+            # From half of the depth on, prefer null, so that a recursive schema ends.
             preferred = options if depth < _SCHEMA_DEPTH // 2 else sorted(options, key=_is_not_null)
             return example(preferred[0], root, deeper)
     kind = schema.get("type")
@@ -208,8 +209,8 @@ def example(schema: object, root: object = None, depth: int = 0) -> object:
             names = properties if isinstance(properties, dict) else {}
             return {name: example(sub, root, deeper) for name, sub in names.items()}
         case "array":
-            wanted = _bound(schema, "minItems", 1 if depth < _SCHEMA_DEPTH // 2 else 0)
-            return [example(schema.get("items"), root, deeper) for _ in range(min(math.ceil(wanted), 100))]
+            count = _bound(schema, "minItems", 1 if depth < _SCHEMA_DEPTH // 2 else 0)
+            return [example(schema.get("items"), root, deeper) for _ in range(min(math.ceil(count), 100))]
         case "string":
             return "simulated".ljust(min(math.ceil(_bound(schema, "minLength", 0)), 1000), ".")
         case "integer":
@@ -244,7 +245,7 @@ def chat_usage(body: Mapping[str, Any], replies: Sequence[Reply]) -> Json:
 
 
 def usage(prompt_tokens: int, replies: Sequence[Reply]) -> Json:
-    """The `usage` object of chat and completions."""
+    """Return the `usage` object of chat and completions."""
     completion_tokens = sum(r.tokens for r in replies)
     return {
         "prompt_tokens": prompt_tokens,
@@ -260,37 +261,37 @@ def usage(prompt_tokens: int, replies: Sequence[Reply]) -> Json:
     }
 
 
-def tool_call(answer: Reply) -> Json:
+def tool_call(reply: Reply) -> Json:
     return {
         "id": new_id("call_", 24),
         "type": "function",
-        "function": {"name": answer.tool, "arguments": answer.text},
+        "function": {"name": reply.tool, "arguments": reply.text},
     }
 
 
-def chat_message(answer: Reply) -> Json:
-    message: Json = {"role": "assistant", "content": answer.text, "refusal": None, "annotations": []}
-    if answer.tool is not None:
-        message |= {"content": None, "tool_calls": [tool_call(answer)]}
+def chat_message(reply: Reply) -> Json:
+    message: Json = {"role": "assistant", "content": reply.text, "refusal": None, "annotations": []}
+    if reply.tool is not None:
+        message |= {"content": None, "tool_calls": [tool_call(reply)]}
     return message
 
 
-def chat_deltas(answer: Reply) -> Iterator[Json]:
-    """The `delta` objects of one streamed choice, the last (empty) one excepted."""
-    if answer.tool is None:
+def chat_deltas(reply: Reply) -> Iterator[Json]:
+    """Yield the `delta` objects of one streamed choice, without the last, empty one."""
+    if reply.tool is None:
         yield {"role": "assistant", "content": "", "refusal": None}
-        for piece in answer.pieces:
+        for piece in reply.pieces:
             yield {"content": piece}
         return
-    call = tool_call(answer)
-    call["function"] = {"name": answer.tool, "arguments": ""}
+    call = tool_call(reply)
+    call["function"] = {"name": reply.tool, "arguments": ""}
     yield {"role": "assistant", "content": None, "tool_calls": [{"index": 0, **call}]}
-    for piece in answer.pieces:
+    for piece in reply.pieces:
         yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
 
 
 def head(kind: str, prefix: str, model: str) -> Json:
-    """The first fields of a chat or completion answer, the same in every chunk of a stream."""
+    """Return the first fields of a chat or completion response; all chunks of a stream have the same."""
     return {
         "id": new_id(prefix),
         "object": kind,
@@ -302,7 +303,7 @@ def head(kind: str, prefix: str, model: str) -> Json:
 
 
 def inputs_of(value: object) -> list[str]:
-    """An embeddings or completions input as texts; token arrays become their numbers, spelt out.
+    """Return the input of embeddings or completions as texts; of token arrays, their numbers.
 
     Raises BadRequest for anything else.
     """
@@ -319,9 +320,9 @@ def inputs_of(value: object) -> list[str]:
 
 
 def vector(model: str, text: str, dimensions: int) -> list[float]:
-    """A unit vector of single-precision numbers that depends on the model and the text alone.
+    """Return a unit vector of single-precision numbers that depends on the model and the text only.
 
-    A shorter one is the beginning of the longer one, scaled to length one, as with OpenAI's `dimensions`.
+    As with OpenAI's `dimensions`, a shorter vector is the start of the longer one, scaled to length one.
     """
     seed = f"{model}\0{text}".encode(errors="replace")
     raw = struct.unpack(f"<{dimensions}i", hashlib.shake_256(seed).digest(4 * dimensions))
@@ -330,7 +331,7 @@ def vector(model: str, text: str, dimensions: int) -> list[float]:
 
 
 def embeddings(body: Mapping[str, Any], model: str) -> Json:
-    """The answer to an embeddings request. Raises BadRequest."""
+    """Return the response to an embeddings request. Raises BadRequest."""
     texts = inputs_of(body.get("input"))
     if len(texts) > MAX_INPUTS:
         raise BadRequest(f"'input' must contain at most {MAX_INPUTS} items.", "input")
@@ -354,7 +355,7 @@ def embeddings(body: Mapping[str, Any], model: str) -> Json:
 
 
 def moderation(body: Mapping[str, Any], model: str) -> Json:
-    """The answer to a moderation request: a text that contains `harm` is flagged. Raises BadRequest."""
+    """Return the response to a moderation request; a text with `harm` is flagged. Raises BadRequest."""
     value = body.get("input")
     parts = isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
     texts = [text_of(value)] if parts else inputs_of(value)

@@ -1,4 +1,4 @@
-"""The simulated OpenAI over HTTP: routes, headers, streams, and the prompts that provoke a failure."""
+"""The simulated OpenAI API over HTTP: routes, headers, streams, and prompts that provoke failures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from aiohttp import web
 from . import answers, responses
 from .answers import BadRequest, Json
 
-# A prompt that begins with the words on the left does what is said on the right.
+# What happens if a prompt begins with these words.
 SPECIAL_PROMPTS = {
-    "provoke 429": "the first attempt is answered 429 with Retry-After: 1, the next one succeeds",
-    "provoke 500": "the first attempt is answered 500, the next one succeeds",
+    "provoke 429": "the first attempt gets 429 with Retry-After: 1, the next one succeeds",
+    "provoke 500": "the first attempt gets 500, the next one succeeds",
     "slow": 'with "stream": true, half a second passes between the chunks',
-    answers.TOOL_PROMPT: "a request with tools is answered with a call of the first one",
+    answers.TOOL_PROMPT: "a request with tools gets a call of the first one",
 }
 
 _CHUNK_DELAY = 0.02  # seconds
@@ -33,7 +33,7 @@ _Answer = Callable[[web.Request, Json, str], Awaitable[web.StreamResponse]]
 
 
 class _Failure(Exception):
-    """An answer other than 200, in OpenAI's error shape."""
+    """An error response, in OpenAI's shape."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class _Failure(Exception):
 
 
 class _Simulator:
-    """One simulated account. Its only memory is which provoked failures have had their first attempt."""
+    """One simulated account. It remembers only which provoked failures have had their first attempt."""
 
     def __init__(self) -> None:
         self._provoked: set[str] = set()
 
     def application(self) -> web.Application:
-        app = web.Application(middlewares=[_shell], client_max_size=_MAX_BODY)
+        app = web.Application(middlewares=[_errors_in_openai_shape], client_max_size=_MAX_BODY)
         app.on_response_prepare.append(_add_headers)
         app.router.add_post("/v1/chat/completions", self._route(self._chat))
         app.router.add_post("/v1/completions", self._route(self._completion))
@@ -70,7 +70,7 @@ class _Simulator:
     def _route(
         self, answer: _Answer, default_model: str | None = None
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """What every POST has in common: a JSON object that names a model of ours."""
+        """Return a handler for a POST of a JSON object that names a known model."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
             try:
@@ -86,7 +86,7 @@ class _Simulator:
         return handler
 
     def _provoke(self, prompt: str) -> None:
-        """Raises the failure a prompt asks for, at every first, third, fifth … attempt."""
+        """Raise the failure that a prompt asks for, at every second attempt, beginning with the first."""
         lowered = prompt.lower()
         if lowered.startswith("provoke 429"):
             message = "Rate limit reached for requests. Please try again in 1s."
@@ -138,11 +138,11 @@ class _Simulator:
     async def _responses(self, request: web.Request, body: Json, model: str) -> web.StreamResponse:
         prompt = responses.prompt_of(body)
         self._provoke(prompt)
-        finished, said = responses.answer(body, model)
+        finished, reply = responses.answer(body, model)
         if body.get("stream") is True:
             lines = (
                 b"event: %s\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event))
-                for event in responses.events(finished, said)
+                for event in responses.events(finished, reply)
             )
             return await _stream(request, lines, prompt)
         return web.json_response(finished, dumps=_dumps)
@@ -168,10 +168,10 @@ async def _model(request: web.Request) -> web.StreamResponse:
 
 
 @web.middleware
-async def _shell(
+async def _errors_in_openai_shape(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """The credential, and every error in OpenAI's shape."""
+    """Check the credential, and give every error OpenAI's shape."""
     request[_STARTED] = time.perf_counter()
     try:
         if not request.headers.get("Authorization", "").startswith("Bearer "):
@@ -231,10 +231,10 @@ def _chat_chunks(head: Json, replies: list[answers.Reply], used: Json, with_usag
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return head | {"choices": [choice]} | tail
 
-    for index, said in enumerate(replies):
-        for delta in answers.chat_deltas(said):
+    for index, reply in enumerate(replies):
+        for delta in answers.chat_deltas(reply):
             yield chunk(index, delta, None)
-        yield chunk(index, {}, said.finish_reason)
+        yield chunk(index, {}, reply.finish_reason)
     if with_usage:
         yield head | {"choices": [], "usage": used}
 
@@ -245,10 +245,10 @@ def _text_choice(index: int, text: str, finish_reason: str | None) -> Json:
 
 def _text_chunks(head: Json, replies: list[answers.Reply], used: Json, with_usage: bool) -> Iterator[Json]:
     tail: Json = {"usage": None} if with_usage else {}
-    for index, said in enumerate(replies):
-        for piece in said.pieces:
+    for index, reply in enumerate(replies):
+        for piece in reply.pieces:
             yield head | {"choices": [_text_choice(index, piece, None)]} | tail
-        yield head | {"choices": [_text_choice(index, "", said.finish_reason)]} | tail
+        yield head | {"choices": [_text_choice(index, "", reply.finish_reason)]} | tail
     if with_usage:
         yield head | {"choices": [], "usage": used}
 
@@ -260,7 +260,7 @@ def _data(chunks: Iterable[Json]) -> Iterator[bytes]:
 
 
 async def _stream(request: web.Request, lines: Iterable[bytes], prompt: str) -> web.StreamResponse:
-    """Sends the events with a pause after each, a long one where the prompt begins with `slow`."""
+    """Send the events with a pause after each; it is long if the prompt begins with `slow`."""
     delay = _SLOW_DELAY if prompt.lower().startswith("slow") else _CHUNK_DELAY
     headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
     response = web.StreamResponse(headers=headers)
@@ -274,9 +274,9 @@ async def _stream(request: web.Request, lines: Iterable[bytes], prompt: str) -> 
 
 @asynccontextmanager
 async def running_simulator(port: int = 0) -> AsyncIterator[str]:
-    """Serves the simulated API on 127.0.0.1 while the context lasts and yields its base URL, `http://127.0.0.1:PORT/v1`.
+    """Serve the simulated API on 127.0.0.1; yield its base URL, `http://127.0.0.1:PORT/v1`.
 
-    Port 0 takes a free one. Raises OSError where the port is taken.
+    port: 0 takes a free one. Raises OSError if the port is in use.
     """
     runner = web.AppRunner(_Simulator().application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
