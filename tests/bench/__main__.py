@@ -1,4 +1,4 @@
-"""`python -m tests.bench`: one table, one run, about 40 s. It judges nothing: machines and minutes differ."""
+"""`python -m tests.bench`: one table, one run, about 50 s. It judges nothing: machines and minutes differ."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from statistics import median
 import aiohttp
 
 from .measure import CONNECTIONS, Row, cores, ratios, run
+from .wire import EVENTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.5, help="length of a round of one row (default: 1.5)")
     parser.add_argument("--rounds", type=int, default=6, help="rounds of every row (default: 6)")
+    parser.add_argument("--before", type=Path, metavar="DIR", help="also measure the proxy of this checkout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figures there")
     args = parser.parse_args(argv)
     pinned = None not in cores()
     before = os.getloadavg()[0]
     try:
-        rows = asyncio.run(run(args.seconds, args.rounds))
+        rows = asyncio.run(run(args.seconds, args.rounds, args.before and args.before.resolve()))
     except (OSError, RuntimeError, ValueError) as error:
         print(f"the benchmark broke: {error}", file=sys.stderr)
         return 1
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps({"machine": machine, "rows": [_as_json(rows, row) for row in rows]}, indent=2))
     print(table(rows))
     print(
-        f"\n1 KB bodies, {CONNECTIONS} connections; medians of {args.rounds} rounds of {args.seconds:g} s, in turn\n"
+        f"\n1 KB bodies, streams of {EVENTS} events, {CONNECTIONS} connections\n"
+        f"medians of {args.rounds} rounds of {args.seconds:g} s, in turn\n"
         f"Python {machine['python']}, aiohttp {machine['aiohttp']}, asyncio; {machine['machine']}\n"
         f"{'servers on one core, load on another' if pinned else 'not pinned: no two cores to choose from'}; "
         f"load average {machine['load_before']} before, {machine['load_after']} after"
@@ -64,7 +67,7 @@ def table(rows: Sequence[Row]) -> str:
         line = f"{case.name:14} {median(row.rate):10,.0f} {spread:>17} {median(row.cpu):7.1f} {median(row.load):5.0%}"
         if case.against:
             rate, cpu = ratios(rows, row)
-            line += f"  {case.against:14} {rate:10.2f} {cpu:7.2f} {f'>= {case.aim}':>7}"
+            line += f"  {case.against:14} {rate:10.2f} {cpu:7.2f} {f'>= {case.aim}' if case.aim else '':>7}"
         lines.append(line)
     if max(median(row.load) for row in rows) > 0.9:
         lines.append("load above 90 %: the load generator itself holds a row back; believe the CPU columns there")

@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-from tests.launch import environment, settings, write_config
+from tests.launch import ROOT, environment, settings, write_config
 
 from .wire import Load, Upstream
 
@@ -28,21 +28,35 @@ _WARM_UP: Final = 0.3
 @dataclass(frozen=True, slots=True)
 class Case:
     """One row. against: the name of the row it is compared with; aim: the share of its requests a second to reach;
-    marker: what every answer's head must hold, so that the row is what it says."""
+    marker: what every answer's head must hold, so that the row is what it says; code: the folder whose proxy runs."""
 
     name: str
     server: str
     distinct: bool = False
+    stream: bool = False
     marker: bytes = b"200 OK"
     against: str = ""
     aim: float = 0.0
+    code: Path = ROOT
 
 
 EMPTY: Final = Case("empty handler", "empty")
 PASS: Final = Case("pass-through", "pass", distinct=True)
 HIT: Final = Case("proxy, hit", "proxy", marker=b"X-Proxy-Cache: hit", against=EMPTY.name, aim=0.8)
 MISS: Final = Case("proxy, miss", "proxy", True, marker=b"fwd=uri-miss; stored", against=PASS.name, aim=0.6)
-CASES: Final = (EMPTY, HIT, PASS, MISS)
+STREAM: Final = Case("proxy, stream", "proxy", True, True, marker=b"X-Proxy-Cache: miss")
+CASES: Final = (EMPTY, HIT, PASS, MISS, STREAM)
+
+
+def cases(before: Path | None = None) -> list[Case]:
+    """Return the rows. before: another checkout of the repository, whose proxy is measured in the same rounds."""
+    if before is None:
+        return list(CASES)
+    olds = [
+        replace(case, name=f"before, {case.name.removeprefix('proxy, ')}", against=case.name, aim=0.0, code=before)
+        for case in (HIT, MISS, STREAM)
+    ]
+    return [*CASES, *olds]
 
 
 @dataclass(slots=True)
@@ -65,14 +79,15 @@ class Row:
 class Server:
     """A process that serves on a port of the loopback, alone on its core where the system can pin."""
 
-    def __init__(self, argv: Sequence[str], port: int, home: Path, core: int | None) -> None:
+    def __init__(self, argv: Sequence[str], port: int, home: Path, core: int | None, code: Path = ROOT) -> None:
         self.port = port
         self._home = home
+        self._env = environment(home, {"PYTHONPATH": str(code)})
         self._argv = [sys.executable, "-m", *argv]
         self._process = subprocess.Popen(
             self._argv,
             cwd=home,
-            env=environment(home, {}),
+            env=self._env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -97,9 +112,7 @@ class Server:
     def _last_words(self) -> str:
         """What it says when it is started once more: while it is measured, nobody keeps its output."""
         try:
-            again = subprocess.run(
-                self._argv, cwd=self._home, env=environment(self._home, {}), capture_output=True, text=True, timeout=5
-            )
+            again = subprocess.run(self._argv, cwd=self._home, env=self._env, capture_output=True, text=True, timeout=5)
         except subprocess.TimeoutExpired:
             return "nothing"
         return again.stderr[-2000:]
@@ -147,14 +160,14 @@ def start(case: Case, upstream: int, home: Path, core: int | None) -> Server:
         argv = ["tests.bench.servers", case.server, str(port)]
         if case.server == "pass":
             argv.append(f"http://127.0.0.1:{upstream}")
-    return Server(argv, port, home, core)
+    return Server(argv, port, home, core, case.code)
 
 
-async def run(seconds: float, rounds: int) -> list[Row]:
+async def run(seconds: float, rounds: int, before: Path | None = None) -> list[Row]:
     """Every case `rounds` times for `seconds`, in turn. Raises RuntimeError, OSError or ValueError."""
     server_core, our_core = cores()
     pin(0, our_core)
-    rows = [Row(case) for case in CASES]
+    rows = [Row(case) for case in cases(before)]
     servers: list[Server] = []
     loads: list[Load] = []
     loop = asyncio.get_running_loop()
@@ -166,7 +179,7 @@ async def run(seconds: float, rounds: int) -> list[Row]:
                 servers.append(start(row.case, upstream_port, Path(home), server_core))
             for row, server in zip(rows, servers, strict=True):
                 await server.listening()
-                load = Load(server.port, distinct=row.case.distinct, connections=CONNECTIONS)
+                load = Load(server.port, distinct=row.case.distinct, connections=CONNECTIONS, stream=row.case.stream)
                 loads.append(load)
                 await load.open()
                 for _ in range(_TRIES):  # on a busy machine the first round may end before the first hit

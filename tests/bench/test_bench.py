@@ -14,8 +14,9 @@ from .backends import BACKENDS, EMPTY, SIZES
 
 def test_runs_from_its_one_command(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
+    little = ["--seconds", "0.1", "--rounds", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--seconds", "0.1", "--rounds", "1", "--json", str(file)],
+        [sys.executable, "-m", "tests.bench", *little, "--before", str(ROOT), "--json", str(file)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -24,9 +25,11 @@ def test_runs_from_its_one_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "proxy, miss" in done.stdout
     rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
-    assert list(rows) == ["empty handler", "proxy, hit", "pass-through", "proxy, miss"]
+    ours = ["empty handler", "proxy, hit", "pass-through", "proxy, miss", "proxy, stream"]
+    assert list(rows) == [*ours, "before, hit", "before, miss", "before, stream"]
     assert all(row["requests"] > 0 for row in rows.values())
-    assert {row["against"] for row in rows.values() if "against" in row} == {"empty handler", "pass-through"}
+    against = {row["against"] for row in rows.values() if "against" in row}
+    assert against == {"empty handler", "pass-through", "proxy, hit", "proxy, miss", "proxy, stream"}
 
 
 def test_backends_run_from_their_one_command(tmp_path: Path) -> None:

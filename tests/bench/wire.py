@@ -1,13 +1,14 @@
 """The bytes of the benchmark, and the two lightest ends that speak them: a closed-loop client and an upstream.
 
 Raw asyncio protocols over prebuilt bytes, without an HTTP library, so that what they cost does not hide what is
-measured. Both ends know messages with a `Content-Length` only; anything else is an error, never a wait.
+measured. Both ends know messages with a `Content-Length` and whole chunked ones; anything else is an error, never a
+wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from time import perf_counter
 from typing import Final, cast
@@ -61,6 +62,9 @@ NUMBER: Final = b"000000000000"
 
 
 KB: Final = 1024
+EVENTS: Final = 50
+"""Events of a stream, each a write of its own."""
+LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
 
 
 def _filled(start: bytes, end: bytes, size: int) -> bytes:
@@ -68,9 +72,11 @@ def _filled(start: bytes, end: bytes, size: int) -> bytes:
     return start + b"x" * (size - len(start) - len(end)) + end
 
 
-def request_body(size: int = KB) -> bytes:
+def request_body(size: int = KB, stream: bool = False) -> bytes:
     return _filled(
-        b'{"model":"gpt-4o-mini","temperature":0,"messages":[{"role":"system","content":"You are brief."},'
+        b'{"model":"gpt-4o-mini","temperature":0,'
+        + (b'"stream":true,' if stream else b"")
+        + b'"messages":[{"role":"system","content":"You are brief."},'
         b'{"role":"user","content":"Number ' + NUMBER + b" ",
         b'"}]}',
         size,
@@ -99,26 +105,49 @@ def answer(size: int = KB) -> bytes:
     return _message("HTTP/1.1 200 OK", _ANSWERED, answer_body(size))
 
 
-def request(port: int, size: int = KB) -> bytes:
+@cache
+def stream_writes() -> tuple[bytes, ...]:
+    """The writes of a streamed response: its head, then an event each."""
+    headers = [line for line in _ANSWERED if not line.startswith("Content-Type")]
+    headers += ["Content-Type: text/event-stream; charset=utf-8", "Transfer-Encoding: chunked"]
+    start = (
+        b'data: {"id":"chatcmpl-0000000000000000000000000000","object":"chat.completion.chunk","created":1790000000,'
+        b'"model":"gpt-4o-mini-2024-07-18","service_tier":"default","system_fingerprint":"fp_0000000000",'
+    )
+    delta = (
+        b'"choices":[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+    )
+    stop = b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\n'
+    usage = b'"choices":[],"usage":{"prompt_tokens":234,"completion_tokens":48,"total_tokens":282}}\n\n'
+    events = [start + delta] * (EVENTS - 3) + [start + stop, start + usage, b"data: [DONE]\n\n"]
+    head = "\r\n".join(("HTTP/1.1 200 OK", *headers, "", "")).encode()
+    return (head, *(b"%x\r\n%b\r\n" % (len(event), event) for event in events), LAST_CHUNK[2:])
+
+
+def request(port: int, size: int = KB, stream: bool = False) -> bytes:
     """The request; another number in place of `NUMBER` makes it another request."""
-    return _message(f"POST {PATH} HTTP/1.1", (f"Host: 127.0.0.1:{port}", *_ASKED), request_body(size))
+    return _message(f"POST {PATH} HTTP/1.1", (f"Host: 127.0.0.1:{port}", *_ASKED), request_body(size, stream))
 
 
 def end_of_message(data: bytes) -> int:
-    """Where the HTTP message at the start of `data` ends, 0 while its head is incomplete. Raises ValueError."""
+    """Where the HTTP message at the start of `data` ends, 0 while that is not known. Raises ValueError."""
     head = data.find(b"\r\n\r\n") + 4
     if head < 4:
         return 0
     at = data.find(b"Content-Length: ", 0, head)
     if at < 0:
-        at = data.lower().find(b"content-length: ", 0, head)
+        start = data[:head].lower()
+        at = start.find(b"content-length: ")
+        if at < 0 and b"transfer-encoding: chunked" in start:
+            last = data.find(LAST_CHUNK, head - 2)
+            return last + len(LAST_CHUNK) if last >= 0 else 0
         if at < 0:
             raise ValueError("a message without Content-Length")
     return head + int(data[at + 16 : data.index(b"\r\n", at)])
 
 
 class Upstream(asyncio.Protocol):
-    """Answers every request at once, with a body as long as the request's."""
+    """Answers every request at once: with a body as long as the request's, or with a stream."""
 
     def __init__(self) -> None:
         self._held = b""
@@ -131,8 +160,18 @@ class Upstream(asyncio.Protocol):
             data = self._held + data
         end = end_of_message(data)
         self._held = data[end:] if end and len(data) >= end else data
-        if self._held is not data:
+        if self._held is data:
+            return
+        if b'"stream":true' in data:
+            self._stream(iter(stream_writes()))
+        else:
             self._transport.write(answer(end - data.index(b"\r\n\r\n") - 4))
+
+    def _stream(self, writes: Iterator[bytes]) -> None:
+        """One write in each turn of the loop."""
+        if (data := next(writes, None)) is not None:
+            self._transport.write(data)
+            asyncio.get_running_loop().call_soon(self._stream, writes)
 
 
 class Client(asyncio.Protocol):
@@ -185,11 +224,21 @@ class Client(asyncio.Protocol):
 
 class Load:
     """`connections` closed loops against one server. distinct: every request differs from all others; size: bytes of
-    its body; waits: seconds that each request of the last run took; strays: answers of that run without `marker`."""
+    its body; stream: it asks for a stream; waits: seconds that each request of the last run took; strays: answers of
+    that run without `marker`."""
 
-    def __init__(self, port: int, *, distinct: bool, connections: int, size: int = KB, marker: bytes = b"") -> None:
+    def __init__(
+        self,
+        port: int,
+        *,
+        distinct: bool,
+        connections: int,
+        size: int = KB,
+        stream: bool = False,
+        marker: bytes = b"",
+    ) -> None:
         self._port = port
-        whole = request(port, size)
+        whole = request(port, size, stream)
         self._before, _, self._after = whole.partition(NUMBER)
         self.next_request: Callable[[], bytes] = self._numbered if distinct else lambda: whole
         self._sent = 0
