@@ -17,6 +17,7 @@ from .config.settings import Settings, UpstreamSettings
 from .coordination import NO_COORDINATION, Coordination, over_redis
 from .cost.pricing import PriceTable, seller_of
 from .protocol.masking import SecretMasker
+from .protocol.routes import Shape
 from .system.clock import Clock
 from .upstream.attempt import AttemptRunner
 from .upstream.counters import UpstreamCounters
@@ -116,7 +117,7 @@ class Identities:
     def __init__(self, pool: KeyPool, upstreams: tuple[Upstream, ...]) -> None:
         self._pool = pool
         self._upstreams = upstreams
-        self._known: dict[str, str] = {}
+        self._known: dict[tuple[str, Shape], str] = {}
         self.addresses = tuple(upstream.address for upstream in upstreams)
 
     def serving(self, model: str) -> list[Upstream]:
@@ -124,14 +125,18 @@ class Identities:
         indexes = {key.upstream for group in self._pool.serving(model) for key in group}
         return [self._upstreams[index] for index in indexes]
 
-    def of(self, model: str) -> str:
-        """Return what stands in the cache key for all upstreams that serve `model`."""
-        found = self._known.get(model)
+    def of(self, model: str, shape: Shape) -> str:
+        """Return what stands in the cache key for the upstreams that serve `model`; "" if none does.
+
+        It is the first upstream of the lowest priority number, so that a further region or key empties no cache.
+        """
+        found = self._known.get((model, shape))
         if found is None:
-            found = "\n".join(sorted({upstream.identity(model) for upstream in self.serving(model)}))
+            groups = self._pool.serving(model)
+            found = self._upstreams[groups[0][0].upstream].identity(model, shape) if groups else ""
             if len(self._known) >= 4096:
                 self._known.clear()
-            self._known[model] = found
+            self._known[model, shape] = found
         return found
 
 

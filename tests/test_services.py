@@ -129,7 +129,7 @@ def test_an_upstreams_prices_replace_common_ones() -> None:
     assert (usd(0, "m-1"), usd(0, "n"), usd(1, "m-1")) == (Decimal(2), Decimal(3), Decimal(1))
 
 
-def test_the_cache_identity_names_the_upstreams_that_serve_the_model() -> None:
+def test_the_cache_identity_is_that_of_the_first_upstream_of_the_lowest_priority() -> None:
     openai = UpstreamSettings("openai", base_url="https://a.test/v1", keys=(key("a"),))
     azure = UpstreamSettings(
         "azure",
@@ -140,22 +140,24 @@ def test_the_cache_identity_names_the_upstreams_that_serve_the_model() -> None:
         deployments={"gpt-4o": "mine"},
         keys=(key("b"),),
     )
+    first = "openai https://a.test/v1"
     made = services(openai, azure)
-    assert made.identities.of("o1") == "openai https://a.test/v1"
-    both = made.identities.of("gpt-4o")
-    assert both.splitlines() == ["azure https://b.test 2024-10-21 mine", "openai https://a.test/v1"]
-    assert made.identities.of("gpt-4o") is both  # worked out once
-    assert services(azure, openai).identities.of("gpt-4o") == both  # in whatever order they are listed
-    assert services(replace(azure, cache_as="x"), replace(openai, cache_as="x")).identities.of("gpt-4o") == "x"
+    assert made.identities.of("o1", "openai") == made.identities.of("gpt-4o", "openai") == first
+    assert made.identities.of("gpt-4o", "openai") is made.identities.of("gpt-4o", "openai")  # worked out once
+    assert services(openai).identities.of("gpt-4o", "openai") == first  # a further region empties no cache
+    assert services(azure, openai).identities.of("gpt-4o", "openai") == "azure https://b.test 2024-10-21 mine"
+    assert services(replace(azure, priority=1), openai).identities.of("gpt-4o", "openai") == first
+    assert services(replace(azure, cache_as="x"), openai).identities.of("gpt-4o", "openai") == "x"
+    assert services(azure).identities.of("o1", "openai") == ""
 
 
 def test_remembered_identities_are_bounded() -> None:
     made = services()
-    known = made.identities.of("gpt-4o")
+    known = made.identities.of("gpt-4o", "openai")
     for number in range(10_000):
-        made.identities.of(f"model-{number}")
+        made.identities.of(f"model-{number}", "openai")
     assert len(made.identities._known) <= 4096
-    assert made.identities.of("gpt-4o") == known
+    assert made.identities.of("gpt-4o", "openai") == known
 
 
 def test_cache_partitions_of_pass_through_clients() -> None:

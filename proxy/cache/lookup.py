@@ -20,7 +20,7 @@ from ..cost.usage import Usage
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw, storable_headers
 from ..protocol.request import ProxyRequest
-from ..protocol.routes import printable
+from ..protocol.routes import Shape, printable
 from ..system.clock import Clock
 from ..system.threads import in_thread_if_large
 from .completeness import is_deterministic
@@ -94,7 +94,7 @@ class ResponseCache:
     """Finds and stores responses.
 
     settings: those of the cache.
-    identity: returns what stands in the key for all upstreams that serve a model.
+    identity: returns what stands in the key for the upstreams that serve a model, for a request in a shape.
     mask: takes secrets out of a text.
     """
 
@@ -104,7 +104,7 @@ class ResponseCache:
         settings: CacheSettings,
         clock: Clock,
         *,
-        identity: Callable[[str], str],
+        identity: Callable[[str, Shape], str],
         mask: Callable[[str], str],
     ) -> None:
         self._store = store
@@ -170,7 +170,7 @@ class ResponseCache:
                 if hit is not None:
                     return msgspec.structs.replace(hit, stale=REVALIDATING), plan
         if self._replays:
-            raise _not_cached(plan, _not_recorded(request, plan, self._identity(request.model)))
+            raise _not_cached(plan, _not_recorded(request, plan, self._identity(request.model, request.route.shape)))
         if request.options.only_if_cached:
             raise _not_cached(plan, f"no stored answer ({plan.reason}), and only-if-cached asks for no other")
         return None, plan

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from ..config.settings import CacheSettings
 from ..protocol.masking import SecretMasker
 from ..protocol.request import ProxyRequest
+from ..protocol.routes import Shape
 from ..system.threads import in_thread_if_large
 from .completeness import is_deterministic
 from .embeddings import EmbeddingBatch, read_batch
@@ -22,7 +23,7 @@ class Planner:
     """Plans requests.
 
     settings: those of the cache.
-    identity: returns what stands in the key for all upstreams that serve a model.
+    identity: returns what stands in the key for the upstreams that serve a model, for a request in a shape.
     sample: returns the sample number that a run gives a request, by its key without one.
     masker: takes secrets out of request bodies that are stored.
     """
@@ -31,7 +32,7 @@ class Planner:
         self,
         settings: CacheSettings,
         *,
-        identity: Callable[[str], str],
+        identity: Callable[[str, Shape], str],
         sample: Callable[[ProxyRequest, str], Awaitable[str]],
         masker: SecretMasker,
     ) -> None:
@@ -99,7 +100,7 @@ class Planner:
             endpoint=request.endpoint,
             namespace=request.options.namespace,
             model=f"{request.model}\n{route.deployment or ''}",
-            upstreams=self._identity(request.model),
+            upstreams=self._identity(request.model, route.shape),
             beta=b", ".join(beta).decode("latin-1"),
             sample="",
             query=route.query,

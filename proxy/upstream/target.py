@@ -8,6 +8,7 @@ from typing import Final
 from ..cost.pricing import DEFAULT_TIERS, Cost, PriceTable, Seller
 from ..cost.usage import Usage
 from ..protocol.request import ProxyRequest
+from ..protocol.routes import Shape
 from .providers.interface import Provider, UpstreamAddress
 from .retry.circuit_breaker import CircuitBreaker
 from .retry.policy import RetryBudget
@@ -41,6 +42,6 @@ class Upstream:
         deployment = self.provider.deployment(self.address, request.route, request.model)
         return self.prices.cost(self.seller, models, usage, service_tier, deployment)
 
-    def identity(self, model: str) -> str:
-        """Return what stands for the upstream in the cache key of a request for `model`."""
-        return self.cache_as or self.provider.identity(self.address, model)
+    def identity(self, model: str, shape: Shape) -> str:
+        """Return what stands for the upstream in the cache key of a request for `model` in this shape."""
+        return self.cache_as or self.provider.identity(self.address, model, shape)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from ...protocol.errors import ProxyError
-from ...protocol.routes import Route
+from ...protocol.routes import Route, Shape
 
 if TYPE_CHECKING:
     from .interface import UpstreamAddress
@@ -42,7 +42,7 @@ def _segment(deployment: str) -> str:
 def url(address: UpstreamAddress, route: Route, model: str) -> str:
     root = address.base_url + "/openai"
     query = route.query
-    if route.shape == "azure-v1" or (address.api_version is None and route.shape == "openai"):
+    if _is_v1(address, route.shape):
         return f"{root}/v1{route.path}" + (f"?{query}" if query else "")
     if not any(part.startswith("api-version=") for part in query.split("&")):
         version = f"api-version={quote(address.api_version or 'preview', safe='')}"
@@ -77,5 +77,11 @@ def deployment(address: UpstreamAddress, route: Route, model: str) -> str | None
     return route.deployment or deployment_of(address, model)
 
 
-def identity(address: UpstreamAddress, model: str) -> str:
-    return f"azure {address.base_url} {address.api_version} {deployment_of(address, model)}"
+def _is_v1(address: UpstreamAddress, shape: Shape) -> bool:
+    """Whether a request in this shape goes to the `/openai/v1` surface."""
+    return shape == "azure-v1" or (address.api_version is None and shape == "openai")
+
+
+def identity(address: UpstreamAddress, model: str, shape: Shape) -> str:
+    surface = "v1" if _is_v1(address, shape) else address.api_version or "preview"
+    return f"azure {address.base_url} {surface} {deployment_of(address, model)}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...cost.pricing import Kind
-from ...protocol.routes import Route
+from ...protocol.routes import Route, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +42,5 @@ class Provider(Protocol):
     def deployment(self, address: UpstreamAddress, route: Route, model: str) -> str | None:
         """Return the deployment that serves the request; None if the dialect has none."""
 
-    def identity(self, address: UpstreamAddress, model: str) -> str:
+    def identity(self, address: UpstreamAddress, model: str, shape: Shape) -> str:
         """Return what of this upstream can change a response: part of the cache key."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...protocol.routes import Route
+from ...protocol.routes import Route, Shape
 
 if TYPE_CHECKING:
     from .interface import UpstreamAddress
@@ -38,5 +38,5 @@ def deployment(address: UpstreamAddress, route: Route, model: str) -> str | None
     return None
 
 
-def identity(address: UpstreamAddress, model: str) -> str:
+def identity(address: UpstreamAddress, model: str, shape: Shape) -> str:
     return f"openai {address.base_url}"

@@ -203,15 +203,17 @@ def test_the_clients_own_credential_is_sent(scheme: str, token: str, header: tup
     assert azure.client_auth(scheme, token) == (header,)
 
 
-def test_the_cache_identity_is_address_version_and_deployment() -> None:
-    """Another base URL, api-version or deployment is another identity."""
+def test_the_cache_identity_is_address_surface_version_and_deployment() -> None:
+    """Another base URL, surface, api-version or deployment is another identity."""
     here = site()
-    assert azure.identity(here, "gpt-4o") == azure.identity(site(), "gpt-4o")
+    assert azure.identity(here, "gpt-4o", "openai") == azure.identity(site(), "gpt-4o", "azure")
     others = [
-        azure.identity(site("2025-01-01"), "gpt-4o"),
-        azure.identity(site(None), "gpt-4o"),
-        azure.identity(site(root="https://other.openai.azure.com"), "gpt-4o"),
-        azure.identity(here, "gpt-5"),
-        azure.identity(site(**{"gpt-4o": "new"}), "gpt-4o"),
+        azure.identity(site("2025-01-01"), "gpt-4o", "openai"),
+        azure.identity(site(None), "gpt-4o", "azure"),
+        azure.identity(here, "gpt-4o", "azure-v1"),
+        azure.identity(site(root="https://other.openai.azure.com"), "gpt-4o", "openai"),
+        azure.identity(here, "gpt-5", "openai"),
+        azure.identity(site(**{"gpt-4o": "new"}), "gpt-4o", "openai"),
     ]
-    assert len({azure.identity(here, "gpt-4o"), *others}) == 6
+    assert len({azure.identity(here, "gpt-4o", "openai"), *others}) == 7
+    assert azure.identity(here, "gpt-4o", "azure-v1") == azure.identity(site(None), "gpt-4o", "openai")

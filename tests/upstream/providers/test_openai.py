@@ -110,8 +110,8 @@ def test_the_clients_own_credential_is_sent_as_bearer(scheme: str) -> None:
 
 
 def test_the_cache_identity_is_the_base_url() -> None:
-    assert openai.identity(site(), "a") == openai.identity(site(), "b")
-    assert openai.identity(site(), "a") != openai.identity(site("http://localhost/v1"), "a")
+    assert openai.identity(site(), "a", "openai") == openai.identity(site(), "b", "azure")
+    assert openai.identity(site(), "a", "openai") != openai.identity(site("http://localhost/v1"), "a", "openai")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_exactly_one_credential_is_sent(kind: str, scheme: str) -> None:
 
 def test_providers_have_different_cache_identities() -> None:
     where = "https://x.openai.azure.com"
-    assert len({dialect.identity(site(where), "m") for dialect in PROVIDERS.values()}) == len(PROVIDERS)
+    assert len({dialect.identity(site(where), "m", "openai") for dialect in PROVIDERS.values()}) == len(PROVIDERS)
 
 
 @pytest.mark.parametrize(
