@@ -37,8 +37,13 @@ def _check_redis(settings: Settings, reading: Reading) -> None:
     url = settings.redis.url
     if url is None:
         reading.fail_at(naming, "expected redis.url (or REDIS_URL) to go with redis, found none")
-    elif not url.reveal().startswith(("redis://", "rediss://", "unix://")):
-        reading.fail_at("redis.url", "expected redis://…, rediss://… or unix://…, found something else")
+    else:
+        from ..system.redis import check_url  # loads the driver, so only if Redis is used
+
+        try:
+            check_url(url.reveal())
+        except ValueError as error:
+            reading.fail_at("redis.url", str(error))
     if len(settings.redis.prefix.encode()) > LONGEST_REDIS_PREFIX:
         reading.fail_at("redis.prefix", f"expected at most {LONGEST_REDIS_PREFIX} bytes, found more")
 

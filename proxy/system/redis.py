@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 DEADLINE_MAX: Final = 2.0
 """Seconds after which a command is ended although its caller no longer waits: connecting, or a long write."""
+
+EXPECTED_URL: Final = "redis://[user:password@]host[:port][/number], rediss://… or unix://path"
 
 _CONNECTIONS: Final = 32
 _FAILURES: Final = 3
@@ -165,6 +168,14 @@ class RedisConnection:
             log.warning("%s: %s", self._what, what)
 
 
+def check_url(url: str) -> None:
+    """Check the address of a Redis without connecting. Raises ValueError, without the URL's text."""
+    _pool(url)
+    database = urlsplit(url).path.strip("/")
+    if not url.startswith("unix://") and database and not database.isdigit():
+        raise ValueError(f"expected {EXPECTED_URL}, found a database that is not a number")
+
+
 def _pool(url: str) -> BlockingConnectionPool:
     settings: dict[str, Any] = {
         "max_connections": _CONNECTIONS,
@@ -176,10 +187,9 @@ def _pool(url: str) -> BlockingConnectionPool:
     }
     try:
         pool = BlockingConnectionPool.from_url(url, **settings)
-    except (ValueError, TypeError):
-        raise ValueError(
-            "redis.url: expected redis://, rediss:// or unix:// with settings that redis-py knows"
-        ) from None
+        pool.make_connection()  # opens nothing, but refuses a query parameter that redis-py does not know
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"expected {EXPECTED_URL}, found something else") from None
     pool.connection_kwargs["decode_responses"] = False  # values are bytes, whatever the URL says
     return pool
 

@@ -201,3 +201,44 @@ def test_a_reload_takes_no_file_without_the_upstreams_or_any_key(load: Load) -> 
     keyless = load("upstreams: [{name: a}]")
     assert load("upstreams: [{name: b}]", in_force=keyless).settings.passthrough
     assert not load(KEYED, in_force=keyless).settings.passthrough
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host:notaport",
+        "redis://host:99999",
+        "rediss://host:-1",
+        "http://host:6379",
+        "host:6379",
+        "redis://host/db",
+        "redis://host?socket_timeout=soon",
+        "redis://host?colour=blue",
+        "redis://[::1",
+    ],
+)
+def test_a_redis_address_that_cannot_be_opened_is_an_error_of_the_settings(load: Load, url: str) -> None:
+    (problem,) = problems(load, f"cache: {{backend: redis}}\nredis: {{url: '{url}'}}")
+    assert problem.startswith("settings.yaml:2: redis.url: expected redis://")
+    assert url not in problem
+
+
+@pytest.mark.parametrize("port", ["abc", "99999", "-1", "6379x"])
+def test_redis_port_is_checked(load: Load, port: str) -> None:
+    (problem,) = problems(load, "throttle: {backend: redis}", {"REDIS_HOST": "localhost", "REDIS_PORT": port})
+    assert "REDIS_HOST" in problem
+    assert "redis.url" in problem
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://a",
+        "redis://u:p@a:6380/3",
+        "rediss://a?ssl_cert_reqs=none",
+        "unix:///run/redis.sock?db=2",
+        "redis://[::1]:1",
+    ],
+)
+def test_a_redis_address_that_can_be_opened_is_accepted(load: Load, url: str) -> None:
+    assert load(f"cache: {{backend: redis}}\nredis: {{url: '{url}'}}").settings.redis.url is not None
