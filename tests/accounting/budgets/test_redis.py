@@ -86,7 +86,8 @@ class Hands:
 @pytest.fixture
 async def start(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     monkeypatch.setattr(redis_link, "DEADLINE_MAX", PATIENT)
-    monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.5)
+    monkeypatch.setattr(redis_link, "_PROBE_FIRST", 0.05)
+    monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.1)
     monkeypatch.setattr(module, "HELD_FOR", 10 * PATIENT)
     Hands.wall = NOW
     started: list[Proxy] = []

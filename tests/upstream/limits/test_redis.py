@@ -39,6 +39,15 @@ def url() -> Iterator[str]:
         yield given_url
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis counts as lost soon after it refuses connections, and is found again soon."""
+    monkeypatch.setattr(redis_silence, "SETTLING", 0.0)
+    monkeypatch.setattr(redis_silence, "REFUSED_FOR", 0.05)
+    monkeypatch.setattr(redis_link, "_PROBE_FIRST", 0.05)
+    monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.1)
+
+
 class Proxies:
     """Several limiters over one Redis, in a time that is turned by hand. Nothing beats but `beat`."""
 
@@ -557,7 +566,6 @@ class Alone:
 @asynccontextmanager
 async def alone(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Alone]:
     monkeypatch.setattr(redis_silence, "SILENT_FOR", 1e6)
-    monkeypatch.setattr(redis_link, "_PROBE_LAST", 0.5)
     with own_server() as server:
         one = Alone(server, monkeypatch)
         await one.limiter.open(lambda *_: None)
