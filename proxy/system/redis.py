@@ -187,7 +187,7 @@ def _pool(url: str) -> BlockingConnectionPool:
     }
     try:
         pool = BlockingConnectionPool.from_url(url, **settings)
-        pool.make_connection()  # opens nothing, but refuses a query parameter that redis-py does not know
+        cast(Any, pool).make_connection()  # opens nothing, but refuses a query parameter that redis-py does not know
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"expected {EXPECTED_URL}, found something else") from None
     pool.connection_kwargs["decode_responses"] = False  # values are bytes, whatever the URL says
