@@ -24,7 +24,7 @@ from .upstream.counters import UpstreamCounters
 from .upstream.credentials import Credentials
 from .upstream.endpoint_sender import EndpointSender
 from .upstream.estimates import Estimates
-from .upstream.interfaces import LockStore, UpstreamTransport
+from .upstream.interfaces import UpstreamTransport
 from .upstream.key_lease import KeyLeases
 from .upstream.keys.lease import UpstreamKey
 from .upstream.keys.object_owners import ObjectOwners
@@ -81,10 +81,6 @@ class Services:
         return self.coordination.limits
 
     @property
-    def locks(self) -> LockStore | None:
-        return self.coordination.locks
-
-    @property
     def addresses(self) -> tuple[UpstreamAddress, ...]:
         return self.identities.addresses
 
@@ -92,10 +88,6 @@ class Services:
     def replays(self) -> bool:
         """Whether nothing is sent upstream: responses come from what was recorded, of whatever age or client."""
         return self.settings.cache.mode == "replay"
-
-    def serving(self, model: str) -> list[Upstream]:
-        """Return the upstreams that serve `model`."""
-        return self.identities.serving(model)
 
     def apply_remote_state(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
         """Take over what another process has learned of a key."""

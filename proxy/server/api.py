@@ -265,7 +265,7 @@ class ApiHandler:
         lines = (
             f"Age: {entry.age(wall)}\r\nCache-Status: openai-proxy; hit; ttl={entry.remaining(wall)}{sampled}\r\n"
             f"X-Proxy-Request-Id: {hit.id}\r\nServer-Timing: queue;dur=0.0, upstream;dur=0.0, proxy;dur={spent:.2f}\r\n"
-            f"{lines_of(hit.headers)}"
+            f"{lines_of(hit.headers) if hit.headers else ''}"
         )
         body = with_comment(hit.body, comment) if comment else hit.body
         self._services.receipts.put_hit(hit.id, context.client.name, entry, wall, hit.run, tags)

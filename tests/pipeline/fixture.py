@@ -1,4 +1,4 @@
-"""A world on a stage: settings, a scripted way up, turned time; and books that must balance when the story is over."""
+"""The pipeline without sockets: settings, a scripted upstream, virtual time, and a check that nothing is leaked."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ LIMITS = Limits(rpm=1000, tpm=1_000_000, concurrency=100)
 
 
 def pool(*names: str, **fields: Any) -> UpstreamSettings:
-    """One upstream with a key `sk-NAME` for each name."""
+    """Return an upstream with a key `sk-NAME` for each name."""
     keys = tuple(KeySettings(name, Secret(f"sk-{name}"), quota=name) for name in names)
     return UpstreamSettings(base_url="http://up.test/v1", keys=keys, **fields)
 
 
 def settings(*upstreams: UpstreamSettings, **sections: Any) -> Settings:
-    """One pool with one key where no upstream is given; no dice, 1 s of pause, everything counted."""
+    """Return settings with one key if no upstream is given. Pauses are 1 s without jitter, and every limit counts."""
     base = Settings(
         upstreams=upstreams or (pool("k1"),),
         retry=RetrySettings(jitter=0.0),
@@ -72,7 +72,7 @@ def ask(text: str = "Hi", **fields: Any) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Result:
-    """What the client saw of one request. refused: our error code; broken: the stream had no clean end."""
+    """What the client saw of one request. refused: the proxy's error code. broken: the stream had no clean end."""
 
     status: int
     body: bytes = b""
@@ -112,13 +112,13 @@ class Result:
 def request_handler(
     services: Services, transport: UpstreamTransport, observe: Callable[[Receipt], None]
 ) -> RequestHandler:
-    """The handler of the five endpoints, built as `app` builds it."""
+    """Return the handler of the five endpoints, as `app` builds it."""
     sender = build_endpoint_sender(services, build_sender(services, transport), build_reservations(services))
     return build_handler(services, sender, [observe])
 
 
 def header_lines(lines: str) -> dict[str, str]:
-    """Our own header lines, each of which must be whole and stand once."""
+    """Return the proxy's own headers. Each must be whole and occur once."""
     pairs = [line.partition(": ") for line in lines.split("\r\n")]
     assert pairs.pop() == ("", "", ""), lines
     names = [name for name, _, _ in pairs]
@@ -128,7 +128,7 @@ def header_lines(lines: str) -> dict[str, str]:
 
 
 class PipelineFixture:
-    """One proxy without its edges, in turned time. `moves`: what the upstream does, in order."""
+    """A proxy without sockets, in virtual time. moves: what the upstream does, in order."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class PipelineFixture:
     def rebuild(self, services: Services | None = None) -> None:
         """Build the handler anew, from other services or from those that a test has changed."""
         self.services = services or self.services
-        self.journey = request_handler(self.services, self.transport, self.receipts.append)
+        self.handler = request_handler(self.services, self.transport, self.receipts.append)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class PipelineFixture:
         total: float | None = None,
         patience: float | None = None,
     ) -> ProxyRequest:
-        """A request, understood as the edge does it."""
+        """Return a request, parsed as the server parses it."""
         document = ask() if document is None else document
         route = parse_target(target)
         config = self.services.settings
@@ -197,93 +197,93 @@ class PipelineFixture:
         )
 
     async def ask(self, document: Any = None, options: Options | None = None, **more: Any) -> Result:
-        """One request to the end of its answer."""
+        """Make a request and return its result, when the response has ended."""
         return await self.serve(self.request(document, options, **more))
 
     async def serve(self, request: ProxyRequest) -> Result:
-        told = await self.answer(request)
-        told.at = round(self.loop.time() - request.arrived, 6)
-        return told
+        result = await self.answer(request)
+        result.at = round(self.loop.time() - request.arrived, 6)
+        return result
 
     async def answer(self, request: ProxyRequest) -> Result:
-        """As `edge.downstream` goes about it: serve, let flow."""
+        """Handle a request as `server/api.py` does, and relay a stream."""
         try:
-            served = await self.journey.handle(request, lambda: None)
+            answer = await self.handler.handle(request, lambda: None)
         except ProxyError as refusal:
             headers = header_lines(lines_of(refusal.proxy_headers)) if refusal.proxy_headers else {}
             return Result(refusal.status, refusal.body(), headers, refusal=refusal.copy(refusal.proxy_headers))
-        if isinstance(served, CacheHit):
-            return Result(served.entry.status, served.body, raw_headers=served.entry.headers, hit=served)
-        bought = served
-        told = Result(
-            bought.status,
-            bought.body or b"",
-            header_lines(lines_of(bought.proxy_headers)),
-            bought.headers,
-            flow=bought.stream,
+        if isinstance(answer, CacheHit):
+            return Result(answer.entry.status, answer.body, raw_headers=answer.entry.headers, hit=answer)
+        reply = answer
+        result = Result(
+            reply.status,
+            reply.body or b"",
+            header_lines(lines_of(reply.proxy_headers)),
+            reply.headers,
+            flow=reply.stream,
         )
-        if bought.stream is not None:
-            await self.pump(bought, told)
-        return told
+        if reply.stream is not None:
+            await self.pump(reply, result)
+        return result
 
-    async def pump(self, bought: Reply, told: Result) -> None:
-        assert bought.stream is not None
-        assert bought.body is None
-        self.flows.append(bought.stream)
+    async def pump(self, reply: Reply, result: Result) -> None:
+        assert reply.stream is not None
+        assert reply.body is None
+        self.flows.append(reply.stream)
 
         async def write(data: bytes) -> None:
             assert data
-            told.reads.append(data)
+            result.reads.append(data)
             if self.write is not None:
                 await self.write(data)
 
         try:
-            await bought.stream.relay(write)
+            await reply.stream.relay(write)
         except StreamBroken:
-            told.broken = True
+            result.broken = True
         finally:
-            bought.stream.client_left()
-            told.body = b"".join(told.reads)
+            reply.stream.client_left()
+            result.body = b"".join(result.reads)
 
     async def fetch(self, request: ProxyRequest) -> Reply:
-        """The reply from upstream, shared with identical requests; its receipt is not finished."""
-        reply = await self.journey.coalescer.fetch(request, await self.journey.planner.plan(request))
+        """Return the reply from upstream, shared with identical requests. Its receipt is not finished."""
+        reply = await self.handler.coalescer.fetch(request, await self.handler.planner.plan(request))
         assert isinstance(reply, Reply)
         return reply
 
     def peek(self, target: str, scope: str, body: bytes) -> CacheHit | None:
-        return self.journey.cache.peek(digest_of_request(target, scope, body))
+        return self.handler.cache.peek(digest_of_request(target, scope, body))
 
     async def planned(self, document: Any = None, options: Options | None = None, **more: Any) -> CachePlan:
-        return await self.journey.planner.plan(self.request(document, options, **more))
+        return await self.handler.planner.plan(self.request(document, options, **more))
 
-    async def interrupt(self, told: asyncio.Task[Result]) -> Result:
-        """The drain's last word to a stream, as `app` speaks it."""
+    async def interrupt(self, result: asyncio.Task[Result]) -> Result:
+        """Interrupt a stream as the drain does."""
         self.flows[-1].interrupted = "draining"
-        told.cancel()
-        return await told
+        result.cancel()
+        return await result
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
     @property
     def receipt(self) -> Receipt:
-        """The last one."""
+        """Return the last receipt."""
         return self.receipts[-1]
 
     def used(self, name: str = "k1", model: str = "gpt-4o") -> dict[str, int]:
-        """What is held of each limit of a key."""
+        """Return what is used of each limit of a key."""
         key = next(key for key in self.services.pool.keys if key.label == name)
         allowance = self.services.pool.rate_limiter(key, model, self.loop.time())
         assert allowance is not None
         return {limit: row["used"] for limit, row in allowance.usage(self.loop.time()).items()}
 
     def state(self, name: str = "k1", model: str = "gpt-4o") -> tuple[str, float] | None:
-        """(state, seconds left), None where the key is ready."""
+        """Return (state, seconds left) of a key; None if it is ready."""
         state = self.services.pool.state(name, model, self.loop.time())
         return None if state is None else (state.status.value, round(state.until - self.loop.time(), 3))
 
     def assert_nothing_leaked(self, model: str = "gpt-4o") -> None:
-        """Nothing is held any more: no place in the queue, no permit, no connection; and what went up was counted."""
+        """Assert that no place in a queue, no limit and no connection is held, and that what was sent was counted."""
         assert self.services.admission.depth == 0
         assert self.services.admission.depths() == {}
         went_up: dict[str, int] = {}

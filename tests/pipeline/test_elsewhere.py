@@ -60,7 +60,7 @@ class Held:
 
 
 def two(transport: ScriptedTransport) -> tuple[PipelineFixture, PipelineFixture, Held]:
-    """Two processes: each its own journey, one store, one upstream."""
+    """Return two processes: each has its own handler, and they share a store and an upstream."""
     scenes, held = (PipelineFixture(transport=transport), PipelineFixture(transport=transport)), Held()
     for name, scene in zip("ab", scenes, strict=True):
         scene.clock = replace(scene.clock, new_id=partial(_numbered, name, itertools.count()))
@@ -118,7 +118,7 @@ async def test_a_killed_process_delays_others_until_its_lock_expires() -> None:
     transport = ScriptedTransport(says(wait=1.0))
     _, other, held = two(transport)
     request = other.request()
-    plan = await other.journey.planner.plan(request)
+    plan = await other.handler.planner.plan(request)
     held.held[f"{plan.key}:json"] = "dead", virtual_time_loop().time() + LEASE
     told = await other.serve(request)
     assert (told.status, told.cache) == (200, "miss")
@@ -182,7 +182,7 @@ async def test_responses_that_cannot_be_stored_are_not_serialised() -> None:
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*first, *begin(other, 1))
     assert told[1].at < 4.0
-    other.journey.coalescer.flights.hit_for_miss.clear()
+    other.handler.coalescer.flights.hit_for_miss.clear()
     (again,) = await asyncio.gather(*begin(other, 1))
     assert again.at == 2.0
     await asyncio.sleep(AVOID_FOR)
@@ -200,7 +200,7 @@ async def test_a_client_that_leaves_while_waiting_leaves_nothing() -> None:
     second[0].cancel()
     await asyncio.wait(second)
     assert (other.receipt.status, other.receipt.attempts) == (499, 0)
-    assert len(other.journey.coalescer.flights) == 0
+    assert len(other.handler.coalescer.flights) == 0
     assert (await first[0]).status == 200
     await asyncio.sleep(1.0)
     assert held.held == {}

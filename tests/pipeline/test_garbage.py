@@ -165,7 +165,7 @@ async def unwritable(scene: PipelineFixture, n: int) -> None:
 
 async def unpushable(scene: PipelineFixture, n: int) -> None:
     """The same where the stream is written as it comes, by the task that reads it."""
-    bought = await scene.journey.handle(scene.request(question(n, stream=True)), lambda: None)
+    bought = await scene.handler.handle(scene.request(question(n, stream=True)), lambda: None)
     assert isinstance(bought, Reply)
     assert isinstance(bought.stream, SubscriberStream)
     pushed: list[bytes] = []
@@ -205,7 +205,7 @@ async def bug(scene: PipelineFixture, n: int) -> None:
 
 async def leased(scene: PipelineFixture, n: int) -> None:
     """Where another process may be buying the same."""
-    if scene.services.locks is None:
+    if scene.services.coordination.locks is None:
         scene.services.coordination = Coordination(locks=Held())
         scene.rebuild()
     await plain(scene, n)

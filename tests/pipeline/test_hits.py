@@ -218,7 +218,7 @@ async def test_a_response_too_large_for_the_cache_is_passed() -> None:
 async def remembered(scene: PipelineFixture, target: str = CHAT, **fields: Any) -> tuple[ProxyRequest, bytes]:
     """A request that was bought and remembered, as `edge.downstream` does it."""
     request = scene.request(ask(**fields), target=target)
-    served = await scene.journey.handle(
+    served = await scene.handler.handle(
         request, lambda: None, digest_of_request(target, request.client.cache_partition, request.body)
     )
     if isinstance(served, Reply) and served.stream is not None:

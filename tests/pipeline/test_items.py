@@ -152,7 +152,7 @@ async def test_single_texts_and_batches_share_entries() -> None:
     # found by its bytes the next time, like any other
     body = orjson.dumps({"model": MODEL, "input": "second"})
     request = scene.request({"model": MODEL, "input": "second"}, target=EMBEDDINGS, body=body)
-    await scene.journey.handle(request, lambda: None, digest_of_request(EMBEDDINGS, "", body))
+    await scene.handler.handle(request, lambda: None, digest_of_request(EMBEDDINGS, "", body))
     assert scene.peek(EMBEDDINGS, "", body) is not None
 
 

@@ -29,7 +29,7 @@ def begin(
 
 
 def over(scene: PipelineFixture) -> None:
-    assert len(scene.journey.coalescer.flights) == 0
+    assert len(scene.handler.coalescer.flights) == 0
     assert "flight" not in {task.get_name() for task in asyncio.all_tasks()}
     scene.assert_nothing_leaked()
 
@@ -229,7 +229,7 @@ async def test_on_disconnect_finish_is_limited_to_a_minute() -> None:
     await asyncio.sleep(3.0)
     task.cancel()
     await settled()
-    assert len(scene.journey.coalescer.flights) == 1
+    assert len(scene.handler.coalescer.flights) == 1
     await asyncio.sleep(READ_ON_TIMEOUT + 0.1)
     assert (scene.receipt.status, scene.receipt.error) == (499, "client_gone")
     over(scene)
@@ -292,10 +292,10 @@ def test_a_revalidation_fetches_once_and_stores(stream: bool) -> None:
     async def tell() -> None:
         scene = PipelineFixture(streams(SLOW) if stream else says(wait=2.0))
         request = scene.request(ask(stream=stream))
-        plan = await scene.journey.planner.plan(request)
-        assert [scene.journey.revalidator.start(request, plan) for _ in range(3)] == [True, False, False]
+        plan = await scene.handler.planner.plan(request)
+        assert [scene.handler.revalidator.start(request, plan) for _ in range(3)] == [True, False, False]
         await asyncio.sleep(1.0)
-        assert not scene.journey.revalidator.start(request, plan)
+        assert not scene.handler.revalidator.start(request, plan)
         await asyncio.sleep(10.0)
         assert len(scene.transport.sent) == 1
         assert [(receipt.status, receipt.cost_usd) for receipt in scene.receipts] == [(200, "0.002250")]
@@ -310,7 +310,7 @@ def test_a_revalidation_fetches_once_and_stores(stream: bool) -> None:
 async def test_a_failed_revalidation_leaves_nothing_behind() -> None:
     scene = PipelineFixture(error(500, wait=1.0))
     request = scene.request(None, Options(max_retries=0))
-    assert scene.journey.revalidator.start(request, await scene.journey.planner.plan(request))
+    assert scene.handler.revalidator.start(request, await scene.handler.planner.plan(request))
     await asyncio.sleep(5.0)
     assert scene.receipt.error == "upstream_500"
     over(scene)

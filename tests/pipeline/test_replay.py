@@ -57,8 +57,8 @@ async def test_a_recording_is_replayed_byte_for_byte_at_any_age(tmp_path: Path) 
     # The same bytes again take the short way, and the other form is converted as ever.
     body = orjson.dumps(ask())
     request = scene.request(body=body)
-    await scene.journey.handle(request, lambda: None, (CHAT, "", b"digest"))
-    assert scene.journey.cache.peek((CHAT, "", b"digest")) is not None
+    await scene.handler.handle(request, lambda: None, (CHAT, "", b"digest"))
+    assert scene.handler.cache.peek((CHAT, "", b"digest")) is not None
     assert (await scene.ask(ask(stream=True))).cache == "hit"
     assert scene.transport.sent == []
 

@@ -115,7 +115,7 @@ async def test_revalidations_end_when_the_proxy_stops() -> None:
     await play.clock.sleep(120.0)
     await play.ask()
     await settled()
-    await play.journey.revalidator.close()
+    await play.handler.revalidator.close()
     play.assert_nothing_leaked()
 
 

@@ -71,7 +71,7 @@ async def leave(*tasks: asyncio.Task[Any]) -> None:
 
 def over(scene: PipelineFixture) -> None:
     """Nothing is left: no flight, no task, no lease, no connection; and every upstream call is on one receipt."""
-    assert len(scene.journey.coalescer.flights) == 0
+    assert len(scene.handler.coalescer.flights) == 0
     assert {task.get_name() for task in asyncio.all_tasks()} & {"flight"} == set()
     scene.assert_nothing_leaked()
     assert sum(receipt.attempts for receipt in scene.receipts) == len(scene.transport.sent)
@@ -451,7 +451,7 @@ async def test_a_broken_stream_breaks_for_every_client_with_one_error_event() ->
     over(scene)
     scene.transport.queue.append(streams())
     assert (await scene.ask(STREAM)).cache == "miss"  # nothing was stored, and nobody avoids anything
-    assert len(scene.journey.coalescer.flights.hit_for_miss) == 0
+    assert len(scene.handler.coalescer.flights.hit_for_miss) == 0
 
 
 @virtual_time
