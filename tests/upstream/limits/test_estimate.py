@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import random
 import struct
 import time
 from typing import Any
@@ -16,7 +18,7 @@ from proxy.upstream.limits.estimate import estimate_tokens
 ENDPOINTS = ("chat", "completions", "embeddings", "responses", "moderations", "other")
 
 
-def said(text: object, **fields: Any) -> dict[str, Any]:
+def asks(text: object, **fields: Any) -> dict[str, Any]:
     return {"model": "gpt-4o", "messages": [{"role": "user", "content": text}], **fields}
 
 
@@ -55,17 +57,17 @@ def image(url: str, detail: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("endpoint", "document", "tokens"),
     [
-        ("chat", said("x" * 400), 100),
-        ("chat", said("x" * 401), 101),
-        ("chat", said("é" * 200), 100),
-        ("chat", said("\ud800" * 4), 3),
-        ("chat", said([{"type": "text", "text": "x" * 40}, {"type": "text", "text": "y" * 40}]), 20),
-        ("chat", said(None), 0),
-        ("chat", said("x" * 400, max_tokens=50), 150),
-        ("chat", said("x" * 400, max_tokens=1, max_completion_tokens=10_000), 10_100),
-        ("chat", said("x" * 400, max_tokens=10_000, max_completion_tokens=1), 10_100),
-        ("chat", said("x" * 400, max_tokens=50, n=3), 250),
-        ("chat", said("x" * 400, max_tokens=0), 100),
+        ("chat", asks("x" * 400), 100),
+        ("chat", asks("x" * 401), 101),
+        ("chat", asks("é" * 200), 100),
+        ("chat", asks("\ud800" * 4), 3),
+        ("chat", asks([{"type": "text", "text": "x" * 40}, {"type": "text", "text": "y" * 40}]), 20),
+        ("chat", asks(None), 0),
+        ("chat", asks("x" * 400, max_tokens=50), 150),
+        ("chat", asks("x" * 400, max_tokens=1, max_completion_tokens=10_000), 10_100),
+        ("chat", asks("x" * 400, max_tokens=10_000, max_completion_tokens=1), 10_100),
+        ("chat", asks("x" * 400, max_tokens=50, n=3), 250),
+        ("chat", asks("x" * 400, max_tokens=0), 100),
         ("responses", {"input": "x" * 40, "instructions": "y" * 40, "max_output_tokens": 30, "n": 9}, 50),
         ("responses", {"input": [{"type": "message", "role": "user", "content": "x" * 40}]}, 10),
         (
@@ -91,25 +93,25 @@ def test_the_documented_formula(endpoint: str, document: dict[str, Any], tokens:
 
 
 def test_the_learned_output_is_used_only_without_max_tokens() -> None:
-    assert estimate_tokens("chat", said("x" * 4), expected_output=300) == 301
-    assert estimate_tokens("chat", said("x" * 4, n=2, max_tokens=None), expected_output=300) == 601
-    assert estimate_tokens("chat", said("x" * 4, max_tokens=5), expected_output=300) == 6
+    assert estimate_tokens("chat", asks("x" * 4), expected_output=300) == 301
+    assert estimate_tokens("chat", asks("x" * 4, n=2, max_tokens=None), expected_output=300) == 601
+    assert estimate_tokens("chat", asks("x" * 4, max_tokens=5), expected_output=300) == 6
     assert estimate_tokens("embeddings", {"input": "x" * 4}, expected_output=300) == 1
 
 
 def test_tools_and_schemas_are_prompt_text() -> None:
     schema = {"properties": {"a" * 40: {"description": "b" * 40}}, "required": ["c" * 40]}
     tool = {"function": {"name": "d" * 40, "parameters": schema}}
-    assert estimate_tokens("chat", said("", tools=[tool])) == 40
-    assert estimate_tokens("chat", said("", functions=[tool["function"]])) == 40
-    assert estimate_tokens("chat", said("", response_format={"json_schema": {"schema": schema}})) == 30
-    assert estimate_tokens("chat", said("", response_format={"type": "json_object"})) == 0
+    assert estimate_tokens("chat", asks("", tools=[tool])) == 40
+    assert estimate_tokens("chat", asks("", functions=[tool["function"]])) == 40
+    assert estimate_tokens("chat", asks("", response_format={"json_schema": {"schema": schema}})) == 30
+    assert estimate_tokens("chat", asks("", response_format={"type": "json_object"})) == 0
     assert estimate_tokens("responses", {"input": "", "text": {"format": {"schema": schema}}}) == 30
 
 
 def test_a_schema_property_named_like_an_image_is_text() -> None:
     tool = {"parameters": {"properties": {"image_url": {"description": "x" * 4}}}}
-    assert estimate_tokens("chat", said("", tools=[tool])) == 4
+    assert estimate_tokens("chat", asks("", tools=[tool])) == 4
 
 
 def test_calls_of_functions_in_the_conversation_count() -> None:
@@ -143,9 +145,9 @@ def test_calls_of_functions_in_the_conversation_count() -> None:
 )
 def test_images_in_the_body_count_by_tiles(head: bytes, kind: str, tokens: int) -> None:
     url = data_url(head, kind)
-    assert estimate_tokens("chat", said([image(url)])) == tokens
-    assert estimate_tokens("chat", said([image(url, "high")])) == tokens
-    assert estimate_tokens("chat", said([image(url, "low")])) == 85
+    assert estimate_tokens("chat", asks([image(url)])) == tokens
+    assert estimate_tokens("chat", asks([image(url, "high")])) == tokens
+    assert estimate_tokens("chat", asks([image(url, "low")])) == 85
     part = {"type": "input_image", "image_url": url}
     assert estimate_tokens("responses", {"input": [{"role": "user", "content": [part]}]}) == tokens
     assert estimate_tokens("responses", {"input": [{"content": [part | {"detail": "low"}]}]}) == 85
@@ -167,8 +169,8 @@ def test_images_in_the_body_count_by_tiles(head: bytes, kind: str, tokens: int) 
     ],
 )
 def test_an_image_of_unknown_size_has_a_default(url: Any) -> None:
-    assert estimate_tokens("chat", said([image(url)])) == 1105
-    assert estimate_tokens("chat", said([{"type": "image_url", "image_url": url}])) == 1105
+    assert estimate_tokens("chat", asks([image(url)])) == 1105
+    assert estimate_tokens("chat", asks([{"type": "image_url", "image_url": url}])) == 1105
 
 
 def test_images_by_reference_and_made_by_the_model() -> None:
@@ -180,30 +182,30 @@ def test_images_by_reference_and_made_by_the_model() -> None:
 
 
 def test_audio_and_files_are_not_characters() -> None:
-    def heard(kind: str) -> dict[str, Any]:
-        return said([{"type": "input_audio", "input_audio": {"data": "A" * 426_700, "format": kind}}])
+    def with_audio(kind: str) -> dict[str, Any]:
+        return asks([{"type": "input_audio", "input_audio": {"data": "A" * 426_700, "format": kind}}])
 
-    assert estimate_tokens("chat", heard("wav")) == 100  # ten seconds
-    assert estimate_tokens("chat", heard("mp3")) == 400
+    assert estimate_tokens("chat", with_audio("wav")) == 100  # ten seconds
+    assert estimate_tokens("chat", with_audio("mp3")) == 400
     file = {
         "type": "file",
         "file": {"filename": "a" * 99, "file_data": "data:application/pdf;base64," + "A" * 100},
     }
-    assert estimate_tokens("chat", said([file])) == 1
-    assert estimate_tokens("chat", said([{"type": "input_audio", "input_audio": "nonsense"}])) == 0
+    assert estimate_tokens("chat", asks([file])) == 1
+    assert estimate_tokens("chat", asks([{"type": "input_audio", "input_audio": "nonsense"}])) == 0
 
 
 @pytest.mark.parametrize(
     "value", [True, "50", [50], {}, None, float("nan"), -5, -(10**400), float("-inf"), "9" * 99, 0.5]
 )
 def test_an_invalid_output_limit_is_ignored(value: Any) -> None:
-    assert estimate_tokens("chat", said("x" * 4, max_tokens=value)) == 1
+    assert estimate_tokens("chat", asks("x" * 4, max_tokens=value)) == 1
 
 
 @pytest.mark.parametrize("value", [10**9, 10**400, float("inf"), 1e300])
 def test_huge_numbers_are_clamped(value: Any) -> None:
-    assert estimate_tokens("chat", said("x", max_tokens=value, n=value)) == 10**9
-    assert estimate_tokens("chat", said("x", max_tokens=100.0, n=-3)) == 101
+    assert estimate_tokens("chat", asks("x", max_tokens=value, n=value)) == 10**9
+    assert estimate_tokens("chat", asks("x", max_tokens=100.0, n=-3)) == 101
 
 
 names = st.sampled_from(
@@ -267,7 +269,7 @@ def test_nonsense_never_raises(endpoint: str, document: dict[str, Any], expected
 )
 @settings(deadline=None)
 def test_a_broken_image_never_raises(head: bytes, magic: bytes) -> None:
-    tokens = estimate_tokens("chat", said([image(data_url(magic + head))]))
+    tokens = estimate_tokens("chat", asks([image(data_url(magic + head))]))
     assert 255 <= tokens <= 85 + 170 * 8
 
 
@@ -279,9 +281,155 @@ def test_a_body_nested_very_deep_is_read() -> None:
 
 
 def test_a_long_prompt_takes_no_time() -> None:
-    document = said(["x" * 20_000_000, "é" * 1_000_000], tools=["y" * 1_000_000])
+    document = asks(["x" * 20_000_000, "é" * 1_000_000], tools=["y" * 1_000_000])
     document["messages"].append({"content": [image(data_url(jpeg(9, 9, before=60_000)) + "A" * 20_000_000)]})
     began = time.process_time()
     estimate_tokens("chat", document)
     estimate_tokens("embeddings", {"input": [[1] * 5_000_000]})
     assert time.process_time() - began < 0.1
+
+
+# Media inside texts, and in the shapes of other providers.
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def tokens_of(content: object, endpoint: str = "chat") -> int:
+    return estimate_tokens(endpoint, asks(content))
+
+
+NOISE = bytes(random.Random(5).randbytes(300_000))
+PICTURE = base64_of(png(1024, 1024) + NOISE)
+"""765 tokens."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PICTURE,
+        f"data:image/png;base64,{PICTURE}",
+        json.dumps({"screenshot": PICTURE}),
+        json.dumps({"content": [{"type": "image", "mimeType": "image/png", "data": PICTURE}]}),
+        f"![plot](data:image/png;base64,{PICTURE})",
+        base64.encodebytes(png(1024, 1024) + NOISE).decode(),
+        PICTURE.translate(str.maketrans("+/", "-_")),
+    ],
+    ids=["bare", "data url", "json", "mcp", "markdown", "wrapped", "url safe"],
+)
+def test_base64_in_the_output_of_a_tool_is_no_text(text: str) -> None:
+    call = {"role": "tool", "tool_call_id": "call_1", "content": text}
+    assert 765 <= estimate_tokens("chat", {"messages": [call]}) <= 765 + 20
+    output = {"type": "function_call_output", "call_id": "call_1", "output": text}
+    assert 765 <= estimate_tokens("responses", {"input": [output]}) <= 765 + 20
+    assert 765 <= estimate_tokens("chat", {"messages": [{"role": "assistant", "content": text}]}) <= 765 + 20
+
+
+def test_several_media_in_one_text() -> None:
+    small = base64_of(gif(1, 1) + bytes(50))
+    text = "a" * 400 + f" data:image/png;base64,{PICTURE} " + "b" * 400 + f" data:image/gif;base64,{small} "
+    assert tokens_of(text + PICTURE) == 201 + 765 + 255 + 765
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens"),
+    [
+        ([{"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + "A" * 1_300_000}}], 1000),
+        ([{"type": "video_url", "video_url": {"url": "https://e.org/a.mp4"}}], 0),
+        ([{"type": "audio_url", "audio_url": {"url": "data:audio/mp3;base64," + "A" * 106_700}}], 100),
+        ([{"type": "input_audio", "input_audio": {"data": "A" * 64_000, "format": "pcm16"}}], 10),
+        ([{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}}], 765),
+        ([{"inline_data": {"mime_type": "image/jpeg", "data": "A" * 4_000_000}}], 1105),
+        ([{"type": "image", "image": PICTURE}], 765),
+        ([{"type": "file", "file": {"file_data": "data:text/csv;base64," + "A" * 1600}}], 300),
+        ([{"type": "file", "file": {"filename": "a.csv", "file_data": base64_of(b"name,value\n" * 120)}}], 330),
+        ([{"type": "input_file", "file_url": "https://e.org/a.pdf"}], 0),
+        ([{"type": "input_file", "file_id": "file-1"}], 0),
+        ([{"type": "text", "text": "x" * 4}], 1),
+    ],
+)
+def test_media_of_other_shapes(content: list[dict[str, Any]], tokens: int) -> None:
+    assert tokens_of(content) == tokens
+    assert estimate_tokens("responses", {"input": [{"role": "user", "content": content}]}) == tokens
+
+
+def test_images_in_the_history() -> None:
+    made = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}}
+    assert estimate_tokens("chat", {"messages": [{"role": "assistant", "content": "", "images": [made]}]}) == 765
+    assert estimate_tokens("chat", {"messages": [{"role": "user", "content": "", "images": [PICTURE]}]}) == 765
+    screenshot = {"type": "computer_screenshot", "image_url": f"data:image/png;base64,{PICTURE}"}
+    assert estimate_tokens("responses", {"input": [{"type": "computer_call_output", "output": screenshot}]}) == 765
+    by_id = {"type": "computer_screenshot", "file_id": "file-1"}
+    assert estimate_tokens("responses", {"input": [{"type": "computer_call_output", "output": by_id}]}) == 1105
+    plot = {"type": "code_interpreter_call", "outputs": [{"type": "image", "url": f"data:image/png;base64,{PICTURE}"}]}
+    assert estimate_tokens("responses", {"input": [plot]}) == 765
+
+
+def test_audio_in_the_history() -> None:
+    audio = {"id": "audio_1", "data": "A" * 64_000, "format": "pcm16", "transcript": "x" * 40}
+    assert estimate_tokens("chat", {"messages": [{"role": "assistant", "audio": audio}]}) == 20
+
+
+def test_encrypted_reasoning_counts_as_the_text_it_holds() -> None:
+    item = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "A" * 16_000}
+    assert estimate_tokens("responses", {"input": [item]}) == 3000
+
+
+def wav(bytes_a_second: int) -> bytes:
+    head = b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 44_100, bytes_a_second, 2, 16)
+    return head + b"data\0\0\0\0" + NOISE
+
+
+@pytest.mark.parametrize("rate", [88_200, 16_000])
+def test_a_wav_file_says_how_long_it_is(rate: int) -> None:
+    data = base64_of(wav(rate))
+    expected = pytest.approx(300_000 / rate * 10, abs=2)
+    assert tokens_of([{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]) == expected
+    assert tokens_of(data) == expected
+    assert tokens_of(f"data:audio/wav;base64,{data}") == expected
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"\xff\xd8\xff", b"%PDF-1.7", b"PK\x03\x04", b"\0\0\0\x20ftypisom", b"OggS", b"ID3", b"\x1aE\xdf\xa3", b""],
+)
+def test_any_other_base64_is_far_from_text(head: bytes) -> None:
+    assert tokens_of("See: " + base64_of(head + NOISE)) < 5_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 40_000,
+        "lorem ipsum dolor " * 2000,
+        "".join(random.Random(1).choices("0123456789abcdef", k=40_000)),
+        "".join(random.Random(1).choices("ACGT", k=40_000)),
+        "\n".join("Word" + str(number) for number in range(5000)),
+        "漢字" * 10_000,
+        "data:image/png;base64 is a prefix; " * 1000,
+        ";base64," * 1000,
+        ("A" * 200 + " ") * 200,
+    ],
+)
+def test_text_stays_text(text: str) -> None:
+    assert tokens_of(text) == -(-len(text.encode()) // 4)
+
+
+def test_base64_is_text_where_texts_are_taken_literally() -> None:
+    assert estimate_tokens("embeddings", {"input": PICTURE}) == -(-len(PICTURE) // 4)
+    assert estimate_tokens("completions", {"prompt": PICTURE, "max_tokens": 0}) == -(-len(PICTURE) // 4)
+    assert estimate_tokens("embeddings", {"input": [{"image": f"data:image/png;base64,{PICTURE}"}]}) == 765
+
+
+@given(st.text(alphabet="dataimg:/;base64,+= \nAZaz09", max_size=3000))
+def test_any_text_has_as_many_bytes_as_it_has(text: str) -> None:
+    assert 0 <= tokens_of(text) <= 1105 * (1 + text.count(";base64,")) + len(text)
+
+
+def test_media_in_long_texts_are_found_in_linear_time() -> None:
+    texts = ("word " * 2_000_000, "A" * 10_000_000, (PICTURE + " ") * 20, "data:" * 2_000_000, ";base64," * 1_000_000)
+    for text in texts:
+        began = time.process_time()
+        tokens_of(text)
+        assert time.process_time() - began < 5.0
