@@ -38,6 +38,7 @@ from .server.in_flight import InFlight
 from .server.passthrough import PassthroughHandler
 from .server.responses import DateHeader, error_response
 from .server.tracing import Tracing
+from .server.upgrade import UpgradeHandler
 from .services import Services, build_endpoint_sender, build_reservations, build_sender, build_services
 from .system.clock import SYSTEM_CLOCK, Clock, spawn
 from .upstream.client import AiohttpTransport, ConnectOptions
@@ -88,10 +89,12 @@ class App:
         reservations = build_reservations(services)
         endpoint_sender = build_endpoint_sender(services, sender, reservations)
         self.handler = build_handler(services, endpoint_sender, self._observers(services))
+        passthrough = PassthroughHandler(services, sender, reservations, self._observe_passed)
         self.api = ApiHandler(
             services,
             self.handler,
-            PassthroughHandler(services, sender, reservations, self._observe_passed),
+            passthrough,
+            UpgradeHandler(services, sender, passthrough, self.in_flight),
             self.admin,
             self.metrics,
             access,

@@ -148,6 +148,8 @@ IMPURE = {
     "proxy.upstream.request": "carries the deadline",
     "proxy.upstream.reservations": "waits for shared limits and budgets",
     "proxy.upstream.sender": "sends and waits",
+    "proxy.upstream.outgoing": "writes as fast as the upstream takes it",
+    "proxy.upstream.websocket": "carries bytes and waits for both sides",
     "proxy.workers": "processes and sockets",
 }
 """Files and packages that do more than decide, each with the reason. Whatever is not listed is pure."""
@@ -386,6 +388,7 @@ def test_only_server_client_and_commands_import_aiohttp() -> None:
         "proxy.server",
         "proxy.upstream.client",
         "proxy.upstream.client_errors",
+        "proxy.upstream.outgoing",
         "proxy.simulator",
         "proxy.app",
         "proxy.lifecycle",

@@ -39,6 +39,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "request_too_large": ErrorKind(413, _INVALID, False),
     "unsupported_media_type": ErrorKind(415, _INVALID, False),
     "host_not_allowed": ErrorKind(421, _INVALID, False),
+    "upgrade_required": ErrorKind(426, _INVALID, False),
     "throttled": ErrorKind(429, _RATE, None),
     "queue_full": ErrorKind(429, _RATE, None),
     "request_exceeds_limit": ErrorKind(429, _RATE, False),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus
 
 from .errors import ProxyError
 from .options import NO_OPTIONS, Options, from_segment
@@ -33,6 +34,9 @@ STATELESS: Final = frozenset({"audio", "images", "models"})
 
 CARRIES_NO_MODEL: Final = frozenset({"chat", "containers", "conversations", "files", "models", "responses", "uploads"})
 """Passed-through segments on which no model runs that only the body, which is not read, could name."""
+
+REALTIME: Final = "/realtime"
+"""The path of the Realtime API's WebSockets, whose query names the model."""
 
 _FORBIDDEN: Final = re.compile(r"%2e|%2f|%5c|//|\\|\.\.|/\.(?=/|\Z)|[\x00-\x20\x7f]", re.IGNORECASE)
 _INVALID_IN_TARGET: Final = re.compile(r"[#\ud800-\udfff]")
@@ -65,6 +69,17 @@ class Route:
     @property
     def stateful(self) -> bool:
         return self.kind != "own" and self.segment not in STATELESS
+
+
+def query_values(query: str, name: str) -> list[str]:
+    """Return the values of a parameter of a raw query, decoded."""
+    return [value for key, value in parse_qsl(query, keep_blank_values=True) if key == name]
+
+
+def replaced_query(query: str, dropped: Collection[str], *added: tuple[str, str]) -> str:
+    """Return a raw query without the parameters in `dropped`, with those in `added` at its end; the rest as it was."""
+    kept = [part for part in query.split("&") if part and unquote_plus(part.partition("=")[0]) not in dropped]
+    return "&".join([*kept, *(f"{name}={quote(value, safe='', errors='replace')}" for name, value in added)])
 
 
 def unknown_route(path: str) -> ProxyError:

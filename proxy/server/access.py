@@ -16,6 +16,7 @@ from ..config.settings import Settings
 from ..protocol.errors import ProxyError
 from ..protocol.request import Client
 from ..protocol.routes import printable
+from ..protocol.websocket import credential_in
 
 _LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "[::1]")
 _MAX_MEMOIZED: Final = 1024
@@ -179,7 +180,9 @@ def _credential(request: BaseRequest) -> tuple[str, str] | None:
     keys = headers.getall("api-key", ())
     if len(keys) == 1 and keys[0].strip():
         return "api-key", keys[0].strip()
-    return None
+    subprotocols = headers.getall("Sec-WebSocket-Protocol", ())
+    key = credential_in(subprotocols) if subprotocols else None
+    return ("bearer", key) if key is not None else None
 
 
 def _admin_candidates(request: BaseRequest) -> list[bytes]:

@@ -38,6 +38,7 @@ from ..protocol.options import Options, from_headers
 from ..protocol.request import Client
 from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
+from ..protocol.websocket import is_handshake
 from ..services import Services
 from ..upstream.limits.clients import check_model
 from ..upstream.providers.registry import models_in_path
@@ -57,6 +58,7 @@ from .responses import (
     read_body,
     status_line,
 )
+from .upgrade import UpgradeHandler
 
 log = logging.getLogger("proxy")
 
@@ -86,6 +88,7 @@ class ApiHandler:
         services: Services,
         handler: RequestHandler,
         passthrough: PassthroughHandler,
+        upgrades: UpgradeHandler,
         admin: AdminHandler,
         metrics: Metrics,
         access: AccessControl,
@@ -95,6 +98,7 @@ class ApiHandler:
         self._services = services
         self._handler = handler
         self._passthrough = passthrough
+        self._upgrades = upgrades
         self._admin = admin
         self._metrics = metrics
         self._access = access
@@ -173,6 +177,10 @@ class ApiHandler:
                 if hit is not None:
                     return self._hit(context, hit, b"", route.options.tags)
             return await self._endpoint(context, body, digest)
+        if is_handshake(method, request.headers):
+            options = from_headers(route.options, text_headers(request.raw_headers))
+            self._check_in_flight()
+            return await self._upgrades.serve(request, route, context.client, options)
         if method not in METHODS or (route.endpoint in _POST_ONLY):
             raise _not_allowed(method, "POST" if route.endpoint else ", ".join(sorted(METHODS)))
         if route.endpoint == "chat" and method not in ("GET", "HEAD"):

@@ -39,6 +39,9 @@ class _Connection(RequestHandler):
         self._header_timer = self._loop.call_later(HEADER_TIMEOUT, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
+        if self._payload_parser is not None:  # a WebSocket: aiohttp would drop what comes during a drain
+            self._payload_parser.feed_data(data)
+            return
         super().data_received(data)
         if self._messages and (current := self._current_request) is not None and not current.content.is_eof():
             self.force_close()  # the parser failed within this chunked body, and aiohttp would wait for its end
@@ -53,7 +56,12 @@ class _Connection(RequestHandler):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+        if self._payload_parser is not None:
+            self._payload_parser.connection_lost(exc)
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        return self._payload_parser.keeps_open() if self._payload_parser is not None else None
 
     def handle_error(
         self,

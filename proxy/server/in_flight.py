@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ..pipeline.coalescing.broadcast import SubscriberStream
-    from ..pipeline.relay import StreamRelay
+
+class Interruptible(Protocol):
+    """What flows to a client. interrupted: the code of the reason why the proxy ends it, '' while it does not."""
+
+    interrupted: str
 
 
 @dataclass(slots=True)
@@ -24,4 +26,4 @@ class InFlight:
     closing: bool = False
     draining: bool = False
     address: str = ""
-    streams: dict[asyncio.Task[object], StreamRelay | SubscriberStream] = field(default_factory=dict)
+    streams: dict[asyncio.Task[object], Interruptible] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from ..protocol.routes import Route
 from ..protocol.traceparent import traceparent
 from ..services import Services
 from ..upstream.deadline import SharedDeadline
-from ..upstream.keys.lease import KeyRequest, by_priority
+from ..upstream.keys.lease import KeyRequest, UpstreamKey, by_priority
 from ..upstream.keys.stored_objects import BodyCopy, ids_in_path, ids_named
 from ..upstream.limits.clients import ClientReservation, check_passthrough
 from ..upstream.progress import AttemptLog
@@ -86,19 +86,19 @@ class PassthroughHandler:
         length = request.content_length
         if length is not None and length > limit:
             raise too_large(limit)
-        passed = _Passed(services, request, route, client, options)
+        passed = PassedRequest(services, request, route, client, options)
         try:
-            passed.reservation = await self._reservations.client(client, 0)
+            passed.reservation = await self.reserve(client)
             response = await self._send(request, route, client, options, passed.log)
         except ProxyError as error:
-            self._finish(passed, error.status, error.code)
+            self.finish(passed, error.status, error.code)
             error.proxy_headers = passed.headers()
             raise
         except asyncio.CancelledError:
-            self._finish(passed, 499, "client_gone")
+            self.finish(passed, 499, "client_gone")
             raise
         if response.body is not None:
-            return self._error(request, passed, response, response.body, extra)
+            return self.error_response(request, passed, response, response.body, extra)
         return await self._stream(request, passed, response, extra, self._copy(request, route, response))
 
     # -- up -----------------------------------------------------------------------------------------------------------
@@ -107,10 +107,7 @@ class PassthroughHandler:
         self, request: BaseRequest, route: Route, client: Client, options: Options, log: AttemptLog
     ) -> ResponseInHand:
         """Return the response to give. Raises ProxyError."""
-        groups = self._groups if route.shape == "openai" else self._azure_groups
-        settings = self._services.settings
-        body = _Upload(request, settings.server.max_body)
-        max_wait = options.max_wait if options.max_wait is not None else settings.throttle.max_wait
+        body = _Upload(request, self._services.settings.server.max_body)
         return await self._sender.send(
             UpstreamRequest(
                 method=request.method,
@@ -120,14 +117,27 @@ class PassthroughHandler:
                 model="",
                 client=client,
                 attempt_log=log,
-                max_wait=log.deadline.left() if max_wait is None else max_wait,
-                key_request=KeyRequest(pinned_to=await self._pinned_to(route, body), groups=groups),
+                max_wait=self.max_wait(options, log),
+                key_request=KeyRequest(pinned_to=await self._pinned_to(route, body), groups=self.key_groups(route)),
                 max_retries=options.max_retries,
                 quota=self._sender.leases.quota(client),
                 repeatable=request.method in ("GET", "HEAD") and not request.body_exists,
                 verbatim=True,
             )
         )
+
+    async def reserve(self, client: Client) -> ClientReservation | None:
+        """Reserve one request in the client's limits. Raises ProxyError."""
+        return await self._reservations.client(client, 0)
+
+    def key_groups(self, route: Route) -> tuple[tuple[UpstreamKey, ...], ...]:
+        """Return the keys that may serve a request without a known model, by priority."""
+        return self._groups if route.shape == "openai" else self._azure_groups
+
+    def max_wait(self, options: Options, log: AttemptLog) -> float:
+        """Return how many seconds a request may wait for a key."""
+        max_wait = options.max_wait if options.max_wait is not None else self._services.settings.throttle.max_wait
+        return log.deadline.left() if max_wait is None else max_wait
 
     async def _pinned_to(self, route: Route, body: _Upload) -> str:
         """Return the label of the only key that may serve a stateful route; "" for other routes.
@@ -150,7 +160,8 @@ class PassthroughHandler:
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def _head(self, passed: _Passed, response: ResponseInHand) -> bytes:
+    def head(self, passed: PassedRequest, response: ResponseInHand) -> bytes:
+        """Return the status line and the headers of a response, without framing."""
         services = self._services
         reply = response.response
         headers = downstream_headers(reply.raw_headers, pooled=not services.passthrough, decoded=response.decoded)
@@ -161,13 +172,14 @@ class PassthroughHandler:
         lines = lines_of((*passed.headers(), ("X-Proxy-Cost-Status", "unknown"), *retries))
         return status_line(reply.status, reply.reason) + raw_lines(headers) + lines.encode("latin-1", "replace")
 
-    def _error(
-        self, request: BaseRequest, passed: _Passed, response: ResponseInHand, body: bytes, extra: bytes
+    def error_response(
+        self, request: BaseRequest, passed: PassedRequest, response: ResponseInHand, body: bytes, extra: bytes
     ) -> FullResponse:
+        """Return the upstream's error response, whose whole body is `body`."""
         response.response.close()
         error = "no_usable_key" if passed.log.no_usable_key else f"upstream_{response.status}"
-        self._finish(passed, response.status, error)
-        head = self._head(passed, response) + extra
+        self.finish(passed, response.status, error)
+        head = self.head(passed, response) + extra
         return FullResponse(request, head, self._services.masker.mask(body), status=response.status)
 
     def _copy(self, request: BaseRequest, route: Route, response: ResponseInHand) -> BodyCopy | None:
@@ -178,11 +190,11 @@ class PassthroughHandler:
         return BodyCopy() if content_type.startswith("application/json") else None
 
     async def _stream(
-        self, request: BaseRequest, passed: _Passed, response: ResponseInHand, extra: bytes, copy: BodyCopy | None
+        self, request: BaseRequest, passed: PassedRequest, response: ResponseInHand, extra: bytes, copy: BodyCopy | None
     ) -> StreamedResponse:
         length = response.response.headers.get("Content-Length")
         known = int(length) if length is not None and length.isascii() and length.isdigit() else None
-        stream = StreamingResponse(request, self._head(passed, response) + extra, response.status, known)
+        stream = StreamingResponse(request, self.head(passed, response) + extra, response.status, known)
         passed.first_byte_ms = passed.elapsed_ms()
         status, error = response.status, ""
         try:
@@ -207,21 +219,31 @@ class PassthroughHandler:
         finally:
             response.response.close()
             response.lease.settle(0)
-            self._finish(passed, status, error)
+            self.finish(passed, status, error)
 
-    def _finish(self, passed: _Passed, status: int, error: str) -> None:
+    def finish(self, passed: PassedRequest, status: int, error: str) -> None:
+        """End what is reserved, and write the receipt. error: as in `PassedRequest.receipt`."""
         if passed.reservation is not None:
             passed.reservation.settle(0) if passed.log.sent else passed.reservation.cancel()
         self._observe(passed.receipt(status, error))
 
 
-class _Passed:
+class PassedRequest:
     """One request that is passed through: what its response headers and its receipt say."""
 
     def __init__(
-        self, services: Services, request: BaseRequest, route: Route, client: Client, options: Options
+        self,
+        services: Services,
+        request: BaseRequest,
+        route: Route,
+        client: Client,
+        options: Options,
+        reason: str = _REASON,
     ) -> None:
+        """reason: why it is not cached."""
         self._services = services
+        self._reason = reason
+        self.model = ""
         self._clock = services.clock
         self._began = services.clock.monotonic()
         self._endpoint = route.segment
@@ -243,8 +265,8 @@ class _Passed:
         return (
             ("X-Proxy-Request-Id", self.id),
             ("X-Proxy-Cache", "bypass"),
-            ("X-Proxy-Cache-Reason", _REASON),
-            ("Cache-Status", cache_status("bypass", _REASON, False)),
+            ("X-Proxy-Cache-Reason", self._reason),
+            ("Cache-Status", cache_status("bypass", self._reason, False)),
             *self.log.upstream_headers(),
             *self._services.clients.headers(self._client, self._clock.monotonic()),
             ("X-Proxy-Attempts", str(self.log.attempts)),
@@ -257,11 +279,11 @@ class _Passed:
             id=self.id,
             client=self._client.name,
             endpoint=self._endpoint,
-            model="",
+            model=self.model,
             status=status,
             cache="bypass",
             finished_at=self._clock.wall(),
-            reason=_REASON,
+            reason=self._reason,
             upstream=self.log.upstream,
             key=self.log.key,
             attempts=self.log.attempts,

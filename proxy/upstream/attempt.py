@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 from ..protocol.headers import upstream_headers
+from ..protocol.websocket import handshake_headers
 from ..system.clock import Clock
 from .credentials import Credentials
 from .interfaces import ConnectionInfo, UpstreamTransport
@@ -16,6 +17,7 @@ from .response import ResponseInHand, classify_response, response_in_hand
 from .result import AttemptResult
 from .retry.outcome import OutcomeKind, TransportFailure
 from .target import Upstream
+from .websocket import REFUSALS
 
 _ACCEPT_ENCODING: Final = frozenset({b"accept-encoding"})
 _NONE: Final[frozenset[bytes]] = frozenset()
@@ -104,7 +106,12 @@ class AttemptRunner:
                     lease.key, request.model, reply.headers, self._clock.monotonic(), request.quota
                 )
             response = response_in_hand(reply, upstream, lease, injected, began, request.verbatim)
-            if response.status >= 400 or (response.is_event_stream and not request.verbatim):
+            upgraded = request.upgrade and reply.headers.get("Upgrade", "").lower() == "websocket"
+            if reply.status == 101 and not upgraded:
+                raise TransportFailure("invalid", "the upstream changed to another protocol, unasked")
+            if request.upgrade and response.status in REFUSALS:
+                response.outcome = OutcomeKind.FINAL
+            elif response.status >= 400 or (response.is_event_stream and not request.verbatim):
                 async with deadline.limit():
                     await classify_response(response)
             return response
@@ -120,7 +127,10 @@ class AttemptRunner:
         headers = upstream_headers(request.headers, pooled=self._pooled, dropped=dropped)
         if not request.verbatim:  # the response is read, and compression would hold back the events of a stream
             headers.append(("Accept-Encoding", "identity"))
-        headers.extend(self._credentials.headers(lease.key.label, upstream, request.client))
+        credential = self._credentials.headers(lease.key.label, upstream, request.client)
+        headers.extend(credential)
+        if request.upgrade:
+            headers.extend(handshake_headers(request.headers, credential if self._pooled else None))
         if request.body.length is not None:
             headers.append(("Content-Length", str(request.body.length)))
         return headers

@@ -16,13 +16,15 @@ import aiohttp
 from aiohttp import ClientTimeout, TCPConnector
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.tcp_helpers import tcp_keepalive
 from yarl import URL
 
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..system.sockets import read_in_small_pieces
 from .client_errors import error_name, transport_failure, without_frames
-from .interfaces import ConnectionInfo
+from .interfaces import ConnectionInfo, SwitchedConnection
+from .outgoing import LARGE, OutgoingRequest, framing_of, request_head
 from .retry.outcome import TransportFailure
 
 if TYPE_CHECKING:
@@ -32,13 +34,10 @@ if TYPE_CHECKING:
     from aiohttp.streams import StreamReader
     from aiohttp.tracing import Trace
 
-_LARGE: Final = 256 * 1024
-_NO_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-"""Methods that need no `Content-Length: 0` without a body (RFC 9110 section 8.6)."""
 _RESPONSE_PARAMS: Final[dict[str, Any]] = {
     "read_until_eof": True,
     "auto_decompress": False,
-    "read_bufsize": _LARGE,
+    "read_bufsize": LARGE,
     "max_line_size": 16 * 1024,
     "max_field_size": 64 * 1024,
 }
@@ -62,6 +61,16 @@ class _Protocol(ResponseHandler):
         if self._exception is not None and self._payload is not None and not self._payload.is_eof():
             # Broken framing inside a body: aiohttp does not tell the reader, who would wait for ever.
             self._payload.set_exception(aiohttp.ClientPayloadError("broken framing"))
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        super().eof_received()
+        tunnel = self._payload_parser
+        return tunnel.keeps_open() if tunnel is not None else None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._payload_parser is not None:
+            self._payload_parser.connection_lost(exc)
+        super().connection_lost(exc)
 
     def give_up(self) -> None:
         """End the wait: the head of the response did not come in time."""
@@ -104,7 +113,7 @@ _DIRECT: Final = ConnectOptions(None, None)
 NO_CONNECT_OPTIONS: Final[Mapping[str, ConnectOptions]] = {}
 
 
-class _Target:
+class Target:
     """Where a URL leads, worked out once.
 
     address, key: what aiohttp's connector needs. start: the request's head after the method. lines: how many it has.
@@ -164,13 +173,25 @@ class AiohttpResponse:
             protocol.read_timeout = idle
             protocol.start_timeout()
 
+    def switched(self) -> SwitchedConnection:
+        """Return the connection after a 101, for as long as this response is not closed."""
+        assert self._connection is not None
+        protocol = self._connection.protocol
+        assert isinstance(protocol, _Protocol)
+        protocol.read_timeout = None
+        if protocol.transport is not None:
+            tcp_keepalive(protocol.transport)
+        return protocol
+
     def _ended(self) -> None:
+        if self.status == 101:
+            return  # the connection speaks another protocol from here on
         connection, self._connection = self._connection, None
         if connection is None:
             return
         transport = connection.transport
         unsent = transport is not None and transport.get_write_buffer_size() > 0
-        if self.status == 101 or unsent or (self._writer is not None and not self._writer.done()):
+        if unsent or (self._writer is not None and not self._writer.done()):
             self._connection = connection
             self.close()  # it answered before it had the whole request
         else:
@@ -236,7 +257,7 @@ class AiohttpTransport:
         self._idle = idle
         self._timeout = ClientTimeout(total=None, sock_connect=connect)
         self._options = options
-        self._targets: dict[str, _Target] = {}
+        self._targets: dict[str, Target] = {}
 
     async def send(
         self,
@@ -254,14 +275,14 @@ class AiohttpTransport:
         try:
             end = asyncio.get_running_loop().time() + first_byte
             target = self._target(url)
-            framing, chunked = _framing(method, headers, body)
-            head = _request_head(method, target, headers, framing)
+            framing, chunked = framing_of(method, headers, body)
+            head = request_head(method, target, headers, framing)
             link = await self._connect(target, connection, end)
-            return await self._exchange(link, _Outgoing(method, head, body, chunked), connection, end)
+            return await self._exchange(link, OutgoingRequest(method, head, body, chunked), connection, end)
         except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
             raise transport_failure(without_frames(error), connection) from None
 
-    async def _connect(self, target: _Target, info: ConnectionInfo, end: float) -> Connection:
+    async def _connect(self, target: Target, info: ConnectionInfo, end: float) -> Connection:
         """Return a connection: a used one unless a new one is asked for. end: the loop's time to be ready by."""
         link = None if info.fresh else await self._connector.pooled(target.key)
         info.reused = link is not None
@@ -272,7 +293,7 @@ class AiohttpTransport:
         return link
 
     async def _exchange(
-        self, link: Connection, request: _Outgoing, info: ConnectionInfo, end: float
+        self, link: Connection, request: OutgoingRequest, info: ConnectionInfo, end: float
     ) -> AiohttpResponse:
         """Write the request and wait for the head of the response, until `end` (the loop's time) or as extended."""
         loop = asyncio.get_running_loop()
@@ -308,10 +329,10 @@ class AiohttpTransport:
                 timer.cancel()
                 timer = info.extend = None
 
-    def _target(self, url: str) -> _Target:
+    def _target(self, url: str) -> Target:
         target = self._targets.get(url)
         if target is None:
-            target = _Target(url, self._options)
+            target = Target(url, self._options)
             if len(url) <= 1024:
                 if len(self._targets) >= 1024:
                     self._targets.clear()
@@ -320,74 +341,3 @@ class AiohttpTransport:
 
     async def close(self) -> None:
         await self._connector.close()
-
-
-def _framing(
-    method: str, headers: Sequence[tuple[str, str]], body: bytes | AsyncIterator[bytes] | None
-) -> tuple[str, bool]:
-    """Return the header line that tells a body's length, and whether it is chunked (RFC 9112 section 6)."""
-    if isinstance(body, bytes):
-        return f"Content-Length: {len(body)}\r\n", False
-    if body is None:
-        return ("" if method in _NO_BODY else "Content-Length: 0\r\n"), False
-    if any(name.lower() == "content-length" for name, _ in headers):
-        return "", False
-    return "Transfer-Encoding: chunked\r\n", True
-
-
-def _request_head(method: str, target: _Target, headers: Sequence[tuple[str, str]], framing: str) -> bytes:
-    """Return a request's head. Raises ValueError for a header with a line break.
-
-    The parser and the settings let no line break in: this check is the last one.
-    """
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    head = f"{method}{target.start}{lines}{framing}\r\n".encode("utf-8", "surrogateescape")
-    if head.count(b"\n") != len(headers) + target.lines + 1 + (framing != ""):
-        raise ValueError("a header with a line break")
-    return head
-
-
-class _Outgoing:
-    """A request on its way out. head: its bytes up to the blank line."""
-
-    __slots__ = ("_body", "_chunked", "_head", "method")
-
-    def __init__(self, method: str, head: bytes, body: bytes | AsyncIterator[bytes] | None, chunked: bool) -> None:
-        self.method = method
-        self._head = head
-        self._body = body
-        self._chunked = chunked
-
-    def write(self, protocol: ResponseHandler, transport: asyncio.Transport) -> asyncio.Task[None] | None:
-        """Write the request. Return the task that writes its body, if that is streamed or large."""
-        head, body = self._head, self._body
-        if body is None or (isinstance(body, bytes) and len(body) <= _LARGE):
-            transport.write(head + body if body else head)
-            return None
-        transport.write(head)
-        pieces = _sliced(body) if isinstance(body, bytes) else body
-        return asyncio.get_running_loop().create_task(_write(protocol, pieces, self._chunked))
-
-
-async def _write(protocol: ResponseHandler, pieces: AsyncIterator[bytes], chunked: bool) -> None:
-    """Write a body as fast as the upstream takes it. If it breaks, the wait for the response ends with an error."""
-    try:
-        async for piece in pieces:
-            transport = protocol.transport
-            if transport is None or transport.is_closing():
-                return
-            if piece:
-                transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            if protocol.writing_paused:
-                await protocol._drain_helper()
-        if chunked and protocol.transport is not None:
-            protocol.transport.write(b"0\r\n\r\n")
-    except Exception as error:
-        protocol.set_exception(aiohttp.ClientConnectionError(f"the request body broke off ({error_name(error)})"))
-
-
-async def _sliced(body: bytes) -> AsyncIterator[bytes]:
-    """Yield a large body in pieces, so that writing it neither blocks the loop nor doubles it in memory."""
-    view = memoryview(body)
-    for start in range(0, len(view), _LARGE):
-        yield bytes(view[start : start + _LARGE])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..protocol.headers import Raw
+
+if TYPE_CHECKING:
+    import asyncio
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -29,6 +32,25 @@ class ConnectionInfo:
     extend: Callable[[float], None] | None = None
 
 
+class SwitchedConnection(Protocol):
+    """A connection that no longer speaks HTTP, as aiohttp's protocols are on both sides."""
+
+    transport: asyncio.Transport | None
+
+    @property
+    def writing_paused(self) -> bool:
+        """Whether the peer takes less than is written."""
+
+    def set_parser(self, parser: Any, _: None, /) -> None:
+        """Hand to `parser` what comes from now on, and before it what has come since the handshake."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    async def _drain_helper(self) -> None: ...
+
+
 class UpstreamResponse(Protocol):
     """A response whose status and headers are here; its body is still to be read."""
 
@@ -44,6 +66,9 @@ class UpstreamResponse(Protocol):
 
     def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes. Raises TransportFailure (`invalid`: cut short; `timeout`: silent)."""
+
+    def switched(self) -> SwitchedConnection:
+        """Return the connection after a 101."""
 
     def close(self) -> None:
         """End the response: the connection is kept only if the body was read to its end."""

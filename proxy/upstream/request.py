@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -36,6 +36,20 @@ class RequestBody(Protocol):
         """The upstream refuses `stream_options`: from now on the proxy does not add the field there."""
 
 
+class _NoBody:
+    length = None
+    error = None
+
+    def for_upstream(self, upstream: Upstream) -> tuple[Body, bool]:
+        return None, False
+
+    def without_usage(self, upstream: Upstream) -> None:
+        raise AssertionError("nothing is added to no body")
+
+
+NO_BODY: Final[RequestBody] = _NoBody()
+
+
 class UpstreamRequest(msgspec.Struct, frozen=True):
     """A request to be sent, with a key of the pool and as often as the retry policy allows.
 
@@ -48,6 +62,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     quota: under which name its limits count; None: the key's own.
     repeatable: it may be sent again after bytes of it have gone up.
     verbatim: the response is handed on as it comes; only errors are read.
+    upgrade: it is a WebSocket handshake.
     """
 
     method: str
@@ -64,6 +79,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     quota: str | None = None
     repeatable: bool = True
     verbatim: bool = False
+    upgrade: bool = False
 
     @property
     def model_known(self) -> bool:

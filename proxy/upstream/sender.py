@@ -105,7 +105,8 @@ class RetryingSender:
                 if lease.key.upstream not in sending.visited:
                     sending.visited.add(lease.key.upstream)
                     upstream.budget.request(self._clock.monotonic())
-                fresh, sending.fresh = sending.fresh or not request.repeatable, False
+                fresh = sending.fresh or request.upgrade or not request.repeatable
+                sending.fresh = False
                 result = await self._attempts.run(request, lease, upstream, fresh)
                 if result.refuses_usage:
                     request.body.without_usage(upstream)

@@ -16,7 +16,7 @@ import orjson
 from multidict import CIMultiDict
 
 from proxy.protocol.headers import Raw
-from proxy.upstream.interfaces import ConnectionInfo
+from proxy.upstream.interfaces import ConnectionInfo, SwitchedConnection
 from proxy.upstream.retry.outcome import FailureKind, TransportFailure
 
 HANG: Final = "hang"
@@ -117,6 +117,9 @@ class ScriptedResponse:
             else:
                 await asyncio.sleep(float(step))
         self.finished = True
+
+    def switched(self) -> SwitchedConnection:
+        raise AssertionError("scripted responses change to no other protocol")
 
     def close(self) -> None:
         self.closed += 1

@@ -22,6 +22,7 @@ from proxy.server.connections import ListeningServer
 from proxy.server.in_flight import InFlight
 from proxy.server.listeners import bind
 from proxy.server.passthrough import PassthroughHandler
+from proxy.server.upgrade import UpgradeHandler
 from proxy.services import Services, build_reservations, build_sender, build_services
 from proxy.system.clock import SYSTEM_CLOCK, Clock
 from tests.pipeline.fixture import request_handler, settings
@@ -211,15 +212,13 @@ class RunningProxy:
         self.in_flight = InFlight(started=clock.wall())
         self.ledger = Ledger(None, clock)
         self.admin = AdminHandler(self.services, self.metrics, access, self.in_flight, self.ledger)
+        sender = build_sender(self.services, self.transport)
+        passthrough = PassthroughHandler(self.services, sender, build_reservations(self.services), self._keep)
         self.api = ApiHandler(
             self.services,
             request_handler(self.services, self.transport, self._observe),
-            PassthroughHandler(
-                self.services,
-                build_sender(self.services, self.transport),
-                build_reservations(self.services),
-                self._keep,
-            ),
+            passthrough,
+            UpgradeHandler(self.services, sender, passthrough, self.in_flight),
             self.admin,
             self.metrics,
             access,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from ...protocol.errors import ProxyError
-from ...protocol.routes import Route, Shape
+from ...protocol.routes import REALTIME, Route, Shape, replaced_query
 
 if TYPE_CHECKING:
     from .interface import UpstreamAddress
@@ -42,6 +42,9 @@ def _segment(deployment: str) -> str:
 def url(address: UpstreamAddress, route: Route, model: str) -> str:
     root = address.base_url + "/openai"
     query = route.query
+    if route.path == REALTIME and route.shape == "openai" and model:  # OpenAI's query names a model
+        name = "model" if address.api_version is None else "deployment"
+        query = replaced_query(query, {"deployment", "model"}, (name, deployment_of(address, model)))
     if _is_v1(address, route.shape):
         return f"{root}/v1{route.path}" + (f"?{query}" if query else "")
     if not any(part.startswith("api-version=") for part in query.split("&")):

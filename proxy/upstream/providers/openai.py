@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...protocol.routes import Route, Shape
+from ...protocol.routes import REALTIME, Route, Shape, replaced_query
 
 if TYPE_CHECKING:
     from .interface import UpstreamAddress
@@ -14,6 +14,8 @@ def url(address: UpstreamAddress, route: Route, model: str) -> str:
     query = route.query
     if route.shape != "openai" and query:  # an Azure client's api-version means nothing here
         query = "&".join(part for part in query.split("&") if not part.startswith("api-version="))
+        if route.path == REALTIME and model:  # Azure's query names a deployment, OpenAI's a model
+            query = replaced_query(query, {"deployment", "model"}, ("model", model))
     return address.base_url + route.path + (f"?{query}" if query else "")
 
 

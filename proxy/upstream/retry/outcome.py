@@ -181,11 +181,13 @@ def breaker_failure(outcome: OutcomeKind, answer: tuple[int, Mapping[str, str]] 
     """Return what counts against the upstream's health: the status, or `NO_ANSWER`; None: nothing.
 
     answer: status and headers; None: there was no response. An upstream that says when to come back is only busy (RFC
-    9110 section 15.6.4).
+    9110 section 15.6.4). A final 501 says what it cannot do (section 15.6.2), not that it is ill.
     """
     if answer is None:
         return None if outcome is OutcomeKind.STALE else NO_ANSWER
     status, headers = answer
+    if status == 501 and outcome is OutcomeKind.FINAL:
+        return None
     if status >= 500:
         return None if "retry-after" in headers or "retry-after-ms" in headers else status
     return status if status < 400 and outcome is OutcomeKind.RETRY else None
