@@ -224,9 +224,9 @@ def _tokens_of(message: Json, logprobs: object) -> tuple[str, list[Json]]:
     """Return the text of the log probabilities, and these token by token; "" if they fit no text exactly."""
     if type(logprobs) is not dict:
         return "", []
-    told = [(name, items) for name, items in logprobs.items() if items is not None]
-    for name, items in told:
-        if len(told) == 1 and name in LOGPROBS and type(items) is list:
+    present = [(name, items) for name, items in logprobs.items() if items is not None]
+    for name, items in present:
+        if len(present) == 1 and name in LOGPROBS and type(items) is list:
             tokens = [item["token"] for item in items if type(item) is dict and is_text(item.get("token"))]
             if items and len(tokens) == len(items) and "".join(tokens) == message.get(name):
                 return name, items

@@ -364,8 +364,9 @@ class KeyPool:
                 "limits": usage,
             }
             if self._learned is not None:
-                told = ((model, self._learned.usage((quota, model), now)) for model in self._learned.models(quota))
-                row["learned"] = {printable_name(model): use for model, use in told if use}
+                learned = self._learned
+                by_model = ((model, learned.usage((quota, model), now)) for model in learned.models(quota))
+                row["learned"] = {printable_name(model): use for model, use in by_model if use}
             rows.append(row)
         return rows
 

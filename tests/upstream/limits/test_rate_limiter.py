@@ -19,20 +19,20 @@ OF_TOKENS = {"rpm": False, "tpm": True, "rpd": False, "tpd": True}
 SECONDS = {"rpm": MINUTE, "tpm": MINUTE, "rpd": DAY, "tpd": DAY}
 
 
-def taken(allowance: RateLimiter, tokens: int, now: float) -> Reservation:
-    answer = allowance.reserve(tokens, now)
+def taken(rate_limiter: RateLimiter, tokens: int, now: float) -> Reservation:
+    answer = rate_limiter.reserve(tokens, now)
     assert isinstance(answer, Reservation), answer
     return answer
 
 
-def wait(allowance: RateLimiter, tokens: int, now: float) -> float:
-    answer = allowance.reserve(tokens, now)
+def wait(rate_limiter: RateLimiter, tokens: int, now: float) -> float:
+    answer = rate_limiter.reserve(tokens, now)
     assert isinstance(answer, Wait), answer
     return answer.seconds
 
 
-def used(allowance: RateLimiter, name: str, now: float) -> int:
-    return allowance.usage(now)[name]["used"]
+def used(rate_limiter: RateLimiter, name: str, now: float) -> int:
+    return rate_limiter.usage(now)[name]["used"]
 
 
 # --- the reference --------------------------------------------------------------------------------
@@ -106,26 +106,26 @@ steps = st.one_of(
 def test_no_window_ever_admits_more_than_the_limit_and_nothing_leaks(
     limits: Limits, script: list[tuple[str, float, int | None]], start: float
 ) -> None:
-    allowance, reference, now = RateLimiter(limits), Reference(limits), start
+    rate_limiter, reference, now = RateLimiter(limits), Reference(limits), start
     for what, number, tokens in script:
         if what in ("arrive", "burst"):
             assert tokens is not None
             now += number if what == "arrive" else 0
             for _ in range(1 if what == "arrive" else int(number)):
-                check_arrival(allowance, reference, tokens, now)
+                check_arrival(rate_limiter, reference, tokens, now)
         elif reference.admitted:
             one = reference.admitted[int(number) % len(reference.admitted)]
             finish(one, what, tokens)
             finish(one, "cancel", None)  # a second end changes nothing
             finish(one, "settle", 10_000)
-        assert 0.0 <= allowance.headroom(now) <= 1.0
+        assert 0.0 <= rate_limiter.headroom(now) <= 1.0
     for one in reference.admitted:
         finish(one, "settle", None)
     longest = max([0.0, *(SECONDS[name] for name in reference.caps)])
     now += longest * MARGIN + 1e-6
-    assert allowance.idle(now)
-    assert allowance.headroom(now) == 1.0
-    assert all(level["used"] == 0 for level in allowance.usage(now).values())
+    assert rate_limiter.idle(now)
+    assert rate_limiter.headroom(now) == 1.0
+    assert all(level["used"] == 0 for level in rate_limiter.usage(now).values())
 
 
 def finish(one: Admitted, how: str, tokens: int | None) -> None:
@@ -139,24 +139,24 @@ def finish(one: Admitted, how: str, tokens: int | None) -> None:
     one.running = False
 
 
-def check_arrival(allowance: RateLimiter, reference: Reference, tokens: int, now: float) -> None:
-    before = allowance.usage(now)
+def check_arrival(rate_limiter: RateLimiter, reference: Reference, tokens: int, now: float) -> None:
+    before = rate_limiter.usage(now)
     too_large = any((tokens if OF_TOKENS[name] else 1) > cap for name, cap in reference.caps.items())
     must = reference.must_admit(tokens, now)
-    answer = allowance.reserve(tokens, now)
+    answer = rate_limiter.reserve(tokens, now)
     assert isinstance(answer, ExceedsLimit) == too_large
     if isinstance(answer, Reservation):
         reference.admitted.append(Admitted(now, tokens, answer))
         assert reference.keeps_promise(now)
         return
-    assert allowance.usage(now) == before, "all dimensions or none"
+    assert rate_limiter.usage(now) == before, "all dimensions or none"
     if isinstance(answer, Wait):
         assert not must
         assert answer.seconds > 0
         if answer.seconds == math.inf:
             assert reference.running() == reference.concurrency
             return
-        sooner, later = copy.deepcopy(allowance), copy.deepcopy(allowance)
+        sooner, later = copy.deepcopy(rate_limiter), copy.deepcopy(rate_limiter)
         assert isinstance(sooner.reserve(tokens, now + answer.seconds * 0.999 - 1e-6), Wait)
         assert isinstance(later.reserve(tokens, now + answer.seconds), Reservation)
 
@@ -166,13 +166,13 @@ def check_arrival(allowance: RateLimiter, reference: Reference, tokens: int, now
 
 def flood(limits: Limits, minutes: float, every: float, cost: int, actual: int, latency: float) -> tuple[int, int]:
     """Requests and actual tokens admitted while more is always asked for; each settles after `latency` s."""
-    allowance = RateLimiter(limits)
+    rate_limiter = RateLimiter(limits)
     open_ones: list[tuple[float, Reservation]] = []
     requests, now = 0, 0.0
     while now < minutes * MINUTE:
         while open_ones and open_ones[0][0] <= now:
             open_ones.pop(0)[1].settle(actual)
-        answer = allowance.reserve(cost, now)
+        answer = rate_limiter.reserve(cost, now)
         if isinstance(answer, Reservation):
             requests += 1
             open_ones.append((now + latency, answer))
@@ -215,34 +215,34 @@ def test_an_estimate_wrong_by_ten_either_way_keeps_the_long_run_rate(estimate: i
 def test_asking_again_when_told_is_never_too_early() -> None:
     rng = random.Random(3)
     for _ in range(3000):
-        allowance, now = RateLimiter(Limits(rpm=1)), rng.uniform(0, 1e6)
-        taken(allowance, 0, now)
+        rate_limiter, now = RateLimiter(Limits(rpm=1)), rng.uniform(0, 1e6)
+        taken(rate_limiter, 0, now)
         now += rng.uniform(0, 60)
-        taken(allowance, 0, now + wait(allowance, 0, now))
+        taken(rate_limiter, 0, now + wait(rate_limiter, 0, now))
 
 
 def test_a_shared_bucket_expires_by_its_latest_stamp() -> None:
-    allowance = RateLimiter(Limits(rpm=2))
-    taken(allowance, 0, 0.0)
-    taken(allowance, 0, 0.05)
-    assert wait(allowance, 0, 0.05) == pytest.approx(60.6)
-    assert wait(allowance, 0, 60.6) == pytest.approx(0.05)
+    rate_limiter = RateLimiter(Limits(rpm=2))
+    taken(rate_limiter, 0, 0.0)
+    taken(rate_limiter, 0, 0.05)
+    assert wait(rate_limiter, 0, 0.05) == pytest.approx(60.6)
+    assert wait(rate_limiter, 0, 60.6) == pytest.approx(0.05)
 
 
 def test_a_burst_of_the_whole_limit_goes_at_once() -> None:
-    allowance = RateLimiter(Limits(rpm=500, tpm=50_000))
+    rate_limiter = RateLimiter(Limits(rpm=500, tpm=50_000))
     for _ in range(500):
-        taken(allowance, 100, 7.0)
-    assert wait(allowance, 100, 7.0) == pytest.approx(60.6)
-    assert allowance.headroom(7.0) == 0.0
+        taken(rate_limiter, 100, 7.0)
+    assert wait(rate_limiter, 100, 7.0) == pytest.approx(60.6)
+    assert rate_limiter.headroom(7.0) == 0.0
 
 
 def test_a_random_long_run_with_both_limits_fills_the_one_that_binds() -> None:
     rng = random.Random(5)
-    allowance, now, requests, tokens = RateLimiter(Limits(rpm=300, tpm=60_000)), 0.0, 0, 0
+    rate_limiter, now, requests, tokens = RateLimiter(Limits(rpm=300, tpm=60_000)), 0.0, 0, 0
     cost = 200
     while now < 600:
-        answer = allowance.reserve(cost, now)
+        answer = rate_limiter.reserve(cost, now)
         if isinstance(answer, Reservation):
             requests, tokens = requests + 1, tokens + cost
             cost = rng.randint(20, 380)
@@ -256,44 +256,44 @@ def test_a_random_long_run_with_both_limits_fills_the_one_that_binds() -> None:
 
 
 def test_without_limits_everything_goes() -> None:
-    allowance = RateLimiter(Limits())
-    reservation = taken(allowance, 10**12, 0.0)
+    rate_limiter = RateLimiter(Limits())
+    reservation = taken(rate_limiter, 10**12, 0.0)
     assert reservation.tokens == 10**12
-    assert allowance.headroom(0.0) == 1.0
-    assert allowance.usage(0.0) == {}
+    assert rate_limiter.headroom(0.0) == 1.0
+    assert rate_limiter.usage(0.0) == {}
     reservation.settle(5)
-    assert allowance.idle(0.0)
+    assert rate_limiter.idle(0.0)
 
 
 def test_a_request_larger_than_a_window_is_told_so_even_while_others_wait() -> None:
-    allowance = RateLimiter(Limits(rpm=1, tpm=1000))
-    taken(allowance, 10, 0.0)
-    answer = allowance.reserve(1001, 0.0)
+    rate_limiter = RateLimiter(Limits(rpm=1, tpm=1000))
+    taken(rate_limiter, 10, 0.0)
+    answer = rate_limiter.reserve(1001, 0.0)
     assert answer == ExceedsLimit("the request counts as 1001 tokens and tpm allows 1000")
-    assert isinstance(allowance.reserve(1000, 0.0), Wait)
+    assert isinstance(rate_limiter.reserve(1000, 0.0), Wait)
 
 
 @pytest.mark.parametrize("name", ["rpm", "tpm", "rpd", "tpd", "concurrency"])
 def test_a_limit_of_zero_admits_nothing(name: str) -> None:
-    allowance = RateLimiter(replace(Limits(), **{name: 0}))
-    answer = allowance.reserve(1, 0.0)
+    rate_limiter = RateLimiter(replace(Limits(), **{name: 0}))
+    answer = rate_limiter.reserve(1, 0.0)
     assert isinstance(answer, ExceedsLimit)
     assert name in answer.reason
-    assert allowance.headroom(0.0) == 0.0
+    assert rate_limiter.headroom(0.0) == 0.0
 
 
 def test_a_negative_estimate_is_none() -> None:
-    allowance = RateLimiter(Limits(tpm=10))
-    taken(allowance, -50, 0.0)
-    assert used(allowance, "tpm", 0.0) == 0
+    rate_limiter = RateLimiter(Limits(tpm=10))
+    taken(rate_limiter, -50, 0.0)
+    assert used(rate_limiter, "tpm", 0.0) == 0
 
 
 def test_a_refusal_by_one_limit_takes_nothing_of_the_others() -> None:
-    allowance = RateLimiter(Limits(rpm=10, tpm=100, concurrency=3))
-    taken(allowance, 90, 0.0)
+    rate_limiter = RateLimiter(Limits(rpm=10, tpm=100, concurrency=3))
+    taken(rate_limiter, 90, 0.0)
     for _ in range(1000):
-        wait(allowance, 20, 1.0)
-    assert allowance.usage(1.0) == {
+        wait(rate_limiter, 20, 1.0)
+    assert rate_limiter.usage(1.0) == {
         "rpm": {"limit": 10, "used": 1},
         "tpm": {"limit": 100, "used": 90},
         "concurrency": {"limit": 3, "used": 1},
@@ -301,60 +301,60 @@ def test_a_refusal_by_one_limit_takes_nothing_of_the_others() -> None:
 
 
 def test_concurrency_returns_on_either_end_and_only_once() -> None:
-    allowance = RateLimiter(Limits(concurrency=2))
-    one, two = taken(allowance, 0, 0.0), taken(allowance, 0, 0.0)
-    assert wait(allowance, 0, 0.0) == math.inf
+    rate_limiter = RateLimiter(Limits(concurrency=2))
+    one, two = taken(rate_limiter, 0, 0.0), taken(rate_limiter, 0, 0.0)
+    assert wait(rate_limiter, 0, 0.0) == math.inf
     for _ in range(3):
         one.settle(5)
         one.cancel()
-    third = taken(allowance, 0, 0.0)
-    assert wait(allowance, 0, 1e6) == math.inf
-    assert not allowance.idle(1e6)
+    third = taken(rate_limiter, 0, 0.0)
+    assert wait(rate_limiter, 0, 1e6) == math.inf
+    assert not rate_limiter.idle(1e6)
     two.cancel()
     third.settle(None)
-    assert allowance.idle(0.0)
+    assert rate_limiter.idle(0.0)
 
 
 def test_a_sent_request_stays_counted_and_settles_its_tokens() -> None:
-    allowance = RateLimiter(Limits(rpm=10, tpm=1000))
-    taken(allowance, 400, 0.0).settle(50)
-    taken(allowance, 400, 0.0).settle(None)
-    taken(allowance, 400, 0.0).settle(0)  # an error answer
-    assert allowance.usage(0.0)["rpm"]["used"] == 3
-    assert used(allowance, "tpm", 0.0) == 450
+    rate_limiter = RateLimiter(Limits(rpm=10, tpm=1000))
+    taken(rate_limiter, 400, 0.0).settle(50)
+    taken(rate_limiter, 400, 0.0).settle(None)
+    taken(rate_limiter, 400, 0.0).settle(0)  # an error answer
+    assert rate_limiter.usage(0.0)["rpm"]["used"] == 3
+    assert used(rate_limiter, "tpm", 0.0) == 450
 
 
 def test_an_unsent_request_releases_everything() -> None:
-    allowance = RateLimiter(Limits(rpm=1, tpm=1000, rpd=1, tpd=1000, concurrency=1))
+    rate_limiter = RateLimiter(Limits(rpm=1, tpm=1000, rpd=1, tpd=1000, concurrency=1))
     for _ in range(1000):
-        taken(allowance, 1000, 0.0).cancel()
-    assert all(level["used"] == 0 for level in allowance.usage(0.0).values())
+        taken(rate_limiter, 1000, 0.0).cancel()
+    assert all(level["used"] == 0 for level in rate_limiter.usage(0.0).values())
 
 
 def test_an_overdrawn_window_admits_nothing_until_it_fits() -> None:
-    allowance = RateLimiter(Limits(tpm=1000))
-    early = taken(allowance, 100, 0.0)
-    late = taken(allowance, 100, 30.0)
+    rate_limiter = RateLimiter(Limits(tpm=1000))
+    early = taken(rate_limiter, 100, 0.0)
+    late = taken(rate_limiter, 100, 30.0)
     early.settle(600)
     late.settle(900)
-    assert used(allowance, "tpm", 30.0) == 1500
-    assert allowance.headroom(30.0) == 0.0
-    assert wait(allowance, 0, 31.0) == pytest.approx(60.6 - 31)  # 900 are left then
-    assert wait(allowance, 100, 31.0) == pytest.approx(60.6 - 31)
-    assert wait(allowance, 101, 31.0) == pytest.approx(90.6 - 31)
+    assert used(rate_limiter, "tpm", 30.0) == 1500
+    assert rate_limiter.headroom(30.0) == 0.0
+    assert wait(rate_limiter, 0, 31.0) == pytest.approx(60.6 - 31)  # 900 are left then
+    assert wait(rate_limiter, 100, 31.0) == pytest.approx(60.6 - 31)
+    assert wait(rate_limiter, 101, 31.0) == pytest.approx(90.6 - 31)
 
 
 def test_a_settlement_counts_at_the_time_of_its_reservation() -> None:
-    allowance = RateLimiter(Limits(tpm=1000))
-    first = taken(allowance, 100, 0.0)
+    rate_limiter = RateLimiter(Limits(tpm=1000))
+    first = taken(rate_limiter, 100, 0.0)
     first.settle(1000)
-    assert wait(allowance, 1, 59.0) == pytest.approx(1.6)
-    second = taken(allowance, 1000, 61.0)
-    assert used(allowance, "tpm", 61.0) == 1000
-    assert used(allowance, "tpm", 130.0) == 0
+    assert wait(rate_limiter, 1, 59.0) == pytest.approx(1.6)
+    second = taken(rate_limiter, 1000, 61.0)
+    assert used(rate_limiter, "tpm", 61.0) == 1000
+    assert used(rate_limiter, "tpm", 130.0) == 0
     second.settle(5000)  # its window has passed
-    assert used(allowance, "tpm", 130.0) == 0
-    assert allowance.idle(130.0)
+    assert used(rate_limiter, "tpm", 130.0) == 0
+    assert rate_limiter.idle(130.0)
 
 
 def test_a_share_of_a_limit_rounds_down_but_not_to_nothing() -> None:
@@ -364,17 +364,17 @@ def test_a_share_of_a_limit_rounds_down_but_not_to_nothing() -> None:
 
 
 def test_memory_is_bounded_and_a_clock_that_steps_back_gives_nothing_away() -> None:
-    allowance = RateLimiter(Limits(rpm=10**6))
+    rate_limiter = RateLimiter(Limits(rpm=10**6))
     now = 0.0
     for _ in range(20_000):
-        taken(allowance, 1, now)
+        taken(rate_limiter, 1, now)
         now += 0.006
-    (window,) = allowance._windows
+    (window,) = rate_limiter._windows
     assert len(window.buckets) <= BUCKETS + 1
-    before = used(allowance, "rpm", now)
-    taken(allowance, 1, now - 30)
-    assert used(allowance, "rpm", now + 30) >= 1
-    assert used(allowance, "rpm", now - 30) <= before + 1
+    before = used(rate_limiter, "rpm", now)
+    taken(rate_limiter, 1, now - 30)
+    assert used(rate_limiter, "rpm", now + 30) >= 1
+    assert used(rate_limiter, "rpm", now - 30) <= before + 1
 
 
 # --- which limits ---------------------------------------------------------------------------------

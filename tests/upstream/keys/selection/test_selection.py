@@ -86,10 +86,10 @@ def test_every_key_is_used_up_before_anybody_waits(strategy: str) -> None:
 def test_most_headroom_first() -> None:
     pool = pool_with("headroom", 2, {"*": Limits(rpm=100)})
     first, second = pool.keys
-    allowance = pool.rate_limiter(first, M, 0.0)
-    assert allowance is not None
+    rate_limiter = pool.rate_limiter(first, M, 0.0)
+    assert rate_limiter is not None
     for _ in range(50):
-        allowance.reserve(1, 0.0)
+        rate_limiter.reserve(1, 0.0)
     assert serve(pool, 45) == ["k1"] * 45
     assert pool.headroom(second, M, 0.0) == pytest.approx(0.55)
 
