@@ -59,6 +59,18 @@ def want_usage(raw: bytes, document: Mapping[str, Any]) -> bytes | None:
     return raw[:start] + changed + raw[end:]
 
 
+def is_ambiguous(raw: bytes, name: str) -> bool:
+    """Return whether parsers may read different values of a top-level member: it is there twice, or in another case.
+
+    Some take the first of two, some the last, and some do not tell upper from lower case. name: in lower case.
+    """
+    try:
+        found = [member for member, _, _ in _members(raw) if json.loads(member, strict=False).lower() == name]
+    except ValueError:
+        return True
+    return len(found) > 1 or any(json.loads(member, strict=False) != name for member in found)
+
+
 def _insert(raw: bytes, name: str, value: bytes) -> bytes:
     """Return the object with a new member directly after its last one."""
     brace = raw.rfind(b"}")

@@ -39,6 +39,12 @@ REALTIME: Final = "/realtime"
 """The path of the Realtime API's WebSockets, whose query names the model."""
 
 _FORBIDDEN: Final = re.compile(r"%2e|%2f|%5c|//|\\|\.\.|/\.(?=/|\Z)|[\x00-\x20\x7f]", re.IGNORECASE)
+_OTHER_SPELLING: Final = re.compile(r"%(?:2d|3\d|4[1-9a-f]|5[\daf]|6[1-9a-f]|7[\dae])|;", re.IGNORECASE)
+"""A percent-encoded unreserved character (RFC 3986 section 6.2.2.2) and path parameters: other servers take such a path
+for one that is spelled without them."""
+
+_PARAMETERS: Final = re.compile(r";[^/]*")
+
 _INVALID_IN_TARGET: Final = re.compile(r"[#\ud800-\udfff]")
 """A fragment, which is no part of a target (RFC 9112 section 3.2), and bytes that are not UTF-8."""
 
@@ -82,8 +88,10 @@ def replaced_query(query: str, dropped: Collection[str], *added: tuple[str, str]
     return "&".join([*kept, *(f"{name}={quote(value, safe='', errors='replace')}" for name, value in added)])
 
 
-def unknown_route(path: str) -> ProxyError:
-    return ProxyError("unknown_route", f"no such route: {printable(path)}; the API is below /v1")
+def unknown_route(path: str, right: str = "") -> ProxyError:
+    """Return the error for a path that is not served. right: the path that it should be, if that is known."""
+    hint = f"did you mean {printable(right)}?" if right else "the API is below /v1"
+    return ProxyError("unknown_route", f"no such route: {printable(path)}; {hint}")
 
 
 def printable(text: str, limit: int = 120) -> str:
@@ -129,5 +137,29 @@ def parse_target(target: str) -> Route:
         raise unknown_route(path)
     if below == "/":
         raise unknown_route(path)
+    _check_spelling(path, below)
     endpoint = ENDPOINTS.get(below, "")
     return Route("endpoint" if endpoint else "passthrough", below, query, endpoint, shape, deployment, options)
+
+
+def _check_spelling(path: str, below: str) -> None:
+    """Raise ProxyError(unknown_route) for a path that a server may take for another one, so that no rule is escaped.
+
+    below: the path below `/v1`, which is the end of `path`.
+    """
+    root, right = path[: len(path) - len(below)], below.rstrip("/")
+    if _OTHER_SPELLING.search(path):
+        root, right = _plain(root), _plain(right)
+    lower = right.lower()
+    segment = lower.split("/", 2)[1]
+    if lower in ENDPOINTS:
+        right = lower
+    elif segment in SEGMENTS:
+        right = f"/{segment}{right[len(segment) + 1 :]}"
+    if root + right != path:
+        raise unknown_route(path, root + right)
+
+
+def _plain(path: str) -> str:
+    """Return a path without path parameters, its unreserved characters decoded."""
+    return _OTHER_SPELLING.sub(lambda found: unquote(found[0]), _PARAMETERS.sub("", path))

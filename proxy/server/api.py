@@ -40,7 +40,7 @@ from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
 from ..protocol.websocket import is_handshake
 from ..services import Services
-from ..upstream.limits.clients import check_model
+from ..upstream.limits.clients import check_model, check_unambiguous
 from ..upstream.providers.registry import models_in_path
 from .access import ANONYMOUS, AccessControl
 from .admin import AdminHandler
@@ -198,6 +198,7 @@ class ApiHandler:
             request, context.route, context.client, body, has_options=digest is None
         )
         if context.client.models:
+            check_unambiguous(context.client, body)
             check_model(context.client, proxy_request.model, *models_in_path(self._services.addresses, context.route))
         reply = await self._handler.handle(proxy_request, self._check_in_flight, digest)
         if isinstance(reply, CacheHit):

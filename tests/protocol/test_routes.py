@@ -43,7 +43,7 @@ def test_an_empty_query_is_none() -> None:
 
 PASSED = ["/models", "/models/gpt-4o", "/files", "/files/file-1/content", "/images/generations", "/audio/speech"]
 PASSED += ["/batches", "/fine_tuning/jobs", "/uploads/u1/parts", "/vector_stores", "/assistants", "/threads/t/runs"]
-PASSED += ["/responses/resp_1", "/chat/completions/c1/messages", "/chat/completions/", "/conversations"]
+PASSED += ["/responses/resp_1", "/chat/completions/c1/messages", "/conversations"]
 
 
 @pytest.mark.parametrize("path", PASSED)
@@ -110,6 +110,39 @@ def test_unknown_routes(target: str) -> None:
     assert (caught.value.code, caught.value.status) == ("unknown_route", 404)
 
 
+OTHER_SPELLINGS = [
+    ("/v1/chat/completions/", "/v1/chat/completions"),
+    ("/v1/chat/%63ompletions", "/v1/chat/completions"),
+    ("/chat/completion%73/", "/chat/completions"),
+    ("/v1/chat/completions;x=1", "/v1/chat/completions"),
+    ("/v1/chat;a/completions", "/v1/chat/completions"),
+    ("/v1/Chat/Completions", "/v1/chat/completions"),
+    ("/v1/EMBEDDINGS", "/v1/embeddings"),
+    ("/v1/Images/generations", "/v1/images/generations"),
+    ("/v1/fine%5Ftuning/jobs", "/v1/fine_tuning/jobs"),
+    ("/v1/models/", "/v1/models"),
+    ("/v1/files/file%2D1", "/v1/files/file-1"),
+    ("/openai/v1/responses/", "/openai/v1/responses"),
+    ("/openai/deployments/%70tu/chat/completions", "/openai/deployments/ptu/chat/completions"),
+    ("/openai/deployments/ptu;v=1/chat/completions", "/openai/deployments/ptu/chat/completions"),
+    ("/openai/deployments/ptu/chat/completions/", "/openai/deployments/ptu/chat/completions"),
+    ("/_/namespace=a;ttl=1h/v1/chat/completions/", "/v1/chat/completions"),
+]
+
+
+@pytest.mark.parametrize(("target", "right"), OTHER_SPELLINGS)
+def test_another_spelling_of_a_route_is_refused_and_the_right_one_named(target: str, right: str) -> None:
+    with pytest.raises(ProxyError) as caught:
+        parse_target(f"{target}?a=%63;d")
+    assert caught.value.code == "unknown_route"
+    assert json.loads(caught.value.body())["error"]["message"].endswith(f"did you mean {right}?")
+
+
+def test_options_in_the_base_url_may_be_encoded_and_the_query_is_free() -> None:
+    assert parse_target("/_/tag=team:%73earch;ttl=1h/v1/models").options.tags == ("team:search",)
+    assert parse_target("/v1/models?a=%63;d/").query == "a=%63;d/"
+
+
 # --- raw paths --------------------------------------------------------------------------------------------------------
 
 EVIL = ["..", "%2e", "%2E", "%2f", "%2F", "%5c", "%5C", "\\", "/"]
@@ -145,7 +178,7 @@ def test_dot_segments_are_refused(target: str) -> None:
 
 
 KEPT = ["/v1/files/a.b", "/v1/files/.hidden", "/v1/files/a%20b", "/v1/models/ft:gpt-4o:org::id", "/v1/files/%E2%82%AC"]
-KEPT += ["/v1/files/a%252fb", "/v1/files/a;b=c", "/v1/files/a%23b", "/v1/files/a+b@c", "/v1/files/é"]
+KEPT += ["/v1/files/a%252fb", "/v1/files/a%3bb", "/v1/files/a%23b", "/v1/files/a+b@c", "/v1/files/é"]
 
 
 @pytest.mark.parametrize("target", KEPT)

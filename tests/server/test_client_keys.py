@@ -55,6 +55,25 @@ async def test_the_deployment_in_the_path_decides_on_azure() -> None:
             assert (await asked(server, model="gpt-4o-mini", target=target)).status == status
 
 
+@pytest.mark.parametrize(
+    "models",
+    [
+        '"model":"gpt-4o","model":"gpt-4o-mini"',
+        '"model":"gpt-4o-mini","model":"gpt-4o"',
+        '"mod\\u0065l":"gpt-4o","model":"gpt-4o-mini"',
+        '"model":"gpt-4o-mini","Model":"gpt-4o"',
+        '"MODEL":"gpt-4o-mini"',
+    ],
+)
+async def test_a_body_that_parsers_may_read_differently_is_refused(models: str) -> None:
+    """Some parsers take the first of two fields, others the last, and Go's do not tell upper from lower case."""
+    body = f'{{{models},"messages":[{{"role":"user","content":"Hi"}}]}}'.encode()
+    async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as server:
+        headers = [("Authorization", "Bearer key-a")]
+        answer = await server.ask(body=body, headers=headers)
+        assert (answer.status, answer.error, server.transport.sent) == (403, "model_not_allowed", [])
+
+
 async def test_a_client_limited_to_models_may_not_use_unparsed_routes() -> None:
     async with running_proxy(says(), config=config(models=("gpt-4o-mini",))) as server:
         answer = await asked(server, target="/v1/images/generations")

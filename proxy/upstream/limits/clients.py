@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ...config.limits import Limits
 from ...protocol.errors import ProxyError
+from ...protocol.json_edit import is_ambiguous
 from ...protocol.request import Client
 from ...protocol.routes import CARRIES_NO_MODEL
 from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
@@ -26,6 +27,16 @@ def check_model(client: Client, *models: str) -> None:
         for model in models:
             if not any(fnmatchcase(model, glob) for glob in client.models):
                 raise ProxyError("model_not_allowed", f"client {client.name} may not use {model[:60]!r}", param="model")
+
+
+def check_unambiguous(client: Client, body: bytes) -> None:
+    """Check a JSON body of a client that may use some models only. Raises ProxyError(model_not_allowed).
+
+    If it has two models, the proxy and the upstream might read different ones.
+    """
+    if client.models and is_ambiguous(body, "model"):
+        message = f"client {client.name} may use some models only, and this body does not name one clearly"
+        raise ProxyError("model_not_allowed", message, param="model")
 
 
 def check_passthrough(client: Client, method: str, segment: str) -> None:
