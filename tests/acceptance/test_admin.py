@@ -82,11 +82,11 @@ async def test_a_purge_by_command_empties_the_memory_of_running_proxies(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path, shared: Config
 ) -> None:
     one, two = launch(shared), launch(shared)
-    told = await asked(client, one)
+    result = await asked(client, one)
     await stored(client, two, 3)
     for proxy in (one, two):
         assert [reply.cache for reply in await asked(client, proxy)] == ["hit"] * 3
-    key = told[0].headers["X-Proxy-Cache-Key"]
+    key = result[0].headers["X-Proxy-Cache-Key"]
     assert await command(tmp_path, shared, "purge", "--key", key[:12], "--dry-run") == (
         "1 entry would be purged (dry run)\n"
     )
@@ -142,7 +142,7 @@ async def kept(
 async def test_exported_entries_are_hits_after_import_elsewhere(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path, kept: tuple[Config, list[Reply]]
 ) -> None:
-    config, told = kept
+    config, result = kept
     file = tmp_path / "answers.jsonl"
     assert await command(tmp_path, config, "export", str(file)) == f"3 entries exported to {file}\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -156,7 +156,7 @@ async def test_exported_entries_are_hits_after_import_elsewhere(
     await command(tmp_path, fresh, "export", str(again))
     assert again.read_bytes() == file.read_bytes()
     proxy = launch(fresh)
-    for before, after in zip(told, await asked(client, proxy), strict=True):
+    for before, after in zip(result, await asked(client, proxy), strict=True):
         assert (after.cache, after.body) == ("hit", before.body)
     assert upstream.count == 3
 
@@ -181,7 +181,7 @@ async def test_the_memory_of_a_running_proxy_over_http(
 ) -> None:
     config = settings(upstream.port, server={"admin_key": "the-admin-key"})
     proxy, other = launch(config), launch(config)
-    told = await asked(client, proxy)
+    result = await asked(client, proxy)
     at = ["--url", proxy.base_url]
     assert "responses are only in the running proxy's memory; ask it with --url" in await command(
         tmp_path, config, "list", status=2
@@ -190,13 +190,13 @@ async def test_the_memory_of_a_running_proxy_over_http(
     assert {one["model"] for one in await listed(tmp_path, config, *at)} == {"gpt-4o", "gpt-4o-mini"}
     stats = json.loads(await command(tmp_path, config, "stats", *at, "--format", "json"))
     assert (stats["backend"], stats["entries"], len(stats["models"])) == ("memory", 3, 2)
-    key = told[0].headers["X-Proxy-Cache-Key"]
+    key = result[0].headers["X-Proxy-Cache-Key"]
     shown = json.loads(await command(tmp_path, config, "show", key[:10], "--body", *at, "--format", "json"))
-    assert (shown["key"], shown["forms"][0]["body"].encode()) == (key, told[0].body)
+    assert (shown["key"], shown["forms"][0]["body"].encode()) == (key, result[0].body)
     file = tmp_path / "answers.jsonl"
     await command(tmp_path, config, "export", str(file), *at)
     assert "3 new" in await command(tmp_path, config, "import", str(file), "--url", other.base_url)
-    for before, after in zip(told, await asked(client, other), strict=True):
+    for before, after in zip(result, await asked(client, other), strict=True):
         assert (after.cache, after.body) == ("hit", before.body)
     assert await command(tmp_path, None, "purge", "--all", *at, PROXY__SERVER__ADMIN_KEY="the-admin-key") == (
         "3 entries purged\n"
@@ -205,8 +205,8 @@ async def test_the_memory_of_a_running_proxy_over_http(
 
 
 async def test_list_show_and_stats_as_text(tmp_path: Path, kept: tuple[Config, list[Reply]]) -> None:
-    config, told = kept
-    key = told[0].headers["X-Proxy-Cache-Key"]
+    config, result = kept
+    key = result[0].headers["X-Proxy-Cache-Key"]
     for args in (["stats"], ["list"], ["list", "--limit", "1"], ["show", key[:8], "--body"]):
         said = await command(tmp_path, config, *args)
         assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith(("where:", "key:", "{")))

@@ -46,13 +46,13 @@ async def test_sqlite_answers_after_a_restart(
     path = tmp_path / "deep" / "cache.db"
     first = launch(on_disk(upstream.port, path))
     assert f"cache: sqlite {path}" in first.stderr_so_far()
-    told = await client.send(first, ask("one"))
+    result = await client.send(first, ask("one"))
     streamed = await client.send(first, ask("another", stream=True))
     first.terminate()
     assert first.wait() == 0
     again = launch(on_disk(upstream.port, path))
     hit = await client.send(again, ask("one"))
-    assert (hit.cache, hit.body, hit.headers["X-Proxy-Cost-USD"]) == ("hit", told.body, "0.000000")
+    assert (hit.cache, hit.body, hit.headers["X-Proxy-Cost-USD"]) == ("hit", result.body, "0.000000")
     hit = await client.send(again, ask("another", stream=True))
     assert (hit.cache, hit.body) == ("hit", streamed.body)
     assert upstream.count == 2
@@ -64,9 +64,9 @@ async def test_two_processes_share_a_sqlite_file(
     launch: Launch, upstream: ScriptedUpstream, client: Client, tmp_path: Path
 ) -> None:
     one, two = (launch(on_disk(upstream.port, tmp_path / "cache.db")) for _ in range(2))
-    told = await client.send(one, ask("one"))
+    result = await client.send(one, ask("one"))
     await stored(client, two)
-    assert (await client.send(two, ask("one"))).body == told.body
+    assert (await client.send(two, ask("one"))).body == result.body
     assert upstream.count == 1
 
 
@@ -84,10 +84,10 @@ async def test_redis_is_shared_and_every_key_expires(
     launch: Launch, upstream: ScriptedUpstream, client: Client, server: Valkey
 ) -> None:
     one, two = (launch(in_redis(upstream.port, server.url)) for _ in range(2))
-    told = await client.send(one, ask("one"))
+    result = await client.send(one, ask("one"))
     await stored(client, two)
     hit = await client.send(two, ask("one"))
-    assert (hit.cache, hit.body) == ("hit", told.body)
+    assert (hit.cache, hit.body) == ("hit", result.body)
     assert upstream.count == 1
     keys = [line for line in server.say("KEYS", "*").split(b"\r\n") if line.startswith(b"openai-proxy:")]
     assert keys
@@ -100,8 +100,8 @@ async def test_a_redis_that_is_not_there_costs_at_most_a_miss(
 ) -> None:
     proxy = launch(in_redis(upstream.port, f"unix://{tmp_path}/nothing"))
     for number in range(5):
-        told = await client.send(proxy, ask(str(number)))
-        assert (told.status, told.cache) == (200, "miss")
+        result = await client.send(proxy, ask(str(number)))
+        assert (result.status, result.cache) == (200, "miss")
     assert (await client.send(proxy, ask("0"))).cache == "hit"  # from memory
     assert (await client.get(proxy, "/readyz")).status == 200
 
@@ -115,9 +115,9 @@ async def test_a_frozen_redis_costs_at_most_a_miss(
     try:
         seconds = 0.0
         for number in range(10):
-            told = await client.send(proxy, ask(str(number)))
-            assert (told.status, told.cache) == (200, "miss")
-            seconds += told.seconds
+            result = await client.send(proxy, ask(str(number)))
+            assert (result.status, result.cache) == (200, "miss")
+            seconds += result.seconds
         assert seconds < 10.0  # 0.1 s for each of the first three; two seconds for each would be 20
     finally:
         server.signal(signal.SIGCONT)

@@ -61,15 +61,15 @@ def texts(sdk: Any, form: str, **asked: Any) -> Any:
         return _bare(sdk.completions.create(**asked).model_dump(warnings=False))
     answer: dict[str, Any] = {"choices": {}}
     for chunk in sdk.completions.create(**asked, stream=True, stream_options=WITH_USAGE):
-        told = chunk.model_dump(warnings=False)
-        for choice in told.pop("choices"):
+        result = chunk.model_dump(warnings=False)
+        for choice in result.pop("choices"):
             known = answer["choices"].setdefault(choice["index"], {"index": choice["index"], "text": ""})
             known["text"] += choice["text"]
             known["finish_reason"] = choice["finish_reason"] or known.get("finish_reason")
             for column, items in (choice["logprobs"] or {}).items():
                 if items is not None:
                     known.setdefault("logprobs", {}).setdefault(column, []).extend(items)
-        answer |= {field: value for field, value in told.items() if value is not None}
+        answer |= {field: value for field, value in result.items() if value is not None}
     answer["choices"] = [answer["choices"][index] for index in sorted(answer["choices"])]
     return _bare(answer)
 

@@ -145,9 +145,9 @@ async def test_two_processes_over_redis(
     spent = sum(float(answer.headers["X-Proxy-Cost-USD"]) for answer in good)
     assert 0.015 < spent < 0.02 + 2 * 0.00225  # estimates of ten tokens are short of the 200 that come
     await asyncio.sleep(1.5)
-    told = [(await status(client, proxy))["proxy"]["day"]["spent_usd"] for proxy in proxies]
-    assert told[0] == told[1]
-    assert float(told[0]) == pytest.approx(spent)
+    result = [(await status(client, proxy))["proxy"]["day"]["spent_usd"] for proxy in proxies]
+    assert result[0] == result[1]
+    assert float(result[0]) == pytest.approx(spent)
     third = launch(with_budget(upstream.port, 0.02, **shared))
     assert (await client.send(third, ask("third", **SMALL))).error == "budget_exceeded"
 

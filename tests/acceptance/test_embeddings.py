@@ -77,17 +77,17 @@ async def test_only_new_texts_are_sent(proxy: ProxyProcess, upstream: ScriptedUp
     check(partial, [c, b, d, c, a, b])
     assert upstream.last.json() == {"model": MODEL, "input": [c, d]}
     assert partial.json()["usage"] == {"prompt_tokens": 8, "total_tokens": 8}
-    told = {name: partial.headers[name] for name in partial.headers if name.startswith("X-Proxy-")}
-    assert told["X-Proxy-Cache"] == "partial"
-    assert told["X-Proxy-Cache-Reason"] == "2 of 4 new"
-    assert told["X-Proxy-Attempts"] == "1"
-    assert told["X-Proxy-Total-Tokens"] == told["X-Proxy-Saved-Tokens"] == "8"
-    assert told["X-Proxy-Cost-USD"] == told["X-Proxy-Cost-Saved-USD"] == "0.00000016"
-    assert told["X-Proxy-Cost-Status"] == "estimated"
+    result = {name: partial.headers[name] for name in partial.headers if name.startswith("X-Proxy-")}
+    assert result["X-Proxy-Cache"] == "partial"
+    assert result["X-Proxy-Cache-Reason"] == "2 of 4 new"
+    assert result["X-Proxy-Attempts"] == "1"
+    assert result["X-Proxy-Total-Tokens"] == result["X-Proxy-Saved-Tokens"] == "8"
+    assert result["X-Proxy-Cost-USD"] == result["X-Proxy-Cost-Saved-USD"] == "0.00000016"
+    assert result["X-Proxy-Cost-Status"] == "estimated"
     assert partial.headers["Cache-Status"] == "openai-proxy; fwd=partial; stored"
     assert "Age" not in partial.headers
     assert partial.headers["Content-Type"] == "application/json"
-    receipt = await client.receipt(proxy, told["X-Proxy-Request-Id"])
+    receipt = await client.receipt(proxy, result["X-Proxy-Request-Id"])
     assert (receipt["cache"], receipt["cost_usd"], receipt["saved_usd"]) == ("partial", "0.00000016", "0.00000016")
     hit = await ask(client, proxy, [d, c, b, a])
     check(hit, [d, c, b, a])

@@ -61,7 +61,7 @@ async def test_the_ledger_is_the_sum_of_headers_and_receipts(
     """Misses, hits, streams, errors, refusals, other routes and clients that leave, many at once."""
     upstream.script = services
     proxy, chance = launch(settings(upstream.port, log={"level": "warning"})), random.Random(5)
-    told: list[tuple[str, str | None, str | None]] = []  # id, cost and saving as the headers say
+    result: list[tuple[str, str | None, str | None]] = []  # id, cost and saving as the headers say
     refused = 0
     room = asyncio.Semaphore(24)
 
@@ -80,7 +80,7 @@ async def test_the_ledger_is_the_sum_of_headers_and_receipts(
                 reply = await client.get(proxy, "/v1/models")
             elif which < 0.15:
                 async with client.open(proxy, ask(f"leave {number}", stream=True), headers) as answer:
-                    told.append((answer.headers["X-Proxy-Request-Id"], None, None))
+                    result.append((answer.headers["X-Proxy-Request-Id"], None, None))
                     await answer.content.readany()
                 return
             elif which < 0.20:
@@ -93,11 +93,11 @@ async def test_the_ledger_is_the_sum_of_headers_and_receipts(
                 prompt = f"question {chance.randrange(REQUESTS // 4)}"
                 reply = await client.send(proxy, ask(prompt, model=model, stream=which < 0.5), headers)
             cost, saved = (reply.headers.get(f"X-Proxy-Cost-{name}") for name in ("USD", "Saved-USD"))
-            told.append((reply.headers["X-Proxy-Request-Id"], cost, saved))
+            result.append((reply.headers["X-Proxy-Request-Id"], cost, saved))
 
     await asyncio.gather(*(one(number) for number in range(REQUESTS)))
     receipts = []
-    for id_, cost, saved in told:
+    for id_, cost, saved in result:
         receipt = await client.receipt(proxy, id_)
         assert cost in (None, receipt["cost_usd"])
         assert saved in (None, receipt["saved_usd"])

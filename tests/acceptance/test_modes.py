@@ -52,8 +52,8 @@ async def test_a_cassette_is_recorded_and_replayed_elsewhere(
     file = tmp_path / "cassette.jsonl"
     recorder = launch(named(upstream.port), args=["--cassette", str(file)])
     assert f"cassette: recording into {file} (0 answers there)" in recorder.stderr_so_far()
-    told = await three(client, recorder)
-    assert [reply.cache for reply in told] == ["miss", "miss", "miss"]
+    result = await three(client, recorder)
+    assert [reply.cache for reply in result] == ["miss", "miss", "miss"]
     stop(recorder)
     first = file.read_bytes()
     assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
@@ -65,14 +65,14 @@ async def test_a_cassette_is_recorded_and_replayed_elsewhere(
     player = launch(keyless(), args=["--mode", "replay", "--cassette", str(moved)])
     assert "keys: none needed (replay: nothing is sent upstream)" in player.stderr_so_far()
     for _ in range(2):
-        for reply, was in zip(await three(client, player), told, strict=True):
+        for reply, was in zip(await three(client, player), result, strict=True):
             assert (reply.status, reply.cache, reply.body) == (200, "hit", was.body)
             assert reply.headers["X-Proxy-Cost-USD"] == "0.000000"
     stop(player)
     assert moved.read_bytes() == first
 
     again = launch(named(upstream.port), args=["--cassette", str(moved)])
-    assert [reply.body for reply in await three(client, again)] == [reply.body for reply in told]
+    assert [reply.body for reply in await three(client, again)] == [reply.body for reply in result]
     stop(again)
     assert moved.read_bytes() == first
     assert upstream.count == 3
@@ -132,12 +132,12 @@ async def test_replay_from_the_cache_ignores_whose_key_recorded(
     keys = [{"name": name, "key": f"{name}-long-enough-a-key"} for name in ("ann", "bob")]
     ann, bob = ({"Authorization": f"Bearer {key['key']}"} for key in keys)
     recorder = launch(named(upstream.port, cache=cache, server={"client_keys": keys}))
-    told = await client.send(recorder, ask("one"), ann)
+    result = await client.send(recorder, ask("one"), ann)
     await client.send(recorder, ask("two"), ann | {"X-Proxy-Cache-Namespace": "ci"})
     stop(recorder)
     player = launch(keyless(cache=cache | {"mode": "replay"}, server={"client_keys": keys}))
     reply = await client.send(player, ask("one"), bob)
-    assert (reply.cache, reply.body) == ("hit", told.body)
+    assert (reply.cache, reply.body) == ("hit", result.body)
     assert (await client.send(player, ask("one"))).status == 401  # clients are still authenticated
     assert (await client.send(player, ask("two"), bob)).error == "not_cached"
     assert (await client.send(player, ask("two"), bob | {"X-Proxy-Cache-Namespace": "ci"})).cache == "hit"
@@ -183,10 +183,10 @@ async def test_refresh_asks_again(launch: Launch, upstream: ScriptedUpstream, cl
 
 async def test_stale_while_revalidate(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
     proxy = launch(settings(upstream.port, cache={"ttl": {"chat": "1s"}, "stale_while_revalidate": "1h"}))
-    told = await client.send(proxy, ask("one"))
+    result = await client.send(proxy, ask("one"))
     await asyncio.sleep(1.1)
     reply = await client.send(proxy, ask("one"))
-    assert (reply.cache, reply.body) == ("stale", told.body)
+    assert (reply.cache, reply.body) == ("stale", result.body)
     assert reply.headers["Cache-Status"].startswith("openai-proxy; hit; ttl=")
     assert reply.headers["Cache-Status"].endswith("; detail=stale-while-revalidate")
     assert int(reply.headers["Age"]) >= 1
@@ -205,11 +205,11 @@ async def test_stale_if_error(launch: Launch, upstream: ScriptedUpstream, client
     proxy = launch(
         settings(upstream.port, cache={"ttl": {"chat": "1s"}, "stale_if_error": "1h"}, retry={"max_retries": 1})
     )
-    told = await client.send(proxy, ask("one"))
+    result = await client.send(proxy, ask("one"))
     await asyncio.sleep(1.1)
     upstream.script = lambda request: upstream_answers.server_error(503)
     reply = await client.send(proxy, ask("one"))
-    assert (reply.status, reply.cache, reply.body) == (200, "stale", told.body)
+    assert (reply.status, reply.cache, reply.body) == (200, "stale", result.body)
     assert reply.headers["Cache-Status"].startswith("openai-proxy; fwd=stale; ttl=")
     assert reply.headers["X-Proxy-Cache-Reason"] == "stale-if-error: upstream_503"
     assert reply.headers["X-Proxy-Attempts"] == "2"

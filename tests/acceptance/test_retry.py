@@ -112,25 +112,25 @@ async def test_retry_after_as_a_date(launch: Launch, upstream: ScriptedUpstream,
     assert upstream.requests[1].at - upstream.requests[0].at > 0.9  # a date has whole seconds only
 
 
-@pytest.mark.parametrize("told", ["3600", "6m0s", formatdate(4_000_000_000, usegmt=True)])
+@pytest.mark.parametrize("retry_after", ["3600", "6m0s", formatdate(4_000_000_000, usegmt=True)])
 async def test_beyond_the_deadline_the_429_is_passed_on_at_once(
-    launch: Launch, upstream: ScriptedUpstream, client: Client, told: str
+    launch: Launch, upstream: ScriptedUpstream, client: Client, retry_after: str
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.always(upstream_answers.rate_limited(told))
+    upstream.always(upstream_answers.rate_limited(retry_after))
     answer = await client.send(proxy, ask(), {"X-Proxy-Timeout": "20s"})
     assert (answer.status, upstream.count) == (429, 1)
     assert answer.json()["error"]["code"] == "rate_limit_exceeded"
-    assert answer.headers["Retry-After"] == told
+    assert answer.headers["Retry-After"] == retry_after
     assert answer.seconds < AT_ONCE
 
 
-@pytest.mark.parametrize("told", ["-5", "soon", "1e400", ""])
+@pytest.mark.parametrize("retry_after", ["-5", "soon", "1e400", ""])
 async def test_nonsense_in_retry_after_is_ignored(
-    launch: Launch, upstream: ScriptedUpstream, client: Client, told: str
+    launch: Launch, upstream: ScriptedUpstream, client: Client, retry_after: str
 ) -> None:
     proxy = launch(settings(upstream.port))
-    upstream.queue(CHAT, upstream_answers.error(503, "later", None, "server_error", retry_after=told))
+    upstream.queue(CHAT, upstream_answers.error(503, "later", None, "server_error", retry_after=retry_after))
     answer = await client.send(proxy, ask())
     assert (answer.status, upstream.count) == (200, 2)
     assert answer.seconds < AT_ONCE

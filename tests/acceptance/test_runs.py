@@ -132,10 +132,10 @@ async def test_without_redis_each_process_counts_runs_alone(
     assert server.process is not None
     server.process.kill()
     server.process.wait()
-    told = [await client.send(proxy, ask("one"), headers) for _ in range(3)]
-    texts += [text(reply) for reply in told]
+    result = [await client.send(proxy, ask("one"), headers) for _ in range(3)]
+    texts += [text(reply) for reply in result]
     assert len(set(texts)) == upstream.count == 6
-    assert all(reply.seconds < AT_ONCE for reply in told)
+    assert all(reply.seconds < AT_ONCE for reply in result)
     assert (await report(client, proxy, "eval-7"))["requests"] == 6
 
 
@@ -179,8 +179,8 @@ async def test_streams_and_their_hits_carry_the_run_headers(
     upstream.script = upstream_answers.behave
     question = ask("one", stream=True)
     for run in ("one", "two"):
-        told = [await client.send(proxy, question, {"X-Proxy-Run": run}) for _ in range(2)]
-        assert all("X-Proxy-Run-Cost-USD" in reply.headers for reply in told)
-    assert {reply.cache for reply in told} == {"hit"}
+        result = [await client.send(proxy, question, {"X-Proxy-Run": run}) for _ in range(2)]
+        assert all("X-Proxy-Run-Cost-USD" in reply.headers for reply in result)
+    assert {reply.cache for reply in result} == {"hit"}
     assert upstream.count == 2
     assert (await report(client, proxy, "one"))["cost_usd"] == (await report(client, proxy, "two"))["saved_usd"]

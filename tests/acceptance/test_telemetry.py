@@ -130,7 +130,7 @@ async def test_json_lines(launch: Launch, upstream: ScriptedUpstream, client: Cl
     miss = by_id[answer.headers["X-Proxy-Request-Id"]]
     assert (miss["cache"], miss["model"], miss["status"], miss["traceparent"]) == ("miss", "gpt-4o", 200, TRACE)
     assert by_id[refused.headers["X-Proxy-Request-Id"]]["error"] == "invalid_json"
-    told = [line for line in lines if line.get("cache") == "hit"]
-    assert told[0]["id"] == hits[0].headers["X-Proxy-Request-Id"]
-    assert 1 <= len(told) <= 3
-    assert sum(line["hits"] for line in told) <= 20
+    result = [line for line in lines if line.get("cache") == "hit"]
+    assert result[0]["id"] == hits[0].headers["X-Proxy-Request-Id"]
+    assert 1 <= len(result) <= 3
+    assert sum(line["hits"] for line in result) <= 20

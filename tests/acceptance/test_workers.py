@@ -46,8 +46,8 @@ async def one_each(proxy: ProxyProcess, workers: int = 2, count: int = 1) -> Asy
         while any(len(each) < count for each in found.values()):
             assert time.monotonic() < end, {number: len(each) for number, each in found.items()}
             batch = [await stack.enter_async_context(Client()) for _ in range(2 * workers)]
-            told = await asyncio.gather(*(status(client, proxy) for client in batch))
-            for client, one in zip(batch, told, strict=True):
+            result = await asyncio.gather(*(status(client, proxy) for client in batch))
+            for client, one in zip(batch, result, strict=True):
                 found[one["worker"]].append(client)
         yield [client for number in sorted(found) for client in found[number][:count]]
 

@@ -42,13 +42,13 @@ def part(delta: Json, finish: str | None = None, index: int = 0, **fields: Any) 
 
 
 def sse(*chunks: Json, usage: Json | None = USAGE) -> bytes:
-    told = [*chunks, chunk(usage=usage)] if usage is not None else chunks
-    return b"".join(map(event, told)) + DONE
+    result = [*chunks, chunk(usage=usage)] if usage is not None else chunks
+    return b"".join(map(event, result)) + DONE
 
 
 def plain(message: Json, finish: str = "stop", usage: Json | None = USAGE, **choice: Any) -> Json:
-    told = {"role": "assistant", "content": None, "refusal": None} | message
-    return answer({"index": 0, "message": told, "logprobs": None, "finish_reason": finish} | choice, usage=usage)
+    result = {"role": "assistant", "content": None, "refusal": None} | message
+    return answer({"index": 0, "message": result, "logprobs": None, "finish_reason": finish} | choice, usage=usage)
 
 
 def answer(*choices: Json, **fields: Any) -> Json:
@@ -569,9 +569,9 @@ class TestStreamFromPlain:
     def test_a_text_with_logprobs_becomes_one_chunk_a_token(self) -> None:
         made = stream_from_plain("chat", {}, dump(PAIRS["logprobs"][1]))
         assert made is not None
-        told = [(chunk["choices"] or [{}])[0] for chunk in told_in(made[0])]
-        assert [choice["delta"]["content"] for choice in told[1:4]] == ["Hel", "l", "o"]
-        assert [choice["logprobs"]["content"][0]["token"] for choice in told[1:4]] == ["Hel", "l", "o"]
+        result = [(chunk["choices"] or [{}])[0] for chunk in told_in(made[0])]
+        assert [choice["delta"]["content"] for choice in result[1:4]] == ["Hel", "l", "o"]
+        assert [choice["logprobs"]["content"][0]["token"] for choice in result[1:4]] == ["Hel", "l", "o"]
 
     def test_a_tool_call_with_its_own_index(self) -> None:
         message = {"tool_calls": [call("f", "{}", index=0), call("g", "{}", 2, index=1)]}
@@ -698,8 +698,8 @@ def choices_of(draw: st.DrawFn, index: int) -> Json:
 @st.composite
 def answers(draw: st.DrawFn) -> Json:
     count = draw(st.integers(1, 3))
-    told = answer(*(draw(choices_of(index)) for index in range(count)), usage=USAGE | draw(UNKNOWN))
-    return told | draw(UNKNOWN) | draw(st.fixed_dictionaries({}, optional={"system_fingerprint": st.none()}))
+    result = answer(*(draw(choices_of(index)) for index in range(count)), usage=USAGE | draw(UNKNOWN))
+    return result | draw(UNKNOWN) | draw(st.fixed_dictionaries({}, optional={"system_fingerprint": st.none()}))
 
 
 class TestAnyAnswer:

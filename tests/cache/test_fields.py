@@ -64,8 +64,8 @@ def test_the_table_decides_the_key(endpoint: str, name: str, verdict: str) -> No
     for value in values:
         changes = key_of(endpoint, {name: value}) != without
         assert changes is (verdict in ("in", "echoed", "bypass"))
-    told = {request_bypass(endpoint, {name: value}) is not None for value in values}
-    assert told == ({True, False} if verdict == "bypass" else {False})
+    result = {request_bypass(endpoint, {name: value}) is not None for value in values}
+    assert result == ({True, False} if verdict == "bypass" else {False})
 
 
 @pytest.mark.parametrize(("endpoint", "name", "verdict"), LINES)

@@ -63,10 +63,10 @@ upstreams:
 """
     assert run([], monkeypatch, tmp_path, text) == 0
     out, _ = capsys.readouterr()
-    told = [line for line in out.splitlines() if line.startswith("# limits")]
-    assert told[0] == "# limits of mine for *: rpm 9, tpm 200000, tpd 2000000"
-    assert "# limits of mine for text-embedding-*: rpm 9, tpm 1000000" in told
-    assert told[-2:] == [
+    result = [line for line in out.splitlines() if line.startswith("# limits")]
+    assert result[0] == "# limits of mine for *: rpm 9, tpm 200000, tpd 2000000"
+    assert "# limits of mine for text-embedding-*: rpm 9, tpm 1000000" in result
+    assert result[-2:] == [
         "# limits of mine for gpt-4o-mini: rpm 500, tpm 7, rpd 10000",
         "# limits of theirs for gpt-4o-mini: tpm 7",
     ]

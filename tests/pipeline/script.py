@@ -271,9 +271,9 @@ USAGE: Final = event(chunk(choices=[], usage=usage()))
 
 def events(*texts: str, usage: bool = False, **fields: Any) -> list[bytes]:
     """A whole chat stream; `fields` stand in every chunk."""
-    told = [event(chunk(text, **fields)) for text in texts or ("Hel", "lo ", "wörld 🌍")]
-    told.append(event(chunk(None, "stop", **fields)))
-    return [*told, *([USAGE] if usage else []), DONE]
+    result = [event(chunk(text, **fields)) for text in texts or ("Hel", "lo ", "wörld 🌍")]
+    result.append(event(chunk(None, "stop", **fields)))
+    return [*result, *([USAGE] if usage else []), DONE]
 
 
 def streams(steps: Sequence[Step] | None = None, headers: Iterable[tuple[str, str]] = (), **more: Any) -> Responds:

@@ -76,28 +76,28 @@ def told_once(moves: Sequence[Move], stream: bool, at: int | None, landed: list[
     async def tell() -> None:
         nonlocal turns
         upstream = pool("k1", "k2", "k3")
-        scene = PipelineFixture(*moves, config=config(upstream, throttle=NARROW, retry=RetrySettings(jitter=0.0)))
-        began = scene.loop.steps
-        task = scene.loop.create_task(scene.ask(ask(stream=stream, max_tokens=50)))
+        pipeline = PipelineFixture(*moves, config=config(upstream, throttle=NARROW, retry=RetrySettings(jitter=0.0)))
+        began = pipeline.loop.steps
+        task = pipeline.loop.create_task(pipeline.ask(ask(stream=stream, max_tokens=50)))
         if at is not None:
-            scene.loop.at_step(at, task.cancel)
+            pipeline.loop.at_step(at, task.cancel)
         await asyncio.wait([task])
-        turns = scene.loop.steps - began
+        turns = pipeline.loop.steps - began
         await settled(3)
-        scene.assert_nothing_leaked()
-        tokens = sum(scene.used(name)["tpm"] for name in ("k1", "k2", "k3"))
-        assert 0 <= tokens <= 400 * len(scene.transport.sent)
+        pipeline.assert_nothing_leaked()
+        tokens = sum(pipeline.used(name)["tpm"] for name in ("k1", "k2", "k3"))
+        assert 0 <= tokens <= 400 * len(pipeline.transport.sent)
         if task.cancelled():
-            assert len(scene.receipts) <= 1
-            entries = scene.services.store.memory.stats()["entries"]
-            if scene.transport.sent and (scene.receipt.status, scene.receipt.error) != (499, "client_gone"):
+            assert len(pipeline.receipts) <= 1
+            entries = pipeline.services.store.memory.stats()["entries"]
+            if pipeline.transport.sent and (pipeline.receipt.status, pipeline.receipt.error) != (499, "client_gone"):
                 landed.append(at)  # what it waited for came in the very turn in which it left
             else:
                 assert entries == 0
         else:
             assert task.exception() is None
-            assert len(scene.receipts) == 1
-        assert all(sent.reply is None or sent.reply.closed <= 2 for sent in scene.transport.sent)
+            assert len(pipeline.receipts) == 1
+        assert all(sent.reply is None or sent.reply.closed <= 2 for sent in pipeline.transport.sent)
 
     run(tell())
     return turns
@@ -125,19 +125,19 @@ def test_the_queue_goes_on_when_any_client_disconnects(stream: bool) -> None:
 
         async def tell() -> None:
             nonlocal turns
-            scene = PipelineFixture(transport=ScriptedTransport(otherwise=upstream), config=config(throttle=NARROW))
-            began = scene.loop.steps
-            tasks = [scene.loop.create_task(scene.ask(ask(str(n), stream=stream))) for n in range(4)]
+            pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=upstream), config=config(throttle=NARROW))
+            began = pipeline.loop.steps
+            tasks = [pipeline.loop.create_task(pipeline.ask(ask(str(n), stream=stream))) for n in range(4)]
             if at is not None:
-                scene.loop.at_step(at, tasks[gone].cancel)
+                pipeline.loop.at_step(at, tasks[gone].cancel)
             await asyncio.wait(tasks)
-            turns = scene.loop.steps - began
+            turns = pipeline.loop.steps - began
             for n, task in enumerate(tasks):
                 assert task.cancelled() or (task.result().status, task.result().broken) == (200, False)
                 assert n == gone or not task.cancelled()
-            order = [sent.json()["messages"][0]["content"] for sent in scene.transport.sent]
+            order = [sent.json()["messages"][0]["content"] for sent in pipeline.transport.sent]
             assert order == sorted(order)
-            scene.assert_nothing_leaked()
+            pipeline.assert_nothing_leaked()
 
         run(tell())
         return turns
@@ -152,17 +152,17 @@ def test_a_large_request_cancelled_while_a_thread_reads_it(monkeypatch: pytest.M
     monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
 
     async def tell() -> None:
-        scene = PipelineFixture(says())
+        pipeline = PipelineFixture(says())
         for leave in (True, False):
-            task = scene.loop.create_task(scene.ask())
+            task = pipeline.loop.create_task(pipeline.ask())
             await asyncio.sleep(0)
             if leave:
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                assert scene.transport.sent == []
+                assert pipeline.transport.sent == []
         assert (await task).status == 200
-        scene.assert_nothing_leaked()
+        pipeline.assert_nothing_leaked()
 
     run(tell())
 
@@ -201,18 +201,18 @@ def test_any_sequence_of_events_leaks_nothing(
 
     async def tell() -> None:
         script = iter([*moves] * 50)
-        scene = PipelineFixture(
+        pipeline = PipelineFixture(
             transport=ScriptedTransport(otherwise=lambda sent: next(script)),
             config=config(pool(*names), throttle=ThrottleSettings(limits={"*": limits})),
         )
         tasks: list[asyncio.Task[Result]] = []
         for n, (stream, cancel_at) in enumerate(requests):
             document = ask(str(n // 2), stream=stream)  # some are asked twice
-            task = scene.loop.create_task(scene.ask(document, Options(max_retries=retries)))
+            task = pipeline.loop.create_task(pipeline.ask(document, Options(max_retries=retries)))
             tasks.append(task)
             if cancel_at is not None:
                 canceller: Callable[[], object] = task.cancel
-                scene.loop.call_later(cancel_at / 10, canceller)
+                pipeline.loop.call_later(cancel_at / 10, canceller)
         await asyncio.wait(tasks)
         await settled(3)
         hits = 0
@@ -223,8 +223,8 @@ def test_any_sequence_of_events_leaks_nothing(
                 assert told.at <= 60.0 or told.flow is not None
                 if told.broken:
                     assert b"[DONE]" not in told.body or told.flow is not None
-        assert len(scene.receipts) + hits <= len(tasks)
-        assert len(scene.receipts) + hits >= sum(not task.cancelled() for task in tasks)
-        scene.assert_nothing_leaked()
+        assert len(pipeline.receipts) + hits <= len(tasks)
+        assert len(pipeline.receipts) + hits >= sum(not task.cancelled() for task in tasks)
+        pipeline.assert_nothing_leaked()
 
     run(tell())

@@ -59,14 +59,14 @@ def boundaries(whole: bytes) -> set[int]:
     return found
 
 
-def judge(told: Result, whole: bytes, got: int) -> None:
+def judge(result: Result, whole: bytes, got: int) -> None:
     """What came of a stream of which `got` bytes were read."""
-    assert told.attempts == 1
-    if told.refusal is not None:
-        assert (told.status, told.refused) == (502, "upstream_invalid_response")
+    assert result.attempts == 1
+    if result.refusal is not None:
+        assert (result.status, result.refused) == (502, "upstream_invalid_response")
         return
-    assert told.broken
-    body = told.body
+    assert result.broken
+    body = result.body
     at = body.rfind(b'data: {"error":')
     if at >= 0:
         problem = orjson.loads(body[at + 6 :])["error"]
@@ -91,22 +91,22 @@ def test_a_stream_cut_at_every_byte(kind: str, usage: str, options: Options) -> 
 
     async def tell() -> None:
         for at in range(len(whole)):
-            scene = PipelineFixture(
+            pipeline = PipelineFixture(
                 streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])),
                 streams(),
                 config=settings(cost=CostSettings(stream_usage=usage)),
             )
-            told = await scene.ask(ask(stream=True), options)
+            result = await pipeline.ask(ask(stream=True), options)
             if kind == "ended" and at in finished:
-                assert (told.status, told.broken) == (200, False), at
-                assert told.body.count(b"[DONE]") == (at >= len(whole) - 2)
+                assert (result.status, result.broken) == (200, False), at
+                assert result.body.count(b"[DONE]") == (at >= len(whole) - 2)
             else:
-                judge(told, whole, at)
-                assert b"[DONE]" not in told.body or at >= len(whole) - 2
-                assert scene.receipt.error == "upstream_invalid_response"
-            assert len(scene.receipts) == 1
-            assert (await scene.ask(ask(stream=True), options)).cache == "miss"
-            scene.assert_nothing_leaked()
+                judge(result, whole, at)
+                assert b"[DONE]" not in result.body or at >= len(whole) - 2
+                assert pipeline.receipt.error == "upstream_invalid_response"
+            assert len(pipeline.receipts) == 1
+            assert (await pipeline.ask(ask(stream=True), options)).cache == "miss"
+            pipeline.assert_nothing_leaked()
 
     run(tell())
 
@@ -121,13 +121,13 @@ def test_a_responses_stream_cut_at_every_byte(kind: str) -> None:
 
     async def tell() -> None:
         for at in range(len(whole)):
-            scene = PipelineFixture(
+            pipeline = PipelineFixture(
                 streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])), streams([whole])
             )
-            judge(await scene.ask(document, target="/v1/responses"), whole, at)
-            told = await scene.ask(document, target="/v1/responses")
-            assert (told.cache, told.body, told.broken) == ("miss", whole, False)
-            scene.assert_nothing_leaked()
+            judge(await pipeline.ask(document, target="/v1/responses"), whole, at)
+            result = await pipeline.ask(document, target="/v1/responses")
+            assert (result.cache, result.body, result.broken) == ("miss", whole, False)
+            pipeline.assert_nothing_leaked()
 
     run(tell())
 
@@ -136,10 +136,10 @@ def test_a_connection_lost_after_done_does_not_break_the_stream() -> None:
     """The stream has said that it is over: SDKs hang up there, and nothing can be missing."""
 
     async def tell() -> None:
-        scene = PipelineFixture(streams(broken(STREAM)), streams())
-        told = await scene.ask(ask(stream=True))
-        assert (told.body, told.broken) == (STREAM.replace(USAGE, b""), False)
-        assert (await scene.ask(ask(stream=True))).cache == "hit"
+        pipeline = PipelineFixture(streams(broken(STREAM)), streams())
+        result = await pipeline.ask(ask(stream=True))
+        assert (result.body, result.broken) == (STREAM.replace(USAGE, b""), False)
+        assert (await pipeline.ask(ask(stream=True))).cache == "hit"
 
     run(tell())
 
@@ -151,11 +151,11 @@ def test_a_json_answer_cut_at_every_byte(kind: str) -> None:
     async def tell() -> None:
         for at in range(len(whole) + (kind == "broken")):
             steps = broken(whole[:at]) if kind == "broken" else ended(whole[:at])
-            scene = PipelineFixture(Responds(200, (JSON,), steps), says())
-            told = await scene.ask()
-            assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)
-            assert (await scene.ask()).cache == "miss"
-            scene.assert_nothing_leaked()
+            pipeline = PipelineFixture(Responds(200, (JSON,), steps), says())
+            result = await pipeline.ask()
+            assert (result.status, result.refused, result.attempts) == (502, "upstream_invalid_response", 1)
+            assert (await pipeline.ask()).cache == "miss"
+            pipeline.assert_nothing_leaked()
 
     run(tell())
 
@@ -170,16 +170,16 @@ def test_a_compressed_answer_cut_at_every_byte(coding: str, pack: Any, stream: b
     async def tell() -> None:
         for at in range(len(packed)):
             headers = (SSE if stream else JSON, ("Content-Encoding", coding))
-            scene = PipelineFixture(Responds(200, headers, ended(packed[:at])), streams() if stream else says())
-            told = await scene.ask(ask(stream=stream))
+            pipeline = PipelineFixture(Responds(200, headers, ended(packed[:at])), streams() if stream else says())
+            result = await pipeline.ask(ask(stream=stream))
             if stream:
-                if told.body == whole.replace(USAGE, b""):  # only the checksum is missing, and [DONE] was said
+                if result.body == whole.replace(USAGE, b""):  # only the checksum is missing, and [DONE] was said
                     continue
-                judge(told, whole, len(whole))
+                judge(result, whole, len(whole))
             else:
-                assert (told.status, told.refused) == (502, "upstream_invalid_response")
-            assert (await scene.ask(ask(stream=stream))).cache == "miss"
-            scene.assert_nothing_leaked()
+                assert (result.status, result.refused) == (502, "upstream_invalid_response")
+            assert (await pipeline.ask(ask(stream=stream))).cache == "miss"
+            pipeline.assert_nothing_leaked()
 
     run(tell())
 
@@ -189,12 +189,12 @@ def test_a_stream_without_one_of_its_finish_reasons_is_not_stored(lost: int) -> 
     async def tell() -> None:
         steps = [event(chunk(choices=[{"index": i, "delta": {"content": "a"}}])) for i in range(2)]
         done = [{"index": i, "delta": {}, "finish_reason": "stop"} for i in range(2) if i != lost]
-        scene = PipelineFixture(
+        pipeline = PipelineFixture(
             streams([*steps, event(chunk(choices=done))]), streams([*steps, event(chunk(choices=done)), DONE])
         )
-        told = await scene.ask(ask(stream=True, n=2))
-        assert told.broken
-        told = await scene.ask(ask(stream=True, n=2))
-        assert (told.cache, told.broken) == ("miss", False)  # [DONE] is the upstream's own word for the end
+        result = await pipeline.ask(ask(stream=True, n=2))
+        assert result.broken
+        result = await pipeline.ask(ask(stream=True, n=2))
+        assert (result.cache, result.broken) == ("miss", False)  # [DONE] is the upstream's own word for the end
 
     run(tell())

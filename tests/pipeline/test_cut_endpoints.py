@@ -62,12 +62,12 @@ def test_a_json_answer_cut_at_every_byte(name: str, kind: str) -> None:
     async def tell() -> None:
         for at in range(len(whole) + (kind == "broken")):
             steps = broken(whole[:at]) if kind == "broken" else ended(whole[:at])
-            scene = PipelineFixture(Responds(200, (JSON,), steps), says(answer), says(answer))
-            told = await scene.ask(document, target=target)
-            assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)
-            assert (await scene.ask(document, target=target)).cache == "miss"
-            assert (await scene.ask(document, target=target)).cache == "hit"
-            scene.assert_nothing_leaked()
+            pipeline = PipelineFixture(Responds(200, (JSON,), steps), says(answer), says(answer))
+            result = await pipeline.ask(document, target=target)
+            assert (result.status, result.refused, result.attempts) == (502, "upstream_invalid_response", 1)
+            assert (await pipeline.ask(document, target=target)).cache == "miss"
+            assert (await pipeline.ask(document, target=target)).cache == "hit"
+            pipeline.assert_nothing_leaked()
 
     run(tell())
 
@@ -78,11 +78,11 @@ async def test_json_without_a_required_part_is_passed_and_not_stored(name: str) 
     target, asked, answer = WHOLE[name]
     document = {"model": "gpt-4o"} | asked
     for lacking in lacks(answer, LISTS[name]):
-        scene = PipelineFixture(says(lacking), says(lacking))
+        pipeline = PipelineFixture(says(lacking), says(lacking))
         for _ in range(2):
-            told = await scene.ask(document, target=target)
-            assert (told.status, told.cache, told.json()) == (200, "miss", lacking), lacking
-        scene.assert_nothing_leaked()
+            result = await pipeline.ask(document, target=target)
+            assert (result.status, result.cache, result.json()) == (200, "miss", lacking), lacking
+        pipeline.assert_nothing_leaked()
 
 
 def lacks(answer: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -121,18 +121,18 @@ def test_a_completions_stream_cut_at_every_byte(kind: str, prompts: int) -> None
 
     async def tell() -> None:
         for at in range(len(whole)):
-            scene = PipelineFixture(
+            pipeline = PipelineFixture(
                 streams(broken(whole[:at]) if kind == "broken" else ended(whole[:at])),
                 streams([whole]),
             )
-            told = await scene.ask(document, target="/v1/completions")
+            result = await pipeline.ask(document, target="/v1/completions")
             if kind == "ended" and at in (last, len(whole) - 1, len(whole) - 2):
-                assert not told.broken  # all choices have ended: odd, but finished
+                assert not result.broken  # all choices have ended: odd, but finished
             else:
-                judge(told, whole, at)
-            again = await scene.ask(document, target="/v1/completions")
+                judge(result, whole, at)
+            again = await pipeline.ask(document, target="/v1/completions")
             assert (again.cache, again.body, again.broken) == ("miss", whole, False)
-            assert (await scene.ask(document, target="/v1/completions")).cache == "hit"
-            scene.assert_nothing_leaked()
+            assert (await pipeline.ask(document, target="/v1/completions")).cache == "hit"
+            pipeline.assert_nothing_leaked()
 
     run(tell())

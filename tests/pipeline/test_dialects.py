@@ -51,11 +51,11 @@ WITHOUT_MODEL = {"messages": [{"role": "user", "content": "Hi"}]}
 async def test_url_and_model_of_each_request_shape(
     upstream: UpstreamSettings, target: str, document: Any, url: str, model: str | None
 ) -> None:
-    scene = PipelineFixture(says(), config=settings(upstream))
+    pipeline = PipelineFixture(says(), config=settings(upstream))
     body = orjson.dumps(document, option=orjson.OPT_INDENT_2)
-    told = await scene.ask(document, target=target, body=body)
-    [sent] = scene.transport.sent
-    assert (told.status, sent.url, sent.json().get("model")) == (200, url, model)
+    result = await pipeline.ask(document, target=target, body=body)
+    [sent] = pipeline.transport.sent
+    assert (result.status, sent.url, sent.json().get("model")) == (200, url, model)
     assert sent.headers.get("api-key") == ("sk-az" if upstream.kind == "azure" else None)
     if document.get("model") == model:
         assert sent.body == body  # byte for byte, unless the model must change
@@ -65,9 +65,9 @@ async def test_url_and_model_of_each_request_shape(
 
 @virtual_time
 async def test_the_receipt_has_the_requested_model() -> None:
-    scene = PipelineFixture(says(), config=settings(AZURE_V1))
-    await scene.ask()
-    assert scene.receipt.model == "gpt-4o"
+    pipeline = PipelineFixture(says(), config=settings(AZURE_V1))
+    await pipeline.ask()
+    assert pipeline.receipt.model == "gpt-4o"
 
 
 @pytest.mark.parametrize("upstream", [pool("k1"), AZURE, AZURE_V1], ids=["openai", "azure", "azure v1"])
@@ -75,14 +75,14 @@ async def test_the_receipt_has_the_requested_model() -> None:
 @virtual_time
 async def test_unusual_model_names_are_forwarded_or_refused(upstream: UpstreamSettings, name: str) -> None:
     """They reach the upstream as they are, or they are refused; they lead nowhere else and break nothing."""
-    scene = PipelineFixture(says(), config=settings(upstream))
+    pipeline = PipelineFixture(says(), config=settings(upstream))
     document = ask(model=name)
     body = b'{"model":"\\ud800","messages":[]}' if name == "\ud800" else orjson.dumps(document)
-    told = await scene.ask(document, body=body)
-    assert told.status in (200, 400, 502)
-    for sent in scene.transport.sent:
+    result = await pipeline.ask(document, body=body)
+    assert result.status in (200, 400, 502)
+    for sent in pipeline.transport.sent:
         assert sent.url.startswith((f"{ROOT}/openai/", "http://up.test/v1/chat/completions"))
         assert not {"..", ".", ""} & set(sent.url.partition("?")[0].split("/")[3:])
         assert sent.url.isascii()
-    assert scene.receipt.model == name
-    scene.assert_nothing_leaked(name)
+    assert pipeline.receipt.model == name
+    pipeline.assert_nothing_leaked(name)

@@ -61,14 +61,14 @@ class Held:
 
 def two(transport: ScriptedTransport) -> tuple[PipelineFixture, PipelineFixture, Held]:
     """Return two processes: each has its own handler, and they share a store and an upstream."""
-    scenes, held = (PipelineFixture(transport=transport), PipelineFixture(transport=transport)), Held()
-    for name, scene in zip("ab", scenes, strict=True):
-        scene.clock = replace(scene.clock, new_id=partial(_numbered, name, itertools.count()))
-        scene.services.clock = scene.clock
-        scene.services.coordination = Coordination(locks=held)
-        scene.services.store = scenes[0].services.store
-        scene.rebuild()
-    return *scenes, held
+    pipelines, held = (PipelineFixture(transport=transport), PipelineFixture(transport=transport)), Held()
+    for name, pipeline in zip("ab", pipelines, strict=True):
+        pipeline.clock = replace(pipeline.clock, new_id=partial(_numbered, name, itertools.count()))
+        pipeline.services.clock = pipeline.clock
+        pipeline.services.coordination = Coordination(locks=held)
+        pipeline.services.store = pipelines[0].services.store
+        pipeline.rebuild()
+    return *pipelines, held
 
 
 def _numbered(name: str, numbers: Iterator[int]) -> str:
@@ -76,9 +76,9 @@ def _numbered(name: str, numbers: Iterator[int]) -> str:
 
 
 def begin(
-    scene: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
+    pipeline: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
 ) -> list[Any]:
-    return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
+    return [pipeline.loop.create_task(pipeline.ask(document, options, **more)) for _ in range(count)]
 
 
 @virtual_time
@@ -87,12 +87,12 @@ async def test_a_second_process_waits_for_the_entry_of_the_first() -> None:
     one, other, held = two(transport)
     first = begin(one, 3)
     await asyncio.sleep(1.0)
-    told = await asyncio.gather(*first, *begin(other, 3))
-    assert [each.cache for each in told] == ["miss"] + ["coalesced"] * 5
-    assert all(11.0 <= each.at <= 11.3 for each in told[3:])
-    assert {each.body for each in told} == {told[0].body}
-    assert told[3].headers["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
-    assert (told[3].cost, told[3].headers["X-Proxy-Cost-Saved-USD"]) == ("0.000000", "0.002250")
+    result = await asyncio.gather(*first, *begin(other, 3))
+    assert [each.cache for each in result] == ["miss"] + ["coalesced"] * 5
+    assert all(11.0 <= each.at <= 11.3 for each in result[3:])
+    assert {each.body for each in result} == {result[0].body}
+    assert result[3].headers["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
+    assert (result[3].cost, result[3].headers["X-Proxy-Cost-Saved-USD"]) == ("0.000000", "0.002250")
     assert len(transport.sent) == 1
     assert held.renewed >= 3
     await asyncio.sleep(1.0)
@@ -107,9 +107,9 @@ async def test_a_lost_lock_costs_one_more_call() -> None:
     first = begin(one, 1)
     await asyncio.sleep(1.0)
     held.held.clear()
-    told = await asyncio.gather(*first, *begin(other, 2))
-    assert [each.cache for each in told] == ["miss", "miss", "coalesced"]
-    assert {each.status for each in told} == {200}
+    result = await asyncio.gather(*first, *begin(other, 2))
+    assert [each.cache for each in result] == ["miss", "miss", "coalesced"]
+    assert {each.status for each in result} == {200}
     assert len(transport.sent) == 2
 
 
@@ -120,9 +120,9 @@ async def test_a_killed_process_delays_others_until_its_lock_expires() -> None:
     request = other.request()
     plan = await other.handler.planner.plan(request)
     held.held[f"{plan.key}:json"] = "dead", virtual_time_loop().time() + LEASE
-    told = await other.serve(request)
-    assert (told.status, told.cache) == (200, "miss")
-    assert LEASE < told.at < LEASE + 1.5
+    result = await other.serve(request)
+    assert (result.status, result.cache) == (200, "miss")
+    assert LEASE < result.at < LEASE + 1.5
 
 
 @pytest.mark.parametrize(("stream", "longest"), [(False, WAIT), (True, STREAM_WAIT)])
@@ -138,8 +138,8 @@ async def test_the_wait_for_another_process_is_bounded(stream: bool, longest: fl
     await asyncio.sleep(longest + 1.0)
     assert len(transport.sent) == 2
     assert longest - 0.3 <= transport.sent[1].at - transport.sent[0].at - 0.5 <= longest
-    told = await asyncio.gather(*first, *second)
-    assert [each.status for each in told] == [200, 200]
+    result = await asyncio.gather(*first, *second)
+    assert [each.status for each in result] == [200, 200]
 
 
 @virtual_time
@@ -148,8 +148,8 @@ async def test_a_short_deadline_ends_the_wait() -> None:
     one, other, _ = two(transport)
     first = begin(one, 1)
     await asyncio.sleep(0.5)
-    (told,) = await asyncio.gather(*begin(other, 1, total=2.0))
-    assert (told.refused, told.at) == ("upstream_timeout", 2.0)
+    (result,) = await asyncio.gather(*begin(other, 1, total=2.0))
+    assert (result.refused, result.at) == ("upstream_timeout", 2.0)
     assert (await first[0]).status == 200
 
 
@@ -158,9 +158,9 @@ async def test_without_redis_no_lock_is_taken() -> None:
     transport = ScriptedTransport(otherwise=lambda sent: says(wait=1.0))
     one, other, held = two(transport)
     held.down = True
-    told = await asyncio.gather(*begin(one, 2), *begin(other, 2))
-    assert [each.cache for each in told] == ["miss", "coalesced"] * 2
-    assert [each.at for each in told] == [1.0] * 4
+    result = await asyncio.gather(*begin(one, 2), *begin(other, 2))
+    assert [each.cache for each in result] == ["miss", "coalesced"] * 2
+    assert [each.at for each in result] == [1.0] * 4
 
 
 @virtual_time
@@ -169,9 +169,9 @@ async def test_a_failure_releases_the_lock_at_once() -> None:
     one, other, _ = two(transport)
     first = begin(one, 1, None, Options(max_retries=0))
     await asyncio.sleep(0.5)
-    told = await asyncio.gather(*first, *begin(other, 1))
-    assert (told[0].refused, told[1].cache) == ("upstream_unreachable", "miss")
-    assert told[1].at < 3.0
+    result = await asyncio.gather(*first, *begin(other, 1))
+    assert (result[0].refused, result[1].cache) == ("upstream_unreachable", "miss")
+    assert result[1].at < 3.0
 
 
 @virtual_time
@@ -180,8 +180,8 @@ async def test_responses_that_cannot_be_stored_are_not_serialised() -> None:
     one, other, held = two(transport)
     first = begin(one, 1)
     await asyncio.sleep(0.5)
-    told = await asyncio.gather(*first, *begin(other, 1))
-    assert told[1].at < 4.0
+    result = await asyncio.gather(*first, *begin(other, 1))
+    assert result[1].at < 4.0
     other.handler.coalescer.flights.hit_for_miss.clear()
     (again,) = await asyncio.gather(*begin(other, 1))
     assert again.at == 2.0
@@ -213,9 +213,9 @@ async def test_a_stream_holds_its_lock_to_its_end() -> None:
     first = begin(one, 1, STREAM)
     await asyncio.sleep(1.6)
     assert len(held.held) == 1
-    told = await asyncio.gather(*first, *begin(other, 1, STREAM))
-    assert told[1].cache == "coalesced"
-    assert told[1].body == told[0].body
+    result = await asyncio.gather(*first, *begin(other, 1, STREAM))
+    assert result[1].cache == "coalesced"
+    assert result[1].body == result[0].body
     await asyncio.sleep(1.0)
     assert held.held == {}
 
@@ -224,6 +224,6 @@ async def test_a_stream_holds_its_lock_to_its_end() -> None:
 async def test_without_coalesce_no_lock_is_taken() -> None:
     held = Held()
     config = settings(cache=CacheSettings(coalesce=False))
-    scene = PipelineFixture(error(400), config=config, coordination=Coordination(locks=held))
-    assert (await scene.ask()).status == 400
+    pipeline = PipelineFixture(error(400), config=config, coordination=Coordination(locks=held))
+    assert (await pipeline.ask()).status == 400
     assert held.held == {}

@@ -86,11 +86,11 @@ async def test_the_client_can_be_chosen() -> None:
 async def stored(path: Path) -> None:
     """What a proxy leaves behind that had this configuration."""
     config = settings(pool("k1", cache_as="up"), cache=CacheSettings(backend="sqlite", path=str(path)))
-    scene = PipelineFixture(says(), says(), config=config)
-    await scene.services.store.open()
-    await scene.ask(None, Options(ttl=FOREVER))
-    await scene.ask(None, Options(ttl=FOREVER, namespace="ci"))
-    await scene.services.store.close()
+    pipeline = PipelineFixture(says(), says(), config=config)
+    await pipeline.services.store.open()
+    await pipeline.ask(None, Options(ttl=FOREVER))
+    await pipeline.ask(None, Options(ttl=FOREVER, namespace="ci"))
+    await pipeline.services.store.close()
 
 
 @pytest.mark.usefixtures("logging_as_it_was")

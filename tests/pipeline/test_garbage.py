@@ -70,40 +70,40 @@ def question(n: int, **fields: Any) -> dict[str, Any]:
     return ask(f"question {n}", **fields)
 
 
-async def plain(scene: PipelineFixture, n: int) -> Result:
-    return await scene.ask(question(n))
+async def plain(pipeline: PipelineFixture, n: int) -> Result:
+    return await pipeline.ask(question(n))
 
 
-async def streamed(scene: PipelineFixture, n: int) -> Result:
-    return await scene.ask(question(n, stream=True))
+async def streamed(pipeline: PipelineFixture, n: int) -> Result:
+    return await pipeline.ask(question(n, stream=True))
 
 
-async def the_same(scene: PipelineFixture, n: int) -> Result:
-    return await scene.ask()
+async def the_same(pipeline: PipelineFixture, n: int) -> Result:
+    return await pipeline.ask()
 
 
 def together(*streams: bool) -> Ask:
     """The same from several clients, plain or streamed, a moment after each other."""
 
-    async def asked(scene: PipelineFixture, n: int) -> None:
+    async def asked(pipeline: PipelineFixture, n: int) -> None:
         tasks = []
         for stream in streams:
-            tasks.append(scene.loop.create_task(scene.ask(question(n, stream=stream))))
+            tasks.append(pipeline.loop.create_task(pipeline.ask(question(n, stream=stream))))
             await asyncio.sleep(0.5)
         await asyncio.gather(*tasks)
 
     return asked
 
 
-async def two_questions(scene: PipelineFixture, n: int) -> None:
-    await asyncio.gather(plain(scene, 2 * n), plain(scene, 2 * n + 1))
+async def two_questions(pipeline: PipelineFixture, n: int) -> None:
+    await asyncio.gather(plain(pipeline, 2 * n), plain(pipeline, 2 * n + 1))
 
 
 def left(stream: bool, after: float, clients: int = 1, leaving: tuple[int, ...] = (0,)) -> Ask:
     """Some clients hang up."""
 
-    async def asked(scene: PipelineFixture, n: int) -> None:
-        tasks = [scene.loop.create_task(scene.ask(question(n, stream=stream))) for _ in range(clients)]
+    async def asked(pipeline: PipelineFixture, n: int) -> None:
+        tasks = [pipeline.loop.create_task(pipeline.ask(question(n, stream=stream))) for _ in range(clients)]
         await asyncio.sleep(after)
         for number in leaving:
             tasks[number].cancel()
@@ -113,15 +113,15 @@ def left(stream: bool, after: float, clients: int = 1, leaving: tuple[int, ...] 
 
 
 def options(**fields: Any) -> Ask:
-    async def asked(scene: PipelineFixture, n: int) -> Result:
-        return await scene.ask(question(n), Options(**fields))
+    async def asked(pipeline: PipelineFixture, n: int) -> Result:
+        return await pipeline.ask(question(n), Options(**fields))
 
     return asked
 
 
 def impatient(total: float, stream: bool = False, clients: int = 1) -> Ask:
-    async def asked(scene: PipelineFixture, n: int) -> None:
-        asks = [scene.ask(question(n, stream=stream), total=total + 3 * i) for i in range(clients)]
+    async def asked(pipeline: PipelineFixture, n: int) -> None:
+        asks = [pipeline.ask(question(n, stream=stream), total=total + 3 * i) for i in range(clients)]
         await asyncio.gather(*asks)
 
     return asked
@@ -130,13 +130,13 @@ def impatient(total: float, stream: bool = False, clients: int = 1) -> Ask:
 def batch(*texts: str, stored: Sequence[str] = ()) -> Ask:
     """A batch of embeddings; `stored` was asked for just before."""
 
-    async def asked(scene: PipelineFixture, n: int) -> None:
-        moves, scene.transport.queue = scene.transport.queue, []
+    async def asked(pipeline: PipelineFixture, n: int) -> None:
+        moves, pipeline.transport.queue = pipeline.transport.queue, []
         for each in (stored, texts):
             if each:
                 given = [f"{text} {n}" for text in each]
-                await scene.ask({"model": "text-embedding-3-small", "input": given}, target="/v1/embeddings")
-            scene.transport.queue = moves
+                await pipeline.ask({"model": "text-embedding-3-small", "input": given}, target="/v1/embeddings")
+            pipeline.transport.queue = moves
 
     return asked
 
@@ -144,28 +144,28 @@ def batch(*texts: str, stored: Sequence[str] = ()) -> Ask:
 def gone_stale(stream: bool = False) -> Ask:
     """The same after its lifetime."""
 
-    async def asked(scene: PipelineFixture, n: int) -> Result:
-        await scene.ask(question(n, stream=stream))
-        await scene.clock.sleep(120.0)
-        return await scene.ask(question(n, stream=stream))
+    async def asked(pipeline: PipelineFixture, n: int) -> Result:
+        await pipeline.ask(question(n, stream=stream))
+        await pipeline.clock.sleep(120.0)
+        return await pipeline.ask(question(n, stream=stream))
 
     return asked
 
 
-async def unwritable(scene: PipelineFixture, n: int) -> None:
+async def unwritable(pipeline: PipelineFixture, n: int) -> None:
     """A client whose connection breaks while its stream is written."""
 
     async def write(data: bytes) -> None:
         raise ConnectionResetError
 
-    scene.write = write
+    pipeline.write = write
     with suppress(ConnectionResetError):
-        await streamed(scene, n)
+        await streamed(pipeline, n)
 
 
-async def unpushable(scene: PipelineFixture, n: int) -> None:
+async def unpushable(pipeline: PipelineFixture, n: int) -> None:
     """The same where the stream is written as it comes, by the task that reads it."""
-    bought = await scene.handler.handle(scene.request(question(n, stream=True)), lambda: None)
+    bought = await pipeline.handler.handle(pipeline.request(question(n, stream=True)), lambda: None)
     assert isinstance(bought, Reply)
     assert isinstance(bought.stream, SubscriberStream)
     pushed: list[bytes] = []
@@ -185,37 +185,37 @@ async def unpushable(scene: PipelineFixture, n: int) -> None:
     assert pushed
 
 
-async def drained(scene: PipelineFixture, n: int) -> None:
+async def drained(pipeline: PipelineFixture, n: int) -> None:
     """The proxy stops while a stream flows."""
-    task = scene.loop.create_task(streamed(scene, n))
+    task = pipeline.loop.create_task(streamed(pipeline, n))
     await asyncio.sleep(2.5)
-    await scene.interrupt(task)
+    await pipeline.interrupt(task)
 
 
-async def bug(scene: PipelineFixture, n: int) -> None:
+async def bug(pipeline: PipelineFixture, n: int) -> None:
     """A fault of the proxy's own, in what several wait for."""
 
     def fail(sent: Sent) -> Move:
         raise RuntimeError
 
-    scene.transport.otherwise = fail
-    tasks = [scene.loop.create_task(plain(scene, n)) for _ in range(3)]
+    pipeline.transport.otherwise = fail
+    tasks = [pipeline.loop.create_task(plain(pipeline, n)) for _ in range(3)]
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def leased(scene: PipelineFixture, n: int) -> None:
+async def leased(pipeline: PipelineFixture, n: int) -> None:
     """Where another process may be buying the same."""
-    if scene.services.coordination.locks is None:
-        scene.services.coordination = Coordination(locks=Held())
-        scene.rebuild()
-    await plain(scene, n)
-    await streamed(scene, n + 1000)
+    if pipeline.services.coordination.locks is None:
+        pipeline.services.coordination = Coordination(locks=Held())
+        pipeline.rebuild()
+    await plain(pipeline, n)
+    await streamed(pipeline, n + 1000)
 
 
-async def tried_again(scene: PipelineFixture, n: int) -> Result:
+async def tried_again(pipeline: PipelineFixture, n: int) -> Result:
     """A refused one, then the same."""
-    await plain(scene, n)
-    return await plain(scene, n)
+    await plain(pipeline, n)
+    return await plain(pipeline, n)
 
 
 ONE_TRY = settings(retry=RetrySettings(max_retries=0, jitter=0.0))
@@ -332,24 +332,24 @@ KINDS: dict[str, Kind] = {
     "bug": Kind(bug),
     "leased": Kind(leased, [says(), streams()]),
     "cost comment": Kind(
-        lambda scene, n: scene.ask(question(n, stream=True), Options(stream_cost=True)), [streams(SLOW)]
+        lambda pipeline, n: pipeline.ask(question(n, stream=True), Options(stream_cost=True)), [streams(SLOW)]
     ),
     "budget refuses": Kind(options(max_cost=0.0, run="r")),
     "run": Kind(options(run="r"), [says()]),
 }
 
 
-async def repeat(scene: PipelineFixture, kind: Kind, first: int) -> None:
+async def repeat(pipeline: PipelineFixture, kind: Kind, first: int) -> None:
     for n in range(first, first + TIMES):
-        scene.transport.queue = list(kind.moves)
-        scene.transport.otherwise = usual
-        await kind.ask(scene, n)
+        pipeline.transport.queue = list(kind.moves)
+        pipeline.transport.otherwise = usual
+        await kind.ask(pipeline, n)
         await settled(50)
-        await scene.clock.sleep(120.0)
-        assert not scene.transport.queue
-    scene.transport.sent.clear()
-    scene.flows.clear()
-    scene.receipts.clear()
+        await pipeline.clock.sleep(120.0)
+        assert not pipeline.transport.queue
+    pipeline.transport.sent.clear()
+    pipeline.flows.clear()
+    pipeline.receipts.clear()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -358,10 +358,10 @@ def test_no_request_leaves_a_reference_cycle(name: str) -> None:
     found: Counter[str] = Counter()
 
     async def tell() -> None:
-        scene = PipelineFixture(config=kind.config)
-        await repeat(scene, kind, 0)
+        pipeline = PipelineFixture(config=kind.config)
+        await repeat(pipeline, kind, 0)
         with uncollected(found):
-            await repeat(scene, kind, TIMES)
+            await repeat(pipeline, kind, TIMES)
 
     run(tell())
     assert not found

@@ -42,175 +42,175 @@ BAD: dict[str, tuple[Responds, tuple[str, float], bool]] = {
 @virtual_time
 async def test_a_bad_key_is_replaced_by_the_next(bad: Responds, state: tuple[str, float], whole: bool) -> None:
     """At once and without a retry; and its state stands: for the model, or for the whole key."""
-    scene = PipelineFixture(bad, says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
-    told = await scene.ask()
-    assert (told.status, told.at, told.attempts) == (200, 0.0, 2)
-    assert told.headers["X-Proxy-Key"] == "k2"
-    assert "X-Should-Retry" not in told.headers
-    assert "X-Proxy-Error" not in told.headers
+    pipeline = PipelineFixture(bad, says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
+    result = await pipeline.ask()
+    assert (result.status, result.at, result.attempts) == (200, 0.0, 2)
+    assert result.headers["X-Proxy-Key"] == "k2"
+    assert "X-Should-Retry" not in result.headers
+    assert "X-Proxy-Error" not in result.headers
     # Without a hint the pause of a first retry is the guess: base 1 s, no jitter here.
-    assert scene.state("k1") == state
-    assert (scene.state("k1", "gpt-4o-mini") is not None) is whole
-    assert scene.state("k2") is None
-    assert scene.used("k1") == {"rpm": 1, "tpm": 0, "concurrency": 0}
-    assert scene.used("k2") == {"rpm": 1, "tpm": 300, "concurrency": 0}
-    scene.assert_nothing_leaked()
-    assert [receipt.status for receipt in scene.receipts] == [200]
-    assert (scene.receipt.key, scene.receipt.attempts) == ("k2", 2)
+    assert pipeline.state("k1") == state
+    assert (pipeline.state("k1", "gpt-4o-mini") is not None) is whole
+    assert pipeline.state("k2") is None
+    assert pipeline.used("k1") == {"rpm": 1, "tpm": 0, "concurrency": 0}
+    assert pipeline.used("k2") == {"rpm": 1, "tpm": 300, "concurrency": 0}
+    pipeline.assert_nothing_leaked()
+    assert [receipt.status for receipt in pipeline.receipts] == [200]
+    assert (pipeline.receipt.key, pipeline.receipt.attempts) == ("k2", 2)
 
-    scene.transport.queue.append(says())
-    await scene.ask(ask("again"))
-    assert scene.transport.keys == ["k1", "k2", "k2"]  # it is not asked again
+    pipeline.transport.queue.append(says())
+    await pipeline.ask(ask("again"))
+    assert pipeline.transport.keys == ["k1", "k2", "k2"]  # it is not asked again
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "invalid_api_key"), (403, None), (404, "model_not_found")])
 @virtual_time
 async def test_if_every_key_is_bad_the_last_response_is_returned(status: int, code: str | None) -> None:
     moves = [error(status, code, message="first"), error(status, code, message="last, for sk-k2")]
-    scene = PipelineFixture(*moves, config=settings(pool("k1", "k2")))
-    told = await scene.ask()
-    assert (told.status, told.attempts, told.at) == (status, 2, 0.0)
-    assert told.json()["error"]["message"] == "last, for ***"
-    assert told.headers["X-Proxy-Error"] == "no_usable_key"
-    assert told.headers["X-Should-Retry"] == "false"
-    assert scene.receipt.error == "no_usable_key"
-    assert scene.receipt.status == status
-    assert scene.used("k1")["tpm"] == scene.used("k2")["tpm"] == 0
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(*moves, config=settings(pool("k1", "k2")))
+    result = await pipeline.ask()
+    assert (result.status, result.attempts, result.at) == (status, 2, 0.0)
+    assert result.json()["error"]["message"] == "last, for ***"
+    assert result.headers["X-Proxy-Error"] == "no_usable_key"
+    assert result.headers["X-Should-Retry"] == "false"
+    assert pipeline.receipt.error == "no_usable_key"
+    assert pipeline.receipt.status == status
+    assert pipeline.used("k1")["tpm"] == pipeline.used("k2")["tpm"] == 0
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_if_every_key_is_rejected_the_error_is_no_usable_key() -> None:
     """502 without a call, and without waiting ten minutes for a key that will not do either."""
-    scene = PipelineFixture(error(401), error(401), config=settings(pool("k1", "k2")))
-    await scene.ask()
-    told = await scene.ask()
-    assert (told.status, told.refused, told.attempts) == (502, "no_usable_key", 0)
-    assert told.refusal is not None
-    assert told.refusal.should_retry is False
-    assert "X-Proxy-Upstream" not in told.headers
-    assert (scene.receipt.status, scene.receipt.error) == (502, "no_usable_key")
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(error(401), error(401), config=settings(pool("k1", "k2")))
+    await pipeline.ask()
+    result = await pipeline.ask()
+    assert (result.status, result.refused, result.attempts) == (502, "no_usable_key", 0)
+    assert result.refusal is not None
+    assert result.refusal.should_retry is False
+    assert "X-Proxy-Upstream" not in result.headers
+    assert (pipeline.receipt.status, pipeline.receipt.error) == (502, "no_usable_key")
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_rejected_key_is_tried_again_after_ten_minutes() -> None:
-    scene = PipelineFixture(error(401), says(), says(), says(), config=settings(pool("k1", "k2")))
-    await scene.ask()
-    await scene.clock.sleep(599)
-    await scene.ask(ask("a"))
-    await scene.clock.sleep(1)
-    await scene.ask(ask("b"))
-    assert scene.transport.keys == ["k1", "k2", "k2", "k1"]
-    assert scene.state("k1") is None
+    pipeline = PipelineFixture(error(401), says(), says(), says(), config=settings(pool("k1", "k2")))
+    await pipeline.ask()
+    await pipeline.clock.sleep(599)
+    await pipeline.ask(ask("a"))
+    await pipeline.clock.sleep(1)
+    await pipeline.ask(ask("b"))
+    assert pipeline.transport.keys == ["k1", "k2", "k2", "k1"]
+    assert pipeline.state("k1") is None
 
 
 @virtual_time
 async def test_a_rejected_key_is_still_used_if_it_is_the_only_one() -> None:
     """With no other, a 401 an hour ago is no reason to fail: the key may have been put right."""
-    scene = PipelineFixture(error(401), says())
-    assert (await scene.ask()).status == 401
-    assert (await scene.ask()).status == 200
-    assert scene.state() is None
+    pipeline = PipelineFixture(error(401), says())
+    assert (await pipeline.ask()).status == 401
+    assert (await pipeline.ask()).status == 200
+    assert pipeline.state() is None
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 @virtual_time
 async def test_other_4xx_responses_are_returned_and_sent_once(status: int) -> None:
     """Once only, with whichever key."""
-    scene = PipelineFixture(
+    pipeline = PipelineFixture(
         error(status, "context_length_exceeded", message="Too long."), config=settings(pool("k1", "k2"))
     )
-    told = await scene.ask()
-    assert (told.status, told.attempts) == (status, 1)
-    assert told.json()["error"]["message"] == "Too long."
-    assert "X-Should-Retry" not in told.headers
-    assert "X-Proxy-Error" not in told.headers
-    assert scene.state("k1") is None
-    assert (scene.receipt.error, scene.receipt.cost_status) == (f"upstream_{status}", "unknown")
-    scene.assert_nothing_leaked()
+    result = await pipeline.ask()
+    assert (result.status, result.attempts) == (status, 1)
+    assert result.json()["error"]["message"] == "Too long."
+    assert "X-Should-Retry" not in result.headers
+    assert "X-Proxy-Error" not in result.headers
+    assert pipeline.state("k1") is None
+    assert (pipeline.receipt.error, pipeline.receipt.cost_status) == (f"upstream_{status}", "unknown")
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_mismatched_organization_does_not_reject_the_key() -> None:
-    scene = PipelineFixture(error(401, "mismatched_organization"), says(), config=settings(pool("k1", "k2")))
-    assert (await scene.ask()).status == 200
-    assert scene.state("k1") is None
+    pipeline = PipelineFixture(error(401, "mismatched_organization"), says(), config=settings(pool("k1", "k2")))
+    assert (await pipeline.ask()).status == 200
+    assert pipeline.state("k1") is None
 
 
 @virtual_time
 async def test_a_lower_priority_upstream_serves_while_the_first_cools() -> None:
     spare = replace(pool("spare", priority=1), name="spare", base_url="http://spare.test/v1")
-    scene = PipelineFixture(rate_limited("5"), says(), says(), says(), config=settings(pool("k1"), spare))
-    told = await scene.ask()
-    assert (told.headers["X-Proxy-Upstream"], told.headers["X-Proxy-Key"]) == ("spare", "spare")
-    await scene.ask(ask("a"))
-    await scene.clock.sleep(5)
-    await scene.ask(ask("b"))
-    assert scene.transport.keys == ["k1", "spare", "spare", "k1"]
-    assert [sent.url for sent in scene.transport.sent][1] == "http://spare.test/v1/chat/completions"
+    pipeline = PipelineFixture(rate_limited("5"), says(), says(), says(), config=settings(pool("k1"), spare))
+    result = await pipeline.ask()
+    assert (result.headers["X-Proxy-Upstream"], result.headers["X-Proxy-Key"]) == ("spare", "spare")
+    await pipeline.ask(ask("a"))
+    await pipeline.clock.sleep(5)
+    await pipeline.ask(ask("b"))
+    assert pipeline.transport.keys == ["k1", "spare", "spare", "k1"]
+    assert [sent.url for sent in pipeline.transport.sent][1] == "http://spare.test/v1/chat/completions"
 
 
 @virtual_time
 async def test_an_upstream_that_does_not_serve_the_model_is_not_used() -> None:
-    scene = PipelineFixture(config=settings(pool("k1", models=("gpt-3*",))))
-    told = await scene.ask()
-    assert (told.status, told.refused, told.attempts) == (502, "no_usable_key", 0)
+    pipeline = PipelineFixture(config=settings(pool("k1", models=("gpt-3*",))))
+    result = await pipeline.ask()
+    assert (result.status, result.refused, result.attempts) == (502, "no_usable_key", 0)
 
 
 @virtual_time
 async def test_if_all_keys_cool_the_first_ready_one_is_waited_for() -> None:
-    scene = PipelineFixture(
+    pipeline = PipelineFixture(
         rate_limited("30"), rate_limited("20"), says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES)
     )
-    assert (await scene.ask()).status == 429
-    told = await scene.ask(ask("later"))
-    assert (told.status, told.at) == (200, 20.0)
-    assert scene.transport.keys[-1] == "k2"
-    assert scene.receipt.queue_ms == pytest.approx(20_000)
-    scene.assert_nothing_leaked()
+    assert (await pipeline.ask()).status == 429
+    result = await pipeline.ask(ask("later"))
+    assert (result.status, result.at) == (200, 20.0)
+    assert pipeline.transport.keys[-1] == "k2"
+    assert pipeline.receipt.queue_ms == pytest.approx(20_000)
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_keys_cooling_is_returned_if_max_wait_is_too_short() -> None:
-    scene = PipelineFixture(rate_limited("300"), config=settings(retry=NO_RETRIES))
-    await scene.ask()
-    told = await scene.ask(patience=100)
-    assert (told.status, told.refused, told.at) == (429, "keys_cooling", 0.0)
-    assert told.refusal is not None
-    assert told.refusal.retry_after == pytest.approx(300)
-    assert told.refusal.should_retry is None
-    assert scene.receipt.error == "keys_cooling"
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(rate_limited("300"), config=settings(retry=NO_RETRIES))
+    await pipeline.ask()
+    result = await pipeline.ask(patience=100)
+    assert (result.status, result.refused, result.at) == (429, "keys_cooling", 0.0)
+    assert result.refusal is not None
+    assert result.refusal.retry_after == pytest.approx(300)
+    assert result.refusal.should_retry is None
+    assert pipeline.receipt.error == "keys_cooling"
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_cooldown_is_extended_and_never_shortened() -> None:
     moves = [rate_limited("40", wait=2.0), rate_limited("10", wait=3.0), rate_limited("90", wait=4.0)]
-    scene = PipelineFixture(*moves, config=settings(retry=NO_RETRIES))
-    tasks = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(3)]
+    pipeline = PipelineFixture(*moves, config=settings(retry=NO_RETRIES))
+    tasks = [pipeline.loop.create_task(pipeline.ask(ask(str(n)))) for n in range(3)]
     for seconds, left in ((2.5, 39.5), (1, 38.5), (1, 89.5)):
-        await scene.clock.sleep(seconds)
-        assert scene.state() == ("cooling", left)
+        await pipeline.clock.sleep(seconds)
+        assert pipeline.state() == ("cooling", left)
     for task in tasks:
         await task
-    scene.assert_nothing_leaked()
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_after_a_429_from_every_key_the_soonest_one_is_waited_for() -> None:
     """The first is ready after 2 s: the second's hour must neither be waited for nor handed on."""
     for first, second in (("2", "3600"), ("3600", "2")):
-        scene = PipelineFixture(rate_limited(first), rate_limited(second), says(), config=settings(pool("k1", "k2")))
-        told = await scene.ask()
-        assert (told.status, told.at) == (200, 2.0), (first, second)
-        scene.assert_nothing_leaked()
+        pipeline = PipelineFixture(rate_limited(first), rate_limited(second), says(), config=settings(pool("k1", "k2")))
+        result = await pipeline.ask()
+        assert (result.status, result.at) == (200, 2.0), (first, second)
+        pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_the_pools_key_is_sent_and_no_other_credential() -> None:
     config = settings(replace(pool("k1"), keys=(replace(pool("k1").keys[0], organization="org-1", project="proj-1"),)))
-    scene = PipelineFixture(says(), config=config)
+    pipeline = PipelineFixture(says(), config=config)
     sent_headers = [
         (b"Authorization", b"Bearer client-secret"),
         (b"api-key", b"client-secret"),
@@ -221,8 +221,8 @@ async def test_the_pools_key_is_sent_and_no_other_credential() -> None:
         (b"OpenAI-Beta", b"assistants=v2"),
         (b"X-Stainless-Lang", b"python"),
     ]
-    await scene.ask(headers=sent_headers)
-    headers = scene.transport.sent[0].headers
+    await pipeline.ask(headers=sent_headers)
+    headers = pipeline.transport.sent[0].headers
     assert headers.getall("Authorization") == ["Bearer sk-k1"]
     assert headers.getall("OpenAI-Organization") == ["org-1"]
     assert headers.getall("OpenAI-Project") == ["proj-1"]
@@ -240,10 +240,10 @@ def mine(name: str) -> Client:
 
 @virtual_time
 async def test_pass_through_sends_each_clients_credential() -> None:
-    scene = PipelineFixture(says(), says(), config=settings(UpstreamSettings(base_url="http://up.test/v1")))
-    await scene.ask(client=mine("alice"), headers=[(b"OpenAI-Organization", b"org-a")])
-    await scene.ask(client=Client("", "nobody"))
-    first, second = (sent.headers for sent in scene.transport.sent)
+    pipeline = PipelineFixture(says(), says(), config=settings(UpstreamSettings(base_url="http://up.test/v1")))
+    await pipeline.ask(client=mine("alice"), headers=[(b"OpenAI-Organization", b"org-a")])
+    await pipeline.ask(client=Client("", "nobody"))
+    first, second = (sent.headers for sent in pipeline.transport.sent)
     assert (first["Authorization"], first["OpenAI-Organization"]) == ("Bearer alice", "org-a")
     assert "Authorization" not in second
 
@@ -253,13 +253,13 @@ async def test_pass_through_sends_each_clients_credential() -> None:
 async def test_a_clients_bad_credential_does_not_affect_others(bad: Responds) -> None:
     """Its answer is the upstream's own word, to be shown as it is, and no state of ours."""
     config = settings(UpstreamSettings(base_url="http://up.test/v1"), retry=NO_RETRIES)
-    scene = PipelineFixture(bad, says(), config=config)
-    told = await scene.ask(client=mine("mallory"))
-    assert told.status == bad.status
-    assert "X-Proxy-Error" not in told.headers
-    assert scene.state("client") is None
-    assert (await scene.ask(client=mine("alice"))).status == 200
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(bad, says(), config=config)
+    result = await pipeline.ask(client=mine("mallory"))
+    assert result.status == bad.status
+    assert "X-Proxy-Error" not in result.headers
+    assert pipeline.state("client") is None
+    assert (await pipeline.ask(client=mine("alice"))).status == 200
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
@@ -269,10 +269,10 @@ async def test_in_pass_through_each_credential_has_its_own_limits() -> None:
     def answer(sent: Sent) -> Responds:
         return says()
 
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=answer), config=config)
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=answer), config=config)
     for name in ("alice", "bob", "alice"):
-        await scene.ask(ask(name), client=mine(name))
-    ring, now = scene.services.pool, scene.loop.time()
+        await pipeline.ask(ask(name), client=mine(name))
+    ring, now = pipeline.services.pool, pipeline.loop.time()
 
     def used(quota: str) -> Any:
         allowance = ring.rate_limiter(ring.keys[0], "gpt-4o", now, quota)

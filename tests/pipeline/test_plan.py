@@ -50,20 +50,20 @@ PLANS: list[tuple[str, str, Any, Options, tuple[str, str, bool, bool, str]]] = [
 async def test_the_plan_for_each_request(
     backend: str, when: str, document: Any, options: Options, expected: tuple[str, str, bool, bool, str]
 ) -> None:
-    scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(backend=backend, when=when)))
-    plan = await scene.planned(document, options)
+    pipeline = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(backend=backend, when=when)))
+    plan = await pipeline.planned(document, options)
     assert (bool(plan.key), plan.reason, plan.read, plan.write, plan.fwd) == (expected[0] == KEY, *expected[1:])
     if options.only_if_cached:
         return
-    told = await scene.ask(document, options)
-    assert (told.cache, told.reason) == ("miss" if plan.key else "bypass", plan.reason)
+    result = await pipeline.ask(document, options)
+    assert (result.cache, result.reason) == ("miss" if plan.key else "bypass", plan.reason)
     status = f"openai-proxy; fwd={plan.fwd}" + ("; stored" if plan.write else "")
     detail = plan.reason if plan.fwd != "uri-miss" else ""
     shown = f'"{detail}"' if set(detail) & set(" =") else detail
-    assert told.headers["Cache-Status"] == status + (f"; detail={shown}" if detail else "")
-    assert ("X-Proxy-Cache-Key" in told.headers) is bool(plan.key)
-    again = await scene.ask(document)
-    assert again.cache == ("hit" if plan.write else "miss" if (await scene.planned(document)).key else "bypass")
+    assert result.headers["Cache-Status"] == status + (f"; detail={shown}" if detail else "")
+    assert ("X-Proxy-Cache-Key" in result.headers) is bool(plan.key)
+    again = await pipeline.ask(document)
+    assert again.cache == ("hit" if plan.write else "miss" if (await pipeline.planned(document)).key else "bypass")
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ async def test_the_plan_for_each_request(
 @virtual_time
 async def test_embeddings_and_moderations_count_as_deterministic(target: str, document: Any, ttl: int) -> None:
     answer = {"data": [{"index": 0, "embedding": [1.0]}], "results": [{"flagged": False}], "model": "m"}
-    scene = PipelineFixture(says(answer), config=settings(cache=CacheSettings(when="deterministic")))
-    await scene.ask(document, target=target)
-    hit = (await scene.ask(document, target=target)).hit
+    pipeline = PipelineFixture(says(answer), config=settings(cache=CacheSettings(when="deterministic")))
+    await pipeline.ask(document, target=target)
+    hit = (await pipeline.ask(document, target=target)).hit
     assert hit is not None
     assert (hit.entry.ttl, hit.entry.sampled) == (ttl, False)
 
@@ -93,18 +93,18 @@ async def test_embeddings_and_moderations_count_as_deterministic(target: str, do
 )
 @virtual_time
 async def test_ambiguous_bodies_are_forwarded_and_not_cached(body: bytes, why: str) -> None:
-    scene = PipelineFixture(says(), says())
+    pipeline = PipelineFixture(says(), says())
     for _ in range(2):
-        told = await scene.ask(body=body)
-        assert (told.status, told.cache, told.reason) == (200, "bypass", why)
-        assert scene.transport.sent[-1].body == body
+        result = await pipeline.ask(body=body)
+        assert (result.status, result.cache, result.reason) == (200, "bypass", why)
+        assert pipeline.transport.sent[-1].body == body
 
 
 # The key: what may change the answer is in it, what may not is not.
 
 
-async def key(scene: PipelineFixture, document: Any = None, options: Options | None = None, **more: Any) -> str:
-    plan = await scene.planned(document, options, **more)
+async def key(pipeline: PipelineFixture, document: Any = None, options: Options | None = None, **more: Any) -> str:
+    plan = await pipeline.planned(document, options, **more)
     assert plan.key
     return plan.key
 
@@ -138,22 +138,22 @@ SAME: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("more", DIFFERENT.values(), ids=DIFFERENT.keys())
 @virtual_time
 async def test_requests_that_differ_have_different_keys(more: dict[str, Any]) -> None:
-    scene = PipelineFixture()
-    assert await key(scene, **more) != await key(scene)
+    pipeline = PipelineFixture()
+    assert await key(pipeline, **more) != await key(pipeline)
 
 
 @pytest.mark.parametrize("more", SAME.values(), ids=SAME.keys())
 @virtual_time
 async def test_requests_that_mean_the_same_have_the_same_key(more: dict[str, Any]) -> None:
-    scene = PipelineFixture()
-    assert await key(scene, **more) == await key(scene)
+    pipeline = PipelineFixture()
+    assert await key(pipeline, **more) == await key(pipeline)
 
 
 @virtual_time
 async def test_namespace_and_client_are_separate_in_the_key() -> None:
-    scene = PipelineFixture()
+    pipeline = PipelineFixture()
     keys = [
-        await key(scene, None, Options(namespace=namespace), client=Client("", scope))
+        await key(pipeline, None, Options(namespace=namespace), client=Client("", scope))
         for scope, namespace in (("a", "b"), ("a\nb", ""), ("", "a\nb"), ("", "ab"), ("ab", ""))
     ]
     assert len(set(keys)) == len(keys)
@@ -162,35 +162,35 @@ async def test_namespace_and_client_are_separate_in_the_key() -> None:
 @virtual_time
 async def test_sample_0_has_the_key_of_a_request_without_a_sample() -> None:
     """Number 0 of a run is the entry of a request without a sample (docs/runs.md)."""
-    scene = PipelineFixture()
-    none, zero, one, minus = [await key(scene, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
+    pipeline = PipelineFixture()
+    none, zero, one, minus = [await key(pipeline, None, Options(sample=text)) for text in ("", "0", "1", "-1")]
     assert none == zero
     assert len({none, one, minus}) == 3
 
 
 @virtual_time
 async def test_upstreams_have_separate_keys_unless_cache_as_is_equal() -> None:
-    def scene(*upstreams: UpstreamSettings) -> PipelineFixture:
+    def pipeline(*upstreams: UpstreamSettings) -> PipelineFixture:
         return PipelineFixture(config=settings(*upstreams))
 
     here, there = pool("k1"), replace(pool("k1"), base_url="http://there.test/v1")
-    one, other = await key(scene(here)), await key(scene(there))
-    both = await key(scene(here, replace(there, name="b", keys=pool("k2").keys)))
+    one, other = await key(pipeline(here)), await key(pipeline(there))
+    both = await key(pipeline(here, replace(there, name="b", keys=pool("k2").keys)))
     assert one != other
     assert both == one  # the first upstream of the lowest priority decides: another region empties no cache
     region = [replace(upstream, cache_as="gpt") for upstream in (here, there)]
-    assert await key(scene(region[0])) == await key(scene(region[1]))
-    assert await key(scene(replace(here, keys=pool("k9").keys))) == one  # the key in use does not matter
+    assert await key(pipeline(region[0])) == await key(pipeline(region[1]))
+    assert await key(pipeline(replace(here, keys=pool("k9").keys))) == one  # the key in use does not matter
     elsewhere = replace(there, name="b", models=("o1*",), keys=pool("k2").keys)
-    assert await key(scene(here, elsewhere)) == one  # it does not serve this model
+    assert await key(pipeline(here, elsewhere)) == one  # it does not serve this model
 
 
 @virtual_time
 async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = PipelineFixture()
-    small = await scene.planned()
+    pipeline = PipelineFixture()
+    small = await pipeline.planned()
     monkeypatch.setattr(proxy.system.threads, "LARGE", 10)
-    assert await scene.planned() == small
+    assert await pipeline.planned() == small
     assert isinstance(small, CachePlan)
 
 
@@ -198,5 +198,5 @@ async def test_a_large_body_gets_the_same_key(monkeypatch: pytest.MonkeyPatch) -
 async def test_the_cache_key_is_hidden_if_the_proxy_has_several_clients() -> None:
     clients = tuple(ClientKeySettings(name, b"x" * 32) for name in "ab")
     for known, shown in ((clients[:1], True), (clients, False)):
-        scene = PipelineFixture(says(), config=replace(settings(), server=ServerSettings(client_keys=known)))
-        assert ("X-Proxy-Cache-Key" in (await scene.ask()).headers) is shown
+        pipeline = PipelineFixture(says(), config=replace(settings(), server=ServerSettings(client_keys=known)))
+        assert ("X-Proxy-Cache-Key" in (await pipeline.ask()).headers) is shown

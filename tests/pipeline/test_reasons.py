@@ -19,9 +19,9 @@ STREAM = ask(stream=True)
 WHOLE = events("Hi")
 
 
-async def why(scene: PipelineFixture, *args: Any, **more: Any) -> tuple[str, str]:
-    told: Result = await scene.ask(*args, **more)
-    return told.cache, told.reason
+async def why(pipeline: PipelineFixture, *args: Any, **more: Any) -> tuple[str, str]:
+    result: Result = await pipeline.ask(*args, **more)
+    return result.cache, result.reason
 
 
 MISSES: dict[str, tuple[tuple[Any, Options], str]] = {
@@ -40,62 +40,62 @@ MISSES: dict[str, tuple[tuple[Any, Options], str]] = {
 @pytest.mark.parametrize(("asked", "reason"), MISSES.values(), ids=MISSES.keys())
 @virtual_time
 async def test_the_differing_part_is_named(asked: tuple[Any, Options], reason: str) -> None:
-    scene = PipelineFixture(says(), says())
-    assert await why(scene) == ("miss", "new")
-    assert await why(scene, *asked) == ("miss", reason)
-    assert scene.receipt.reason == reason
+    pipeline = PipelineFixture(says(), says())
+    assert await why(pipeline) == ("miss", "new")
+    assert await why(pipeline, *asked) == ("miss", reason)
+    assert pipeline.receipt.reason == reason
 
 
 @virtual_time
 async def test_entries_of_another_client_are_not_compared() -> None:
-    scene = PipelineFixture(says(), says())
-    await scene.ask(client=Client("a", "name a"))
-    assert await why(scene, ask(seed=1), client=Client("b", "name b")) == ("miss", "new")
+    pipeline = PipelineFixture(says(), says())
+    await pipeline.ask(client=Client("a", "name a"))
+    assert await why(pipeline, ask(seed=1), client=Client("b", "name b")) == ("miss", "new")
 
 
 @virtual_time
 async def test_a_request_that_was_not_stored_is_not_compared() -> None:
-    scene = PipelineFixture(says(), says())
-    await scene.ask(None, Options(no_store=True))
-    assert await why(scene, ask(seed=1)) == ("miss", "new")
+    pipeline = PipelineFixture(says(), says())
+    await pipeline.ask(None, Options(no_store=True))
+    assert await why(pipeline, ask(seed=1)) == ("miss", "new")
 
 
 @virtual_time
 async def test_a_differing_header_or_query_is_named() -> None:
-    scene = PipelineFixture(says(), says(), says())
-    await scene.ask()
-    assert await why(scene, headers=[(b"OpenAI-Beta", b"v2")]) == ("miss", "differs: OpenAI-Beta")
-    assert await why(scene, target=f"{CHAT}?api-version=1") == ("miss", "differs: query")
+    pipeline = PipelineFixture(says(), says(), says())
+    await pipeline.ask()
+    assert await why(pipeline, headers=[(b"OpenAI-Beta", b"v2")]) == ("miss", "differs: OpenAI-Beta")
+    assert await why(pipeline, target=f"{CHAT}?api-version=1") == ("miss", "differs: query")
 
 
 @virtual_time
 async def test_an_expired_entry_is_named_before_and_after_the_sweep() -> None:
     for swept in (False, True):
-        scene = PipelineFixture(
+        pipeline = PipelineFixture(
             says(), says(), says(), config=settings(cache=CacheSettings(ttl=TtlSettings(chat=10.0)))
         )
-        await scene.ask()
-        await scene.clock.sleep(11.0)
+        await pipeline.ask()
+        await pipeline.clock.sleep(11.0)
         if swept:
-            assert scene.services.store.sweep(scene.clock.wall()) == 1
-        assert await why(scene, ask(seed=1)) == ("miss", "new")
-        assert await why(scene) == ("miss", "expired")
+            assert pipeline.services.store.sweep(pipeline.clock.wall()) == 1
+        assert await why(pipeline, ask(seed=1)) == ("miss", "new")
+        assert await why(pipeline) == ("miss", "expired")
 
 
 @virtual_time
 async def test_an_evicted_entry_is_named() -> None:
-    scene = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(memory_size=2000)))
-    await scene.ask()
-    scene.services.store.memory.remove(scene.services.store.memory.matching(ALL))
-    assert await why(scene) == ("miss", "gone")
+    pipeline = PipelineFixture(says(), says(), config=settings(cache=CacheSettings(memory_size=2000)))
+    await pipeline.ask()
+    pipeline.services.store.memory.remove(pipeline.services.store.memory.matching(ALL))
+    assert await why(pipeline) == ("miss", "gone")
 
 
 @virtual_time
 async def test_after_a_purge_every_request_is_new() -> None:
-    scene = PipelineFixture(says(), says())
-    await scene.ask()
-    await scene.services.store.purge(ALL)
-    assert await why(scene, ask(seed=1)) == ("miss", "new")
+    pipeline = PipelineFixture(says(), says())
+    await pipeline.ask()
+    await pipeline.services.store.purge(ALL)
+    assert await why(pipeline, ask(seed=1)) == ("miss", "new")
 
 
 @virtual_time
@@ -111,20 +111,20 @@ async def test_an_entry_found_in_the_store_is_compared_too() -> None:
 
 @virtual_time
 async def test_an_entry_in_the_other_form_only_is_named() -> None:
-    scene = PipelineFixture(streams(WHOLE), says())
-    await scene.ask(STREAM)  # without usage there is no certain plain answer
-    assert await why(scene) == ("miss", "stored in the other form")
+    pipeline = PipelineFixture(streams(WHOLE), says())
+    await pipeline.ask(STREAM)  # without usage there is no certain plain answer
+    assert await why(pipeline) == ("miss", "stored in the other form")
 
 
 @virtual_time
 async def test_an_entry_too_old_in_either_form_is_named() -> None:
-    scene = PipelineFixture(says(), streams(WHOLE), streams(WHOLE))
-    await scene.ask()
-    await scene.clock.sleep(9.0)
-    assert await why(scene, STREAM, Options(max_age=5)) == ("miss", "max-age")
+    pipeline = PipelineFixture(says(), streams(WHOLE), streams(WHOLE))
+    await pipeline.ask()
+    await pipeline.clock.sleep(9.0)
+    assert await why(pipeline, STREAM, Options(max_age=5)) == ("miss", "max-age")
 
 
 @virtual_time
 async def test_with_the_cache_off_the_reason_is_off() -> None:
-    scene = PipelineFixture(says(), config=replace(settings(), cache=CacheSettings(backend="off")))
-    assert await why(scene) == ("bypass", "off")
+    pipeline = PipelineFixture(says(), config=replace(settings(), cache=CacheSettings(backend="off")))
+    assert await why(pipeline) == ("bypass", "off")

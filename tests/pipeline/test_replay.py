@@ -23,21 +23,21 @@ LONG = 30 * 86400.0
 
 
 async def recorded(file: Path, *moves: Move, **more: Any) -> PipelineFixture:
-    """A scene that records; `closed` makes the file."""
-    scene = PipelineFixture(*moves, config=settings(cache=CacheSettings(cassette=str(file), **more)))
-    open_cassette(scene.services.store, str(file))
-    return scene
+    """A pipeline that records; `closed` makes the file."""
+    pipeline = PipelineFixture(*moves, config=settings(cache=CacheSettings(cassette=str(file), **more)))
+    open_cassette(pipeline.services.store, str(file))
+    return pipeline
 
 
-async def closed(scene: PipelineFixture) -> None:
-    await scene.services.store.close()
+async def closed(pipeline: PipelineFixture) -> None:
+    await pipeline.services.store.close()
 
 
 def replaying(file: Path, config: Settings | None = None) -> PipelineFixture:
     config = config or settings()
-    scene = PipelineFixture(config=replace(config, cache=replace(config.cache, mode="replay", cassette=str(file))))
-    open_cassette(scene.services.store, str(file))
-    return scene
+    pipeline = PipelineFixture(config=replace(config, cache=replace(config.cache, mode="replay", cassette=str(file))))
+    open_cassette(pipeline.services.store, str(file))
+    return pipeline
 
 
 @virtual_time
@@ -47,20 +47,20 @@ async def test_a_recording_is_replayed_byte_for_byte_at_any_age(tmp_path: Path) 
     plain = await record.ask()
     streamed = await record.ask(ask("other", stream=True))
     await closed(record)
-    scene = replaying(file)
-    await scene.clock.sleep(LONG)
+    pipeline = replaying(file)
+    await pipeline.clock.sleep(LONG)
     for _ in range(2):
-        hit = await scene.ask()
+        hit = await pipeline.ask()
         assert (hit.status, hit.cache, hit.body) == (200, "hit", plain.body)
-        hit = await scene.ask(ask("other", stream=True))
+        hit = await pipeline.ask(ask("other", stream=True))
         assert (hit.cache, hit.body) == ("hit", streamed.body)
     # The same bytes again take the short way, and the other form is converted as ever.
     body = orjson.dumps(ask())
-    request = scene.request(body=body)
-    await scene.handler.handle(request, lambda: None, (CHAT, "", b"digest"))
-    assert scene.handler.cache.peek((CHAT, "", b"digest")) is not None
-    assert (await scene.ask(ask(stream=True))).cache == "hit"
-    assert scene.transport.sent == []
+    request = pipeline.request(body=body)
+    await pipeline.handler.handle(request, lambda: None, (CHAT, "", b"digest"))
+    assert pipeline.handler.cache.peek((CHAT, "", b"digest")) is not None
+    assert (await pipeline.ask(ask(stream=True))).cache == "hit"
+    assert pipeline.transport.sent == []
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ async def test_replay_ignores_age(tmp_path: Path, options: Options) -> None:
     record = await recorded(tmp_path / "c", says())
     await record.ask()
     await closed(record)
-    scene = replaying(tmp_path / "c")
-    await scene.clock.sleep(LONG)
-    assert (await scene.ask(None, options)).cache == "hit"
+    pipeline = replaying(tmp_path / "c")
+    await pipeline.clock.sleep(LONG)
+    assert (await pipeline.ask(None, options)).cache == "hit"
 
 
 @virtual_time
@@ -86,14 +86,14 @@ async def test_replay_ignores_the_client_and_not_the_namespace(tmp_path: Path) -
     await record.ask(None, Options(namespace="ci"), client=ANN)
     await closed(record)
     assert b"bare" not in file.read_bytes()  # nothing made of a client or a credential is in the file
-    scene = replaying(file)
+    pipeline = replaying(file)
     for client in (ANN, BOB, Client(), Client("", "credential 5eaf", ("bearer", "x"))):
-        told = await scene.ask(client=client)
-        assert told.json()["choices"][0]["message"]["content"] == "bob's"  # the newest
-        told = await scene.ask(None, Options(namespace="ci"), client=client)
-        assert told.json()["choices"][0]["message"]["content"] == "ci's"
-    told = await scene.ask(None, Options(namespace="other"))
-    assert told.refused == "not_cached"
+        result = await pipeline.ask(client=client)
+        assert result.json()["choices"][0]["message"]["content"] == "bob's"  # the newest
+        result = await pipeline.ask(None, Options(namespace="ci"), client=client)
+        assert result.json()["choices"][0]["message"]["content"] == "ci's"
+    result = await pipeline.ask(None, Options(namespace="other"))
+    assert result.refused == "not_cached"
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ async def test_replay_ignores_the_client_and_not_the_namespace(tmp_path: Path) -
 )
 @virtual_time
 async def test_a_miss_is_a_504_with_the_key(document: Any, options: Options, said: str) -> None:
-    scene = PipelineFixture(config=settings(cache=CacheSettings(mode="replay")))
-    told = await scene.ask(document, options)
-    assert (told.status, told.refused) == (504, "not_cached")
-    assert told.refusal is not None
-    assert told.refusal.should_retry is False
-    assert said in told.refusal.message
-    assert scene.transport.sent == []
+    pipeline = PipelineFixture(config=settings(cache=CacheSettings(mode="replay")))
+    result = await pipeline.ask(document, options)
+    assert (result.status, result.refused) == (504, "not_cached")
+    assert result.refusal is not None
+    assert result.refusal.should_retry is False
+    assert said in result.refusal.message
+    assert pipeline.transport.sent == []
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ async def test_a_miss_names_the_difference_to_the_nearest_recording(asked: Any, 
     await record.ask(ask("Hi"))
     await record.ask(ask("Quite another", seed=7, temperature=0.5, top_p=0.5))
     await closed(record)
-    told = await replaying(file).ask(asked)
-    assert told.refusal is not None
-    assert f"replay: not recorded; differs: {differs}, and nothing is sent" in told.refusal.message
-    assert dict(told.refusal.headers)["X-Proxy-Cache-Reason"] == f"not recorded; differs: {differs}"
+    result = await replaying(file).ask(asked)
+    assert result.refusal is not None
+    assert f"replay: not recorded; differs: {differs}, and nothing is sent" in result.refusal.message
+    assert dict(result.refusal.headers)["X-Proxy-Cache-Reason"] == f"not recorded; differs: {differs}"
 
 
 @virtual_time
@@ -180,25 +180,25 @@ async def test_refresh_always_sends_and_overwrites(tmp_path: Path) -> None:
     record = await recorded(file, says(completion("old")))
     await record.ask()
     await closed(record)
-    scene = await recorded(file, says(completion("new")), says(completion("new")), mode="refresh")
+    pipeline = await recorded(file, says(completion("new")), says(completion("new")), mode="refresh")
     for _ in range(2):
-        await scene.clock.sleep(1.0)
-        told = await scene.ask()
-        assert (told.cache, told.reason) == ("miss", "refresh")
-        assert told.headers["Cache-Status"] == "openai-proxy; fwd=bypass; stored; detail=refresh"
-    await closed(scene)
+        await pipeline.clock.sleep(1.0)
+        result = await pipeline.ask()
+        assert (result.cache, result.reason) == ("miss", "refresh")
+        assert result.headers["Cache-Status"] == "openai-proxy; fwd=bypass; stored; detail=refresh"
+    await closed(pipeline)
     (entry,) = read_file(str(file)).values()
     assert b"new" in entry.body
-    told = await (await recorded(file, mode="refresh")).ask(None, Options(only_if_cached=True))
-    assert told.refused == "not_cached"
+    result = await (await recorded(file, mode="refresh")).ask(None, Options(only_if_cached=True))
+    assert result.refused == "not_cached"
 
 
 @virtual_time
 async def test_the_request_is_stored_if_configured(tmp_path: Path) -> None:
     file = tmp_path / "c"
-    scene = await recorded(file, says(), says(), store_requests=True)
-    await scene.ask(ask("Grüße", user="somebody", temperature=0, note="sk-k1"))
-    await closed(scene)
+    pipeline = await recorded(file, says(), says(), store_requests=True)
+    await pipeline.ask(ask("Grüße", user="somebody", temperature=0, note="sk-k1"))
+    await closed(pipeline)
     (entry,) = read_file(str(file)).values()
     assert entry.request is not None
     assert orjson.loads(entry.request) == ask("Grüße", temperature=0, note="***")
@@ -210,9 +210,9 @@ async def test_replay_removes_no_entry(tmp_path: Path) -> None:
     record = await recorded(tmp_path / "c", says())
     await record.ask()
     await closed(record)
-    scene = replaying(tmp_path / "c")
-    assert isinstance(scene.services.store, ReplayStore)
+    pipeline = replaying(tmp_path / "c")
+    assert isinstance(pipeline.services.store, ReplayStore)
     held: Entries = read_file(str(tmp_path / "c"))
-    assert scene.services.store.sweep(2 * LONG) == 0
+    assert pipeline.services.store.sweep(2 * LONG) == 0
     assert len(held) == 1
-    assert (await scene.ask()).cache == "hit"
+    assert (await pipeline.ask()).cache == "hit"

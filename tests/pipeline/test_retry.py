@@ -53,13 +53,13 @@ CUT = TransportFailure("invalid", "cut")
 @virtual_time
 async def test_retried_failures_and_their_pauses(trouble: Move) -> None:
     """min(base · 2^attempt + jitter, max): 1, 2, 4 s."""
-    scene = PipelineFixture(trouble, trouble, trouble, says())
-    told = await scene.ask()
-    assert (told.status, told.at, told.attempts) == (200, 7.0, 4)
-    assert [round(sent.at - scene.transport.sent[0].at, 3) for sent in scene.transport.sent] == [0, 1, 3, 7]
-    assert "X-Should-Retry" not in told.headers
-    assert scene.receipt.attempts == 4
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(trouble, trouble, trouble, says())
+    result = await pipeline.ask()
+    assert (result.status, result.at, result.attempts) == (200, 7.0, 4)
+    assert [round(sent.at - pipeline.transport.sent[0].at, 3) for sent in pipeline.transport.sent] == [0, 1, 3, 7]
+    assert "X-Should-Retry" not in result.headers
+    assert pipeline.receipt.attempts == 4
+    pipeline.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -69,43 +69,43 @@ async def test_retried_failures_and_their_pauses(trouble: Move) -> None:
 )
 @virtual_time
 async def test_failures_that_are_not_retried(final: Responds) -> None:
-    scene = PipelineFixture(final, says())
-    told = await scene.ask()
+    pipeline = PipelineFixture(final, says())
+    result = await pipeline.ask()
     retried = final.status == 501  # a 5xx, after all
-    assert told.status == (200 if retried else final.status)
-    assert told.attempts == 1 + retried
-    scene.assert_nothing_leaked()
+    assert result.status == (200 if retried else final.status)
+    assert result.attempts == 1 + retried
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_429_with_x_should_retry_false_is_returned_and_cools_no_key() -> None:
-    scene = PipelineFixture(error(429, "rate_limit_exceeded", [("x-should-retry", "false"), ("retry-after", "9")]))
-    told = await scene.ask()
-    assert (told.status, told.attempts) == (429, 1)
-    assert dict(told.raw_headers)[b"x-should-retry"] == b"false"
-    assert scene.state() is None
+    pipeline = PipelineFixture(error(429, "rate_limit_exceeded", [("x-should-retry", "false"), ("retry-after", "9")]))
+    result = await pipeline.ask()
+    assert (result.status, result.attempts) == (429, 1)
+    assert dict(result.raw_headers)[b"x-should-retry"] == b"false"
+    assert pipeline.state() is None
 
 
 @virtual_time
 async def test_pauses_are_limited_and_jittered() -> None:
     retry = RetrySettings(max_retries=5, base_delay=2.0, max_delay=9.0, jitter=1.0)  # the dice always show 0.5
-    scene = PipelineFixture(*[error(500)] * 5, says(), config=settings(retry=retry))
-    assert (await scene.ask()).status == 200
-    starts = [sent.at for sent in scene.transport.sent]
+    pipeline = PipelineFixture(*[error(500)] * 5, says(), config=settings(retry=retry))
+    assert (await pipeline.ask()).status == 200
+    starts = [sent.at for sent in pipeline.transport.sent]
     pauses = [round(after - before, 6) for before, after in itertools.pairwise(starts)]
     assert pauses == [2.5, 4.5, 8.5, 9.0, 9.0]
 
 
 @virtual_time
 async def test_after_the_last_retry_x_should_retry_is_false() -> None:
-    scene = PipelineFixture(*[error(500, headers=[("x-should-retry", "true")])] * 4)
-    told = await scene.ask()
-    assert (told.status, told.attempts) == (500, 4)
-    assert told.headers["X-Should-Retry"] == "false"
-    assert b"x-should-retry" not in dict(told.raw_headers)  # the upstream's own would contradict it
-    assert "X-Proxy-Error" not in told.headers
-    assert scene.receipt.error == "upstream_500"
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(*[error(500, headers=[("x-should-retry", "true")])] * 4)
+    result = await pipeline.ask()
+    assert (result.status, result.attempts) == (500, 4)
+    assert result.headers["X-Should-Retry"] == "false"
+    assert b"x-should-retry" not in dict(result.raw_headers)  # the upstream's own would contradict it
+    assert "X-Proxy-Error" not in result.headers
+    assert pipeline.receipt.error == "upstream_500"
+    pipeline.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(
@@ -113,53 +113,53 @@ async def test_after_the_last_retry_x_should_retry_is_false() -> None:
 )
 @virtual_time
 async def test_an_unreachable_upstream_is_a_502(kind: str, code: str) -> None:
-    scene = PipelineFixture(*[Fails(kind)] * 4)  # type: ignore[arg-type]
-    told = await scene.ask()
-    assert (told.status, told.refused, told.attempts) == (502, code, 4)
-    assert told.refusal is not None
-    assert told.refusal.should_retry is False
-    assert scene.receipt.error == code
+    pipeline = PipelineFixture(*[Fails(kind)] * 4)  # type: ignore[arg-type]
+    result = await pipeline.ask()
+    assert (result.status, result.refused, result.attempts) == (502, code, 4)
+    assert result.refusal is not None
+    assert result.refusal.should_retry is False
+    assert pipeline.receipt.error == code
     # What never went up gets its whole reservation back; what went up keeps its request and the estimate.
-    assert scene.used()["rpm"] == (0 if kind == "unreached" else 4)
-    assert (scene.used()["tpm"] > 0) is (kind == "ambiguous")
-    scene.assert_nothing_leaked()
+    assert pipeline.used()["rpm"] == (0 if kind == "unreached" else 4)
+    assert (pipeline.used()["tpm"] > 0) is (kind == "ambiguous")
+    pipeline.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize(("asked", "attempts"), [(0, 1), (1, 2), (5, 6)])
 @virtual_time
 async def test_a_request_can_set_max_retries(asked: int, attempts: int) -> None:
-    scene = PipelineFixture(*[error(500)] * 6)
-    told = await scene.ask(None, Options(max_retries=asked))
-    assert told.attempts == attempts
+    pipeline = PipelineFixture(*[error(500)] * 6)
+    result = await pipeline.ask(None, Options(max_retries=asked))
+    assert result.attempts == attempts
     # Without any of ours, the client's own retries multiply nothing.
-    assert told.headers.get("X-Should-Retry") == ("false" if asked else None)
+    assert result.headers.get("X-Should-Retry") == ("false" if asked else None)
 
 
 @virtual_time
 async def test_ambiguous_failures_are_retried_only_if_allowed() -> None:
     """The request may have been executed: a second one may cost a second time."""
-    scene = PipelineFixture(Fails("ambiguous"), config=settings(retry=RetrySettings(ambiguous=False)))
-    told = await scene.ask()
-    assert (told.status, told.refused, told.attempts) == (502, "upstream_unreachable", 1)
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(Fails("ambiguous"), config=settings(retry=RetrySettings(ambiguous=False)))
+    result = await pipeline.ask()
+    assert (result.status, result.refused, result.attempts) == (502, "upstream_unreachable", 1)
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_stale_connection_is_replaced_once_without_a_pause() -> None:
     """A reused connection that closed without a byte: the next one is new, with no pause and no retry spent."""
-    scene = PipelineFixture(Fails("stale"), says(), config=settings(retry=RetrySettings(max_retries=0)))
-    told = await scene.ask()
-    assert (told.status, told.at, told.attempts) == (200, 0.0, 2)
-    assert [sent.connection.fresh for sent in scene.transport.sent] == [False, True]
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(Fails("stale"), says(), config=settings(retry=RetrySettings(max_retries=0)))
+    result = await pipeline.ask()
+    assert (result.status, result.at, result.attempts) == (200, 0.0, 2)
+    assert [sent.connection.fresh for sent in pipeline.transport.sent] == [False, True]
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_second_stale_connection_counts_as_ambiguous() -> None:
-    scene = PipelineFixture(Fails("stale"), Fails("stale"), says())
-    told = await scene.ask()
-    assert (told.status, told.at) == (200, 1.0)
-    assert [sent.connection.fresh for sent in scene.transport.sent] == [False, True, False]
+    pipeline = PipelineFixture(Fails("stale"), Fails("stale"), says())
+    result = await pipeline.ask()
+    assert (result.status, result.at) == (200, 1.0)
+    assert [sent.connection.fresh for sent in pipeline.transport.sent] == [False, True, False]
     cautious = PipelineFixture(Fails("stale"), Fails("stale"), config=settings(retry=RetrySettings(ambiguous=False)))
     assert (await cautious.ask()).refused == "upstream_unreachable"
     cautious.assert_nothing_leaked()
@@ -188,20 +188,20 @@ HTTP_DATE = "Mon, 21 Sep 2026 14:13:40 GMT"
 @virtual_time
 async def test_no_retry_is_sent_before_retry_after(status: int, value: str, pause: float) -> None:
     assert WALL == 1_790_000_000.0  # 14:13:20 of that day
-    scene = PipelineFixture(error(status, None, [("Retry-After", value)]), says())
-    told = await scene.ask(total=1000.0)
-    assert (told.status, told.at) == (200, pause)
+    pipeline = PipelineFixture(error(status, None, [("Retry-After", value)]), says())
+    result = await pipeline.ask(total=1000.0)
+    assert (result.status, result.at) == (200, pause)
 
 
 @virtual_time
 async def test_a_retry_after_beyond_the_deadline_returns_the_response_at_once() -> None:
-    scene = PipelineFixture(rate_limited("61"), config=settings(timeouts=TimeoutSettings(total=60.0)))
-    told = await scene.ask()
-    assert (told.status, told.at, told.attempts) == (429, 0.0, 1)
-    assert dict(told.raw_headers)[b"Retry-After"] == b"61"
-    assert "X-Should-Retry" not in told.headers  # the client may well wait that long
-    assert scene.state() == ("cooling", 61.0)
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(rate_limited("61"), config=settings(timeouts=TimeoutSettings(total=60.0)))
+    result = await pipeline.ask()
+    assert (result.status, result.at, result.attempts) == (429, 0.0, 1)
+    assert dict(result.raw_headers)[b"Retry-After"] == b"61"
+    assert "X-Should-Retry" not in result.headers  # the client may well wait that long
+    assert pipeline.state() == ("cooling", 61.0)
+    pipeline.assert_nothing_leaked()
 
 
 # The deadline.
@@ -224,86 +224,86 @@ async def test_a_retry_after_beyond_the_deadline_returns_the_response_at_once() 
 @virtual_time
 async def test_the_deadline_ends_a_request_in_every_phase(slow: Move) -> None:
     """504 when the time is over, whatever was being waited for; and nobody is asked again: it may have been done."""
-    scene = PipelineFixture(slow)
-    told = await scene.ask(ask(stream=True), total=10.0)
-    assert (told.status, told.refused, told.at) == (504, "upstream_timeout", 10.0)
-    assert (scene.receipt.status, scene.receipt.error) == (504, "upstream_timeout")
-    assert scene.used()["tpm"] > 0  # it went up: the estimate stays
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(slow)
+    result = await pipeline.ask(ask(stream=True), total=10.0)
+    assert (result.status, result.refused, result.at) == (504, "upstream_timeout", 10.0)
+    assert (pipeline.receipt.status, pipeline.receipt.error) == (504, "upstream_timeout")
+    assert pipeline.used()["tpm"] > 0  # it went up: the estimate stays
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_an_endless_connect_ends_at_the_deadline() -> None:
-    scene = PipelineFixture(Fails("hang connecting"))
-    told = await scene.ask(total=10.0)
-    assert (told.status, told.at) == (502, 10.0)
-    assert scene.used() == {"rpm": 0, "tpm": 0, "concurrency": 0}
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(Fails("hang connecting"))
+    result = await pipeline.ask(total=10.0)
+    assert (result.status, result.at) == (502, 10.0)
+    assert pipeline.used() == {"rpm": 0, "tpm": 0, "concurrency": 0}
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_the_first_byte_has_its_own_limit() -> None:
     config = settings(timeouts=TimeoutSettings(first_byte=3.0, total=60.0))
-    scene = PipelineFixture(Fails("hang"), config=config)
-    told = await scene.ask()
-    assert (told.refused, told.at) == ("upstream_timeout", 3.0)
-    scene = PipelineFixture(Fails("hang"), config=config)
-    assert (await scene.ask(total=2.0)).at == pytest.approx(2.0)
-    scene = PipelineFixture(says(wait=2.9), config=config)
-    assert (await scene.ask()).status == 200
+    pipeline = PipelineFixture(Fails("hang"), config=config)
+    result = await pipeline.ask()
+    assert (result.refused, result.at) == ("upstream_timeout", 3.0)
+    pipeline = PipelineFixture(Fails("hang"), config=config)
+    assert (await pipeline.ask(total=2.0)).at == pytest.approx(2.0)
+    pipeline = PipelineFixture(says(wait=2.9), config=config)
+    assert (await pipeline.ask()).status == 200
 
 
 @virtual_time
 async def test_a_permit_granted_at_the_deadline_is_not_used() -> None:
     """No call is made, none is counted, and the place is given back."""
-    scene = PipelineFixture()
-    scene.services.pool.record_outcome(
-        scene.services.pool.keys[0], "gpt-4o", KeyOutcome(OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0)
+    pipeline = PipelineFixture()
+    pipeline.services.pool.record_outcome(
+        pipeline.services.pool.keys[0], "gpt-4o", KeyOutcome(OutcomeKind.RATE_LIMITED, pipeline.loop.time(), 3.0)
     )
-    told = await scene.ask(total=3.0)
-    assert (told.status, told.refused, told.attempts, told.at) == (504, "upstream_timeout", 0, 3.0)
-    assert "X-Proxy-Upstream" not in told.headers
-    assert scene.used() == {"rpm": 0, "tpm": 0, "concurrency": 0}
-    scene.assert_nothing_leaked()
+    result = await pipeline.ask(total=3.0)
+    assert (result.status, result.refused, result.attempts, result.at) == (504, "upstream_timeout", 0, 3.0)
+    assert "X-Proxy-Upstream" not in result.headers
+    assert pipeline.used() == {"rpm": 0, "tpm": 0, "concurrency": 0}
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_no_pause_reaches_beyond_the_deadline() -> None:
     """1 s, then 2 s, then 4 s would be too late: the answer in hand is given before the client gives up."""
-    scene = PipelineFixture(*[error(500)] * 3)
-    told = await scene.ask(total=6.0)
-    assert (told.status, told.at, told.attempts) == (500, 3.0, 3)
-    assert told.headers["X-Should-Retry"] == "false"
+    pipeline = PipelineFixture(*[error(500)] * 3)
+    result = await pipeline.ask(total=6.0)
+    assert (result.status, result.at, result.attempts) == (500, 3.0, 3)
+    assert result.headers["X-Should-Retry"] == "false"
 
 
 @virtual_time
 async def test_a_first_pause_beyond_the_deadline_returns_the_response() -> None:
-    scene = PipelineFixture(error(500))
-    told = await scene.ask(total=0.5)
-    assert (told.status, told.attempts) == (500, 1)
-    assert "X-Should-Retry" not in told.headers  # none of ours was made
+    pipeline = PipelineFixture(error(500))
+    result = await pipeline.ask(total=0.5)
+    assert (result.status, result.attempts) == (500, 1)
+    assert "X-Should-Retry" not in result.headers  # none of ours was made
 
 
 @virtual_time
 async def test_one_deadline_over_queue_attempts_and_pauses() -> None:
     """3 s in the queue, 4 s for a 500, a pause of 1 s: 2 s are left of ten."""
-    scene = PipelineFixture(error(500, wait=4.0), Fails("hang"))
-    scene.services.pool.record_outcome(
-        scene.services.pool.keys[0], "gpt-4o", KeyOutcome(OutcomeKind.RATE_LIMITED, scene.loop.time(), 3.0)
+    pipeline = PipelineFixture(error(500, wait=4.0), Fails("hang"))
+    pipeline.services.pool.record_outcome(
+        pipeline.services.pool.keys[0], "gpt-4o", KeyOutcome(OutcomeKind.RATE_LIMITED, pipeline.loop.time(), 3.0)
     )
-    told = await scene.ask(total=10.0)
-    assert (told.refused, told.at) == ("upstream_timeout", 10.0)
-    assert scene.transport.sent[1].first_byte == pytest.approx(2.0)
-    receipt = scene.receipt
+    result = await pipeline.ask(total=10.0)
+    assert (result.refused, result.at) == ("upstream_timeout", 10.0)
+    assert pipeline.transport.sent[1].first_byte == pytest.approx(2.0)
+    receipt = pipeline.receipt
     assert (receipt.queue_ms, receipt.upstream_ms, receipt.total_ms) == pytest.approx((4000, 6000, 10_000))
 
 
 @virtual_time
 async def test_a_stream_that_has_begun_may_outlast_the_deadline() -> None:
     steps: list[Step] = [event(chunk("a")), 100.0, event(chunk("b")), 100.0, event(chunk(None, "stop")), DONE]
-    scene = PipelineFixture(streams(steps))
-    told = await scene.ask(ask(stream=True), total=10.0)
-    assert (told.status, told.broken, told.at) == (200, False, 200.0)
+    pipeline = PipelineFixture(streams(steps))
+    result = await pipeline.ask(ask(stream=True), total=10.0)
+    assert (result.status, result.broken, result.at) == (200, False, 200.0)
 
 
 # What is never sent again.
@@ -326,11 +326,11 @@ async def test_a_stream_that_has_begun_may_outlast_the_deadline() -> None:
 )
 @virtual_time
 async def test_a_broken_response_is_502_and_not_retried(broken: Move) -> None:
-    scene = PipelineFixture(broken)
-    told = await scene.ask(ask(stream=True))
-    assert (told.status, told.refused, told.attempts) == (502, "upstream_invalid_response", 1)
-    assert (scene.receipt.status, scene.receipt.error) == (502, "upstream_invalid_response")
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(broken)
+    result = await pipeline.ask(ask(stream=True))
+    assert (result.status, result.refused, result.attempts) == (502, "upstream_invalid_response", 1)
+    assert (pipeline.receipt.status, pipeline.receipt.error) == (502, "upstream_invalid_response")
+    pipeline.assert_nothing_leaked()
 
 
 # The budget.
@@ -341,21 +341,21 @@ UNBROKEN = settings(retry=RetrySettings(jitter=0.0), breaker=BreakerSettings(fai
 @virtual_time
 async def test_retries_are_bounded_by_a_share_of_the_requests() -> None:
     """Everything fails: ten retries in ten seconds and a fifth of the requests, however many ask."""
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=UNBROKEN)
-    asked = [scene.loop.create_task(scene.ask(ask(str(n)))) for n in range(50)]
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=UNBROKEN)
+    asked = [pipeline.loop.create_task(pipeline.ask(ask(str(n)))) for n in range(50)]
     tolds = [await task for task in asked]
-    assert {told.status for told in tolds} == {503}
-    assert all(told.headers["X-Should-Retry"] == "false" for told in tolds)
-    assert len(scene.transport.sent) == 50 + 10 + 10
-    scene.assert_nothing_leaked()
+    assert {result.status for result in tolds} == {503}
+    assert all(result.headers["X-Should-Retry"] == "false" for result in tolds)
+    assert len(pipeline.transport.sent) == 50 + 10 + 10
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_each_upstream_has_its_own_budget() -> None:
     spare = pool("k2", name="spare", priority=1)
     config = settings(pool("k1"), spare, retry=RetrySettings(budget=0.0, jitter=0.0, max_delay=1.0))
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=config)
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: error(503)), config=config)
     for n in range(12):
-        await scene.ask(ask(str(n)), Options(max_retries=1))
-    budgets = [upstream.budget for upstream in scene.services.upstreams]
-    assert budgets[1].take(scene.loop.time())  # nobody used it
+        await pipeline.ask(ask(str(n)), Options(max_retries=1))
+    budgets = [upstream.budget for upstream in pipeline.services.upstreams]
+    assert budgets[1].take(pipeline.loop.time())  # nobody used it

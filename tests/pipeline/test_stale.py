@@ -18,32 +18,32 @@ from tests.pipeline.script import Fails, Move, completion, error, rate_limited, 
 QUICK = {"retry": RetrySettings(max_retries=0, jitter=0.0)}
 
 
-def scene(*moves: Move, revalidate: float = 0.0, on_error: float = 0.0) -> PipelineFixture:
+def pipeline(*moves: Move, revalidate: float = 0.0, on_error: float = 0.0) -> PipelineFixture:
     cache = CacheSettings(ttl=TtlSettings(chat=100.0), stale_while_revalidate=revalidate, stale_if_error=on_error)
     return PipelineFixture(*moves, config=settings(cache=cache, **QUICK))
 
 
-def content(told: Result) -> str:
-    found: str = told.json()["choices"][0]["message"]["content"]
+def content(result: Result) -> str:
+    found: str = result.json()["choices"][0]["message"]["content"]
     return found
 
 
-def stale(told: Result) -> str:
-    return told.hit.stale if told.hit is not None else "no hit"
+def stale(result: Result) -> str:
+    return result.hit.stale if result.hit is not None else "no hit"
 
 
 @virtual_time
 async def test_a_stale_response_is_served_at_once_and_revalidated() -> None:
-    play = scene(says(completion("old")), says(completion("new"), wait=5.0), revalidate=50.0)
+    play = pipeline(says(completion("old")), says(completion("new"), wait=5.0), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
     for _ in range(3):  # one call, however often it is asked for
-        told = await play.ask()
-        assert (told.at, content(told), stale(told)) == (0.0, "old", "stale-while-revalidate")
+        result = await play.ask()
+        assert (result.at, content(result), stale(result)) == (0.0, "old", "stale-while-revalidate")
         assert (play.receipt.cache, play.receipt.cost_usd, play.receipt.saved_usd) == ("stale", "0.000000", "0.002250")
     await play.clock.sleep(6.0)
-    told = await play.ask()
-    assert (content(told), stale(told)) == ("new", "")
+    result = await play.ask()
+    assert (content(result), stale(result)) == ("new", "")
     assert len(play.transport.sent) == 2
     bought = play.receipts[-1]
     assert (bought.client, bought.reason, bought.cost_usd) == ("", "stale-while-revalidate", "0.002250")
@@ -52,11 +52,11 @@ async def test_a_stale_response_is_served_at_once_and_revalidated() -> None:
 
 @virtual_time
 async def test_a_stale_stream_is_revalidated() -> None:
-    play = scene(streams(), streams(), revalidate=50.0)
+    play = pipeline(streams(), streams(), revalidate=50.0)
     first = await play.ask(ask(stream=True))
     await play.clock.sleep(120.0)
-    told = await play.ask(ask(stream=True))
-    assert (told.body, stale(told)) == (first.body, "stale-while-revalidate")
+    result = await play.ask(ask(stream=True))
+    assert (result.body, stale(result)) == (first.body, "stale-while-revalidate")
     await settled(50)
     assert stale(await play.ask(ask(stream=True))) == ""
     play.assert_nothing_leaked()
@@ -75,7 +75,7 @@ async def test_a_stale_stream_is_revalidated() -> None:
 )
 @virtual_time
 async def test_stale_while_revalidate_limits_the_staleness(age: float, options: Options, cache: str) -> None:
-    play = scene(says(), says(), revalidate=50.0)
+    play = pipeline(says(), says(), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(age)
     assert (await play.ask(None, options)).cache == cache
@@ -84,7 +84,7 @@ async def test_stale_while_revalidate_limits_the_staleness(age: float, options: 
 
 @virtual_time
 async def test_only_if_cached_serves_stale_and_sends_nothing() -> None:
-    play = scene(says(), revalidate=50.0)
+    play = pipeline(says(), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
     assert stale(await play.ask(None, Options(only_if_cached=True))) == "stale-while-revalidate"
@@ -94,7 +94,7 @@ async def test_only_if_cached_serves_stale_and_sends_nothing() -> None:
 
 @virtual_time
 async def test_a_failed_revalidation_is_not_repeated_at_once() -> None:
-    play = scene(says(completion("old")), error(500), says(completion("new")), revalidate=500.0)
+    play = pipeline(says(completion("old")), error(500), says(completion("new")), revalidate=500.0)
     await play.ask()
     await play.clock.sleep(120.0)
     for _ in range(3):
@@ -110,7 +110,7 @@ async def test_a_failed_revalidation_is_not_repeated_at_once() -> None:
 
 @virtual_time
 async def test_revalidations_end_when_the_proxy_stops() -> None:
-    play = scene(says(), says(wait=1000.0), revalidate=50.0)
+    play = pipeline(says(), says(wait=1000.0), revalidate=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
     await play.ask()
@@ -135,16 +135,16 @@ async def test_revalidations_end_when_the_proxy_stops() -> None:
 )
 @virtual_time
 async def test_a_stale_response_is_served_if_the_upstream_fails(move: Move, why: str) -> None:
-    play = scene(says(completion("old")), move, on_error=50.0)
+    play = pipeline(says(completion("old")), move, on_error=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
-    told = await play.ask()
-    assert (told.status, stale(told), content(told)) == (200, f"stale-if-error: {why}", "old")
-    assert told.hit is not None
-    assert (told.hit.fwd, told.hit.attempts) == (True, 1)
+    result = await play.ask()
+    assert (result.status, stale(result), content(result)) == (200, f"stale-if-error: {why}", "old")
+    assert result.hit is not None
+    assert (result.hit.fwd, result.hit.attempts) == (True, 1)
     assert len(play.receipts) == 2  # one for each request: the failure is in the second
     receipt = play.receipt
-    assert (receipt.id, receipt.cache, receipt.status, receipt.error) == (told.hit.id, "stale", 200, "")
+    assert (receipt.id, receipt.cache, receipt.status, receipt.error) == (result.hit.id, "stale", 200, "")
     assert receipt.reason == f"stale-if-error: {why}"
     assert (receipt.cost_usd, receipt.saved_usd, receipt.attempts) == ("0.000000", "0.002250", 1)
     play.assert_nothing_leaked()
@@ -153,11 +153,11 @@ async def test_a_stale_response_is_served_if_the_upstream_fails(move: Move, why:
 @pytest.mark.parametrize("move", [error(400), error(404), error(422), error(413)])
 @virtual_time
 async def test_a_client_error_is_returned_and_not_replaced_by_stale(move: Move) -> None:
-    play = scene(says(), move, on_error=50.0)
+    play = pipeline(says(), move, on_error=50.0)
     await play.ask()
     await play.clock.sleep(120.0)
-    told = await play.ask()
-    assert told.status in (400, 404, 413, 422)
+    result = await play.ask()
+    assert result.status in (400, 404, 413, 422)
     assert (len(play.receipts), play.receipt.cache) == (2, "miss")
 
 
@@ -181,7 +181,7 @@ async def test_a_client_error_is_returned_and_not_replaced_by_stale(move: Move) 
 async def test_stale_if_error_limits_the_staleness(
     setting: float, asked: Options | None, age: float, status: int
 ) -> None:
-    play = scene(says(), error(500), on_error=setting)
+    play = pipeline(says(), error(500), on_error=setting)
     await play.ask()
     await play.clock.sleep(age)
     assert (await play.ask(None, asked)).status == status
@@ -190,13 +190,13 @@ async def test_stale_if_error_limits_the_staleness(
 
 @virtual_time
 async def test_stale_if_error_serves_either_form() -> None:
-    play = scene(streams(), error(502), error(502), on_error=50.0)
+    play = pipeline(streams(), error(502), error(502), on_error=50.0)
     first = await play.ask(ask(stream=True))
     await play.clock.sleep(120.0)
-    told = await play.ask(ask(stream=True))
-    assert (told.body, stale(told)) == (first.body, "stale-if-error: upstream_502")
-    told = await play.ask()
-    assert (content(told), stale(told)) == ("Hello wörld 🌍", "stale-if-error: upstream_502")
+    result = await play.ask(ask(stream=True))
+    assert (result.body, stale(result)) == (first.body, "stale-if-error: upstream_502")
+    result = await play.ask()
+    assert (content(result), stale(result)) == ("Hello wörld 🌍", "stale-if-error: upstream_502")
 
 
 @virtual_time
@@ -208,8 +208,8 @@ async def test_stale_if_error_applies_after_every_key_failed() -> None:
     await play.clock.sleep(120.0)
     assert stale(await play.ask()) == "stale-if-error: upstream_429"
     assert len(play.transport.sent) == 3
-    told = await play.ask(None, None, patience=0.0)  # now both are cooling
-    assert stale(told) == "stale-if-error: keys_cooling"
+    result = await play.ask(None, None, patience=0.0)  # now both are cooling
+    assert stale(result) == "stale-if-error: keys_cooling"
     assert len(play.transport.sent) == 3
 
 

@@ -71,38 +71,38 @@ async def test_usage_is_requested_only_if_the_client_left_it_open(options: Any, 
         asked = request.json().get("stream_options", {}).get("include_usage")
         return streams(events(usage=asked is True))
 
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=upstream))
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=upstream))
     document = stream() if options is None else stream(stream_options=options)
-    told = await scene.ask(document)
-    assert scene.transport.sent[0].json()["stream_options"] == sent
-    assert told.body == seen
+    result = await pipeline.ask(document)
+    assert pipeline.transport.sent[0].json()["stream_options"] == sent
+    assert result.body == seen
     explicitly_not = isinstance(options, dict) and options.get("include_usage", 1) in (False, None)
-    assert scene.receipt.cost_status == ("estimated" if explicitly_not else "exact")
-    assert (scene.receipt.cost_usd == "0.002250") is not explicitly_not
+    assert pipeline.receipt.cost_status == ("estimated" if explicitly_not else "exact")
+    assert (pipeline.receipt.cost_usd == "0.002250") is not explicitly_not
 
 
 @virtual_time
 async def test_only_include_usage_changes() -> None:
     body = b'{ "model":"gpt-4o",  "stream" : true, "messages":[{"role":"user","content":"h\\u00e9"}]\n}'
-    scene = PipelineFixture(streams())
-    await scene.ask(orjson.loads(body), body=body)
-    assert scene.transport.sent[0].body == body.replace(b"\n}", b',"stream_options":{"include_usage":true}\n}')
+    pipeline = PipelineFixture(streams())
+    await pipeline.ask(orjson.loads(body), body=body)
+    assert pipeline.transport.sent[0].body == body.replace(b"\n}", b',"stream_options":{"include_usage":true}\n}')
 
 
 @virtual_time
 async def test_usage_is_not_requested_if_switched_off() -> None:
-    scene = PipelineFixture(streams(events()), config=settings(cost=CostSettings(stream_usage="off")))
-    await scene.ask(stream())
-    assert "stream_options" not in scene.transport.sent[0].json()
-    assert scene.receipt.cost_status == "estimated"
+    pipeline = PipelineFixture(streams(events()), config=settings(cost=CostSettings(stream_usage="off")))
+    await pipeline.ask(stream())
+    assert "stream_options" not in pipeline.transport.sent[0].json()
+    assert pipeline.receipt.cost_status == "estimated"
 
 
 @virtual_time
 async def test_other_endpoints_and_plain_requests_are_not_changed() -> None:
-    scene = PipelineFixture(says(), streams([event({"type": "response.completed", "response": {}})]))
-    await scene.ask()
-    await scene.ask({"model": "gpt-4o", "input": "Hi", "stream": True}, target="/v1/responses")
-    assert all("stream_options" not in sent.json() for sent in scene.transport.sent)
+    pipeline = PipelineFixture(says(), streams([event({"type": "response.completed", "response": {}})]))
+    await pipeline.ask()
+    await pipeline.ask({"model": "gpt-4o", "input": "Hi", "stream": True}, target="/v1/responses")
+    assert all("stream_options" not in sent.json() for sent in pipeline.transport.sent)
 
 
 @pytest.mark.parametrize(
@@ -115,22 +115,22 @@ async def test_other_endpoints_and_plain_requests_are_not_changed() -> None:
 )
 @virtual_time
 async def test_the_injected_usage_chunk_is_removed(usage_in: list[bytes]) -> None:
-    scene = PipelineFixture(streams(usage_in))
-    told = await scene.ask(stream())
-    assert told.body == b"".join(piece for piece in usage_in if not piece.startswith(USAGE[:-2]))
-    assert scene.receipt.cost_usd == "0.002250"
-    hit = await scene.ask(stream())
-    assert (hit.cache, hit.body) == ("hit", told.body)
+    pipeline = PipelineFixture(streams(usage_in))
+    result = await pipeline.ask(stream())
+    assert result.body == b"".join(piece for piece in usage_in if not piece.startswith(USAGE[:-2]))
+    assert pipeline.receipt.cost_usd == "0.002250"
+    hit = await pipeline.ask(stream())
+    assert (hit.cache, hit.body) == ("hit", result.body)
 
 
 @virtual_time
 async def test_usage_in_a_chunk_with_choices_stays() -> None:
     """Some providers put it there unasked: it is not the chunk that we asked for."""
     steps = [event(chunk("a")), event(chunk(None, "stop", usage=usage())), DONE]
-    scene = PipelineFixture(streams(steps))
-    told = await scene.ask(stream())
-    assert told.body == b"".join(steps)
-    assert scene.receipt.cost_usd == "0.002250"
+    pipeline = PipelineFixture(streams(steps))
+    result = await pipeline.ask(stream())
+    assert result.body == b"".join(steps)
+    assert pipeline.receipt.cost_usd == "0.002250"
 
 
 # Upstreams that do not know the field.
@@ -141,31 +141,31 @@ DISLIKE = error(400, "unknown_parameter", message="Unrecognized request argument
 @virtual_time
 async def test_an_upstream_that_refuses_stream_options_is_retried_without() -> None:
     """At once, with no retry spent; and it is remembered, for this upstream and model."""
-    scene = PipelineFixture(DISLIKE, streams(events()), streams(events()), DISLIKE, streams(events()))
-    told = await scene.ask(stream(), Options(max_retries=0))
-    assert (told.status, told.body, told.at, told.attempts) == (200, WITHOUT, 0.0, 2)
-    assert "X-Should-Retry" not in told.headers
-    assert scene.used() == {"rpm": 2, "tpm": scene.used()["tpm"], "concurrency": 0}
-    assert (await scene.ask(stream(n=1))).attempts == 1
-    scene.assert_nothing_leaked()
-    assert (await scene.ask(stream(model="other"))).attempts == 2
-    assert ["stream_options" in sent.json() for sent in scene.transport.sent] == [True, False, False, True, False]
+    pipeline = PipelineFixture(DISLIKE, streams(events()), streams(events()), DISLIKE, streams(events()))
+    result = await pipeline.ask(stream(), Options(max_retries=0))
+    assert (result.status, result.body, result.at, result.attempts) == (200, WITHOUT, 0.0, 2)
+    assert "X-Should-Retry" not in result.headers
+    assert pipeline.used() == {"rpm": 2, "tpm": pipeline.used()["tpm"], "concurrency": 0}
+    assert (await pipeline.ask(stream(n=1))).attempts == 1
+    pipeline.assert_nothing_leaked()
+    assert (await pipeline.ask(stream(model="other"))).attempts == 2
+    assert ["stream_options" in sent.json() for sent in pipeline.transport.sent] == [True, False, False, True, False]
 
 
 @virtual_time
 async def test_a_refusal_of_the_clients_own_stream_options_is_returned() -> None:
-    scene = PipelineFixture(DISLIKE)
-    told = await scene.ask(stream(stream_options={"include_usage": True}))
-    assert (told.status, told.attempts) == (400, 1)
+    pipeline = PipelineFixture(DISLIKE)
+    result = await pipeline.ask(stream(stream_options={"include_usage": True}))
+    assert (result.status, result.attempts) == (400, 1)
 
 
 @virtual_time
 async def test_refused_stream_options_are_remembered_per_upstream() -> None:
     first, second = pool("k1", name="first"), pool("k2", name="second", priority=1)
-    scene = PipelineFixture(DISLIKE, error(401), streams(), config=settings(first, second))
-    told = await scene.ask(stream())
-    assert (told.status, told.headers["X-Proxy-Upstream"]) == (200, "second")
-    assert ["stream_options" in sent.json() for sent in scene.transport.sent] == [True, False, True]
+    pipeline = PipelineFixture(DISLIKE, error(401), streams(), config=settings(first, second))
+    result = await pipeline.ask(stream())
+    assert (result.status, result.headers["X-Proxy-Upstream"]) == (200, "second")
+    assert ["stream_options" in sent.json() for sent in pipeline.transport.sent] == [True, False, True]
 
 
 @virtual_time
@@ -175,10 +175,10 @@ async def test_remembered_refusals_are_bounded_and_retried_once() -> None:
     def upstream(request: Sent) -> Responds:
         return DISLIKE if "stream_options" in request.json() else streams(events())
 
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=upstream))
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=upstream))
     for n in range(1200):
-        told = await scene.ask(stream(model=f"model-{n}"))
-        assert (told.status, told.attempts) == (200, 2)
+        result = await pipeline.ask(stream(model=f"model-{n}"))
+        assert (result.status, result.attempts) == (200, 2)
 
 
 # The comment.
@@ -190,20 +190,20 @@ async def test_remembered_refusals_are_bounded_and_retried_once() -> None:
 async def test_the_cost_comment(document: dict[str, Any], by_setting: bool) -> None:
     """One line, one newline, before [DONE]; a usage chunk that only we asked for is still taken out."""
     config = settings(cost=CostSettings(stream_comment=by_setting))
-    scene = PipelineFixture(streams(), config=config)
-    told = await scene.ask(document, Options() if by_setting else COMMENT)
+    pipeline = PipelineFixture(streams(), config=config)
+    result = await pipeline.ask(document, Options() if by_setting else COMMENT)
     asked = "stream_options" in document
-    assert told.body == b"".join(events(usage=asked)[:-1]) + COST + DONE
+    assert result.body == b"".join(events(usage=asked)[:-1]) + COST + DONE
     # What is stored is the upstream's.
-    hit = await scene.ask(document)
+    hit = await pipeline.ask(document)
     assert hit.body == b"".join(events(usage=asked))
 
 
 @virtual_time
 async def test_there_is_no_cost_comment_unless_asked_for() -> None:
-    scene = PipelineFixture(streams(), says())
-    assert b"x-proxy" not in (await scene.ask(stream())).body
-    assert b"x-proxy" not in (await scene.ask(None, COMMENT)).body  # not a stream
+    pipeline = PipelineFixture(streams(), says())
+    assert b"x-proxy" not in (await pipeline.ask(stream())).body
+    assert b"x-proxy" not in (await pipeline.ask(None, COMMENT)).body  # not a stream
 
 
 @pytest.mark.parametrize(
@@ -237,40 +237,40 @@ async def test_there_is_no_cost_comment_unless_asked_for() -> None:
 )
 @virtual_time
 async def test_one_cost_comment_comes_before_done(steps: list[bytes], expected: list[bytes]) -> None:
-    scene = PipelineFixture(streams(steps))
-    told = await scene.ask(stream(), COMMENT)
+    pipeline = PipelineFixture(streams(steps))
+    result = await pipeline.ask(stream(), COMMENT)
     comment = re.compile(rb": x-proxy-cost-usd=[0-9.]+ x-proxy-cost-status=estimated [^\n]*\n")
-    assert (comment.sub(UNKNOWN, told.body), told.broken) == (b"".join(expected), False)
+    assert (comment.sub(UNKNOWN, result.body), result.broken) == (b"".join(expected), False)
 
 
 @virtual_time
 async def test_without_usage_the_cost_is_estimated_from_request_and_text() -> None:
     """gpt-4o: 2.5 and 10 USD per million tokens; text counts as its bytes / 4."""
     said = events("x" * 4000, "y" * 4000)
-    scene = PipelineFixture(streams(said), config=settings(cost=CostSettings(stream_usage="off")))
-    await scene.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))
-    receipt = scene.receipt
+    pipeline = PipelineFixture(streams(said), config=settings(cost=CostSettings(stream_usage="off")))
+    await pipeline.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))
+    receipt = pipeline.receipt
     assert receipt.cost_status == "estimated"
     assert receipt.usage is not None
     assert 10_000 <= receipt.usage.prompt_tokens <= 10_010
     assert 2000 <= receipt.usage.completion_tokens <= 2010
     tenths = receipt.usage.prompt_tokens * 25 + receipt.usage.completion_tokens * 100
     assert receipt.cost_usd == usd(Decimal(tenths) / 10**7)
-    hit = (await scene.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))).hit
+    hit = (await pipeline.ask(stream(messages=[{"role": "user", "content": "z" * 40_000}]))).hit
     assert hit is not None
     assert (hit.entry.usage, hit.entry.cost) == (None, None), "an estimate is no saving"
 
 
 @virtual_time
 async def test_a_stream_that_its_client_left_is_estimated_once() -> None:
-    scene = PipelineFixture(streams([event(chunk("x" * 4000)), HANG, *events()]))
-    task = asyncio.create_task(scene.ask(stream()))
+    pipeline = PipelineFixture(streams([event(chunk("x" * 4000)), HANG, *events()]))
+    task = asyncio.create_task(pipeline.ask(stream()))
     await asyncio.sleep(1.0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     await asyncio.sleep(1.0)
-    [receipt] = scene.receipts
+    [receipt] = pipeline.receipts
     assert (receipt.status, receipt.error, receipt.cost_status) == (499, "client_gone", "estimated")
     assert receipt.usage is not None
     assert receipt.usage.completion_tokens == 1000
@@ -278,17 +278,17 @@ async def test_a_stream_that_its_client_left_is_estimated_once() -> None:
 
 @virtual_time
 async def test_a_stream_of_an_unpriced_model_has_no_cost() -> None:
-    scene = PipelineFixture(streams([event(chunk("x", model="unheard-of")), *events()[-1:]]))
-    await scene.ask(stream(model="unheard-of"))
-    assert (scene.receipt.cost_usd, scene.receipt.usage, scene.receipt.cost_status) == (None, None, "unknown")
+    pipeline = PipelineFixture(streams([event(chunk("x", model="unheard-of")), *events()[-1:]]))
+    await pipeline.ask(stream(model="unheard-of"))
+    assert (pipeline.receipt.cost_usd, pipeline.receipt.usage, pipeline.receipt.cost_status) == (None, None, "unknown")
 
 
 @virtual_time
 async def test_a_broken_stream_has_no_cost_comment() -> None:
-    scene = PipelineFixture(streams(events(usage=True)[:2]))
-    told = await scene.ask(stream(), COMMENT)
-    assert told.broken
-    assert b"x-proxy" not in told.body
+    pipeline = PipelineFixture(streams(events(usage=True)[:2]))
+    result = await pipeline.ask(stream(), COMMENT)
+    assert result.broken
+    assert b"x-proxy" not in result.body
 
 
 @given(cuts=st.lists(st.integers(1, len(WITH) - 1), max_size=12, unique=True), comment=st.booleans())
@@ -297,13 +297,13 @@ def test_any_split_of_the_bytes_gives_the_same_bytes(cuts: list[int], comment: b
     reads = [WITH[start:end] for start, end in itertools.pairwise(places)]
 
     async def tell() -> None:
-        scene = PipelineFixture(streams(reads))
-        told = await scene.ask(stream(), Options(stream_cost=comment))
-        assert told.body == (WITHOUT.replace(DONE, COST + DONE) if comment else WITHOUT)
-        assert (await scene.ask(stream())).body == WITHOUT
-        assert (await scene.ask(stream(stream_options=INCLUDE))).body == WITH
-        assert len(scene.transport.sent) == 1
-        assert scene.receipt.cost_usd == "0.002250"
+        pipeline = PipelineFixture(streams(reads))
+        result = await pipeline.ask(stream(), Options(stream_cost=comment))
+        assert result.body == (WITHOUT.replace(DONE, COST + DONE) if comment else WITHOUT)
+        assert (await pipeline.ask(stream())).body == WITHOUT
+        assert (await pipeline.ask(stream(stream_options=INCLUDE))).body == WITH
+        assert len(pipeline.transport.sent) == 1
+        assert pipeline.receipt.cost_usd == "0.002250"
 
     run(tell())
 

@@ -27,9 +27,9 @@ OFF = settings(cost=CostSettings(stream_usage="off"))
 
 def last_error(body: bytes) -> Any:
     """The error event a stream ends with."""
-    told = data_of(body[body.rindex(b"data: ") :])
-    assert told is not None
-    return orjson.loads(told)["error"]
+    result = data_of(body[body.rindex(b"data: ") :])
+    assert result is not None
+    return orjson.loads(result)["error"]
 
 
 @virtual_time
@@ -37,28 +37,28 @@ async def test_each_read_is_forwarded_at_once_and_unchanged() -> None:
     """However it is cut, and before the next one is there."""
     reads = [WHOLE[:50], WHOLE[50:51], WHOLE[51:200], WHOLE[200:]]
     steps: list[Any] = [step for read in reads for step in (1.0, read)]
-    scene = PipelineFixture(streams(steps), config=OFF)
+    pipeline = PipelineFixture(streams(steps), config=OFF)
     seen: list[tuple[float, bytes]] = []
 
     async def write(data: bytes) -> None:
-        seen.append((scene.loop.time() - scene.transport.sent[0].at, data))
+        seen.append((pipeline.loop.time() - pipeline.transport.sent[0].at, data))
 
-    scene.write = write
-    told = await scene.ask(STREAM)
+    pipeline.write = write
+    result = await pipeline.ask(STREAM)
     first = next(n for n in range(4) if b"\n\n" in b"".join(reads[: n + 1]))
     assert seen == [(max(first, n) + 1.0, read) for n, read in enumerate(reads)]
-    assert (told.body, told.broken) == (WHOLE, False)
-    assert told.headers["X-Proxy-Cost-Status"] == "pending"
-    assert "X-Proxy-Cost-USD" not in told.headers
-    assert "stored" not in told.headers["Cache-Status"]
-    scene.assert_nothing_leaked()
+    assert (result.body, result.broken) == (WHOLE, False)
+    assert result.headers["X-Proxy-Cost-Status"] == "pending"
+    assert "X-Proxy-Cost-USD" not in result.headers
+    assert "stored" not in result.headers["Cache-Status"]
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_the_receipt_is_written_at_the_end_of_the_stream() -> None:
-    scene = PipelineFixture(streams([*events(usage=True)[:2], 2.0, *events(usage=True)[2:]]))
-    await scene.ask(STREAM)
-    [receipt] = scene.receipts
+    pipeline = PipelineFixture(streams([*events(usage=True)[:2], 2.0, *events(usage=True)[2:]]))
+    await pipeline.ask(STREAM)
+    [receipt] = pipeline.receipts
     assert (receipt.status, receipt.stream, receipt.error) == (200, True, "")
     assert (receipt.cost_usd, receipt.cost_status, receipt.saved_usd) == ("0.002250", "exact", "0.000000")
     assert receipt.usage is not None
@@ -69,28 +69,28 @@ async def test_the_receipt_is_written_at_the_end_of_the_stream() -> None:
 
 @virtual_time
 async def test_a_service_tier_has_its_own_price() -> None:
-    scene = PipelineFixture(streams(events(usage=True, service_tier="priority")))
-    assert b": x-proxy-cost-usd=0.003825 " in (await scene.ask(STREAM, Options(stream_cost=True))).body
-    assert scene.receipt.cost_usd == "0.003825"
+    pipeline = PipelineFixture(streams(events(usage=True, service_tier="priority")))
+    assert b": x-proxy-cost-usd=0.003825 " in (await pipeline.ask(STREAM, Options(stream_cost=True))).body
+    assert pipeline.receipt.cost_usd == "0.003825"
 
 
 @pytest.mark.parametrize("tier", ["flex", "scale"])
 @virtual_time
 async def test_a_service_tier_without_a_known_price_has_no_cost(tier: str) -> None:
-    scene = PipelineFixture(streams(events(usage=True, service_tier=tier)))
-    told = await scene.ask(STREAM, Options(stream_cost=True))
-    assert (scene.receipt.cost_usd, scene.receipt.cost_status) == (None, "unknown")
-    assert b"x-proxy-cost-usd=" not in told.body
-    assert b": x-proxy-cost-status=unknown x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n" in told.body
+    pipeline = PipelineFixture(streams(events(usage=True, service_tier=tier)))
+    result = await pipeline.ask(STREAM, Options(stream_cost=True))
+    assert (pipeline.receipt.cost_usd, pipeline.receipt.cost_status) == (None, "unknown")
+    assert b"x-proxy-cost-usd=" not in result.body
+    assert b": x-proxy-cost-status=unknown x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n" in result.body
 
 
 @pytest.mark.parametrize("document", [STREAM, ASKED], ids=["usage not asked for", "usage asked for"])
 @virtual_time
 async def test_a_complete_stream_is_stored_and_replayed_byte_for_byte(document: dict[str, Any]) -> None:
-    scene = PipelineFixture(streams(headers=[("openai-version", "2020-10-01"), ("x-ratelimit-limit-requests", "5")]))
-    told = await scene.ask(document)
-    hit = await scene.ask(document)
-    assert (told.cache, hit.cache, hit.body) == ("miss", "hit", told.body)
+    pipeline = PipelineFixture(streams(headers=[("openai-version", "2020-10-01"), ("x-ratelimit-limit-requests", "5")]))
+    result = await pipeline.ask(document)
+    hit = await pipeline.ask(document)
+    assert (result.cache, hit.cache, hit.body) == ("miss", "hit", result.body)
     assert dict(hit.raw_headers) == {b"Content-Type": SSE[1].encode(), b"openai-version": b"2020-10-01"}
     assert hit.hit is not None
     assert hit.hit.entry.cost == "0.002250"
@@ -100,19 +100,19 @@ async def test_a_complete_stream_is_stored_and_replayed_byte_for_byte(document: 
 async def test_the_usage_chunk_is_sent_only_to_clients_that_asked() -> None:
     """Whoever was first, each gets the stream as the upstream would have sent it to him alone."""
     for first, second in ((STREAM, ASKED), (ASKED, STREAM)):
-        scene = PipelineFixture(streams())
-        tolds = [await scene.ask(first), await scene.ask(second)]
-        assert [told.cache for told in tolds] == ["miss", "hit"]
-        for document, told in zip((first, second), tolds, strict=True):
-            assert told.body == b"".join(events(usage=document is ASKED))
+        pipeline = PipelineFixture(streams())
+        tolds = [await pipeline.ask(first), await pipeline.ask(second)]
+        assert [result.cache for result in tolds] == ["miss", "hit"]
+        for document, result in zip((first, second), tolds, strict=True):
+            assert result.body == b"".join(events(usage=document is ASKED))
 
 
 @virtual_time
 async def test_a_stored_stream_without_usage_is_a_miss_for_clients_that_ask_for_it() -> None:
-    scene = PipelineFixture(streams(events()), streams(), config=OFF)
-    await scene.ask(STREAM)
-    told = await scene.ask(ASKED)
-    assert (told.cache, told.body) == ("miss", b"".join(events(usage=True)))
+    pipeline = PipelineFixture(streams(events()), streams(), config=OFF)
+    await pipeline.ask(STREAM)
+    result = await pipeline.ask(ASKED)
+    assert (result.cache, result.body) == ("miss", b"".join(events(usage=True)))
 
 
 NOT_STORED: dict[str, list[bytes]] = {
@@ -129,35 +129,35 @@ NOT_STORED: dict[str, list[bytes]] = {
 @pytest.mark.parametrize("steps", NOT_STORED.values(), ids=NOT_STORED.keys())
 @virtual_time
 async def test_abnormal_streams_are_passed_and_not_stored(steps: list[bytes]) -> None:
-    scene = PipelineFixture(streams(steps), streams(), config=OFF)
-    told = await scene.ask(STREAM)
-    assert (told.status, told.body, told.broken) == (200, b"".join(steps), False)
-    assert scene.receipt.error == ""
-    assert (await scene.ask(STREAM)).cache == "miss"
+    pipeline = PipelineFixture(streams(steps), streams(), config=OFF)
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, result.broken) == (200, b"".join(steps), False)
+    assert pipeline.receipt.error == ""
+    assert (await pipeline.ask(STREAM)).cache == "miss"
 
 
 @virtual_time
 async def test_a_stream_with_a_pool_key_is_not_stored() -> None:
     """It has gone to this client; it must not rest in the cache and go to others."""
-    scene = PipelineFixture(streams(events("your key is ", "sk-k1", "!")), streams())
-    await scene.ask(STREAM)
-    assert (await scene.ask(STREAM)).cache == "miss"
+    pipeline = PipelineFixture(streams(events("your key is ", "sk-k1", "!")), streams())
+    await pipeline.ask(STREAM)
+    assert (await pipeline.ask(STREAM)).cache == "miss"
 
 
 @virtual_time
 async def test_a_pool_key_in_a_header_of_a_stream_is_masked() -> None:
-    scene = PipelineFixture(streams(headers=[("x-debug", "sk-k1")]), streams())
-    told = await scene.ask(STREAM)
-    assert dict(told.raw_headers)[b"x-debug"] == b"***"
-    assert (await scene.ask(STREAM)).cache == "miss"
+    pipeline = PipelineFixture(streams(headers=[("x-debug", "sk-k1")]), streams())
+    result = await pipeline.ask(STREAM)
+    assert dict(result.raw_headers)[b"x-debug"] == b"***"
+    assert (await pipeline.ask(STREAM)).cache == "miss"
 
 
 @virtual_time
 async def test_a_stream_too_large_for_the_cache_is_forwarded() -> None:
-    scene = PipelineFixture(streams(), streams(), config=settings(cache=CacheSettings(max_entry=100)))
-    told = await scene.ask(ASKED)
-    assert told.body == b"".join(events(usage=True))
-    assert (await scene.ask(ASKED)).cache == "miss"
+    pipeline = PipelineFixture(streams(), streams(), config=settings(cache=CacheSettings(max_entry=100)))
+    result = await pipeline.ask(ASKED)
+    assert result.body == b"".join(events(usage=True))
+    assert (await pipeline.ask(ASKED)).cache == "miss"
 
 
 # What comes before the first event.
@@ -168,41 +168,41 @@ async def test_headers_are_held_back_until_the_first_event() -> None:
     """Until then all can still be tried again."""
     ping = b": OPENROUTER PROCESSING\n\n"
     refused: list[Step] = [ping, 1.0, ping, event({"error": {"message": "overloaded", "type": "server_error"}})]
-    scene = PipelineFixture(streams(refused), streams([ping, 1.0, ping, *events()]), config=OFF)
-    told = await scene.ask(STREAM)
-    assert (told.status, told.body, told.attempts) == (200, ping + ping + WHOLE, 2)
-    hit = await scene.ask(STREAM)
-    assert (hit.cache, hit.body) == ("hit", told.body)
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(streams(refused), streams([ping, 1.0, ping, *events()]), config=OFF)
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, result.attempts) == (200, ping + ping + WHOLE, 2)
+    hit = await pipeline.ask(STREAM)
+    assert (hit.cache, hit.body) == ("hit", result.body)
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_persistent_error_as_the_first_event_is_forwarded() -> None:
     bad = event({"error": {"message": "overloaded", "type": "server_error"}})
-    scene = PipelineFixture(*[streams([bad])] * 4, streams(), config=OFF)
-    told = await scene.ask(STREAM)
-    assert (told.status, told.body, told.attempts) == (200, bad, 4)
-    assert (await scene.ask(STREAM)).cache == "miss"
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(*[streams([bad])] * 4, streams(), config=OFF)
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, result.attempts) == (200, bad, 4)
+    assert (await pipeline.ask(STREAM)).cache == "miss"
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_client_error_as_the_first_event_is_not_retried() -> None:
     bad = event({"error": {"message": "too long", "type": "invalid_request_error"}})
-    scene = PipelineFixture(streams([bad]))
-    told = await scene.ask(STREAM)
-    assert (told.status, told.body, told.attempts) == (200, bad, 1)
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(streams([bad]))
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, result.attempts) == (200, bad, 1)
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_key_error_as_the_first_event_tries_every_key() -> None:
     bad = event({"error": {"message": "no", "code": "insufficient_quota"}})
-    scene = PipelineFixture(streams([bad]), streams([bad]), config=settings(pool("k1", "k2")))
-    told = await scene.ask(STREAM)
-    assert (told.status, told.body, told.attempts) == (200, bad, 2)
-    assert told.headers["X-Proxy-Error"] == "no_usable_key"
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(streams([bad]), streams([bad]), config=settings(pool("k1", "k2")))
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, result.attempts) == (200, bad, 2)
+    assert result.headers["X-Proxy-Error"] == "no_usable_key"
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
@@ -210,22 +210,22 @@ async def test_a_very_large_first_event_is_forwarded() -> None:
     """A megabyte in one line: it flows, and the rest of the story is the same."""
     big = events("x" * 1_000_000)
     first = big[0]
-    scene = PipelineFixture(
+    pipeline = PipelineFixture(
         streams([first[:50_000], first[50_000:100_000], 1.0, first[100_000:], *big[1:]]), config=OFF
     )
-    told = await scene.ask(STREAM)
-    assert told.body == b"".join(big)
-    assert told.reads[0] == first[:50_000]
-    assert (await scene.ask(STREAM)).cache == "hit"
+    result = await pipeline.ask(STREAM)
+    assert result.body == b"".join(big)
+    assert result.reads[0] == first[:50_000]
+    assert (await pipeline.ask(STREAM)).cache == "hit"
 
 
 @virtual_time
 async def test_a_stream_of_nothing_but_comments() -> None:
-    scene = PipelineFixture(streams([b": ping\n\n"]))
-    told = await scene.ask(STREAM)
-    assert told.broken or told.status == 502
-    assert scene.receipt.error == "upstream_invalid_response"
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(streams([b": ping\n\n"]))
+    result = await pipeline.ask(STREAM)
+    assert result.broken or result.status == 502
+    assert pipeline.receipt.error == "upstream_invalid_response"
+    pipeline.assert_nothing_leaked()
 
 
 # Odd shapes.
@@ -233,44 +233,46 @@ async def test_a_stream_of_nothing_but_comments() -> None:
 
 @virtual_time
 async def test_an_event_stream_to_a_plain_request_is_passed_and_not_stored() -> None:
-    scene = PipelineFixture(streams(events()), says())
-    told = await scene.ask()
-    assert (told.body, told.broken) == (WHOLE, False)
-    assert (await scene.ask()).cache == "miss"
+    pipeline = PipelineFixture(streams(events()), says())
+    result = await pipeline.ask()
+    assert (result.body, result.broken) == (WHOLE, False)
+    assert (await pipeline.ask()).cache == "miss"
 
 
 @virtual_time
 async def test_json_to_a_stream_request_is_passed_with_its_cost() -> None:
     """Mock servers do that. It is passed on with its cost; stream or not, a hit would be the same bytes."""
-    scene = PipelineFixture(says(), says())
-    told = await scene.ask(STREAM, Options(stream_cost=True))
-    assert (told.status, told.cost) == (200, "0.002250")
-    again = await scene.ask(STREAM)
-    assert again.body == told.body
+    pipeline = PipelineFixture(says(), says())
+    result = await pipeline.ask(STREAM, Options(stream_cost=True))
+    assert (result.status, result.cost) == (200, "0.002250")
+    again = await pipeline.ask(STREAM)
+    assert again.body == result.body
 
 
 @virtual_time
 async def test_a_compressed_stream_is_decoded_and_stored() -> None:
     packed = gzip.compress(WHOLE)
     headers = (SSE, ("Content-Encoding", "gzip"))
-    scene = PipelineFixture(
+    pipeline = PipelineFixture(
         Responds(200, headers, (packed[:30], packed[30:])), Responds(200, headers, (packed[:-20],)), config=OFF
     )
-    told = await scene.ask(STREAM)
-    assert (told.body, told.broken) == (WHOLE, False)
-    assert b"Content-Encoding" not in dict(told.raw_headers)
-    assert (await scene.ask(STREAM)).cache == "hit"
-    assert (await scene.ask(ask("cut", stream=True))).broken
-    scene.assert_nothing_leaked()
+    result = await pipeline.ask(STREAM)
+    assert (result.body, result.broken) == (WHOLE, False)
+    assert b"Content-Encoding" not in dict(result.raw_headers)
+    assert (await pipeline.ask(STREAM)).cache == "hit"
+    assert (await pipeline.ask(ask("cut", stream=True))).broken
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_stream_in_an_unknown_coding_is_passed_unchanged() -> None:
-    scene = PipelineFixture(Responds(200, (SSE, ("Content-Encoding", "zstd")), (b"\x28\xb5", b"\x2f\xfd")), streams())
-    told = await scene.ask(STREAM)
-    assert (told.body, told.broken) == (b"\x28\xb5\x2f\xfd", False)
-    assert (scene.receipt.cost_status, scene.receipt.status) == ("unknown", 200)
-    assert (await scene.ask(STREAM)).cache == "miss"
+    pipeline = PipelineFixture(
+        Responds(200, (SSE, ("Content-Encoding", "zstd")), (b"\x28\xb5", b"\x2f\xfd")), streams()
+    )
+    result = await pipeline.ask(STREAM)
+    assert (result.body, result.broken) == (b"\x28\xb5\x2f\xfd", False)
+    assert (pipeline.receipt.cost_status, pipeline.receipt.status) == ("unknown", 200)
+    assert (await pipeline.ask(STREAM)).cache == "miss"
 
 
 RESPONSE = {"id": "r", "status": "completed", "model": "gpt-4o", "error": None}
@@ -286,13 +288,13 @@ async def test_a_responses_stream_ends_with_its_completed_event() -> None:
         + event({"type": "response.completed", "response": {**RESPONSE, "output": OUTPUT, "usage": R_USAGE}}),
     ]
     document = {"model": "gpt-4o", "input": "Hi", "stream": True}
-    scene = PipelineFixture(streams(told_all), streams(told_all[:1]))
-    told = await scene.ask(document, Options(stream_cost=True), target="/v1/responses")
+    pipeline = PipelineFixture(streams(told_all), streams(told_all[:1]))
+    result = await pipeline.ask(document, Options(stream_cost=True), target="/v1/responses")
     cost = b": x-proxy-cost-usd=0.002250 x-proxy-prompt-tokens=100 x-proxy-completion-tokens=200\n"
-    assert (told.body, told.broken) == (b"".join(told_all) + cost, False)
-    assert scene.transport.sent[0].json() == document  # nothing to inject here
-    assert (await scene.ask(document, target="/v1/responses")).cache == "hit"
-    cut = await scene.ask({**document, "input": "other"}, target="/v1/responses")
+    assert (result.body, result.broken) == (b"".join(told_all) + cost, False)
+    assert pipeline.transport.sent[0].json() == document  # nothing to inject here
+    assert (await pipeline.ask(document, target="/v1/responses")).cache == "hit"
+    cut = await pipeline.ask({**document, "input": "other"}, target="/v1/responses")
     assert (cut.broken, last_error(cut.body)["code"]) == (True, "upstream_invalid_response")
 
 
@@ -310,9 +312,9 @@ async def test_an_event_beyond_the_size_limit_is_forwarded_unparsed(
     body = b"".join(big)
     pieces = [body[at : at + 700] for at in range(0, len(body), 700)]
     pieces[-1] = pieces[-1].removesuffix(b"\n\n")  # [DONE] without its blank line
-    scene = PipelineFixture(streams(pieces), streams(), config=settings(cost=CostSettings(stream_usage=usage)))
-    told = await scene.ask(STREAM, Options(stream_cost=comment))
-    assert (told.body, told.broken) == (body.removesuffix(b"\n\n"), False)
-    assert (scene.receipt.status, scene.receipt.error) == (200, "")
-    assert (await scene.ask(STREAM)).cache == "miss"
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(streams(pieces), streams(), config=settings(cost=CostSettings(stream_usage=usage)))
+    result = await pipeline.ask(STREAM, Options(stream_cost=comment))
+    assert (result.body, result.broken) == (body.removesuffix(b"\n\n"), False)
+    assert (pipeline.receipt.status, pipeline.receipt.error) == (200, "")
+    assert (await pipeline.ask(STREAM)).cache == "miss"
+    pipeline.assert_nothing_leaked()

@@ -33,8 +33,8 @@ def answering(sent: Sent) -> Any:
     return says(made)
 
 
-async def respond(scene: PipelineFixture, text: str, **fields: Any) -> Result:
-    return await scene.ask({"model": "gpt-4o", "input": text, **fields}, target=RESPONSES)
+async def respond(pipeline: PipelineFixture, text: str, **fields: Any) -> Result:
+    return await pipeline.ask({"model": "gpt-4o", "input": text, **fields}, target=RESPONSES)
 
 
 def scene_of(**sections: Any) -> PipelineFixture:
@@ -44,71 +44,73 @@ def scene_of(**sections: Any) -> PipelineFixture:
 @pytest.mark.parametrize("stream", [False, True])
 @virtual_time
 async def test_a_conversation_uses_the_key_that_started_it(stream: bool) -> None:
-    scene = scene_of()
+    pipeline = scene_of()
     for number in range(3):
-        first = await respond(scene, f"a{number}", stream=stream)
+        first = await respond(pipeline, f"a{number}", stream=stream)
         key = first.headers["X-Proxy-Key"]
         for turn in range(4):
-            told = await respond(scene, f"b{number}{turn}", previous_response_id=f"resp_{key}_a{number}", stream=stream)
+            told = await respond(
+                pipeline, f"b{number}{turn}", previous_response_id=f"resp_{key}_a{number}", stream=stream
+            )
             assert told.headers["X-Proxy-Key"] == key
-    assert set(scene.transport.keys) == {"k1", "k2", "k3"}
-    scene.assert_nothing_leaked()
+    assert set(pipeline.transport.keys) == {"k1", "k2", "k3"}
+    pipeline.assert_nothing_leaked()
 
 
 @pytest.mark.parametrize("named", [{"previous_response_id": "resp_x"}, {"conversation": {"id": "conv_x"}}])
 @virtual_time
 async def test_unknown_stored_objects_use_the_fixed_key(named: dict[str, Any]) -> None:
-    scene = scene_of()
+    pipeline = scene_of()
     for number in range(3):
-        assert (await respond(scene, str(number), **named)).headers["X-Proxy-Key"] == "k1"
+        assert (await respond(pipeline, str(number), **named)).headers["X-Proxy-Key"] == "k1"
 
 
 @pytest.mark.parametrize("trouble", [error(401), error(404, "model_not_found"), rate_limited("99"), error(500)])
 @virtual_time
 async def test_a_request_for_a_stored_object_does_not_fail_over(trouble: Any) -> None:
     fallbacks = RetrySettings(max_retries=0, fallbacks={"*": ("o1",)})
-    scene = PipelineFixture(trouble, config=config(retry=fallbacks))
-    told = await respond(scene, "x", previous_response_id="resp_x")
-    assert (told.status, scene.transport.keys) == (trouble.status, ["k1"])
-    scene.assert_nothing_leaked()
+    pipeline = PipelineFixture(trouble, config=config(retry=fallbacks))
+    told = await respond(pipeline, "x", previous_response_id="resp_x")
+    assert (told.status, pipeline.transport.keys) == (trouble.status, ["k1"])
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_request_for_a_stored_object_is_retried_with_the_same_key() -> None:
-    scene = PipelineFixture(error(500), config=config(retry=RetrySettings(jitter=0.0)))
-    scene.transport.otherwise = answering
-    told = await respond(scene, "x", previous_response_id="resp_x")
-    assert (told.status, scene.transport.keys) == (200, ["k1", "k1"])
+    pipeline = PipelineFixture(error(500), config=config(retry=RetrySettings(jitter=0.0)))
+    pipeline.transport.otherwise = answering
+    told = await respond(pipeline, "x", previous_response_id="resp_x")
+    assert (told.status, pipeline.transport.keys) == (200, ["k1", "k1"])
 
 
 @virtual_time
 async def test_a_rejected_key_is_still_used_for_its_stored_objects() -> None:
-    scene = PipelineFixture(error(401), config=config())
-    scene.transport.otherwise = answering
-    await respond(scene, "a")  # k1 rests
-    assert (await respond(scene, "x", previous_response_id="resp_x")).headers["X-Proxy-Key"] == "k1"
+    pipeline = PipelineFixture(error(401), config=config())
+    pipeline.transport.otherwise = answering
+    await respond(pipeline, "a")  # k1 rests
+    assert (await respond(pipeline, "x", previous_response_id="resp_x")).headers["X-Proxy-Key"] == "k1"
 
 
 @virtual_time
 async def test_the_owner_of_a_stored_chat_completion_is_recorded() -> None:
-    scene = PipelineFixture(
+    pipeline = PipelineFixture(
         transport=ScriptedTransport(otherwise=lambda sent: says({"id": "chatcmpl-7", "object": "chat.completion"}))
     )
-    scene = PipelineFixture(transport=scene.transport, config=config())
-    told = await scene.ask(ask(store=True))
-    assert await scene.services.object_owners.owner_of(["chatcmpl-7"]) == told.headers["X-Proxy-Key"]
+    pipeline = PipelineFixture(transport=pipeline.transport, config=config())
+    told = await pipeline.ask(ask(store=True))
+    assert await pipeline.services.object_owners.owner_of(["chatcmpl-7"]) == told.headers["X-Proxy-Key"]
 
 
 @virtual_time
 async def test_long_prompts_with_the_same_prefix_use_the_same_key() -> None:
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says()), config=config())
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says()), config=config())
     system = {"role": "system", "content": "Be brief. " * 500}
     for number in range(12):
         turn = {"role": "user", "content": str(number)}
-        await scene.ask({"model": "gpt-4o", "messages": [system, turn]})
-        await scene.ask(ask(f"short {number}"))
-    assert len(set(scene.transport.keys[::2])) == 1
-    assert len(set(scene.transport.keys[1::2])) == 2  # in turn, and the busiest is not the next
+        await pipeline.ask({"model": "gpt-4o", "messages": [system, turn]})
+        await pipeline.ask(ask(f"short {number}"))
+    assert len(set(pipeline.transport.keys[::2])) == 1
+    assert len(set(pipeline.transport.keys[1::2])) == 2  # in turn, and the busiest is not the next
 
 
 @virtual_time
@@ -116,15 +118,15 @@ async def test_a_reported_quota_is_used_up_and_then_waited_for() -> None:
     """The upstream says that two requests are left of sixty a minute: two go, the third waits for its turn."""
     told = [("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "2")]
     told += [("x-ratelimit-reset-requests", "58s")]
-    scene = PipelineFixture(
+    pipeline = PipelineFixture(
         says(headers=told), says(), says(), says(), config=settings(retry=RetrySettings(jitter=0.0))
     )
     for number in range(3):
-        assert (await scene.ask(ask(str(number)))).at == 0.0
-    late = await scene.ask(ask("late"))
+        assert (await pipeline.ask(ask(str(number)))).at == 0.0
+    late = await pipeline.ask(ask("late"))
     assert late.status == 200
     assert late.at == pytest.approx(1.0, abs=0.01)
-    assert dump(scene.services.pool.report(scene.loop.time())[0]["learned"])
+    assert dump(pipeline.services.pool.report(pipeline.loop.time())[0]["learned"])
 
 
 @virtual_time
@@ -133,18 +135,20 @@ async def test_the_key_with_more_remaining_quota_is_used_first() -> None:
         left = "100" if sent.key == "k1" else "900"
         return says(headers=[("x-ratelimit-limit-tokens", "1000"), ("x-ratelimit-remaining-tokens", left)])
 
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=told), config=settings(pool("k1", "k2")))
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=told), config=settings(pool("k1", "k2")))
     for number in range(10):
-        await scene.ask(ask(str(number)))
-    assert scene.transport.keys.count("k1") <= 2
+        await pipeline.ask(ask(str(number)))
+    assert pipeline.transport.keys.count("k1") <= 2
 
 
 @virtual_time
 async def test_without_adaptive_reported_quotas_are_ignored() -> None:
     headers = [("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "0")]
     headers += [("x-ratelimit-reset-requests", "60s")]
-    scene = PipelineFixture(says(headers=headers), says(), config=settings(throttle=ThrottleSettings(adaptive=False)))
-    assert [(await scene.ask(ask(str(n)), Options(max_wait=0.0))).status for n in range(2)] == [200, 200]
+    pipeline = PipelineFixture(
+        says(headers=headers), says(), config=settings(throttle=ThrottleSettings(adaptive=False))
+    )
+    assert [(await pipeline.ask(ask(str(n)), Options(max_wait=0.0))).status for n in range(2)] == [200, 200]
 
 
 @virtual_time
@@ -155,19 +159,19 @@ async def test_a_request_too_large_for_one_key_is_tried_on_another_and_no_key_co
         message="Request too large for gpt-4o in organization org-x on tokens per min (TPM): "
         "Limit 30000, Requested 40000. The input or output tokens must be reduced.",
     )
-    scene = PipelineFixture(large, says(), large, large, large, config=config(retry=RetrySettings(jitter=0.0)))
-    told = await scene.ask()
+    pipeline = PipelineFixture(large, says(), large, large, large, config=config(retry=RetrySettings(jitter=0.0)))
+    told = await pipeline.ask()
     assert (told.status, told.attempts) == (200, 2)
-    assert scene.state("k1") is None
-    told = await scene.ask(ask("larger"))
+    assert pipeline.state("k1") is None
+    told = await pipeline.ask(ask("larger"))
     assert (told.status, told.attempts, told.at) == (429, 3, 0.0)  # no wait would help
     assert told.headers["X-Should-Retry"] == "false"
     assert "X-Proxy-Error" not in told.headers
-    scene.assert_nothing_leaked()
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_mismatched_organization_does_not_reject_the_key() -> None:
-    scene = PipelineFixture(error(401, "mismatched_organization"), says(), config=config())
-    assert (await scene.ask()).status == 200
-    assert scene.state("k1") is None
+    pipeline = PipelineFixture(error(401, "mismatched_organization"), says(), config=config())
+    assert (await pipeline.ask()).status == 200
+    assert pipeline.state("k1") is None

@@ -34,8 +34,8 @@ def test_three_requests_of_a_run_get_three_responses_and_a_retry_keeps_its_numbe
     assert texts("first") == ["one", "two", "three"]
     assert texts("again") == ["one", "two", "three"]
     assert upstream.count == 4
-    told = [{name.lower(): value for name, value in request.headers} for request in upstream.requests]
-    assert [headers["x-stainless-retry-count"] for headers in told] == ["0", "0", "1", "0"]
+    result = [{name.lower(): value for name, value in request.headers} for request in upstream.requests]
+    assert [headers["x-stainless-retry-count"] for headers in result] == ["0", "0", "1", "0"]
 
 
 def test_max_cost_exceeded_is_an_error_that_the_sdk_does_not_retry(caller: Caller, upstream: ScriptedUpstream) -> None:

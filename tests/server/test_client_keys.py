@@ -98,7 +98,7 @@ async def test_client_limits_are_counted_and_reported_and_hits_are_free() -> Non
 
 
 @pytest.mark.parametrize(
-    ("moves", "told"),
+    ("moves", "limit_header"),
     [
         ([error(400)], "rpm=1/9, tpm=0/100000"),
         ([rate_limited("0"), says()], "rpm=1/9, tpm=300/100000"),
@@ -107,16 +107,16 @@ async def test_client_limits_are_counted_and_reported_and_hits_are_free() -> Non
     ],
     ids=["an error", "a retry", "never went up", "a stream"],
 )
-async def test_the_final_count_of_a_clients_request(moves: list[Any], told: str | None) -> None:
+async def test_the_final_count_of_a_clients_request(moves: list[Any], limit_header: str | None) -> None:
     base = config(rpm=9, tpm=100_000)
     base = replace(base, retry=replace(base.retry, base_delay=0.0))
     async with running_proxy(*moves, config=base) as server:
-        answer = await asked(server, stream=told is None)
-        if told is not None:
-            assert answer.get("X-Proxy-Client-Limit") == told
+        answer = await asked(server, stream=limit_header is None)
+        if limit_header is not None:
+            assert answer.get("X-Proxy-Client-Limit") == limit_header
         use = server.services.clients.report(server.services.clock.monotonic())["a"]
         assert use["running"] == 0
-        assert use["limits"]["rpm"]["used"] == (0 if told and "rpm=0" in told else 1)
+        assert use["limits"]["rpm"]["used"] == (0 if limit_header and "rpm=0" in limit_header else 1)
 
 
 async def test_passed_through_requests_count_for_the_client() -> None:

@@ -188,7 +188,7 @@ async def test_request_bodies_are_not_decompressed() -> None:
 
 
 async def test_a_client_that_leaves_cancels_its_handler() -> None:
-    told = asyncio.Event()
+    result = asyncio.Event()
     began = asyncio.Event()
 
     async def waits(request: BaseRequest) -> FullResponse:
@@ -196,7 +196,7 @@ async def test_a_client_that_leaves_cancels_its_handler() -> None:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            told.set()
+            result.set()
             raise
         raise AssertionError
 
@@ -206,7 +206,7 @@ async def test_a_client_that_leaves_cancels_its_handler() -> None:
             await began.wait()
             await line.gone()
         async with asyncio.timeout(TEST_TIMEOUT):
-            await told.wait()
+            await result.wait()
 
 
 async def test_a_thousand_pipelined_requests_are_answered_in_order() -> None:

@@ -88,15 +88,15 @@ async def stage(*moves: Move) -> AsyncIterator[Stage]:
 
 
 async def test_a_miss_has_a_span_and_a_child_for_its_attempt() -> None:
-    async with stage(says()) as scene:
-        answer = await scene.ask(body=ask(), headers=INCOMING)
-        own, [call] = await scene.spans(2)
+    async with stage(says()) as pipeline:
+        answer = await pipeline.ask(body=ask(), headers=INCOMING)
+        own, [call] = await pipeline.spans(2)
     assert own.name == "chat gpt-4o"
     assert f"{own.context.trace_id:032x}" == TRACE
     assert f"{own.parent.span_id:016x}" == PARENT
-    told = dict(own.attributes)
-    assert told.pop("openai_proxy.queue_ms") >= 0
-    assert told == {
+    result = dict(own.attributes)
+    assert result.pop("openai_proxy.queue_ms") >= 0
+    assert result == {
         "http.request.method": "POST",
         "http.response.status_code": 200,
         "gen_ai.operation.name": "chat",
@@ -121,31 +121,31 @@ async def test_a_miss_has_a_span_and_a_child_for_its_attempt() -> None:
         "server.address": "up.test",
         "http.response.status_code": 200,
     }
-    [sent] = scene.transport.sent
+    [sent] = pipeline.transport.sent
     assert sent.headers.getall("traceparent") == [f"00-{TRACE}-{call.context.span_id:016x}-01"]
     assert sent.headers.getall("tracestate") == ["vendor=a1,other=b2"]
 
 
 @pytest.mark.parametrize("sent", [[], [("traceparent", "00-nonsense"), ("tracestate", "a=b")]])
 async def test_without_traceparent_a_new_trace_begins(sent: list[tuple[str, str]]) -> None:
-    async with stage(says()) as scene:
-        await scene.ask(body=ask(), headers=sent)
-        own, [call] = await scene.spans(2)
+    async with stage(says()) as pipeline:
+        await pipeline.ask(body=ask(), headers=sent)
+        own, [call] = await pipeline.spans(2)
         assert own.parent is None
-        [up] = scene.transport.sent[0].headers.getall("traceparent")
+        [up] = pipeline.transport.sent[0].headers.getall("traceparent")
         assert up.startswith(f"00-{own.context.trace_id:032x}-{call.context.span_id:016x}-")
-        assert "tracestate" not in scene.transport.sent[0].headers
+        assert "tracestate" not in pipeline.transport.sent[0].headers
 
 
 async def test_a_hit_has_a_span_without_children() -> None:
-    async with stage(says()) as scene:
-        await scene.ask(body=ask())
-        await scene.spans(2)
-        hit = await scene.ask(body=ask(), headers=INCOMING)
-        own, _ = await scene.spans(1)
+    async with stage(says()) as pipeline:
+        await pipeline.ask(body=ask())
+        await pipeline.spans(2)
+        hit = await pipeline.ask(body=ask(), headers=INCOMING)
+        own, _ = await pipeline.spans(1)
     assert own.name == "chat gpt-4o"
-    told = {name: own.attributes[f"openai_proxy.{name}"] for name in ("request_id", "cache", "cost_usd", "saved_usd")}
-    assert told == {
+    result = {name: own.attributes[f"openai_proxy.{name}"] for name in ("request_id", "cache", "cost_usd", "saved_usd")}
+    assert result == {
         "request_id": hit.get("X-Proxy-Request-Id"),
         "cache": "hit",
         "cost_usd": "0.000000",
@@ -156,48 +156,48 @@ async def test_a_hit_has_a_span_without_children() -> None:
 
 async def test_the_span_of_a_stream_ends_with_the_stream() -> None:
     first, *more = events(usage=True)
-    async with stage(streams([first, 0.05, *more])) as scene:
-        await scene.ask(body=ask(stream=True))
-        own, _ = await scene.spans(2)
+    async with stage(streams([first, 0.05, *more])) as pipeline:
+        await pipeline.ask(body=ask(stream=True))
+        own, _ = await pipeline.spans(2)
     assert own.end_time - own.start_time >= 45_000_000
     assert own.attributes["gen_ai.usage.output_tokens"] == 200
 
 
 async def test_every_attempt_has_a_span() -> None:
-    async with stage(rate_limited(), error(500), Fails("unreached"), says()) as scene:
-        await scene.ask(body=ask())
-        own, calls = await scene.spans(5)
-    told = [
+    async with stage(rate_limited(), error(500), Fails("unreached"), says()) as pipeline:
+        await pipeline.ask(body=ask())
+        own, calls = await pipeline.spans(5)
+    result = [
         [call.attributes.get(name) for name in ("http.response.status_code", "error.type", "http.request.resend_count")]
         for call in calls
     ]
-    assert told == [[429, "429", None], [500, "500", 1], [None, "upstream_unreachable", 2], [200, None, 3]]
+    assert result == [[429, "429", None], [500, "500", 1], [None, "upstream_unreachable", 2], [200, None, 3]]
     assert [call.status.status_code.name for call in calls] == ["ERROR", "ERROR", "ERROR", "UNSET"]
     assert own.attributes["openai_proxy.attempts"] == 4
-    ups = [sent.headers["traceparent"][36:52] for sent in scene.transport.sent]
+    ups = [sent.headers["traceparent"][36:52] for sent in pipeline.transport.sent]
     assert ups == [f"{call.context.span_id:016x}" for call in calls]
 
 
 async def test_errors_set_the_span_status() -> None:
     cut = streams([events()[0], TransportFailure("invalid", "cut")])
-    async with stage(*[error(500)] * 4, cut) as scene:
-        await scene.ask(body=ask())
-        own, _ = await scene.spans(5)
+    async with stage(*[error(500)] * 4, cut) as pipeline:
+        await pipeline.ask(body=ask())
+        own, _ = await pipeline.spans(5)
         assert (own.attributes["error.type"], own.status.status_code.name) == ("upstream_500", "ERROR")
-        await scene.ask(body=b"{")
-        own, _ = await scene.spans(1)
+        await pipeline.ask(body=b"{")
+        own, _ = await pipeline.spans(1)
         assert (own.name, own.attributes["http.response.status_code"]) == ("POST", 400)
         assert own.status.status_code.name == "UNSET"
-        await scene.ask(body=ask(stream=True))
-        own, _ = await scene.spans(2)
+        await pipeline.ask(body=ask(stream=True))
+        own, _ = await pipeline.spans(2)
         assert (own.attributes["error.type"], own.status.status_code.name) == ("upstream_invalid_response", "ERROR")
 
 
 async def test_a_coalesced_request_has_its_own_span() -> None:
-    async with stage(says(wait=0.1)) as scene:
-        await asyncio.gather(scene.ask(body=ask()), scene.ask(body=ask()))
+    async with stage(says(wait=0.1)) as pipeline:
+        await asyncio.gather(pipeline.ask(body=ask()), pipeline.ask(body=ask()))
         async with asyncio.timeout(TEST_TIMEOUT):
-            while len(found := scene._memory.get_finished_spans()) < 3:  # noqa: ASYNC110
+            while len(found := pipeline._memory.get_finished_spans()) < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     own = sorted(span.attributes["openai_proxy.cache"] for span in found if span.kind.name == "SERVER")
     assert own == ["coalesced", "miss"]
@@ -207,29 +207,29 @@ async def test_a_coalesced_request_has_its_own_span() -> None:
 
 
 async def test_pass_through_routes_have_spans_and_own_pages_have_none() -> None:
-    async with stage(says()) as scene:
+    async with stage(says()) as pipeline:
         for path in ("/healthz", "/readyz", "/metrics", "/_proxy/status"):
-            await scene.ask("GET", path)
-        await scene.ask("GET", "/v1/models")
-        own, [call] = await scene.spans(2)
+            await pipeline.ask("GET", path)
+        await pipeline.ask("GET", "/v1/models")
+        own, [call] = await pipeline.spans(2)
     assert (own.name, own.attributes["openai_proxy.cache"]) == ("models", "bypass")
     assert call.attributes["http.request.method"] == "GET"
 
 
 async def test_no_text_of_a_request_or_response_is_in_a_span() -> None:
-    async with stage(says()) as scene:
-        await scene.ask(body=ask("a secret prompt"), headers=[("Authorization", "Bearer sk-of-a-client")])
-        own, calls = await scene.spans(2)
+    async with stage(says()) as pipeline:
+        await pipeline.ask(body=ask("a secret prompt"), headers=[("Authorization", "Bearer sk-of-a-client")])
+        own, calls = await pipeline.spans(2)
     text = " ".join(span.to_json() for span in (own, *calls))
     assert not [word for word in ("secret prompt", "Hello!", "sk-k1", "sk-k2", "sk-of-a-client") if word in text]
 
 
 async def test_unusual_model_names_become_valid_attributes() -> None:
-    async with stage(says(completion(model="x" * 20_000)), says()) as scene:
+    async with stage(says(completion(model="x" * 20_000)), says()) as pipeline:
         for name in ("m\n\u2028" + "x" * 20_000, "\ud800"):
             body = json.dumps(ask(model=name)).encode()
-            await scene.ask(body=body)
-            own, _ = await scene.spans(2)
+            await pipeline.ask(body=body)
+            own, _ = await pipeline.spans(2)
             assert own.name.isascii()
             assert len(own.name) < 200
             assert len(str(dict(own.attributes))) < 2000

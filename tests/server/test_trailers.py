@@ -86,14 +86,14 @@ async def test_the_trailers_of_a_coalesced_stream_say_saved_instead_of_cost() ->
 async def test_unknown_values_are_left_out_of_the_trailers() -> None:
     async with running_proxy(streams()) as server:
         answer = await server.ask(body=STREAM | {"model": "mystery"}, headers=TE)
-        told = answer.trailers
+        result = answer.trailers
     async with running_proxy(
         streams([event({"model": "mystery", "choices": []}), *events(usage=True, model="mystery")])
     ) as server:
         answer = await server.ask(body=STREAM | {"model": "mystery"}, headers=TE)
         assert answer.trailers.get("X-Proxy-Cost-USD") is None
         assert answer.trailers["X-Proxy-Cost-Status"] == "unknown"
-    assert told["X-Proxy-Cost-USD"] == "0.002250"  # by the model that answered
+    assert result["X-Proxy-Cost-USD"] == "0.002250"  # by the model that answered
 
 
 @pytest.mark.parametrize("cut", [[TransportFailure("invalid", "cut")], []])

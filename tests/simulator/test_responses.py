@@ -113,15 +113,15 @@ async def test_a_function_is_called_once(sdk: openai.AsyncOpenAI) -> None:
     assert call.call_id.startswith("call_")
     assert answer.usage is not None
     assert answer.usage.output_tokens > 0
-    told: ResponseInputParam = [
+    result: ResponseInputParam = [
         {"role": "user", "content": "use tool, please"},
         {"type": "function_call", "call_id": call.call_id, "name": "weather", "arguments": call.arguments},
         {"type": "function_call_output", "call_id": call.call_id, "output": "sunny all week"},
     ]
-    final = await sdk.responses.create(model="gpt-4o", input=told, tools=[WEATHER])
+    final = await sdk.responses.create(model="gpt-4o", input=result, tools=[WEATHER])
     assert "use tool" in final.output_text
     by_reference = await sdk.responses.create(
-        model="gpt-4o", input=told[2:], previous_response_id=answer.id, tools=[WEATHER], tool_choice="required"
+        model="gpt-4o", input=result[2:], previous_response_id=answer.id, tools=[WEATHER], tool_choice="required"
     )
     assert by_reference.output_text
 

@@ -137,7 +137,7 @@ async def test_tools_are_called_once(sdk: openai.AsyncOpenAI) -> None:
     assert calls[0].type == "function"
     assert calls[0].function.name == "weather"
     assert json.loads(calls[0].function.arguments) == {"city": "simulated", "days": 3}
-    told: list[ChatCompletionMessageParam] = [
+    result: list[ChatCompletionMessageParam] = [
         *asked,
         {
             "role": "assistant",
@@ -145,7 +145,7 @@ async def test_tools_are_called_once(sdk: openai.AsyncOpenAI) -> None:
         },
         {"role": "tool", "tool_call_id": calls[0].id, "content": "sunny"},
     ]
-    final = await sdk.chat.completions.create(model="gpt-4o", messages=told, tools=[WEATHER])
+    final = await sdk.chat.completions.create(model="gpt-4o", messages=result, tools=[WEATHER])
     assert final.choices[0].finish_reason == "stop"
 
 

@@ -114,15 +114,15 @@ def test_the_exceeded_budget_is_named() -> None:
 
 def test_a_reservation_ends_once() -> None:
     one, other = account(), account("5", "9", "anna")
-    told: list[None] = []
-    mine = BudgetReservation((one, other), D("0.3"), lambda: told.append(None))
+    result: list[None] = []
+    mine = BudgetReservation((one, other), D("0.3"), lambda: result.append(None))
     assert (one.held, other.held) == (D("0.3"), D("0.3"))
     mine.settle(D("0.25"), NOON)
     mine.settle(D(7), NOON)
     mine.assume(NOON)
     mine.cancel()
     assert (one.held, spent(one), spent(other)) == (D(0), {"day": "0.25"}, {"day": "0.25", "month": "0.25"})
-    assert len(told) == 1
+    assert len(result) == 1
 
 
 def test_an_unknown_cost_counts_with_its_estimate() -> None:

@@ -16,12 +16,12 @@ async def test_imported_entries_are_counted_by_result(tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path / "cache.db", 2**28, 2**16, wall=lambda: NOW)
     await store.open()
     store.put(entry("there"))
-    told: list[int] = []
+    result: list[int] = []
     entries = [entry(f"k{number}", stored_at=NOW) for number in range(3000)]
     entries += [entry("there"), entry("over", ttl=1.0), entry("large", bytes(2**16 + 1))]
-    taken = await import_entries(store, entries, NOW + 1, on_entry=lambda: told.append(1))
+    taken = await import_entries(store, entries, NOW + 1, on_entry=lambda: result.append(1))
     assert taken == ImportResult(new=3000, replaced=1, expired=1, refused=1)
-    assert len(told) == 3003
+    assert len(result) == 3003
     assert (await store.stats())["entries"] == 3001
     assert await import_entries(store, [entry("over", ttl=1.0)], NOW + 1, grace=5.0) == ImportResult(new=1)
     await store.close()

@@ -31,12 +31,12 @@ class Told:
 
 
 def reel(keep: int = 2**20) -> tuple[Broadcast, Told]:
-    told = Told()
+    result = Told()
 
     def full() -> None:
-        told.full += 1
+        result.full += 1
 
-    return Broadcast(flow(), keep, full, lambda: told.here, lambda: told.unread), told
+    return Broadcast(flow(), keep, full, lambda: result.here, lambda: result.unread), result
 
 
 def flow() -> StreamRelay:
@@ -77,7 +77,7 @@ async def all_of(reader: Subscriber, pause: float = 0.0) -> list[bytes]:
 
 @virtual_time
 async def test_each_read_reaches_all_subscribers_at_once_and_a_late_one_gets_the_start() -> None:
-    stream, told = reel()
+    stream, result = reel()
     times: dict[str, list[float]] = {"early": [], "late": []}
 
     async def follow(name: str) -> bytes:
@@ -97,7 +97,7 @@ async def test_each_read_reaches_all_subscribers_at_once_and_a_late_one_gets_the
     assert (await early, await late) == (b"abc", b"abc")
     await recording
     assert times == {"early": [1.0, 2.0, 3.0], "late": [2.5, 2.5, 3.0]}
-    assert told.full == 0
+    assert result.full == 0
 
 
 @virtual_time
@@ -114,7 +114,7 @@ async def test_a_failure_reaches_every_subscriber_after_the_data() -> None:
 
 @virtual_time
 async def test_a_single_slow_subscriber_stops_the_source() -> None:
-    stream, told = reel(keep=LAG)
+    stream, result = reel(keep=LAG)
     reader = stream.subscribe()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 100)))
     await settled()
@@ -125,12 +125,12 @@ async def test_a_single_slow_subscriber_stops_the_source() -> None:
         assert stream.held <= (number + 1) * len(READ) + WINDOW
     assert sum(map(len, await all_of(reader))) == 50 * len(READ)
     await recording
-    assert told.full == 0
+    assert result.full == 0
 
 
 @virtual_time
 async def test_consumed_chunks_are_freed_once_nobody_can_join() -> None:
-    stream, told = reel(keep=10 * len(READ))
+    stream, result = reel(keep=10 * len(READ))
     reader = stream.subscribe()
     recording = asyncio.create_task(record(stream, steps(*[READ] * 1000)))
     total = 0
@@ -138,18 +138,18 @@ async def test_consumed_chunks_are_freed_once_nobody_can_join() -> None:
         total += len(data)
         assert stream.held <= 10 * len(READ) + WINDOW + len(READ)
     await recording
-    assert (total, told.full) == (1000 * len(READ), 1)
+    assert (total, result.full) == (1000 * len(READ), 1)
 
 
 @virtual_time
 async def test_chunks_are_kept_until_everybody_has_joined() -> None:
-    stream, told = reel(keep=10)
-    told.here = False
+    stream, result = reel(keep=10)
+    result.here = False
     recording = asyncio.create_task(record(stream, steps(*[b"0123456789"] * 5)))
     await settled()
-    assert told.full == 1
+    assert result.full == 1
     reader = stream.subscribe()
-    told.here = True
+    result.here = True
     assert b"".join(await all_of(reader)) == b"0123456789" * 5
     await recording
 

@@ -58,9 +58,9 @@ UNFINISHED = completion(choices=[{"index": 0, "message": {"content": "Hel"}, "fi
 
 
 def begin(
-    scene: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
+    pipeline: PipelineFixture, count: int, document: Any = None, options: Options | None = None, **more: Any
 ) -> list[Any]:
-    return [scene.loop.create_task(scene.ask(document, options, **more)) for _ in range(count)]
+    return [pipeline.loop.create_task(pipeline.ask(document, options, **more)) for _ in range(count)]
 
 
 async def leave(*tasks: asyncio.Task[Any]) -> None:
@@ -69,12 +69,12 @@ async def leave(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.wait(tasks)
 
 
-def over(scene: PipelineFixture) -> None:
+def over(pipeline: PipelineFixture) -> None:
     """Nothing is left: no flight, no task, no lease, no connection; and every upstream call is on one receipt."""
-    assert len(scene.handler.coalescer.flights) == 0
+    assert len(pipeline.handler.coalescer.flights) == 0
     assert {task.get_name() for task in asyncio.all_tasks()} & {"flight"} == set()
-    scene.assert_nothing_leaked()
-    assert sum(receipt.attempts for receipt in scene.receipts) == len(scene.transport.sent)
+    pipeline.assert_nothing_leaked()
+    assert sum(receipt.attempts for receipt in pipeline.receipts) == len(pipeline.transport.sent)
 
 
 def caches(tolds: Sequence[Result]) -> list[str]:
@@ -86,10 +86,10 @@ def caches(tolds: Sequence[Result]) -> list[str]:
 
 @virtual_time
 async def test_equal_requests_make_one_call() -> None:
-    scene = PipelineFixture(says(wait=2.0))
-    first = begin(scene, 1)
+    pipeline = PipelineFixture(says(wait=2.0))
+    first = begin(pipeline, 1)
     await asyncio.sleep(1.5)
-    told = await asyncio.gather(*first, *begin(scene, 49))
+    told = await asyncio.gather(*first, *begin(pipeline, 49))
     assert caches(told) == ["miss"] + ["coalesced"] * 49
     assert {(each.status, each.body) for each in told} == {(200, dump(completion()))}
     assert [each.at for each in told] == [2.0] + [0.5] * 49
@@ -104,24 +104,24 @@ async def test_equal_requests_make_one_call() -> None:
     assert follower["X-Proxy-Total-Tokens"] == "300"
     assert "X-Proxy-Key" not in follower
     assert "X-Proxy-Cache-Reason" not in follower
-    receipts = {receipt.id: receipt for receipt in scene.receipts}
+    receipts = {receipt.id: receipt for receipt in pipeline.receipts}
     mine = receipts[follower["X-Proxy-Request-Id"]]
     assert (mine.cache, mine.cost_usd, mine.saved_usd, mine.attempts) == ("coalesced", "0.000000", "0.002250", 0)
-    assert (await scene.ask()).cache == "hit"
-    over(scene)
+    assert (await pipeline.ask()).cache == "hit"
+    over(pipeline)
 
 
 @virtual_time
 async def test_different_requests_are_not_coalesced() -> None:
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
-    asked = begin(scene, 1)
-    asked += begin(scene, 1, ask("other"))
-    asked += begin(scene, 1, None, Options(namespace="n"))
-    asked += begin(scene, 1, client=Client("c", "scope"))
-    asked += begin(scene, 1, None, Options(sample="1"))
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
+    asked = begin(pipeline, 1)
+    asked += begin(pipeline, 1, ask("other"))
+    asked += begin(pipeline, 1, None, Options(namespace="n"))
+    asked += begin(pipeline, 1, client=Client("c", "scope"))
+    asked += begin(pipeline, 1, None, Options(sample="1"))
     assert caches(await asyncio.gather(*asked)) == ["miss"] * 5
-    assert len(scene.transport.sent) == 5
-    over(scene)
+    assert len(pipeline.transport.sent) == 5
+    over(pipeline)
 
 
 @pytest.mark.parametrize(
@@ -130,37 +130,37 @@ async def test_different_requests_are_not_coalesced() -> None:
 )
 def test_requests_that_refuse_the_cache_are_not_coalesced(options: Options, cache: str) -> None:
     async def tell() -> None:
-        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
-        assert caches(await asyncio.gather(*begin(scene, 3, None, options))) == [cache] * 3
-        assert len(scene.transport.sent) == 3
-        over(scene)
+        pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(wait=1.0)))
+        assert caches(await asyncio.gather(*begin(pipeline, 3, None, options))) == [cache] * 3
+        assert len(pipeline.transport.sent) == 3
+        over(pipeline)
 
     run(tell())
 
 
 @virtual_time
 async def test_without_coalesce_every_request_is_sent() -> None:
-    scene = PipelineFixture(says(wait=1.0), says(wait=1.0), config=settings(cache=CacheSettings(coalesce=False)))
-    assert caches(await asyncio.gather(*begin(scene, 2))) == ["miss", "miss"]
-    over(scene)
+    pipeline = PipelineFixture(says(wait=1.0), says(wait=1.0), config=settings(cache=CacheSettings(coalesce=False)))
+    assert caches(await asyncio.gather(*begin(pipeline, 2))) == ["miss", "miss"]
+    over(pipeline)
 
 
 @pytest.mark.parametrize("gone", [0, 1, 25, 49])
 @pytest.mark.parametrize("stream", [True, False])
 def test_any_client_may_leave_and_the_others_are_served(gone: int, stream: bool) -> None:
     async def tell() -> None:
-        scene = PipelineFixture(streams([2.0, *SLOW]) if stream else says(wait=3.0))
-        tasks = begin(scene, 50, ask(stream=stream))
+        pipeline = PipelineFixture(streams([2.0, *SLOW]) if stream else says(wait=3.0))
+        tasks = begin(pipeline, 50, ask(stream=stream))
         await asyncio.sleep(1.0)
         await leave(tasks.pop(gone))
         told = await asyncio.gather(*tasks)
         assert {each.status for each in told} == {200}
         assert not any(each.broken for each in told)
-        assert len(scene.transport.sent) == 1
-        left = [receipt for receipt in scene.receipts if receipt.status == 499]
+        assert len(pipeline.transport.sent) == 1
+        left = [receipt for receipt in pipeline.receipts if receipt.status == 499]
         assert [(receipt.error, receipt.attempts) for receipt in left] == [("client_gone", int(gone == 0))]
-        assert sum(receipt.cost_usd == "0.002250" for receipt in scene.receipts) == 1
-        over(scene)
+        assert sum(receipt.cost_usd == "0.002250" for receipt in pipeline.receipts) == 1
+        over(pipeline)
 
     run(tell())
 
@@ -168,29 +168,29 @@ def test_any_client_may_leave_and_the_others_are_served(gone: int, stream: bool)
 @pytest.mark.parametrize("after", [0.0, 0.5, 1.5, 3.5])
 def test_the_upstream_is_closed_when_the_last_client_leaves(after: float) -> None:
     async def tell() -> None:
-        scene = PipelineFixture(streams([1.0, *SLOW[1:4], HANG]))
-        tasks = begin(scene, 20, STREAM)
+        pipeline = PipelineFixture(streams([1.0, *SLOW[1:4], HANG]))
+        tasks = begin(pipeline, 20, STREAM)
         await asyncio.sleep(after)
         await leave(*tasks[:10])
         await leave(*tasks[10:])
-        assert scene.receipt.total_ms == pytest.approx(after * 1000)
-        assert [receipt.status for receipt in scene.receipts] == [499] * 20
-        over(scene)
-        assert scene.services.store.memory.stats()["entries"] == 0
+        assert pipeline.receipt.total_ms == pytest.approx(after * 1000)
+        assert [receipt.status for receipt in pipeline.receipts] == [499] * 20
+        over(pipeline)
+        assert pipeline.services.store.memory.stats()["entries"] == 0
 
     run(tell())
 
 
 @virtual_time
 async def test_a_request_in_the_turn_in_which_the_last_client_leaves_starts_a_new_flight() -> None:
-    scene = PipelineFixture(says(wait=9.0), says(wait=1.0))
-    (first,) = begin(scene, 1)
+    pipeline = PipelineFixture(says(wait=9.0), says(wait=1.0))
+    (first,) = begin(pipeline, 1)
     await asyncio.sleep(1.0)
     first.cancel()
-    (second,) = begin(scene, 1)
+    (second,) = begin(pipeline, 1)
     assert (await second).cache == "miss"
-    assert len(scene.transport.sent) == 2
-    over(scene)
+    assert len(pipeline.transport.sent) == 2
+    over(pipeline)
 
 
 # Deadlines and patience.
@@ -198,61 +198,61 @@ async def test_a_request_in_the_turn_in_which_the_last_client_leaves_starts_a_ne
 
 @virtual_time
 async def test_a_follower_with_an_earlier_deadline_leaves_alone() -> None:
-    scene = PipelineFixture(says(wait=5.0))
-    asked = begin(scene, 1) + begin(scene, 1, total=2.0)
+    pipeline = PipelineFixture(says(wait=5.0))
+    asked = begin(pipeline, 1) + begin(pipeline, 1, total=2.0)
     leader, follower = await asyncio.gather(*asked)
     assert (leader.status, leader.at, leader.cache) == (200, 5.0, "miss")
     assert (follower.refused, follower.at, follower.cache) == ("upstream_timeout", 2.0, "coalesced")
-    over(scene)
+    over(pipeline)
 
 
 @virtual_time
 async def test_a_leader_with_an_earlier_deadline_leaves_alone() -> None:
-    scene = PipelineFixture(Responds(200, (JSON,), (dump(completion())[:9], 2.0, dump(completion())[9:]), wait=3.0))
-    asked = begin(scene, 1, total=2.0) + begin(scene, 1, total=4.0) + begin(scene, 1)
+    pipeline = PipelineFixture(Responds(200, (JSON,), (dump(completion())[:9], 2.0, dump(completion())[9:]), wait=3.0))
+    asked = begin(pipeline, 1, total=2.0) + begin(pipeline, 1, total=4.0) + begin(pipeline, 1)
     leader, second, third = await asyncio.gather(*asked)
     assert (leader.refused, leader.at, leader.cache) == ("upstream_timeout", 2.0, "miss")
     assert (second.refused, second.at) == ("upstream_timeout", 4.0)
     assert (third.status, third.at, third.cache) == (200, 5.0, "coalesced")
-    bought = next(receipt for receipt in scene.receipts if receipt.attempts)
+    bought = next(receipt for receipt in pipeline.receipts if receipt.attempts)
     assert (bought.status, bought.error, bought.cost_usd) == (504, "upstream_timeout", "0.002250")
-    over(scene)
+    over(pipeline)
 
 
 @virtual_time
 async def test_a_flight_has_the_latest_deadline_of_its_requests() -> None:
-    scene = PipelineFixture(Fails("hang"))
-    told = await asyncio.gather(*begin(scene, 1, total=2.0), *begin(scene, 1, total=7.0))
+    pipeline = PipelineFixture(Fails("hang"))
+    told = await asyncio.gather(*begin(pipeline, 1, total=2.0), *begin(pipeline, 1, total=7.0))
     assert [(each.refused, each.at) for each in told] == [("upstream_timeout", 2.0), ("upstream_timeout", 7.0)]
-    assert len(scene.transport.sent) == 1
-    over(scene)
+    assert len(pipeline.transport.sent) == 1
+    over(pipeline)
 
 
 @virtual_time
 async def test_each_request_keeps_its_own_max_wait() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)}, max_wait=1000.0))
-    scene = PipelineFixture(says(wait=20.0), says(), config=config)
-    other = begin(scene, 1, ask("other"))
+    pipeline = PipelineFixture(says(wait=20.0), says(), config=config)
+    other = begin(pipeline, 1, ask("other"))
     await asyncio.sleep(1.0)
-    leader, short, none = begin(scene, 1) + begin(scene, 1, patience=3.0) + begin(scene, 1, patience=0.0)
+    leader, short, none = begin(pipeline, 1) + begin(pipeline, 1, patience=3.0) + begin(pipeline, 1, patience=0.0)
     assert ((await none).refused, (await none).at) == ("throttled", 0.0)
     assert ((await short).refused, (await short).at) == ("throttled", 3.0)
     assert (await leader).at == 19.0
     await asyncio.gather(*other)
-    over(scene)
+    over(pipeline)
 
 
 @virtual_time
 async def test_a_leader_with_a_short_max_wait_is_replaced() -> None:
     config = settings(throttle=ThrottleSettings(limits={"*": Limits(rpm=1000, concurrency=1)}))
-    scene = PipelineFixture(says(wait=20.0), says(wait=1.0), config=config)
-    other = begin(scene, 1, ask("other"))
+    pipeline = PipelineFixture(says(wait=20.0), says(wait=1.0), config=config)
+    other = begin(pipeline, 1, ask("other"))
     await asyncio.sleep(1.0)
-    told = await asyncio.gather(*begin(scene, 1, patience=2.0), *begin(scene, 3))
+    told = await asyncio.gather(*begin(pipeline, 1, patience=2.0), *begin(pipeline, 3))
     assert [(each.status, each.at) for each in told] == [(429, 2.0)] + [(200, 20.0)] * 3
     assert caches(told) == ["miss", "miss", "coalesced", "coalesced"]
     await asyncio.gather(*other)
-    over(scene)
+    over(pipeline)
 
 
 # Failures.
@@ -274,47 +274,47 @@ AGAIN: dict[str, Move] = {
 @pytest.mark.parametrize("move", AGAIN.values(), ids=AGAIN.keys())
 def test_a_retryable_failure_is_only_the_leaders(move: Move) -> None:
     async def tell() -> None:
-        scene = PipelineFixture(move, says(wait=1.0))
+        pipeline = PipelineFixture(move, says(wait=1.0))
         document = ask(stream=isinstance(move, Responds) and move.headers[0] != JSON)
         if document["stream"]:
-            scene.transport.queue[1] = streams(SLOW)
-        told = await asyncio.gather(*begin(scene, 5, document, ONCE))
+            pipeline.transport.queue[1] = streams(SLOW)
+        told = await asyncio.gather(*begin(pipeline, 5, document, ONCE))
         assert told[0].status != 200 or told[0].broken or b"busy" in told[0].body
         assert told[0].cache == "miss"
         assert [each.status for each in told[1:]] == [200] * 4
         assert caches(told[1:]) == ["miss"] + ["coalesced"] * 3
-        assert len(scene.transport.sent) == 2
-        over(scene)
+        assert len(pipeline.transport.sent) == 2
+        over(pipeline)
 
     run(tell())
 
 
 @virtual_time
 async def test_after_a_second_failure_all_followers_get_it() -> None:
-    scene = PipelineFixture(error(503, wait=1.0), error(500, wait=1.0))
-    told = await asyncio.gather(*begin(scene, 10, None, ONCE))
+    pipeline = PipelineFixture(error(503, wait=1.0), error(500, wait=1.0))
+    told = await asyncio.gather(*begin(pipeline, 10, None, ONCE))
     assert [(each.status, each.at) for each in told] == [(503, 1.0)] + [(500, 2.0)] * 9
     assert caches(told) == ["miss"] * 2 + ["coalesced"] * 8
-    assert len(scene.transport.sent) == 2
-    assert [receipt.error for receipt in scene.receipts].count("upstream_500") == 9
-    over(scene)
+    assert len(pipeline.transport.sent) == 2
+    assert [receipt.error for receipt in pipeline.receipts].count("upstream_500") == 9
+    over(pipeline)
 
 
 @virtual_time
 async def test_a_shared_error_carries_each_requests_own_id() -> None:
-    scene = PipelineFixture(*[Fails("unreached", 1.0)] * 2)
-    told = await asyncio.gather(*begin(scene, 4, None, ONCE))
+    pipeline = PipelineFixture(*[Fails("unreached", 1.0)] * 2)
+    told = await asyncio.gather(*begin(pipeline, 4, None, ONCE))
     assert [each.refused for each in told] == ["upstream_unreachable"] * 4
     assert len({each.headers["X-Proxy-Request-Id"] for each in told}) == 4
     assert caches(told) == ["miss", "miss", "coalesced", "coalesced"]
-    over(scene)
+    over(pipeline)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_deterministic_error_is_shared(status: int) -> None:
     async def tell() -> None:
-        scene = PipelineFixture(error(status, wait=1.0))
-        told = await asyncio.gather(*begin(scene, 5))
+        pipeline = PipelineFixture(error(status, wait=1.0))
+        told = await asyncio.gather(*begin(pipeline, 5))
         assert {each.status for each in told} == {status}
         assert len({each.body for each in told}) == 1
         assert caches(told) == ["miss"] + ["coalesced"] * 4
@@ -322,19 +322,19 @@ def test_a_deterministic_error_is_shared(status: int) -> None:
             told[1].headers.get("X-Should-Retry"),
             told[1].headers.get("X-Proxy-Error"),
         )
-        over(scene)
+        over(pipeline)
 
     run(tell())
 
 
 @virtual_time
 async def test_a_follower_leads_if_the_leader_left_before_its_failure() -> None:
-    scene = PipelineFixture(error(500, wait=2.0), says(wait=1.0))
-    tasks = begin(scene, 3, None, ONCE)
+    pipeline = PipelineFixture(error(500, wait=2.0), says(wait=1.0))
+    tasks = begin(pipeline, 3, None, ONCE)
     await asyncio.sleep(1.0)
     await leave(tasks.pop(0))
     assert caches(await asyncio.gather(*tasks)) == ["miss", "coalesced"]
-    over(scene)
+    over(pipeline)
 
 
 # What cannot be shared.
@@ -342,33 +342,35 @@ async def test_a_follower_leads_if_the_leader_left_before_its_failure() -> None:
 
 @virtual_time
 async def test_uncacheable_responses_are_not_serialised() -> None:
-    scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(UNFINISHED, wait=1.0)))
-    told = await asyncio.gather(*begin(scene, 100))
+    pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: says(UNFINISHED, wait=1.0)))
+    told = await asyncio.gather(*begin(pipeline, 100))
     assert caches(told) == ["miss"] * 100
     assert [each.at for each in told] == [1.0] + [2.0] * 99  # all at the same time, not one after the other
-    assert len(scene.transport.sent) == 100
-    told = await asyncio.gather(*begin(scene, 100))  # and the next ones wait for nobody
+    assert len(pipeline.transport.sent) == 100
+    told = await asyncio.gather(*begin(pipeline, 100))  # and the next ones wait for nobody
     assert [each.at for each in told] == [1.0] * 100
-    over(scene)
+    over(pipeline)
     await asyncio.sleep(HIT_FOR_MISS)
-    scene.transport.otherwise = lambda sent: says(wait=1.0)
-    assert caches(await asyncio.gather(*begin(scene, 3))) == ["miss", "coalesced", "coalesced"]
+    pipeline.transport.otherwise = lambda sent: says(wait=1.0)
+    assert caches(await asyncio.gather(*begin(pipeline, 3))) == ["miss", "coalesced", "coalesced"]
 
 
 @virtual_time
 async def test_a_stream_too_large_for_the_cache_cannot_be_joined() -> None:
     big = [event(chunk("x" * 30_000)) for _ in range(8)]
     script = [step for part in [*big, *events(usage=True)] for step in (1.0, part)]
-    scene = PipelineFixture(streams(script), streams(script), config=settings(cache=CacheSettings(max_entry=100_000)))
-    early = begin(scene, 2, STREAM)
+    pipeline = PipelineFixture(
+        streams(script), streams(script), config=settings(cache=CacheSettings(max_entry=100_000))
+    )
+    early = begin(pipeline, 2, STREAM)
     await asyncio.sleep(2.5)
-    early += begin(scene, 1, STREAM)
+    early += begin(pipeline, 1, STREAM)
     await asyncio.sleep(3.0)
-    late = begin(scene, 1, STREAM)
+    late = begin(pipeline, 1, STREAM)
     told = await asyncio.gather(*early, *late)
     assert caches(told) == ["miss", "coalesced", "coalesced", "miss"]
     assert len({each.body for each in told}) == 1
-    over(scene)
+    over(pipeline)
 
 
 @pytest.mark.parametrize(
@@ -377,10 +379,10 @@ async def test_a_stream_too_large_for_the_cache_cannot_be_joined() -> None:
 )
 def test_a_response_in_an_unexpected_form_is_not_shared(move: Responds) -> None:
     async def tell() -> None:
-        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: move))
-        assert caches(await asyncio.gather(*begin(scene, 3, STREAM))) == ["miss"] * 3
-        assert len(scene.transport.sent) == 3
-        over(scene)
+        pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: move))
+        assert caches(await asyncio.gather(*begin(pipeline, 3, STREAM))) == ["miss"] * 3
+        assert len(pipeline.transport.sent) == 3
+        over(pipeline)
 
     run(tell())
 
@@ -390,10 +392,10 @@ def test_a_response_in_an_unexpected_form_is_not_shared(move: Responds) -> None:
 
 @virtual_time
 async def test_a_client_that_joins_a_running_stream_gets_all_events_so_far() -> None:
-    scene = PipelineFixture(streams(SLOW))
-    early = begin(scene, 2, STREAM)
+    pipeline = PipelineFixture(streams(SLOW))
+    early = begin(pipeline, 2, STREAM)
     await asyncio.sleep(2.5)
-    late = begin(scene, 1, STREAM) + begin(scene, 1, USAGE_TOO)
+    late = begin(pipeline, 1, STREAM) + begin(pipeline, 1, USAGE_TOO)
     told = await asyncio.gather(*early, *late)
     assert caches(told) == ["miss", "coalesced", "coalesced", "coalesced"]
     assert [each.at for each in told] == [6.0, 6.0, 3.5, 3.5]
@@ -403,21 +405,21 @@ async def test_a_client_that_joins_a_running_stream_gets_all_events_so_far() -> 
     assert follower["Cache-Status"] == "openai-proxy; fwd=uri-miss; collapsed"
     assert (follower["X-Proxy-Cost-USD"], follower["X-Proxy-Cost-Status"]) == ("0.000000", "exact")
     assert "X-Proxy-Cost-Saved-USD" not in follower  # known at the end: in its receipt
-    assert [receipt.saved_usd for receipt in scene.receipts] == ["0.000000"] + ["0.002250"] * 3
-    assert (await scene.ask(STREAM)).body == told[0].body
-    assert (await scene.ask(USAGE_TOO)).body == WHOLE
-    over(scene)
+    assert [receipt.saved_usd for receipt in pipeline.receipts] == ["0.000000"] + ["0.002250"] * 3
+    assert (await pipeline.ask(STREAM)).body == told[0].body
+    assert (await pipeline.ask(USAGE_TOO)).body == WHOLE
+    over(pipeline)
 
 
 @virtual_time
 async def test_each_client_gets_the_cost_comment_if_it_asked() -> None:
-    scene = PipelineFixture(streams(SLOW))
-    asked = begin(scene, 1, STREAM, Options(stream_cost=True)) + begin(scene, 1, STREAM)
-    told = await asyncio.gather(*asked, *begin(scene, 1, STREAM, Options(stream_cost=True)))
+    pipeline = PipelineFixture(streams(SLOW))
+    asked = begin(pipeline, 1, STREAM, Options(stream_cost=True)) + begin(pipeline, 1, STREAM)
+    told = await asyncio.gather(*asked, *begin(pipeline, 1, STREAM, Options(stream_cost=True)))
     assert b": x-proxy-cost-usd=0.002250 " in told[0].body
     assert b"x-proxy" not in told[1].body
     assert b": x-proxy-cost-usd=0.000000 x-proxy-prompt-tokens=100 " in told[2].body
-    over(scene)
+    over(pipeline)
 
 
 @pytest.mark.parametrize("inject", ["inject", "off"])
@@ -427,39 +429,42 @@ def test_a_client_that_wants_usage_does_not_share_a_stream_without_it(inject: st
             asked = (sent.json().get("stream_options") or {}).get("include_usage")
             return streams([step for part in events(usage=bool(asked)) for step in (1.0, part)])
 
-        scene = PipelineFixture(
+        pipeline = PipelineFixture(
             transport=ScriptedTransport(otherwise=answer), config=settings(cost=CostSettings(stream_usage=inject))
         )
         without = ask(stream=True, stream_options={"include_usage": False})
         told = await asyncio.gather(
-            *begin(scene, 2, without), *begin(scene, 2, USAGE_TOO), *begin(scene, 2, STREAM), *begin(scene, 1, without)
+            *begin(pipeline, 2, without),
+            *begin(pipeline, 2, USAGE_TOO),
+            *begin(pipeline, 2, STREAM),
+            *begin(pipeline, 1, without),
         )
         assert [USAGE in each.body for each in told] == [False, False, True, True, False, False, False]
-        assert len(scene.transport.sent) == 2
-        over(scene)
+        assert len(pipeline.transport.sent) == 2
+        over(pipeline)
 
     run(tell())
 
 
 @virtual_time
 async def test_a_broken_stream_breaks_for_every_client_with_one_error_event() -> None:
-    scene = PipelineFixture(streams([*SLOW[:4], 1.0, TransportFailure("timeout", "silent")]))
-    told = await asyncio.gather(*begin(scene, 3, STREAM))
+    pipeline = PipelineFixture(streams([*SLOW[:4], 1.0, TransportFailure("timeout", "silent")]))
+    told = await asyncio.gather(*begin(pipeline, 3, STREAM))
     assert [(each.broken, each.at) for each in told] == [(True, 3.0)] * 3
     assert all(each.body.count(b'"upstream_timeout"') == 1 for each in told)
-    assert [receipt.error for receipt in scene.receipts] == ["upstream_timeout"] * 3
-    over(scene)
-    scene.transport.queue.append(streams())
-    assert (await scene.ask(STREAM)).cache == "miss"  # nothing was stored, and nobody avoids anything
-    assert len(scene.handler.coalescer.flights.hit_for_miss) == 0
+    assert [receipt.error for receipt in pipeline.receipts] == ["upstream_timeout"] * 3
+    over(pipeline)
+    pipeline.transport.queue.append(streams())
+    assert (await pipeline.ask(STREAM)).cache == "miss"  # nothing was stored, and nobody avoids anything
+    assert len(pipeline.handler.coalescer.flights.hit_for_miss) == 0
 
 
 @virtual_time
 async def test_a_slow_follower_delays_no_other() -> None:
-    scene = PipelineFixture(streams(SLOW))
-    request = scene.request(STREAM)
-    leader, *fast = begin(scene, 3, STREAM)
-    bought = await scene.fetch(request)
+    pipeline = PipelineFixture(streams(SLOW))
+    request = pipeline.request(STREAM)
+    leader, *fast = begin(pipeline, 3, STREAM)
+    bought = await pipeline.fetch(request)
     got = []
 
     async def write(data: bytes) -> None:
@@ -467,34 +472,34 @@ async def test_a_slow_follower_delays_no_other() -> None:
         await asyncio.sleep(5.0)
 
     assert bought.stream is not None
-    slow = scene.loop.create_task(bought.stream.relay(write))
+    slow = pipeline.loop.create_task(bought.stream.relay(write))
     told = await asyncio.gather(leader, *fast)
     assert [each.at for each in told] == [6.0] * 3
     await slow
     assert b"".join(got) == told[0].body
-    over(scene)
+    over(pipeline)
 
 
 @virtual_time
 async def test_a_follower_too_far_behind_is_cut_off() -> None:
     big = event(chunk("x" * 1_000_000))
-    scene = PipelineFixture(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
-    request = scene.request(STREAM)
-    leader, *fast = begin(scene, 3, STREAM)
-    bought = await scene.fetch(request)
+    pipeline = PipelineFixture(streams([step for _ in range(20) for step in (1.0, big)] + [*events(usage=True)]))
+    request = pipeline.request(STREAM)
+    leader, *fast = begin(pipeline, 3, STREAM)
+    bought = await pipeline.fetch(request)
     told = Result(200)
 
     async def write(data: bytes) -> None:
         await asyncio.Event().wait()
 
-    scene_pump = scene.loop.create_task(_pumped(bought.stream, write, told))
+    scene_pump = pipeline.loop.create_task(_pumped(bought.stream, write, told))
     done = await asyncio.gather(leader, *fast)
     assert [each.broken for each in done] == [False] * 3
     await scene_pump
     assert told.broken
-    late = next(receipt for receipt in scene.receipts if receipt.id == request.id)
+    late = next(receipt for receipt in pipeline.receipts if receipt.id == request.id)
     assert late.error == "client_too_slow"
-    over(scene)
+    over(pipeline)
 
 
 async def _pumped(flow: StreamRelay | SubscriberStream | None, write: Write, told: Result) -> None:
@@ -507,12 +512,12 @@ async def _pumped(flow: StreamRelay | SubscriberStream | None, write: Write, tol
 
 @virtual_time
 async def test_draining_ends_every_stream_with_an_error_and_closes_the_upstream() -> None:
-    scene = PipelineFixture(streams([*SLOW[:4], HANG]))
-    calls = [scene.request(STREAM) for _ in range(3)]
-    buying = [scene.loop.create_task(scene.fetch(request)) for request in calls]
+    pipeline = PipelineFixture(streams([*SLOW[:4], HANG]))
+    calls = [pipeline.request(STREAM) for _ in range(3)]
+    buying = [pipeline.loop.create_task(pipeline.fetch(request)) for request in calls]
     bought = await asyncio.gather(*buying)
     told = [Result(200) for _ in calls]
-    pumps = [scene.loop.create_task(scene.pump(each, one)) for each, one in zip(bought, told, strict=True)]
+    pumps = [pipeline.loop.create_task(pipeline.pump(each, one)) for each, one in zip(bought, told, strict=True)]
     await asyncio.sleep(5.0)
     for each, pump in zip(bought, pumps, strict=True):
         assert each.stream is not None
@@ -522,8 +527,8 @@ async def test_draining_ends_every_stream_with_an_error_and_closes_the_upstream(
     assert [one.broken for one in told] == [True] * 3
     assert all(b'"draining"' in one.body for one in told)
     await settled(3)
-    assert {receipt.error for receipt in scene.receipts} == {"draining"}
-    over(scene)
+    assert {receipt.error for receipt in pipeline.receipts} == {"draining"}
+    over(pipeline)
 
 
 # Flights themselves.
@@ -633,14 +638,14 @@ async def test_hit_for_miss_marks_are_bounded_and_expire() -> None:
 
 @virtual_time
 async def test_a_thousand_equal_requests_make_one_call() -> None:
-    scene = PipelineFixture(says(wait=1.0), streams(SLOW), config=settings(throttle=ThrottleSettings()))
-    told = await asyncio.gather(*begin(scene, 1000))
+    pipeline = PipelineFixture(says(wait=1.0), streams(SLOW), config=settings(throttle=ThrottleSettings()))
+    told = await asyncio.gather(*begin(pipeline, 1000))
     assert caches(told).count("coalesced") == 999
-    told = await asyncio.gather(*begin(scene, 1000, ask("other", stream=True)))
+    told = await asyncio.gather(*begin(pipeline, 1000, ask("other", stream=True)))
     assert caches(told).count("coalesced") == 999
     assert len({each.body for each in told}) == 1
-    assert len(scene.transport.sent) == 2
-    over(scene)
+    assert len(pipeline.transport.sent) == 2
+    over(pipeline)
 
 
 # Anything, and anybody may leave at any time.
@@ -688,25 +693,25 @@ def test_any_mix_of_requests_leaves_nothing_behind(
 
     async def tell() -> None:
         script = iter([*moves] * 100)
-        scene = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: next(script)), config=config)
+        pipeline = PipelineFixture(transport=ScriptedTransport(otherwise=lambda sent: next(script)), config=config)
 
         async def one(prompt: int, stream: bool, usage: bool, after: float, total: float) -> Result:
             await asyncio.sleep(after)
             document = ask(str(prompt), stream=stream) | ({"stream_options": {"include_usage": True}} if usage else {})
-            return await scene.ask(document, Options(max_retries=retries), total=total)
+            return await pipeline.ask(document, Options(max_retries=retries), total=total)
 
         tasks = []
         for prompt, stream, usage, after, leaves, total in requests:
-            task = scene.loop.create_task(one(prompt, stream, usage and stream, after, total))
+            task = pipeline.loop.create_task(one(prompt, stream, usage and stream, after, total))
             tasks.append(task)
             if leaves is not None:
-                scene.loop.call_later(after + leaves, task.cancel)
+                pipeline.loop.call_later(after + leaves, task.cancel)
         await asyncio.wait(tasks)
         await settled(3)
-        over(scene)
+        over(pipeline)
         served = [task.result() for task in tasks if not task.cancelled()]
         hits = sum(told.hit is not None for told in served)
-        assert len(served) <= len(scene.receipts) + hits <= len(tasks)
+        assert len(served) <= len(pipeline.receipts) + hits <= len(tasks)
         for told in served:
             assert told.at <= 60.0 or told.flow is not None
             if (
@@ -728,21 +733,21 @@ def test_a_client_may_leave_a_flight_in_any_turn_of_the_loop() -> None:
 
         async def tell() -> None:
             nonlocal turns
-            scene = PipelineFixture(*([streams(SLOW)] if stream else [error(500, wait=1.0), says(wait=1.0)]))
-            began = scene.loop.steps
-            tasks = begin(scene, 3, ask(stream=stream), ONCE)
+            pipeline = PipelineFixture(*([streams(SLOW)] if stream else [error(500, wait=1.0), says(wait=1.0)]))
+            began = pipeline.loop.steps
+            tasks = begin(pipeline, 3, ask(stream=stream), ONCE)
             if at is not None:
-                scene.loop.at_step(at, tasks[gone].cancel)
+                pipeline.loop.at_step(at, tasks[gone].cancel)
             await asyncio.wait(tasks)
-            turns = scene.loop.steps - began
+            turns = pipeline.loop.steps - began
             await settled(3)
-            over(scene)
+            over(pipeline)
             for n, task in enumerate(tasks):
                 assert n == gone or not task.cancelled()
             told = [task.result() for task in tasks if not task.cancelled()]
             assert not any(each.broken for each in told)
             assert [each.status for each in told].count(200) >= (len(told) if stream else len(told) - 1)
-            assert len(scene.transport.sent) <= 2
+            assert len(pipeline.transport.sent) <= 2
 
         run(tell())
         return turns

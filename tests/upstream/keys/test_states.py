@@ -26,8 +26,8 @@ M = "gpt-4o"
 def blocked_by(states: KeyStates, now: float, model: str = M) -> str:
     """What keeps key `a` from use."""
     unusable, cooling = states.blocking("a", model, now)
-    told = [f"{state.status.value} {state.until - now:.1f}" for state in (unusable, cooling) if state is not None]
-    return ", ".join(told) or "ready"
+    result = [f"{state.status.value} {state.until - now:.1f}" for state in (unusable, cooling) if state is not None]
+    return ", ".join(result) or "ready"
 
 
 def record(states: KeyStates, outcome: OutcomeKind, now: float, wait: float = 0.0, floor: int = 0) -> None:

@@ -12,13 +12,13 @@ A = ("a", "gpt-4o")
 
 
 def headers(limit: object, remaining: object, reset: object, of: str = "requests") -> dict[str, str]:
-    told = {"limit": limit, "remaining": remaining, "reset": reset}
-    return {f"x-ratelimit-{name}-{of}": str(value) for name, value in told.items() if value is not None}
+    values = {"limit": limit, "remaining": remaining, "reset": reset}
+    return {f"x-ratelimit-{name}-{of}": str(value) for name, value in values.items() if value is not None}
 
 
-def learned(*told: dict[str, str]) -> UpstreamLimits:
+def learned(*received: dict[str, str]) -> UpstreamLimits:
     room = UpstreamLimits()
-    for one in told:
+    for one in received:
         room.record(A, one, 0.0)
     return room
 
@@ -83,9 +83,9 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize("told", NONSENSE)
-def test_nonsense_in_headers_is_ignored(told: dict[str, str]) -> None:
-    room = learned(told)
+@pytest.mark.parametrize("headers", NONSENSE)
+def test_nonsense_in_headers_is_ignored(headers: dict[str, str]) -> None:
+    room = learned(headers)
     assert room.wait(A, 1000, 0.0) == 0.0
     assert room.headroom(A, 0.0) == 1.0
     assert room.usage(A, 0.0) == {}
@@ -139,6 +139,6 @@ def test_memory_is_bounded() -> None:
 
 
 def test_both_dimensions_of_one_answer() -> None:
-    told = dict(parse_rate_limit_headers(headers(5, 4, "1s") | headers(100, 50, "6m0s", "tokens"), 7.0))
-    assert told["requests"] == RemainingQuota(5.0, 4.0, 1.0, 7.0)
-    assert told["tokens"] == RemainingQuota(100.0, 50.0, MAX_RESET, 7.0)
+    result = dict(parse_rate_limit_headers(headers(5, 4, "1s") | headers(100, 50, "6m0s", "tokens"), 7.0))
+    assert result["requests"] == RemainingQuota(5.0, 4.0, 1.0, 7.0)
+    assert result["tokens"] == RemainingQuota(100.0, 50.0, MAX_RESET, 7.0)

@@ -160,8 +160,8 @@ def test_the_limit_of_a_429(error: dict[str, Any], limit: str | None, too_large:
     [("0", "500", "requests"), ("3", "0", "tokens"), ("0", "0", None), (None, None, None), ("-1", "-1", None)],
 )
 def test_the_headers_decide_if_the_body_does_not(requests: Any, tokens: Any, limit: Any) -> None:
-    told = {"requests": requests, "tokens": tokens}
-    headers = {f"x-ratelimit-remaining-{of}": left for of, left in told.items() if left is not None}
+    result = {"requests": requests, "tokens": tokens}
+    headers = {f"x-ratelimit-remaining-{of}": left for of, left in result.items() if left is not None}
     assert dimension_of(headers, NOTHING) == limit
     assert dimension_of(headers, ErrorInfo(limit="tokens")) == "tokens"
 
