@@ -23,6 +23,7 @@ from proxy.protocol.options import Options
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.garbage import uncollected
 from tests.pipeline.clock import run, settled
+from tests.pipeline.coalescing.test_cross_process import Held
 from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
 from tests.pipeline.script import (
     HANG,
@@ -39,8 +40,7 @@ from tests.pipeline.script import (
     says,
     streams,
 )
-from tests.pipeline.test_elsewhere import Held
-from tests.pipeline.test_items import embed
+from tests.pipeline.test_embeddings import embed
 
 TIMES = 5
 CUT = TransportFailure("invalid", "cut")
