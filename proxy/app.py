@@ -40,7 +40,8 @@ from .server.responses import DateHeader, error_response
 from .server.tracing import Tracing
 from .server.upgrade import UpgradeHandler
 from .services import Services, build_endpoint_sender, build_reservations, build_sender, build_services
-from .system.clock import SYSTEM_CLOCK, Clock, spawn
+from .system.clock import SYSTEM_CLOCK, Clock
+from .system.tasks import spawn_forever
 from .upstream.client import AiohttpTransport, ConnectOptions
 from .upstream.endpoint_sender import EndpointSender
 from .upstream.entra import EntraTokens, default_identity
@@ -126,7 +127,7 @@ class App:
         for spec in services.settings.upstreams:
             if spec.entra_id:
                 tokens.append(EntraTokens(partial(services.put_token, spec.name), services.clock, default_identity))
-        self._renewals = [spawn(token.run(), "entra id") for token in tokens]
+        self._renewals = [spawn_forever(token.run, "entra id") for token in tokens]
         return tokens
 
     def _observers(self, services: Services) -> tuple[Callable[[Receipt], None], ...]:
@@ -155,7 +156,7 @@ class App:
     async def sweep(self) -> None:
         """Remove expired entries from memory, a few at a time."""
         store, grace = self.services.store, max_stale(self.services.settings.cache)
-        while store.enabled:
+        while True:
             await self.services.clock.sleep(SWEEP_INTERVAL)
             while store.sweep(self.services.clock.wall(), grace=grace):  # noqa: ASYNC110 - other tasks run in between
                 await asyncio.sleep(0)

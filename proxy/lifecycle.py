@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp.web import Server, ServerRunner
 
@@ -25,7 +26,8 @@ from .reload import Read, Reloader
 from .server import listeners as listening
 from .server.connections import ListeningServer
 from .server.tracing import tracing_from
-from .system.clock import SYSTEM_CLOCK, spawn
+from .system.clock import SYSTEM_CLOCK
+from .system.tasks import spawn_forever
 from .workers.ipc import ConnectionLost
 from .workers.limiter import WorkerLimits
 from .workers.shared_state import pack
@@ -78,7 +80,7 @@ async def _serve_in_this_process(
 
     def started(banner: list[str]) -> None:
         print_banner(banner)
-        reloading.append(spawn(reloader.run(), "reload"))
+        reloading.append(spawn_forever(reloader.run, "reload"))
 
     try:
         return await _run(app, loaded, listeners, signals, started, shared=False)
@@ -150,8 +152,10 @@ async def _run(
             await each.setup()
             await listening.serve_on(each, listener, shared)
         app.ledger.open()
-        background += [spawn(app.ledger.run(), "ledger"), spawn(app.sweep(), "sweep")]
-        background.append(spawn(app.metrics.measure_loop_lag(app.services.clock), "event loop lag"))
+        background.append(spawn_forever(app.ledger.run, "ledger"))
+        background.append(spawn_forever(partial(app.metrics.measure_loop_lag, app.services.clock), "event loop lag"))
+        if app.services.store.enabled:
+            background.append(spawn_forever(app.sweep, "sweep"))
         started(banner_lines(loaded, listeners.address, listeners.ops_address, recorded))
         gc.collect()
         gc.freeze()

@@ -125,6 +125,7 @@ IMPURE = {
     "proxy.system.sockets": "sets up sockets",
     "proxy.system.sqlite": "opens SQLite",
     "proxy.system.sqlite_writer": "a thread that writes SQLite",
+    "proxy.system.tasks": "background tasks",
     "proxy.system.threads": "calls functions in threads",
     "proxy.upstream.attempt": "sends",
     "proxy.upstream.client": "speaks HTTP",

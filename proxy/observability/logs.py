@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Final, TextIO
 
@@ -151,6 +153,41 @@ class _BufferingHandler(logging.Handler):
                 pass
 
 
+REPEAT_INTERVAL: Final = 10.0
+"""Seconds in which a warning is logged once; the next one says how many were left out."""
+
+_MAX_REPEATS: Final = 1000
+_DIGITS: Final = re.compile(r"[0-9]+")
+
+
+class RepeatFilter(logging.Filter):
+    """Leaves out warnings and errors that were logged within `REPEAT_INTERVAL`, whatever numbers they name.
+
+    Lines of requests are not counted: each is about another one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.name == "proxy.request":
+            return True
+        text = record.getMessage()
+        name = record.name, _DIGITS.sub("0", text[:500])
+        at, left_out = self._seen.get(name, (-math.inf, 0))
+        if 0 <= record.created - at < REPEAT_INTERVAL:
+            self._seen[name] = at, left_out + 1
+            return False
+        self._seen[name] = record.created, 0
+        self._seen.move_to_end(name)
+        if len(self._seen) > _MAX_REPEATS:
+            self._seen.popitem(last=False)
+        if left_out:
+            record.msg, record.args = "%s (and %d more like it)", (text, left_out)
+        return True
+
+
 _buffer: _BufferingHandler | None = None
 _root = logging.getLogger()
 _log = logging.getLogger("proxy.request")
@@ -244,6 +281,7 @@ def configure(level: str, format_: str, masker: SecretMasker) -> None:
     handler = _buffer = _BufferingHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(masker) if format_ == "json" else TextFormatter(masker))
     root = logging.getLogger()
+    handler.addFilter(RepeatFilter())
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("proxy").setLevel(level.upper())

@@ -14,7 +14,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from .clock import spawn
 
@@ -29,6 +29,10 @@ EXPECTED_URL: Final = "redis://[user:password@]host[:port][/number], rediss://â€
 _CONNECTIONS: Final = 32
 _FAILURES: Final = 3
 _PROBE_FIRST, _PROBE_LAST = 0.5, 2.5  # and at most DEADLINE_MAX for the reply: a probe at least every 5 s
+
+
+class UnexpectedReply(RedisError):
+    """The driver raised what it does not document, or a reply has another shape than the command's."""
 
 
 class RedisConnection:
@@ -83,9 +87,10 @@ class RedisConnection:
         await self._pool.disconnect(inuse_connections=busy)
 
     async def run(self, command: Callable[[], Awaitable[T]], timeout: float) -> T:
-        """Run a command in a task of its own. Raises RedisError, OSError, TimeoutError.
+        """Run a command in a task of its own, and whatever it does with the reply.
 
-        Failures of the connection count towards the circuit breaker.
+        Raises RedisError, OSError, TimeoutError, and nothing else: every other exception of the command becomes
+        UnexpectedReply. Failures of the connection count towards the circuit breaker.
 
         timeout: seconds after which TimeoutError is raised and the command is left to itself.
         """
@@ -99,8 +104,11 @@ class RedisConnection:
                         return TimeoutError()
                     began = True
                     return await command()
-            except Exception as error:
+            except (RedisError, OSError, TimeoutError) as error:
                 return error
+            except Exception as error:
+                self.complain(f"an unexpected reply or fault of the driver ({type(error).__name__}: {error})")
+                return UnexpectedReply(type(error).__name__)
 
         task = spawn(alone(), "redis command")
         await asyncio.wait({task}, timeout=timeout)
@@ -146,7 +154,8 @@ class RedisConnection:
                     log.warning("%s: %s; %s until it works", self._what, text_of(error), self._meanwhile)
                     first.set_result(None)
                 self.state, self.gone = text_of(error), _is_gone(error)
-                await self._pool.disconnect()  # so that the name is looked up again
+                with contextlib.suppress(Exception):
+                    await self._pool.disconnect()  # so that the name is looked up again
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PROBE_LAST)
         if first is None or first.done():

@@ -18,6 +18,7 @@ from ..config.loader import LoadedSettings
 from ..observability.aggregate import Family, summed
 from ..reload import Read, Reloader
 from ..system.clock import Clock, spawn
+from ..system.tasks import spawn_forever
 from .budgets import SharedBudgetTable
 from .ipc import Channel, ConnectionLost
 from .shared_state import SharedState, pack, unpack
@@ -108,7 +109,7 @@ class Supervisor:
             if lines is not None:
                 say(lines)
                 background = [spawn(self._keep_running(worker), "worker") for worker in list(self._workers.values())]
-                background.append(spawn(self._reloader.run(), "reload"))
+                background.append(spawn_forever(self._reloader.run, "reload"))
                 await self._stop.wait()
         finally:
             for task in background:

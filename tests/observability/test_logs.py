@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import proxy.observability.logs
-from proxy.observability.logs import FLUSH, JsonFormatter, TextFormatter, configure
+from proxy.observability.logs import FLUSH, JsonFormatter, RepeatFilter, TextFormatter, configure
 from proxy.protocol.masking import SecretMasker
 
 MASKER = SecretMasker(["pool-key-one", "sk-pool-key-two"])
@@ -167,3 +167,45 @@ def test_closed_standard_error_raises_nothing(monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setattr(sys, "stderr", Broken())
     configure("info", "text", MASKER)
     logging.getLogger("proxy").warning("into the void")
+
+
+# --- what repeats -----------------------------------------------------------------------------------------------------
+
+
+def logged(text: str, created: float, level: int = logging.WARNING, name: str = "proxy") -> logging.LogRecord:
+    made = logging.LogRecord(name, level, "", 0, text, None, None)
+    made.created = created
+    return made
+
+
+def test_a_warning_that_repeats_is_logged_once_in_10_s_with_the_number_left_out() -> None:
+    filter_ = RepeatFilter()
+    assert filter_.filter(logged("connection 1 failed", 100.0))
+    assert not any(filter_.filter(logged(f"connection {number} failed", 100.5)) for number in range(2, 50))
+    assert filter_.filter(logged("another thing failed", 100.5))
+    assert filter_.filter(logged("connection 7 failed", 100.6, name="proxy.cache"))
+    late = logged("connection 60 failed", 110.0)
+    assert filter_.filter(late)
+    assert late.getMessage() == "connection 60 failed (and 48 more like it)"
+    later = logged("connection 61 failed", 120.0)
+    assert filter_.filter(later)
+    assert later.getMessage() == "connection 61 failed"
+
+
+def test_lines_of_requests_and_information_are_never_left_out() -> None:
+    filter_ = RepeatFilter()
+    assert all(filter_.filter(logged("chat m -> 502", 1.0, name="proxy.request")) for _ in range(3))
+    assert all(filter_.filter(logged("reload", 1.0, logging.INFO)) for _ in range(3))
+
+
+def test_a_clock_that_is_set_back_does_not_silence_the_log() -> None:
+    filter_ = RepeatFilter()
+    assert filter_.filter(logged("x", 1000.0))
+    assert filter_.filter(logged("x", 10.0))
+
+
+def test_repeats_are_remembered_within_bounds() -> None:
+    filter_ = RepeatFilter()
+    for number in range(5000):
+        filter_.filter(logged("".join(chr(97 + int(digit)) for digit in str(number)), 1.0))
+    assert len(filter_._seen) <= 1000

@@ -18,6 +18,7 @@ from ...cost.pricing import usd
 from ...protocol.request import Client
 from ...protocol.routes import CARRIES_NO_MODEL
 from ...system.clock import Clock, spawn
+from ...system.tasks import spawn_forever
 from ..receipt import Receipt
 from .account import ZERO, Account, BudgetPeriod, BudgetReservation, Kind, budget_exceeded
 
@@ -192,7 +193,7 @@ class Budgets:
         self._spent = spent
         await self._read()
         await self._publish_all()
-        self._running = spawn(self._run(), "budgets")
+        self._running = spawn_forever(self._run, "budgets", self._clock)
 
     async def close(self) -> None:
         """Stop the background task and publish what the others do not know yet."""

@@ -77,19 +77,24 @@ class RedisBudgets:
         args.append("" if ask is None else rounded_up(ask, _PICO))
         for period in periods:
             args += [rounded_up(period.own, _PICO), _rounded_down(period.limit), _LIVES[period.kind], _least(period)]
+
+        async def count() -> tuple[bool, Decimal, int, dict[tuple[Kind, float], Decimal]]:
+            room, held, proxies, *totals = await self._script(keys=keys, args=args)
+            spent = {
+                (kind, float(start)): _usd(int(total) - int(mine))
+                for (kind, start), total, mine in zip(names, totals[::2], totals[1::2], strict=True)
+            }
+            return bool(room), _usd(int(held)), int(proxies), spent
+
         try:
-            answer = await self._link.run(lambda: self._script(keys=keys, args=args), self._deadline)
+            room, held, proxies, spent = await self._link.run(count, self._deadline)
         except ResponseError as error:  # OOM, READONLY, NOPERM, more than 9 million USD
             self._link.complain(f"refuses to count a budget: {error}")
             return None
         except (RedisError, OSError, TimeoutError):
             return None
-        room, held, proxies, *totals = answer
-        spent: dict[tuple[Kind, float], Decimal] = {}
-        for (kind, start), total, mine in zip(names, totals[::2], totals[1::2], strict=True):
-            spent[kind, float(start)] = _usd(int(total) - int(mine))
-        account.apply_shared(spent, _usd(int(held)), int(proxies), wall)
-        return bool(room)
+        account.apply_shared(spent, held, proxies, wall)
+        return room
 
 
 def _least(period: BudgetPeriod) -> int:

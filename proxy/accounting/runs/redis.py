@@ -166,14 +166,18 @@ class RedisRuns:
         wall = self._wall()
         first: list[Any] = [run.id, value, share.seq, LIFETIME, run.owner, run.client]
         args = [*first, f"{wall:.3f}", rounded_up(before, _NANO), spent + held, limited, _MAX_SHARES, _MAX_CLIENTS]
-        answer = await self._ask(lambda: self._share(keys=[shares, clients], args=args))
+
+        async def exchange() -> tuple[bool, dict[str, RunShare]]:
+            fits, pairs = await self._share(keys=[shares, clients], args=args)
+            return bool(fits), _shares(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+
+        answer: tuple[bool, dict[str, RunShare]] | None = await self._ask(exchange)
         if answer is None:
             return None
-        fits, pairs = answer
-        found = _shares(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+        fits, found = answer
         found.pop(run.id, None)
         run.apply_shared(list(found.values()), wall)
-        return bool(fits)
+        return fits
 
     async def read(self, name: str) -> Mapping[str, RedisKnownRun] | None:
         redis = self._link.redis

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
-from ...system.clock import spawn
+from ...system.tasks import spawn_forever
 from ..entry import Entry
 from .interface import ALL, EntryName, EntryPage, Filter, Store
 from .memory import MemoryStore
+
+log = logging.getLogger("proxy.cache")
+T = TypeVar("T")
 
 _CHUNK = 2000
 _MAX_KEYS_AT_ONCE = 128
@@ -33,6 +38,7 @@ class TieredStore:
         self._purges = 0
         self._following: asyncio.Task[None] | None = None
         self._promotions = 0
+        self._failures = 0
 
     @property
     def purges(self) -> int:
@@ -42,12 +48,12 @@ class TieredStore:
     @property
     def errors(self) -> int:
         """Return how many reads and writes of the slower store have failed so far."""
-        return 0 if self.slower is None else self.slower.errors
+        return 0 if self.slower is None else self.slower.errors + self._failures
 
     async def open(self) -> None:
         if self.slower is not None:
             await self.slower.open()
-            self._following = spawn(self._follow(), "purges of others")
+            self._following = spawn_forever(self._follow, "purges of others")
 
     def peek(self, key: str, form: str) -> Entry | None:
         """Return the entry if it is in memory, however old."""
@@ -65,7 +71,7 @@ class TieredStore:
         if self.slower is None or (entry is not None and entry.fresh(wall)):
             return entry
         purges = self._purges
-        found = await self.slower.get(key, form, wall)
+        found = await self._ask(self.slower.get(key, form, wall), None)
         self._promote(found, purges)
         return self._newer(key, form, found)
 
@@ -89,7 +95,9 @@ class TieredStore:
 
         Only the slower store can search for it; without one, memory finds it if it is the key itself.
         """
-        return self.memory.get(bare, form) if self.slower is None else await self.slower.newest(bare, form, wall)
+        if self.slower is None:
+            return self.memory.get(bare, form)
+        return await self._ask(self.slower.newest(bare, form, wall), None)
 
     async def get_both(self, key: str, form: str, other: str, wall: float) -> tuple[Entry | None, Entry | None]:
         """Return the entry in `form`, and the one in the `other` form, unless the first is fresh in memory."""
@@ -110,7 +118,7 @@ class TieredStore:
         for start in range(0, len(left), _MAX_KEYS_AT_ONCE):
             some = left[start : start + _MAX_KEYS_AT_ONCE]
             purges = self._purges
-            entries = await self.slower.get_many([keys[at] for at in some], form, wall)
+            entries = await self._ask(self.slower.get_many([keys[at] for at in some], form, wall), None)
             if entries is None:
                 break
             for at, entry in zip(some, entries, strict=True):
@@ -119,6 +127,15 @@ class TieredStore:
         for at in left:
             found[at] = self._newer(keys[at], form, found[at])
         return found
+
+    async def _ask(self, answer: Awaitable[T], otherwise: T) -> T:
+        """Return what the slower store answers. An exception that it does not promise costs a miss and a log line."""
+        try:
+            return await answer
+        except Exception as error:
+            self._failures += 1
+            log.warning("the cache could not be read (%s: %s); the request is a miss", type(error).__name__, error)
+            return otherwise
 
     def put(self, entry: Entry) -> bool:
         """Store an entry; memory has it at once. Returns False if neither tier keeps it."""

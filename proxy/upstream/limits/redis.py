@@ -24,9 +24,10 @@ from ...config.limits import Limits
 from ...system.clock import spawn
 from ...system.redis import DEADLINE_MAX, RedisConnection
 from ...system.redis_keys import Amount, digest, shape
+from ...system.tasks import spawn_forever
 from .rate_limiter import RateLimiter, Reservation
 from .redis_key_states import RedisKeyStates
-from .redis_limiter import Asked, RedisRateLimiter, RedisReservation
+from .redis_limiter import Asked, RedisRateLimiter, RedisReservation, read_decision
 from .redis_loss import FORGET_AFTER, KEY_STATE_WAIT, OutageDetector, loop_time
 from .redis_snapshot import clear_usage, read_usage
 from .shared import ApplyRemoteState, RemoteState
@@ -115,7 +116,7 @@ class RedisLimits:
         else:
             self._lost_at, self._forgotten = self._clock(), True
             log.warning("redis limits: not reached; until it is, this proxy keeps the limits by itself")
-        self._beating = spawn(self._beats(), "redis limits")
+        self._beating = spawn_forever(self._beats, "redis limits")
 
     async def close(self) -> None:
         if self._beating is not None:
@@ -185,7 +186,7 @@ class RedisLimits:
             for window in limiter.windows:
                 span, width = shape(window.span)
                 args += [window.name, window.limit, span, width, reservation.tokens if window.counts_tokens else 1]
-        reply: list[Any] = await self._script(keys=keys, args=args)
+        reply = read_decision(await self._script(keys=keys, args=args))
         self._outage.answered()
         asked.reply = reply
         if asked.abandoned:
@@ -302,8 +303,13 @@ class RedisLimits:
         args: list[Any] = ["hello", self._offset(), self._proxy, _LIFETIME]
         for limiter in counted:
             args += (self._next(), limiter.confirmed)
+
+        async def exchange() -> tuple[float, int, int, bytes, bytes, float]:
+            server, proxies, rank, epoch, resets, heard = await self._script(keys=keys, args=args)
+            return float(server), int(proxies), int(rank), bytes(epoch), bytes(resets), float(heard)
+
         try:
-            reply = await self.link.run(lambda: self._script(keys=keys, args=args), self._deadline)
+            server, self._proxies, self._rank, epoch, resets, heard = await self.link.run(exchange, self._deadline)
         except ResponseError as error:
             self.link.complain(f"refuses a heartbeat: {error}")
             if self.sound:
@@ -314,7 +320,6 @@ class RedisLimits:
             return False
         self._outage.answered()
         now = self._clock()
-        server, self._proxies, self._rank, epoch, resets, heard = reply
         self._skew = server - now * 1000
         if self._epoch not in (b"", epoch):
             self._forgotten = True
@@ -386,8 +391,6 @@ class RedisLimits:
     def _server(self, moment: float) -> float:
         """Return a moment of this proxy's clock (monotonic seconds) in the server's ms."""
         return moment * 1000 + self._skew
-
-    # -- names --------------------------------------------------------------------------------------------------------
 
     def _next(self) -> int:
         self._sequence += 1

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import msgspec
 import orjson
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
@@ -52,12 +53,12 @@ class RedisKeyStates:
         """
         found = False
         for slot, text in zip(slots(model), states, strict=False):
-            state = orjson.loads(text) if text else None
-            if state is not None and self._known.get((key, slot)) != state["until"]:
+            state = _parse(text) if text else None
+            if state is not None and self._known.get((key, slot)) != state.until:
                 found = True
-                self._note(key, slot, state["until"])
-                seconds = max((state["until"] - server) / 1000, 0.001)
-                self.adopt(key, slot.partition(" ")[2], state["status"], seconds, state["reason"])
+                self._note(key, slot, state.until)
+                seconds = max((state.until - server) / 1000, 0.001)
+                self.adopt(key, slot.partition(" ")[2], state.status, seconds, state.reason)
         return found
 
     def publish(self, key: str, model: str, states: Mapping[str, RemoteState], server: float) -> None:
@@ -96,6 +97,22 @@ class RedisKeyStates:
 
     def _key(self, key: str, slot: str) -> str:
         return f"{self._start}:{digest(key, slot)}"
+
+
+class _Stored(msgspec.Struct):
+    """A key state as it lies in Redis. until: the server's ms."""
+
+    status: Literal["cooling", "exhausted", "rejected", "missing"]
+    until: float
+    reason: str
+
+
+def _parse(text: object) -> _Stored | None:
+    """Return the stored state; None if the value is not one of ours: it is as if nothing were known."""
+    try:
+        return msgspec.json.decode(text, type=_Stored) if isinstance(text, bytes) else None
+    except (msgspec.DecodeError, ValueError):
+        return None
 
 
 def slots(model: str) -> tuple[str, str, str, str]:

@@ -28,7 +28,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.abandoned = False
-        self.reply: list[Any] | None = None
+        self.reply: tuple[Any, ...] | None = None
 
 
 class RedisReservation(Reservation):
@@ -288,3 +288,9 @@ class RedisRateLimiter(RateLimiter):
 def part(amount: int, proxies: int, rank: int) -> int:
     """Return one proxy's equal part of an amount; the parts of all proxies add up to it."""
     return amount // proxies + (1 if rank < amount % proxies else 0)
+
+
+def read_decision(reply: Sequence[Any]) -> tuple[int, float, float, int, Sequence[Any], Sequence[int]]:
+    """Return the script's decision. Raises ValueError or TypeError if the reply has another shape."""
+    code, server, wait, running, states, totals = reply
+    return int(code), float(server), float(wait), int(running), list(states), [int(total) for total in totals]

@@ -158,7 +158,7 @@ class TestKeys:
 
     @pytest.mark.parametrize("url", ["http://u:secret@h", "", "redis://u:secret@h:port", "redis://h?db=secret"])
     async def test_invalid_urls_are_refused(self, url: str) -> None:
-        with pytest.raises(ValueError, match=r"redis\.url") as caught:
+        with pytest.raises(ValueError, match="expected redis:") as caught:
             RedisStore(url, "p", 1)
         assert "secret" not in str(caught.value)
 

@@ -242,3 +242,44 @@ async def test_several_keys_are_looked_up_in_memory_first() -> None:
     assert [one is not None for one in found] == [True, True, False]
     alone = TieredStore(store.memory)
     assert [one is not None for one in await alone.get_many(["here", "else"], "json", NOW)] == [True, False]
+
+
+@pytest.mark.parametrize("fault", [AttributeError, TypeError, ValueError, AssertionError, OverflowError, StoreError])
+async def test_an_exception_that_a_store_does_not_promise_costs_a_miss(
+    fault: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Slower):
+        async def get(self, key: str, form: str, wall: float) -> Entry | None:
+            raise fault("of the driver")
+
+    store = TieredStore(MemoryStore(1000, 1000), Broken())
+    assert await store.get("a", "json", NOW) is None
+    assert await store.get_both("a", "json", "sse", NOW) == (None, None)
+    assert await store.get_many(["a", "b"], "json", NOW) == [None, None]
+    assert await store.newest("a", "json", NOW) is None
+    assert store.errors >= 4
+    assert "of the driver" in caplog.text
+
+
+async def test_a_fault_while_purges_are_followed_does_not_end_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.cache.stores.tiered.POLL", 0.001)
+    monkeypatch.setattr("proxy.system.tasks._FIRST_PAUSE", 0.001)
+
+    class Broken(Slower):
+        faults = 1
+
+        async def purged(self) -> list[Filter]:
+            if self.faults:
+                self.faults -= 1
+                raise TypeError("a reply of another shape")
+            return await super().purged()
+
+    slower = Broken()
+    store = TieredStore(MemoryStore(100_000, 10_000), slower)
+    await store.open()
+    store.memory.put(entry("a"))
+    slower.heard = [ALL]
+    async with asyncio.timeout(15):
+        while store.memory.get("a", "json") is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    await store.close()
