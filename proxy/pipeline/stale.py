@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Final
@@ -96,6 +97,7 @@ class BackgroundRevalidator:
             options=replace(request.options, run=""),
             arrived=now,
             deadline=now + self._timeout,
+            act_until=math.inf,
         )
         plan = msgspec.structs.replace(plan, reason="stale-while-revalidate", fwd="stale")
         self._running[key] = spawn(self._revalidate(own, plan), "refresh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class ProxyRequest(msgspec.Struct, frozen=True):
     endpoint: the route's. headers: as they came. body: as it came; document: the same, parsed.
     model: the body's, else that of the Azure deployment in the path; body_model: the body's alone.
     wants_usage: it asked for a stream's usage chunk.
-    arrived, deadline: monotonic seconds. max_wait: seconds it may wait for a key.
+    arrived, deadline: monotonic seconds. act_until: as in `SharedDeadline`. max_wait: seconds it may wait for a key.
     """
 
     id: str
@@ -60,6 +61,7 @@ class ProxyRequest(msgspec.Struct, frozen=True):
     arrived: float
     deadline: float
     max_wait: float
+    act_until: float = math.inf
 
     @classmethod
     def from_body(
@@ -76,6 +78,7 @@ class ProxyRequest(msgspec.Struct, frozen=True):
         arrived: float = 0.0,
         deadline: float = 0.0,
         max_wait: float = 0.0,
+        act_until: float = math.inf,
     ) -> ProxyRequest:
         """Return the request that `body` makes; the keyword arguments are the fields that no body says.
 
@@ -100,6 +103,7 @@ class ProxyRequest(msgspec.Struct, frozen=True):
             arrived=arrived,
             deadline=deadline,
             max_wait=max_wait,
+            act_until=act_until,
         )
 
     def with_input(self, input_json: bytes) -> ProxyRequest:

@@ -34,6 +34,7 @@ from ..upstream.response import ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
 from ..upstream.sender import RetryingSender
 from ..upstream.target import Upstream
+from .request_parser import time_limits
 from .responses import (
     FullResponse,
     StreamedResponse,
@@ -89,7 +90,7 @@ class PassthroughHandler:
         passed = PassedRequest(services, request, route, client, options)
         try:
             passed.reservation = await self.reserve(client)
-            response = await self._send(request, route, client, options, passed.log)
+            response = await self._send(request, route, client, options, passed)
         except ProxyError as error:
             self.finish(passed, error.status, error.code)
             error.proxy_headers = passed.headers()
@@ -104,7 +105,7 @@ class PassthroughHandler:
     # -- up -----------------------------------------------------------------------------------------------------------
 
     async def _send(
-        self, request: BaseRequest, route: Route, client: Client, options: Options, log: AttemptLog
+        self, request: BaseRequest, route: Route, client: Client, options: Options, passed: PassedRequest
     ) -> ResponseInHand:
         """Return the response to give. Raises ProxyError."""
         body = _Upload(request, self._services.settings.server.max_body)
@@ -116,8 +117,8 @@ class PassthroughHandler:
                 body=body,
                 model="",
                 client=client,
-                attempt_log=log,
-                max_wait=self.max_wait(options, log),
+                attempt_log=passed.log,
+                max_wait=passed.max_wait,
                 key_request=KeyRequest(pinned_to=await self._pinned_to(route, body), groups=self.key_groups(route)),
                 max_retries=options.max_retries,
                 quota=self._sender.leases.quota(client),
@@ -133,11 +134,6 @@ class PassthroughHandler:
     def key_groups(self, route: Route) -> tuple[tuple[UpstreamKey, ...], ...]:
         """Return the keys that may serve a request without a known model, by priority."""
         return self._groups if route.shape == "openai" else self._azure_groups
-
-    def max_wait(self, options: Options, log: AttemptLog) -> float:
-        """Return how many seconds a request may wait for a key."""
-        max_wait = options.max_wait if options.max_wait is not None else self._services.settings.throttle.max_wait
-        return log.deadline.left() if max_wait is None else max_wait
 
     async def _pinned_to(self, route: Route, body: _Upload) -> str:
         """Return the label of the only key that may serve a stateful route; "" for other routes.
@@ -249,9 +245,10 @@ class PassedRequest:
         self._endpoint = route.segment
         self._client = client
         self._headers = request.raw_headers
-        total = options.timeout or services.settings.timeouts.total
+        limits = time_limits(services.settings, options, request, self._began)
+        self.max_wait = limits.max_wait
         self.id = services.clock.new_id()
-        self.log = AttemptLog(SharedDeadline(self._began + total, services.clock.monotonic))
+        self.log = AttemptLog(SharedDeadline(limits.deadline, services.clock.monotonic, limits.act_until))
         self.first_byte_ms: float | None = None
         self.reservation: ClientReservation | None = None
 

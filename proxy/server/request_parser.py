@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from aiohttp.web import BaseRequest
 
+from ..config.settings import Settings
 from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
-from ..protocol.options import from_headers
+from ..protocol.options import Options, from_headers
 from ..protocol.request import Client, ProxyRequest, parse_body
 from ..protocol.routes import Route, printable
 from ..services import Services
@@ -22,8 +24,7 @@ class RequestParser:
 
     def __init__(self, services: Services) -> None:
         self._clock = services.clock
-        self._timeout = services.settings.timeouts.total
-        self._max_wait = services.settings.throttle.max_wait
+        self._settings = services.settings
         self._model_of = partial(model_named, services.addresses)
 
     async def parse(
@@ -37,13 +38,7 @@ class RequestParser:
         options = from_headers(route.options, text_headers(headers)) if has_options else route.options
         document = await in_thread_if_large(len(body), parse_body, body)
         now = self._clock.monotonic()
-        timeout = self._timeout if options.timeout is None else options.timeout
-        client_timeout = _client_timeout(request)
-        if client_timeout is not None:  # answer before the client gives up
-            timeout = min(timeout, client_timeout - min(1.0, client_timeout / 10))
-        max_wait = options.max_wait if options.max_wait is not None else self._max_wait
-        if max_wait is None:
-            max_wait = max(0.0, (client_timeout if client_timeout is not None else timeout) - 5.0)
+        limits = time_limits(self._settings, options, request, now)
         return ProxyRequest.from_body(
             body,
             document,
@@ -54,9 +49,31 @@ class RequestParser:
             client=client,
             id=self._clock.new_id(),
             arrived=now,
-            deadline=now + timeout,
-            max_wait=max_wait,
+            deadline=limits.deadline,
+            max_wait=limits.max_wait,
+            act_until=limits.act_until,
         )
+
+
+class TimeLimits(NamedTuple):
+    """deadline, act_until: monotonic seconds, as in `SharedDeadline`. max_wait: seconds to wait for a key."""
+
+    deadline: float
+    act_until: float
+    max_wait: float
+
+
+def time_limits(settings: Settings, options: Options, request: BaseRequest, now: float) -> TimeLimits:
+    """Return the time limits of a request that came at `now` (monotonic seconds)."""
+    timeout = settings.timeouts.total if options.timeout is None else options.timeout
+    client_timeout = _client_timeout(request)
+    act_for = timeout
+    if client_timeout is not None:  # refuse before the client gives up
+        act_for = min(timeout, client_timeout - min(1.0, client_timeout / 10))
+    max_wait = options.max_wait if options.max_wait is not None else settings.throttle.max_wait
+    if max_wait is None:
+        max_wait = max(0.0, (client_timeout if client_timeout is not None else timeout) - 5.0)
+    return TimeLimits(now + timeout, now + act_for, max_wait)
 
 
 def text_headers(headers: Sequence[Raw]) -> list[tuple[str, str]]:

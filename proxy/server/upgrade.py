@@ -110,7 +110,7 @@ class UpgradeHandler:
                 model=passed.model,
                 client=client,
                 attempt_log=passed.log,
-                max_wait=self._passthrough.max_wait(options, passed.log),
+                max_wait=passed.max_wait,
                 key_request=ANY_KEY if passed.model else KeyRequest(groups=groups),
                 max_retries=options.max_retries,
                 quota=self._sender.leases.quota(client),

@@ -53,7 +53,7 @@ class AttemptRunner:
         tokens: int | None = None
         kept = may_have_run = False
         try:
-            if log.deadline.at <= began:
+            if log.deadline.act_until <= began:
                 raise TransportFailure("timeout", "the time for this request is over")
             log.attempts += 1
             log.upstream, log.key = upstream.address.name, lease.key.label

@@ -91,7 +91,7 @@ class EndpointSender:
         kept = False
         try:
             for model in others:
-                if attempt_log.deadline.left() <= 0:
+                if attempt_log.deadline.left_to_act() <= 0:
                     break
                 attempt_log.spent = attempt_log.no_usable_key = False
                 other = await self._send_with_model(with_model(request, model), tokens, attempt_log, "")

@@ -97,7 +97,7 @@ class KeyLeases:
                 now = clock.monotonic()
 
         began = clock.monotonic()
-        max_wait = min(request.max_wait - log.queue_ms / 1000, log.deadline.at - began)
+        max_wait = min(request.max_wait - log.queue_ms / 1000, log.deadline.act_until - began)
         queue = request.queue
         try:
             found: Lease | NoKey = await self.admission.acquire(

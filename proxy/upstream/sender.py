@@ -163,7 +163,7 @@ class RetryingSender:
         step = sending.retries.next(
             outcome,
             asked_wait=asked_wait,
-            left=request.attempt_log.deadline.at - now,
+            left=request.attempt_log.deadline.act_until - now,
             other_key=other_key,
             granted=partial(upstream.budget.take, now),
         )
@@ -178,7 +178,7 @@ class RetryingSender:
         higher = not request.key_request.pinned_to and self._pool.has_lower_group(
             request.model, lease.key.priority, sending.excluded, sending.key_request
         )
-        if not (log.exhausted and higher and self._clock.monotonic() < log.deadline.at):
+        if not (log.exhausted and higher and log.deadline.left_to_act() > 0):
             return False
         sending.key_request = structs.replace(sending.key_request, min_priority=lease.key.priority)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -170,6 +171,7 @@ class PipelineFixture:
         client: Client | None = None,
         total: float | None = None,
         patience: float | None = None,
+        act_for: float = math.inf,
     ) -> ProxyRequest:
         """Return a request, parsed as the server parses it."""
         document = ask() if document is None else document
@@ -194,6 +196,7 @@ class PipelineFixture:
             arrived=now,
             deadline=now + total,
             max_wait=patience,
+            act_until=now + act_for,
         )
 
     async def ask(self, document: Any = None, options: Options | None = None, **more: Any) -> Result:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -245,12 +247,50 @@ async def test_an_endless_connect_ends_at_the_deadline() -> None:
 async def test_the_first_byte_has_its_own_limit() -> None:
     config = settings(timeouts=TimeoutSettings(first_byte=3.0, total=60.0))
     pipeline = PipelineFixture(Fails("hang"), config=config)
-    result = await pipeline.ask()
+    result = await pipeline.ask(None, Options(max_retries=0))
     assert (result.refused, result.at) == ("upstream_timeout", 3.0)
     pipeline = PipelineFixture(Fails("hang"), config=config)
     assert (await pipeline.ask(total=2.0)).at == pytest.approx(2.0)
     pipeline = PipelineFixture(says(wait=2.9), config=config)
     assert (await pipeline.ask()).status == 200
+
+
+@virtual_time
+async def test_an_upstream_that_is_silent_for_first_byte_is_asked_again() -> None:
+    config = settings(timeouts=TimeoutSettings(first_byte=3.0, total=60.0), retry=RetrySettings(jitter=0.0))
+    pipeline = PipelineFixture(Fails("hang"), says(), config=config)
+    result = await pipeline.ask()
+    assert (result.status, result.attempts, result.at) == (200, 2, 4.0)
+    pipeline = PipelineFixture(Fails("hang"), config=replace(config, retry=RetrySettings(jitter=0.0, ambiguous=False)))
+    result = await pipeline.ask()
+    assert (result.refused, result.at) == ("upstream_timeout", 3.0)
+    pipeline.assert_nothing_leaked()
+
+
+@virtual_time
+async def test_the_proxy_begins_nothing_that_would_end_after_the_client_has_given_up() -> None:
+    """No pause and no wait reaches beyond `act_until`; a call under way is left to the client's own timeout."""
+    pipeline = PipelineFixture(*[error(500)] * 3)
+    result = await pipeline.ask(act_for=6.0)
+    assert (result.status, result.at, result.attempts) == (500, 3.0, 3)
+    pipeline = PipelineFixture(says(wait=20.0))
+    result = await pipeline.ask(act_for=6.0)
+    assert (result.status, result.at) == (200, 20.0)
+    pipeline = PipelineFixture(rate_limited("2"), says())
+    assert (await pipeline.ask(act_for=1.0)).status == 429
+    result = await pipeline.ask(act_for=1.0)
+    assert (result.refused, result.at) == ("keys_cooling", 0.0)
+    pipeline.assert_nothing_leaked()
+
+
+@virtual_time
+async def test_a_joining_request_lets_the_proxy_act_for_longer() -> None:
+    pipeline = PipelineFixture(error(500), says())
+    first = asyncio.create_task(pipeline.ask(act_for=0.5))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(pipeline.ask())
+    assert [(await task).status for task in (first, second)] == [200, 200]
+    pipeline.assert_nothing_leaked()
 
 
 @virtual_time

@@ -6,10 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
+from multidict import CIMultiDict
 
 import proxy.pipeline.fetch
 import proxy.server.api
@@ -24,6 +26,8 @@ from proxy.config.settings import (
     ThrottleSettings,
     TimeoutSettings,
 )
+from proxy.protocol.options import NO_OPTIONS, from_headers
+from proxy.server.request_parser import time_limits
 from proxy.system.clock import SYSTEM_CLOCK
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import ask, pool, settings
@@ -311,23 +315,30 @@ async def test_queued_requests_do_not_count_as_in_flight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "seconds"),
+    ("headers", "total", "act_for"),
     [
-        ([], 60.0),
-        ([("X-Proxy-Timeout", "5s")], 5.0),
-        ([("X-Stainless-Read-Timeout", "20")], 19.0),
-        ([("X-Stainless-Timeout", "20"), ("X-Stainless-Read-Timeout", "10")], 9.0),
-        ([("X-Stainless-Timeout", "0.5")], 0.45),
-        ([("X-Stainless-Timeout", "600")], 60.0),
-        ([("X-Stainless-Timeout", "20"), ("X-Proxy-Timeout", "5s")], 5.0),
-        ([("X-Stainless-Timeout", "soon"), ("X-Stainless-Read-Timeout", "-1")], 60.0),
-        ([("X-Stainless-Timeout", "nan"), ("X-Stainless-Read-Timeout", "1e300")], 60.0),
+        ([], 60.0, 60.0),
+        ([("X-Proxy-Timeout", "5s")], 5.0, 5.0),
+        ([("X-Stainless-Read-Timeout", "20")], 60.0, 19.0),
+        ([("X-Stainless-Timeout", "20"), ("X-Stainless-Read-Timeout", "10")], 60.0, 9.0),
+        ([("X-Stainless-Timeout", "0.5")], 60.0, 0.45),
+        ([("X-Stainless-Timeout", "600")], 60.0, 60.0),
+        ([("X-Stainless-Timeout", "20"), ("X-Proxy-Timeout", "5s")], 5.0, 5.0),
+        ([("X-Stainless-Timeout", "soon"), ("X-Stainless-Read-Timeout", "-1")], 60.0, 60.0),
+        ([("X-Stainless-Timeout", "nan"), ("X-Stainless-Read-Timeout", "1e300")], 60.0, 60.0),
     ],
 )
-async def test_the_deadline_is_before_the_clients_own_timeout(headers: Headers, seconds: float) -> None:
+async def test_the_clients_own_timeout_bounds_what_the_proxy_does_by_itself(
+    headers: Headers, total: float, act_for: float
+) -> None:
     async with running_proxy(says()) as server:
         await server.ask(body=ask(), headers=headers)
-        assert max(0.0, seconds - 1.0) < server.transport.sent[0].first_byte <= seconds
+        assert max(0.0, total - 1.0) < server.transport.sent[0].first_byte <= total
+        now = 1000.0
+        raw = SimpleNamespace(headers=CIMultiDict(headers))
+        options = from_headers(NO_OPTIONS, headers)
+        limits = time_limits(server.services.settings, options, raw, now)  # type: ignore[arg-type]
+        assert (limits.deadline - now, limits.act_until - now) == pytest.approx((total, act_for))
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,8 @@ async def test_the_clients_timeout_is_the_deadline(slow: Move, timeout: str) -> 
 
 async def test_the_first_byte_has_its_own_timeout() -> None:
     async with running_proxy(Fails("hang"), config=settings(timeouts=TimeoutSettings(first_byte=0.05))) as server:
-        assert (await server.ask("GET", MODELS)).error == "upstream_timeout"
+        headers = [("X-Proxy-Max-Retries", "0")]
+        assert (await server.ask("GET", MODELS, headers=headers)).error == "upstream_timeout"
 
 
 # --- errors and cut responses -----------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ class Coalescer:
         observed = self._keys.observed(request, plan) if self.flights and keys else ()
         while keys:
             lead = partial(self._lead, request, plan)
-            max_wait = request.arrived + request.max_wait
-            waiter = self.flights.join(keys, lead, request.deadline, max_wait, observed)
+            max_wait = min(request.arrived + request.max_wait, request.act_until)
+            waiter = self.flights.join(keys, lead, request.deadline, max_wait, observed, request.act_until)
             if waiter is None:
                 break
             outcome = await self._together(request, plan, waiter)
@@ -100,7 +100,7 @@ class Coalescer:
             if not waiter.observer:
                 break
             observed = ()  # it has waited for one of them, and in vain
-        attempt_log = AttemptLog(SharedDeadline(request.deadline, self._clock.monotonic))
+        attempt_log = AttemptLog(SharedDeadline(request.deadline, self._clock.monotonic, request.act_until))
         alone = await self._fetcher.fetch(request, plan, attempt_log)
         return alone if isinstance(alone, Failure) else alone.reply
 

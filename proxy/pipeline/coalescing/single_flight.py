@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from enum import Enum
 from functools import partial
@@ -210,10 +211,12 @@ class Flight(Generic[T]):
         """Whether no waiter takes the response as it comes: it is for the cache alone."""
         return all(waiter.observer for waiter in self._waiters)
 
-    def join(self, lead: Lead[T], deadline: float, max_wait: float, observer: bool = False) -> Waiter[T]:
+    def join(
+        self, lead: Lead[T], deadline: float, max_wait: float, act_until: float, observer: bool = False
+    ) -> Waiter[T]:
         waiter = Waiter(self, lead, deadline, max_wait, observer)
         if self._waiters or self._leader is not None:
-            self.shared_deadline.extend(deadline)
+            self.shared_deadline.extend(deadline, act_until)
             if len(self._waiters) == 1:
                 next(iter(self._waiters)).watch()
             waiter.watch()
@@ -353,6 +356,7 @@ class SingleFlight(Generic[T]):
         deadline: float,
         max_wait: float,
         observed: Sequence[FlightKey] = (),
+        act_until: float = math.inf,
     ) -> Waiter[T] | None:
         """Join a flight under one of `keys`, or as an observer under one of `observed`, else start one under the first.
 
@@ -363,14 +367,15 @@ class SingleFlight(Generic[T]):
             return None
         for key in keys:
             if key in self._flights:
-                return self._flights[key].join(lead, deadline, max_wait)
+                return self._flights[key].join(lead, deadline, max_wait, act_until)
         for key in observed:
             if key in self._flights:
-                return self._flights[key].join(lead, deadline, max_wait, observer=True)
-        return self._start(first, deadline).join(lead, deadline, max_wait)
+                return self._flights[key].join(lead, deadline, max_wait, act_until, observer=True)
+        return self._start(first, deadline, act_until).join(lead, deadline, max_wait, act_until)
 
-    def _start(self, key: FlightKey, deadline: float) -> Flight[T]:
-        shared_deadline, closed = SharedDeadline(deadline, self._clock), partial(self._flights.pop, key, None)
+    def _start(self, key: FlightKey, deadline: float, act_until: float) -> Flight[T]:
+        shared_deadline = SharedDeadline(deadline, self._clock, act_until)
+        closed = partial(self._flights.pop, key, None)
         flight: Flight[T] = Flight(shared_deadline, self._clock, closed, self._reads_on)
         self._flights[key] = flight
         return flight

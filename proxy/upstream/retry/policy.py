@@ -70,7 +70,7 @@ class RetryState:
     def can_fail_over(self, outcome: OutcomeKind) -> bool:
         """Whether another upstream or another model may be tried after this one's retries are used up."""
         return outcome in _ELSEWHERE or (
-            outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.STALE) and self._policy.ambiguous
+            outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.STALE, OutcomeKind.TIMEOUT) and self._policy.ambiguous
         )
 
     def next(
@@ -88,7 +88,7 @@ class RetryState:
         other_key: another key could be used now.
         granted: takes one retry out of the upstream's budget, and returns False if it is empty.
         """
-        if outcome in (OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT):
+        if outcome in (OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID):
             return ReturnToClient()
         if outcome in KEY_TROUBLE:
             return TryNextKey()
@@ -99,7 +99,7 @@ class RetryState:
             outcome = OutcomeKind.AMBIGUOUS
         if outcome is OutcomeKind.RATE_LIMITED and other_key:
             return TryNextKey()
-        if outcome is OutcomeKind.AMBIGUOUS and not self._policy.ambiguous:
+        if outcome in (OutcomeKind.AMBIGUOUS, OutcomeKind.TIMEOUT) and not self._policy.ambiguous:
             return ReturnToClient()
         if self.retries >= self._max_retries:
             return ReturnToClient(spent=self._max_retries > 0)

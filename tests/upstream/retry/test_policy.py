@@ -23,8 +23,8 @@ from proxy.upstream.retry.policy import (
     retry_delay,
 )
 
-AT_ONCE = [OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT]
-PAUSED = [OutcomeKind.RETRY, OutcomeKind.UNREACHED, OutcomeKind.AMBIGUOUS]
+AT_ONCE = [OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID]
+PAUSED = [OutcomeKind.RETRY, OutcomeKind.UNREACHED, OutcomeKind.AMBIGUOUS, OutcomeKind.TIMEOUT]
 
 
 def after(
@@ -180,9 +180,9 @@ def test_unbilled_failures_are_always_retried(outcome: OutcomeKind) -> None:
 def test_outcomes_that_may_fail_over(outcome: OutcomeKind, ambiguous: bool) -> None:
     """Another upstream or model may take what may be sent again; what may have been billed only where allowed."""
     attempts = RetryState(RetrySettings(ambiguous=ambiguous), lambda: 0.0)
-    never = {OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID, OutcomeKind.TIMEOUT}
+    never = {OutcomeKind.OK, OutcomeKind.FINAL, OutcomeKind.INVALID}
     if not ambiguous:
-        never |= {OutcomeKind.AMBIGUOUS, OutcomeKind.STALE}
+        never |= {OutcomeKind.AMBIGUOUS, OutcomeKind.STALE, OutcomeKind.TIMEOUT}
     assert attempts.can_fail_over(outcome) is (outcome not in never)
 
 
