@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import lru_cache
 
 from aiohttp.web import BaseRequest
 
@@ -224,6 +225,16 @@ class PassthroughHandler:
         self._observe(passed.receipt(status, error))
 
 
+@lru_cache(16)
+def _cache_headers(reason: str) -> Pairs:
+    """Return the headers that say why the cache was not used. reason: one of a few constants."""
+    return (
+        ("X-Proxy-Cache", "bypass"),
+        ("X-Proxy-Cache-Reason", reason),
+        ("Cache-Status", cache_status("bypass", reason, False)),
+    )
+
+
 class PassedRequest:
     """One request that is passed through: what its response headers and its receipt say."""
 
@@ -258,12 +269,11 @@ class PassedRequest:
 
     def headers(self) -> Pairs:
         """Return the proxy's own headers of the response."""
-        timing = Timing(0.0, self.elapsed_ms(), self.elapsed_ms())
+        elapsed = self.elapsed_ms()
+        timing = Timing(0.0, elapsed, elapsed)
         return (
             ("X-Proxy-Request-Id", self.id),
-            ("X-Proxy-Cache", "bypass"),
-            ("X-Proxy-Cache-Reason", self._reason),
-            ("Cache-Status", cache_status("bypass", self._reason, False)),
+            *_cache_headers(self._reason),
             *self.log.upstream_headers(),
             *self._services.clients.headers(self._client, self._clock.monotonic()),
             ("X-Proxy-Attempts", str(self.log.attempts)),

@@ -78,6 +78,18 @@ class KeyLeases:
 
         excluded: labels of keys that this request has failed with.
         """
+        queue = request.queue
+        if self._limiter is None and self.admission.is_empty(queue):
+            now = self.clock.monotonic()
+            found = self.pool.lease(request.model, request.tokens, excluded, now, request.quota, wanted)
+            if isinstance(found, Lease):
+                return KeyLease(self, found.key, found.reservation, queue)
+        return await self._wait_for_key(request, excluded, wanted, queue)
+
+    async def _wait_for_key(
+        self, request: UpstreamRequest, excluded: frozenset[str], wanted: KeyRequest, queue: str
+    ) -> KeyLease:
+        """Wait in the queue of this name until a key can be leased. Raises ProxyError."""
         pool, clock, log = self.pool, self.clock, request.attempt_log
         why = "throttled"
 
@@ -98,7 +110,6 @@ class KeyLeases:
 
         began = clock.monotonic()
         max_wait = min(request.max_wait - log.queue_ms / 1000, log.deadline.act_until - began)
-        queue = request.queue
         try:
             found: Lease | NoKey = await self.admission.acquire(
                 queue, ask if self._limiter is None else ask_everybody, max_wait, request.client.name

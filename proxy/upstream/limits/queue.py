@@ -135,6 +135,10 @@ class AdmissionQueue:
         self._queues: dict[str, _ModelQueue] = {}
         self.depth = 0
 
+    def is_empty(self, model: str) -> bool:
+        """Return whether nobody waits for this model, so that a request need not queue."""
+        return model not in self._queues
+
     async def acquire(self, model: str, attempt: Attempt[T], max_wait: float, client: str = "") -> T:
         """Return what `attempt(now)` returns once it is no `Wait`. It is asked in turn, and again when `Wait` says so.
 
