@@ -59,6 +59,9 @@ _SPECIAL: Final = re.compile(r"ft:|.*(?:\.ft-|-search-(?:preview|api)|-deep-rese
 which every server sells at a price of its own: if they are not in the list, no other name stands for them."""
 
 _HOST = re.compile(r"[a-z]+://(?:[^/@]*@)?(\[[^\]]*\]|[^/:?#]*)", re.IGNORECASE)
+_OTHER_PRICES: Final = (
+    ".api.openai.com", ".azure.us", ".azure.cn", "models.github.ai", "models.inference.ai.azure.com",
+)  # fmt: skip
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|\[(?:::1|::ffff:127\.[0-9.]+)\]")
 
 
@@ -112,8 +115,9 @@ class _Section:
 def seller_of(kind: Kind, base_url: str, *, pooled: bool, passthrough: bool, prices: str | None = None) -> Seller:
     """Return whose built-in prices apply to an upstream.
 
-    OpenAI's regional hosts (`eu.api.openai.com` …) have prices of their own, which the list does not hold. A server
-    without a key is not billed by OpenAI, unless the proxy passes the clients' own keys through to it.
+    OpenAI's regional hosts (`eu.api.openai.com` …), Azure's clouds for governments and China, and GitHub Models have
+    prices of their own, which the list does not hold. A server without a key is not billed by OpenAI, unless the proxy
+    passes the clients' own keys through to it.
 
     pooled: the upstream is called with a credential of the proxy's. passthrough: no upstream is. prices: the upstream's
     setting `prices`, if it is `openai` or `none`.
@@ -124,9 +128,9 @@ def seller_of(kind: Kind, base_url: str, *, pooled: bool, passthrough: bool, pri
     host = found[1].lower() if found else ""
     if not pooled and (not passthrough or _LOOPBACK.fullmatch(host)):
         return "none"
-    if host.endswith(".api.openai.com"):
+    if host.endswith(_OTHER_PRICES):
         return "none"
-    return "azure" if host.endswith((".openai.azure.com", ".services.ai.azure.com")) else kind
+    return "azure" if host.endswith(".azure.com") else kind
 
 
 class PriceTable:
