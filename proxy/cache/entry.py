@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Final, Literal
 
@@ -10,6 +11,9 @@ import msgspec
 from ..cost.usage import Usage
 
 Form = Literal["json", "sse"]
+
+MAX_CLOCK_SKEW: Final = 300.0
+"""Seconds by which the clocks of machines that share a cache may differ."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -76,17 +80,29 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         """The end of the lifetime, Unix seconds."""
         return self.stored_at + self.ttl
 
+    def plausible(self, wall: float, past_end: float = 0.0) -> bool:
+        """Return whether it was stored before `wall` (Unix seconds), as far as clocks agree.
+
+        What was stored while a clock was ahead would be fresh for as long as that clock was wrong. past_end: infinite
+        if age does not matter.
+        """
+        return self.stored_at - wall <= MAX_CLOCK_SKEW or past_end == math.inf
+
+    def usable(self, wall: float, past_end: float = 0.0) -> bool:
+        """Return whether it may serve at `wall` (Unix seconds), up to `past_end` seconds after its end."""
+        return wall < self.stored_at + self.ttl + past_end and self.plausible(wall, past_end)
+
     def fresh(self, wall: float) -> bool:
         """Return whether the lifetime has not ended at `wall` (Unix seconds)."""
-        return wall < self.stored_at + self.ttl
+        return self.usable(wall)
 
     def age(self, wall: float) -> int:
         """Return the whole seconds since it was stored; 0 if the clock was set back."""
         return max(0, int(wall - self.stored_at))
 
     def remaining(self, wall: float) -> int:
-        """Return the whole seconds of lifetime left; negative if it is stale."""
-        return int(self.stored_at + self.ttl - wall)
+        """Return the whole seconds of lifetime left, at most all of it; negative if it is stale."""
+        return int(min(self.ttl, self.stored_at + self.ttl - wall))
 
 
 _BYTES: Final = sys.getsizeof(b"")

@@ -136,7 +136,7 @@ class ResponseCache:
 
     def _may_serve(self, entry: Entry, max_age: int | None, past_end: float) -> bool:
         wall = self._clock.wall()
-        return wall < entry.expires_at + past_end and (max_age is None or entry.age(wall) <= max_age)
+        return entry.usable(wall, past_end) and (max_age is None or entry.age(wall) <= max_age)
 
     def memoize(self, digest: RequestDigest, request: ProxyRequest, plan: CachePlan) -> None:
         """Let `peek` answer when the same bytes come again."""
@@ -259,7 +259,7 @@ class ResponseCache:
     ) -> CacheHit | None:
         """Return the hit made of the entry in the form asked for, else of the one in the other form."""
         hit = self._find(entry, request.wants_usage, max_age, past_end)
-        if hit is None and other is not None and self._clock.wall() < other.expires_at + past_end:
+        if hit is None and other is not None and other.usable(self._clock.wall(), past_end):
             hit = self._find(await self._converted(request, other), request.wants_usage, max_age, past_end)
         return hit
 

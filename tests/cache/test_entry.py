@@ -47,7 +47,9 @@ class TestLifetime:
             (1059.9, True, 59, 0),
             (1060.0, False, 60, 0),
             (1061.5, False, 61, -1),
-            (900.0, True, 0, 160),
+            (900.0, True, 0, 60),  # clocks differ a little
+            (699.0, False, 0, 60),  # it was stored while a clock was ahead
+            (-1e9, False, 0, 60),
         ],
     )
     def test_freshness_age_and_remaining_time(self, wall: float, fresh: bool, age: int, remaining: int) -> None:

@@ -7,7 +7,6 @@ it is configured. It never raises into a request: if it is broken, slow, full or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
@@ -18,9 +17,6 @@ from ..entry import Entry
 
 EntryName = tuple[str, str]
 """Key and form, under which an entry is stored."""
-
-MAX_CLOCK_SKEW: Final = 300.0
-"""Seconds: an entry stored further in the future than this was written by a wrong clock, and is a miss."""
 
 
 class StoreError(Exception):
@@ -71,7 +67,7 @@ def purge_of(text: str | bytes) -> Filter:
     """Return the filter of a purge; `ALL` if another version of the program wrote it in another way."""
     try:
         return msgspec.json.decode(text, type=Filter)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, TypeError):  # TypeError: a value that is no text at all
         return ALL
 
 
@@ -172,8 +168,3 @@ class StoreOptions:
     redis_prefix: str
     wall: Callable[[], float]
     max_stale: float = 0.0
-
-
-def plausible(entry: Entry, wall: float, grace: float) -> bool:
-    """Return whether an entry's age is plausible at `wall` (Unix seconds). grace: if inf, age does not matter."""
-    return entry.stored_at - wall <= MAX_CLOCK_SKEW or grace == math.inf

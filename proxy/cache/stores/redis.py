@@ -33,7 +33,6 @@ from .interface import (
     Filter,
     ListedEntry,
     StoreError,
-    plausible,
     purge_of,
     purge_text,
 )
@@ -126,7 +125,7 @@ class RedisStore:
         entry = self._pending.get(name) or self._writing.get(name)
         if entry is None and self.link.up:
             entry = await self._read(name)
-        if entry is None or not plausible(entry, wall, self._grace):
+        if entry is None or not entry.plausible(wall, self._grace):
             self._counts["misses"] += 1
             return None
         self._counts["hits"] += 1
@@ -155,7 +154,7 @@ class RedisStore:
                 entries[at] = entry
                 if entry is None and isinstance(blob, bytes):
                     await self._rejected(blob)
-        found = [entry if entry is not None and plausible(entry, wall, self._grace) else None for entry in entries]
+        found = [entry if entry is not None and entry.plausible(wall, self._grace) else None for entry in entries]
         hits = sum(entry is not None for entry in found)
         self._counts["hits"] += hits
         self._counts["misses"] += len(found) - hits

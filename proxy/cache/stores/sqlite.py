@@ -28,7 +28,6 @@ from .interface import (
     Filter,
     ListedEntry,
     StoreError,
-    plausible,
     purge_of,
     purge_text,
 )
@@ -51,13 +50,22 @@ _BUSY: Final = 0.01
 
 _ADMIN_BUSY: Final = 5.0
 # SQLite does not read a body that is not selected.
-_GET: Final = f"SELECT head, CASE WHEN size <= {INLINE} THEN body END FROM {TABLE} WHERE key=? AND form=?"
-_GET_LONG: Final = f"SELECT head, body FROM {TABLE} WHERE key=? AND form=?"
+
+
+def _bytes(column: str) -> str:
+    """Return a column as bytes, whatever it holds: SQLite keeps any type in any column, and others may write to it."""
+    return f"coalesce(CAST({column} AS BLOB), x'')"
+
+
+_GET: Final = f"""
+SELECT {_bytes("head")}, CASE WHEN size <= {INLINE} THEN {_bytes("body")} END FROM {TABLE} WHERE key=? AND form=?
+"""
+_GET_LONG: Final = f"SELECT {_bytes('head')}, {_bytes('body')} FROM {TABLE} WHERE key=? AND form=?"
 _NEWEST: Final = f"""
 SELECT key, stored_at FROM {TABLE} WHERE key=:bare AND form=:form
 UNION ALL SELECT key, stored_at FROM {TABLE} WHERE bare=:bare AND bare != '' AND form=:form
 ORDER BY stored_at DESC LIMIT 1"""
-_PURGED: Final = f"SELECT number, which FROM {PURGES} WHERE number >= ? ORDER BY number"
+_PURGED: Final = f"SELECT CAST(number AS INTEGER), which FROM {PURGES} WHERE number >= ? ORDER BY number"
 _CHUNK: Final = 500
 _PURGE_CHUNK: Final = 5000
 """Entries deleted in one transaction, which takes about 0.1 s; no other process can write in that time."""
@@ -105,7 +113,7 @@ class SQLiteStore:
         entry = self._writer.waiting(name)
         if entry is None:
             entry = await self._read(name)
-        if entry is None or not plausible(entry, wall, self._grace):
+        if entry is None or not entry.plausible(wall, self._grace):
             self._counts["misses"] += 1
             return None
         self._counts["hits"] += 1
@@ -305,7 +313,8 @@ def _count(connection: sqlite3.Connection, which: Filter) -> int:
 
 def _page(connection: sqlite3.Connection, which: Filter, after: int, limit: int) -> EntryPage:
     condition, values = _condition(which)
-    query = f"SELECT rowid, head, size FROM {TABLE} WHERE {condition} ORDER BY rowid LIMIT ?"
+    columns = f"rowid, {_bytes('head')}, CAST(size AS INTEGER)"
+    query = f"SELECT {columns} FROM {TABLE} WHERE {condition} ORDER BY rowid LIMIT ?"
     rows = connection.execute(query, (after, *values, limit)).fetchall()
     entries = [ListedEntry(entry, size) for _, head, size in rows if (entry := describe(head)) is not None]
     return EntryPage(entries, str(rows[-1][0]) if len(rows) == limit else "")

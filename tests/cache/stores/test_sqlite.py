@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -623,3 +624,22 @@ def test_only_the_named_driver_is_imported() -> None:
         "print(sorted({'redis', 'proxy.cache.stores.sqlite', 'proxy.cache.stores.redis'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT) == b"[]\n"
+
+
+@pytest.mark.parametrize("value", ["text", 17, 1.5, None, b"", "\N{SNOWMAN}" * 100])
+@pytest.mark.parametrize("column", ["head", "body", "size", "stored_at", "bare"])
+async def test_a_value_of_another_storage_class_is_a_miss(opened: Open, path: Path, column: str, value: object) -> None:
+    """Other programs can write to the file, and any type into any column (sqlite.org, *Datatypes in SQLite*)."""
+    store = await opened()
+    await written(store, "odd", "good")
+    with closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.IntegrityError), connection:
+        connection.execute(f"UPDATE {TABLE} SET {column}=? WHERE key='odd'", (value,))
+    found = await store.get("odd", "json", NOW)
+    assert found is None or found == entry("odd")  # as long as head and body are whole
+    assert await store.get_many(["odd", "good"], "json", NOW) == [found, entry("good")]
+    assert await store.newest("good", "json", NOW) == entry("good")
+    page = await store.list()
+    assert [one.entry.key for one in page.entries] in (["odd", "good"], ["good"])
+    assert entry("good") in await store.read([("odd", "json"), ("good", "json")])
+    assert (await store.stats())["entries"] == 2
+    assert await store.purge(ALL) == 2
