@@ -105,10 +105,10 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._reloader.ask)
         background: list[asyncio.Task[None]] = []
         try:
-            lines = await self._start_all()
+            lines, workers = await self._start_all()
             if lines is not None:
                 say(lines)
-                background = [spawn(self._keep_running(worker), "worker") for worker in list(self._workers.values())]
+                background = [spawn(self._keep_running(worker), "worker") for worker in workers]
                 background.append(spawn_forever(self._reloader.run, "reload"))
                 await self._stop.wait()
         finally:
@@ -132,24 +132,25 @@ class Supervisor:
 
     # -- start --------------------------------------------------------------------------------------------------------
 
-    async def _start_all(self) -> list[str] | None:
-        """Start all workers; return the banner lines, or None if they cannot be started or shall stop.
+    async def _start_all(self) -> tuple[list[str] | None, list[_Worker]]:
+        """Start all workers; return the banner lines and them, or None if they cannot be started or shall stop.
 
-        The first one starts alone, so that a mistake common to all is reported once.
+        The first one starts alone, so that a mistake common to all is reported once. Once it serves, another that ends
+        before it is ready is restarted like any other.
         """
         first = await self._start(1)
         lines = await self._wait_until_ready(first)
         count = self._loaded.settings.server.workers
         if lines is not None and not self._stop.is_set():
             others = await asyncio.gather(*(self._start(number) for number in range(2, count + 1)))
-            ready = await asyncio.gather(*(self._wait_until_ready(other) for other in others))
-            if None not in ready and not self._stop.is_set():
-                return lines
+            await asyncio.gather(*(self._wait_until_ready(other) for other in others))
+            if not self._stop.is_set():
+                return lines, [first, *others]
         if not self._stop.is_set():
             ended = first.ended.result() if first.ended.done() else 1
             self._status = ended if ended == 2 else 1
             log.error("the workers cannot be started; the lines above say why")
-        return None
+        return None, []
 
     async def _start(self, number: int) -> _Worker:
         """Start a worker. Raises OSError."""

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -166,6 +168,35 @@ async def test_metrics_and_status_add_up(launch: Launch, upstream: ScriptedUpstr
         assert [one["worker"] for one in state["workers"]] == [1, 2]
     assert len(re.findall(r"^# TYPE openai_proxy_requests_total ", texts[0], re.MULTILINE)) == 1
     assert 'openai_proxy_keys{state="ready",worker="1"} 1.0' in texts[0]
+
+
+def kill_second_worker(stop: threading.Event, killed: list[int]) -> None:
+    """Kill a proxy's second worker as soon as there is one; the proxy is a child of this process."""
+    while not stop.is_set():
+        listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        parents = {int(pid): int(parent) for pid, parent in map(str.split, listed.splitlines())}
+        workers = sorted(pid for pid, parent in parents.items() if parents.get(parent) == os.getpid())
+        if len(workers) > 1:
+            killed.append(workers[-1])
+            os.kill(workers[-1], signal.SIGKILL)
+            return
+
+
+async def test_a_worker_killed_before_all_are_ready_is_restarted(
+    launch: Launch, upstream: ScriptedUpstream, client: Client
+) -> None:
+    stop, killed = threading.Event(), list[int]()
+    watcher = threading.Thread(target=kill_second_worker, args=(stop, killed))
+    watcher.start()
+    try:
+        proxy = await asyncio.to_thread(launch, several(upstream.port))
+    finally:
+        stop.set()
+        watcher.join()
+    assert killed
+    assert (await client.send(proxy, ask())).status == 200
+    assert len(await pids(proxy, client)) == 2
+    assert f"worker 2 (process {killed[0]}) ended with status -9; it is restarted" in proxy.stderr_so_far()
 
 
 async def test_counts_outlive_a_worker(launch: Launch, upstream: ScriptedUpstream, client: Client) -> None:
