@@ -38,7 +38,7 @@ def over_redis(settings: Settings, clock: Clock, store: TieredStore, otherwise: 
     """Return the ports over Redis as far as the settings use it, and those of `otherwise` for the rest.
 
     Limits and budgets are shared if `throttle.backend` is redis, locks if the cache is there. Runs, and the owners of
-    stored objects if there are several keys, are shared if either is. Nothing is opened.
+    stored objects, are shared if either is. Nothing is opened.
     """
     cache, throttle = settings.cache.backend, settings.throttle.backend
     if settings.redis.url is None or "redis" not in (cache, throttle):
@@ -57,8 +57,6 @@ def over_redis(settings: Settings, clock: Clock, store: TieredStore, otherwise: 
         shared = replace(shared, runs=runs, locks=RedisLockStore(link, prefix, DEADLINE))
     else:
         shared = replace(shared, runs=RedisRuns(RedisConnection(url, DEADLINE), prefix, clock.wall))
-    if sum(len(upstream.keys) + bool(upstream.entra_id) or 1 for upstream in settings.upstreams) < 2:
-        return shared
     return replace(shared, owners=RedisOwners(url, prefix))
 
 

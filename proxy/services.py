@@ -28,6 +28,7 @@ from .upstream.interfaces import UpstreamTransport
 from .upstream.key_lease import KeyLeases
 from .upstream.keys.lease import UpstreamKey
 from .upstream.keys.object_owners import ObjectOwners
+from .upstream.keys.owner_table import maker_of
 from .upstream.keys.pool import KeyPool
 from .upstream.keys.selection import STRATEGIES
 from .upstream.limits.calibration import TokenCalibration
@@ -199,7 +200,7 @@ def build_services(
         admission=AdmissionQueue(max_queue, clock.monotonic, recheck=recheck) if old is None else old.admission,
         store=store,
         planner=Planner(settings.cache, identity=identities.of, sample=runs.sample, masker=masker),
-        object_owners=ObjectOwners(clock.wall, coordination.owners) if old is None else old.object_owners,
+        object_owners=_build_owners(settings, clock, coordination) if old is None else old.object_owners,
         masker=masker,
         passthrough=settings.passthrough,
         runs=runs,
@@ -214,6 +215,17 @@ def build_services(
     if old is not None:
         _inherit(services, old)
     return services
+
+
+def _build_owners(settings: Settings, clock: Clock, coordination: Coordination) -> ObjectOwners:
+    """Return what remembers who made stored objects: in common with other processes, and beside ledger or cache."""
+    from .upstream.keys.sqlite_owners import SQLiteOwners
+
+    places = [] if coordination.owners is None else [coordination.owners]
+    path = settings.ledger.path if settings.ledger.enabled else None
+    if path is None and settings.cache.backend == "sqlite":
+        path = settings.cache.path
+    return ObjectOwners(clock.wall, places if path is None else [*places, SQLiteOwners(path, clock.wall)])
 
 
 def _inherit(services: Services, old: Services) -> None:
@@ -253,12 +265,14 @@ def _build_keys(settings: Settings) -> tuple[list[UpstreamKey], CredentialHeader
         for key in spec.keys:
             limits: Mapping[str, Limits] = settings.limits_of(spec, key) if settings.throttle.tier else key.limits
             credentials[key.label] = PROVIDERS[spec.kind].auth(key.secret.reveal(), key.organization, key.project)
-            keys.append(UpstreamKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight))
+            maker = maker_of(spec.base_url, key.secret.reveal(), key.organization or "", key.project or "")
+            keys.append(UpstreamKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight, maker))
         if spec.entra_id:
-            keys.append(UpstreamKey(spec.name, index, spec.models, spec.priority))
+            keys.append(UpstreamKey(spec.name, index, spec.models, spec.priority, maker=maker_of(spec.base_url)))
         elif not spec.keys:
             label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
             credentials[label] = ()
             limits = settings.limits_of(spec) if settings.throttle.tier else {}
-            keys.append(UpstreamKey(label, index, spec.models, spec.priority, limits=limits))
+            maker = maker_of(spec.base_url)
+            keys.append(UpstreamKey(label, index, spec.models, spec.priority, limits=limits, maker=maker))
     return keys, credentials

@@ -136,6 +136,7 @@ IMPURE = {
     "proxy.upstream.key_lease": "waits for a key",
     "proxy.upstream.keys.object_owners": "waits for shared owners",
     "proxy.upstream.keys.redis_owners": "speaks to Redis",
+    "proxy.upstream.keys.sqlite_owners": "reads and writes SQLite",
     "proxy.upstream.limits.queue": "requests wait in it",
     "proxy.upstream.limits.redis": "speaks to Redis",
     "proxy.upstream.limits.redis_key_states": "speaks to Redis",

@@ -129,6 +129,7 @@ class StreamRelay:
     keep: the number of bytes kept for the cache, at most. client_filter: what the client gets of it.
     ended: is called exactly once, at the end. read: is called at each read of what follows the first event.
     quiet: no error event is written, because the subscribers of a `Broadcast` each write their own.
+    watch: is called with each event that can be read.
     interrupted: the error code to end with if the task is cancelled; "": the client has left.
     """
 
@@ -139,6 +140,7 @@ class StreamRelay:
     ended: Callable[[StreamEnd], None]
     quiet: bool = False
     read: Callable[[], None] = _nothing
+    watch: Callable[[bytes], None] | None = None
     interrupted: str = ""
     _done: bool = False
     _cancelled: bool = False
@@ -281,6 +283,8 @@ class StreamRelay:
         assert self.audit is not None
         for event in events:
             self.audit.event(event)
+            if self.watch is not None:
+                self.watch(event)
 
     def _end(self, ending: StreamEnd) -> None:
         self.response.response.close()

@@ -78,6 +78,7 @@ class StreamReplies:
             ended=outcome.ended,
         )
         if events:
+            stream.watch = self.reader.watch(request, response)
             stream.read = self._counters.reads(self.clock.monotonic)
         sharing = Sharing.SHARED if storable and events else Sharing.PRIVATE
         if response.outcome in RETRYABLE:

@@ -35,6 +35,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "model_not_allowed": ErrorKind(403, "permission_error", False),
     "origin_not_allowed": ErrorKind(403, "permission_error", False),
     "unknown_route": ErrorKind(404, _INVALID, False),
+    "object_not_found": ErrorKind(404, _INVALID, False),
     "method_not_allowed": ErrorKind(405, _INVALID, False),
     "request_too_large": ErrorKind(413, _INVALID, False),
     "unsupported_media_type": ErrorKind(415, _INVALID, False),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from aiohttp.web import BaseRequest
 
@@ -18,7 +17,6 @@ from ..accounting.receipt import Receipt
 from ..pipeline.response_headers import Pairs, Timing, cache_status, lines_of
 from ..protocol.errors import ProxyError
 from ..protocol.headers import downstream_headers
-from ..protocol.json_parse import parse_leniently
 from ..protocol.options import Options
 from ..protocol.request import Client
 from ..protocol.routes import Route
@@ -26,7 +24,8 @@ from ..protocol.traceparent import traceparent
 from ..services import Services
 from ..upstream.deadline import SharedDeadline
 from ..upstream.keys.lease import KeyRequest, UpstreamKey, by_priority
-from ..upstream.keys.stored_objects import BodyCopy, ids_in_path, ids_named
+from ..upstream.keys.object_owners import UNPINNED
+from ..upstream.keys.response_watch import ResponseWatch
 from ..upstream.limits.clients import ClientReservation, check_passthrough
 from ..upstream.progress import AttemptLog
 from ..upstream.request import Body, UpstreamRequest
@@ -35,6 +34,7 @@ from ..upstream.response import ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
 from ..upstream.sender import RetryingSender
 from ..upstream.target import Upstream
+from .passed_objects import PassedObjects
 from .request_parser import time_limits
 from .responses import (
     FullResponse,
@@ -50,7 +50,7 @@ from .responses import (
 
 _REASON = "uncacheable: route"
 
-SMALL = 64 * 1024
+SMALL = 1024 * 1024
 """A JSON body of up to this many bytes is searched for ids of stored objects before it is sent."""
 
 
@@ -71,7 +71,7 @@ class PassthroughHandler:
         keys = services.pool.keys
         azure = tuple([key for key in keys if services.upstreams[key.upstream].address.kind == "azure"])
         self._groups, self._azure_groups = by_priority(keys), by_priority(azure or keys)
-        self._first, self._first_azure = keys[0].label, (azure or keys)[0].label
+        self._objects = PassedObjects(services)
 
     async def forward(
         self, request: BaseRequest, route: Route, client: Client, options: Options, extra: bytes
@@ -101,7 +101,8 @@ class PassthroughHandler:
             raise
         if response.body is not None:
             return self.error_response(request, passed, response, response.body, extra)
-        return await self._stream(request, passed, response, extra, self._copy(request, route, response))
+        watch = self._objects.watch(request.method, route, client, passed.pinned, response)
+        return await self._stream(request, passed, response, extra, watch)
 
     # -- up -----------------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,7 @@ class PassthroughHandler:
     ) -> ResponseInHand:
         """Return the response to give. Raises ProxyError."""
         body = _Upload(request, self._services.settings.server.max_body)
+        pinned_to = await self._pinned_to(route, client, body, passed)
         return await self._sender.send(
             UpstreamRequest(
                 method=request.method,
@@ -120,7 +122,7 @@ class PassthroughHandler:
                 client=client,
                 attempt_log=passed.log,
                 max_wait=passed.max_wait,
-                key_request=KeyRequest(pinned_to=await self._pinned_to(route, body), groups=self.key_groups(route)),
+                key_request=KeyRequest(pinned_to=pinned_to, groups=self.key_groups(route)),
                 max_retries=options.max_retries,
                 quota=self._sender.leases.quota(client),
                 repeatable=request.method in ("GET", "HEAD") and not request.body_exists,
@@ -136,24 +138,22 @@ class PassthroughHandler:
         """Return the keys that may serve a request without a known model, by priority."""
         return self._groups if route.shape == "openai" else self._azure_groups
 
-    async def _pinned_to(self, route: Route, body: _Upload) -> str:
-        """Return the label of the only key that may serve a stateful route; "" for other routes.
+    async def _pinned_to(self, route: Route, client: Client, body: _Upload, passed: PassedRequest) -> str:
+        """Return the label of the only key that may serve; "" for any. Raises ProxyError(object_not_found).
 
-        It is the key that made an object which the path or a small JSON body names, else the first one.
+        It is the key that made an object which the target or a small JSON body names, else, on a stateful route, the
+        fixed one.
         """
-        services = self._services
-        if not route.stateful:
+        if not self._objects.matter(client):
             return ""
-        if len(services.pool.keys) > 1:
-            ids = ids_in_path(route.path)
-            document = await body.small_json()
-            if document is not None:
-                with suppress(ValueError):
-                    ids += ids_named(document, parse_leniently(document))
-            label = await services.object_owners.owner_of(ids) if ids else None
-            if label is not None and services.pool.by_label(label) is not None:
-                return label
-        return self._first if route.shape == "openai" else self._first_azure
+        passed.pinned = await self._objects.pin(route, await body.small_json(), client, partial(self._fixed, route))
+        key = self._fixed(route) if route.stateful and not passed.pinned.key else None
+        return passed.pinned.key if key is None else key.label
+
+    def _fixed(self, route: Route) -> UpstreamKey | None:
+        """Return the key for objects that nobody knows."""
+        keys = sorted((key for group in self.key_groups(route) for key in group), key=self._services.pool.keys.index)
+        return self._services.pool.fixed_key("", self._services.clock.monotonic(), keys)
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
@@ -179,15 +179,13 @@ class PassthroughHandler:
         head = self.head(passed, response) + extra
         return FullResponse(request, head, self._services.masker.mask(body), status=response.status)
 
-    def _copy(self, request: BaseRequest, route: Route, response: ResponseInHand) -> BodyCopy | None:
-        """Return what copies a response that may bring a stored object, while the response itself flows on."""
-        if not route.stateful or len(self._services.pool.keys) == 1 or request.method in ("HEAD", "DELETE"):
-            return None
-        content_type = response.response.headers.get("Content-Type", "").lower()
-        return BodyCopy() if content_type.startswith("application/json") else None
-
     async def _stream(
-        self, request: BaseRequest, passed: PassedRequest, response: ResponseInHand, extra: bytes, copy: BodyCopy | None
+        self,
+        request: BaseRequest,
+        passed: PassedRequest,
+        response: ResponseInHand,
+        extra: bytes,
+        watch: ResponseWatch | None,
     ) -> StreamedResponse:
         length = response.response.headers.get("Content-Length")
         known = int(length) if length is not None and length.isascii() and length.isdigit() else None
@@ -197,11 +195,11 @@ class PassthroughHandler:
         try:
             if request.method != "HEAD":
                 async for chunk in response.more:
-                    if copy is not None:
-                        copy.feed(chunk)
+                    if watch is not None:
+                        watch.feed(chunk)  # before the client has it and asks for the object
                     await stream.write(chunk)
-            if copy is not None:  # before the client has its end and asks for the object
-                self._services.object_owners.record_owner(copy.ids(), response.lease.key.label)
+            if watch is not None:
+                watch.finish()
             return await stream.finish()
         except TransportFailure as failure:
             error = failure.code
@@ -262,6 +260,7 @@ class PassedRequest:
         self.log = AttemptLog(SharedDeadline(limits.deadline, services.clock.monotonic, limits.act_until))
         self.first_byte_ms: float | None = None
         self.reservation: ClientReservation | None = None
+        self.pinned = UNPINNED
 
     def elapsed_ms(self) -> float:
         """Return the milliseconds since the request came."""

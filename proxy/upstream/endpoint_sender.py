@@ -82,7 +82,7 @@ class EndpointSender:
         self, request: ProxyRequest, tokens: int, attempt_log: AttemptLog, whole: bool
     ) -> ResponseInHand:
         """Return the response of the request's own model, or of one of its fallbacks."""
-        pinned_to = await self._owners.pinned_key(self._pool, request)
+        pinned_to = await self._owners.pinned_key(self._pool, request, self._leases.clock.monotonic())
         first = await self._send_with_model(request, tokens, attempt_log, pinned_to)
         others = fallbacks_for(self._fallbacks, request.model) if whole else ()
         if not others or pinned_to or not attempt_log.exhausted:
@@ -131,8 +131,6 @@ class EndpointSender:
             )
         except ProxyError as error:
             return error.copy(error.proxy_headers)
-        if response.outcome is OutcomeKind.OK and response.is_event_stream:
-            self._owners.record_stream(self._pool, request, response.lease.key, response.first)
         return response
 
     def _prefix(self, request: ProxyRequest) -> bytes:

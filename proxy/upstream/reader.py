@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -75,7 +75,8 @@ class ResponseReader:
             response.lease.settle(usage.total_tokens if usage else None, cost)
             self._estimates.record(request, attempt_log.size, usage)
             settled = True
-            self._owners.record_answer(self._pool, request, response.lease.key, document)
+            if request.endpoint == "responses" or b'"audio"' in body or request.document.get("store") is True:
+                self._owners.record_answer(self._pool, request, response.lease.key, document)
         except TransportFailure as failure:
             raise failure.proxy_error() from None
         finally:
@@ -98,6 +99,10 @@ class ResponseReader:
         if without:
             headers = [(name, value) for name, value in headers if name.lower() != without]
         return headers
+
+    def watch(self, request: ProxyRequest, response: ResponseInHand) -> Callable[[bytes], None] | None:
+        """Return what learns of stored objects from each event of a stream; None if it brings none."""
+        return self._owners.watch_stream(self._pool, request, response.lease.key)
 
     def leaks(self, body: bytes) -> bool:
         """Whether a body repeats a pool key."""

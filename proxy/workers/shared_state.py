@@ -1,7 +1,7 @@
 """The state that the supervisor holds for all workers, in place of a Redis: limits, runs, owners, metrics.
 
 Every method is synchronous and runs in the supervisor's event loop, so there are no locks. The rules are those of
-`upstream.limits`, `accounting.runs` and `upstream.keys.stored_objects`.
+`upstream.limits`, `accounting.runs` and `upstream.keys.owner_table`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from ..accounting.runs.run import Run, Runs, RunShare
 from ..config.limits import Limits
 from ..observability.aggregate import Family, summed
-from ..upstream.keys.stored_objects import OwnerTable
+from ..upstream.keys.owner_table import OwnerTable
 from ..upstream.limits.rate_limiter import RateLimiter, Reservation, Wait
 from ..upstream.limits.shared import RECHECK
 from .ipc import Answer
@@ -99,7 +99,7 @@ class SharedState:
             "run.share": self._share,
             "run.read": self._read,
             "owner.put": self._record_owner,
-            "owner.get": self._owner_of,
+            "owner.get": self._owners_of,
         }
 
     def worker_ended(self, worker: int) -> None:
@@ -222,14 +222,15 @@ class SharedState:
     # -- stored objects -----------------------------------------------------------------------------------------------
 
     def _record_owner(self, body: bytes) -> Answer:
-        ids, label = unpack(body, list[str], str)
-        for id_ in ids:
-            self._owners.record(id_, label, self._wall())
+        digests, owner, only_new = unpack(body, list[str], str, bool)
+        for digest in digests:
+            self._owners.record(digest, owner, self._wall(), only_new)
         return None
 
-    def _owner_of(self, body: bytes) -> Answer:
-        (ids,) = unpack(body, list[str])
-        return pack(self._owners.owner_of(ids, self._wall()))
+    def _owners_of(self, body: bytes) -> Answer:
+        (digests,) = unpack(body, list[str])
+        found = ((digest, self._owners.get(digest, self._wall())) for digest in digests)
+        return pack({digest: owner for digest, owner in found if owner is not None})
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 

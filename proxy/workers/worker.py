@@ -140,12 +140,12 @@ class WorkerOwners:
     async def close(self) -> None:
         await self._channel.flush()
 
-    async def put(self, ids: list[str], label: str) -> None:
-        self._channel.notify("owner.put", pack(ids, label))
+    async def put(self, digests: list[str], owner: str, only_new: bool) -> None:
+        self._channel.notify("owner.put", pack(digests, owner, only_new))
 
-    async def get(self, ids: list[str]) -> str | None:
+    async def get(self, digests: list[str]) -> dict[str, str]:
         try:
-            label: str | None = unpack(await self._channel.request("owner.get", pack(ids)), str | None)[0]
+            owners: dict[str, str] = unpack(await self._channel.request("owner.get", pack(digests)), dict[str, str])[0]
         except ConnectionLost:
-            return None
-        return label
+            return {}
+        return owners

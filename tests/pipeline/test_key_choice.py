@@ -85,20 +85,13 @@ async def test_a_request_for_a_stored_object_is_retried_with_the_same_key() -> N
 
 @virtual_time
 async def test_a_rejected_key_is_still_used_for_its_stored_objects() -> None:
-    pipeline = PipelineFixture(error(401), config=config())
-    pipeline.transport.otherwise = answering
-    await respond(pipeline, "a")  # k1 rests
-    assert (await respond(pipeline, "x", previous_response_id="resp_x")).headers["X-Proxy-Key"] == "k1"
-
-
-@virtual_time
-async def test_the_owner_of_a_stored_chat_completion_is_recorded() -> None:
-    pipeline = PipelineFixture(
-        transport=ScriptedTransport(otherwise=lambda sent: says({"id": "chatcmpl-7", "object": "chat.completion"}))
-    )
-    pipeline = PipelineFixture(transport=pipeline.transport, config=config())
-    told = await pipeline.ask(ask(store=True))
-    assert await pipeline.services.object_owners.owner_of(["chatcmpl-7"]) == told.headers["X-Proxy-Key"]
+    pipeline = scene_of()
+    made = await respond(pipeline, "a")
+    assert made.headers["X-Proxy-Key"] == "k1"
+    pipeline.transport.queue[:] = [error(401)]
+    await respond(pipeline, "b", previous_response_id="resp_k1_a")  # k1 rests
+    assert (await respond(pipeline, "c", previous_response_id="resp_x")).headers["X-Proxy-Key"] == "k2"  # unknown
+    assert (await respond(pipeline, "d", previous_response_id="resp_k1_a")).headers["X-Proxy-Key"] == "k1"
 
 
 @virtual_time

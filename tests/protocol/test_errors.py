@@ -40,8 +40,8 @@ STATUS = {
 }
 """The documented codes."""
 
-OURS_TOO = {"upgrade_required": 426, "bad_request": 400, "internal_error": 500}
-"""Further codes: no WebSocket, malformed HTTP, and a failure of the proxy itself."""
+OURS_TOO = {"upgrade_required": 426, "object_not_found": 404, "bad_request": 400, "internal_error": 500}
+"""Further codes: no WebSocket, another client's object, malformed HTTP, and a failure of the proxy itself."""
 
 WORTH_WAITING = {"throttled", "queue_full", "keys_cooling", "client_limit"}
 NEVER_RETRY = {"budget_exceeded", "not_cached", "request_exceeds_limit", "no_usable_key"}

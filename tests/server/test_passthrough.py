@@ -22,8 +22,9 @@ from proxy.config.settings import (
 )
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import pool, settings
-from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
+from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited
 from tests.server.kit import TEST_TIMEOUT, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
+from tests.server.objects import remember
 
 pytestmark = pytest.mark.slow
 
@@ -161,8 +162,11 @@ async def test_stateful_routes_use_one_fixed_key_and_others_any_ready_key() -> N
     async with running_proxy(config=TWO) as server:
         assert await carried(server, "/v1/models", error(401), LISTED) == ["k1", "k2"]
         assert await carried(server, "/v1/models", LISTED) == ["k2"]  # k1 rests
-        assert await carried(server, "/v1/files", LISTED) == ["k1"]  # another key could not see the file
-        assert await carried(server, "/v1/files", error(401)) == ["k1"]
+        assert await carried(server, "/v1/files", LISTED) == ["k2"]  # the first that is usable
+    async with running_proxy(config=TWO) as server:
+        assert await carried(server, "/v1/files", LISTED) == ["k1"]
+        assert await carried(server, "/v1/files", LISTED) == ["k1"]
+        assert await carried(server, "/v1/files", error(401)) == ["k1"]  # another key could not see the file
 
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
@@ -186,42 +190,6 @@ async def test_in_pass_through_a_401_is_returned_as_is() -> None:
     async with running_proxy(error(401), config=settings(UpstreamSettings(base_url="http://up.test/v1"))) as server:
         answer = await server.ask("GET", MODELS)
         assert (answer.status, answer.get("X-Proxy-Error")) == (401, None)
-
-
-def made(id_: str, **fields: Any) -> Responds:
-    return says({"id": id_, "object": "file", **fields})
-
-
-async def test_a_stored_object_is_requested_with_the_key_that_made_it() -> None:
-    async with running_proxy(config=TWO) as server:
-        server.services.object_owners.record_owner(["resp_1"], "k2")  # by one of the five endpoints
-        assert await carried(server, "/v1/responses/resp_1", made("resp_1")) == ["k2"]
-        assert await carried(server, "/v1/responses/resp_1/input_items", made("x")) == ["k2"]
-        assert await carried(server, "/v1/responses/resp_2", made("resp_2")) == ["k1"]
-        assert await carried(server, "/v1/responses/resp_1", error(401)) == ["k2"]  # no other key could see it
-
-
-@pytest.mark.parametrize("length", [(), (("Content-Length", "38"),)])
-async def test_objects_in_forwarded_responses_are_remembered(length: Iterable[tuple[str, str]]) -> None:
-    body = b'{"id": "vs_1", "object":"vector_store"}'[:-1] + b"}"
-    answer = Responds(200, (JSON, *[("Content-Length", str(len(body))) for _ in length]), (body[:9], body[9:]))
-    async with running_proxy(config=TWO) as server:
-        server.services.object_owners.record_owner(["file-1"], "k2")
-        server.transport.queue[:] = [answer, LISTED]
-        made = await server.ask("POST", "/v1/vector_stores", {"file_ids": ["file-1"]})
-        assert (made.body, server.transport.keys) == (body, ["k2"])  # where its file is
-        assert await server.services.object_owners.owner_of(["vs_1"]) == "k2"
-        assert server.transport.sent[0].json() == {"file_ids": ["file-1"]}
-
-
-async def test_large_or_broken_bodies_are_not_parsed() -> None:
-    async with running_proxy(config=TWO) as server:
-        server.services.object_owners.record_owner(["file-1"], "k2")
-        for body in (b'{"file_ids": ["file-1"], "x": "' + b"x" * 70_000 + b'"}', b'{"file_ids": ["file-1"], '):
-            server.transport.queue[:] = [LISTED]
-            await server.ask("POST", "/v1/vector_stores", body, [("Content-Type", "application/json")])
-            assert server.transport.keys.pop() == "k1"
-            assert server.transport.sent[-1].body == body
 
 
 async def test_the_circuit_opens_after_repeated_failures() -> None:
@@ -519,11 +487,12 @@ async def test_key_states_learned_from_forwarded_responses() -> None:
 
         assert await carried(server, MODELS, error(401), LISTED) == ["k1", "k2"]
         assert state("k1") == "rejected"
-        assert await carried(server, FILES, LISTED) == ["k1"]
+        remember(server, "file-1", "k1")
+        assert await carried(server, f"{FILES}/file-1", LISTED) == ["k1"]
         assert state("k1") == "ready"
         assert await carried(server, MODELS, LISTED) == ["k2"]
         assert await carried(server, MODELS, error(429, "insufficient_quota"), LISTED) == ["k1", "k2"]
-        assert await carried(server, FILES, LISTED) == ["k1"]
+        assert await carried(server, f"{FILES}/file-1", LISTED) == ["k1"]
         assert state("k1") == "exhausted"
         for passing in (error(403), error(404, "model_not_found"), rate_limited("99")):
             await carried(server, FILES, passing)

@@ -59,10 +59,13 @@ async def test_owner_of_an_object_is_shared() -> None:
     clock = Clock()
     async with worker_links(2, clock) as (_, links):
         one, other = (WorkerOwners(link) for link in links)
-        await one.put(["resp_1"], "k2")
-        assert await one.get(["resp_0", "resp_1"]) == "k2"
-        assert await other.get(["resp_1"]) == "k2"
-        assert await other.get(["resp_2"]) is None
+        await one.put(["1"], "m1\nanna\n", False)
+        assert await one.get(["0", "1"]) == {"1": "m1\nanna\n"}
+        await other.put(["1", "2"], "m2\n\n", True)  # the owner that is known stays
+        assert await other.get(["1", "2", "3"]) == {"1": "m1\nanna\n", "2": "m2\n\n"}
+        links[0].channel.close()
+        await asyncio.sleep(0.01)
+        assert await one.get(["1"]) == {}
 
 
 async def test_counters_of_an_ended_worker_are_kept() -> None:

@@ -15,7 +15,11 @@ from ..limits.rate_limiter import Reservation, Wait
 
 @dataclass(frozen=True, slots=True)
 class UpstreamKey:
-    """A key as the pool sees it, without its secret. upstream: index of its upstream; models: globs that it serves."""
+    """A key as the pool sees it, without its secret.
+
+    upstream: index of its upstream. models: globs that it serves. maker: stands for it in what is remembered of the
+    objects it makes, see `owner_table.maker_of`.
+    """
 
     label: str
     upstream: int
@@ -24,6 +28,7 @@ class UpstreamKey:
     quota: str = ""
     limits: Mapping[str, Limits] = field(default_factory=dict)
     weight: float = 1.0
+    maker: str = ""
 
     def serves(self, model: str) -> bool:
         return any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)

@@ -1,24 +1,23 @@
-"""Which upstream key created which stored object, shared over Redis by proxies with the same keys.
+"""Who made which stored object, shared over Redis by proxies with the same keys.
 
-An id is stored as a digest, and its value is a key's label: neither is a secret. A command touches one key, so that a
-cluster can be used.
+An id is stored as a digest, and its value has digests of keys and names of clients: neither is a secret. A command
+touches one key, so that a cluster can be used.
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from typing import Final
 
 from redis.exceptions import RedisError
 
 from ...system.redis import RedisConnection
-from .stored_objects import KEPT_FOR
+from .owner_table import KEPT_FOR
 
 DEADLINE: Final = 0.09
-"""Seconds a request waits for a reply, at most; a label that comes later counts as unknown."""
+"""Seconds a request waits for a reply, at most; an owner that comes later counts as unknown."""
 
 _PUT_DEADLINE: Final = 2.0
-_MAX_IDS: Final = 8
 
 
 class RedisOwners:
@@ -26,7 +25,7 @@ class RedisOwners:
 
     def __init__(self, url: str, prefix: str) -> None:
         self.link = RedisConnection(url, DEADLINE)
-        self._start = f"{prefix}:o1:"
+        self._start = f"{prefix}:o2:"
 
     async def open(self) -> None:
         await self.link.open()
@@ -34,28 +33,26 @@ class RedisOwners:
     async def close(self) -> None:
         await self.link.close()
 
-    def _key(self, id_: str) -> str:
-        return self._start + hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-    async def put(self, ids: list[str], label: str) -> None:
-        for id_ in ids:
+    async def put(self, digests: list[str], owner: str, only_new: bool) -> None:
+        value = owner.encode("utf-8", "replace")
+        for digest in digests:
             if not self.link.up:
                 return
-            key = self._key(id_)
             try:
-                await self.link.run(lambda key=key: self.link.redis.set(key, label, ex=int(KEPT_FOR)), _PUT_DEADLINE)  # type: ignore[misc]
+                await self.link.run(
+                    lambda key=self._start + digest: self.link.redis.set(key, value, ex=int(KEPT_FOR), nx=only_new),  # type: ignore[misc]
+                    _PUT_DEADLINE,
+                )
             except (RedisError, OSError, TimeoutError):
                 return
 
-    async def get(self, ids: list[str]) -> str | None:
-        for id_ in ids[:_MAX_IDS]:
-            if not self.link.up:
-                return None
-            key = self._key(id_)
-            try:
-                value = await self.link.run(lambda key=key: self.link.redis.get(key), DEADLINE)  # type: ignore[misc]
-            except (RedisError, OSError, TimeoutError):
-                return None
-            if isinstance(value, bytes):
-                return value.decode("utf-8", "replace")
-        return None
+    async def get(self, digests: list[str]) -> dict[str, str]:
+        values = await asyncio.gather(*map(self._get, digests)) if self.link.up else []
+        return {digest: value for digest, value in zip(digests, values, strict=False) if value is not None}
+
+    async def _get(self, digest: str) -> str | None:
+        try:
+            value = await self.link.run(lambda: self.link.redis.get(self._start + digest), DEADLINE)
+        except (RedisError, OSError, TimeoutError):
+            return None
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else None

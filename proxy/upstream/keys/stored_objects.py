@@ -1,140 +1,201 @@
-"""Ids of objects stored upstream: those a request names, those a response brings, and the key that made each.
+"""Ids of what an upstream keeps or has sealed for one account: those a request names, and those a response brings.
 
-See `docs/keys-and-limits.md`.
+An id is known by the field that it stands in, or by its beginning (`resp_`, `file-` …), as OpenAI's API reference has
+them. Sealed content (`encrypted_content`) is named by its digest. See `docs/keys-and-limits.md`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import hashlib
+import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
-import orjson
+import msgspec
 
-KEPT_FOR: Final = 30 * 86_400.0
-"""Seconds for which the maker of an object is remembered; OpenAI keeps responses for 30 days."""
-
-MAX_OBJECTS: Final = 100_000
 MAX_ID_LENGTH: Final = 256
 """Characters of an id; a longer text is no id."""
 
-_ID_FIELDS: Final = frozenset(
-    {
-        "assistant_id", "batch_id", "container", "container_id", "conversation", "conversation_id", "file_id",
-        "file_ids", "input_file_id", "previous_response_id", "prompt_id", "response_id", "thread_id", "training_file",
-        "upload_id", "validation_file", "vector_store_id", "vector_store_ids",
-    }
-)  # fmt: skip
-"""Fields whose value is the id of a stored object, a list of ids, or an object with an `id`."""
+MAX_IDS: Final = 1000
+"""Ids of one request or response that are looked at."""
 
-_ID_FIELD_ENDINGS: Final = (b'_id"', b'_ids"', b'_file"', b'"conversation"', b'"container"')
-"""How each of these names ends: to search a body for five endings costs less than to search for all names."""
 _MAX_NODES: Final = 100_000
 
+_FIELDS: Final = frozenset(
+    {
+        "assistant_id", "batch_id", "container", "container_id", "conversation", "conversation_id", "error_file_id",
+        "file_id", "file_ids", "input_file_id", "output_file_id", "output_file_ids", "previous_response_id",
+        "prompt_id", "response_id", "result_files", "skill_id", "thread_id", "training_file", "upload_id",
+        "validation_file", "vector_store_id", "vector_store_ids",
+    }
+)  # fmt: skip
+"""Fields whose value is the id of a stored object, whatever it is like; or a list of ids, or an object with an `id`."""
 
-def ids_named(body: bytes, document: object) -> list[str]:
-    """Return the ids of stored objects that a request names, at any depth. body: what `document` was parsed from."""
-    if not any(ending in body for ending in _ID_FIELD_ENDINGS):
-        return []  # nearly every request
-    found: dict[str, None] = {}
-    left: list[object] = [document]
-    seen = 0
-    while left and seen < _MAX_NODES:
-        node = left.pop()
-        seen += 1
-        if isinstance(node, Mapping):
+_NO_FIELDS: Final = frozenset(
+    {
+        "call_id", "client_id", "custom_id", "end_user_id", "organization_id", "project_id", "request_id",
+        "session_id", "tool_call_id", "trace_id", "user_id",
+    }
+)  # fmt: skip
+"""Fields that look as if they named a stored object."""
+
+_CLIENTS_OWN: Final = frozenset({"arguments", "headers", "json_schema", "metadata", "parameters", "schema"})
+"""Fields whose content is the client's or the model's: a name in it means nothing to the upstream."""
+
+_ECHOED: Final = _CLIENTS_OWN | {"prompt", "text", "tools"}
+"""Fields in which a response repeats what the request said."""
+
+_ITEMS: Final = frozenset({"data", "item", "items", "output"})
+"""Fields that hold objects with ids of their own."""
+
+_KNOWN: Final = re.compile(
+    r"(?:apc|apco|asst|audio|batch|cfile|ci|cksess|cmp|cntr|conv|cthi|cthr|ctc|ctco|cu|cuo|eval|evalrun|fc|fco|file|fs"
+    r"|ftckpt|ig|lsh|lsho|mcp|mcpl|mcpr|msg|outputitem|part|pmpt|resp|rs|run|sh|sho|skill|skillver|step|thread|upload"
+    r"|video|voice|vs|vsf|vsfb|ws)_[^\s/]+|(?:assistant|chatcmpl|cmpl|file|ftckpt|ftevent|ftjob)-[^\s/]+"
+)
+_WORD: Final = re.compile(r"[a-z_]+")
+"""A segment of a path that names no object, unless it looks like an id."""
+
+_MAY_NAME: Final = (
+    b'_id"',
+    b'_ids"',
+    b'_file"',
+    b'_files"',
+    b'"id"',
+    b'"conversation"',
+    b'"container"',
+    b'"encrypted_content"',
+)
+"""How the names of all these fields end: to search a body for them costs less than to walk through it."""
+
+
+class NamedObjects(msgspec.Struct, frozen=True):
+    """What a request names. certain: ids of stored objects; possible: texts that may be such ids."""
+
+    certain: tuple[str, ...] = ()
+    possible: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.certain or self.possible)
+
+
+NOTHING: Final = NamedObjects()
+
+
+def looks_like_id(text: object) -> bool:
+    """Whether a text begins as ids of stored objects do."""
+    return isinstance(text, str) and len(text) <= MAX_ID_LENGTH and _KNOWN.fullmatch(text) is not None
+
+
+def sealed(content: str) -> str:
+    """Return what stands for encrypted content among the ids."""
+    return "sealed " + hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def names_in(body: bytes, document: object, path: str = "", query: str = "") -> NamedObjects:
+    """Return what a request names, in its path and query first. body: what `document` was parsed from."""
+    certain: dict[str, None] = {}
+    possible: dict[str, None] = {}
+    for part in path.split("/")[2:]:
+        segment = unquote(part)
+        if looks_like_id(segment):
+            certain[segment] = None
+        elif 0 < len(segment) <= MAX_ID_LENGTH and not _WORD.fullmatch(segment):
+            possible[segment] = None
+    for name, value in parse_qsl(query) if query else ():
+        if looks_like_id(value) or (name in _FIELDS and 0 < len(value) <= MAX_ID_LENGTH):
+            certain[value] = None
+    if any(ending in body for ending in _MAY_NAME):
+        for node, under, _ in _objects(document, _CLIENTS_OWN):
             for name, value in node.items():
-                if name in _ID_FIELDS:
-                    for id_ in _ids(value):
-                        found[id_] = None
-                if isinstance(value, Mapping | list):
-                    left.append(value)
+                if name == "id" and under == "input" and not looks_like_id(value):
+                    possible.update(dict.fromkeys(_ids(value)))  # an item of an earlier response
+                _add(node, name, value, certain, possible)
+            if len(certain) + len(possible) > MAX_IDS:
+                break
+    if not certain and not possible:
+        return NOTHING
+    return NamedObjects(tuple(certain), tuple([id_ for id_ in possible if id_ not in certain]))
+
+
+def _add(node: Mapping[str, Any], name: str, value: Any, certain: dict[str, None], possible: dict[str, None]) -> None:
+    """Put the ids in one field of a request into `certain` or `possible`."""
+    if name == "encrypted_content":
+        if isinstance(value, str) and value:
+            certain[sealed(value)] = None
+    elif name == "id":
+        if node.get("type") == "item_reference" or looks_like_id(value):
+            certain.update(dict.fromkeys(_ids(value)))
+    elif name in _FIELDS or (name in ("audio", "prompt") and isinstance(value, Mapping)):
+        certain.update(dict.fromkeys(_ids(value)))
+    elif name.endswith(("_id", "_ids", "_file", "_files")) and name not in _NO_FIELDS:
+        for id_ in _ids(value):
+            (certain if looks_like_id(id_) else possible)[id_] = None
+
+
+class BroughtObjects(msgspec.Struct, frozen=True):
+    """What a response brings. made: ids of what it has made, or seems to; seen: ids that it only mentions.
+
+    sealed: what stands for encrypted content.
+    """
+
+    made: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
+    sealed: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.made or self.seen or self.sealed)
+
+
+def brought_by(document: object) -> BroughtObjects:
+    """Return the ids in a response, or in one event of a streamed response."""
+    made: dict[str, None] = {}
+    seen: dict[str, None] = {}
+    closed: dict[str, None] = {}
+    for node, under, found in _objects(document, _ECHOED):
+        into = seen if found else made
+        for name, value in node.items():
+            if name == "encrypted_content":
+                if isinstance(value, str) and value:
+                    closed[sealed(value)] = None
+            elif name == "id":
+                if node is document or under in _ITEMS or isinstance(node.get("object"), str) or looks_like_id(value):
+                    into.update(dict.fromkeys(_ids(value)))
+            elif name in _FIELDS or (name == "audio" and isinstance(value, Mapping)):
+                into.update(dict.fromkeys(_ids(value)))
+            elif name.endswith(("_id", "_ids")) and name not in _NO_FIELDS:
+                into.update(dict.fromkeys([id_ for id_ in _ids(value) if looks_like_id(id_)]))
+        if len(made) + len(seen) + len(closed) > MAX_IDS:
+            break
+    return BroughtObjects(tuple(made), tuple([id_ for id_ in seen if id_ not in made]), tuple(closed))
+
+
+def _objects(document: object, skipped: frozenset[str]) -> Iterator[tuple[Mapping[str, Any], str, bool]]:
+    """Yield every JSON object, the outer ones first, the field that holds it, and whether a search has found it.
+
+    skipped: fields whose content is left out.
+    """
+    left: deque[tuple[object, str, bool]] = deque([(document, "", False)])
+    for _ in range(_MAX_NODES):
+        if not left:
+            return
+        node, under, found = left.popleft()
+        if isinstance(node, Mapping):
+            found = found or node.get("type") == "file_citation"
+            yield node, under, found
+            for name, value in node.items():
+                if isinstance(value, Mapping | list) and name not in skipped:
+                    left.append((value, name, found or name in ("results", "search_results")))
         elif isinstance(node, list):
-            left.extend(item for item in node if isinstance(item, Mapping | list))
-    return list(found)
+            left.extend([(item, under, found) for item in node if isinstance(item, Mapping | list)])
 
 
 def _ids(value: object) -> Iterator[str]:
+    """Yield the ids in a field that names objects: a text, a list of texts, or an object with an `id`."""
     if isinstance(value, Mapping):
         value = value.get("id")
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and 0 < len(item) <= MAX_ID_LENGTH:
             yield item
-
-
-def ids_in_path(path: str) -> list[str]:
-    """Return the path segments of a stateful route that may be ids: `/files/file-1/content`, `/threads/t/runs/r`."""
-    return [unquote(part) for part in path.split("/")[2:] if 0 < len(part) <= MAX_ID_LENGTH]
-
-
-def ids_made_by(document: object) -> list[str]:
-    """Return the ids that a response brings: its own, and those of a list's items; none if it is no API object."""
-    if not isinstance(document, Mapping):
-        return []
-    found: list[str] = []
-    listed = document.get("data")
-    for item in (document, *(listed if isinstance(listed, list) else ())):
-        if isinstance(item, Mapping) and isinstance(item.get("object"), str):
-            found += _ids(item.get("id"))
-    return found
-
-
-class BodyCopy:
-    """A bounded copy of a response that is forwarded, kept to see which objects it brings."""
-
-    LIMIT: Final = 256 * 1024
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] | None = []
-        self._size = 0
-
-    def feed(self, chunk: bytes) -> None:
-        if self._parts is not None:
-            self._size += len(chunk)
-            if self._size > self.LIMIT:
-                self._parts = None
-            else:
-                self._parts.append(chunk)
-
-    def ids(self) -> list[str]:
-        """Return the ids that the response brings; none if it is too large, compressed or no JSON."""
-        try:
-            return ids_made_by(orjson.loads(b"".join(self._parts))) if self._parts else []
-        except orjson.JSONDecodeError:
-            return []
-
-
-def ids_made_by_event(data: bytes) -> list[str]:
-    """Return the id in the first event of a stream of the Responses API (`response.created`)."""
-    if b'"response"' not in data:
-        return []
-    try:
-        event: Any = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return []
-    return ids_made_by(event.get("response")) if isinstance(event, dict) else []
-
-
-class OwnerTable:
-    """The label of the key that made each object. `wall` is in Unix seconds."""
-
-    def __init__(self) -> None:
-        self._owners: OrderedDict[str, tuple[str, float]] = OrderedDict()
-
-    def record(self, id_: str, label: str, wall: float) -> bool:
-        """Remember a maker; return whether other processes should be told (once a day is enough)."""
-        old = self._owners.get(id_)
-        self._owners[id_] = (label, wall)
-        self._owners.move_to_end(id_)
-        if len(self._owners) > MAX_OBJECTS:
-            self._owners.popitem(last=False)
-        return old is None or old[0] != label or wall - old[1] > 86_400
-
-    def owner_of(self, ids: list[str], wall: float) -> str | None:
-        """Return the label of the key that made the first known one of these ids."""
-        for id_ in ids:
-            found = self._owners.get(id_)
-            if found is not None and wall - found[1] < KEPT_FOR:
-                return found[0]
-        return None

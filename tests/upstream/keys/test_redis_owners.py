@@ -7,11 +7,13 @@ import asyncio
 import pytest
 
 from proxy.upstream.keys import redis_owners as redis_objects
+from proxy.upstream.keys.owner_table import KEPT_FOR, digest_of
 from proxy.upstream.keys.redis_owners import RedisOwners
-from proxy.upstream.keys.stored_objects import KEPT_FOR
 from tests.cache.stores.kit import PATIENT, until, valkey
 
 pytestmark = pytest.mark.slow
+
+FILE, STORE = digest_of("file-1"), digest_of("vs_\ud800")
 
 
 async def test_owners_are_shared_between_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,10 +28,12 @@ async def told(url: str) -> None:
     await asyncio.gather(one.open(), other.open())
     await until(lambda: one.link.up and other.link.up)
     try:
-        assert await other.get(["file-1"]) is None
-        await one.put(["file-1", "vs_\ud800"], "k1")
-        assert await other.get(["x", "file-1"]) == "k1"
-        assert await other.get(["vs_\ud800"]) == "k1"
+        assert await other.get([FILE]) == {}
+        await one.put([FILE, STORE], "m1\nanna\n", False)
+        await other.put([FILE], "m2\n\n", True)  # the owner that is known stays
+        assert await other.get([digest_of("x"), FILE]) == {FILE: "m1\nanna\n"}
+        await one.put([FILE], "m2\n\n", False)
+        assert await other.get([FILE, STORE]) == {FILE: "m2\n\n", STORE: "m1\nanna\n"}
         keys = [key async for key in one.link.redis.scan_iter()]
         assert all(len(key) <= 160 and b"file-1" not in key for key in keys)
         for key in keys:
@@ -45,8 +49,8 @@ async def test_without_redis_owners_are_unknown_at_once() -> None:
         server.kill()
     try:
         for _ in range(5):
-            await objects.put(["file-1"], "k1")
-            assert await objects.get(["file-1"]) is None
+            await objects.put([FILE], "m1\n\n", False)
+            assert await objects.get([FILE]) == {}
         assert not objects.link.up
     finally:
         await objects.close()

@@ -1,0 +1,63 @@
+"""Stored objects on routes that are passed through: which key a request needs, and whose objects a response brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+from ..protocol.json_parse import parse_leniently
+from ..protocol.request import Client
+from ..protocol.routes import Route
+from ..services import Services
+from ..upstream.keys.lease import UpstreamKey
+from ..upstream.keys.object_owners import UNPINNED, Pinned
+from ..upstream.keys.response_watch import ResponseWatch
+from ..upstream.keys.stored_objects import names_in
+from ..upstream.response import ResponseInHand
+
+_MAKES: Final = frozenset({"POST", "PUT", "PATCH"})
+
+
+class PassedObjects:
+    """Finds the objects in requests and responses, and asks and tells `ObjectOwners` of them."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def matter(self, client: Client) -> bool:
+        """Return whether anything depends on the objects that a request of this client names."""
+        return len(self._services.pool.keys) > 1 or bool(client.name)
+
+    async def pin(
+        self, route: Route, body: bytes | None, client: Client, fixed: Callable[[], UpstreamKey | None]
+    ) -> Pinned:
+        """Return which key a request needs. Raises ProxyError(object_not_found).
+
+        body: JSON, if it could be read. fixed: returns the key for objects that nobody knows.
+        """
+        if not self.matter(client):
+            return UNPINNED
+        document: object = None
+        if body is not None:
+            with suppress(ValueError):
+                document = parse_leniently(body)
+        named = names_in(body or b"", document, route.path, route.query)
+        return await self._services.object_owners.pin(self._services.pool, named, client, fixed)
+
+    def watch(
+        self, method: str, route: Route, client: Client, pinned: Pinned, response: ResponseInHand
+    ) -> ResponseWatch | None:
+        """Return what reads a copy of a response; None if it brings no objects."""
+        headers = response.response.headers
+        if not route.stateful or response.status >= 300 or method in ("HEAD", "DELETE", "OPTIONS"):
+            return None
+        if not ResponseWatch.reads(headers.get("Content-Type", "")):
+            return None
+        encoding = "" if response.decoded else headers.get("Content-Encoding", "").strip().lower()
+        length = headers.get("Content-Length", "")
+        known = int(length) if length.isascii() and length.isdigit() else None
+        maker = client if method in _MAKES else None
+        record = partial(self._services.object_owners.record_brought, response.lease.key, pinned, maker)
+        return ResponseWatch(encoding, known, record)
