@@ -114,10 +114,11 @@ def test_closed_standard_output_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_during_start_prints_no_traceback(tmp_path: Path) -> None:
-    """The settings wait for a key command when the signal comes."""
+    """The settings wait for a key command when the signal comes. The command ignores it, so it does not end first."""
     started = tmp_path / "started"
     config = tmp_path / "settings.yaml"
-    config.write_text(f"upstreams:\n  - keys:\n      - key_command: [sh, -c, 'touch {started}; exec sleep 9']\n")
+    command = f"[sh, -c, 'trap \"\" INT; touch {started}; exec sleep 9']"
+    config.write_text(f"upstreams:\n  - keys:\n      - key_command: {command}\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)],
         cwd=tmp_path,
