@@ -113,7 +113,7 @@ class AttemptRunner:
                 response.outcome = OutcomeKind.FINAL
             elif response.status >= 400 or (response.is_event_stream and not request.verbatim):
                 async with deadline.limit():
-                    await classify_response(response)
+                    await classify_response(response, request.verbatim)
             return response
         except TimeoutError:
             reply.close()

@@ -9,8 +9,8 @@ from ..protocol.request import Client
 from ..protocol.routes import printable
 from ..system.clock import Clock
 from .keys.lease import KeyRequest, Lease, NoKey, NotReady, UpstreamKey
-from .keys.pool import KeyOutcome, KeyPool
-from .keys.states import Status
+from .keys.pool import KeyPool
+from .keys.states import KeyOutcome, Status
 from .limits.clients import ClientReservation
 from .limits.queue import AdmissionQueue, QueueFull, TimedOut
 from .limits.rate_limiter import Reservation, Wait
@@ -139,19 +139,13 @@ class KeyLeases:
         self,
         request: UpstreamRequest,
         key: UpstreamKey,
-        outcome: OutcomeKind,
-        cooling: float = 0.0,
-        reason: str = "",
-        floor: int = 0,
+        outcome: KeyOutcome,
     ) -> None:
-        """Record what an outcome says of a key of the proxy's, and publish it to the other processes.
-
-        cooling: seconds a rate-limited key cools; floor: tokens from which on a request is held back.
-        """
-        now, model = self.clock.monotonic(), request.model
-        if not self.pooled or not (request.model_known or self._is_about_whole_key(key, outcome, now)):
+        """Record what an outcome says of a key of the proxy's, and publish it to the other processes."""
+        now, model = outcome.at, request.model
+        if not self.pooled or not (request.model_known or self._is_about_whole_key(key, outcome.kind, now)):
             return
-        self.pool.record_outcome(key, model, KeyOutcome(outcome, now, cooling, reason, floor))
+        self.pool.record_outcome(key, model, outcome)
         if self._limiter is not None:
             states = self.pool.active_states(key.label, model, now)
             shared = {
@@ -169,7 +163,7 @@ class KeyLeases:
         if outcome is OutcomeKind.OK:
             state = self.pool.state(key.label, "", now)
             return state is not None and state.status is Status.REJECTED
-        return outcome in (OutcomeKind.UNAUTHORIZED, OutcomeKind.QUOTA)
+        return outcome in (OutcomeKind.UNAUTHORIZED, OutcomeKind.QUOTA, OutcomeKind.SCOPE)
 
 
 def _waited_too_long(why: str, model: str, seconds: float) -> ProxyError:

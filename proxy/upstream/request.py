@@ -87,6 +87,16 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
         return self.key_request.groups is None
 
     @property
+    def key_route(self) -> str:
+        """The part of the API that a restricted key may lack the right for: read or write, and the first segment."""
+        return f"{'GET' if self.method in ('GET', 'HEAD') else 'POST'} {self.route.segment}"
+
+    def digest(self, upstream: Upstream) -> int:
+        """Return a number that tells this request from others; an upload is like no other."""
+        body, _ = self.body.for_upstream(upstream)
+        return hash((self.route.path, self.route.query, body))
+
+    @property
     def queue(self) -> str:
         """The name of the queue that it waits in."""
         return f"{self.model} {self.quota}" if self.quota else self.model

@@ -14,7 +14,8 @@ from ..protocol.sse import Splitter, data_of
 from .decompress import Decompressor
 from .interfaces import UpstreamResponse
 from .key_lease import KeyLease
-from .retry.outcome import ErrorInfo, OutcomeKind, TransportFailure, classify, error_info, stream_error
+from .retry.error_body import ErrorInfo, error_info, stream_error
+from .retry.outcome import OutcomeKind, TransportFailure, classify
 from .target import Upstream
 
 MAX_ERROR_BODY: Final = 8 * 1024 * 1024
@@ -81,12 +82,12 @@ def response_in_hand(
     )
 
 
-async def classify_response(response: ResponseInHand) -> None:
-    """Read what is needed to know the outcome. Raises TransportFailure."""
+async def classify_response(response: ResponseInHand, verbatim: bool) -> None:
+    """Read what is needed to know the outcome. Raises TransportFailure. verbatim: as in `response_in_hand`."""
     should_retry = response.response.headers.get("x-should-retry")
     if response.status >= 400:
         response.body = await read_error(response.more)
-        response.outcome = classify(response.status, error_info(response.body), should_retry)
+        response.outcome = classify(response.status, error_info(response.body), should_retry, endpoint=not verbatim)
         return
     error = await _first_event(response)
     if error is not None:
@@ -135,4 +136,4 @@ async def _first_event(response: ResponseInHand) -> tuple[int, ErrorInfo] | None
 
 def refuses_stream_options(response: ResponseInHand) -> bool:
     """Whether an upstream refuses the `stream_options` that the proxy has added."""
-    return response.status == 400 and response.body is not None and b"stream_options" in response.body
+    return 400 <= response.status < 500 and response.body is not None and b"stream_options" in response.body

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from ..protocol.errors import ProxyError
 from .progress import AttemptLog
 from .response import ResponseInHand, refuses_stream_options
+from .retry.error_body import ErrorInfo, error_info
 from .retry.outcome import (
     KEY_TROUBLE,
-    ErrorInfo,
     OutcomeKind,
     TransportFailure,
     breaker_failure,
     dimension_of,
-    error_info,
     read_number,
     retry_after,
 )

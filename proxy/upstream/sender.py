@@ -18,6 +18,7 @@ from ..system.clock import Clock
 from .attempt import AttemptRunner
 from .counters import UpstreamCounters
 from .key_lease import KeyLease, KeyLeases
+from .keys.states import KeyOutcome
 from .request import UpstreamRequest
 from .response import ResponseInHand
 from .result import AttemptResult, LastOutcome
@@ -42,7 +43,7 @@ class _Sending:
     def __init__(self, request: UpstreamRequest, retries: RetryState) -> None:
         self.request = request
         self.retries = retries
-        self.key_request = request.key_request
+        self.key_request = structs.replace(request.key_request, route=request.key_route)
         self.excluded: set[str] = set()
         self.limited: set[str] = set()
         self.visited: set[int] = set()
@@ -114,10 +115,11 @@ class RetryingSender:
                 self._record_health(sending, lease, upstream, result)
                 if result.response is not None and result.outcome is OutcomeKind.OK:
                     request.attempt_log.exhausted = False
-                    self.leases.record_outcome(request, lease.key, result.outcome)
+                    worked = KeyOutcome(result.outcome, self._clock.monotonic(), route=request.key_route)
+                    self.leases.record_outcome(request, lease.key, worked)
                     self.leases.admission.wake(request.queue)  # the key works, and its limits may be known better
                     return result.response
-                asked_wait = self._record_failure(sending, lease, result)
+                asked_wait = self._record_failure(sending, lease, upstream, result)
                 if not request.repeatable and result.outcome is not OutcomeKind.UNREACHED:
                     result = replace(result, outcome=OutcomeKind.FINAL)  # it may have been carried out
                 step = self._next_step(sending, lease, upstream, result.outcome, asked_wait)
@@ -142,12 +144,23 @@ class RetryingSender:
         elif self._clock.monotonic() < sending.request.attempt_log.deadline.at:  # else the request's time was too short
             sending.failing[lease.key.upstream] = failure
 
-    def _record_failure(self, sending: _Sending, lease: KeyLease, result: AttemptResult) -> float | None:
+    def _record_failure(
+        self, sending: _Sending, lease: KeyLease, upstream: Upstream, result: AttemptResult
+    ) -> float | None:
         """Record what a failed attempt says of its key. Return the seconds that the upstream asks to wait, if any."""
         request = sending.request
         asked_wait, reason, floor = result.rate_limit_info(request.tokens, self._clock.wall())
         cooling = asked_wait if asked_wait is not None else sending.retries.delay()
-        self.leases.record_outcome(request, lease.key, result.outcome, cooling, reason, floor)
+        outcome = KeyOutcome(
+            result.outcome,
+            self._clock.monotonic(),
+            cooling,
+            reason,
+            floor,
+            route=request.key_route,
+            request=request.digest(upstream) if result.outcome is OutcomeKind.DOUBTFUL else 0,
+        )
+        self.leases.record_outcome(request, lease.key, outcome)
         return asked_wait
 
     def _next_step(

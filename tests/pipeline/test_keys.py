@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ NO_RETRIES = RetrySettings(max_retries=0, jitter=0.0)
 
 BAD: dict[str, tuple[Responds, tuple[str, float], bool]] = {
     "401": (error(401, "invalid_api_key"), ("rejected", 600.0), True),
-    "403": (error(403, "unsupported_country"), ("rejected", 600.0), False),
+    "403": (error(403, "unsupported_country_region_territory"), ("rejected", 600.0), False),
     "404 model": (error(404, "model_not_found"), ("missing", 600.0), False),
     "404 deployment": (error(404, "DeploymentNotFound"), ("missing", 600.0), False),
     "quota": (error(429, "insufficient_quota"), ("exhausted", 600.0), True),
@@ -81,16 +82,104 @@ async def test_if_every_key_is_bad_the_last_response_is_returned(status: int, co
 
 @virtual_time
 async def test_if_every_key_is_rejected_the_error_is_no_usable_key() -> None:
-    """502 without a call, and without waiting ten minutes for a key that will not do either."""
-    pipeline = PipelineFixture(error(401), error(401), config=settings(pool("k1", "k2")))
+    """502 without a call, except for one request in a second, and without waiting ten minutes."""
+    pipeline = PipelineFixture(*[error(401)] * 6, config=settings(pool("k1", "k2")))
     await pipeline.ask()
-    result = await pipeline.ask()
+    for _ in range(2):
+        assert (await pipeline.ask()).attempts == 2
+        result = await pipeline.ask()
+        await pipeline.clock.sleep(1)
     assert (result.status, result.refused, result.attempts) == (502, "no_usable_key", 0)
     assert result.refusal is not None
     assert result.refusal.should_retry is False
     assert "X-Proxy-Upstream" not in result.headers
     assert (pipeline.receipt.status, pipeline.receipt.error) == (502, "no_usable_key")
     pipeline.assert_nothing_leaked()
+
+
+WAF = Responds(403, headers=(("Content-Type", "text/html"),), body=(b"<html>Attention Required! blocked</html>",))
+
+ABOUT_ONE_REQUEST = {
+    "a firewall's page": WAF,
+    "a flagged prompt": error(403, None, message="The input was flagged: violence"),
+    "a content policy": error(403, "content_policy_violation"),
+    "a refusal without a word": Responds(403, body=()),
+    "a path that is not there": Responds(404, headers=(("Content-Type", "text/plain"),), body=(b"404 page not found",)),
+    "flex without room": error(429, "resource_unavailable"),
+}
+
+
+@pytest.mark.parametrize("refusal", ABOUT_ONE_REQUEST.values(), ids=ABOUT_ONE_REQUEST.keys())
+@virtual_time
+async def test_what_is_about_one_request_is_not_held_against_a_key(refusal: Responds) -> None:
+    pipeline = PipelineFixture(refusal, refusal, says(), config=settings(pool("k1", "k2"), retry=NO_RETRIES))
+    result = await pipeline.ask(ask("bad"))
+    assert (result.status, result.at) == (refusal.status, 0.0)
+    assert (pipeline.state("k1"), pipeline.state("k2")) == (None, None)
+    pipeline.transport.queue[:] = [says()]
+    assert (await pipeline.ask(ask("good"))).status == 200
+
+
+@virtual_time
+async def test_a_key_that_refuses_two_different_requests_is_rejected() -> None:
+    mute = Responds(403, body=())
+    pipeline = PipelineFixture(*[mute] * 4, config=settings(pool("k1", "k2"), retry=NO_RETRIES))
+    await pipeline.ask(ask("one"))
+    await pipeline.ask(ask("two"))
+    assert pipeline.state("k1") == pipeline.state("k2") == ("rejected", 600.0)
+
+
+DEAD = {
+    "billing": error(400, "billing_not_active"),
+    "terminated": error(403, "access_terminated", message="Your access was terminated: it violated our policies."),
+    "deactivated": error(401, "account_deactivated"),
+    "in words": error(403, None, message="The OpenAI account associated with this API key has been deactivated."),
+    "no money": error(402, None, message="Insufficient Balance"),
+}
+
+
+@pytest.mark.parametrize("dead", DEAD.values(), ids=DEAD.keys())
+@virtual_time
+async def test_a_dead_account_rests_like_one_without_quota(dead: Responds) -> None:
+    pipeline = PipelineFixture(dead, says(), config=settings(pool("k1", "k2")))
+    result = await pipeline.ask()
+    assert (result.status, result.at, result.headers["X-Proxy-Key"]) == (200, 0.0, "k2")
+    assert pipeline.state("k1") == pipeline.state("k1", "gpt-4o-mini") == ("exhausted", 600.0)
+
+
+SAYS_NO_MODEL = {
+    "vLLM": (404, {"object": "error", "message": "The model `m` does not exist.", "code": 404}),
+    "Ollama": (404, {"error": {"message": 'model "m" not found, try pulling it first', "type": "api_error"}}),
+    "Ollama's own API": (404, {"error": "model 'm' not found"}),
+    "Gemini": (404, [{"error": {"code": 404, "message": "models/m is not found for API version v1main"}}]),
+    "LiteLLM": (400, {"error": {"message": "/chat/completions: Invalid model name passed in model=m", "code": "400"}}),
+    "OpenRouter": (400, {"error": {"message": "m/m is not a valid model ID", "code": 400}}),
+    "OpenRouter's router": (404, {"error": {"message": "No endpoints found for m/m.", "code": 404}}),
+    "Mistral": (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model", "code": "1500"}),
+    "DeepSeek": (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error"}}),
+    "Together": (404, {"error": {"message": "Unable to access model m.", "code": "model_not_available"}}),
+    "FastAPI": (404, {"detail": "Model m not found"}),
+    "OpenAI, of a project": (403, {"error": {"message": "Project p does not have access to model m", "code": None}}),
+}
+
+
+@pytest.mark.parametrize(("status", "document"), SAYS_NO_MODEL.values(), ids=SAYS_NO_MODEL.keys())
+@virtual_time
+async def test_a_missing_model_is_known_in_any_providers_words(status: int, document: Any) -> None:
+    missing = Responds(status, body=(json.dumps(document).encode(),))
+    pipeline = PipelineFixture(missing, says(), config=settings(pool("k1", "k2")))
+    result = await pipeline.ask()
+    assert (result.status, result.headers["X-Proxy-Key"]) == (200, "k2")
+    assert pipeline.state("k1") == ("missing", 600.0)
+
+
+@pytest.mark.parametrize("message", ["Response with id 'resp_12345678' not found.", "No such File object: file-x1y2z3"])
+@virtual_time
+async def test_a_404_that_names_a_stored_object_is_returned_at_once(message: str) -> None:
+    pipeline = PipelineFixture(error(404, None, message=message), config=settings(pool("k1", "k2")))
+    result = await pipeline.ask()
+    assert (result.status, result.attempts) == (404, 1)
+    assert "X-Proxy-Error" not in result.headers
 
 
 @virtual_time
@@ -114,7 +203,7 @@ async def test_a_rejected_key_is_still_used_if_it_is_the_only_one() -> None:
     assert pipeline.state() is None
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422])
+@pytest.mark.parametrize("status", [400, 413, 422])
 @virtual_time
 async def test_other_4xx_responses_are_returned_and_sent_once(status: int) -> None:
     """Once only, with whichever key."""

@@ -470,11 +470,21 @@ async def test_weights_apply_to_forwarded_requests() -> None:
         assert (used.count("k1"), used.count("k2")) == (6, 2)
 
 
-async def test_if_every_key_is_rejected_nothing_is_sent() -> None:
-    async with running_proxy(error(401), error(401), config=TWO) as server:
-        assert (await server.ask("GET", MODELS)).status == 401
+async def test_if_every_key_is_rejected_one_request_in_a_second_is_sent() -> None:
+    async with running_proxy(*[error(401)] * 4, config=TWO) as server:
+        for sent in (2, 4):
+            assert (await server.ask("GET", MODELS)).status == 401
+            assert len(server.transport.sent) == sent
         answer = await server.ask("GET", MODELS)
-        assert (answer.error, len(server.transport.sent)) == ("no_usable_key", 2)
+        assert (answer.error, len(server.transport.sent)) == ("no_usable_key", 4)
+
+
+async def test_a_key_without_the_right_to_list_models_serves_everything_else() -> None:
+    missing = error(401, message="You have insufficient permissions for this operation. Missing scopes: model.read.")
+    async with running_proxy(missing, missing, says(), config=TWO) as server:
+        assert (await server.ask("GET", MODELS)).status == 401
+        assert len(server.transport.sent) == 2
+        assert (await server.ask("POST", "/v1/chat/completions", {"model": "gpt-4o"})).status == 200
 
 
 async def test_key_states_learned_from_forwarded_responses() -> None:

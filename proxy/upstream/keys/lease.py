@@ -57,7 +57,7 @@ class KeyRequest(msgspec.Struct, frozen=True):
     prefix: digest of the beginning of its prompt, b"" for none. pinned_to: label of the only key that will do, '' for
     any. min_priority: only priorities of a higher number than this. avoid: upstreams that failed it, to be tried last.
     groups: the keys to choose from if the model is not known, in groups of rising priority number; no limit applies
-    then. None: the keys that serve the model.
+    then. None: the keys that serve the model. route: method and first path segment, for keys that lack a right.
     """
 
     prefix: bytes = b""
@@ -65,6 +65,7 @@ class KeyRequest(msgspec.Struct, frozen=True):
     min_priority: int | None = None
     avoid: frozenset[int] = frozenset()
     groups: tuple[tuple[UpstreamKey, ...], ...] | None = None
+    route: str = ""
 
 
 ANY_KEY: Final = KeyRequest()
@@ -107,6 +108,7 @@ class Candidates(msgspec.Struct):
     breaker_open: list[float] = msgspec.field(default_factory=list)
     unusable: list[str] = msgspec.field(default_factory=list)
     missing: list[UpstreamKey] = msgspec.field(default_factory=list)
+    rejected: list[UpstreamKey] = msgspec.field(default_factory=list)
     too_large: str | None = None
 
     def quota_of(self, key: UpstreamKey) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from ..limits.clients import MakeRateLimiter
 from ..limits.learned import UpstreamLimits
 from ..limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 from ..retry.circuit_breaker import CircuitBreaker
+from .last_resort import LastResort
 from .lease import ANY_KEY, Candidates, KeyRequest, Lease, NoKey, NotReady, UpstreamKey, by_priority
 from .prompt_affinity import PromptAffinity
 from .states import ANY_MODEL, PROBE_SPACING, UNUSABLE_FOR, KeyOutcome, KeyState, KeyStates, Status
@@ -47,10 +48,9 @@ def _in_memory(where: tuple[str, str], limits: Limits, use: float) -> RateLimite
 
 
 class KeyPool:
-    """The pool.
+    """strategy: orders ready keys. limits: `throttle.limits`. use: the share of each limit to use.
 
-    strategy: orders ready keys. limits: `throttle.limits`. use: the share of each limit to use. breakers: in the order
-    of the upstreams. learned: None if limits are not learned from responses.
+    breakers: in the order of the upstreams. learned: None if limits are not learned from responses.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class KeyPool:
         self._breakers = tuple(breakers)
         self._learned = learned
         self._states = KeyStates()
+        self._last_resort = LastResort()
         self._rate_limiters: OrderedDict[tuple[str, str], RateLimiter] = OrderedDict()
         self._serving: dict[str, tuple[tuple[UpstreamKey, ...], ...]] = {}
         self._by_label = {key.label: key for key in self.keys}
@@ -191,11 +192,19 @@ class KeyPool:
             lease = self._reserve_first(ready, search)
             if lease is not None:
                 return lease
-        if search.missing and not search.cooling and not search.throttled and search.too_large is None:
-            lease = self._reserve_first(search.missing, search)
+        if not search.cooling and not search.throttled and search.too_large is None:
+            lease = self._reserve_first(search.missing, search) or self._try_rejected(search, excluded)
             if lease is not None:
                 return lease
         return search.result()
+
+    def _try_rejected(self, search: Candidates, excluded: frozenset[str]) -> Lease | None:
+        """Return a lease on a rejected key, if this request may be the one in a second that uses them."""
+        if not (search.rejected and self._last_resort.allows(search.model, excluded, search.now)):
+            return None
+        key = min(search.rejected, key=lambda key: (key.priority, self.last_used.get(key.label, 0)))
+        self._last_resort.record(search.model, excluded | {key.label}, search.now)
+        return self._reserve_first((key,), search)
 
     def _is_ready(self, key: UpstreamKey, search: Candidates, single: bool) -> bool:
         """Return whether the key is ready; if not, note the reason in `search`. single: there is no other key."""
@@ -203,11 +212,13 @@ class KeyPool:
         if wait:
             search.breaker_open.append(wait)
             return False
-        unusable, cooling = self._states.blocking(key.label, search.model, search.now)
+        unusable, cooling = self._states.blocking(key.label, search.model, search.now, search.request.route)
         if single:
             unusable = None  # without another key the upstream's own answer helps more than the proxy's
         if unusable is not None and unusable.status is not Status.MISSING:
             search.unusable.append(f"{key.label} {unusable.status.value}")
+            if unusable.status is Status.REJECTED and cooling is None:
+                search.rejected.append(key)
         elif cooling is not None and search.tokens >= cooling.floor:
             search.cooling.append(cooling.until - search.now)
         elif unusable is not None:

@@ -35,7 +35,7 @@ class Status(Enum):
     COOLING = "cooling"
     EXHAUSTED = "exhausted"
     REJECTED = "rejected"
-    MISSING = "missing"  # this key has no access to the model; others may
+    MISSING = "missing"  # this key has no access to the model or route; others may
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,15 @@ class Transition:
     """The outcome makes the key unusable.
 
     all_models: for every model, not only the one asked for. until_upstream_says: for as long as the upstream asks,
-    not for `UNUSABLE_FOR`.
+    not for `UNUSABLE_FOR`. for_route: for the route alone, whatever the model. repeated: only if another request had
+    the same outcome before, with no success between.
     """
 
     status: Status
     all_models: bool
     until_upstream_says: bool = False
+    for_route: bool = False
+    repeated: bool = False
 
 
 Effect = Transition | Literal["healthy", "nothing"]
@@ -61,7 +64,10 @@ TRANSITIONS: Final[Mapping[OutcomeKind, Effect]] = {
     OutcomeKind.QUOTA: Transition(Status.EXHAUSTED, all_models=True),
     OutcomeKind.UNAUTHORIZED: Transition(Status.REJECTED, all_models=True),
     OutcomeKind.FORBIDDEN: Transition(Status.REJECTED, all_models=False),
+    OutcomeKind.DOUBTFUL: Transition(Status.REJECTED, all_models=False, repeated=True),
     OutcomeKind.MODEL_MISSING: Transition(Status.MISSING, all_models=False),
+    OutcomeKind.SCOPE: Transition(Status.MISSING, all_models=False, for_route=True),
+    OutcomeKind.REFUSED: "nothing",  # it is about this request
     OutcomeKind.ORGANIZATION: "nothing",  # the headers are wrong, not the key
     OutcomeKind.TOO_LARGE: "nothing",  # smaller requests pass
     OutcomeKind.RETRY: "nothing",  # a single 5xx is about the upstream, not the key
@@ -78,7 +84,8 @@ TRANSITIONS: Final[Mapping[OutcomeKind, Effect]] = {
 class KeyOutcome:
     """What became of a request on a key.
 
-    at: monotonic seconds. wait: seconds a rate-limited key cools. floor: as in `KeyState`.
+    at: monotonic seconds. wait: seconds a rate-limited key cools. floor: as in `KeyState`. route: as in `KeyRequest`.
+    request: digest of the request, which tells it from others.
     """
 
     kind: OutcomeKind
@@ -86,6 +93,8 @@ class KeyOutcome:
     wait: float = 0.0
     reason: str = ""
     floor: int = 0
+    route: str = ""
+    request: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +123,18 @@ class KeyStates:
     def __init__(self) -> None:
         self._cooling: _States = OrderedDict()
         self._unusable: _States = OrderedDict()
+        self._doubtful: OrderedDict[_KeyAndModel, int] = OrderedDict()
+        """The request that got a refusal of which it is not known whether it is about the key."""
 
-    def blocking(self, label: str, model: str, now: float) -> tuple[KeyState | None, KeyState | None]:
+    def blocking(self, label: str, model: str, now: float, route: str = "") -> tuple[KeyState | None, KeyState | None]:
         """Return what keeps a key from use at `now`: (exhausted, rejected or missing; cooling)."""
         if not (self._unusable or self._cooling):
             return None, None
         unusable = self._active(self._unusable, (label, ANY_MODEL), now)
         if unusable is None:
             unusable = self._active(self._unusable, (label, model), now)
+        if unusable is None and route:
+            unusable = self._active(self._unusable, (label, route), now)
         return unusable, self._active(self._cooling, (label, model), now)
 
     @staticmethod
@@ -158,17 +171,30 @@ class KeyStates:
         """Apply the table to an outcome."""
         effect = TRANSITIONS[outcome.kind]
         if isinstance(effect, Transition):
+            if effect.repeated and not self._is_repeated((label, model), outcome.request):
+                return
             until = outcome.at + (outcome.wait if effect.until_upstream_says else UNUSABLE_FOR)
             state = KeyState(effect.status, outcome.at, until, outcome.reason, outcome.floor)
-            self.mark(label, ANY_MODEL if effect.all_models else model, state)
+            where = outcome.route if effect.for_route else ANY_MODEL if effect.all_models else model
+            self.mark(label, where, state)
         elif effect == "healthy":
             if self._unusable:
                 self._unusable.pop((label, ANY_MODEL), None)
                 self._unusable.pop((label, model), None)
+                self._unusable.pop((label, outcome.route), None)
+            if self._doubtful:
+                self._doubtful.pop((label, model), None)
             if self._cooling:
                 old = self._cooling.get((label, model))
                 if old is not None and old.probes:
                     del self._cooling[label, model]
+
+    def _is_repeated(self, where: _KeyAndModel, request: int) -> bool:
+        """Note a doubtful refusal. Return whether another request had one before, with no success since then."""
+        before = self._doubtful.setdefault(where, request)
+        while len(self._doubtful) > _MAX_STATES:
+            self._doubtful.popitem(last=False)
+        return before != request
 
     def mark(self, label: str, model: str, state: KeyState) -> None:
         """Put a key into `state`, which begins at `state.since`. A deadline is extended, never shortened."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from typing import Any, Final, Literal
-
-import orjson
+from typing import Final, Literal
 
 from ...protocol.durations import parse_composite
 from ...protocol.errors import ProxyError
+from .error_body import NO_ERROR_INFO, Dimension, ErrorInfo
 
 MAX_WAIT: Final = 3600.0
 """No upstream header makes a key or a request wait longer than this at once (seconds)."""
@@ -27,10 +24,13 @@ class OutcomeKind(Enum):
     FINAL = "final"  # an answer for the client, whatever its status
     RETRY = "retry"  # 408, 409, 5xx, an error as first stream event: again, after a pause
     RATE_LIMITED = "rate_limited"  # this key cools; another key at once
-    QUOTA = "quota"  # insufficient_quota: this key is exhausted
+    QUOTA = "quota"  # no quota, no money, a closed account: this key is exhausted
     UNAUTHORIZED = "unauthorized"  # 401
-    FORBIDDEN = "forbidden"  # 403: (key, model)
-    MODEL_MISSING = "model_missing"  # 404 model_not_found, DeploymentNotFound: (key, model)
+    FORBIDDEN = "forbidden"  # 403 about the key: (key, model)
+    DOUBTFUL = "doubtful"  # 403 that does not say whether it is about the key or the request
+    REFUSED = "refused"  # 403 or 404 about this request: a flagged prompt, a firewall, an unknown path
+    SCOPE = "scope"  # the key lacks a right that this route needs: (key, route)
+    MODEL_MISSING = "model_missing"  # the model or deployment is not there: (key, model)
     ORGANIZATION = "organization"  # 401 for an organization or project that is not the key's: the key itself is good
     TOO_LARGE = "too_large"  # 429 for a request beyond a whole window of this key: no wait helps, another key may
     UNREACHED = "unreached"  # the request never went up
@@ -45,6 +45,9 @@ KEY_TROUBLE: Final = frozenset(
         OutcomeKind.QUOTA,
         OutcomeKind.UNAUTHORIZED,
         OutcomeKind.FORBIDDEN,
+        OutcomeKind.DOUBTFUL,
+        OutcomeKind.REFUSED,
+        OutcomeKind.SCOPE,
         OutcomeKind.MODEL_MISSING,
         OutcomeKind.ORGANIZATION,
         OutcomeKind.TOO_LARGE,
@@ -52,7 +55,6 @@ KEY_TROUBLE: Final = frozenset(
 )
 """Outcomes that are the key's, not the request's: another key may do better, the same one will not."""
 
-Dimension = Literal["requests", "tokens"]
 FailureKind = Literal["unreached", "stale", "ambiguous", "timeout", "invalid"]
 
 _CODES: Final[dict[FailureKind, str]] = {"timeout": "upstream_timeout", "invalid": "upstream_invalid_response"}
@@ -84,94 +86,50 @@ class TransportFailure(Exception):
         return ProxyError(self.code, self.detail, should_retry=False if spent else None)
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
-    """The parts of an OpenAI-shaped error that decide: `code` and `type` as strings, "" if absent.
-
-    limit: the dimension that a rate limit names. too_large: the request alone is more than that limit.
-    """
-
-    code: str = ""
-    type: str = ""
-    limit: Dimension | None = None
-    too_large: bool = False
-
-
-NO_ERROR_INFO: Final = ErrorInfo()
-
-_DIMENSION: Final = re.compile(
-    r"\b(?:requests|tokens) per (?:min|day)|\b(?:call|request|token) rate limit", re.IGNORECASE
-)
-"""OpenAI's words, and Azure's."""
-_REQUESTED: Final = re.compile(r"\bLimit:? (\d{1,15}),.{0,64}?\bRequested:? (\d{1,15})\b", re.ASCII)
-
-
-def error_info(body: bytes) -> ErrorInfo:
-    """Return what a body says of its error; empty for anything that is not an error of OpenAI's shape."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return ErrorInfo()
-    return _info(document.get("error") if isinstance(document, dict) else None)
-
-
-def _info(error: object) -> ErrorInfo:
-    if not isinstance(error, dict):
-        return ErrorInfo()
-    code, type_ = _word(error.get("code")), _word(error.get("type"))
-    message = error.get("message")
-    said = message[:1024] if isinstance(message, str) else ""
-    found = _DIMENSION.search(said)
-    limit: Dimension | None = None
-    if type_ in ("requests", "tokens"):
-        limit = "requests" if type_ == "requests" else "tokens"
-    elif found is not None:
-        limit = "tokens" if found[0].lower().startswith("token") else "requests"
-    return ErrorInfo(code, type_, limit, _beyond(said))
-
-
-def _beyond(message: str) -> bool:
-    """Whether a rate limit's message says that the request alone is more than the limit: `Request too large for …`,
-    `Limit 30000, Requested 40000`.
-    """
-    numbers = _REQUESTED.search(message)
-    if numbers is not None:
-        return int(numbers[2]) > int(numbers[1])
-    return message.startswith("Request too large for ")
-
-
-def _word(value: object) -> str:
-    return value[:128] if isinstance(value, str) else str(value) if isinstance(value, int) else ""
-
-
 _ORGANIZATION: Final = frozenset({"mismatched_organization", "mismatched_project", "invalid_organization"})
 
 
-def classify(status: int, error: ErrorInfo, should_retry: str | None) -> OutcomeKind:
+def classify(status: int, error: ErrorInfo, should_retry: str | None, *, endpoint: bool = True) -> OutcomeKind:
     """Return the kind of a response.
 
-    should_retry: the upstream's `x-should-retry`, obeyed if the key is not at fault.
+    should_retry: the upstream's `x-should-retry`, obeyed if the key is not at fault. endpoint: the request is one to
+    the five endpoints, where a 404 is tried elsewhere unless it names a stored object.
     """
     if status < 400:
         return OutcomeKind.OK
-    names = (error.code, error.type)
-    if status == 429:
-        if "insufficient_quota" in names or "billing_hard_limit_reached" in names:
-            return OutcomeKind.QUOTA
-        if error.too_large:
-            return OutcomeKind.TOO_LARGE
+    if status < 500:
+        refusal = _refusal(status, error, endpoint and should_retry != "true")
+        if refusal is not None:
+            return refusal
+    if status == 429 and error.code != "resource_unavailable":
         return OutcomeKind.FINAL if should_retry == "false" else OutcomeKind.RATE_LIMITED
-    if status == 401:
-        return OutcomeKind.ORGANIZATION if _ORGANIZATION & set(names) else OutcomeKind.UNAUTHORIZED
-    if status == 403:
-        return OutcomeKind.FORBIDDEN
-    if status == 404 and ("model_not_found" in names or "DeploymentNotFound" in names):
-        return OutcomeKind.MODEL_MISSING
     if should_retry == "true":
         return OutcomeKind.RETRY
-    if should_retry != "false" and (status in (408, 409) or status >= 500):
-        return OutcomeKind.RETRY
+    if should_retry != "false" and (status in (408, 409, 429) or status >= 500):
+        return OutcomeKind.RETRY  # a 429 here is flex processing without room: it says nothing of other requests
     return OutcomeKind.FINAL
+
+
+def _refusal(status: int, error: ErrorInfo, endpoint: bool) -> OutcomeKind | None:
+    """Return the kind of a 4xx that another key may not meet; None: it is none."""
+    subject = error.subject
+    if status in (402, 429) and error.too_large:
+        return OutcomeKind.TOO_LARGE
+    if subject == "account" or status == 402:
+        return OutcomeKind.QUOTA
+    if status in (401, 403) and subject == "scope":
+        return OutcomeKind.SCOPE
+    if status == 401:
+        return OutcomeKind.ORGANIZATION if not _ORGANIZATION.isdisjoint(error.names) else OutcomeKind.UNAUTHORIZED
+    if subject == "model" and status in (400, 403, 404, 422):
+        return OutcomeKind.MODEL_MISSING
+    if status == 403:
+        if error.html or subject == "content":
+            return OutcomeKind.REFUSED
+        return OutcomeKind.FORBIDDEN if subject == "key" else OutcomeKind.DOUBTFUL
+    if status == 404 and endpoint and subject != "object":
+        return OutcomeKind.REFUSED
+    return None
 
 
 NO_ANSWER: Final = 0
@@ -197,37 +155,11 @@ def allows_stale(status: int, error: str) -> bool:
     """Whether a stale response may take the place of a final failure (RFC 5861 section 4).
 
     It may if the upstreams failed or the keys cool or are refused. It may not if the request itself is at fault or the
-    proxy's own limits refuse it. error: as in receipts: a code of the proxy's, or `upstream_STATUS`.
+    proxy's own limits refuse it; a 404 is the client's to see. error: as in receipts: a code of the proxy's, or `upstream_STATUS`.
     """
     if error in ("keys_cooling", "no_usable_key", "circuit_open"):
-        return True
+        return status != 404
     return error.startswith("upstream_") and (status >= 500 or status == 429)
-
-
-def stream_error(data: bytes) -> tuple[int, ErrorInfo] | None:
-    """Return the status to act on and the error, if the data of a stream's first event is one; else None."""
-    if b'"error"' not in data:
-        return None
-    try:
-        document = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    if not isinstance(document, dict):
-        return None
-    error: Any = document.get("error")
-    if document.get("type") == "error" and error is None:  # the Responses API's own error event
-        error = document
-    if not error:
-        return None
-    info = _info(error)
-    status = 500
-    if "insufficient_quota" in (info.code, info.type) or info.code in ("429", "rate_limit_exceeded"):
-        status = 429
-    elif info.code.isascii() and info.code.isdigit() and 400 <= int(info.code) < 600:
-        status = int(info.code)
-    elif info.type == "invalid_request_error":
-        status = 400
-    return status, info
 
 
 def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NO_ERROR_INFO) -> float | None:

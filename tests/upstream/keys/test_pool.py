@@ -205,11 +205,37 @@ def test_a_single_key_is_used_whatever_its_state(outcome: OutcomeKind) -> None:
     assert leased(pool, 1.0, excluded=frozenset({"a"})) == "no_usable_key"
 
 
-def test_if_all_keys_are_unusable_the_error_comes_at_once() -> None:
+def rejected_and_exhausted() -> KeyPool:
     pool = pool_named("a", "b", "c")
     record(pool, "a", OutcomeKind.UNAUTHORIZED, 0.0)
     record(pool, "b", OutcomeKind.QUOTA, 0.0)
     record(pool, "c", OutcomeKind.FORBIDDEN, 0.0)
+    return pool
+
+
+def test_while_all_keys_are_rejected_one_request_in_a_second_is_tried_on_all_of_them() -> None:
+    pool = rejected_and_exhausted()
+    for now in (1.0, 2.0, 3.5):
+        first = leased(pool, now)
+        assert leased(pool, now) == "no_usable_key"  # another request
+        second = leased(pool, now, excluded=frozenset({first}))
+        assert {first, second} == {"a", "c"}
+        assert leased(pool, now, excluded=frozenset({"a", "c"})) == "no_usable_key"
+        assert leased(pool, now + 0.9) == "no_usable_key"
+    record(pool, "c", OutcomeKind.OK, 4.0)
+    assert [leased(pool, 4.0) for _ in range(3)] == ["c", "c", "c"]
+
+
+def test_no_rejected_key_is_tried_while_another_cools() -> None:
+    pool = pool_named("a", "b")
+    record(pool, "a", OutcomeKind.UNAUTHORIZED, 0.0)
+    record(pool, "b", OutcomeKind.RATE_LIMITED, 0.0, wait=5.0)
+    assert leased(pool, 1.0) == "keys_cooling 4.000"
+
+
+def test_if_all_keys_are_unusable_the_error_comes_at_once() -> None:
+    pool = rejected_and_exhausted()
+    assert leased(pool, 1.0) == "a"  # the one in a second
     answer = pool.lease(M, 1, NOBODY, 1.0)
     assert isinstance(answer, NoKey)
     assert answer.why == "no_usable_key"
@@ -467,7 +493,7 @@ def test_a_bad_key_is_never_chosen_while_a_ready_one_has_room(
         elif isinstance(answer, Lease):
             state = before[answer.key.label]
             assert state is not None
-            assert state.status is Status.MISSING
+            assert state.status in (Status.MISSING, Status.REJECTED)
         elif isinstance(answer, NotReady):
             assert answer.wait.seconds > 0
 

@@ -77,10 +77,44 @@ def test_only_time_ends_a_cooldown(outcome: OutcomeKind) -> None:
 
 
 def test_every_failure_of_a_key_has_a_transition() -> None:
-    spared = {OutcomeKind.ORGANIZATION, OutcomeKind.TOO_LARGE}
+    spared = {OutcomeKind.ORGANIZATION, OutcomeKind.TOO_LARGE, OutcomeKind.REFUSED}
     assert {o for o, effect in TRANSITIONS.items() if isinstance(effect, Transition)} == (KEY_TROUBLE - spared) | {
         OutcomeKind.RATE_LIMITED
     }
+
+
+def test_a_doubtful_refusal_counts_if_another_request_gets_it_too() -> None:
+    def refuse(request: int, model: str = M) -> None:
+        states.record("a", model, KeyOutcome(OutcomeKind.DOUBTFUL, 1.0, request=request))
+
+    states = KeyStates()
+    refuse(7)
+    refuse(7)
+    refuse(8, "other")
+    assert blocked_by(states, 1.0) == blocked_by(states, 1.0, "other") == "ready"
+    record(states, OutcomeKind.OK, 1.0)
+    refuse(8)
+    assert blocked_by(states, 1.0) == "ready"  # a success was in between
+    refuse(9)
+    assert (blocked_by(states, 1.0), blocked_by(states, 1.0, "other")) == ("rejected 600.0", "ready")
+
+
+def test_a_missing_right_concerns_the_route_alone() -> None:
+    def blocked(route: str, model: str = M) -> str:
+        state, _ = states.blocking("a", model, 1.0, route)
+        return state.status.value if state is not None else "ready"
+
+    states = KeyStates()
+    states.record("a", M, KeyOutcome(OutcomeKind.SCOPE, 1.0, route="GET models"))
+    assert [blocked("GET models"), blocked("GET models", "other"), blocked("POST chat")] == [
+        "missing",
+        "missing",
+        "ready",
+    ]
+    states.record("a", M, KeyOutcome(OutcomeKind.OK, 1.0, route="POST chat"))
+    assert blocked("GET models") == "missing"
+    states.record("a", M, KeyOutcome(OutcomeKind.OK, 1.0, route="GET models"))
+    assert blocked("GET models") == "ready"
 
 
 STORY = st.lists(st.tuples(st.sampled_from(list(OutcomeKind)), st.floats(0, 300), st.floats(0, 900)), max_size=20)

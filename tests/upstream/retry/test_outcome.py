@@ -11,19 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.upstream.retry.error_body import ErrorInfo, error_info, stream_error
 from proxy.upstream.retry.outcome import (
     KEY_TROUBLE,
     MAX_WAIT,
     NO_ANSWER,
-    ErrorInfo,
     OutcomeKind,
     TransportFailure,
     breaker_failure,
     classify,
     dimension_of,
-    error_info,
     retry_after,
-    stream_error,
 )
 
 NOTHING = ErrorInfo()
@@ -55,7 +53,10 @@ def test_statuses_below_400_are_ok(status: int) -> None:
 
 
 RETRIED = {408, 409, *range(500, 600)}
-KEYS_FAULT = {401: OutcomeKind.UNAUTHORIZED, 403: OutcomeKind.FORBIDDEN}
+NAMED_IN_403 = {
+    ErrorInfo("invalid_api_key", "invalid_request_error"): OutcomeKind.FORBIDDEN,
+    ErrorInfo("content_filter", ""): OutcomeKind.REFUSED,
+}
 
 
 @pytest.mark.parametrize("status", range(400, 600))
@@ -63,12 +64,16 @@ def test_every_error_status(status: int) -> None:
     """Retried: 408, 409, 429, 5xx. Once only: other 4xx, but for what is the key's fault. The hint is obeyed."""
     for error, hint in product([*OTHERS, *MISSING, QUOTA], HINTS):
         got = classify(status, error, hint)
-        if status in KEYS_FAULT:
-            assert got is KEYS_FAULT[status]
-        elif status == 429 and error is QUOTA:
+        if status < 500 and (error is QUOTA or status == 402):
             assert got is OutcomeKind.QUOTA
-        elif status == 404 and error in MISSING:
+        elif status == 401:
+            assert got is OutcomeKind.UNAUTHORIZED
+        elif status in (400, 403, 404, 422) and error in MISSING:
             assert got is OutcomeKind.MODEL_MISSING
+        elif status == 403:
+            assert got is NAMED_IN_403.get(error, OutcomeKind.DOUBTFUL)
+        elif status == 404 and hint != "true":
+            assert got is OutcomeKind.REFUSED
         elif hint == "false":
             assert got is OutcomeKind.FINAL
         elif status == 429:
