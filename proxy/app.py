@@ -137,6 +137,7 @@ class App:
 
     def _observe_passed(self, receipt: Receipt) -> None:
         """Take note of the receipt of a request that was passed through."""
+        self.services.budgets.recorded(receipt)
         self.services.receipts.put(receipt)
         for observe in self._observers(self.services):
             observe(receipt)

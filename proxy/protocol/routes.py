@@ -32,9 +32,6 @@ SEGMENTS: Final = frozenset(
 STATELESS: Final = frozenset({"audio", "images", "models"})
 """Segments of the pass-through that name no stored object, so any key may serve them."""
 
-CARRIES_NO_MODEL: Final = frozenset({"chat", "containers", "conversations", "files", "models", "responses", "uploads"})
-"""Passed-through segments on which no model runs that only the body, which is not read, could name."""
-
 REALTIME: Final = "/realtime"
 """The path of the Realtime API's WebSockets, whose query names the model."""
 

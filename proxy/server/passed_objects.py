@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
-from ..protocol.json_parse import parse_leniently
 from ..protocol.request import Client
 from ..protocol.routes import Route
 from ..services import Services
@@ -31,19 +29,20 @@ class PassedObjects:
         return len(self._services.pool.keys) > 1 or bool(client.name)
 
     async def pin(
-        self, route: Route, body: bytes | None, client: Client, fixed: Callable[[], UpstreamKey | None]
+        self,
+        route: Route,
+        body: bytes,
+        document: Mapping[str, Any] | None,
+        client: Client,
+        fixed: Callable[[], UpstreamKey | None],
     ) -> Pinned:
         """Return which key a request needs. Raises ProxyError(object_not_found).
 
-        body: JSON, if it could be read. fixed: returns the key for objects that nobody knows.
+        body: JSON, if it could be read; document: the same, parsed. fixed: returns the key for unknown objects.
         """
         if not self.matter(client):
             return UNPINNED
-        document: object = None
-        if body is not None:
-            with suppress(ValueError):
-                document = parse_leniently(body)
-        named = names_in(body or b"", document, route.path, route.query)
+        named = names_in(body, document, route.path, route.query)
         return await self._services.object_owners.pin(self._services.pool, named, client, fixed)
 
     def watch(

@@ -6,7 +6,7 @@ aiohttp uses only `prepare`, `write_eof` and `keep_alive` of a response; tests c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final
@@ -27,12 +27,21 @@ _ONE_WRITE: Final = 64 * 1024
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 
 
+_UNHELD: Final = ((b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no"))
+
+
 def status_line(status: int, reason: str = "") -> bytes:
     return f"HTTP/1.1 {status} {reason or _REASONS.get(status, '')}\r\n".encode("latin-1", "replace")
 
 
 def raw_lines(headers: Iterable[Raw]) -> bytes:
     return b"".join([name + b": " + value + b"\r\n" for name, value in headers])
+
+
+def for_event_stream(headers: Sequence[Raw]) -> list[Raw]:
+    """Return the headers of a stream of events with what keeps caches and reverse proxies from holding it back."""
+    names = {name.lower() for name, _ in headers}
+    return [*headers, *(pair for pair in _UNHELD if pair[0].lower() not in names)]
 
 
 class DateHeader:
@@ -251,5 +260,6 @@ async def send_continue(request: BaseRequest) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def too_large(max_body: int) -> ProxyError:
-    return ProxyError("request_too_large", f"the request body is larger than server.max_body ({max_body} bytes)")
+def too_large(limit: int, setting: str = "max_body") -> ProxyError:
+    """Return the error for a body of more than `limit` bytes. setting: the one below `server` that says so."""
+    return ProxyError("request_too_large", f"the request body is larger than server.{setting} ({limit} bytes)")

@@ -18,14 +18,15 @@ from ..protocol.routes import REALTIME, Route, query_values
 from ..protocol.websocket import is_whole_handshake, without_credential
 from ..services import Services
 from ..upstream.keys.lease import ANY_KEY, KeyRequest
-from ..upstream.limits.clients import check_model, check_passthrough
+from ..upstream.limits.clients import check_any_model, check_model
 from ..upstream.providers.registry import model_named
 from ..upstream.request import NO_BODY, UpstreamRequest
 from ..upstream.response import ResponseInHand
 from ..upstream.sender import RetryingSender
 from ..upstream.websocket import Tunnel
 from .in_flight import InFlight
-from .passthrough import PassedRequest, PassthroughHandler
+from .passed import PassedRequest
+from .passthrough import PassthroughHandler
 from .responses import FullResponse, StreamedResponse
 
 _CARRIED: Final = frozenset({REALTIME, "/responses"})
@@ -60,10 +61,10 @@ class UpgradeHandler:
         if models:
             check_model(client, *models)
         else:
-            check_passthrough(client, "POST", "")
-        services.budgets.check_passthrough(client, "POST", "")
+            check_any_model(client)
+        services.budgets.check(client)
         passed = PassedRequest(services, request, route, client, options, _REASON)
-        passed.model = models[0] if models else ""
+        passed.read(models[0] if models else "", True, b"", {})
         try:
             passed.reservation = await self._passthrough.reserve(client)
             response = await self._send(request, route, client, options, passed)

@@ -101,7 +101,7 @@ class AttemptRunner:
             connection=connection,
         )
         try:
-            if not request.verbatim:
+            if request.model_known:
                 self._pool.observe_headers(
                     lease.key, request.model, reply.headers, self._clock.monotonic(), request.quota
                 )
@@ -123,9 +123,10 @@ class AttemptRunner:
             raise
 
     def _headers(self, request: UpstreamRequest, lease: KeyLease, upstream: Upstream) -> list[tuple[str, str]]:
-        dropped = _NONE if request.verbatim else _ACCEPT_ENCODING
+        plain = request.uncompressed or not request.verbatim
+        dropped = _ACCEPT_ENCODING if plain else _NONE
         headers = upstream_headers(request.headers, pooled=self._pooled, dropped=dropped)
-        if not request.verbatim:  # the response is read, and compression would hold back the events of a stream
+        if plain:  # the response is read, and compression would hold back the events of a stream
             headers.append(("Accept-Encoding", "identity"))
         credential = self._credentials.headers(lease.key.label, upstream, request.client)
         headers.extend(credential)

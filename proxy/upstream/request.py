@@ -62,6 +62,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     quota: under which name its limits count; None: the key's own.
     repeatable: it may be sent again after bytes of it have gone up.
     verbatim: the response is handed on as it comes; only errors are read.
+    uncompressed: the response should come without compression, since more of it is read.
     upgrade: it is a WebSocket handshake.
     """
 
@@ -79,6 +80,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     quota: str | None = None
     repeatable: bool = True
     verbatim: bool = False
+    uncompressed: bool = False
     upgrade: bool = False
 
     @property

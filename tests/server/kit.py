@@ -233,6 +233,7 @@ class RunningProxy:
         self.metrics.observe(receipt)
 
     def _keep(self, receipt: Receipt) -> None:
+        self.services.budgets.recorded(receipt)
         self.services.receipts.put(receipt)
         self._observe(receipt)
 

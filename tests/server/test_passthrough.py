@@ -22,7 +22,7 @@ from proxy.config.settings import (
 )
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import pool, settings
-from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited
+from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
 from tests.server.kit import TEST_TIMEOUT, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
 from tests.server.objects import remember
 
@@ -158,15 +158,38 @@ async def carried(server: RunningProxy, route: str, *moves: Move, method: str = 
     return server.transport.keys
 
 
-async def test_stateful_routes_use_one_fixed_key_and_others_any_ready_key() -> None:
+async def test_stateful_routes_use_the_first_usable_key_and_others_any_ready_key() -> None:
     async with running_proxy(config=TWO) as server:
-        assert await carried(server, "/v1/models", error(401), LISTED) == ["k1", "k2"]
-        assert await carried(server, "/v1/models", LISTED) == ["k2"]  # k1 rests
-        assert await carried(server, "/v1/files", LISTED) == ["k2"]  # the first that is usable
+        for _ in range(3):
+            assert await carried(server, "/v1/files", LISTED) == ["k1"]
+        assert await carried(server, "/v1/files", rate_limited("0"), LISTED) == ["k1", "k1"]  # k2 has other files
+        assert await carried(server, "/v1/models", error(401), LISTED) == ["k2", "k1"]
+        assert await carried(server, "/v1/files", error(401)) == ["k1"]  # nothing else is left
+
+
+async def test_stateful_routes_go_on_with_the_next_key_when_one_is_found_unusable() -> None:
     async with running_proxy(config=TWO) as server:
+        assert await carried(server, "/v1/files", error(401), LISTED) == ["k1", "k2"]
+        assert server.receipts[-1].error == ""
+        for method in ("GET", "POST"):
+            assert await carried(server, "/v1/files", LISTED, method=method) == ["k2"]
+    async with running_proxy(config=TWO) as server:
+        assert await carried(server, "/v1/batches", error(401), method="POST") == ["k1"]  # it is sent once
+        assert await carried(server, "/v1/batches", LISTED, method="POST") == ["k2"]
+        assert await carried(server, "/v1/files/file-1", error(404)) == ["k2"]  # about this file
+
+
+async def test_stateful_routes_go_to_an_upstream_that_has_them() -> None:
+    """A server without a key has no account, and an upstream that answers 404 to a list does not have the route."""
+    keyless = UpstreamSettings("local", base_url="http://local.test/v1", models=("llama*",))
+    async with running_proxy(config=settings(keyless, replace(pool("k1"), models=("gpt-*",)))) as server:
         assert await carried(server, "/v1/files", LISTED) == ["k1"]
+        assert await carried(server, "/v1/batches", LISTED, method="POST") == ["k1"]
+    config = settings(replace(pool("k0"), name="local", base_url="http://local.test/v1"), pool("k1"))
+    async with running_proxy(config=config) as server:
+        assert await carried(server, "/v1/files", error(404), LISTED) == ["k0", "k1"]
         assert await carried(server, "/v1/files", LISTED) == ["k1"]
-        assert await carried(server, "/v1/files", error(401)) == ["k1"]  # another key could not see the file
+        assert await carried(server, "/v1/batches", LISTED, method="POST") == ["k1"]
 
 
 @pytest.mark.parametrize("bad", [error(401), error(403), error(429, "insufficient_quota"), rate_limited("99")])
@@ -360,7 +383,7 @@ async def test_the_upstream_is_closed_when_the_client_leaves_before_the_response
 
 # --- uploads that are too large, slow or aborted ----------------------------------------------------------------------
 
-SMALL = replace(settings(), server=ServerSettings(max_body=1000))
+SMALL = replace(settings(), server=ServerSettings(max_body=10, max_upload=1000))
 
 
 async def test_an_upload_announced_too_large_is_413() -> None:
@@ -456,9 +479,10 @@ async def test_keys_are_used_by_priority() -> None:
         retry=RetrySettings(max_retries=1, base_delay=0.0, jitter=0.0),
     )
     async with running_proxy(config=config) as server:
-        assert await carried(server, MODELS, LISTED) == ["k1"]
-        assert await carried(server, MODELS, LISTED) == ["k1"]
-        assert await carried(server, MODELS, error(500), error(500), LISTED) == ["k1", "k1", "k2"]
+        voices = "/v1/audio/voices"
+        assert await carried(server, voices, LISTED) == ["k1"]
+        assert await carried(server, voices, LISTED) == ["k1"]
+        assert await carried(server, voices, error(500), error(500), LISTED) == ["k1", "k1", "k2"]
 
 
 async def test_weights_apply_to_forwarded_requests() -> None:
@@ -517,7 +541,7 @@ async def test_model_limits_do_not_apply_without_a_model() -> None:
 
 async def test_a_model_filter_does_not_apply_without_a_model() -> None:
     async with running_proxy(LISTED, LISTED, config=settings(replace(pool("k1"), models=("gpt-*",)))) as server:
-        assert (await server.ask("GET", MODELS)).status == 200
+        assert (await server.ask("GET", "/v1/audio/voices")).status == 200
         assert (await server.ask("GET", FILES)).status == 200
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final, Protocol
 from ...config.settings import Settings
 from ...cost.pricing import usd
 from ...protocol.request import Client
-from ...protocol.routes import CARRIES_NO_MODEL
 from ...system.clock import Clock, spawn
 from ...system.tasks import spawn_forever
 from ..receipt import Receipt
@@ -150,14 +149,10 @@ class Budgets:
         if period is not None:
             raise budget_exceeded(account, period, amount, wall, self.cache_only)
 
-    def check_passthrough(self, client: Client, method: str, segment: str) -> None:
-        """Check a request whose cost stays unknown, if it may cost anything. Raises ProxyError(budget_exceeded).
-
-        segment: the first segment of the path below `/v1`.
-        """
-        if self._accounts and method not in ("GET", "HEAD", "DELETE") and segment not in CARRIES_NO_MODEL:
-            for account in self._of(client):
-                self._check(account, ZERO, self._clock.wall())
+    def check(self, client: Client) -> None:
+        """Check a request whose cost stays unknown, but may be anything. Raises ProxyError(budget_exceeded)."""
+        for account in self._of(client):
+            self._check(account, ZERO, self._clock.wall())
 
     def recorded(self, receipt: Receipt) -> None:
         """Take note of a receipt, which the ledger will contain."""

@@ -31,7 +31,8 @@ class UpstreamKey:
     maker: str = ""
 
     def serves(self, model: str) -> bool:
-        return any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)
+        """Return whether the upstream serves a model; "": any, because the request does not say which runs."""
+        return not model or any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)
 
 
 def by_priority(keys: Sequence[UpstreamKey]) -> tuple[tuple[UpstreamKey, ...], ...]:

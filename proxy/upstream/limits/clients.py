@@ -15,17 +15,21 @@ from ...config.limits import Limits
 from ...protocol.errors import ProxyError
 from ...protocol.json_edit import is_ambiguous
 from ...protocol.request import Client
-from ...protocol.routes import CARRIES_NO_MODEL
 from .rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 
 UNKNOWN_WAIT: Final = 1.0
+
+
+def may_use(client: Client, model: str) -> bool:
+    """Return whether a client may use a model."""
+    return not client.models or any(fnmatchcase(model, glob) for glob in client.models)
 
 
 def check_model(client: Client, *models: str) -> None:
     """Raise ProxyError(model_not_allowed) unless the client may use all of these models."""
     if client.models:
         for model in models:
-            if not any(fnmatchcase(model, glob) for glob in client.models):
+            if not may_use(client, model):
                 raise ProxyError("model_not_allowed", f"client {client.name} may not use {model[:60]!r}", param="model")
 
 
@@ -39,14 +43,11 @@ def check_unambiguous(client: Client, body: bytes) -> None:
         raise ProxyError("model_not_allowed", message, param="model")
 
 
-def check_passthrough(client: Client, method: str, segment: str) -> None:
-    """Check a route whose body is not read. Raises ProxyError(model_not_allowed).
-
-    A client that may use some models only is refused if the route could run a model that the proxy does not see.
-    """
-    if client.models and method not in ("GET", "HEAD", "DELETE") and segment not in CARRIES_NO_MODEL:
-        message = f"client {client.name} may use some models only, and which one this route uses is not read"
-        raise ProxyError("model_not_allowed", message)
+def check_any_model(client: Client) -> None:
+    """Check a request that runs a model which the proxy cannot read. Raises ProxyError(model_not_allowed)."""
+    if client.models and "*" not in client.models:
+        message = f"client {client.name} may use some models only, and which one this request uses cannot be read"
+        raise ProxyError("model_not_allowed", message, param="model")
 
 
 @dataclass(slots=True)
