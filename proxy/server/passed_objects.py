@@ -12,7 +12,7 @@ from ..services import Services
 from ..upstream.keys.lease import UpstreamKey
 from ..upstream.keys.object_owners import UNPINNED, Pinned
 from ..upstream.keys.response_watch import ResponseWatch
-from ..upstream.keys.stored_objects import names_in
+from ..upstream.keys.stored_objects import BroughtObjects, names_in
 from ..upstream.response import ResponseInHand
 
 _MAKES: Final = frozenset({"POST", "PUT", "PATCH"})
@@ -31,32 +31,33 @@ class PassedObjects:
     async def pin(
         self,
         route: Route,
-        body: bytes,
         document: Mapping[str, Any] | None,
         client: Client,
         fixed: Callable[[], UpstreamKey | None],
     ) -> Pinned:
         """Return which key a request needs. Raises ProxyError(object_not_found).
 
-        body: JSON, if it could be read; document: the same, parsed. fixed: returns the key for unknown objects.
+        document: its body, if that is JSON and could be read. fixed: returns the key for unknown objects.
         """
         if not self.matter(client):
             return UNPINNED
-        named = names_in(body, document, route.path, route.query)
+        named = names_in(document, route.path, route.query)
         return await self._services.object_owners.pin(self._services.pool, named, client, fixed)
 
     def watch(
         self, method: str, route: Route, client: Client, pinned: Pinned, response: ResponseInHand
     ) -> ResponseWatch | None:
-        """Return what reads a copy of a response; None if it brings no objects."""
+        """Return what reads a copy of a response; None if it brings no objects. Its `Location` may name one, too."""
         headers = response.response.headers
         if not route.stateful or response.status >= 300 or method in ("HEAD", "DELETE", "OPTIONS"):
             return None
+        maker = client if method in _MAKES else None
+        record = partial(self._services.object_owners.record_brought, response.lease.key, pinned, maker)
+        if located := names_in(None, headers.get("Location", "").partition("?")[0]).certain:
+            record(BroughtObjects(located))
         if not ResponseWatch.reads(headers.get("Content-Type", "")):
             return None
         encoding = "" if response.decoded else headers.get("Content-Encoding", "").strip().lower()
         length = headers.get("Content-Length", "")
         known = int(length) if length.isascii() and length.isdigit() else None
-        maker = client if method in _MAKES else None
-        record = partial(self._services.object_owners.record_brought, response.lease.key, pinned, maker)
         return ResponseWatch(encoding, known, record)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from aiohttp.web import BaseRequest
 
 from ..protocol.routes import Route
@@ -70,15 +73,27 @@ class PassedSender:
         route, client = passed.route, passed.client
         if not self._objects.matter(client):
             return await self._once(request, passed, upload, tokens, "")
-        fixed = self._fixed if route.shape == "openai" else self._fixed_azure
+        pinned_to = await self.pin(passed, upload.document)
+        if pinned_to or not route.stateful or route.path == "/responses/compact":  # it keeps nothing
+            return await self._once(request, passed, upload, tokens, pinned_to)
+        return await self._with_fixed_key(request, passed, upload, tokens, self._fixed_keys(route))
+
+    def _fixed_keys(self, route: Route) -> FixedKeys:
+        return self._fixed if route.shape == "openai" else self._fixed_azure
+
+    async def pin(self, passed: PassedRequest, document: Mapping[str, Any] | None = None) -> str:
+        """Return the label of the only key that may see what a request names; "" for any key.
+
+        document: its body, if that is JSON and was read. Raises ProxyError(object_not_found).
+        """
+        route = passed.route
 
         def of_unknown() -> UpstreamKey:
-            return fixed.choose(route.segment, passed.model, self._services.clock.monotonic())
+            now = self._services.clock.monotonic()
+            return self._fixed_keys(route).choose(route.segment, passed.model, now)
 
-        passed.pinned = await self._objects.pin(route, upload.raw, upload.document, client, of_unknown)
-        if passed.pinned.key or not route.stateful or route.path == "/responses/compact":  # it keeps nothing
-            return await self._once(request, passed, upload, tokens, passed.pinned.key)
-        return await self._with_fixed_key(request, passed, upload, tokens, fixed)
+        passed.pinned = await self._objects.pin(route, document, passed.client, of_unknown)
+        return passed.pinned.key
 
     async def _with_fixed_key(
         self, request: BaseRequest, passed: PassedRequest, upload: Upload, tokens: int, fixed: FixedKeys

@@ -128,6 +128,13 @@ class PassthroughHandler:
         """Return the keys that may serve a request without a known model, by priority."""
         return self._sender.key_groups(route)
 
+    async def pin(self, passed: PassedRequest) -> str:
+        """Return the label of the only key that may see what a request without a body names; "" for any key.
+
+        Raises ProxyError(object_not_found).
+        """
+        return await self._sender.pin(passed)
+
     # -- down ---------------------------------------------------------------------------------------------------------
 
     def head(self, passed: PassedRequest, response: ResponseInHand) -> bytes:

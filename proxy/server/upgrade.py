@@ -17,7 +17,7 @@ from ..protocol.request import Client
 from ..protocol.routes import REALTIME, Route, query_values
 from ..protocol.websocket import is_whole_handshake, without_credential
 from ..services import Services
-from ..upstream.keys.lease import ANY_KEY, KeyRequest
+from ..upstream.keys.lease import KeyRequest
 from ..upstream.limits.clients import check_any_model, check_model
 from ..upstream.providers.registry import model_named
 from ..upstream.request import NO_BODY, UpstreamRequest
@@ -101,7 +101,8 @@ class UpgradeHandler:
     async def _send(
         self, request: BaseRequest, route: Route, client: Client, options: Options, passed: PassedRequest
     ) -> ResponseInHand:
-        groups = self._passthrough.key_groups(route)
+        groups = None if passed.model else self._passthrough.key_groups(route)
+        pinned_to = await self._passthrough.pin(passed) if route.query else ""
         return await self._sender.send(
             UpstreamRequest(
                 method="GET",
@@ -112,7 +113,7 @@ class UpgradeHandler:
                 client=client,
                 attempt_log=passed.log,
                 max_wait=passed.max_wait,
-                key_request=ANY_KEY if passed.model else KeyRequest(groups=groups),
+                key_request=KeyRequest(pinned_to=pinned_to, groups=groups),
                 max_retries=options.max_retries,
                 quota=self._sender.leases.quota(client),
                 verbatim=True,

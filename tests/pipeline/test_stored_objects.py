@@ -14,6 +14,7 @@ from proxy.config.settings import KeySettings, RetrySettings, Settings
 from proxy.coordination import NO_COORDINATION
 from proxy.protocol.request import Client
 from proxy.services import build_services
+from proxy.upstream.keys.object_owners import key_made_by
 from tests.pipeline.clock import virtual_time
 from tests.pipeline.fixture import PipelineFixture, Result, ask, pool, settings
 from tests.pipeline.script import DONE, ScriptedTransport, Sent, chunk, event, says, streams
@@ -178,7 +179,7 @@ async def test_a_reload_in_another_order_forgets_nothing() -> None:
     reloaded = build_services(config("k4", "k3", "k2"), pipeline.clock, pipeline.services)
     assert reloaded.object_owners is pipeline.services.object_owners
     owners = await reloaded.object_owners.find([f"resp_{account}"])
-    made_by = reloaded.pool.made_by(owners[f"resp_{account}"].maker)
+    made_by = key_made_by(reloaded.pool, owners[f"resp_{account}"].maker)
     assert made_by is not None
     assert made_by.label == "k2"
 

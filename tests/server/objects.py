@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxy.upstream.keys.object_owners import key_made_by
 from proxy.upstream.keys.owner_table import Owner
 from tests.server.kit import RunningProxy
 
@@ -16,5 +17,5 @@ def remember(server: RunningProxy, id_: str, label: str, client: str = "") -> No
 async def maker(server: RunningProxy, id_: str) -> str:
     """Return the label of the key that made an object; "" if it is not known."""
     owner = (await server.services.object_owners.find([id_])).get(id_)
-    key = server.services.pool.made_by(owner.maker) if owner is not None else None
+    key = key_made_by(server.services.pool, owner.maker) if owner is not None else None
     return key.label if key is not None else ""

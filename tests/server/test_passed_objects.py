@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -103,6 +104,18 @@ async def test_objects_in_forwarded_streams_are_remembered() -> None:
         server.transport.queue[:] = [Responds(200, (SSE,), (run, item))]
         await server.ask("POST", "/v1/threads/runs", {"assistant_id": "asst_1", "stream": True})
         assert [await maker(server, id_) for id_ in ("run_1", "thread_1", "msg_1", "x")] == ["k2", "k2", "k2", ""]
+
+
+async def test_an_object_that_only_location_names_is_remembered() -> None:
+    """As that of a call: its body is a session description."""
+    answer = Responds(
+        201, (("Content-Type", "application/sdp"), ("Location", "/v1/realtime/calls/rtc_1?x=y")), (b"v=0",)
+    )
+    async with running_proxy(config=TWO) as server:
+        remember(server, "asst_1", "k2")
+        server.transport.queue[:] = [answer]
+        await server.ask("POST", "/v1/realtime/calls?assistant_id=asst_1", b"v=0")
+        assert (await maker(server, "rtc_1"), await maker(server, "y")) == ("k2", "")
 
 
 async def test_failures_and_deletions_bring_no_objects() -> None:
@@ -208,3 +221,21 @@ async def test_what_is_only_listed_or_named_belongs_to_nobody() -> None:
         assert await statuses(server, "GET", "/v1/files/file-1") == ALL
         assert await statuses(server, "GET", "/v1/files/file-2") == {"anna": 404, "ben": 200, "cleo": 404, "dora": 404}
         assert await statuses(server, "GET", "/v1/vector_stores/vs_1") == OWNERS_ONLY
+
+
+HANDSHAKE = [
+    ("Connection", "Upgrade"),
+    ("Upgrade", "websocket"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ("Sec-WebSocket-Version", "13"),
+]
+
+
+async def test_a_websocket_joins_a_call_with_the_key_and_the_client_that_began_it() -> None:
+    target = "/v1/realtime?call_id=rtc_1"
+    async with running_proxy(config=replace(TWO, server=clients().server)) as server:
+        remember(server, "rtc_1", "k2", "anna")
+        for name, status, keys in (("ben", 404, []), ("anna", 426, ["k2"])):  # 426: this upstream knows no WebSocket
+            server.transport.queue[:] = [LISTED]
+            assert (await server.ask("GET", target, None, [*HANDSHAKE, *auth(name)])).status == status
+            assert server.transport.keys == keys

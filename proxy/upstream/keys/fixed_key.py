@@ -8,6 +8,12 @@ from .lease import UpstreamKey
 from .pool import KeyPool
 from .states import UNUSABLE_FOR
 
+
+def first_usable(pool: KeyPool, keys: Sequence[UpstreamKey], model: str, now: float) -> UpstreamKey | None:
+    """Return the first of `keys` that is usable, else the first; None if there is none."""
+    return next((key for key in keys if pool.is_usable(key, model, now)), keys[0] if keys else None)
+
+
 LACKING = frozenset({404, 405, 501})
 """Statuses of an upstream that does not have a route, if the path names no object."""
 
@@ -30,11 +36,11 @@ class FixedKeys:
         keys = [key for key in self._keys if key.serves(model)] or self._keys
         left = [key for key in keys if key.label not in without] or keys
         having = [key for key in left if not self._lacks(key, segment, now)] or left
-        return self._pool.fixed_key(model, now, having) or having[0]
+        return first_usable(self._pool, having, model, now) or having[0]
 
     def prefers(self, other: UpstreamKey, key: UpstreamKey, segment: str, model: str, now: float) -> bool:
         """Return whether `other` may serve a request that `key` cannot."""
-        return self._lacks(key, segment, now) or self._pool.fixed_key(model, now, (key, other)) is other
+        return self._lacks(key, segment, now) or first_usable(self._pool, (key, other), model, now) is other
 
     def record(self, key: UpstreamKey, segment: str, status: int, now: float) -> None:
         """Take note of the response to a request that names no object."""

@@ -16,6 +16,7 @@ from ...protocol.request import Client, ProxyRequest
 from ...protocol.routes import printable
 from ...protocol.sse import data_of
 from ...system.clock import spawn
+from .fixed_key import first_usable
 from .lease import UpstreamKey
 from .owner_table import Owner, OwnerTable, digest_of
 from .pool import KeyPool
@@ -155,7 +156,7 @@ class ObjectOwners:
             if not may_use(owner, Owner("", client.name, client.cache_partition)):
                 raise ProxyError("object_not_found", f"No object with id {printable(id_, 80)!r} found.", param="id")
         first = next((owners[id_] for id_ in (*named.certain, *named.possible) if id_ in owners), None)
-        key = pool.made_by(first.maker) if first is not None else None
+        key = key_made_by(pool, first.maker) if first is not None else None
         if key is None and (named.certain or first is not None):
             key = fixed()
         return Pinned(key.label if key is not None else "", first, named)
@@ -165,13 +166,13 @@ class ObjectOwners:
         named = self._named(pool, request)
         if not named:
             return ""
-        pinned = await self.pin(pool, named, request.client, lambda: pool.fixed_key(request.model, now))
+        pinned = await self.pin(pool, named, request.client, lambda: _fixed_key(pool, request.model, now))
         return pinned.key if len(pool.keys) > 1 else ""
 
     def _named(self, pool: KeyPool, request: ProxyRequest) -> NamedObjects:
         if request.endpoint not in _NAME_OBJECTS or (len(pool.keys) == 1 and not request.client.name):
             return NOTHING  # nothing depends on it
-        return names_in(request.body, request.document, query=request.route.query)
+        return names_in(request.document, query=request.route.query)
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -229,6 +230,17 @@ class ObjectOwners:
             self.record_answer(pool, request, key, document)
 
         return watch
+
+
+def key_made_by(pool: KeyPool, maker: str) -> UpstreamKey | None:
+    """Return the key that this stands for, else one of its upstream; None if the upstream is gone."""
+    upstream = maker.partition("-")[0] + "-"
+    same = [key for key in pool.keys if key.maker.startswith(upstream)]
+    return next((key for key in same if key.maker == maker), same[0] if same else None)
+
+
+def _fixed_key(pool: KeyPool, model: str, now: float) -> UpstreamKey | None:
+    return first_usable(pool, [key for key in pool.keys if key.serves(model)], model, now)
 
 
 def may_use(owner: Owner, client: Owner) -> bool:

@@ -77,7 +77,6 @@ class KeyPool:
         self._rate_limiters: OrderedDict[tuple[str, str], RateLimiter] = OrderedDict()
         self._serving: dict[str, tuple[tuple[UpstreamKey, ...], ...]] = {}
         self._by_label = {key.label: key for key in self.keys}
-        self._by_maker = {key.maker: key for key in reversed(self.keys)}
         self.affinity = PromptAffinity()
         self.last_used: dict[str, float] = {}
         self._uses = 0
@@ -102,19 +101,9 @@ class KeyPool:
             self._serving[model] = groups
         return groups
 
-    def fixed_key(self, model: str, now: float, keys: Sequence[UpstreamKey] | None = None) -> UpstreamKey | None:
-        """Return the key that requests get which name unknown objects: the first that is usable, else the first.
-
-        keys: those to choose from; None: those that serve `model`, in the order of the settings.
-        """
-        among = [key for key in self.keys if key.serves(model)] if keys is None else keys
-        usable = (key for key in among if self._states.blocking(key.label, model, now)[0] is None)
-        return next((key for key in usable if not self._breaker_wait(key, now)), among[0] if among else None)
-
-    def made_by(self, maker: str) -> UpstreamKey | None:
-        """Return the key that this stands for, else one of its upstream; None if the upstream is gone."""
-        upstream = maker.partition("-")[0] + "-"
-        return self._by_maker.get(maker) or next((k for k in self.keys if k.maker.startswith(upstream)), None)
+    def is_usable(self, key: UpstreamKey, model: str, now: float) -> bool:
+        """Return whether a key may serve `model` now, or will soon: it may be cooling, but it does not rest."""
+        return self._states.blocking(key.label, model, now)[0] is None and not self._breaker_wait(key, now)
 
     def by_label(self, label: str) -> UpstreamKey | None:
         return self._by_label.get(label)

@@ -10,7 +10,9 @@ import hashlib
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, unquote
 
 import msgspec
@@ -47,28 +49,19 @@ _CLIENTS_OWN: Final = frozenset({"arguments", "headers", "json_schema", "metadat
 _ECHOED: Final = _CLIENTS_OWN | {"prompt", "text", "tools"}
 """Fields in which a response repeats what the request said."""
 
+_RESULTS: Final = frozenset({"results", "search_results"})
+"""Fields that hold what a search has found."""
+
 _ITEMS: Final = frozenset({"data", "item", "items", "output"})
 """Fields that hold objects with ids of their own."""
 
 _KNOWN: Final = re.compile(
     r"(?:apc|apco|asst|audio|batch|cfile|ci|cksess|cmp|cntr|conv|cthi|cthr|ctc|ctco|cu|cuo|eval|evalrun|fc|fco|file|fs"
-    r"|ftckpt|ig|lsh|lsho|mcp|mcpl|mcpr|msg|outputitem|part|pmpt|resp|rs|run|sh|sho|skill|skillver|step|thread|upload"
+    r"|ftckpt|ig|lsh|lsho|mcp|mcpl|mcpr|msg|outputitem|part|pmpt|resp|rs|rtc|run|sh|sho|skill|skillver|step|thread|upload"
     r"|video|voice|vs|vsf|vsfb|ws)_[^\s/]+|(?:assistant|chatcmpl|cmpl|file|ftckpt|ftevent|ftjob)-[^\s/]+"
 )
 _WORD: Final = re.compile(r"[a-z_]+")
 """A segment of a path that names no object, unless it looks like an id."""
-
-_MAY_NAME: Final = (
-    b'_id"',
-    b'_ids"',
-    b'_file"',
-    b'_files"',
-    b'"id"',
-    b'"conversation"',
-    b'"container"',
-    b'"encrypted_content"',
-)
-"""How the names of all these fields end: to search a body for them costs less than to walk through it."""
 
 
 class NamedObjects(msgspec.Struct, frozen=True):
@@ -94,8 +87,37 @@ def sealed(content: str) -> str:
     return "sealed " + hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def names_in(body: bytes, document: object, path: str = "", query: str = "") -> NamedObjects:
-    """Return what a request names, in its path and query first. body: what `document` was parsed from."""
+class _Kind(Enum):
+    """What a field may hold. OBJECT: ids of objects; MAYBE: the same, if they look like ids."""
+
+    OBJECT = 1
+    MAYBE = 2
+    ID = 3
+    AUDIO = 4
+    PROMPT = 5
+    SEALED = 6
+
+
+_OTHER_KINDS: Final = {
+    "id": _Kind.ID,
+    "audio": _Kind.AUDIO,
+    "prompt": _Kind.PROMPT,
+    "encrypted_content": _Kind.SEALED,
+}
+
+
+@lru_cache(4096)
+def _kind_of(name: str) -> _Kind | None:
+    """Return what a field of this name may hold; None: nothing that names an object."""
+    if name in _FIELDS:
+        return _Kind.OBJECT
+    if name.endswith(("_id", "_ids", "_file", "_files")) and name not in _NO_FIELDS:
+        return _Kind.MAYBE
+    return _OTHER_KINDS.get(name)
+
+
+def names_in(document: object, path: str = "", query: str = "") -> NamedObjects:
+    """Return what a request names, in its path and query first."""
     certain: dict[str, None] = {}
     possible: dict[str, None] = {}
     for part in path.split("/")[2:]:
@@ -107,32 +129,30 @@ def names_in(body: bytes, document: object, path: str = "", query: str = "") -> 
     for name, value in parse_qsl(query) if query else ():
         if looks_like_id(value) or (name in _FIELDS and 0 < len(value) <= MAX_ID_LENGTH):
             certain[value] = None
-    if any(ending in body for ending in _MAY_NAME):
-        for node, under, _ in _objects(document, _CLIENTS_OWN):
-            for name, value in node.items():
-                if name == "id" and under == "input" and not looks_like_id(value):
-                    possible.update(dict.fromkeys(_ids(value)))  # an item of an earlier response
-                _add(node, name, value, certain, possible)
-            if len(certain) + len(possible) > MAX_IDS:
-                break
+    for field in _fields(document, _CLIENTS_OWN):
+        _add(field, certain, possible)
+        if len(certain) + len(possible) > MAX_IDS:
+            break
     if not certain and not possible:
         return NOTHING
     return NamedObjects(tuple(certain), tuple([id_ for id_ in possible if id_ not in certain]))
 
 
-def _add(node: Mapping[str, Any], name: str, value: Any, certain: dict[str, None], possible: dict[str, None]) -> None:
+def _add(field: _Field, certain: dict[str, None], possible: dict[str, None]) -> None:
     """Put the ids in one field of a request into `certain` or `possible`."""
-    if name == "encrypted_content":
-        if isinstance(value, str) and value:
-            certain[sealed(value)] = None
-    elif name == "id":
-        if node.get("type") == "item_reference" or looks_like_id(value):
-            certain.update(dict.fromkeys(_ids(value)))
-    elif name in _FIELDS or (name in ("audio", "prompt") and isinstance(value, Mapping)):
+    kind, value = field.kind, field.value
+    if kind is _Kind.OBJECT or (kind in (_Kind.AUDIO, _Kind.PROMPT) and type(value) is dict):
         certain.update(dict.fromkeys(_ids(value)))
-    elif name.endswith(("_id", "_ids", "_file", "_files")) and name not in _NO_FIELDS:
+    elif kind is _Kind.MAYBE:
         for id_ in _ids(value):
             (certain if looks_like_id(id_) else possible)[id_] = None
+    elif kind is _Kind.SEALED and isinstance(value, str) and value:
+        certain[sealed(value)] = None
+    elif kind is _Kind.ID and field.under != "messages":  # those of chats are the client's own
+        if field.node.get("type") == "item_reference" or looks_like_id(value):
+            certain.update(dict.fromkeys(_ids(value)))
+        elif field.under == "input":
+            possible.update(dict.fromkeys(_ids(value)))  # an item of an earlier response
 
 
 class BroughtObjects(msgspec.Struct, frozen=True):
@@ -154,42 +174,58 @@ def brought_by(document: object) -> BroughtObjects:
     made: dict[str, None] = {}
     seen: dict[str, None] = {}
     closed: dict[str, None] = {}
-    for node, under, found in _objects(document, _ECHOED):
-        into = seen if found else made
-        for name, value in node.items():
-            if name == "encrypted_content":
-                if isinstance(value, str) and value:
-                    closed[sealed(value)] = None
-            elif name == "id":
-                if node is document or under in _ITEMS or isinstance(node.get("object"), str) or looks_like_id(value):
-                    into.update(dict.fromkeys(_ids(value)))
-            elif name in _FIELDS or (name == "audio" and isinstance(value, Mapping)):
+    for field in _fields(document, _ECHOED):
+        kind, value, node = field.kind, field.value, field.node
+        into = seen if field.found else made
+        if kind is _Kind.SEALED:
+            if isinstance(value, str) and value:
+                closed[sealed(value)] = None
+        elif kind is _Kind.ID:
+            own = node is document or field.under in _ITEMS or isinstance(node.get("object"), str)
+            if own or looks_like_id(value):
                 into.update(dict.fromkeys(_ids(value)))
-            elif name.endswith(("_id", "_ids")) and name not in _NO_FIELDS:
-                into.update(dict.fromkeys([id_ for id_ in _ids(value) if looks_like_id(id_)]))
+        elif kind is _Kind.OBJECT or (kind is _Kind.AUDIO and type(value) is dict):
+            into.update(dict.fromkeys(_ids(value)))
+        elif kind is _Kind.MAYBE:
+            into.update(dict.fromkeys([id_ for id_ in _ids(value) if looks_like_id(id_)]))
         if len(made) + len(seen) + len(closed) > MAX_IDS:
             break
     return BroughtObjects(tuple(made), tuple([id_ for id_ in seen if id_ not in made]), tuple(closed))
 
 
-def _objects(document: object, skipped: frozenset[str]) -> Iterator[tuple[Mapping[str, Any], str, bool]]:
-    """Yield every JSON object, the outer ones first, the field that holds it, and whether a search has found it.
+class _Field(NamedTuple):
+    """One field that may name an object. node: the JSON object that it is in. under: the field that holds that.
+
+    found: a search has found it.
+    """
+
+    node: dict[str, Any]
+    under: str
+    found: bool
+    kind: _Kind
+    value: Any
+
+
+def _fields(document: object, skipped: frozenset[str]) -> Iterator[_Field]:
+    """Yield the fields of a document that may name an object, those of the outer JSON objects first.
 
     skipped: fields whose content is left out.
     """
-    left: deque[tuple[object, str, bool]] = deque([(document, "", False)])
+    left: deque[tuple[Any, str, bool]] = deque([(document, "", False)])
     for _ in range(_MAX_NODES):
         if not left:
             return
         node, under, found = left.popleft()
-        if isinstance(node, Mapping):
+        if type(node) is dict:
             found = found or node.get("type") == "file_citation"
-            yield node, under, found
             for name, value in node.items():
-                if isinstance(value, Mapping | list) and name not in skipped:
-                    left.append((value, name, found or name in ("results", "search_results")))
-        elif isinstance(node, list):
-            left.extend([(item, under, found) for item in node if isinstance(item, Mapping | list)])
+                kind = _kind_of(name)
+                if kind is not None:
+                    yield _Field(node, under, found, kind, value)
+                if (type(value) is dict or type(value) is list) and name not in skipped:
+                    left.append((value, name, found or name in _RESULTS))
+        elif type(node) is list:
+            left.extend([(item, under, found) for item in node if type(item) is dict or type(item) is list])
 
 
 def _ids(value: object) -> Iterator[str]:

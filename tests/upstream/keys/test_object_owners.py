@@ -8,6 +8,7 @@ import pytest
 
 from proxy.protocol.errors import ProxyError
 from proxy.protocol.request import Client
+from proxy.upstream.keys.fixed_key import first_usable
 from proxy.upstream.keys.lease import UpstreamKey
 from proxy.upstream.keys.object_owners import ObjectOwners, Pinned
 from proxy.upstream.keys.owner_table import Owner, maker_of
@@ -55,7 +56,7 @@ def pool(*labels: str) -> KeyPool:
 
 async def pin(owners: ObjectOwners, *ids: str, client: Client = ANNA, keys: KeyPool | None = None) -> str:
     keys = keys or pool()
-    return (await owners.pin(keys, NamedObjects(ids), client, lambda: keys.fixed_key("m", 0.0))).key
+    return (await owners.pin(keys, NamedObjects(ids), client, lambda: first_usable(keys, keys.keys, "m", 0.0))).key
 
 
 async def test_a_process_remembers_the_owner_of_an_object() -> None:
@@ -144,7 +145,7 @@ async def test_a_text_that_may_be_an_id_decides_only_if_it_is_known() -> None:
     owners.record(["7f"], owner("b1"))
     for text, key in (("7f", "b1"), ("8f", "")):
         named = NamedObjects(possible=(text,))
-        assert (await owners.pin(keys, named, ANNA, lambda: keys.fixed_key("m", 0.0))).key == key
+        assert (await owners.pin(keys, named, ANNA, lambda: first_usable(keys, keys.keys, "m", 0.0))).key == key
 
 
 # --- whose ------------------------------------------------------------------------------------------------------------
