@@ -155,7 +155,9 @@ def allows_stale(status: int, error: str) -> bool:
     """Whether a stale response may take the place of a final failure (RFC 5861 section 4).
 
     It may if the upstreams failed or the keys cool or are refused. It may not if the request itself is at fault or the
-    proxy's own limits refuse it; a 404 is the client's to see. error: as in receipts: a code of the proxy's, or `upstream_STATUS`.
+    proxy's own limits refuse it; a 404 is the client's to see.
+
+    error: as in receipts: a code of the proxy's, or `upstream_STATUS`.
     """
     if error in ("keys_cooling", "no_usable_key", "circuit_open"):
         return status != 404
