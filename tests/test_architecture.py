@@ -59,11 +59,11 @@ PURE = {"__future__", "base64", "binascii", "bisect", "collections", "collection
 PURE |= {"datetime", "decimal", "email.utils", "enum", "fnmatch", "functools", "hashlib", "heapq", "itertools", "json"}
 PURE |= {"math", "operator", "re", "string", "struct", "sys", "types", "typing", "urllib.parse", "zlib"}
 PURE |= {"msgspec", "msgspec.structs", "orjson", "importlib.resources", "importlib", "compression", "backports"}
-PURE |= {"ipaddress"}
+PURE |= {"ipaddress", "brotli"}
 """What a pure file may import beside other pure files: nothing that waits, reads a clock or draws a number.
 
-`importlib.resources` reads data that is part of the package, the same for everybody; `compression` and `backports` are
-zstd, bytes to bytes.
+`importlib.resources` reads data that is part of the package, the same for everybody; `compression`, `backports` (zstd)
+and `brotli` are bytes to bytes.
 """
 
 IMPURE = {

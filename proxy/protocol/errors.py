@@ -48,6 +48,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "client_limit": ErrorKind(429, _RATE, None),
     "budget_exceeded": ErrorKind(429, _RATE, False),
     "internal_error": ErrorKind(500, _SERVER, None),
+    "not_implemented": ErrorKind(501, _INVALID, False),
     "upstream_unreachable": ErrorKind(502, _SERVER, None),
     "upstream_invalid_response": ErrorKind(502, _SERVER, None),
     "no_usable_key": ErrorKind(502, _SERVER, False),
@@ -56,6 +57,7 @@ CODES: Final[dict[str, ErrorKind]] = {
     "circuit_open": ErrorKind(503, _SERVER, None),
     "upstream_timeout": ErrorKind(504, _SERVER, None),
     "not_cached": ErrorKind(504, _SERVER, False),
+    "http_version_not_supported": ErrorKind(505, _INVALID, False),
 }
 """Every error code of the proxy (`docs/routes-and-errors.md`)."""
 

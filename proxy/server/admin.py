@@ -26,7 +26,8 @@ from .admin_cache import CacheAdmin
 from .admin_usage import usage
 from .in_flight import InFlight
 from .peers import PeerWorkers
-from .responses import DateHeader, FullResponse, read_body, status_line
+from .request_body import read_body
+from .responses import DateHeader, FullResponse, status_line
 
 _PROBES: Final = ("/healthz", "/readyz")
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"

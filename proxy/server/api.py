@@ -33,7 +33,7 @@ from ..pipeline.response_headers import (
     usage_headers,
 )
 from ..protocol.errors import ProxyError
-from ..protocol.headers import is_request_option
+from ..protocol.headers import Raw, is_request_option
 from ..protocol.options import Options, from_headers
 from ..protocol.request import Client
 from ..protocol.routes import Route, parse_target, printable
@@ -47,7 +47,8 @@ from .admin import AdminHandler
 from .cors import METHODS, cors_headers, preflight
 from .in_flight import InFlight
 from .passthrough import PassthroughHandler
-from .request_parser import RequestParser, check_media_type, text_headers
+from .request_body import read_body, read_json
+from .request_parser import RequestParser, text_headers
 from .responses import (
     DateHeader,
     FullResponse,
@@ -55,7 +56,6 @@ from .responses import (
     StreamingResponse,
     error_response,
     raw_lines,
-    read_body,
     status_line,
 )
 from .upgrade import UpgradeHandler
@@ -165,18 +165,19 @@ class ApiHandler:
             raise ProxyError("draining", "the proxy is shutting down", retry_after=1.0)
         if route.kind == "endpoint" and method == "POST":
             headers = request.headers
-            content_type = headers.get("Content-Type", "")
-            if not content_type.startswith("application/json") or "Content-Encoding" in headers:
-                check_media_type(content_type, headers.get("Content-Encoding"))
-            body = await read_body(request, self._max_body)
+            raw: Sequence[Raw] = request.raw_headers
+            if headers.get("Content-Type", "").startswith("application/json") and "Content-Encoding" not in headers:
+                body = await read_body(request, self._max_body)
+            else:
+                body, raw = await read_json(request, self._max_body)
             digest = None
             simple = self._has_fast_path and not context.client.models  # else the model must be parsed and checked
-            if simple and _keeps_hits_unchanged(route.options) and not _has_request_option(request.raw_headers):
+            if simple and _keeps_hits_unchanged(route.options) and not _has_request_option(raw):
                 digest = digest_of_request(context.target, context.client.cache_partition, body)
                 hit = self._handler.cache.peek(digest)
                 if hit is not None:
                     return self._hit(context, hit, b"", route.options.tags)
-            return await self._endpoint(context, body, digest)
+            return await self._endpoint(context, body, raw, digest)
         if is_handshake(method, request.headers):
             options = from_headers(route.options, text_headers(request.raw_headers))
             self._check_in_flight()
@@ -191,11 +192,16 @@ class ApiHandler:
 
     # -- the five endpoints -------------------------------------------------------------------------------------------
 
-    async def _endpoint(self, context: _Context, body: bytes, digest: RequestDigest | None) -> Response:
-        """digest: names the request in the fast path; None if a header or an option asks for something."""
+    async def _endpoint(
+        self, context: _Context, body: bytes, raw: Sequence[Raw], digest: RequestDigest | None
+    ) -> Response:
+        """raw: the headers that fit the body.
+
+        digest: names the request in the fast path; None if a header or an option asks for something.
+        """
         request = context.request
         proxy_request = await self._parser.parse(
-            request, context.route, context.client, body, has_options=digest is None
+            request, context.route, context.client, body, raw, has_options=digest is None
         )
         if context.client.models:
             check_unambiguous(context.client, body)
@@ -330,8 +336,9 @@ class ApiHandler:
         if context is not None and context.origin is not None:
             pairs = [line.split(": ", 1) for line in cors_headers(context.origin).decode().splitlines()]
             error.headers = (*error.headers, *((name, value) for name, value in pairs))
-        unread = not request.content.is_eof()
-        return error_response(request, error, request_id, self._date.line(), close=unread and error.status == 413)
+        # An unread body is skipped, but one that is too large, or that may not come at all (RFC 9110 section 10.1.1).
+        close = not request.content.is_eof() and (error.status == 413 or "Expect" in request.headers)
+        return error_response(request, error, request_id, self._date.line(), close=close)
 
 
 _ZERO: Final = Decimal(0)

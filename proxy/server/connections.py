@@ -7,8 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from aiohttp import HttpVersion10, HttpVersion11
+from aiohttp.http import RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web import BaseRequest, Server
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from ..protocol.errors import ProxyError
 from ..system.clock import SYSTEM_CLOCK
@@ -22,6 +25,25 @@ HEADER_TIMEOUT: Final = 10.0
 
 KEEPALIVE: Final = 3630.0
 """Seconds for which an idle connection is kept; longer than the SDKs' pools do, so that the client closes first."""
+
+
+_CLOSE: Final = (("Connection", "close"),)
+"""aiohttp treats an unparsable request as HTTP/1.0, for which this header would be left out."""
+
+
+def _not_spoken(message: RawRequestMessage) -> ProxyError | None:
+    """Return why a request cannot be served as it is framed; None if it can."""
+    version = message.version
+    if version is not HttpVersion11 and version not in (HttpVersion10, HttpVersion11):
+        text = "HTTP/1.1 and HTTP/1.0 are spoken here"  # no version at all is HTTP/0.9
+        return ProxyError("http_version_not_supported", text, headers=_CLOSE)
+    if message.chunked:
+        if version == HttpVersion10:  # RFC 9112 section 6.1: its framing is faulty
+            return ProxyError("bad_request", "HTTP/1.0 has no Transfer-Encoding", headers=_CLOSE)
+        if message.headers.get("Transfer-Encoding", "").strip().lower() != "chunked":
+            text = "a Transfer-Encoding other than chunked is not decoded"  # RFC 9112 section 6.1
+            return ProxyError("not_implemented", text, headers=_CLOSE)
+    return None
 
 
 class _Connection(RequestHandler):
@@ -43,6 +65,8 @@ class _Connection(RequestHandler):
             self._payload_parser.feed_data(data)
             return
         super().data_received(data)
+        if self._messages:
+            self._refuse_what_is_not_spoken()
         if self._messages and (current := self._current_request) is not None and not current.content.is_eof():
             self.force_close()  # the parser failed within this chunked body, and aiohttp would wait for its end
         if self._waiter is None or self._waiter.done():  # a header is complete, or a body is being read
@@ -51,6 +75,12 @@ class _Connection(RequestHandler):
                 self._header_timer = None
         elif self._header_timer is None:
             self._header_timer = self._loop.call_later(HEADER_TIMEOUT, self._too_slow)
+
+    def _refuse_what_is_not_spoken(self) -> None:
+        """Put an error in the place of each message that aiohttp accepts although it cannot be served right."""
+        for index, (message, _) in enumerate(self._messages):
+            if isinstance(message, RawRequestMessage) and (error := _not_spoken(message)) is not None:
+                self._messages[index] = _ErrInfo(error.status, error, ""), EMPTY_PAYLOAD
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._header_timer is not None:
@@ -74,13 +104,14 @@ class _Connection(RequestHandler):
 
         aiohttp's own message may quote bytes of the request, so it is not repeated.
         """
-        code, text = "bad_request", "the request is not valid HTTP/1.1"
-        if status != 400:
-            code, text = "internal_error", "the proxy failed on this request; see its log"
-        log.info("refused a request: %s (%s)", code, type(exc).__name__)
-        # aiohttp treats an unparsable request as HTTP/1.0, for which `Connection: close` would be left out.
-        headers = (("Connection", "close"),) if status == 400 else ()
-        return error_response(request, ProxyError(code, text, headers=headers), SYSTEM_CLOCK.new_id(), b"", close=True)
+        if isinstance(exc, ProxyError):
+            error = exc
+        elif status == 400:
+            error = ProxyError("bad_request", "the request is not valid HTTP/1.1", headers=_CLOSE)
+        else:
+            error = ProxyError("internal_error", "the proxy failed on this request; see its log")
+        log.info("refused a request: %s (%s)", error.code, type(exc).__name__)
+        return error_response(request, error, SYSTEM_CLOCK.new_id(), b"", close=True)
 
     def _too_slow(self) -> None:
         self._header_timer = None

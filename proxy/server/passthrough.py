@@ -34,6 +34,7 @@ from .models import ModelLister
 from .passed import PassedRequest
 from .passed_objects import PassedObjects
 from .passed_sender import Groups, PassedSender
+from .request_body import too_large
 from .responses import (
     FullResponse,
     StreamedResponse,
@@ -41,7 +42,6 @@ from .responses import (
     for_event_stream,
     raw_lines,
     status_line,
-    too_large,
 )
 from .upload import Upload
 

@@ -9,11 +9,10 @@ from typing import NamedTuple
 from aiohttp.web import BaseRequest
 
 from ..config.settings import Settings
-from ..protocol.errors import ProxyError
 from ..protocol.headers import Raw
 from ..protocol.options import Options, from_headers
 from ..protocol.request import Client, ProxyRequest, parse_body
-from ..protocol.routes import Route, printable
+from ..protocol.routes import Route
 from ..services import Services
 from ..system.threads import in_thread_if_large
 from ..upstream.providers.registry import model_named
@@ -28,13 +27,19 @@ class RequestParser:
         self._model_of = partial(model_named, services.addresses)
 
     async def parse(
-        self, request: BaseRequest, route: Route, client: Client, body: bytes, *, has_options: bool
+        self,
+        request: BaseRequest,
+        route: Route,
+        client: Client,
+        body: bytes,
+        headers: Sequence[Raw],
+        *,
+        has_options: bool,
     ) -> ProxyRequest:
-        """Return the parsed request. has_options: a header may be a request option.
+        """Return the parsed request. headers: those that fit the body. has_options: a header may be a request option.
 
         Raises ProxyError(invalid_json, invalid_option).
         """
-        headers = request.raw_headers
         options = from_headers(route.options, text_headers(headers)) if has_options else route.options
         document = await in_thread_if_large(len(body), parse_body, body)
         now = self._clock.monotonic()
@@ -78,20 +83,6 @@ def time_limits(settings: Settings, options: Options, request: BaseRequest, now:
 
 def text_headers(headers: Sequence[Raw]) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-
-
-def check_media_type(content_type: str, encoding: str | None) -> None:
-    """Raise `unsupported_media_type` unless the body is JSON without encoding.
-
-    This also refuses the simple requests of browsers, which need no preflight (Fetch standard, section 3.2).
-    """
-    essence = content_type.partition(";")[0].strip().lower()
-    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
-        message = f"Content-Type must be application/json, found {printable(essence, 80)!r}"
-        raise ProxyError("unsupported_media_type", message, param="Content-Type")
-    if encoding is not None and encoding.strip().lower() != "identity":
-        message = f"the request body must not be compressed, found Content-Encoding {printable(encoding, 80)!r}"
-        raise ProxyError("unsupported_media_type", message, param="Content-Encoding")
 
 
 def _client_timeout(request: BaseRequest) -> float | None:

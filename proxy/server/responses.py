@@ -5,7 +5,6 @@ aiohttp uses only `prepare`, `write_eof` and `keep_alive` of a response; tests c
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
@@ -17,9 +16,6 @@ from aiohttp.web import BaseRequest
 from ..pipeline.response_headers import lines_of
 from ..protocol.errors import ProxyError, retry_after_headers
 from ..protocol.headers import Raw
-
-BODY_TIMEOUT: Final = 30.0
-"""Seconds in which a request body must arrive, plus one for each 64 KiB received (docs/security.md)."""
 
 _ONE_WRITE: Final = 64 * 1024
 """Bodies below this number of bytes are joined with the head."""
@@ -215,51 +211,3 @@ def error_response(
         lines += lines_of(retry_after_headers(error.retry_after))
     head = status_line(error.status) + date + lines.encode("latin-1", "replace")
     return FullResponse(request, head, error.body(), status=error.status, close=close)
-
-
-async def read_body(request: BaseRequest, max_body: int) -> bytes:
-    """Return the request body. Raises ProxyError(request_too_large), or ConnectionResetError if it is too slow."""
-    content = request.content
-    if content.is_eof():
-        body = content.read_nowait(-1)
-        if len(body) > max_body:
-            raise too_large(max_body)
-        return body
-    length = request.content_length
-    if length is not None and length > max_body:
-        raise too_large(max_body)
-    await send_continue(request)
-    parts: list[bytes] = []
-    size = 0
-    began = asyncio.get_running_loop().time()
-    while part := await next_piece(request, began, size):
-        parts.append(part)
-        size += len(part)
-        if size > max_body:
-            raise too_large(max_body)
-    return b"".join(parts)
-
-
-async def next_piece(request: BaseRequest, began: float, size: int) -> bytes:
-    """Return the next piece of a body, b"" at its end. size: bytes received since `began` (loop time).
-
-    Raises ConnectionResetError, and closes the connection, if the body is too slow.
-    """
-    try:
-        async with asyncio.timeout_at(began + BODY_TIMEOUT + size / 65536):
-            return await request.content.readany()
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the request body was too slow") from None
-
-
-async def send_continue(request: BaseRequest) -> None:
-    """Answer `Expect: 100-continue` before the body is read (RFC 9110 section 10.1.1)."""
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
-def too_large(limit: int, setting: str = "max_body") -> ProxyError:
-    """Return the error for a body of more than `limit` bytes. setting: the one below `server` that says so."""
-    return ProxyError("request_too_large", f"the request body is larger than server.{setting} ({limit} bytes)")

@@ -18,7 +18,7 @@ from ..protocol.routes import Route
 from ..system.threads import in_thread_if_large
 from ..upstream.request import Body
 from ..upstream.target import Upstream
-from .responses import next_piece, send_continue, too_large
+from .request_body import next_piece, send_continue, too_large
 
 MAX_JSON: Final = 1024 * 1024
 """A JSON body of up to this many bytes is read before it is sent."""

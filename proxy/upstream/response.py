@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from ..protocol.decompress import DecodingError, Decompressor
 from ..protocol.sse import Splitter, data_of
-from .decompress import Decompressor
 from .interfaces import UpstreamResponse
 from .key_lease import KeyLease
 from .retry.error_body import ErrorInfo, error_info, stream_error
@@ -108,12 +108,15 @@ async def read_error(chunks: AsyncIterator[bytes]) -> bytes:
 
 async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
     """Yield the chunks decompressed. Raises TransportFailure(invalid) if they are broken, cut or too many."""
-    inflater = Decompressor(encoding)
-    async for chunk in chunks:
-        out = inflater.feed(chunk)
-        if out:
-            yield out
-    inflater.finish()
+    decompressor = Decompressor(encoding)
+    try:
+        async for chunk in chunks:
+            out = decompressor.feed(chunk)
+            if out:
+                yield out
+        decompressor.finish()
+    except DecodingError as error:
+        raise TransportFailure("invalid", f"the upstream's compressed answer {error}") from None
 
 
 async def _first_event(response: ResponseInHand) -> tuple[int, ErrorInfo] | None:

@@ -124,10 +124,13 @@ async def test_no_answer_has_cors_headers(proxy: ProxyProcess, client: Client) -
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"])
-async def test_simple_requests_of_browsers_are_415(
+async def test_simple_requests_of_browsers_are_refused(
     proxy: ProxyProcess, upstream: ScriptedUpstream, client: Client, kind: str
 ) -> None:
-    answer = await client.send(proxy, BODY, {"Content-Type": kind})
+    """Pages may send these types without a preflight: their origin gives them away, and a form holds no JSON."""
+    answer = await client.send(proxy, BODY, {"Content-Type": kind, "Origin": "https://evil.test"})
+    assert (answer.status, answer.error) == (403, "origin_not_allowed")
+    answer = await client.send(proxy, b"a=b", {"Content-Type": kind})
     assert (answer.status, answer.error) == (415, "unsupported_media_type")
     assert answer.headers["X-Should-Retry"] == "false"
     assert upstream.count == 0

@@ -325,7 +325,7 @@ BROKEN = {
     "no JSON": Responds(200, (("Content-Type", "text/plain"),), (b"hello",)),
     "cut": Responds(200, body=(b'{"data": [',)),
     "a stream": streams(),
-    "compressed": Responds(200, (("Content-Type", "application/json"), ("Content-Encoding", "br")), (b"xx",)),
+    "compressed": Responds(200, (("Content-Type", "application/json"), ("Content-Encoding", "exi")), (b"xx",)),
     "accepted": says({"data": ROWS[:2]}, 202),
 }
 

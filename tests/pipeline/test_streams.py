@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from typing import Any
 
 import orjson
@@ -13,6 +12,7 @@ from proxy.config.settings import CacheSettings, CostSettings
 from proxy.protocol.options import Options
 from proxy.protocol.sse import data_of
 from proxy.upstream.retry.outcome import TransportFailure
+from tests.codings import CODINGS
 from tests.pipeline.clock import virtual_time
 from tests.pipeline.fixture import PipelineFixture, ask, pool, settings
 from tests.pipeline.script import DONE, SSE, Responds, Step, chunk, event, events, says, streams
@@ -249,10 +249,11 @@ async def test_json_to_a_stream_request_is_passed_with_its_cost() -> None:
     assert again.body == result.body
 
 
+@pytest.mark.parametrize("coding", CODINGS)
 @virtual_time
-async def test_a_compressed_stream_is_decoded_and_stored() -> None:
-    packed = gzip.compress(WHOLE)
-    headers = (SSE, ("Content-Encoding", "gzip"))
+async def test_a_compressed_stream_is_decoded_and_stored(coding: str) -> None:
+    packed = CODINGS[coding](WHOLE)
+    headers = (SSE, ("Content-Encoding", coding))
     pipeline = PipelineFixture(
         Responds(200, headers, (packed[:30], packed[30:])), Responds(200, headers, (packed[:-20],)), config=OFF
     )
@@ -260,15 +261,14 @@ async def test_a_compressed_stream_is_decoded_and_stored() -> None:
     assert (result.body, result.broken) == (WHOLE, False)
     assert b"Content-Encoding" not in dict(result.raw_headers)
     assert (await pipeline.ask(STREAM)).cache == "hit"
-    assert (await pipeline.ask(ask("cut", stream=True))).broken
+    cut = await pipeline.ask(ask("cut", stream=True))
+    assert cut.broken or cut.status == 502
     pipeline.assert_nothing_leaked()
 
 
 @virtual_time
 async def test_a_stream_in_an_unknown_coding_is_passed_unchanged() -> None:
-    pipeline = PipelineFixture(
-        Responds(200, (SSE, ("Content-Encoding", "zstd")), (b"\x28\xb5", b"\x2f\xfd")), streams()
-    )
+    pipeline = PipelineFixture(Responds(200, (SSE, ("Content-Encoding", "exi")), (b"\x28\xb5", b"\x2f\xfd")), streams())
     result = await pipeline.ask(STREAM)
     assert (result.body, result.broken) == (b"\x28\xb5\x2f\xfd", False)
     assert (pipeline.receipt.cost_status, pipeline.receipt.status) == ("unknown", 200)

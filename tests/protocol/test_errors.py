@@ -40,11 +40,19 @@ STATUS = {
 }
 """The documented codes."""
 
-OURS_TOO = {"upgrade_required": 426, "object_not_found": 404, "bad_request": 400, "internal_error": 500}
-"""Further codes: no WebSocket, another client's object, malformed HTTP, and a failure of the proxy itself."""
+OURS_TOO = {
+    "object_not_found": 404,
+    "upgrade_required": 426,
+    "not_implemented": 501,
+    "http_version_not_supported": 505,
+    "bad_request": 400,
+    "internal_error": 500,
+}
+"""Further codes: an object of another client, no WebSocket, bad or unknown HTTP, and a failure of the proxy itself."""
 
 WORTH_WAITING = {"throttled", "queue_full", "keys_cooling", "client_limit"}
 NEVER_RETRY = {"budget_exceeded", "not_cached", "request_exceeds_limit", "no_usable_key"}
+NEVER_RETRY |= {"not_implemented", "http_version_not_supported"}
 
 
 def test_every_code_has_its_status() -> None:

@@ -15,8 +15,8 @@ from multidict import CIMultiDict
 
 import proxy.pipeline.fetch
 import proxy.server.api
+import proxy.server.request_body
 import proxy.server.request_parser
-import proxy.server.responses
 from proxy.config.limits import Limits
 from proxy.config.settings import (
     CacheSettings,
@@ -272,7 +272,7 @@ async def test_while_draining_new_requests_are_refused() -> None:
 
 
 async def test_a_body_sent_too_slowly_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
+    monkeypatch.setattr(proxy.server.request_body, "BODY_TIMEOUT", 0.05)
     async with running_proxy() as server, raw_connection(server.port) as line:
         line.send(request(headers=[("Content-Type", "application/json"), ("Content-Length", "9")]) + b'{"a')
         assert await line.ended() == b""

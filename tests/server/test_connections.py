@@ -10,7 +10,8 @@ import pytest
 from aiohttp.web import BaseRequest
 
 import proxy.server.connections
-from proxy.server.responses import FullResponse, read_body, status_line
+from proxy.server.request_body import read_body
+from proxy.server.responses import FullResponse, status_line
 from tests.server.kit import TEST_TIMEOUT, raw_connection, request, served
 
 pytestmark = pytest.mark.slow

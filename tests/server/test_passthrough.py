@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import proxy.server.responses
+import proxy.server.request_body
 from proxy.config.limits import Limits
 from proxy.config.settings import (
     BreakerSettings,
@@ -412,7 +412,7 @@ async def test_an_upload_waits_for_100_continue() -> None:
 
 
 async def test_an_upload_sent_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.1)
+    monkeypatch.setattr(proxy.server.request_body, "BODY_TIMEOUT", 0.1)
     async with running_proxy(LISTED) as server, raw_connection(server.port) as line:
         line.send(request("POST", FILES, headers=[("Content-Length", "5")]) + b"he")
         assert await line.ended() == b""

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from aiohttp.web import BaseRequest
 
-import proxy.server.responses
+import proxy.server.request_body
 from proxy.protocol.errors import ProxyError
+from proxy.server.request_body import read_body
 from proxy.server.responses import (
     DateHeader,
     FullResponse,
     StreamingResponse,
     connection_line,
     error_response,
-    read_body,
     status_line,
 )
 from tests.server.kit import Answer, RawConnection, chunked, raw_connection, request, served, until
@@ -307,7 +307,7 @@ async def test_no_100_continue_if_the_body_has_arrived() -> None:
 
 
 async def test_a_body_sent_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.5)
+    monkeypatch.setattr(proxy.server.request_body, "BODY_TIMEOUT", 0.5)
     async with served(reading()) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "100")]) + b"x" * 50)
         assert await line.silent(0.05)
@@ -315,7 +315,7 @@ async def test_a_body_sent_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_each_64_kib_received_extends_the_body_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.server.responses, "BODY_TIMEOUT", 0.05)
+    monkeypatch.setattr(proxy.server.request_body, "BODY_TIMEOUT", 0.05)
     async with served(reading(10**6)) as port, raw_connection(port) as line:
         line.send(request(headers=[("Content-Length", "65537")]) + b"x" * 65_536)
         await asyncio.sleep(0.2)

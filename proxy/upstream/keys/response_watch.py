@@ -8,9 +8,8 @@ from typing import Final
 
 import orjson
 
+from ...protocol.decompress import DecodingError, Decompressor
 from ...protocol.sse import Splitter, data_of
-from ..decompress import Decompressor
-from ..retry.outcome import TransportFailure
 from .stored_objects import BroughtObjects, brought_by, looks_like_id
 
 KEPT: Final = 1024 * 1024
@@ -52,7 +51,7 @@ class ResponseWatch:
             self._left -= len(chunk)
         try:
             plain = self._decompressor.feed(chunk) if self._decompressor is not None else chunk
-        except TransportFailure:
+        except DecodingError:
             self._over = True
             return
         if plain:

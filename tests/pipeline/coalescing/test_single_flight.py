@@ -375,7 +375,7 @@ async def test_a_stream_too_large_for_the_cache_cannot_be_joined() -> None:
 
 @pytest.mark.parametrize(
     "move",
-    [says(wait=1.0), Responds(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "br")), (1.0, b"?"))],
+    [says(wait=1.0), Responds(200, (("Content-Type", "text/event-stream"), ("Content-Encoding", "exi")), (1.0, b"?"))],
 )
 def test_a_response_in_an_unexpected_form_is_not_shared(move: Responds) -> None:
     async def tell() -> None:
