@@ -111,7 +111,9 @@ class ServerSettings:
     )
     allow_anonymous: bool = setting(BOOLEAN, False, "Serve an address beyond loopback without client keys.")
     allowed_hosts: tuple[str, ...] = setting(ListOf(ALLOWED_HOST), (), "Host names served besides those of loopback.")
-    allowed_origins: tuple[str, ...] = setting(ListOf(ORIGIN), (), "Browser origins that may call.")
+    allowed_origins: tuple[str, ...] = setting(
+        ListOf(ORIGIN), (), 'Browser origins that may call; globs within a scheme (`vscode-webview://*`), and "null".'
+    )
     admin_key: Secret | None = setting(ADMIN_KEY, None, "Key for /metrics and /_proxy; none: loopback only.")
 
 

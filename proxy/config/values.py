@@ -231,12 +231,15 @@ def show_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]{0,31}://(\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(:\d{1,5})?/?\Z", re.ASCII)
+_ORIGIN: Final = re.compile(
+    r"[a-z][a-z0-9+.-]{0,31}://(\[[0-9a-f:.]+\]|[a-z0-9._*-]{1,253})(:(\d{1,5}|\*))?/?\Z", re.ASCII
+)
+"""An origin, or a glob within one scheme."""
 
 
 def _origin(text: str) -> str:
     origin = text.lower()
-    if not _ORIGIN.match(origin):
+    if origin != "null" and not _ORIGIN.match(origin):
         raise ValueError("not an origin")
     return origin.rstrip("/")
 
@@ -244,4 +247,6 @@ def _origin(text: str) -> str:
 HOST: Final = Leaf("an address such as 127.0.0.1, or a host's name", host_name)
 ALLOWED_HOST: Final = Leaf("a host's name, without scheme or port", _allowed_host)
 HOST_AND_PORT: Final = Leaf("HOST:PORT", _host_and_port, lambda value: f"{show_host(value[0])}:{value[1]}")
-ORIGIN: Final = Leaf("an origin such as https://app.example.com, without a path", _origin)
+ORIGIN: Final = Leaf(
+    'an origin such as https://app.example.com or vscode-webview://*, without a path, or "null"', _origin
+)

@@ -191,7 +191,14 @@ EXPOSED: Final = (
     "X-Proxy-Error",
     "Cache-Status",
     "Age",
+    "Server-Timing",
     "X-Request-Id",
+    "openai-processing-ms",
+    "openai-version",
     "Retry-After",
+    "Retry-After-Ms",
+    "X-Should-Retry",
+    "Location",
+    *(f"x-ratelimit-{kind}-{unit}" for kind in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 )
-"""The headers that pages of an allowed origin may read (`docs/security.md`)."""
+"""The headers that pages of an allowed origin may read (`docs/headers.md`): what SDKs and tools look at."""

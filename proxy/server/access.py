@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import hmac
 import ipaddress
+import re
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -33,6 +34,7 @@ class AccessControl:
         self._host_globs = tuple(name.lower() for name in server.allowed_hosts if "*" in name)
         self._accepted_hosts: set[str] = set()
         self._origins = frozenset(origin.rstrip("/").lower() for origin in server.allowed_origins)
+        self._origin_globs = tuple(_origin_glob(origin) for origin in self._origins if "*" in origin)
         self._keys = server.client_keys
         self._passthrough = settings.passthrough
         self._admin_digest = hashlib.sha256(server.admin_key.reveal().encode()).digest() if server.admin_key else None
@@ -65,9 +67,10 @@ class AccessControl:
         Raises `origin_not_allowed`.
         """
         headers = request.headers
-        origin = headers.get("Origin")
-        if origin is not None:
-            if origin.rstrip("/").lower() in self._origins:
+        origins = headers.getall("Origin", ())
+        if origins:
+            origin = ", ".join(origins)
+            if self._is_allowed_origin(origin.rstrip("/").lower()):
                 return origin
             message = f"origin {origin[:80]!r} may not call the proxy; add it to server.allowed_origins"
             raise ProxyError("origin_not_allowed", message)
@@ -76,6 +79,9 @@ class AccessControl:
             message = "a page of another site may not call the proxy; add its origin to server.allowed_origins"
             raise ProxyError("origin_not_allowed", message)
         return None
+
+    def _is_allowed_origin(self, origin: str) -> bool:
+        return origin in self._origins or any(glob.fullmatch(origin) for glob in self._origin_globs)
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
@@ -132,6 +138,12 @@ class AccessControl:
                 message = "this route is served to this machine only; to reach it from elsewhere, set server.admin_key"
             headers = (("WWW-Authenticate", 'Basic realm="openai-proxy"'),)
             raise ProxyError("invalid_client_key", message, headers=headers)
+
+
+def _origin_glob(origin: str) -> re.Pattern[str]:
+    """Return a pattern for an origin with `*`: a part of a host's name, or at the end also a port."""
+    *parts, last = [re.escape(part) for part in origin.split("*")]
+    return re.compile("[a-z0-9._-]*".join(parts) + ("[a-z0-9._-]*" + last if last else r"[a-z0-9._:\[\]-]*"))
 
 
 def partition_of_credential(scheme: str, token: str, *parts: str) -> str:

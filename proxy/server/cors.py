@@ -30,5 +30,7 @@ def preflight(request: BaseRequest, origin: str, date: bytes) -> FullResponse:
     lines = f"Access-Control-Allow-Methods: {', '.join(sorted(METHODS))}\r\nAccess-Control-Max-Age: 600\r\n" + (
         f"Access-Control-Allow-Headers: {allowed}\r\n" if allowed else ""
     )
+    if request.headers.get("Access-Control-Request-Private-Network") == "true":  # Chrome, for a proxy on loopback
+        lines += "Access-Control-Allow-Private-Network: true\r\n"
     head = status_line(204) + date + cors_headers(origin) + lines.encode("latin-1", "replace")
     return FullResponse(request, head, b"", status=204)

@@ -230,6 +230,44 @@ def test_an_allowed_origin_is_returned_as_sent(configured: str) -> None:
     assert origin_of(gate, Origin="http://localhost:3000", Sec_Fetch_Site="same-site") == "http://localhost:3000"
 
 
+GLOBS: dict[str, tuple[list[str], list[str]]] = {
+    "vscode-webview://*": (
+        ["vscode-webview://0f2k1ab9", "vscode-webview://1a2b3c:80", "VSCODE-WEBVIEW://x"],
+        ["vscode-webviews://x", "https://x", "vscode-webview-evil://x", "vscode-webview://x/y", "null"],
+    ),
+    "http://localhost:*": (
+        ["http://localhost:3000", "http://localhost:5173"],
+        ["http://localhost", "https://localhost:3000", "http://localhost:3000@evil", "http://localhost.evil:1"],
+    ),
+    "https://*.example.com": (
+        ["https://app.example.com", "https://a.b.example.com"],
+        ["https://example.com", "https://evil.com/.example.com", "https://x.example.com.evil", "http://a.example.com"],
+    ),
+    "https://*.example.com:8443": (
+        ["https://app.example.com:8443"],
+        ["https://b.example.com", "https://x:1.example.com:8443"],
+    ),
+    "null": (["null"], ["", "nul", "https://null"]),
+}
+
+
+@pytest.mark.parametrize("glob", GLOBS)
+def test_globs_of_origins_and_null(glob: str) -> None:
+    gate = keeper(allowed_origins=(APP, glob))
+    allowed, refused = GLOBS[glob]
+    for origin in (*allowed, APP):
+        assert origin_of(gate, Origin=origin, Sec_Fetch_Site="cross-site") == origin
+    for origin in refused:
+        with pytest.raises(ProxyError):
+            origin_of(gate, Origin=origin)
+
+
+def test_two_origins_are_none() -> None:
+    gate = keeper(allowed_origins=(APP,))
+    with pytest.raises(ProxyError):
+        gate.check_origin(ask([("Origin", APP), ("Origin", "https://evil.example")]))
+
+
 # --- clients ----------------------------------------------------------------------------------------------------------
 
 GUARDED: dict[str, Any] = {

@@ -200,6 +200,40 @@ async def test_an_allowed_origin_gets_cors_headers() -> None:
             assert answer.get("Access-Control-Allow-Credentials") is None
 
 
+async def test_what_sdks_retry_by_is_exposed() -> None:
+    limited = error(429, "rate_limit_exceeded", [("Retry-After", "99"), ("x-ratelimit-remaining-tokens", "0")])
+    async with running_proxy(limited, config=server_config(allowed_origins=(APP,))) as server:
+        answer = await browser(server, "POST", ("X-Proxy-Max-Retries", "0"), body=ask())
+        assert answer.status == 429
+        exposed = [name.lower() for name in (answer.get("Access-Control-Expose-Headers") or "").split(", ")]
+        read = ["retry-after", "retry-after-ms", "x-should-retry", "server-timing", "openai-processing-ms"]
+        kinds = ("limit", "remaining", "reset")
+        read += [f"x-ratelimit-{kind}-{unit}" for kind in kinds for unit in ("requests", "tokens")]
+        assert set(read) <= set(exposed)
+        assert {name.lower() for name, _ in answer.headers if name.startswith("X-")} <= set(exposed)
+
+
+@pytest.mark.parametrize("origin", ["vscode-webview://1h4k0nb8jvq2", "null"])
+async def test_editors_and_pages_without_an_origin_may_call_if_the_settings_say_so(origin: str) -> None:
+    config = server_config(allowed_origins=("vscode-webview://*", "null"))
+    async with running_proxy(says(), config=config) as server:
+        headers = [("Origin", origin), ("Sec-Fetch-Site", "cross-site")]
+        answer = await server.ask(body=ask(), headers=headers)
+        assert (answer.status, answer.get("Access-Control-Allow-Origin")) == (200, origin)
+        preflight = await server.ask("OPTIONS", CHAT, headers=[*headers, ("Access-Control-Request-Method", "POST")])
+        assert (preflight.status, preflight.get("Access-Control-Allow-Origin")) == (204, origin)
+        foreign = await server.ask(body=ask(), headers=[("Origin", "https://evil.test")])
+        assert (foreign.status, foreign.get("Access-Control-Allow-Origin")) == (403, None)
+
+
+async def test_a_page_may_call_a_proxy_in_its_private_network() -> None:
+    async with running_proxy(config=server_config(allowed_origins=(APP,))) as server:
+        asked = ("Access-Control-Request-Private-Network", "true")
+        answer = await browser(server, "OPTIONS", asked)
+        assert answer.get("Access-Control-Allow-Private-Network") == "true"
+        assert (await browser(server, "OPTIONS")).get("Access-Control-Allow-Private-Network") is None
+
+
 async def test_forwarded_responses_get_cors_headers() -> None:
     async with running_proxy(says(), config=server_config(allowed_origins=(APP,))) as server:
         answer = await server.ask("GET", "/v1/models", headers=[("Origin", APP)])
