@@ -144,6 +144,7 @@ IMPURE = {
     "proxy.upstream.limits.redis_loss": "a timer",
     "proxy.upstream.limits.redis_snapshot": "speaks to Redis",
     "proxy.upstream.progress": "carries the deadline",
+    "proxy.upstream.read_ahead": "reads a response",
     "proxy.upstream.reader": "reads a response",
     "proxy.upstream.response": "reads a response",
     "proxy.upstream.result": "carries a response",

@@ -69,6 +69,7 @@ def stream_from_plain(
     """
     if endpoint not in OBJECTS:
         return None
+    body = body.removeprefix(b"\xef\xbb\xbf")
     try:
         if plain_complete(endpoint, request, orjson.loads(body)) is not None:
             return None

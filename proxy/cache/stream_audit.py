@@ -160,13 +160,13 @@ class StreamAudit:
         if type(groq) is dict and type(groq.get("usage")) is dict:
             self.usage = groq["usage"]
         choices = chunk.get("choices")
+        if not choices and is_usage_chunk(chunk):
+            self._found_usage_chunk(start)
         if choices is None:
             return
         if type(choices) is not list:
             self._fail("malformed choices")
             return
-        if not choices and is_usage_chunk(chunk):
-            self._found_usage_chunk(start)
         for position, choice in enumerate(choices):
             index = choice.get("index", position) if type(choice) is dict else None
             if not _is_index(index):

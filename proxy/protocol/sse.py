@@ -18,12 +18,24 @@ _LINES = re.compile(rb"\r\n|\n|\r")
 _CR = 0x0D
 _MAX_TERMINATOR = 4  # CR LF CR LF
 _BOM = b"\xef\xbb\xbf"
+_FIELDS = (b"data:", b"event:", b"id:", b"retry:")
 
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_SOME_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 # Not after a backslash: there it would be the end of some other, longer name.
 _SOME_CHOICE = re.compile(rb'(?<!\\)"choices"\s*:\s*\[\s*[^\s\]]')
 _SOME_CHOICE_REACH = 64  # how far back a match may begin in what was searched before
 _MAX_HELD = 64 * 1024
+
+
+def begins_stream(start: bytes) -> bool | None:
+    """Return whether a body is a stream of events, by its first bytes; None: they are too few to tell."""
+    start = start[3:] if start.startswith(_BOM) else start
+    start = start.lstrip(b"\r\n")
+    if not start or start == _BOM[: len(start)]:
+        return None
+    if start.startswith((b":", *_FIELDS)):
+        return True
+    return None if any(field.startswith(start) for field in _FIELDS) else False
 
 
 class Splitter:
@@ -133,12 +145,13 @@ def _field(event: bytes, field: bytes) -> bytes | None:
 def is_usage_chunk(chunk: object) -> bool:
     """Return whether a parsed chunk is the one that `stream_options.include_usage` adds: no choices, a usage object.
 
+    OpenAI writes `"choices": []`; other providers write null or leave it out.
     Azure's first chunk (no choices, `prompt_filter_results`) has no usage; some providers put usage beside
     choices; an error is the client's to see, whatever stands beside it.
     """
     return (
         isinstance(chunk, dict)
-        and chunk.get("choices") == []
+        and not chunk.get("choices")
         and isinstance(chunk.get("usage"), dict)
         and chunk.get("error") is None
     )
@@ -146,10 +159,10 @@ def is_usage_chunk(chunk: object) -> bool:
 
 def is_usage_event(event: bytes) -> bool:
     """Return the same for a complete event. Byte tests avoid most parsing; they miss only names with escapes."""
-    if b'"usage"' not in event:
+    if b'"usage"' not in event or not _SOME_USAGE.search(event):
         return False
     data = data_of(event)
-    if data is None or not _NO_CHOICES.search(data):
+    if data is None:
         return False
     try:
         return is_usage_chunk(orjson.loads(data))

@@ -111,9 +111,9 @@ class AttemptRunner:
                 raise TransportFailure("invalid", "the upstream changed to another protocol, unasked")
             if request.upgrade and response.status in REFUSALS:
                 response.outcome = OutcomeKind.FINAL
-            elif response.status >= 400 or (response.is_event_stream and not request.verbatim):
+            elif response.status >= 400 or not (request.verbatim or response.opaque):
                 async with deadline.limit():
-                    await classify_response(response, request.verbatim)
+                    await classify_response(response, request)
             return response
         except TimeoutError:
             reply.close()

@@ -127,6 +127,7 @@ class EndpointSender:
                     tokens=tokens,
                     max_retries=request.options.max_retries,
                     quota=self._leases.quota(request.client),
+                    stream=request.stream,
                 )
             )
         except ProxyError as error:

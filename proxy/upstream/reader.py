@@ -110,10 +110,10 @@ class ResponseReader:
 
     async def _body(self, response: ResponseInHand, attempt_log: AttemptLog, max_bytes: int) -> bytes | None:
         """Return the body; None if it grows beyond `max_bytes`."""
-        if not response.decoded and (whole := response.response.ready()) is not None:
+        if not (response.decoded or response.first) and (whole := response.response.ready()) is not None:
             return whole
-        parts: list[bytes] = []
-        size = 0
+        parts, response.first = response.first, []
+        size = sum(map(len, parts))
         try:
             async with attempt_log.deadline.limit():
                 async for chunk in response.more:
@@ -132,7 +132,10 @@ class ResponseReader:
 async def _parse(request: ProxyRequest, response: ResponseInHand, body: bytes) -> Any:
     """Return the parsed body of a JSON response, None of any other. Raises TransportFailure(invalid) if broken."""
     content_type = response.response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    body = body.removeprefix(b"\xef\xbb\xbf")  # a parser may ignore it (RFC 8259 section 8.1)
     if content_type != "application/json" and not content_type.endswith("+json"):
+        if content_type in ("", "text/html") and response.status < 400 and body.lstrip()[:1] == b"<":
+            raise TransportFailure("invalid", "the upstream answered with a web page in place of JSON")
         return None
     if response.status == 204:
         return None

@@ -63,7 +63,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     repeatable: it may be sent again after bytes of it have gone up.
     verbatim: the response is handed on as it comes; only errors are read.
     uncompressed: the response should come without compression, since more of it is read.
-    upgrade: it is a WebSocket handshake.
+    upgrade: it is a WebSocket handshake. stream: it asks for a stream of events.
     """
 
     method: str
@@ -82,6 +82,7 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     verbatim: bool = False
     uncompressed: bool = False
     upgrade: bool = False
+    stream: bool = False
 
     @property
     def model_known(self) -> bool:

@@ -6,14 +6,18 @@ the client, and everything can be retried. Any other response is not read here.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from ..protocol.decompress import DecodingError, Decompressor
-from ..protocol.sse import Splitter, data_of
+from ..protocol.sse import Splitter, begins_stream, data_of
+from .deadline import SharedDeadline
 from .interfaces import UpstreamResponse
 from .key_lease import KeyLease
+from .read_ahead import ReadAhead
+from .request import UpstreamRequest
 from .retry.error_body import ErrorInfo, error_info, stream_error
 from .retry.outcome import OutcomeKind, TransportFailure, classify
 from .target import Upstream
@@ -23,6 +27,9 @@ MAX_ERROR_BODY: Final = 8 * 1024 * 1024
 
 FIRST_EVENT_HELD: Final = 64 * 1024
 """At most this many bytes of a stream are held back until its first event is complete."""
+
+HOLD: Final = 1.0
+"""Seconds for which the head of a stream, and comments before its first event, are held back at most."""
 
 
 @dataclass(slots=True)
@@ -82,14 +89,18 @@ def response_in_hand(
     )
 
 
-async def classify_response(response: ResponseInHand, verbatim: bool) -> None:
-    """Read what is needed to know the outcome. Raises TransportFailure. verbatim: as in `response_in_hand`."""
+async def classify_response(response: ResponseInHand, request: UpstreamRequest) -> None:
+    """Read what is needed to know the outcome. Raises TransportFailure."""
     should_retry = response.response.headers.get("x-should-retry")
     if response.status >= 400:
         response.body = await read_error(response.more)
-        response.outcome = classify(response.status, error_info(response.body), should_retry, endpoint=not verbatim)
+        response.outcome = classify(
+            response.status, error_info(response.body), should_retry, endpoint=not request.verbatim
+        )
         return
-    error = await _first_event(response)
+    if not (response.is_stream or request.stream):
+        return
+    error = await _first_event(response, request.attempt_log.deadline)
     if error is not None:
         outcome = classify(*error, should_retry)
         response.outcome = OutcomeKind.OK if outcome is OutcomeKind.FINAL else outcome
@@ -119,22 +130,93 @@ async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIt
         raise TransportFailure("invalid", f"the upstream's compressed answer {error}") from None
 
 
-async def _first_event(response: ResponseInHand) -> tuple[int, ErrorInfo] | None:
-    """Read into `response.first` up to the first event that carries data. Return the error that it is, if it is one."""
-    splitter = Splitter()
-    held = 0
-    async for chunk in response.more:
-        response.first.append(chunk)
-        held += len(chunk)
-        for event in splitter.feed(chunk):
-            data = data_of(event)
+async def _first_event(response: ResponseInHand, deadline: SharedDeadline) -> tuple[int, ErrorInfo] | None:
+    """Read into `response.first` up to the first event that carries data. Return the error that it is, if it is one.
+
+    It is read for `HOLD` seconds at most: until then the client has nothing, and everything can be retried. If the
+    first bytes are not those of a stream, it is none, whatever its headers say.
+    """
+    opening = _Opening(response)
+    try:
+        error = await _in_time(opening)
+        if error is None and response.is_stream and not opening.begun:
+            response.more = _until_first_event(opening, deadline)
+        return error
+    except asyncio.CancelledError:
+        opening.ahead.cancel()
+        raise
+
+
+async def _in_time(opening: _Opening) -> tuple[int, ErrorInfo] | None:
+    """Read to the first event for `HOLD` seconds; then on only until it is known whether it is a stream."""
+    try:
+        async with asyncio.timeout(HOLD):
+            return await opening.read()
+    except TimeoutError:
+        return await opening.read(until_known=True)
+
+
+class _Opening:
+    """The beginning of a body, up to the first event that carries data if it is a stream."""
+
+    def __init__(self, response: ResponseInHand) -> None:
+        self._response = response
+        self.ahead = response.more = ReadAhead(response.more)
+        self._splitter = Splitter()
+        self._held = b""
+        self._shape: bool | None = None
+        self.begun = False
+
+    async def read(self, until_known: bool = False) -> tuple[int, ErrorInfo] | None:
+        """Read into `response.first`. Return the error that the first event is, if it is one.
+
+        until_known: only until it is known whether it is a stream. Raises TransportFailure.
+        """
+        response = self._response
+        while len(self._held) <= FIRST_EVENT_HELD and not (until_known and response.is_stream):
+            try:
+                chunk = await self.ahead.read()
+            except StopAsyncIteration:
+                break
+            response.first.append(chunk)
+            self._held += chunk
+            if self._shape is None:
+                self._shape = begins_stream(self._held)
+                if self._shape is not None:
+                    response.is_stream = self._shape
+            data = self.first_data(chunk)
+            if self._shape is False:
+                return None
             if data is not None:
                 return stream_error(data)
-        if held > FIRST_EVENT_HELD:
-            return None
-    if not held:
-        raise TransportFailure("invalid", "the upstream ended its stream before the first event")
-    return None
+        if not (self._held or until_known):
+            raise TransportFailure("invalid", "the upstream ended its stream before the first event")
+        return None
+
+    def first_data(self, chunk: bytes) -> bytes | None:
+        """Return the data of the first event that has any, if the chunk completes it."""
+        for event in self._splitter.feed(chunk):
+            data = data_of(event)
+            if data is not None:
+                self.begun = True
+                return data
+        return None
+
+
+async def _until_first_event(opening: _Opening, deadline: SharedDeadline) -> AsyncIterator[bytes]:
+    """Yield the chunks of a stream whose head has gone down. The request's time bounds them up to the first event."""
+    while not opening.begun:
+        try:
+            async with deadline.limit():
+                chunk = await opening.ahead.read()
+        except TimeoutError:
+            raise TransportFailure("timeout", "the upstream did not begin its answer in time") from None
+        except StopAsyncIteration:
+            return
+        yield chunk
+        opening.first_data(chunk)
+    async for chunk in opening.ahead:
+        yield chunk
 
 
 def refuses_stream_options(response: ResponseInHand) -> bool:

@@ -140,14 +140,26 @@ async def test_abnormal_responses_are_passed_and_not_stored(document: dict[str, 
 
 
 @virtual_time
-async def test_a_web_page_is_passed_and_not_stored() -> None:
-    page = Responds(200, (("Content-Type", "text/html"),), (b"<html>", b"sign in</html>"))
-    pipeline = PipelineFixture(page, says())
-    result = await pipeline.ask()
-    assert (result.status, result.body) == (200, b"<html>sign in</html>")
-    assert (result.cost, result.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
-    assert "stored" not in result.headers["Cache-Status"]
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", [(("Content-Type", "text/html; charset=utf-8"),), ()])
+async def test_a_web_page_is_no_answer(kind: tuple[tuple[str, str], ...], stream: bool) -> None:
+    """A captive portal or a login page, in place of JSON."""
+    pipeline = PipelineFixture(Responds(200, kind, (b"<html>", b"sign in</html>")), says())
+    result = await pipeline.ask(ask(stream=stream))
+    assert (result.status, result.refused) == (502, "upstream_invalid_response")
     assert (await pipeline.ask()).cache == "miss"
+
+
+@virtual_time
+async def test_a_byte_order_mark_before_json_is_passed_on() -> None:
+    """RFC 8259 section 8.1: a parser may ignore it."""
+    body = b"\xef\xbb\xbf" + b"".join(part for part in says().body if isinstance(part, bytes))
+    pipeline = PipelineFixture(Responds(200, (("Content-Type", "application/json"),), (body,)))
+    result = await pipeline.ask()
+    assert (result.status, result.body, result.headers["X-Proxy-Cost-Status"]) == (200, body, "exact")
+    hit = await pipeline.ask()
+    assert (hit.cache, hit.body) == ("hit", body)
+    assert (await pipeline.ask(ask(stream=True))).cache == "hit"
 
 
 @pytest.mark.parametrize("status", [201, 202, 204, 206])
@@ -327,8 +339,8 @@ async def test_moderations_are_free_and_have_no_usage() -> None:
 
 
 @virtual_time
-async def test_a_web_page_instead_of_moderations_has_no_cost() -> None:
-    pipeline = PipelineFixture(Responds(200, (("Content-Type", "text/html"),), (b"<p>",)))
+async def test_text_instead_of_moderations_has_no_cost() -> None:
+    pipeline = PipelineFixture(Responds(200, (("Content-Type", "text/plain"),), (b"p",)))
     result = await pipeline.ask({"input": "Hi", "model": "omni-moderation-latest"}, target="/v1/moderations")
     assert (result.cost, result.headers["X-Proxy-Cost-Status"]) == (None, "unknown")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -217,8 +218,6 @@ async def test_a_retry_after_beyond_the_deadline_returns_the_response_at_once() 
         says(wait=11.0),
         Responds(body=(b"{", HANG)),
         Responds(body=(HANG,)),
-        Responds(200, (SSE,), (b": ping\n\n", HANG)),
-        Responds(200, (SSE,), (b": ping\n\n", 4.0, b": ping\n\n", 4.0, b": ping\n\n", 4.0, *events())),
         Responds(500, body=(b"{", HANG)),
         Responds(400, (SSE,), (HANG,)),
     ],
@@ -231,6 +230,24 @@ async def test_the_deadline_ends_a_request_in_every_phase(slow: Move) -> None:
     assert (result.status, result.refused, result.at) == (504, "upstream_timeout", 10.0)
     assert (pipeline.receipt.status, pipeline.receipt.error) == (504, "upstream_timeout")
     assert pipeline.used()["tpm"] > 0  # it went up: the estimate stays
+    pipeline.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        (b": ping\n\n", HANG),
+        (b": ping\n\n", 4.0, b": ping\n\n", 4.0, b": ping\n\n", 4.0, *events()),
+    ],
+)
+@virtual_time
+async def test_the_deadline_ends_a_stream_without_an_event(slow: tuple[Any, ...]) -> None:
+    """Its comments have gone down already, so an error event says it."""
+    pipeline = PipelineFixture(Responds(200, (SSE,), slow))
+    result = await pipeline.ask(ask(stream=True), total=10.0)
+    assert (result.status, result.broken, result.at) == (200, True, 10.0)
+    assert b'"code":"upstream_timeout"' in result.body
+    assert pipeline.receipt.error == "upstream_timeout"
     pipeline.assert_nothing_leaked()
 
 

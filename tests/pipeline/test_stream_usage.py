@@ -152,6 +152,26 @@ async def test_an_upstream_that_refuses_stream_options_is_retried_without() -> N
     assert ["stream_options" in sent.json() for sent in pipeline.transport.sent] == [True, False, False, True, False]
 
 
+@pytest.mark.parametrize("status", [400, 404, 422])
+@virtual_time
+async def test_any_4xx_that_names_the_field_is_a_refusal(status: int) -> None:
+    refusal = error(status, message="extra_forbidden: body.stream_options")
+    pipeline = PipelineFixture(refusal, streams(events()), streams(events()))
+    assert (await pipeline.ask(stream())).body == WITHOUT
+    assert (await pipeline.ask(stream(n=1))).attempts == 1
+
+
+@pytest.mark.parametrize("choices", [b'"choices":[],', b'"choices":null,', b""])
+@virtual_time
+async def test_a_usage_chunk_is_taken_out_whatever_its_choices(choices: bytes) -> None:
+    """Of the miss, of its hit, and of the hit of a client that asked for it not."""
+    odd = b'data: {"id":"c","model":"gpt-4o",' + choices + b'"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+    *head, done = events()
+    pipeline = PipelineFixture(streams([*head, odd, done]))
+    assert [(await pipeline.ask(stream())).body for _ in range(2)] == [WITHOUT, WITHOUT]
+    assert (await pipeline.ask(stream(stream_options=INCLUDE))).body == b"".join([*head, odd, done])
+
+
 @virtual_time
 async def test_a_refusal_of_the_clients_own_stream_options_is_returned() -> None:
     pipeline = PipelineFixture(DISLIKE)

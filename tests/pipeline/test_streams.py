@@ -32,21 +32,27 @@ def last_error(body: bytes) -> Any:
     return orjson.loads(result)["error"]
 
 
+def timed(pipeline: PipelineFixture) -> list[tuple[float, bytes]]:
+    """Note each write to the client, with the seconds since the request was sent."""
+    seen: list[tuple[float, bytes]] = []
+
+    async def write(data: bytes) -> None:
+        seen.append((round(pipeline.loop.time() - pipeline.transport.sent[0].at, 3), data))
+
+    pipeline.write = write
+    return seen
+
+
 @virtual_time
 async def test_each_read_is_forwarded_at_once_and_unchanged() -> None:
     """However it is cut, and before the next one is there."""
     reads = [WHOLE[:50], WHOLE[50:51], WHOLE[51:200], WHOLE[200:]]
-    steps: list[Any] = [step for read in reads for step in (1.0, read)]
+    steps: list[Any] = [step for read in reads for step in (0.25, read)]
     pipeline = PipelineFixture(streams(steps), config=OFF)
-    seen: list[tuple[float, bytes]] = []
-
-    async def write(data: bytes) -> None:
-        seen.append((pipeline.loop.time() - pipeline.transport.sent[0].at, data))
-
-    pipeline.write = write
+    seen = timed(pipeline)
     result = await pipeline.ask(STREAM)
     first = next(n for n in range(4) if b"\n\n" in b"".join(reads[: n + 1]))
-    assert seen == [(max(first, n) + 1.0, read) for n, read in enumerate(reads)]
+    assert seen == [((max(first, n) + 1) * 0.25, read) for n, read in enumerate(reads)]
     assert (result.body, result.broken) == (WHOLE, False)
     assert result.headers["X-Proxy-Cost-Status"] == "pending"
     assert "X-Proxy-Cost-USD" not in result.headers
@@ -167,13 +173,69 @@ async def test_a_stream_too_large_for_the_cache_is_forwarded() -> None:
 async def test_headers_are_held_back_until_the_first_event() -> None:
     """Until then all can still be tried again."""
     ping = b": OPENROUTER PROCESSING\n\n"
-    refused: list[Step] = [ping, 1.0, ping, event({"error": {"message": "overloaded", "type": "server_error"}})]
-    pipeline = PipelineFixture(streams(refused), streams([ping, 1.0, ping, *events()]), config=OFF)
+    refused: list[Step] = [ping, 0.4, ping, event({"error": {"message": "overloaded", "type": "server_error"}})]
+    pipeline = PipelineFixture(streams(refused), streams([ping, 0.4, ping, *events()]), config=OFF)
     result = await pipeline.ask(STREAM)
     assert (result.status, result.body, result.attempts) == (200, ping + ping + WHOLE, 2)
     hit = await pipeline.ask(STREAM)
     assert (hit.cache, hit.body) == ("hit", result.body)
     pipeline.assert_nothing_leaked()
+
+
+@virtual_time
+async def test_comments_before_the_first_event_are_held_back_for_a_second_at_most() -> None:
+    """From then on an error is an event of the stream."""
+    ping, bad = b": keep-alive\n\n", event({"error": {"message": "overloaded", "type": "server_error"}})
+    steps: list[Step] = [ping, 0.4]
+    pipeline = PipelineFixture(streams([*steps * 6, bad]), config=OFF)
+    seen = timed(pipeline)
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, result.attempts) == (200, ping * 6 + bad, 1)
+    assert [at for at, _ in seen] == [1.0, 1.0, 1.0, 1.2, 1.6, 2.0, 2.4]
+    pipeline.assert_nothing_leaked()
+
+
+@virtual_time
+async def test_the_head_of_a_silent_stream_is_held_back_for_a_second_at_most() -> None:
+    pipeline = PipelineFixture(streams([5.0, *events()]), config=OFF)
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body) == (200, WHOLE)
+    assert pipeline.receipt.first_byte_ms == pytest.approx(1000)
+    assert (await pipeline.ask(STREAM)).cache == "hit"
+
+
+@pytest.mark.parametrize("kind", ["text/plain; charset=utf-8", "application/json", "text/html", ""])
+@pytest.mark.parametrize("start", [b"", b": first a comment\n\n", b"\xef\xbb\xbf", b"\r\n"])
+@virtual_time
+async def test_a_stream_is_known_by_its_first_bytes(kind: str, start: bytes) -> None:
+    headers = (("Content-Type", kind),) if kind else ()
+    first, *rest = events()
+    body: tuple[Step, ...] = (0.6, start + first, 0.8, *rest)
+    pipeline = PipelineFixture(Responds(200, headers, body))
+    seen = timed(pipeline)
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body, seen[0][0]) == (200, start + WHOLE, 0.6)
+    assert result.headers["X-Proxy-Cost-Status"] == "pending"
+    assert (await pipeline.ask(STREAM)).body == result.body
+
+
+@virtual_time
+async def test_first_bytes_that_come_late_and_one_by_one_are_waited_for() -> None:
+    whole = b"".join(events())
+    body: tuple[Step, ...] = (3.0, *[whole[at : at + 1] for at in range(8)], whole[8:])
+    pipeline = PipelineFixture(Responds(200, (("Content-Type", "text/plain"),), body))
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body) == (200, WHOLE)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+@virtual_time
+async def test_json_in_answer_to_a_stream_is_passed_on(kind: str) -> None:
+    said = says()
+    body = b"".join(part for part in said.body if isinstance(part, bytes))
+    pipeline = PipelineFixture(Responds(200, (("Content-Type", kind),), (body[:1], 2.0, body[1:])))
+    result = await pipeline.ask(STREAM)
+    assert (result.status, result.body) == (200, body)
 
 
 @virtual_time

@@ -267,7 +267,7 @@ AGAIN: dict[str, Move] = {
     "ambiguous": Fails("ambiguous", 1.0),
     "timeout": Fails("timeout", 1.0),
     "cut": Responds(200, (JSON,), (b"{", TransportFailure("invalid", "cut")), wait=1.0),
-    "a stream's first event": streams([1.0, event({"error": {"message": "busy", "type": "server_error"}})]),
+    "a stream's first event": streams([0.5, event({"error": {"message": "busy", "type": "server_error"}})]),
 }
 
 
