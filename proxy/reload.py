@@ -19,7 +19,7 @@ from .config.problems import SettingsError
 from .config.schema import with_fixed
 from .system.clock import Clock
 
-log = logging.getLogger("proxy")
+log = logging.getLogger("proxy.reload")
 
 CHECK_INTERVAL: Final = 2.0
 """Seconds between two checks of the files that are watched."""

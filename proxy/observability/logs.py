@@ -157,13 +157,14 @@ REPEAT_INTERVAL: Final = 10.0
 """Seconds in which a warning is logged once; the next one says how many were left out."""
 
 _MAX_REPEATS: Final = 1000
+_NEVER_LEFT_OUT: Final = frozenset({"proxy.request", "proxy.reload"})
 _DIGITS: Final = re.compile(r"[0-9]+")
 
 
 class RepeatFilter(logging.Filter):
     """Leaves out warnings and errors that were logged within `REPEAT_INTERVAL`, whatever numbers they name.
 
-    Lines of requests are not counted: each is about another one.
+    Lines of requests and reloads always stand: each is about another one.
     """
 
     def __init__(self) -> None:
@@ -171,7 +172,7 @@ class RepeatFilter(logging.Filter):
         self._seen: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING or record.name == "proxy.request":
+        if record.levelno < logging.WARNING or record.name in _NEVER_LEFT_OUT:
             return True
         text = record.getMessage()
         name = record.name, _DIGITS.sub("0", text[:500])

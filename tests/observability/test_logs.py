@@ -195,6 +195,7 @@ def test_a_warning_that_repeats_is_logged_once_in_10_s_with_the_number_left_out(
 def test_lines_of_requests_and_information_are_never_left_out() -> None:
     filter_ = RepeatFilter()
     assert all(filter_.filter(logged("chat m -> 502", 1.0, name="proxy.request")) for _ in range(3))
+    assert all(filter_.filter(logged("the old ones stay", 1.0, name="proxy.reload")) for _ in range(3))
     assert all(filter_.filter(logged("reload", 1.0, logging.INFO)) for _ in range(3))
 
 
