@@ -262,17 +262,24 @@ def _build_keys(settings: Settings) -> tuple[list[UpstreamKey], CredentialHeader
     keys: list[UpstreamKey] = []
     credentials: CredentialHeaders = {}
     for index, spec in enumerate(settings.upstreams):
+        deployments = spec.deployments if spec.kind == "azure" else None
         for key in spec.keys:
             limits: Mapping[str, Limits] = settings.limits_of(spec, key) if settings.throttle.tier else key.limits
             credentials[key.label] = PROVIDERS[spec.kind].auth(key.secret.reveal(), key.organization, key.project)
             maker = maker_of(spec.base_url, key.secret.reveal(), key.organization or "", key.project or "")
-            keys.append(UpstreamKey(key.label, index, spec.models, spec.priority, key.quota, limits, key.weight, maker))
+            more = key.quota, limits, key.weight, maker, deployments
+            keys.append(UpstreamKey(key.label, index, spec.models, spec.priority, *more))
         if spec.entra_id:
-            keys.append(UpstreamKey(spec.name, index, spec.models, spec.priority, maker=maker_of(spec.base_url)))
+            maker = maker_of(spec.base_url)
+            keys.append(UpstreamKey(spec.name, index, spec.models, spec.priority, maker=maker, deployments=deployments))
         elif not spec.keys:
             label = CLIENTS_KEY if settings.passthrough and len(settings.upstreams) == 1 else spec.name
             credentials[label] = ()
             limits = settings.limits_of(spec) if settings.throttle.tier else {}
             maker = maker_of(spec.base_url)
-            keys.append(UpstreamKey(label, index, spec.models, spec.priority, limits=limits, maker=maker))
+            keys.append(
+                UpstreamKey(
+                    label, index, spec.models, spec.priority, limits=limits, maker=maker, deployments=deployments
+                )
+            )
     return keys, credentials

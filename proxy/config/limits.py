@@ -18,10 +18,13 @@ class Limits:
     concurrency: int | None = None
 
 
-def limits_for(table: Mapping[str, Limits], model: str) -> Limits:
-    """Return the limits of the exact name, else of the longest matching glob (the first of equals), else none."""
-    exact = table.get(model)
-    if exact is not None:
-        return exact
-    globs = [glob for glob in table if fnmatchcase(model, glob)]
+def limits_for(table: Mapping[str, Limits], *names: str) -> Limits:
+    """Return the limits of the first exact name, else of the longest matching glob (the first of equals), else none.
+
+    names: of a model, the deciding one first.
+    """
+    for name in names:
+        if name in table:
+            return table[name]
+    globs = [glob for glob in table if any(fnmatchcase(name, glob) for name in names)]
     return table[max(globs, key=len)] if globs else Limits()

@@ -41,7 +41,7 @@ from ..protocol.traceparent import traceparent
 from ..protocol.websocket import is_handshake
 from ..services import Services
 from ..upstream.limits.clients import check_model, check_unambiguous
-from ..upstream.providers.registry import models_in_path
+from ..upstream.providers.registry import models_that_run
 from .access import ANONYMOUS, AccessControl
 from .admin import AdminHandler
 from .cors import METHODS, cors_headers, preflight
@@ -205,7 +205,8 @@ class ApiHandler:
         )
         if context.client.models:
             check_unambiguous(context.client, body)
-            check_model(context.client, proxy_request.model, *models_in_path(self._services.addresses, context.route))
+            named = proxy_request.body_model
+            check_model(context.client, *models_that_run(self._services.addresses, context.route, named))
         reply = await self._handler.handle(proxy_request, self._check_in_flight, digest)
         if isinstance(reply, CacheHit):
             options = proxy_request.options

@@ -25,7 +25,7 @@ from ..protocol.routes import Route
 from ..services import Services
 from ..upstream.keys.response_watch import ResponseWatch
 from ..upstream.limits.clients import ClientReservation, check_any_model, check_model
-from ..upstream.providers.registry import model_named, models_in_path
+from ..upstream.providers.registry import model_named, models_that_run
 from ..upstream.reservations import Reservations
 from ..upstream.response import ResponseInHand
 from ..upstream.retry.outcome import TransportFailure
@@ -109,12 +109,14 @@ class PassthroughHandler:
         if in_body or self._objects.matter(client):
             await upload.read_json()
         models = upload.models if in_body else ()
-        named = model_in_target(route) or model_named(addresses, route, models[-1] if models else None)
+        target = model_in_target(route)
+        named = target or model_named(addresses, route, models[-1] if models else None)
         if client.models:
             if runs and (not named or (in_body and upload.is_ambiguous)):
                 check_any_model(client)
-            if named:
-                check_model(client, named, *models, *models_in_path(addresses, route))
+            every: list[str | None] = [*models, *([target] if target else [])]
+            for model in every or ([None] if named else []):
+                check_model(client, *models_that_run(addresses, route, model))
             upload.allow_one_model()
         passed.read(named, runs, upload.raw, upload.document or {})
         if in_body:

@@ -102,9 +102,7 @@ class AttemptRunner:
         )
         try:
             if request.model_known:
-                self._pool.observe_headers(
-                    lease.key, request.model, reply.headers, self._clock.monotonic(), request.quota
-                )
+                self._pool.observe_headers(lease.key, lease.name, reply.headers, self._clock.monotonic(), request.quota)
             response = response_in_hand(reply, upstream, lease, injected, began, request.verbatim)
             upgraded = request.upgrade and reply.headers.get("Upgrade", "").lower() == "websocket"
             if reply.status == 101 and not upgraded:

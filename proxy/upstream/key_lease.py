@@ -13,7 +13,7 @@ from .keys.pool import KeyPool
 from .keys.states import KeyOutcome, Status
 from .limits.clients import ClientReservation
 from .limits.queue import AdmissionQueue, QueueFull, TimedOut
-from .limits.rate_limiter import Reservation, Wait
+from .limits.rate_limiter import Wait
 from .limits.shared import SharedLimits
 from .request import UpstreamRequest
 from .retry.outcome import OutcomeKind
@@ -22,17 +22,19 @@ from .retry.outcome import OutcomeKind
 class KeyLease:
     """A key with a share of its limits reserved. Either `settle` or `cancel` is called, once.
 
+    name: under which the request counts with this key.
     client_reservation, budget_reservation: what is reserved of the client's limits and of the budgets, if the
     response is still to be read; they end with the lease.
     """
 
-    __slots__ = ("_leases", "_queue", "_reservation", "budget_reservation", "client_reservation", "key")
+    __slots__ = ("_leases", "_queue", "_reservation", "budget_reservation", "client_reservation", "key", "name")
 
-    def __init__(self, leases: KeyLeases, key: UpstreamKey, reservation: Reservation | None, queue: str) -> None:
+    def __init__(self, leases: KeyLeases, lease: Lease, queue: str) -> None:
         self._leases = leases
-        self._reservation = reservation
+        self._reservation = lease.reservation
         self._queue = queue
-        self.key = key
+        self.key = lease.key
+        self.name = lease.name
         self.client_reservation: ClientReservation | None = None
         self.budget_reservation: BudgetReservation | None = None
 
@@ -83,7 +85,7 @@ class KeyLeases:
             now = self.clock.monotonic()
             found = self.pool.lease(request.model, request.tokens, excluded, now, request.quota, wanted)
             if isinstance(found, Lease):
-                return KeyLease(self, found.key, found.reservation, queue)
+                return KeyLease(self, found, queue)
         return await self._wait_for_key(request, excluded, wanted, queue)
 
     async def _wait_for_key(
@@ -104,7 +106,7 @@ class KeyLeases:
         async def ask_everybody(now: float) -> Lease | NoKey | Wait:
             while True:
                 answer = ask(now)
-                if not isinstance(answer, Lease) or await self._confirmed(answer, request.model):
+                if not isinstance(answer, Lease) or await self._confirmed(answer):
                     return answer
                 now = clock.monotonic()
 
@@ -123,13 +125,13 @@ class KeyLeases:
             log.queue_ms += (clock.monotonic() - began) * 1000
         if isinstance(found, NoKey):
             raise ProxyError(found.why, found.detail, retry_after=found.retry_after)
-        return KeyLease(self, found.key, found.reservation, queue)
+        return KeyLease(self, found, queue)
 
-    async def _confirmed(self, lease: Lease, model: str) -> bool:
+    async def _confirmed(self, lease: Lease) -> bool:
         """Whether the lease holds for the other processes too. If it does not, it is over."""
         assert self._limiter is not None
         try:
-            return await self._limiter.confirm(lease.reservation, lease.key.label, model)
+            return await self._limiter.confirm(lease.reservation, lease.key.label, lease.name)
         except BaseException:
             if lease.reservation is not None:
                 lease.reservation.cancel()
@@ -142,7 +144,7 @@ class KeyLeases:
         outcome: KeyOutcome,
     ) -> None:
         """Record what an outcome says of a key of the proxy's, and publish it to the other processes."""
-        now, model = outcome.at, request.model
+        now, model = outcome.at, key.name_of(request.model, request.route.deployment or "")
         if not self.pooled or not (request.model_known or self._is_about_whole_key(key, outcome.kind, now)):
             return
         self.pool.record_outcome(key, model, outcome)

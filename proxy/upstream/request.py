@@ -102,4 +102,5 @@ class UpstreamRequest(msgspec.Struct, frozen=True):
     @property
     def queue(self) -> str:
         """The name of the queue that it waits in."""
-        return f"{self.model} {self.quota}" if self.quota else self.model
+        name = self.route.deployment or self.model
+        return f"{name} {self.quota}" if self.quota else name

@@ -43,7 +43,9 @@ class _Sending:
     def __init__(self, request: UpstreamRequest, retries: RetryState) -> None:
         self.request = request
         self.retries = retries
-        self.key_request = structs.replace(request.key_request, route=request.key_route)
+        self.key_request = structs.replace(
+            request.key_request, route=request.key_route, deployment=request.route.deployment or ""
+        )
         self.excluded: set[str] = set()
         self.limited: set[str] = set()
         self.visited: set[int] = set()

@@ -11,6 +11,7 @@ import msgspec
 
 from ...config.limits import Limits
 from ..limits.rate_limiter import Reservation, Wait
+from ..providers.azure import deployment_in, models_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class UpstreamKey:
     """A key as the pool sees it, without its secret.
 
     upstream: index of its upstream. models: globs that it serves. maker: stands for it in what is remembered of the
-    objects it makes, see `owner_table.maker_of`.
+    objects it makes, see `owner_table.maker_of`. deployments: those of models on an Azure upstream, None elsewhere.
     """
 
     label: str
@@ -29,10 +30,31 @@ class UpstreamKey:
     limits: Mapping[str, Limits] = field(default_factory=dict)
     weight: float = 1.0
     maker: str = ""
+    deployments: Mapping[str, str] | None = None
 
-    def serves(self, model: str) -> bool:
+    def name_of(self, model: str, deployment: str = "") -> str:
+        """Return the name under which a request counts with this key: Azure's deployment, elsewhere the model.
+
+        deployment: that in the path, "" for none.
+        """
+        if self.deployments is None:
+            return model
+        return deployment or deployment_in(self.deployments, model)
+
+    def names_of(self, model: str, deployment: str = "") -> tuple[str, ...]:
+        """Return all names of what runs with this key, the deciding one first."""
+        if self.deployments is None:
+            return (model,)
+        if deployment:
+            return deployment, *models_of(self.deployments, deployment)
+        mapped = deployment_in(self.deployments, model)
+        return (mapped, model) if mapped != model else (model,)
+
+    def serves(self, model: str, deployment: str = "") -> bool:
         """Return whether the upstream serves a model; "": any, because the request does not say which runs."""
-        return not model or any(glob == "*" or fnmatchcase(model, glob) for glob in self.models)
+        if "*" in self.models or not (model or deployment):
+            return True
+        return any(fnmatchcase(name, glob) for name in self.names_of(model, deployment) for glob in self.models)
 
 
 def by_priority(keys: Sequence[UpstreamKey]) -> tuple[tuple[UpstreamKey, ...], ...]:
@@ -44,12 +66,13 @@ def by_priority(keys: Sequence[UpstreamKey]) -> tuple[tuple[UpstreamKey, ...], .
 class Lease(msgspec.Struct, frozen=True):
     """A key with its share of the limits reserved.
 
-    reservation: None if no limit applies. tokens: the estimate.
+    reservation: None if no limit applies. tokens: the estimate. name: under which the request counts, see `name_of`.
     """
 
     key: UpstreamKey
     reservation: Reservation | None
     tokens: int = 0
+    name: str = ""
 
 
 class KeyRequest(msgspec.Struct, frozen=True):
@@ -58,7 +81,8 @@ class KeyRequest(msgspec.Struct, frozen=True):
     prefix: digest of the beginning of its prompt, b"" for none. pinned_to: label of the only key that will do, '' for
     any. min_priority: only priorities of a higher number than this. avoid: upstreams that failed it, to be tried last.
     groups: the keys to choose from if the model is not known, in groups of rising priority number; no limit applies
-    then. None: the keys that serve the model. route: method and first path segment, for keys that lack a right.
+    then. None: the keys that serve the model. deployment: Azure's in the path.
+    route: method and first path segment, for keys that lack a right.
     """
 
     prefix: bytes = b""
@@ -67,6 +91,7 @@ class KeyRequest(msgspec.Struct, frozen=True):
     avoid: frozenset[int] = frozenset()
     groups: tuple[tuple[UpstreamKey, ...], ...] | None = None
     route: str = ""
+    deployment: str = ""
 
 
 ANY_KEY: Final = KeyRequest()
@@ -114,7 +139,11 @@ class Candidates(msgspec.Struct):
 
     def quota_of(self, key: UpstreamKey) -> tuple[str, str]:
         """Return the (quota, model) under which a request on this key counts."""
-        return self.quota or key.quota or key.label, self.model
+        return self.quota or key.quota or key.label, self.name_of(key)
+
+    def name_of(self, key: UpstreamKey) -> str:
+        """Return the name under which the request counts with this key."""
+        return key.name_of(self.model, self.request.deployment)
 
     def result(self) -> NotReady | NoKey:
         """Return why there is no lease."""

@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final
 
+from msgspec import structs
+
 from ...config.limits import Limits, limits_for
-from ...protocol.json_parse import printable_name
 from ..limits.clients import MakeRateLimiter
 from ..limits.learned import UpstreamLimits
 from ..limits.rate_limiter import ExceedsLimit, RateLimiter, Reservation, Wait
 from ..retry.circuit_breaker import CircuitBreaker
+from .key_report import key_report
 from .last_resort import LastResort
 from .lease import ANY_KEY, Candidates, KeyRequest, Lease, NoKey, NotReady, UpstreamKey, by_priority
 from .prompt_affinity import PromptAffinity
@@ -75,7 +77,7 @@ class KeyPool:
         self._states = KeyStates()
         self._last_resort = LastResort()
         self._rate_limiters: OrderedDict[tuple[str, str], RateLimiter] = OrderedDict()
-        self._serving: dict[str, tuple[tuple[UpstreamKey, ...], ...]] = {}
+        self._serving: dict[tuple[str, str], tuple[tuple[UpstreamKey, ...], ...]] = {}
         self._by_label = {key.label: key for key in self.keys}
         self.affinity = PromptAffinity()
         self.last_used: dict[str, float] = {}
@@ -91,19 +93,22 @@ class KeyPool:
 
     # -- which keys -------------------------------------------------------------------------------------------------
 
-    def serving(self, model: str) -> tuple[tuple[UpstreamKey, ...], ...]:
-        """Return the keys whose upstream serves `model`, in groups of rising priority number."""
-        groups = self._serving.get(model)
+    def serving(self, model: str, deployment: str = "") -> tuple[tuple[UpstreamKey, ...], ...]:
+        """Return the keys whose upstream serves `model`, in groups of rising priority number.
+
+        deployment: that in the path, which decides on Azure; "" for none.
+        """
+        groups = self._serving.get((model, deployment))
         if groups is None:
-            groups = by_priority([key for key in self.keys if key.serves(model)])
+            groups = by_priority([key for key in self.keys if key.serves(model, deployment)])
             if len(self._serving) >= 4096:
                 self._serving.clear()
-            self._serving[model] = groups
+            self._serving[model, deployment] = groups
         return groups
 
     def is_usable(self, key: UpstreamKey, model: str, now: float) -> bool:
         """Return whether a key may serve `model` now, or will soon: it may be cooling, but it does not rest."""
-        return self._states.blocking(key.label, model, now)[0] is None and not self._breaker_wait(key, now)
+        return self._states.blocking(key.label, key.name_of(model), now)[0] is None and not self._breaker_wait(key, now)
 
     def by_label(self, label: str) -> UpstreamKey | None:
         return self._by_label.get(label)
@@ -116,7 +121,7 @@ class KeyPool:
         return max(unusable, cooling, key=lambda state: state.until)
 
     def _groups(self, model: str, request: KeyRequest) -> tuple[tuple[UpstreamKey, ...], ...]:
-        groups = self.serving(model) if request.groups is None else request.groups
+        groups = self.serving(model, request.deployment) if request.groups is None else request.groups
         if request.pinned_to:
             key = self._by_label.get(request.pinned_to)
             return ((key,),) if key is not None else ()
@@ -131,7 +136,7 @@ class KeyPool:
             and key.label not in excluded
             and not self._breaker_wait(key, now)
             and (
-                (state := self.state(key.label, model, now)) is None
+                (state := self.state(key.label, key.name_of(model, request.deployment), now)) is None
                 or (state.probes and state.until - now <= PROBE_SPACING)
             )
             for group in self._groups(model, request)
@@ -140,7 +145,7 @@ class KeyPool:
 
     def has_lower_group(self, model: str, priority: int, excluded: set[str], request: KeyRequest = ANY_KEY) -> bool:
         """Return whether there are keys of higher priority numbers."""
-        groups = self._groups(model, KeyRequest(min_priority=priority, groups=request.groups))
+        groups = self._groups(model, structs.replace(request, min_priority=priority, pinned_to=""))
         return any(key.label not in excluded for group in groups for key in group)
 
     def all_breakers_open(self, model: str, priority: int, now: float, request: KeyRequest = ANY_KEY) -> bool:
@@ -150,7 +155,8 @@ class KeyPool:
 
     def cooling_for(self, model: str, now: float, request: KeyRequest = ANY_KEY) -> float | None:
         """Return the seconds until the first cooling key is ready again; None if none is cooling."""
-        states = [self.state(key.label, model, now) for group in self._groups(model, request) for key in group]
+        keys = [key for group in self._groups(model, request) for key in group]
+        states = [self.state(key.label, key.name_of(model, request.deployment), now) for key in keys]
         return min((s.until - now for s in states if s is not None and s.status is Status.COOLING), default=None)
 
     def _breaker_wait(self, key: UpstreamKey, now: float) -> float:
@@ -201,7 +207,7 @@ class KeyPool:
         if wait:
             search.breaker_open.append(wait)
             return False
-        unusable, cooling = self._states.blocking(key.label, search.model, search.now, search.request.route)
+        unusable, cooling = self._states.blocking(key.label, search.name_of(key), search.now, search.request.route)
         if single:
             unusable = None  # without another key the upstream's own answer helps more than the proxy's
         if unusable is not None and unusable.status is not Status.MISSING:
@@ -220,7 +226,7 @@ class KeyPool:
         """Return a lease on the first key with room; if there is none, note in `search` why each key has none."""
         model, tokens, now, request = search.model, search.tokens, search.now, search.request
         if len(ready) > 1:
-            ready = self._strategy(ready, self, model, now, request.prefix)
+            ready = self._strategy(ready, self, request.deployment or model, now, request.prefix)
             if request.avoid:
                 ready = sorted(ready, key=lambda key: key.upstream in request.avoid)
         for key in ready:
@@ -230,7 +236,7 @@ class KeyPool:
                 continue
             reservation: Reservation | None = None
             if self.limited and request.groups is None:
-                rate_limiter = self.rate_limiter(key, model, now, search.quota)
+                rate_limiter = self.rate_limiter(key, model, now, search.quota, request.deployment)
                 if rate_limiter is not None:
                     result = rate_limiter.reserve(tokens, now)
                     if isinstance(result, Wait):
@@ -241,12 +247,12 @@ class KeyPool:
                         continue
                     reservation = result
             self._record_lease(key, search)
-            return Lease(key, reservation, tokens)
+            return Lease(key, reservation, tokens, where[1])
         return None
 
     def _record_lease(self, key: UpstreamKey, search: Candidates) -> None:
         self.mark_used(key)
-        self._states.record_lease(key.label, search.model, search.now)
+        self._states.record_lease(key.label, search.name_of(key), search.now)
         if key.upstream < len(self._breakers):
             self._breakers[key.upstream].sends(search.now)
         if self._learned is not None:
@@ -259,12 +265,15 @@ class KeyPool:
         self._uses += 1
         self.last_used[key.label] = self._uses
 
-    def rate_limiter(self, key: UpstreamKey, model: str, now: float, quota: str | None = None) -> RateLimiter | None:
-        """Return the limits of (quota, model); None if no limit applies."""
-        limits = limits_for({**self._limits, **key.limits}, model) if key.limits else limits_for(self._limits, model)
+    def rate_limiter(
+        self, key: UpstreamKey, model: str, now: float, quota: str | None = None, deployment: str = ""
+    ) -> RateLimiter | None:
+        """Return the limits of (quota, model); None if no limit applies. deployment: as in `KeyRequest`."""
+        names = key.names_of(model, deployment)
+        limits = limits_for({**self._limits, **key.limits} if key.limits else self._limits, *names)
         if limits == Limits():
             return None
-        where = (quota or key.quota or key.label, model)
+        where = (quota or key.quota or key.label, names[0])
         found = self._rate_limiters.get(where)
         if found is None:
             if len(self._rate_limiters) >= _MAX_RATE_LIMITERS:
@@ -293,7 +302,7 @@ class KeyPool:
         """Return the share of the tightest limit still free, configured or learned, 0 to 1; 1 without limits."""
         free = 1.0
         if self._learned is not None:
-            free = self._learned.headroom((key.quota or key.label, model), now)
+            free = self._learned.headroom((key.quota or key.label, key.name_of(model)), now)
         if not self.limited:
             return free
         rate_limiter = self.rate_limiter(key, model, now)
@@ -344,42 +353,7 @@ class KeyPool:
 
     def report(self, now: float) -> list[dict[str, Any]]:
         """Return what `GET /_proxy/keys` shows: labels, states with seconds from now, use of each limit. No secrets."""
-        rows = []
-        for key in self.keys:
-            states = [
-                {
-                    "model": printable_name(model),
-                    "state": state.status.value,
-                    "since_s": round(now - state.since, 3),
-                    "until_s": round(state.until - now, 3),
-                    "reason": state.reason,
-                }
-                | ({"probing": True} if state.probes else {})
-                | ({"from_tokens": state.floor} if state.floor else {})
-                for label, model, state in self._states.current(now)
-                if label == key.label
-            ]
-            quota = key.quota or key.label
-            usage = {
-                printable_name(model): rate_limiter.usage(now)
-                for (name, model), rate_limiter in self._rate_limiters.items()
-                if name == quota
-            }
-            whole = next((s["state"] for s in states if s["model"] == ANY_MODEL), "ready")
-            row = {
-                "name": key.label,
-                "quota": quota,
-                "priority": key.priority,
-                "state": whole,
-                "states": states,
-                "limits": usage,
-            }
-            if self._learned is not None:
-                learned = self._learned
-                by_model = ((model, learned.usage((quota, model), now)) for model in learned.models(quota))
-                row["learned"] = {printable_name(model): use for model, use in by_model if use}
-            rows.append(row)
-        return rows
+        return key_report(self.keys, self._states, self._rate_limiters, self._learned, now)
 
     def headroom_by_label(self, now: float) -> dict[str, float]:
         """Return by key label the share still free of its tightest limit over all models, 0 to 1; for metrics."""

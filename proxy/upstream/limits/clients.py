@@ -25,11 +25,12 @@ def may_use(client: Client, model: str) -> bool:
     return not client.models or any(fnmatchcase(model, glob) for glob in client.models)
 
 
-def check_model(client: Client, *models: str) -> None:
-    """Raise ProxyError(model_not_allowed) unless the client may use all of these models."""
+def check_model(client: Client, *models: str | tuple[str, ...]) -> None:
+    """Raise ProxyError(model_not_allowed) unless the client may use all of these models. A tuple: names of one."""
     if client.models:
-        for model in models:
-            if not may_use(client, model):
+        for names in models:
+            model, *others = (names,) if isinstance(names, str) else names
+            if not any(may_use(client, name) for name in (model, *others)):
                 raise ProxyError("model_not_allowed", f"client {client.name} may not use {model[:60]!r}", param="model")
 
 

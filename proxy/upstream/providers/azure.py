@@ -6,6 +6,7 @@ surface is used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
@@ -16,17 +17,28 @@ from ...protocol.routes import REALTIME, Route, Shape, replaced_query
 if TYPE_CHECKING:
     from .interface import UpstreamAddress
 
+_GLOB: Final = frozenset("*?[")
 _BY_DEPLOYMENT: Final = frozenset({"chat", "completions", "embeddings", "audio", "images"})
 """First segments of the operations that Azure keeps below `/openai/deployments/{deployment}`."""
 
 
-def deployment_of(address: UpstreamAddress, model: str) -> str:
+def deployment_in(deployments: Mapping[str, str], model: str) -> str:
     """Return the deployment that stands for `model`: by exact name, else by the longest glob, else the model's name."""
-    exact = address.deployments.get(model)
+    exact = deployments.get(model)
     if exact is not None:
         return exact
-    globs = [glob for glob in address.deployments if fnmatchcase(model, glob)]
-    return address.deployments[max(globs, key=len)] if globs else model
+    globs = [glob for glob in deployments if fnmatchcase(model, glob)]
+    return deployments[max(globs, key=len)] if globs else model
+
+
+def models_of(deployments: Mapping[str, str], deployment: str) -> list[str]:
+    """Return the models that a deployment stands for, as far as they are named without a glob."""
+    return [model for model, name in deployments.items() if name == deployment and not _GLOB & set(model)]
+
+
+def deployment_of(address: UpstreamAddress, model: str) -> str:
+    """Return the deployment of this upstream that stands for `model`."""
+    return deployment_in(address.deployments, model)
 
 
 def _segment(deployment: str) -> str:

@@ -9,17 +9,6 @@ from ...protocol.routes import Route
 from . import azure, openai
 from .interface import Provider, UpstreamAddress
 
-
-def models_in_path(addresses: Sequence[UpstreamAddress], route: Route) -> tuple[str, ...]:
-    """Return the model of the deployment in the path, which Azure serves whatever the body says; none without Azure."""
-    if route.deployment is None or all(address.kind != "azure" for address in addresses):
-        return ()
-    return (model_named(addresses, route, None),)
-
-
-_GLOB: Final = frozenset("*?[")
-
-
 PROVIDERS: Final[dict[str, Provider]] = {"openai": openai, "azure": azure}
 
 
@@ -29,8 +18,21 @@ def model_named(addresses: Sequence[UpstreamAddress], route: Route, body_model: 
         return body_model
     if route.deployment is None:
         return ""
-    for address in addresses:
-        for model, deployment in address.deployments.items():
-            if deployment == route.deployment and not _GLOB & set(model):
-                return model
-    return route.deployment
+    found = [model for address in addresses for model in azure.models_of(address.deployments, route.deployment)]
+    return found[0] if found else route.deployment
+
+
+def models_that_run(
+    addresses: Sequence[UpstreamAddress], route: Route, body_model: str | None
+) -> tuple[tuple[str, ...], ...]:
+    """Return the models that a request may run, each by all its names.
+
+    On Azure that is the deployment in the path, whatever the body says; elsewhere the model of the body, else the same.
+    """
+    named = (model_named(addresses, route, body_model),)
+    if route.deployment is None:
+        return (named,)
+    models = [model for address in addresses for model in azure.models_of(address.deployments, route.deployment)]
+    on_azure = route.deployment, *models
+    kinds = {address.kind for address in addresses}
+    return (on_azure,) if kinds == {"azure"} else (on_azure, named) if "azure" in kinds else (named,)
