@@ -16,7 +16,7 @@ from ..protocol.errors import error_event
 from ..protocol.sse import Splitter, UsageFilter, data_of, is_usage_event
 from ..system.clock import spawn
 from ..upstream.interfaces import Write
-from ..upstream.response import ResponseInHand
+from ..upstream.response import ResponseInHand, is_framed
 from ..upstream.retry.outcome import TransportFailure
 
 MAX_EVENT: Final = 16 * 1024 * 1024
@@ -181,7 +181,7 @@ class StreamRelay:
                 rest = self._splitter.rest
                 if not self._done and (data_of(rest + b"\n\n") or b"").strip() == b"[DONE]":
                     self.audit.event(rest)  # SDKs take it without its blank line, too
-                if not self._done and self.audit.truncated(rest):
+                if not (self._done or is_framed(self.response.response)) and self.audit.truncated(rest):
                     raise TransportFailure("invalid", "the upstream ended its stream before its end")
             if out := self.client_filter.finish():
                 await write(out)

@@ -5,6 +5,8 @@ aiohttp uses only `prepare`, `write_eof` and `keep_alive` of a response; tests c
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
@@ -19,6 +21,9 @@ from ..protocol.headers import Raw
 
 _ONE_WRITE: Final = 64 * 1024
 """Bodies below this number of bytes are joined with the head."""
+
+_RESET: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER without time: closing resets the connection."""
 
 _REASONS: Final = {status.value: status.phrase for status in HTTPStatus}
 
@@ -116,7 +121,17 @@ class StreamingResponse:
     Each write waits until the client has read enough, so memory is bounded by back-pressure.
     """
 
-    __slots__ = ("_head", "_protocol", "_request", "_sends_trailers", "_status", "_unframed", "keep_alive", "started")
+    __slots__ = (
+        "_ends_by_close",
+        "_head",
+        "_protocol",
+        "_request",
+        "_sends_trailers",
+        "_status",
+        "_unframed",
+        "keep_alive",
+        "started",
+    )
 
     def __init__(
         self, request: BaseRequest, head: bytes, status: int, length: int | None = None, trailers: str = ""
@@ -127,7 +142,8 @@ class StreamingResponse:
         self._status = status
         self.started = False
         self._unframed = length is not None or request.version == HttpVersion10 or request.method == "HEAD"
-        self.keep_alive = request.keep_alive and not (length is None and request.version == HttpVersion10)
+        self._ends_by_close = length is None and request.version == HttpVersion10
+        self.keep_alive = request.keep_alive and not self._ends_by_close
         framing = b"" if self._unframed else b"Transfer-Encoding: chunked\r\n"
         if length is not None:
             framing = b"Content-Length: %d\r\n" % length
@@ -170,10 +186,13 @@ class StreamingResponse:
     def abort(self, at_once: bool = False) -> StreamedResponse:
         """Close the connection without the last chunk, so that the client sees that the response is incomplete.
 
+        To an HTTP/1.0 client closing means the end of the body, so its connection is reset.
         at_once: discard what has not been sent yet.
         """
         transport = self._protocol.transport
         if transport is not None:
+            if self._ends_by_close and (link := transport.get_extra_info("socket")) is not None:
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             transport.abort() if at_once else transport.close()
         return StreamedResponse(False, self._status)
 

@@ -84,9 +84,22 @@ def response_in_hand(
         is_stream=reply.headers.get("Content-Type", "").lower().startswith("text/event-stream"),
         opaque=not decoded and encoding not in ("", "identity"),
         decoded=decoded,
-        more=decoded_chunks(reply.chunks(), encoding) if decoded else reply.chunks(),
+        more=_chunks_of(reply, encoding, decoded),
         sent_at=sent_at,
     )
+
+
+def is_framed(reply: UpstreamResponse) -> bool:
+    """Whether the framing shows the end of a body, so that a cut is seen (RFC 9112 section 8)."""
+    return "Content-Length" in reply.headers or "Transfer-Encoding" in reply.headers
+
+
+def _chunks_of(reply: UpstreamResponse, encoding: str, decoded: bool) -> AsyncIterator[bytes]:
+    if decoded:
+        return decoded_chunks(reply.chunks(), encoding)
+    if reply.status < 400 and Decompressor.knows(encoding) and not is_framed(reply):
+        return _checked_chunks(reply.chunks(), encoding)
+    return reply.chunks()
 
 
 async def classify_response(response: ResponseInHand, request: UpstreamRequest) -> None:
@@ -126,6 +139,18 @@ async def decoded_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIt
             if out:
                 yield out
         decompressor.finish()
+    except DecodingError as error:
+        raise TransportFailure("invalid", f"the upstream's compressed answer {error}") from None
+
+
+async def _checked_chunks(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
+    """Yield the chunks as they come. Raises TransportFailure(invalid) at the end if they end within compressed data."""
+    copy = Decompressor(encoding)
+    try:
+        async for chunk in chunks:
+            copy.feed(chunk)
+            yield chunk
+        copy.finish()
     except DecodingError as error:
         raise TransportFailure("invalid", f"the upstream's compressed answer {error}") from None
 

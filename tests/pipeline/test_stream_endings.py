@@ -33,6 +33,23 @@ def last_error(body: bytes) -> Any:
     return orjson.loads(result)["error"]
 
 
+FRAMED = [("Transfer-Encoding", "chunked")]
+
+
+@pytest.mark.parametrize("end", [b"", event(chunk("b"))[:-5]], ids=["between events", "inside an event"])
+@virtual_time
+async def test_what_the_upstream_ends_by_its_framing_is_passed_on_as_it_ended(end: bytes) -> None:
+    """Without framing nothing tells such an end from a cut."""
+    steps: list[Step] = [event(chunk("a")), *([end] if end else [])]
+    pipeline = PipelineFixture(streams(steps, headers=FRAMED), streams(steps), streams(), config=OFF)
+    result = await pipeline.ask(STREAM)
+    assert (result.broken, result.body) == (False, event(chunk("a")) + end)
+    assert pipeline.receipt.error == ""
+    result = await pipeline.ask(STREAM)
+    assert (result.cache, result.broken) == ("miss", True)
+    assert (await pipeline.ask(STREAM)).cache == "miss"
+
+
 # Drain, silence, and clients that leave.
 
 

@@ -225,6 +225,13 @@ async def test_http_1_0_gets_a_stream_without_chunks() -> None:
         assert (answer.framing, answer.body) == ("close", b"".join(events()))
 
 
+async def test_a_broken_stream_to_an_http_1_0_client_ends_with_a_reset() -> None:
+    """A mere close would be the end of the body (RFC 9112 section 6.3)."""
+    async with running_proxy(streams([*events()[:2], CUT])) as server, raw_connection(server.port) as line:
+        line.send(request(body=ask(stream=True), version="1.0"))
+        assert (await line.answer()).whole is False
+
+
 @pytest.mark.parametrize("move", [streams([*events()[:2], HANG]), Fails("hang"), Responds(body=(b"{", HANG))])
 async def test_the_upstream_is_closed_at_once_when_the_client_leaves(move: Any) -> None:
     async with running_proxy(move) as server:

@@ -22,7 +22,7 @@ from proxy.config.settings import (
 )
 from proxy.upstream.retry.outcome import TransportFailure
 from tests.pipeline.fixture import pool, settings
-from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, error, rate_limited, says
+from tests.pipeline.script import HANG, JSON, Fails, Move, Responds, Step, error, rate_limited, says
 from tests.server.kit import TEST_TIMEOUT, Answer, RunningProxy, chunked, raw_connection, request, running_proxy
 from tests.server.objects import remember
 
@@ -328,6 +328,21 @@ async def test_a_compressed_error_is_decoded_and_a_cut_one_is_502() -> None:
         answer = await server.ask("POST", FILES, b"x")
         assert (answer.body, answer.get("Content-Encoding")) == (b'{"error":{"message":"***"}}', None)
         assert (await server.ask("POST", FILES, b"x")).error == "upstream_invalid_response"
+
+
+@pytest.mark.parametrize("cut", [CUT, None], ids=["reset", "closed"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_compressed_download_that_is_cut_is_seen_as_cut(version: str, cut: TransportFailure | None) -> None:
+    """Without a length only the compressed data shows that it is not whole."""
+    data = gzip.compress(bytes(range(256)) * 100)
+    whole = (("Content-Type", "text/csv"), ("Content-Encoding", "gzip"))
+    body: tuple[Step, ...] = (data[:50], cut) if cut is not None else (data[:50],)
+    async with running_proxy(Responds(200, whole, body), Responds(200, whole, (data,))) as server:
+        for intact in (False, True):
+            async with raw_connection(server.port) as line:
+                line.send(request("GET", "/v1/files/file-1/content", version=version))
+                answer = await line.answer()
+                assert (answer.status, answer.whole) == (200, intact)
 
 
 @pytest.mark.parametrize("body", [(b"{", CUT), (b" " * 5_000_000, b" " * 5_000_000)], ids=["cut", "far too large"])
