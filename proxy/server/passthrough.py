@@ -43,7 +43,7 @@ from .responses import (
     raw_lines,
     status_line,
 )
-from .upload import Upload
+from .upload import MAX_JSON, Upload
 
 
 class PassthroughHandler:
@@ -107,7 +107,8 @@ class PassthroughHandler:
         if in_body:
             await upload.read_form()
         if in_body or self._objects.matter(client):
-            await upload.read_json()
+            # What a client names must be its own, so it is read up to the size of bodies that are read whole.
+            await upload.read_json(self._services.settings.server.max_body if client.name else MAX_JSON)
         models = upload.models if in_body else ()
         target = model_in_target(route)
         named = target or model_named(addresses, route, models[-1] if models else None)

@@ -26,6 +26,9 @@ MAX_JSON: Final = 1024 * 1024
 MAX_FORM: Final = 256 * 1024
 """At most this many bytes of a form are read before it is sent, to find the fields before its first file."""
 
+_JSON: Final = frozenset({"application/json", "application/x-www-form-urlencoded", "text/plain", ""})
+"""Types of bodies that may be JSON: some upstreams read them as such, whatever they are called."""
+
 _NO_SPANS: Final = FormModel((), False)
 
 
@@ -70,16 +73,16 @@ class Upload:
         """What was read of a form after its model."""
         return self._head[self._form.spans[-1][1] :] if self._form.spans else self._head
 
-    async def read_json(self) -> None:
-        """Read a JSON body that is small enough, before it is sent. Raises ProxyError, ConnectionResetError."""
+    async def read_json(self, most: int = MAX_JSON) -> None:
+        """Read a JSON body of at most `most` bytes before it is sent. Raises ProxyError, ConnectionResetError."""
         request = self._request
         kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        is_json = kind in ("application/json", "") or (kind.startswith("application/") and kind.endswith("+json"))
+        is_json = kind in _JSON or (kind.startswith("application/") and kind.endswith("+json"))
         if not self._exists or not is_json or "Content-Encoding" in request.headers:
             return
-        if self._announced is not None and self._announced > min(MAX_JSON, self._limit):
+        if self._announced is not None and self._announced > min(most, self._limit):
             return
-        while len(self._head) <= MAX_JSON and await self._read_more():
+        while len(self._head) <= most and await self._read_more():
             pass
         if not self._whole:
             return

@@ -241,3 +241,14 @@ async def test_what_a_client_names_is_not_made_its_own() -> None:
     pipeline = of()
     await respond(pipeline, ANNA, conversation="conv_x")  # nobody knows whose it is
     assert (await respond(pipeline, BEN, conversation="conv_x")).status == 200
+
+
+@virtual_time
+async def test_of_two_previous_responses_none_is_taken() -> None:
+    """Upstreams may read the first of two fields of one name, or the last."""
+    pipeline = of()
+    made = (await respond(pipeline, ANNA)).json()["id"].encode()
+    for names in ((made, b"x"), (b"x", made)):
+        first, last = (b'"previous_response_id": "%s"' % name for name in names)
+        body = b'{"model": "gpt-4o", "input": "x", ' + first + b", " + last + b"}"
+        assert (await pipeline.ask(orjson.loads(body), body=body, target=RESPONSES, client=BEN)).status == 400

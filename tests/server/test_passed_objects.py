@@ -188,6 +188,17 @@ async def test_an_object_of_another_client_is_missing_as_at_openai() -> None:
         assert server.receipts[-1].error == "object_not_found"
 
 
+@pytest.mark.parametrize("padding", [0, 1_200_000])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
+async def test_no_size_and_no_type_of_a_body_hides_an_object(padding: int, kind: str | None) -> None:
+    body = orjson.dumps({"file_ids": ["file-1"], "name": "x" * padding})
+    headers = [*auth("ben"), *([("Content-Type", kind)] if kind is not None else [])]
+    async with running_proxy(config=clients()) as server:
+        remember(server, "file-1", "k1", "anna")
+        assert (await server.ask("POST", "/v1/vector_stores", body, headers)).status == 404
+        assert server.transport.sent == []
+
+
 async def test_clients_that_share_a_cache_share_their_objects() -> None:
     async with running_proxy(config=clients()) as server:
         server.transport.queue[:] = [made("file-1")]

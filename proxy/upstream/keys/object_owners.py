@@ -12,6 +12,7 @@ import msgspec
 import orjson
 
 from ...protocol.errors import ProxyError
+from ...protocol.json_edit import is_ambiguous
 from ...protocol.request import Client, ProxyRequest
 from ...protocol.routes import printable
 from ...protocol.sse import data_of
@@ -24,6 +25,8 @@ from .stored_objects import NOTHING, BroughtObjects, NamedObjects, brought_by, n
 
 _NAME_OBJECTS: Final = frozenset({"chat", "responses"})
 """Those of the five endpoints whose requests can name stored objects."""
+
+_PREVIOUS: Final = b"previous_response_id"
 
 _MAX_ASKED: Final = 16
 """Objects of one request for which other places are asked."""
@@ -166,6 +169,8 @@ class ObjectOwners:
         named = self._named(pool, request)
         if not named:
             return ""
+        if request.client.name and request.body.count(_PREVIOUS) > 1 and is_ambiguous(request.body, _PREVIOUS.decode()):
+            raise ProxyError("bad_request", "the body names two previous responses", param=_PREVIOUS.decode())
         pinned = await self.pin(pool, named, request.client, lambda: _fixed_key(pool, request.model, now))
         return pinned.key if len(pool.keys) > 1 else ""
 
