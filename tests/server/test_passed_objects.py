@@ -9,8 +9,10 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
+import brotli
 import orjson
 import pytest
+from backports import zstd
 
 from proxy.config.settings import CacheSettings, ClientKeySettings, ServerSettings
 from tests.pipeline.fixture import settings
@@ -81,6 +83,8 @@ BODY = orjson.dumps({"id": "vs_1", "object": "vector_store"})
 PACKED = {
     "gzip": gzip.compress(BODY),
     "deflate": zlib.compress(BODY),
+    "zstd": zstd.compress(BODY),
+    "br": brotli.compress(BODY),
 }
 
 
