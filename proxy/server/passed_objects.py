@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from ..protocol.request import Client
 from ..protocol.routes import Route
@@ -31,7 +31,7 @@ class PassedObjects:
     async def pin(
         self,
         route: Route,
-        document: Mapping[str, Any] | None,
+        document: object,
         client: Client,
         fixed: Callable[[], UpstreamKey | None],
     ) -> Pinned:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from aiohttp.web import BaseRequest
 
 from ..protocol.routes import Route
@@ -73,7 +70,7 @@ class PassedSender:
         route, client = passed.route, passed.client
         if not self._objects.matter(client):
             return await self._once(request, passed, upload, tokens, "")
-        pinned_to = await self.pin(passed, upload.document)
+        pinned_to = await self.pin(passed, upload.document or upload.packed)
         if pinned_to or not route.stateful or route.path == "/responses/compact":  # it keeps nothing
             return await self._once(request, passed, upload, tokens, pinned_to)
         return await self._with_fixed_key(request, passed, upload, tokens, self._fixed_keys(route))
@@ -81,7 +78,7 @@ class PassedSender:
     def _fixed_keys(self, route: Route) -> FixedKeys:
         return self._fixed if route.shape == "openai" else self._fixed_azure
 
-    async def pin(self, passed: PassedRequest, document: Mapping[str, Any] | None = None) -> str:
+    async def pin(self, passed: PassedRequest, document: object = None) -> str:
         """Return the label of the only key that may see what a request names; "" for any key.
 
         document: its body, if that is JSON and was read. Raises ProxyError(object_not_found).

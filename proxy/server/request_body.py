@@ -40,7 +40,7 @@ async def read_json(request: BaseRequest, max_body: int) -> tuple[bytes, Sequenc
         raise ProxyError("unsupported_media_type", message, param="Content-Encoding", headers=accepted)
     body = await read_body(request, max_body)
     if encoding not in ("", "identity"):
-        body = await in_thread_if_large(len(body), _decoded, body, encoding, max_body)
+        body = await in_thread_if_large(len(body), decoded, body, encoding, max_body)
         raw = [pair for pair in raw if pair[0].lower() != b"content-encoding"]
     content_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -53,10 +53,11 @@ async def read_json(request: BaseRequest, max_body: int) -> tuple[bytes, Sequenc
     return body, raw
 
 
-def _decoded(body: bytes, encoding: str, max_body: int) -> bytes:
+def decoded(body: bytes, encoding: str, max_body: int) -> bytes:
+    """Return a compressed body decoded. Raises ProxyError(request_too_large, invalid_json)."""
     decompressor = Decompressor(encoding, Bounds(max_body, _ANY_RATIO))
     try:
-        decoded = decompressor.feed(body)
+        plain = decompressor.feed(body)
         decompressor.finish()
     except DecodingError as error:
         if error.too_large:
@@ -64,7 +65,7 @@ def _decoded(body: bytes, encoding: str, max_body: int) -> bytes:
             raise ProxyError("request_too_large", message, param="Content-Encoding") from None
         message = f"the request body {error} (Content-Encoding: {encoding})"
         raise ProxyError("invalid_json", message, param="Content-Encoding") from None
-    return decoded
+    return plain
 
 
 async def read_body(request: BaseRequest, max_body: int) -> bytes:

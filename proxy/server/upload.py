@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 from aiohttp.web import BaseRequest
 
+from ..protocol.decompress import Decompressor
 from ..protocol.errors import ProxyError
 from ..protocol.form import FormModel, LaterModel, boundary_of, find_model, with_model
 from ..protocol.json_edit import is_ambiguous, set_field
@@ -18,7 +19,7 @@ from ..protocol.routes import Route
 from ..system.threads import in_thread_if_large
 from ..upstream.request import Body
 from ..upstream.target import Upstream
-from .request_body import next_piece, send_continue, too_large
+from .request_body import decoded, next_piece, send_continue, too_large
 
 MAX_JSON: Final = 1024 * 1024
 """A JSON body of up to this many bytes is read before it is sent."""
@@ -36,7 +37,7 @@ class Upload:
     """The body on its way up, counted and timed. limit: bytes that it may have at most.
 
     document: a JSON body that was read, parsed; None for any other. raw: the same as bytes.
-    models: those that the body names.
+    packed: what a compressed JSON body holds. models: those that the body names.
     """
 
     def __init__(self, request: BaseRequest, limit: int) -> None:
@@ -55,6 +56,7 @@ class Upload:
         self.length = self._announced
         self.error: ProxyError | None = None
         self.document: Mapping[str, Any] | None = None
+        self.packed: object = None
         self.models: tuple[str, ...] = ()
 
     @property
@@ -78,7 +80,8 @@ class Upload:
         request = self._request
         kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         is_json = kind in _JSON or (kind.startswith("application/") and kind.endswith("+json"))
-        if not self._exists or not is_json or "Content-Encoding" in request.headers:
+        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+        if not self._exists or not is_json or not (encoding == "identity" or Decompressor.knows(encoding)):
             return
         if self._announced is not None and self._announced > min(most, self._limit):
             return
@@ -87,10 +90,15 @@ class Upload:
         if not self._whole:
             return
         try:
-            document = await in_thread_if_large(len(self._head), parse_leniently, self._head)
-        except ValueError:
-            return
-        if isinstance(document, dict):
+            body = self._head
+            if encoding != "identity":
+                body = await in_thread_if_large(len(body), decoded, body, encoding, most)
+            document = await in_thread_if_large(len(body), parse_leniently, body)
+        except (ValueError, ProxyError):
+            return  # the upstream says what is wrong
+        if encoding != "identity":
+            self.packed = document
+        elif isinstance(document, dict):
             self.document = document
             model = document.get("model")
             found = model if isinstance(model, str) else model_in_session(document)

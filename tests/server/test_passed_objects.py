@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -201,6 +201,20 @@ async def test_no_size_and_no_type_of_a_body_hides_an_object(padding: int, kind:
         remember(server, "file-1", "k1", "anna")
         assert (await server.ask("POST", "/v1/vector_stores", body, headers)).status == 404
         assert server.transport.sent == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"), [("gzip", gzip.compress), ("zstd", zstd.compress), ("br", brotli.compress)]
+)
+async def test_no_coding_of_a_body_hides_an_object(encoding: str, pack: Callable[[bytes], bytes]) -> None:
+    body = pack(orjson.dumps({"file_ids": ["file-1"]}))
+    headers = [*JSON_BODY, ("Content-Encoding", encoding)]
+    async with running_proxy(LISTED, config=clients()) as server:
+        remember(server, "file-1", "k1", "anna")
+        assert (await server.ask("POST", "/v1/vector_stores", body, [*headers, *auth("ben")])).status == 404
+        assert server.transport.sent == []
+        assert (await server.ask("POST", "/v1/vector_stores", body, [*headers, *auth("anna")])).status == 200
+        assert server.transport.sent[0].body == body
 
 
 async def test_clients_that_share_a_cache_share_their_objects() -> None:
