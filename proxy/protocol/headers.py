@@ -24,6 +24,9 @@ HOP_BY_HOP: Final = frozenset(
 )
 """RFC 9110 section 7.6.1. The headers that `Connection` names are hop-by-hop, too."""
 
+LOCATIONS: Final = frozenset({b"location", b"content-location", b"operation-location", b"azure-asyncoperation"})
+"""Headers that name a URL (RFC 9110 sections 8.7 and 10.2.2, and Azure's), which may be internal; see `locations`."""
+
 _NOT_SENT_UPSTREAM: Final = HOP_BY_HOP | {
     b"authorization",
     b"api-key",
@@ -50,6 +53,7 @@ _NOT_SENT_DOWNSTREAM: Final = HOP_BY_HOP | {
     b"alt-svc",
     b"strict-transport-security",
     b"content-length",
+    *LOCATIONS,
 }
 _NOT_SENT_DOWNSTREAM_PREFIXES: Final = (b"access-control-", b"x-proxy-", b"proxy-")
 

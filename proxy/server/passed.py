@@ -30,6 +30,7 @@ REASON = "uncacheable: route"
 class PassedRequest:
     """One request that is passed through.
 
+    target: the request's, raw.
     named: the model that it names, "" for none. runs: a model runs on it. parsed: as the five endpoints have it.
     usage, cost, answer_model: what the response tells.
     reservation: what is held of the client's limits, until a response has it. pinned: what its objects ask of the key.
@@ -50,6 +51,7 @@ class PassedRequest:
         self._reason = reason
         self._endpoint = route.segment
         self._headers = request.raw_headers
+        self.target = request.raw_path
         self.arrived = clock.monotonic()
         self.route = route
         self.client = client

@@ -17,7 +17,8 @@ from ..cost.passed_usage import SMALL, ResponseCopy
 from ..cost.usage import usage_of
 from ..pipeline.response_headers import lines_of
 from ..protocol.errors import ProxyError
-from ..protocol.headers import downstream_headers
+from ..protocol.headers import LOCATIONS, downstream_headers
+from ..protocol.locations import own_locations
 from ..protocol.options import Options
 from ..protocol.passed_model import model_in_target, names_model, runs_model
 from ..protocol.request import Client
@@ -145,6 +146,10 @@ class PassthroughHandler:
         services = self._services
         reply = response.response
         headers = downstream_headers(reply.raw_headers, pooled=not services.passthrough, decoded=response.decoded)
+        locations = [pair for pair in reply.raw_headers if pair[0].lower() in LOCATIONS]
+        if locations:
+            asked = response.upstream.provider.url(response.upstream.address, passed.route, passed.model)
+            headers += own_locations(locations, asked, passed.target, passed.route.path)
         headers = [(name, services.masker.mask(value)) for name, value in headers]
         if response.is_stream:
             headers = for_event_stream(headers)

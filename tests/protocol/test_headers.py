@@ -21,7 +21,7 @@ NEVER_UP += ["Cache-Control", "Host", "Content-Length"]
 
 NEVER_DOWN = [*HOP_BY_HOP, "Set-Cookie", "Access-Control-Allow-Origin", "Access-Control-Expose-Headers"]
 NEVER_DOWN += ["Access-Control-Anything", "Alt-Svc", "Strict-Transport-Security", "X-Proxy-Cost-USD", "X-Proxy-Cache"]
-NEVER_DOWN += ["Content-Length"]
+NEVER_DOWN += ["Content-Length", "Location", "Content-Location", "Operation-Location", "Azure-AsyncOperation"]
 
 NEVER_ON_A_HIT = [
     "x-request-id",
@@ -38,7 +38,7 @@ KEPT_UP = ["Content-Type", "Accept", "User-Agent", "OpenAI-Beta", "Idempotency-K
 KEPT_UP += ["traceparent", "Accept-Language", "X-Client-Request-Id", "Content-Encoding", "x-ms-client-request-id"]
 KEPT_DOWN = ["Content-Type", "x-request-id", "openai-processing-ms", "openai-version", "Date", "Server", "X-Custom"]
 KEPT_DOWN += ["x-ratelimit-remaining-tokens", "Retry-After", "retry-after-ms", "x-should-retry", "WWW-Authenticate"]
-KEPT_DOWN += ["Location", "Content-Disposition", "ETag", "Vary", "CF-Ray", "x-ms-region", "Content-Encoding"]
+KEPT_DOWN += ["Content-Disposition", "ETag", "Vary", "CF-Ray", "x-ms-region", "Content-Encoding"]
 
 
 def spelled(name: str, seed: int) -> bytes:

@@ -105,6 +105,32 @@ async def test_any_status_below_400_is_forwarded(status: int) -> None:
         assert answer.get("Content-Range") == "bytes 0-1/9"
 
 
+@pytest.mark.parametrize("target", ["/v1/files", "/files", "/_/tag=a:b/v1/files"])
+async def test_a_location_is_a_path_of_the_proxy_or_goes(target: str) -> None:
+    """Upstreams name their own hosts, which may be internal."""
+    made = (("Location", "http://up.test/v1/files/f"), ("Content-Location", "http://10.0.0.7/v1/files/f"), JSON)
+    async with running_proxy(Responds(201, made, (b"{}",))) as server:
+        answer = await server.ask("POST", target, {})
+        assert answer.get("Location") == target + "/f"
+        assert answer.get("Content-Location") is None
+        assert not [value for _, value in answer.headers if "up.test" in value or "10.0.0.7" in value]
+
+
+async def test_a_redirect_to_another_host_is_passed_on_without_it() -> None:
+    moved = Responds(302, (("Location", "http://minio.internal:9000/bucket/f?sig=1"),), ())
+    async with running_proxy(moved) as server:
+        answer = await server.ask("GET", "/v1/files/f/content")
+        assert (answer.status, answer.get("Location")) == (302, None)
+
+
+async def test_a_location_of_a_cached_endpoint_goes() -> None:
+    named = says(headers=[("Location", "http://up.test/v1/chat/completions/c")])
+    async with running_proxy(named) as server:
+        for _ in range(2):
+            answer = await server.ask(body={"model": "gpt-4o", "messages": []})
+            assert (answer.status, answer.get("Location")) == (200, None)
+
+
 async def test_a_response_without_a_length_is_chunked_by_read() -> None:
     async with running_proxy(Responds(200, (), (b"ab", b"cd"))) as server:
         answer = await server.ask("GET", FILES)
