@@ -177,6 +177,7 @@ def build_handler(
         services.clients,
         budgets,
         show_key=len(settings.server.client_keys) < 2,
+        mask=masker.mask_text,
         observers=(runs.finished, budgets.recorded, services.receipts.put, *observers),
     )
     cache = ResponseCache(services.store, settings.cache, clock, identity=services.identities.of, mask=masker.mask_text)

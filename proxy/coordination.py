@@ -56,7 +56,8 @@ def over_redis(settings: Settings, clock: Clock, store: TieredStore, otherwise: 
         runs = RedisRuns(link, prefix, clock.wall, borrowed=True)
         shared = replace(shared, runs=runs, locks=RedisLockStore(link, prefix, DEADLINE))
     else:
-        shared = replace(shared, runs=RedisRuns(RedisConnection(url, DEADLINE), prefix, clock.wall))
+        link = RedisConnection(url, DEADLINE, "redis runs", "each proxy counts runs by itself")
+        shared = replace(shared, runs=RedisRuns(link, prefix, clock.wall))
     return replace(shared, owners=RedisOwners(url, prefix))
 
 

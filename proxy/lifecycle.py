@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from .reload import Read, Reloader
 from .server import listeners as listening
 from .server.connections import ListeningServer
 from .server.tracing import tracing_from
+from .system import state_changes
 from .system.clock import SYSTEM_CLOCK
 from .system.tasks import spawn_forever
 from .workers.ipc import ConnectionLost
@@ -52,12 +52,12 @@ async def serve(loaded: LoadedSettings, read: Read, *, extra_lines: Callable[[st
     try:
         listeners = listening.listen(settings.server)
     except OSError as error:
-        print(f"openai-proxy: cannot listen: {error.strerror or error}", file=sys.stderr)
+        logs.print_lines([f"openai-proxy: cannot listen: {error.strerror or error}"], settings.log.format)
         return 1
 
     def print_banner(lines: list[str]) -> None:
         more = extra_lines(listeners.address) if extra_lines is not None else []
-        print("\n".join([*lines, *more]), file=sys.stderr, flush=True)
+        logs.print_lines([*lines, *more], settings.log.format)
 
     try:
         if settings.server.workers > 1:
@@ -103,6 +103,8 @@ async def run_worker(fd: int) -> int:
     app = App(start.loaded.settings, link=link, tracing=tracing_from(os.environ))
     if isinstance(app.services.limiter, WorkerLimits):
         app.services.limiter.on_capacity = lambda: app.services.admission.wake()
+    loop = asyncio.get_running_loop()
+    state_changes.forward = lambda change: _forward(loop, link, change)
     link.channel.handlers["settings"] = lambda body: app.apply_from_supervisor(pickle.loads(body))
 
     def started(banner: list[str]) -> None:
@@ -115,6 +117,14 @@ async def run_worker(fd: int) -> int:
         link.channel.notify("last_metrics", pack(app.admin.own_metrics()))
         await link.channel.flush()
         link.channel.close()
+
+
+def _forward(loop: asyncio.AbstractEventLoop, link: WorkerLink, change: state_changes.Change) -> None:
+    """Send a change of state to the supervisor. Any thread may call it."""
+    try:
+        loop.call_soon_threadsafe(link.channel.notify, "state_changed", pack(change))
+    except RuntimeError:  # the worker has ended
+        state_changes.log_change(change)
 
 
 async def _run(
@@ -133,7 +143,7 @@ async def _run(
     try:
         recorded = open_cassette(app.services.store, settings.cache.cassette)
     except CassetteError as error:
-        print(error, file=sys.stderr)
+        logs.print_lines([str(error)], settings.log.format)
         return 2
     logs.configure(settings.log.level, settings.log.format, app.services.masker)
     servers = ListeningServer(app.handle), ListeningServer(app.handle_ops)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from logging import INFO, WARNING
 
 from .accounting.budgets.budgets import Budgets
 from .accounting.receipt import Receipts
@@ -19,17 +21,18 @@ from .cost.pricing import PriceTable, seller_of
 from .protocol.masking import SecretMasker
 from .protocol.routes import Shape
 from .system.clock import Clock
+from .system.state_changes import Change, state_changed
 from .upstream.attempt import AttemptRunner
 from .upstream.counters import UpstreamCounters
 from .upstream.credentials import Credentials
 from .upstream.endpoint_sender import EndpointSender
 from .upstream.estimates import Estimates
 from .upstream.interfaces import UpstreamTransport
-from .upstream.key_lease import KeyLeases
+from .upstream.key_lease import KeyLeases, log_key_change
 from .upstream.keys.lease import UpstreamKey
 from .upstream.keys.object_owners import ObjectOwners
 from .upstream.keys.owner_table import maker_of
-from .upstream.keys.pool import KeyPool
+from .upstream.keys.pool import KeyPool, KeyState, Status
 from .upstream.keys.selection import STRATEGIES
 from .upstream.limits.calibration import TokenCalibration
 from .upstream.limits.clients import ClientLimits
@@ -39,7 +42,7 @@ from .upstream.limits.shared import RECHECK, SharedLimits
 from .upstream.providers.interface import UpstreamAddress
 from .upstream.providers.registry import PROVIDERS
 from .upstream.reservations import Reservations
-from .upstream.retry.circuit_breaker import CircuitBreaker
+from .upstream.retry.circuit_breaker import CircuitBreaker, State
 from .upstream.retry.policy import RetryBudget
 from .upstream.sender import RetryingSender
 from .upstream.target import CLIENTS_KEY, Upstream
@@ -92,7 +95,10 @@ class Services:
 
     def apply_remote_state(self, label: str, model: str, status: str, wait: float, reason: str) -> None:
         """Take over what another process has learned of a key."""
-        self.pool.apply_remote_state(label, model, status, self.clock.monotonic(), wait, reason)
+        now = self.clock.monotonic()
+        change = self.pool.apply_remote_state(label, model, KeyState(Status(status), now, now + wait, reason))
+        if change is not None and self.pool.by_label(label) is not None:
+            log_key_change(label, change, self.clock, noticed_here=False)
 
     def upstream_named(self, name: str) -> Upstream | None:
         return next((upstream for upstream in self.upstreams if upstream.address.name == name), None)
@@ -137,7 +143,7 @@ def build_sender(services: Services, transport: UpstreamTransport) -> RetryingSe
     """Return the sender of every route."""
     clock, pool, pooled = services.clock, services.pool, not services.passthrough
     leases = KeyLeases(pool, services.admission, services.limiter, clock, pooled)
-    credentials = Credentials(services.credentials, of_client=services.passthrough)
+    credentials = Credentials(services.credentials, of_client=services.passthrough, mask=services.masker.mask_text)
     first_byte = services.settings.timeouts.first_byte
     attempts = AttemptRunner(transport, credentials, pool, clock, first_byte, pooled)
     return RetryingSender(leases, attempts, services.upstreams, services.settings.retry, services.counters, clock)
@@ -170,7 +176,7 @@ def build_services(
     limits are taken over.
     coordination: the ports to other processes as far as the settings name no Redis; not used if there are old services.
     """
-    upstreams = tuple([_build_upstream(settings, spec, old) for spec in settings.upstreams])
+    upstreams = tuple([_build_upstream(settings, spec, clock, old) for spec in settings.upstreams])
     keys, credentials = _build_keys(settings)
     store = build_store(settings, clock) if old is None else old.store
     coordination = over_redis(settings, clock, store, coordination) if old is None else old.coordination
@@ -241,7 +247,15 @@ def _inherit(services: Services, old: Services) -> None:
             credentials[spec.name] = old.credentials[spec.name]
 
 
-def _build_upstream(settings: Settings, spec: UpstreamSettings, old: Services | None) -> Upstream:
+def _log_breaker(name: str, clock: Clock, state: State, wait: float, reason: str) -> None:
+    """Count and log that an upstream's breaker has come into another state. wait: seconds that it lasts; 0: unknown."""
+    text = f"breaker of {name}: {state}" + (f" ({reason})" if reason else "")
+    until = clock.wall() + wait if wait else None
+    level = WARNING if state == "open" else INFO
+    state_changed(Change("breaker", name, state, text, level, until))
+
+
+def _build_upstream(settings: Settings, spec: UpstreamSettings, clock: Clock, old: Services | None) -> Upstream:
     """Return one upstream; its retry budget and breaker are the old ones if their settings are the same."""
     before = old.upstream_named(spec.name) if old is not None else None
     budget, breaker = RetryBudget(settings.retry.budget), CircuitBreaker(settings.breaker)
@@ -250,6 +264,7 @@ def _build_upstream(settings: Settings, spec: UpstreamSettings, old: Services | 
             budget = before.budget
         if before.breaker.settings == settings.breaker:
             breaker = before.breaker
+    breaker.on_change = partial(_log_breaker, spec.name, clock)
     address = UpstreamAddress(spec.name, spec.kind, spec.base_url, spec.api_version, spec.deployments)
     name, own = (spec.prices, {}) if isinstance(spec.prices, str) else (None, spec.prices)
     seller = seller_of(spec.kind, spec.base_url, pooled=spec.pooled, passthrough=settings.passthrough, prices=name)

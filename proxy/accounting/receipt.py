@@ -23,6 +23,8 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     finished_at: Unix seconds.
     sampled: the request has neither temperature 0 nor a seed.
     traceparent: the request's trace, if it names a valid one.
+    upstream_code: of an error, the upstream's own code for it.
+    retries: why each further attempt was made.
     """
 
     id: str
@@ -52,6 +54,8 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     cache_key: str = ""
     sampled: bool = False
     traceparent: str = ""
+    upstream_code: str = ""
+    retries: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         usage = self.usage
@@ -76,6 +80,8 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
             "completion_tokens": usage.completion_tokens if usage else None,
             "total_tokens": usage.total_tokens if usage else None,
             "error": self.error or None,
+            "upstream_code": self.upstream_code or None,
+            "retries": list(self.retries),
             "queue_ms": round(self.queue_ms, 3),
             "upstream_ms": round(self.upstream_ms, 3),
             "total_ms": round(self.total_ms, 3),

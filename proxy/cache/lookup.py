@@ -319,7 +319,7 @@ class ResponseCache:
             ttl=ttl_of(self._settings, request),
             endpoint=request.endpoint,
             model=request.model,
-            answer_model=new.model if isinstance(new.model, str) else None,
+            answer_model=self._mask(new.model) if isinstance(new.model, str) else None,
             usage=new.usage,
             cost=usd(new.cost.usd) if new.cost is not None else None,
             namespace=request.options.namespace,

@@ -61,7 +61,7 @@ class _Formatter(logging.Formatter):
         return "".join("\n" + self.clean(line) for line in text.splitlines())
 
 
-_IN_MESSAGE: Final = frozenset({"endpoint", "model", "status"})
+_IN_MESSAGE: Final = frozenset({"endpoint", "model", "status", "kind", "name", "state", "about"})
 """Fields that a text line leaves out if its message contains them."""
 
 
@@ -72,7 +72,7 @@ class TextFormatter(_Formatter):
 
         if fields:
             shown = [f"{name}={value}" for name, value in fields.items() if not is_in_message(name, value)]
-            message += "  " + " ".join(shown)
+            message += "  " + " ".join(shown) if shown else ""
         return self.clean(f"{self.time(created, '%H:%M:%S')} {level.lower():7} {message}")
 
     def format(self, record: logging.LogRecord) -> str:
@@ -172,10 +172,11 @@ class RepeatFilter(logging.Filter):
         self._seen: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING or record.name in _NEVER_LEFT_OUT:
+        repeats: str | None = getattr(record, "repeats", None)
+        if (record.levelno < logging.WARNING and repeats is None) or record.name in _NEVER_LEFT_OUT:
             return True
         text = record.getMessage()
-        name = record.name, _DIGITS.sub("0", text[:500])
+        name = record.name, _DIGITS.sub("0", text[:500]) if repeats is None else repeats
         at, left_out = self._seen.get(name, (-math.inf, 0))
         if 0 <= record.created - at < REPEAT_INTERVAL:
             self._seen[name] = at, left_out + 1
@@ -231,6 +232,8 @@ def fields(receipt: Receipt) -> dict[str, object]:
         "tokens": receipt.usage.total_tokens if receipt.usage else None,
         "cost_usd": receipt.cost_usd,
         "error": receipt.error,
+        "upstream_code": receipt.upstream_code,
+        "retries": "; ".join(receipt.retries),
         "traceparent": receipt.traceparent,
     }
     return _nonempty(known)
@@ -271,6 +274,23 @@ class HitLog:
             }
             _log.info("%s", message(entry), extra={"fields": _nonempty(hit_fields)})
         self._hits = 0
+
+
+def print_lines(lines: Iterable[str], format_: str) -> None:
+    """Write lines of the start to standard error, whatever the level of the log. format_: text or json."""
+    if format_ == "json":
+        formatter, now, warning = JsonFormatter(SecretMasker(())), time.time(), "warning: "
+        lines = [
+            formatter.line(
+                now,
+                "warning" if line.startswith(warning) else "info",
+                "proxy",
+                line.removeprefix(warning),
+                {},
+            )
+            for line in lines
+        ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def configure(level: str, format_: str, masker: SecretMasker) -> None:

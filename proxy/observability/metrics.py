@@ -29,6 +29,7 @@ from ..upstream.limits.shared import SharedLimits
 from ..upstream.retry.circuit_breaker import STATES
 from ..upstream.target import Upstream
 from .budget_gauges import budget_gauges
+from .event_counters import counted_changes
 
 MAX_MODELS: Final = 100
 LOOP_LAG_INTERVAL: Final = 0.5
@@ -131,6 +132,9 @@ class Metrics(Collector):
         self._unknown = _Counter("cost_unknown", "Responses whose cost is unknown.", "model")
         self._attempts = _Counter("upstream_attempts", "Requests sent to upstreams, retries included.", "upstream")
         self._retries = _Counter("retries", "Attempts that were retried, by reason.", "upstream", "reason")
+        self._upstream_errors = _Counter(
+            "upstream_errors", "Error responses of upstreams, by the upstream's own code.", "upstream", "status", "code"
+        )
         self._errors = _Counter("errors", "Requests that ended in an error, by code.", "code")
         self._seconds = _Histogram(
             "request_duration_seconds",
@@ -254,6 +258,7 @@ class Metrics(Collector):
         sources, in_flight = self._scraped or (None, 0)
         counters = sources.counters if sources is not None else UpstreamCounters()
         self._retries.values = counters.retries
+        self._upstream_errors.values = counters.errors
         self._gaps.values[()] = counters.gaps
         for metric in (
             self._requests,
@@ -268,10 +273,12 @@ class Metrics(Collector):
             self._unknown,
             self._attempts,
             self._retries,
+            self._upstream_errors,
             self._errors,
             self._lag,
         ):
             yield metric.family()
+        yield from counted_changes()
         yield from _gauges(sources, in_flight)
         yield from budget_gauges(sources.budgets if sources is not None else None)
 
@@ -290,6 +297,12 @@ def _gauges(sources: GaugeSources | None, in_flight: int) -> list[Metric]:
     entries = GaugeMetricFamily(_PREFIX + "cache_entries", "Cache entries in memory.")
     size = GaugeMetricFamily(_PREFIX + "cache_bytes", "Bytes of cache entries in memory.")
     errors = CounterMetricFamily(_PREFIX + "store_errors", "Failed reads and writes of SQLite or Redis.")
+    success = GaugeMetricFamily(
+        _PREFIX + "upstream_last_success_timestamp_seconds",
+        "Unix time of the last good response of an upstream.",
+        labels=["upstream"],
+    )
+    store_up = GaugeMetricFamily(_PREFIX + "store_up", "1 if the store behind memory works, or there is none; else 0.")
     if sources is not None:
         now = sources.clock.monotonic()
         served.add_metric([], in_flight)
@@ -308,4 +321,7 @@ def _gauges(sources: GaugeSources | None, in_flight: int) -> list[Metric]:
             entries.add_metric([], stats["entries"])
             size.add_metric([], stats["bytes"])
             errors.add_metric([], sources.store.errors)
-    return [served, waiting, keys, headroom, shared, breaker, entries, size, errors]
+            store_up.add_metric([], float(sources.store.up))
+        for name, at in sources.counters.last_success.items():
+            success.add_metric([name], at)
+    return [served, waiting, keys, headroom, shared, breaker, entries, size, errors, success, store_up]

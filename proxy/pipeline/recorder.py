@@ -40,6 +40,7 @@ class Recorder:
     """Makes receipts and response headers, and finishes receipts.
 
     show_key: the cache key may be shown, because there are no several clients that must not learn of each other.
+    mask: takes pool keys out of what responses name.
     observers: are called with every finished receipt, in this order.
     """
 
@@ -50,12 +51,14 @@ class Recorder:
         budgets: Budgets,
         *,
         show_key: bool,
+        mask: Callable[[str], str],
         observers: Sequence[Callable[[Receipt], None]],
     ) -> None:
         self._clock = clock
         self._clients = clients
         self._budgets = budgets
         self._show_key = show_key
+        self._mask = mask
         self._observers = observers
         self._unpriced: set[str] = set()
 
@@ -106,7 +109,7 @@ class Recorder:
             cache=plan.status,
             finished_at=clock.wall(),
             reason=plan.reason,
-            answer_model=charge.answer_model,
+            answer_model=self._mask(charge.answer_model) if charge.answer_model else charge.answer_model,
             stream=request.stream,
             upstream=attempt_log.upstream,
             key=attempt_log.key,
@@ -125,6 +128,8 @@ class Recorder:
             cache_key=plan.key,
             sampled=not is_deterministic(request.endpoint, request.document),
             traceparent=traceparent(request.headers),
+            upstream_code=attempt_log.upstream_code if error else "",
+            retries=tuple(attempt_log.causes),
         )
 
     def stale_receipt(self, request: ProxyRequest, hit: CacheHit, failed: Receipt | None = None) -> Receipt:

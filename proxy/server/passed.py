@@ -136,7 +136,7 @@ class PassedRequest:
             cache="bypass",
             finished_at=self._services.clock.wall(),
             reason=self._reason,
-            answer_model=self.answer_model,
+            answer_model=self._services.masker.mask_text(self.answer_model) if self.answer_model else None,
             stream=self.is_stream,
             upstream=log.upstream,
             key=log.key,
@@ -153,6 +153,8 @@ class PassedRequest:
             run=self.options.run,
             first_byte_ms=self.first_byte_ms,
             traceparent=traceparent(self._headers),
+            upstream_code=log.upstream_code if error else "",
+            retries=tuple(log.causes),
         )
 
 

@@ -17,6 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from .clock import spawn
+from .state_changes import Change, state_changed
 
 log = logging.getLogger("proxy.cache")
 T = TypeVar("T")
@@ -136,7 +137,7 @@ class RedisConnection:
         if self.up and self._failures_in_a_row >= _FAILURES:
             self.up = False
             self.state = reason
-            log.warning("%s: %s; %s until it works again", self._what, reason, self._meanwhile)
+            self._log_state("down", f"{reason}; {self._meanwhile} until it works again")
             self._probing = spawn(self._probe(None), "redis probe")
 
     async def _probe(self, first: asyncio.Future[None] | None) -> None:
@@ -151,7 +152,7 @@ class RedisConnection:
                 break
             except Exception as error:
                 if first is not None and not first.done():
-                    log.warning("%s: %s; %s until it works", self._what, text_of(error), self._meanwhile)
+                    self._log_state("down", f"{text_of(error)}; {self._meanwhile} until it works")
                     first.set_result(None)
                 self.state, self.gone = text_of(error), _is_gone(error)
                 with contextlib.suppress(Exception):
@@ -159,10 +160,13 @@ class RedisConnection:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PROBE_LAST)
         if first is None or first.done():
-            log.warning("%s: works again", self._what)
+            self._log_state("up", "works again")
         else:
             first.set_result(None)
         self.up, self._failures_in_a_row, self.state = True, 0, "ok"
+
+    def _log_state(self, state: str, text: str) -> None:
+        state_changed(Change("store", self._what, state, f"{self._what}: {text}", logger=log.name))
 
     async def _ping(self) -> None:
         async with self._slots:

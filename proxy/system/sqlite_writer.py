@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from . import sqlite as files
+from .state_changes import STATE_CHANGES, Change, state_changed
 
 BUSY: Final = 5.0
 """Seconds for which the writer waits for another process's transaction."""
@@ -141,7 +142,8 @@ class SQLiteWriter(ABC):
             self._opened()
         self._write(self._connection)
         if self._failing:
-            self.log.warning("%s %s works again (%s)", self.name, self.path, self._amounts())
+            text = f"{self.name} {self.path} works again ({self._amounts()})"
+            state_changed(Change("store", self.name, "up", text, logger=self.log.name))
         self._failing = False
         self.state = "ok"
 
@@ -178,14 +180,20 @@ class SQLiteWriter(ABC):
                     return True
             except OSError as another:
                 state = str(another) or type(another).__name__
-        self.state, self._failing = state, True
+        began, self.state, self._failing = not self._failing, state, True
         now = time.monotonic()
         self._retry_at = now + RETRY
         level = self.lost_level if self.lost else logging.WARNING
         if now >= self._report_at or level > self._reported:
             self._report_at = now + self.report_every
             self._reported = max(self._reported, level)
-            self.log.log(level, "%s %s: %s; %s (%s)", self.name, self.path, state, self.effect, self._amounts())
+            text = f"{self.name} {self.path}: {state}; {self.effect} ({self._amounts()})"
+            if began:
+                state_changed(Change("store", self.name, "down", text, level, logger=self.log.name))
+            else:
+                self.log.log(level, "%s", text)
+        elif began:
+            STATE_CHANGES["store", self.name, "down"] += 1
         return False
 
     def _move_aside(self, why: str) -> bool:

@@ -15,6 +15,7 @@ from .keys.pool import KeyPool
 from .request import UpstreamRequest
 from .response import ResponseInHand, classify_response, response_in_hand
 from .result import AttemptResult
+from .retry.error_body import masked
 from .retry.outcome import OutcomeKind, TransportFailure
 from .target import Upstream
 from .websocket import REFUSALS
@@ -112,6 +113,7 @@ class AttemptRunner:
             elif response.status >= 400 or not (request.verbatim or response.opaque):
                 async with deadline.limit():
                     await classify_response(response, request)
+                    response.error = masked(response.error, self._credentials.mask)
             return response
         except TimeoutError:
             reply.close()

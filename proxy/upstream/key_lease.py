@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from logging import INFO, WARNING
+
 from ..accounting.budgets.account import BudgetReservation
 from ..cost.pricing import Cost
 from ..protocol.errors import ProxyError
 from ..protocol.request import Client
 from ..protocol.routes import printable
 from ..system.clock import Clock
+from ..system.state_changes import Change, state_changed
 from .keys.lease import KeyRequest, Lease, NoKey, NotReady, UpstreamKey
 from .keys.pool import KeyPool
-from .keys.states import KeyOutcome, Status
+from .keys.states import ANY_MODEL, KeyOutcome, StateChange, Status
 from .limits.clients import ClientReservation
 from .limits.queue import AdmissionQueue, QueueFull, TimedOut
 from .limits.rate_limiter import Wait
@@ -147,7 +150,9 @@ class KeyLeases:
         now, model = outcome.at, key.name_of(request.model, request.route.deployment or "")
         if not self.pooled or not (request.model_known or self._is_about_whole_key(key, outcome.kind, now)):
             return
-        self.pool.record_outcome(key, model, outcome)
+        change = self.pool.record_outcome(key, model, outcome)
+        if change is not None:
+            log_key_change(key.label, change, self.clock)
         if self._limiter is not None:
             states = self.pool.active_states(key.label, model, now)
             shared = {
@@ -166,6 +171,19 @@ class KeyLeases:
             state = self.pool.state(key.label, "", now)
             return state is not None and state.status is Status.REJECTED
         return outcome in (OutcomeKind.UNAUTHORIZED, OutcomeKind.QUOTA, OutcomeKind.SCOPE)
+
+
+def log_key_change(label: str, change: StateChange, clock: Clock, noticed_here: bool = True) -> None:
+    """Count and log that a key has come into another state. noticed_here: as in `state_changed`."""
+    state, model = change.status, "" if change.model == ANY_MODEL else printable(change.model, 60)
+    text = f"key {label}{f' for {model}' if model else ''}: {state.value}"
+    if change.reason:
+        text += f" ({printable(change.reason, 120)})"
+    if not noticed_here:
+        text += ", as another process has noticed"
+    until = clock.wall() + change.until - clock.monotonic() if state is not Status.READY else None
+    level = INFO if state in (Status.READY, Status.COOLING) else WARNING
+    state_changed(Change("key", label, state.value, text, level, until, about=model), noticed_here)
 
 
 def _waited_too_long(why: str, model: str, seconds: float) -> ProxyError:

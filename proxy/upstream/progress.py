@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from ..accounting.budgets.account import BudgetReservation
 from ..protocol.routes import printable
 from .deadline import SharedDeadline
 from .limits.estimate import RequestSize
+
+MAX_CAUSES: Final = 16
 
 
 @dataclass(slots=True)
@@ -18,6 +21,7 @@ class AttemptLog:
     for_cache_only: no client waits any more. waiting_for_peer: another process fetches the same.
     sent: a connection was made for it. size: what its estimates are made of.
     queue_ms: waiting for a key. paused_ms: pauses between attempts. first_byte_ms: until a stream could begin.
+    causes: of retries: key, status and the upstream's code. upstream_code: of the last error response, without secrets.
     upstream, key: of the last attempt. model: the fallback that answered; "": the request's own.
     spent: the retries are used up. no_usable_key: every key was refused. exhausted: every key and upstream failed.
     """
@@ -40,6 +44,13 @@ class AttemptLog:
     no_usable_key: bool = False
     exhausted: bool = False
     model: str = ""
+    causes: list[str] = field(default_factory=list)
+    upstream_code: str = ""
+
+    def note_cause(self, cause: str) -> None:
+        """Note why another attempt follows: of a request with very many, the first ones."""
+        if len(self.causes) < MAX_CAUSES:
+            self.causes.append(cause)
 
     def upstream_headers(self) -> tuple[tuple[str, str], ...]:
         """Return the headers that say where the request went."""

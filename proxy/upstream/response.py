@@ -18,7 +18,7 @@ from .interfaces import UpstreamResponse
 from .key_lease import KeyLease
 from .read_ahead import ReadAhead
 from .request import UpstreamRequest
-from .retry.error_body import ErrorInfo, error_info, stream_error
+from .retry.error_body import NO_ERROR_INFO, ErrorInfo, error_info, stream_error
 from .retry.outcome import OutcomeKind, TransportFailure, classify
 from .target import Upstream
 
@@ -40,6 +40,7 @@ class ResponseInHand:
     opaque: its encoding is unknown, so that it cannot be read. decoded: `more` is decoded.
     more: what is still to be read. body: an error's body, else None. first: what was read of a stream so far.
     sent_at: monotonic seconds when it was asked for. leaked: it repeats a pool key.
+    error: what it says of its error.
     """
 
     status: int
@@ -56,6 +57,7 @@ class ResponseInHand:
     first: list[bytes] = field(default_factory=list)
     sent_at: float = 0.0
     leaked: bool = False
+    error: ErrorInfo = NO_ERROR_INFO
 
     @property
     def is_event_stream(self) -> bool:
@@ -107,14 +109,14 @@ async def classify_response(response: ResponseInHand, request: UpstreamRequest) 
     should_retry = response.response.headers.get("x-should-retry")
     if response.status >= 400:
         response.body = await read_error(response.more)
-        response.outcome = classify(
-            response.status, error_info(response.body), should_retry, endpoint=not request.verbatim
-        )
+        response.error = error_info(response.body)
+        response.outcome = classify(response.status, response.error, should_retry, endpoint=not request.verbatim)
         return
     if not (response.is_stream or request.stream):
         return
     error = await _first_event(response, request.attempt_log.deadline)
     if error is not None:
+        response.error = error[1]
         outcome = classify(*error, should_retry)
         response.outcome = OutcomeKind.OK if outcome is OutcomeKind.FINAL else outcome
 

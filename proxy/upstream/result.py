@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..protocol.errors import ProxyError
 from .progress import AttemptLog
 from .response import ResponseInHand, refuses_stream_options
-from .retry.error_body import ErrorInfo, error_info
 from .retry.outcome import (
     KEY_TROUBLE,
     OutcomeKind,
@@ -40,6 +39,13 @@ class AttemptResult:
         answer = (response.status, response.response.headers) if response is not None else None
         return breaker_failure(self.outcome, answer)
 
+    @property
+    def cause(self) -> str:
+        """Why another attempt follows: the status and the upstream's code, or the kind of the failure."""
+        if self.response is None:
+            return self.outcome.value
+        return f"{self.response.status} {self.response.error.name}".strip()
+
     def rate_limit_info(self, tokens: int, wall: float) -> tuple[float | None, str, int]:
         """Return what a failed attempt says of the key's limits.
 
@@ -50,10 +56,9 @@ class AttemptResult:
         """
         if self.response is None:
             return None, self.failure.detail if self.failure else "", 0
-        body, headers = self.response.body, self.response.response.headers
-        info = error_info(body) if body is not None else ErrorInfo()
+        headers, info = self.response.response.headers, self.response.error
         limit = dimension_of(headers, info) if self.response.status == 429 else None
-        reason = f"{self.response.status} {info.code or info.type}".strip() + (f" ({limit})" if limit else "")
+        reason = f"{self.response.status} {info.name}".strip() + (f" ({limit})" if limit else "")
         left = read_number(headers.get("x-ratelimit-remaining-tokens")) if limit == "tokens" else None
         floor = int(left) + 1 if left and left < tokens else 0
         return retry_after(headers, wall, info), reason, floor

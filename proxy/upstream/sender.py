@@ -114,6 +114,7 @@ class RetryingSender:
                 if result.refuses_usage:
                     request.body.without_usage(upstream)
                     continue
+                self._count(request, upstream, result)
                 self._record_health(sending, lease, upstream, result)
                 if result.response is not None and result.outcome is OutcomeKind.OK:
                     request.attempt_log.exhausted = False
@@ -129,6 +130,7 @@ class RetryingSender:
                 if isinstance(step, ReturnToClient) and not self._fails_over(sending, lease, result.outcome):
                     return outcome.unwrap(request.attempt_log, self.leases.pooled)
                 self._counters.record_retry(upstream.address.name, result.outcome.value)
+                request.attempt_log.note_cause(f"{lease.key.label}: {result.cause}")
                 sending.keep(outcome)
                 await self._follow(sending, lease, result, step)
         finally:
@@ -136,6 +138,15 @@ class RetryingSender:
                 sending.last.close()
             for index, kind in sending.failing.items():  # once a request, and only if its retries did not help
                 self._upstreams[index].breaker.record_failure(self._clock.monotonic(), kind)
+
+    def _count(self, request: UpstreamRequest, upstream: Upstream, result: AttemptResult) -> None:
+        """Count a response, and note the upstream's own code for the request's line."""
+        response, log = result.response, request.attempt_log
+        log.upstream_code = response.error.name if response is not None else ""
+        if response is not None and result.outcome is OutcomeKind.OK:
+            self._counters.last_success[upstream.address.name] = self._clock.wall()
+        elif response is not None:
+            self._counters.record_error(upstream.address.name, response.status, log.upstream_code)
 
     def _record_health(self, sending: _Sending, lease: KeyLease, upstream: Upstream, result: AttemptResult) -> None:
         """Note what the result says of the upstream's health."""

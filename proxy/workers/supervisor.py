@@ -16,8 +16,10 @@ from typing import Any, Final, Protocol
 
 from ..config.loader import LoadedSettings
 from ..observability.aggregate import Family, summed
+from ..observability.event_counters import own_changes
 from ..reload import Read, Reloader
 from ..system.clock import Clock, spawn
+from ..system.state_changes import Change, log_change, state_changed
 from ..system.tasks import spawn_forever
 from .budgets import SharedBudgetTable
 from .ipc import Channel, ConnectionLost
@@ -171,6 +173,7 @@ class Supervisor:
         channel.handlers.update(self._shared_state.handlers(worker.id, channel.notify))
         channel.handlers |= {
             "ready": lambda body: None if ready.done() else ready.set_result(unpack(body, list[str])[0]),
+            "state_changed": lambda body: log_change(unpack(body, Change)[0]),
             "budget": partial(self._budgets.publish, worker.id),
             "ask_peers": partial(self._ask_peers, worker),
             "notify_peers": partial(self._notify_peers, worker),
@@ -215,17 +218,24 @@ class Supervisor:
                 return
             while True:
                 pause = min(FIRST_RESTART_DELAY * 2.0 ** (early_exits - 1), MAX_RESTART_DELAY)
-                log.error(
-                    "worker %d (process %d) ended with status %d; it is restarted in %gs",
-                    *(number, worker.process.pid, status, pause),
-                )
+                text = f"worker {number} (process {worker.process.pid}) ended with status {status}; "
+                text += f"it is restarted in {pause:g}s"
+                until = self._clock.wall() + pause
+                state_changed(Change("worker", str(number), "ended", text, logging.ERROR, until))
                 await self._clock.sleep(pause)
                 try:
                     worker = await self._start(number)
+                    spawn(self._log_ready(worker), "a worker's start")
                     break
                 except OSError as error:
                     log.error("worker %d cannot be started: %s", number, error)
                     early_exits += 1
+
+    async def _log_ready(self, worker: _Worker) -> None:
+        """Log that a restarted worker serves, as soon as it does."""
+        if await self._wait_until_ready(worker) is not None:
+            text = f"worker {worker.number} (process {worker.process.pid}) serves again"
+            state_changed(Change("worker", str(worker.number), "ready", text))
 
     def _apply_settings(self, loaded: LoadedSettings) -> None:
         """Send new settings to the workers; later workers start with them."""
@@ -266,7 +276,7 @@ class Supervisor:
         self._record_metrics(worker, body)
         for peer, answer in await self._answers_of_peers(worker, "metrics", b""):
             self._record_metrics(peer, answer)
-        return pack(summed(self._shared_state.metrics()))
+        return pack(summed([*self._shared_state.metrics(), [own_changes()]]))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,8 @@ def test_a_receipt_has_every_field() -> None:
         "error": "client_gone",
         "tags": ("team:search",),
         "run": "eval-7",
+        "upstream_code": "rate_limit_exceeded",
+        "retries": ("k1: 429 rate_limit_exceeded",),
     }
     times = {"queue_ms": 0.12345, "upstream_ms": 2.34567, "total_ms": 3.45678, "finished_at": 1.23456}
     got = Receipt(reason="new", usage=Usage(100, 200, 300, 40), **fields, **times).as_json()  # type: ignore[arg-type]
@@ -85,6 +87,7 @@ def test_a_receipt_has_every_field() -> None:
         "traceparent": None,
         "first_byte_ms": 3.457,
         "tags": ["team:search"],
+        "retries": ["k1: 429 rate_limit_exceeded"],
         "prompt_tokens": 100,
         "cached_tokens": 40,
         "completion_tokens": 200,

@@ -65,7 +65,7 @@ class BudgetPeriod:
         self.start, self.end = span(self.kind, wall)
         self.settled = self.assumed = self.recorded = self.others = self.before = ZERO
         self.unknown = 0
-        self.warned = False
+        self.warned = self.reached = False
         self.base = held
         """What was spent and reserved here when the other processes were last heard of."""
 
@@ -104,7 +104,8 @@ class Account:
             if kind not in self.periods:
                 self.periods[kind] = BudgetPeriod(kind, limit, wall)
             elif self.periods[kind].limit != limit:
-                self.periods[kind].limit, self.periods[kind].warned = limit, False
+                self.periods[kind].limit = limit
+                self.periods[kind].warned = self.periods[kind].reached = False
 
     def at(self, wall: float) -> Sequence[BudgetPeriod]:
         """Return the budgets in their current periods. wall: Unix seconds, as in all methods."""
@@ -177,6 +178,13 @@ class Account:
         new = [p for p in self.at(wall) if not p.warned and p.limit and p.spent >= EXACT.multiply(p.limit, share)]
         for period in new:
             period.warned = True
+        return new
+
+    def used_up(self, wall: float) -> Sequence[BudgetPeriod]:
+        """Return the budgets of which nothing is left, each of them once a period."""
+        new = [period for period in self.at(wall) if not period.reached and period.spent >= period.limit]
+        for period in new:
+            period.reached = True
         return new
 
     def report(self, wall: float) -> dict[str, dict[str, Any]]:

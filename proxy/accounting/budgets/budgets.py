@@ -17,6 +17,7 @@ from ...config.settings import Settings
 from ...cost.pricing import usd
 from ...protocol.request import Client
 from ...system.clock import Clock, spawn
+from ...system.state_changes import Change, state_changed
 from ...system.tasks import spawn_forever
 from ..receipt import Receipt
 from .account import ZERO, Account, BudgetPeriod, BudgetReservation, Kind, budget_exceeded
@@ -171,15 +172,14 @@ class Budgets:
     def _warn(self) -> None:
         wall = self._clock.wall()
         for account in self._accounts.values():
-            for period in account.crossed(self._share, wall):
+            crossed, used_up = account.crossed(self._share, wall), account.used_up(wall)
+            for period in [*crossed, *(period for period in used_up if period not in crossed)]:
                 whose = f"client {account.name}" if account.name else "this proxy"
-                log.warning(
-                    "the budget of %s for this %s (UTC): %s of %s USD are spent",
-                    whose,
-                    period.kind,
-                    usd(period.spent),
-                    usd(period.limit),
-                )
+                text = f"the budget of {whose} for this {period.kind} (UTC): {usd(period.spent)} of "
+                text += f"{usd(period.limit)} USD are spent"
+                state = "used_up" if period in used_up else "warned"
+                name = f"{account.name or 'proxy'} {period.kind}"
+                state_changed(Change("budget", name, state, text, until=period.end))
 
     # -- in the background ---------------------------------------------------------------------------------------------
 

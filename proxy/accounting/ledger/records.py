@@ -168,7 +168,7 @@ def kind_of(receipt: Receipt) -> RecordKind:
         model=_name(receipt.model),
         answer_model=_name(receipt.answer_model or ""),
         status=receipt.status,
-        error=receipt.error,
+        error=_name(f"{receipt.error} {receipt.upstream_code}") if receipt.upstream_code else receipt.error,
         cache=receipt.cache,
         stream=receipt.stream,
         upstream=receipt.upstream,

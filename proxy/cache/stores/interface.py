@@ -137,6 +137,10 @@ class Store(Protocol):
         """
 
     @property
+    def up(self) -> bool:
+        """Return whether entries can be read now."""
+
+    @property
     def errors(self) -> int:
         """Return how many reads and writes have failed so far."""
 

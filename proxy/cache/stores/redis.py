@@ -22,6 +22,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from ...system.clock import spawn
 from ...system.redis import DEADLINE_MAX, RedisConnection, text_of
+from ...system.state_changes import Change, state_changed
 from ...system.threads import in_thread_if_large
 from ..codec import FRAME_SIZE, VERSION, decode, describe, encode, head_size
 from ..entry import Entry
@@ -242,7 +243,8 @@ class RedisStore:
             self._counts["dropped"] += 1
             self._refused_until = time.monotonic() + _REFUSED_PAUSE
             if not self._refused:
-                log.warning("redis cache: takes no entries (%s); stored responses are still read", error)
+                text = f"redis cache: takes no entries ({error}); stored responses are still read"
+                state_changed(Change("store", "redis cache", "read_only", text, logger=log.name))
             self._refused = str(error)
             if isinstance(error, ReadOnlyError):
                 await self.link.drop_connections()  # it has become a replica: look its name up again
@@ -251,7 +253,8 @@ class RedisStore:
         else:
             self._counts["written"] += 1
             if self._refused:
-                log.warning("redis cache: takes entries again")
+                text = "redis cache: takes entries again"
+                state_changed(Change("store", "redis cache", "up", text, logger=log.name))
                 self._refused = ""
 
     def touch(self, key: str, form: str) -> None:

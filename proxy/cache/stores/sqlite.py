@@ -213,6 +213,10 @@ class SQLiteStore:
         return await self._ask(lambda connection: _page(connection, which, int(after or 0), limit))
 
     @property
+    def up(self) -> bool:
+        return self._writer.state == "ok"
+
+    @property
     def errors(self) -> int:
         return self._counts["read_errors"] + self._writer.failures
 

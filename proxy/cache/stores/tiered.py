@@ -46,6 +46,11 @@ class TieredStore:
         return self._purges
 
     @property
+    def up(self) -> bool:
+        """Return whether the slower store works; True if there is none."""
+        return self.slower is None or self.slower.up
+
+    @property
     def errors(self) -> int:
         """Return how many reads and writes of the slower store have failed so far."""
         return 0 if self.slower is None else self.slower.errors + self._failures

@@ -21,7 +21,7 @@ from .key_report import key_report
 from .last_resort import LastResort
 from .lease import ANY_KEY, Candidates, KeyRequest, Lease, NoKey, NotReady, UpstreamKey, by_priority
 from .prompt_affinity import PromptAffinity
-from .states import ANY_MODEL, PROBE_SPACING, UNUSABLE_FOR, KeyOutcome, KeyState, KeyStates, Status
+from .states import ANY_MODEL, PROBE_SPACING, UNUSABLE_FOR, KeyOutcome, KeyState, KeyStates, StateChange, Status
 
 __all__ = [
     "ANY_MODEL",
@@ -322,17 +322,17 @@ class KeyPool:
         if self._learned is not None:
             self._learned.record((quota or key.quota or key.label, model), headers, now)
 
-    def record_outcome(self, key: UpstreamKey, model: str, outcome: KeyOutcome) -> None:
-        """Change the key's state by what became of a request."""
-        self._states.record(key.label, model, outcome)
+    def record_outcome(self, key: UpstreamKey, model: str, outcome: KeyOutcome) -> StateChange | None:
+        """Change the key's state by what became of a request. Return the change, if it is one."""
+        return self._states.record(key.label, model, outcome)
 
     def active_states(self, label: str, model: str, now: float) -> dict[str, KeyState]:
         """Return the states that keep a key from use for `model` now, by kind and model: `rests *`, `cools M` …"""
         return self._states.active(label, model, now)
 
-    def apply_remote_state(self, label: str, model: str, status: str, now: float, wait: float, reason: str) -> None:
-        """Take over a state that another proxy has observed. wait: seconds until it ends."""
-        self._states.mark(label, model, KeyState(Status(status), now, now + wait, reason))
+    def apply_remote_state(self, label: str, model: str, state: KeyState) -> StateChange | None:
+        """Take over a state that another proxy has observed; return the change."""
+        return self._states.mark(label, model, state)
 
     # -- after a reload ------------------------------------------------------------------------------------------------
 

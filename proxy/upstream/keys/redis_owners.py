@@ -24,7 +24,7 @@ class RedisOwners:
     """`SharedOwners` in Redis. url: a secret; prefix: the start of every key. Raises ValueError, without the URL."""
 
     def __init__(self, url: str, prefix: str) -> None:
-        self.link = RedisConnection(url, DEADLINE)
+        self.link = RedisConnection(url, DEADLINE, "redis owners", "each proxy knows its own stored objects")
         self._start = f"{prefix}:o2:"
 
     async def open(self) -> None:

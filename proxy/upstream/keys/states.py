@@ -113,6 +113,16 @@ class KeyState:
     probes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """A key has come into another state, for one model or all of them. until: monotonic seconds."""
+
+    model: str
+    status: Status
+    until: float = 0.0
+    reason: str = ""
+
+
 _KeyAndModel = tuple[str, str]
 _States = OrderedDict[_KeyAndModel, KeyState]
 
@@ -167,27 +177,33 @@ class KeyStates:
                 probes = state.probes + 1
                 self._cooling[label, model] = replace(state, until=now + PROBE_SPACING / probes, probes=probes)
 
-    def record(self, label: str, model: str, outcome: KeyOutcome) -> None:
-        """Apply the table to an outcome."""
+    def record(self, label: str, model: str, outcome: KeyOutcome) -> StateChange | None:
+        """Apply the table to an outcome. Return what has changed; None if the state goes on."""
         effect = TRANSITIONS[outcome.kind]
         if isinstance(effect, Transition):
             if effect.repeated and not self._is_repeated((label, model), outcome.request):
-                return
+                return None
             until = outcome.at + (outcome.wait if effect.until_upstream_says else UNUSABLE_FOR)
             state = KeyState(effect.status, outcome.at, until, outcome.reason, outcome.floor)
             where = outcome.route if effect.for_route else ANY_MODEL if effect.all_models else model
-            self.mark(label, where, state)
-        elif effect == "healthy":
-            if self._unusable:
-                self._unusable.pop((label, ANY_MODEL), None)
-                self._unusable.pop((label, model), None)
-                self._unusable.pop((label, outcome.route), None)
-            if self._doubtful:
-                self._doubtful.pop((label, model), None)
-            if self._cooling:
-                old = self._cooling.get((label, model))
-                if old is not None and old.probes:
-                    del self._cooling[label, model]
+            return self.mark(label, where, state)
+        return self._recover(label, model, outcome.route) if effect == "healthy" else None
+
+    def _recover(self, label: str, model: str, route: str) -> StateChange | None:
+        """The key works: end its unusable states and the probing after a cooldown."""
+        ended = None
+        if self._unusable:
+            for where in (route, model, ANY_MODEL):
+                if self._unusable.pop((label, where), None) is not None:
+                    ended = StateChange(where, Status.READY)
+        if self._doubtful:
+            self._doubtful.pop((label, model), None)
+        if self._cooling:
+            old = self._cooling.get((label, model))
+            if old is not None and old.probes:
+                del self._cooling[label, model]
+                ended = ended or StateChange(model, Status.READY)
+        return ended
 
     def _is_repeated(self, where: _KeyAndModel, request: int) -> bool:
         """Note a doubtful refusal. Return whether another request had one before, with no success since then."""
@@ -196,8 +212,12 @@ class KeyStates:
             self._doubtful.popitem(last=False)
         return before != request
 
-    def mark(self, label: str, model: str, state: KeyState) -> None:
-        """Put a key into `state`, which begins at `state.since`. A deadline is extended, never shortened."""
+    def mark(self, label: str, model: str, state: KeyState) -> StateChange | None:
+        """Put a key into `state`, which begins at `state.since`. A deadline is extended, never shortened.
+
+        Return the change; None if the key was in this state already, or stays in a longer one.
+        """
+        change: StateChange | None = StateChange(model, state.status, state.until, state.reason)
         states = self._cooling if state.status is Status.COOLING else self._unusable
         where = label, model
         old = states.get(where)
@@ -207,13 +227,14 @@ class KeyStates:
                 state = replace(state, floor=min(state.floor, old.floor))
                 if old.until > state.until:
                     states[where] = replace(old, reason=state.reason, floor=state.floor)
-                    return
+                    return None
             if (running or old.probes) and old.status is state.status:
-                state = replace(state, since=old.since)
+                state, change = replace(state, since=old.since), None
         states[where] = state
         states.move_to_end(where)
         while len(states) > _MAX_STATES:
             states.popitem(last=False)
+        return change
 
     def inherit(self, old: KeyStates, same: Set[str], now: float) -> None:
         """Take over the active states of the keys with a label in `same`, except rejections, which get another try."""

@@ -28,7 +28,7 @@ from ...system.tasks import spawn_forever
 from .rate_limiter import RateLimiter, Reservation
 from .redis_key_states import RedisKeyStates
 from .redis_limiter import Asked, RedisRateLimiter, RedisReservation, read_decision
-from .redis_loss import FORGET_AFTER, KEY_STATE_WAIT, OutageDetector, loop_time
+from .redis_loss import FORGET_AFTER, KEY_STATE_WAIT, OutageDetector, log_state, loop_time
 from .redis_snapshot import clear_usage, read_usage
 from .shared import ApplyRemoteState, RemoteState
 
@@ -115,7 +115,7 @@ class RedisLimits:
                 limiter.share()
         else:
             self._lost_at, self._forgotten = self._clock(), True
-            log.warning("redis limits: not reached; until it is, this proxy keeps the limits by itself")
+            log_state("alone", "not reached; until it is, this proxy keeps the limits by itself")
         self._beating = spawn_forever(self._beats, "redis limits")
 
     async def close(self) -> None:
@@ -343,8 +343,8 @@ class RedisLimits:
         self._phase, self._lost_at = "alone", now
         for limiter in self._limiters.values():
             limiter.use_share(self._proxies, self._rank, now)
-        text = "redis limits: limits are no longer shared (%s): this proxy holds 1 of %d shares by itself"
-        log.warning(text, self.link.state, self._proxies)
+        why, proxies = self.link.state, self._proxies
+        log_state("alone", f"limits are no longer shared ({why}): this proxy holds 1 of {proxies} shares by itself")
 
     def _come_back(self, now: float, heard: float) -> None:
         """Take the next step on the way back: publish what was admitted alone; when all have done so, share again.
@@ -372,7 +372,7 @@ class RedisLimits:
                 self._phase = "shared"
                 for limiter in self._limiters.values():
                     limiter.share()
-                log.warning("redis limits: shared again")
+                log_state("shared", "shared again")
 
     def _post_counts(self) -> None:
         for limiter in self._limiters.values():

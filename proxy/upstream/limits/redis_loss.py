@@ -10,6 +10,8 @@ import asyncio
 import math
 from typing import Final
 
+from ...system.state_changes import Change, state_changed
+
 REFUSED_FOR: Final = 0.5
 """Seconds after which Redis is lost if connections are refused or closed."""
 
@@ -32,6 +34,11 @@ FORGET_AFTER: Final = 5.0
 def loop_time() -> float:
     """Return the running event loop's clock, in seconds."""
     return asyncio.get_running_loop().time()
+
+
+def log_state(state: str, text: str) -> None:
+    """Count and log that limits are shared, or kept by this proxy alone. text: says why."""
+    state_changed(Change("limiter", "redis limits", state, f"redis limits: {text}"))
 
 
 class OutageDetector:

@@ -7,8 +7,8 @@ document is the error itself (vLLM, Mistral). Some servers answer in plain text,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import orjson
@@ -39,6 +39,11 @@ class ErrorInfo:
         return self.code, self.type
 
     @property
+    def name(self) -> str:
+        """The upstream's own code, or else its type; "" if it says neither."""
+        return self.code or self.type
+
+    @property
     def subject(self) -> Subject:
         """What the error is about, as far as its words tell.
 
@@ -53,6 +58,12 @@ class ErrorInfo:
 
 
 NO_ERROR_INFO: Final = ErrorInfo()
+
+
+def masked(info: ErrorInfo, mask: Callable[[str], str]) -> ErrorInfo:
+    """Return the same with the pool's keys taken out of what is copied into the log and receipts."""
+    return replace(info, code=mask(info.code), type=mask(info.type)) if info.name else info
+
 
 _SUBJECTS: Final[tuple[tuple[Subject, frozenset[str], re.Pattern[str]], ...]] = (
     (

@@ -67,6 +67,10 @@ class Slower:
         return EntryPage([], "")
 
     @property
+    def up(self) -> bool:
+        return True
+
+    @property
     def errors(self) -> int:
         return 3
 

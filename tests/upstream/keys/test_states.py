@@ -224,3 +224,30 @@ def test_a_token_limit_holds_back_what_does_not_fit() -> None:
     record(states, OutcomeKind.RATE_LIMITED, 2.0, wait=60.0)
     [(_, _, state)] = states.current(2.0)
     assert (state.floor, state.until, state.status) == (0, 62.0, Status.COOLING)
+
+
+def changed(states: KeyStates, outcome: OutcomeKind, now: float, wait: float = 0.0, request: int = 0) -> str:
+    change = states.record("a", M, KeyOutcome(outcome, now, wait, "why", request=request))
+    return "" if change is None else f"{change.model} {change.status.value} {change.until:.0f}"
+
+
+def test_a_change_is_told_once_until_the_state_ends() -> None:
+    states = KeyStates()
+    assert changed(states, OutcomeKind.OK, 0.0) == ""
+    assert changed(states, OutcomeKind.UNAUTHORIZED, 0.0) == "* rejected 600"
+    assert changed(states, OutcomeKind.UNAUTHORIZED, 1.0) == ""
+    states.record_lease("a", M, 700.0)  # the probe
+    assert changed(states, OutcomeKind.UNAUTHORIZED, 700.0) == ""
+    states.record_lease("a", M, 1400.0)
+    assert changed(states, OutcomeKind.OK, 1400.0) == "* ready 0"
+    assert changed(states, OutcomeKind.OK, 1401.0) == ""
+    assert changed(states, OutcomeKind.QUOTA, 1402.0) == "* exhausted 2002"
+
+
+def test_a_cooldown_is_told_once_and_its_end_when_a_request_succeeds() -> None:
+    states = KeyStates()
+    assert changed(states, OutcomeKind.RATE_LIMITED, 0.0, 7.0) == f"{M} cooling 7"
+    assert changed(states, OutcomeKind.RATE_LIMITED, 1.0, 7.0) == ""
+    assert changed(states, OutcomeKind.OK, 2.0) == ""  # it still cools
+    states.record_lease("a", M, 9.0)
+    assert changed(states, OutcomeKind.OK, 9.0) == f"{M} ready 0"

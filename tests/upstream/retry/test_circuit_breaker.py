@@ -95,3 +95,25 @@ def test_retry_after_is_at_most_the_open_time(story: list[tuple[str, float]]) ->
             getattr(breaker, what)(now)
         assert 0.0 <= breaker.wait(now) <= 15.001
         assert (breaker.wait(now) > 0) <= (breaker.state(now) != "closed")
+
+
+def test_each_change_is_told_once_with_its_reason() -> None:
+    told: list[tuple[str, float, str]] = []
+    breaker = CircuitBreaker(BreakerSettings(failures=2, window=30.0, open_for=15.0))
+    breaker.on_change = lambda *change: told.append(change)
+    breaker.record_success()
+    for _ in range(4):
+        breaker.record_failure(0.0, 503)
+    breaker.sends(15.0)
+    breaker.sends(15.0)
+    breaker.record_failure(16.0)
+    breaker.sends(31.0)
+    breaker.record_success()
+    breaker.record_success()
+    assert told == [
+        ("open", 15.0, "2 times in a row status 503"),
+        ("half_open", 0.0, "one request tries the upstream"),
+        ("open", 15.0, "still no answer"),
+        ("half_open", 0.0, "one request tries the upstream"),
+        ("closed", 0.0, "it answers again"),
+    ]
