@@ -95,7 +95,6 @@ async def test_a_pool_key_as_a_model_or_a_code_is_nowhere(
     shown = [(await client.get(proxy, f"/_proxy/requests/{answer.headers['X-Proxy-Request-Id']}")).body.decode()]
     upstream.always(upstream_answers.error(429, "no", secret("k1")))
     await client.send(proxy, ask("2"), headers={"X-Proxy-Max-Wait": "0"})
-    shown += [
-        (await client.get(proxy, path)).body.decode() for path in ("/_proxy/keys", "/_proxy/usage?by=error", "/metrics")
-    ]
+    for path in ("/_proxy/keys", "/_proxy/usage?by=error", "/metrics"):
+        shown.append((await client.get(proxy, path)).body.decode())
     assert not [text for text in (*shown, proxy.stderr_so_far()) if secret("k1") in text]
