@@ -206,7 +206,7 @@ def build_services(
         admission=AdmissionQueue(max_queue, clock.monotonic, recheck=recheck) if old is None else old.admission,
         store=store,
         planner=Planner(settings.cache, identity=identities.of, sample=runs.sample, masker=masker),
-        object_owners=_build_owners(settings, clock, coordination) if old is None else old.object_owners,
+        object_owners=_build_owners(settings, clock, coordination, store) if old is None else old.object_owners,
         masker=masker,
         passthrough=settings.passthrough,
         runs=runs,
@@ -223,13 +223,13 @@ def build_services(
     return services
 
 
-def _build_owners(settings: Settings, clock: Clock, coordination: Coordination) -> ObjectOwners:
+def _build_owners(settings: Settings, clock: Clock, coordination: Coordination, store: TieredStore) -> ObjectOwners:
     """Return what remembers who made stored objects: in common with other processes, and beside ledger or cache."""
     from .upstream.keys.sqlite_owners import SQLiteOwners
 
     places = [] if coordination.owners is None else [coordination.owners]
     path = settings.ledger.path if settings.ledger.enabled else None
-    if path is None and settings.cache.backend == "sqlite":
+    if path is None and store.slower is not None and settings.cache.backend != "redis":
         path = settings.cache.path
     return ObjectOwners(clock.wall, places if path is None else [*places, SQLiteOwners(path, clock.wall)])
 

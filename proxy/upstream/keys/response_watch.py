@@ -15,9 +15,12 @@ from .stored_objects import BroughtObjects, brought_by, looks_like_id
 KEPT: Final = 1024 * 1024
 """Bytes of a response, or of one event, that are kept to be parsed. In what is larger, ids are found by their look."""
 
-_OVERLAP: Final = 512
+_OVERLAP: Final = 2048
+_BEFORE: Final = b"\xef\xbb\xbf \t\r\n"
+"""Bytes that may stand before a document: a byte order mark and white space."""
+
 _SEALED: Final = b'"encrypted_content"'
-_ID: Final = re.compile(rb'"(?:id|[a-z_]{1,40}_id)"\s{0,8}:\s{0,8}"([A-Za-z0-9_.:-]{1,256})"')
+_ID: Final = re.compile(rb'"(?:id|[a-z_]{1,40}_id)"\s{0,8}:\s{0,8}"([A-Za-z0-9_.:=+/-]{1,1024})"')
 _TYPES: Final = ("application/json", "text/event-stream", "text/plain", "application/octet-stream", "")
 
 
@@ -76,7 +79,7 @@ class ResponseWatch:
             self._scan(plain)
             return
         if self._splitter is None and not self._parts:
-            plain = plain.removeprefix(b"\xef\xbb\xbf").lstrip()
+            plain = plain.lstrip(_BEFORE)
             if not plain:
                 return
             if plain[:1] not in b"{[":

@@ -17,8 +17,8 @@ from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-MAX_ID_LENGTH: Final = 256
-"""Characters of an id; a longer text is no id."""
+MAX_ID_LENGTH: Final = 1024
+"""Characters of an id; a longer text is no id. Gateways pack into it where a response was made."""
 
 MAX_IDS: Final = 1000
 """Ids of one request or response that are looked at."""
@@ -58,7 +58,7 @@ _ITEMS: Final = frozenset({"data", "item", "items", "output"})
 _KNOWN: Final = re.compile(
     r"(?:apc|apco|asst|audio|batch|cfile|ci|cksess|cmp|cntr|conv|cthi|cthr|ctc|ctco|cu|cuo|eval|evalrun|fc|fco|file|fs"
     r"|ftckpt|ig|lsh|lsho|mcp|mcpl|mcpr|msg|outputitem|part|pmpt|resp|rs|rtc|run|sh|sho|skill|skillver|step|thread|upload"
-    r"|video|voice|vs|vsf|vsfb|ws)_[^\s/]+|(?:assistant|chatcmpl|cmpl|file|ftckpt|ftevent|ftjob)-[^\s/]+"
+    r"|video|voice|vs|vsf|vsfb|ws)_\S+|(?:assistant|chatcmpl|cmpl|file|ftckpt|ftevent|ftjob)-\S+"
 )
 _WORD: Final = re.compile(r"[a-z_]+")
 """A segment of a path that names no object, unless it looks like an id."""

@@ -46,7 +46,8 @@ def certain(document: Any) -> list[str]:
         ({"training_file": "file-1", "validation_file": "file-2"}, ["file-1", "file-2"]),
         ({"some_new_thing_id": "resp_1"}, ["resp_1"]),
         ({"previous_response_id": None, "conversation": 7, "file_id": "", "file_ids": [None, 1]}, []),
-        ({"file_id": "x" * 257}, []),
+        ({"file_id": "x" * 1025}, []),
+        ({"previous_response_id": "resp_" + "bGl0ZQ==" * 100}, ["resp_" + "bGl0ZQ==" * 100]),
         ({"metadata": {"file_id": "file-1", "id": "resp_1"}}, []),
         ({"tools": [{"parameters": {"properties": {"file_id": {"default": "file-1", "id": "file-1"}}}}]}, []),
         ({"messages": [{"role": "user", "content": 'the "file_id" of "previous_response_id": "x"'}]}, []),
@@ -126,9 +127,7 @@ def test_texts_that_look_like_ids(text: str) -> None:
     assert looks_like_id(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["call_1", "file", "resp_", "xresp_1", "file-a b", "run_/x", "rs_" + "x" * 256, 7, None]
-)
+@pytest.mark.parametrize("text", ["call_1", "file", "resp_", "xresp_1", "file-a b", "rs_" + "x" * 1024, 7, None])
 def test_texts_that_do_not_look_like_ids(text: object) -> None:
     assert not looks_like_id(text)
 
