@@ -99,6 +99,9 @@ class ServerSettings:
     workers: int = fixed_setting(integer(1, 256), 1, "Processes that share the port.")
     max_body: int = setting(size(1), 64 * MIB, "Largest request of the five cached endpoints; a larger one is 413.")
     max_upload: int = setting(size(1), GIB, "Largest request of the routes that are passed through.")
+    keepalive: float = setting(
+        _SPAN, 0.0, "A stream that has had no byte for so long gets a comment, also before its first event; 0s: none."
+    )
     max_in_flight: int = setting(integer(1), 1000, "Requests at the same time; more are refused with 503 overloaded.")
     drain_timeout: float = setting(_SPAN, 30.0, "After SIGTERM, running requests may take this long to finish.")
     drain_delay: float = setting(_SPAN, 0.0, "How long SIGTERM still accepts connections while /readyz says 503.")

@@ -219,6 +219,11 @@ class StreamRelay:
         return self.audit is not None and self.audit.ended and self._splitter.at_boundary and not self._blind
 
     @property
+    def between_events(self) -> bool:
+        """Whether a comment may follow what was passed on so far."""
+        return self.open_for_error and not self.over and self.client_filter.at_boundary
+
+    @property
     def open_for_error(self) -> bool:
         """Whether an error event may follow what came so far, and the upstream has not sent one itself."""
         return self.audit is not None and not self.audit.error and not self._blind and self._splitter.at_boundary

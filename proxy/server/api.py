@@ -32,10 +32,10 @@ from ..pipeline.response_headers import (
     stale_headers,
     usage_headers,
 )
-from ..protocol.errors import ProxyError
+from ..protocol.errors import ProxyError, error_event
 from ..protocol.headers import Raw, is_request_option
 from ..protocol.options import Options, from_headers
-from ..protocol.request import Client
+from ..protocol.request import Client, ProxyRequest
 from ..protocol.routes import Route, parse_target, printable
 from ..protocol.traceparent import traceparent
 from ..protocol.websocket import is_handshake
@@ -46,6 +46,7 @@ from .access import ANONYMOUS, AccessControl
 from .admin import AdminHandler
 from .cors import METHODS, cors_headers, preflight
 from .in_flight import InFlight
+from .keepalive import KeepAlive, Waiting, as_event, early_head
 from .passthrough import PassthroughHandler
 from .request_body import read_body, read_json
 from .request_parser import RequestParser, text_headers
@@ -207,16 +208,18 @@ class ApiHandler:
             check_unambiguous(context.client, body)
             named = proxy_request.body_model
             check_model(context.client, *models_that_run(self._services.addresses, context.route, named))
-        reply = await self._handler.handle(proxy_request, self._check_in_flight, digest)
+        handling = self._handler.handle(proxy_request, self._check_in_flight, digest)
+        if (interval := self._services.settings.server.keepalive) and proxy_request.stream:
+            waiting = Waiting(handling, interval)
+            if (found := await waiting.within_interval()) is None:
+                return await self._relay_later(context, proxy_request, waiting)
+            if isinstance(found, ProxyError):
+                raise found
+            reply = found
+        else:
+            reply = await handling
         if isinstance(reply, CacheHit):
-            options = proxy_request.options
-            wants_comment = options.stream_cost or self._services.settings.cost.stream_comment
-            comment = b""
-            if proxy_request.stream and wants_comment:
-                comment = cost_comment(Cost(_ZERO, "exact"), reply.entry.usage)
-            if reply.stale:
-                return self._stale(context, reply, comment)
-            return self._hit(context, reply, comment, options.tags)
+            return self._cached(context, proxy_request, reply)
         head = (
             status_line(reply.status, reply.reason)
             + raw_lines(reply.headers)
@@ -227,8 +230,39 @@ class ApiHandler:
             return FullResponse(request, head, reply.body, status=reply.status)
         return await self._relay(request, head, reply)
 
-    async def _relay(self, request: BaseRequest, head: bytes, reply: Reply) -> StreamedResponse:
-        """Relay a stream to the client."""
+    def _cached(self, context: _Context, request: ProxyRequest, hit: CacheHit) -> FullResponse:
+        options = request.options
+        wants_comment = options.stream_cost or self._services.settings.cost.stream_comment
+        comment = b""
+        if request.stream and wants_comment:
+            comment = cost_comment(Cost(_ZERO, "exact"), hit.entry.usage)
+        if hit.stale:
+            return self._stale(context, hit, comment)
+        return self._hit(context, hit, comment, options.tags)
+
+    async def _relay_later(self, context: _Context, request: ProxyRequest, waiting: Waiting) -> StreamedResponse:
+        """Begin a stream with comments before its response is there. Then an error is an event of the stream."""
+        head = early_head(self._date.line(), request.id) + cors_headers(context.origin)
+        response = StreamingResponse(context.request, head, 200, trailers=TRAILERS)
+        result = await waiting.comment(response)
+        if isinstance(result, ProxyError):
+            self._error_response(context.request, result, context)
+            await response.write(error_event(result.code, result.message))
+            return response.abort()
+        if isinstance(result, CacheHit):
+            await response.write(self._cached(context, request, result).body)
+        elif result.body is None:
+            return await self._relay(context.request, b"", result, response)
+        else:
+            await response.write(as_event(result.status, result.body))
+            if result.status >= 400:
+                return response.abort()
+        return await response.finish()
+
+    async def _relay(
+        self, request: BaseRequest, head: bytes, reply: Reply, response: StreamingResponse | None = None
+    ) -> StreamedResponse:
+        """Relay a stream to the client. response: it has begun already."""
         stream = reply.stream
         assert stream is not None
         is_api_stream = stream.audit is not None
@@ -241,17 +275,23 @@ class ApiHandler:
         task = asyncio.current_task()
         assert task is not None
         self.in_flight.streams[task] = stream
-        response = StreamingResponse(request, head, reply.status, trailers=TRAILERS if is_api_stream else "")
+        if response is None:
+            response = StreamingResponse(request, head, reply.status, trailers=TRAILERS if is_api_stream else "")
+        interval = self._services.settings.server.keepalive
+        keepalive = KeepAlive(response, stream, interval) if interval and is_api_stream else None
+        writer = keepalive or response
         if isinstance(stream, SubscriberStream):
-            stream.push = response.push
+            stream.push = writer.push
         try:
-            await stream.relay(response.write)
+            await stream.relay(writer.write)
             charge = reply.charge
             cost = cost_headers(charge.cost, charge.usage, charge.savings) if charge is not None else ()
             return await response.finish(lines_of(cost))
         except StreamBroken as broken:
             return response.abort(broken.at_once)
         finally:
+            if keepalive is not None:
+                keepalive.close()
             stream.client_left()
             del self.in_flight.streams[task]
 

@@ -64,12 +64,12 @@ class DateHeader:
 class FullResponse:
     """A response whose body is complete. head: status line and headers, without framing and the blank line."""
 
-    __slots__ = ("_body", "_request", "head", "keep_alive", "status")
+    __slots__ = ("_request", "body", "head", "keep_alive", "status")
 
     def __init__(self, request: BaseRequest, head: bytes, body: bytes, *, status: int, close: bool = False) -> None:
         self._request = request
         self.head = head
-        self._body = body
+        self.body = body
         self.status = status
         self.keep_alive = request.keep_alive and not close
 
@@ -82,7 +82,7 @@ class FullResponse:
         transport = protocol.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has disconnected")
-        body = self._body
+        body = self.body
         framing = b""
         if self.status >= 200 and self.status not in (204, 304):
             framing = b"Content-Length: %d\r\n" % len(body)

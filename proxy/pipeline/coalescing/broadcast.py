@@ -275,6 +275,11 @@ class SubscriberStream:
         self._too_slow = False
         self._task: asyncio.Task[object] | None = None
 
+    @property
+    def between_events(self) -> bool:
+        """Whether a comment may follow what was passed on so far."""
+        return self._subscriber.caught_up and self._stream.between_events and self._filter.at_boundary
+
     def client_left(self) -> None:
         """End a stream whose client left before the first byte. After `relay` has begun it does nothing."""
         if not self._started:
