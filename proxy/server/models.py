@@ -125,7 +125,7 @@ def _items(body: bytes, key: UpstreamKey) -> Items | ProxyError:
         document = parse_leniently(body)
     except ValueError:
         document = None
-    items = document.get("data") if isinstance(document, dict) else document
+    items = (document.get("data") or []) if isinstance(document, dict) else document  # null: none
     if not isinstance(items, list):
         return ProxyError("upstream_invalid_response", "the upstream's list of models is no list")
     return [

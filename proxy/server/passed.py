@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,6 @@ from ..accounting.receipt import Receipt
 from ..cost.pricing import Cost, usd
 from ..cost.usage import Usage
 from ..pipeline.response_headers import ZERO_COST, Pairs, Timing, cache_status, cost_headers, cost_status
-from ..protocol.headers import Raw
 from ..protocol.options import Options
 from ..protocol.request import Client, ProxyRequest
 from ..protocol.routes import Route
@@ -31,7 +30,7 @@ class PassedRequest:
     """One request that is passed through.
 
     target: the request's, raw.
-    named: the model that it names, "" for none. runs: a model runs on it. parsed: as the five endpoints have it.
+    named: the model that it names, "" for none. runs: a model runs on it.
     usage, cost, answer_model: what the response tells.
     reservation: what is held of the client's limits, until a response has it. pinned: what its objects ask of the key.
     """
@@ -61,7 +60,8 @@ class PassedRequest:
         self.log = AttemptLog(SharedDeadline(self.limits.deadline, clock.monotonic, self.limits.act_until))
         self.named = ""
         self.runs = False
-        self.parsed = self._parsed(b"", {}, request.raw_headers)
+        self._body: tuple[bytes, Mapping[str, Any]] = b"", {}
+        self._request: ProxyRequest | None = None
         self.usage: Usage | None = None
         self.cost: Cost | None = None
         self.answer_model: str | None = None
@@ -73,15 +73,22 @@ class PassedRequest:
     def read(self, route_model: str, runs: bool, body: bytes, document: Mapping[str, Any]) -> None:
         """Take note of the model and the body. document: the body, parsed, if it is JSON."""
         self.named, self.runs = route_model, runs
-        self.parsed = self._parsed(body, document, self._headers)
+        self._body = body, document
 
-    def _parsed(self, body: bytes, document: Mapping[str, Any], headers: Sequence[Raw]) -> ProxyRequest:
+    @property
+    def parsed(self) -> ProxyRequest:
+        """The request as the five endpoints have it, made when it is needed."""
+        if self._request is None:
+            self._request = self._parsed(*self._body)
+        return self._request
+
+    def _parsed(self, body: bytes, document: Mapping[str, Any]) -> ProxyRequest:
         return ProxyRequest.from_body(
             body,
             document,
             lambda route, body_model: self.model,
             route=self.route,
-            headers=headers,
+            headers=self._headers,
             options=self.options,
             client=self.client,
             id=self.id,

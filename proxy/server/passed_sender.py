@@ -47,7 +47,8 @@ class PassedSender:
         reservations, log = self._reservations, passed.log
         size = reservations.estimates.size(passed.parsed) if passed.runs else None
         tokens = reservations.estimates.tokens(passed.model, size)
-        budget = log.budget_reservation = await reservations.budget(passed.parsed, size)
+        budget = await reservations.budget(passed.parsed, size) if size is not None else None
+        log.budget_reservation = budget
         client = None
         used: int | None = None
         try:
