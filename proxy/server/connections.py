@@ -64,10 +64,17 @@ class _Connection(RequestHandler):
         if self._payload_parser is not None:  # a WebSocket: aiohttp would drop what comes during a drain
             self._payload_parser.feed_data(data)
             return
+        current = self._current_request
+        # While the proxy stops, aiohttp drops what comes; the rest of a body that is being read is still wanted.
+        wanted = self._close and current is not None and not current.content.is_eof()
+        if wanted:
+            self._close = False
         super().data_received(data)
+        if wanted:
+            self._close = True
         if self._messages:
             self._refuse_what_is_not_spoken()
-        if self._messages and (current := self._current_request) is not None and not current.content.is_eof():
+        if self._messages and current is not None and not current.content.is_eof():
             self.force_close()  # the parser failed within this chunked body, and aiohttp would wait for its end
         if self._waiter is None or self._waiter.done():  # a header is complete, or a body is being read
             if self._header_timer is not None:

@@ -235,6 +235,7 @@ GLOBS: dict[str, tuple[list[str], list[str]]] = {
         ["vscode-webview://0f2k1ab9", "vscode-webview://1a2b3c:80", "VSCODE-WEBVIEW://x"],
         ["vscode-webviews://x", "https://x", "vscode-webview-evil://x", "vscode-webview://x/y", "null"],
     ),
+    "vscode-file://*": (["vscode-file://vscode-app"], ["vscode-webview://vscode-app"]),
     "http://localhost:*": (
         ["http://localhost:3000", "http://localhost:5173"],
         ["http://localhost", "https://localhost:3000", "http://localhost:3000@evil", "http://localhost.evil:1"],

@@ -7,12 +7,14 @@ import gzip
 import logging
 
 import pytest
-from aiohttp.web import BaseRequest
+from aiohttp.web import BaseRequest, ServerRunner, SockSite
 
 import proxy.server.connections
+from proxy.server.connections import ListeningServer
+from proxy.server.listeners import bind
 from proxy.server.request_body import read_body
 from proxy.server.responses import FullResponse, status_line
-from tests.server.kit import TEST_TIMEOUT, raw_connection, request, served
+from tests.server.kit import TEST_TIMEOUT, chunked, raw_connection, request, served, until
 
 pytestmark = pytest.mark.slow
 
@@ -217,3 +219,32 @@ async def test_a_thousand_pipelined_requests_are_answered_in_order() -> None:
         await asyncio.sleep(0.05)
         for n in range(1000):
             assert (await line.answer()).body == b"/%d " % n
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_a_body_that_is_on_its_way_is_read_while_the_proxy_stops(framing: str) -> None:
+    pieces = [b"a" * 100_000, b"b" * 100_000]
+    runner = ServerRunner(ListeningServer(echo), handle_signals=False, shutdown_timeout=0.1)
+    await runner.setup()
+    listener = bind("127.0.0.1", 0)
+    await SockSite(runner, listener).start()
+    async with raw_connection(listener.getsockname()[1]) as line:
+        if framing == "length":
+            sent, header = pieces, ("Content-Length", "200000")
+        else:
+            whole = chunked(*pieces)
+            sent, header = [whole[:100_005], whole[100_005:]], ("Transfer-Encoding", "chunked")
+        line.send(request(target="/a", headers=[header]) + sent[0])
+        server = runner.server
+        assert server is not None
+        await until(lambda: any(one._current_request is not None for one in server.connections))
+        await line.writer.drain()
+        server.pre_shutdown()
+        line.send(sent[1])
+        answer = await line.answer()
+        assert answer.body == b"/a " + b"".join(pieces)
+        assert await line.ended() == b""
+    await runner.cleanup()

@@ -60,6 +60,13 @@ async def test_another_coding_is_415_and_the_answer_names_those_taken(coding: st
         assert answer.json()["error"]["param"] == "Content-Encoding"
 
 
+async def test_two_headers_of_codings_are_two_codings() -> None:
+    async with running_proxy() as server:
+        headers = [("Content-Encoding", "gzip"), ("Content-Encoding", "zstd")]
+        answer = await server.ask(body=CODINGS["zstd"](CODINGS["gzip"](BODY)), headers=headers)
+        assert (answer.status, answer.error) == (415, "unsupported_media_type")
+
+
 @pytest.mark.parametrize("coding", ["", "identity", "Identity"])
 async def test_no_coding_is_no_coding(coding: str) -> None:
     async with running_proxy(says()) as server:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
+import openai
+import orjson
 import pytest
 import websockets
 from aiohttp.web import ServerRunner, SockSite
@@ -293,6 +295,72 @@ async def test_the_first_frame_may_come_with_the_head() -> None:
         client.writer.write_eof()
         assert await client.ended() == b""
     assert received == [frame]
+
+
+SDK = pytest.mark.skipif(not hasattr(openai.AsyncOpenAI, "realtime"), reason="this SDK is older than the Realtime API")
+
+
+async def answer_events(connection: ServerConnection) -> None:
+    async for message in connection:
+        kind = orjson.loads(message)["type"]
+        session = {"type": "session.updated", "event_id": "e", "session": {"type": "realtime"}}
+        created = {"type": "response.created", "sequence_number": 0, "response": {"id": "resp_1", "output": []}}
+        await connection.send(orjson.dumps(session if kind == "session.update" else created).decode())
+
+
+@SDK
+@pytest.mark.parametrize("prefix", ["", "/v1", "/openai/v1", "/_/tag=a:b/v1"])
+async def test_the_official_sdk_connects(prefix: str) -> None:
+    async with stage(Upstream(answer_events)) as scene:
+        client = openai.AsyncOpenAI(api_key="mine", base_url=f"http://127.0.0.1:{scene.port}{prefix}")
+        async with client.realtime.connect(model="gpt-realtime") as realtime:
+            await realtime.session.update(session={"type": "realtime"})
+            assert (await realtime.recv()).type == "session.updated"
+        async with client.responses.connect() as responses:
+            await responses.send({"type": "response.create", "model": "gpt-4o", "input": "x"})
+            assert (await responses.recv()).type == "response.created"
+        assert scene.upstream.keys() == ["k1", "k1"]
+        await client.close()
+
+
+@SDK
+async def test_the_official_sdk_for_azure_connects() -> None:
+    async with stage(Upstream(answer_events)) as scene:
+        address = f"127.0.0.1:{scene.port}"
+        client = openai.AsyncAzureOpenAI(
+            api_key="mine",
+            azure_endpoint=f"http://{address}",
+            websocket_base_url=f"ws://{address}/openai",
+            api_version="2024-10-01-preview",
+        )
+        async with client.realtime.connect(model="dep") as realtime:
+            await realtime.session.update(session={"type": "realtime"})
+            assert (await realtime.recv()).type == "session.updated"
+        assert [one.path for one in scene.upstream.requests] == ["/v1/realtime?model=dep"]
+        await client.close()
+
+
+async def test_a_close_without_a_code_has_none_on_the_other_side() -> None:
+    async def leave(connection: ServerConnection) -> None:
+        connection.transport.write(b"\x88\x00")
+        await connection.wait_closed()
+
+    async with stage(Upstream(leave)) as scene, scene.connect() as client:
+        with pytest.raises(websockets.ConnectionClosed):
+            await client.recv()
+        assert client.close_code == 1005
+
+
+async def test_connections_one_after_another_and_at_once() -> None:
+    async with stage() as scene:
+        for _ in range(20):
+            async with scene.connect("/v1/responses") as client:
+                await client.send("x")
+                assert await client.recv() == "x"
+        clients = await asyncio.gather(*[scene.connect() for _ in range(20)])
+        await asyncio.gather(*[client.send("x" * 100_000) for client in clients])
+        assert [len(await client.recv()) for client in clients] == [100_000] * 20
+        await asyncio.gather(*[client.close() for client in clients])
 
 
 # The handshake.
