@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from ..protocol.errors import ProxyError
 from .progress import AttemptLog
 from .response import ResponseInHand, refuses_stream_options
+from .retry.limit_headers import limit_headers
 from .retry.outcome import (
     KEY_TROUBLE,
     OutcomeKind,
     TransportFailure,
     breaker_failure,
     dimension_of,
-    read_number,
     retry_after,
 )
 
@@ -59,7 +59,7 @@ class AttemptResult:
         headers, info = self.response.response.headers, self.response.error
         limit = dimension_of(headers, info) if self.response.status == 429 else None
         reason = f"{self.response.status} {info.name}".strip() + (f" ({limit})" if limit else "")
-        left = read_number(headers.get("x-ratelimit-remaining-tokens")) if limit == "tokens" else None
+        left = limit_headers(headers, "tokens").remaining if limit == "tokens" else None
         floor = int(left) + 1 if left and left < tokens else 0
         return retry_after(headers, wall, info), reason, floor
 

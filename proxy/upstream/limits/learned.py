@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from ..retry.outcome import read_number, read_reset
-
-Dimension = Literal["requests", "tokens"]
-DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "tokens")
+from ..retry.error_body import Dimension
+from ..retry.limit_headers import DIMENSIONS, limit_headers
 
 MAX_RESET: Final = 60.0
 """Seconds after which what a response said is forgotten; a reset further away counts as this far."""
@@ -67,13 +65,10 @@ class RemainingQuota:
 def parse_rate_limit_headers(headers: Mapping[str, str], now: float) -> Iterator[tuple[Dimension, RemainingQuota]]:
     """Yield what a response tells of each dimension. Nonsense (text, negative, huge numbers) is ignored."""
     for dimension in DIMENSIONS:
-        remaining = read_number(headers.get(f"x-ratelimit-remaining-{dimension}"))
+        remaining, limit, reset = limit_headers(headers, dimension)
         if remaining is None or remaining > _MAX_AMOUNT:
             continue
-        limit = read_number(headers.get(f"x-ratelimit-limit-{dimension}")) or 0.0
-        if limit > _MAX_AMOUNT:
-            limit = 0.0
-        reset = read_reset(headers.get(f"x-ratelimit-reset-{dimension}"))
+        limit = 0.0 if limit is None or limit > _MAX_AMOUNT else limit
         if remaining == 0.0 and (reset is None or limit == 0.0):
             continue  # Azure and similar servers send zeros for limits they do not tell
         yield (

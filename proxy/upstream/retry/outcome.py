@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -12,9 +11,7 @@ from typing import Final, Literal
 from ...protocol.durations import parse_composite
 from ...protocol.errors import ProxyError
 from .error_body import NO_ERROR_INFO, Dimension, ErrorInfo
-
-MAX_WAIT: Final = 3600.0
-"""No upstream header makes a key or a request wait longer than this at once (seconds)."""
+from .limit_headers import DIMENSIONS, MAX_WAIT, limit_headers, read_number
 
 
 class OutcomeKind(Enum):
@@ -185,10 +182,10 @@ def retry_after(headers: Mapping[str, str], wall: float, error: ErrorInfo = NO_E
             return _clamp(seconds)
     named = dimension_of(headers, error)
     waits = []
-    for dimension in ("requests", "tokens"):
-        remaining = headers.get(f"x-ratelimit-remaining-{dimension}")
-        if read_number(remaining) == 0 or (remaining is None and dimension == named):
-            waits.append(read_reset(headers.get(f"x-ratelimit-reset-{dimension}")) or 0.0)
+    for dimension in DIMENSIONS:
+        told = limit_headers(headers, dimension)
+        if told.remaining == 0 or (told.remaining is None and dimension == named):
+            waits.append(told.reset or 0.0)
     return _clamp(max(waits)) if any(waits) else None
 
 
@@ -196,34 +193,10 @@ def dimension_of(headers: Mapping[str, str], error: ErrorInfo) -> Dimension | No
     """Return the limit that a 429 is about: as the body says, else the dimension with nothing left; None: unknown."""
     if error.limit is not None:
         return error.limit
-    requests, tokens = (read_number(headers.get(f"x-ratelimit-remaining-{of}")) for of in ("requests", "tokens"))
+    requests, tokens = (limit_headers(headers, dimension).remaining for dimension in DIMENSIONS)
     if (requests == 0) == (tokens == 0):
         return None
     return "requests" if requests == 0 else "tokens"
-
-
-def read_reset(text: str | None) -> float | None:
-    """Return the seconds of an `x-ratelimit-reset-*` (`6m0s`, or Azure's number), at most `MAX_WAIT`.
-
-    It is None for nonsense and for 0, which says nothing.
-    """
-    if text is None:
-        return None
-    seconds = parse_composite(text)
-    if seconds is None:
-        seconds = read_number(text)
-    return _clamp(seconds) if seconds else None
-
-
-def read_number(text: str | None) -> float | None:
-    """Return a finite number of at least 0; None for anything else."""
-    if text is None or len(text) > 32 or not text.isascii() or "_" in text:
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and number >= 0 else None
 
 
 def _date(text: str, wall: float) -> float | None:

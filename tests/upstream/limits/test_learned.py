@@ -23,6 +23,53 @@ def learned(*received: dict[str, str]) -> UpstreamLimits:
     return room
 
 
+DATE = "Tue, 01 Dec 2026 12:00:00 GMT"
+AT = 1796126400
+
+SPELLINGS = {
+    "Azure": {
+        "x-ratelimit-remaining-requests": "2",
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-reset-requests": "30",
+    },
+    "Groq": {
+        "x-ratelimit-remaining-requests": "2",
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-reset-requests": "30.0s",
+    },
+    "Mistral": {"x-ratelimit-remaining-req-minute": "2", "x-ratelimit-limit-req-minute": "60"},
+    "Together": {"x-ratelimit-remaining": "2", "x-ratelimit-limit": "60", "x-ratelimit-reset": "30"},
+    "OpenRouter": {"x-ratelimit-remaining": "2", "x-ratelimit-limit": "60", "x-ratelimit-reset": f"{AT + 30}000"},
+    "Unix seconds": {"x-ratelimit-remaining": "2", "x-ratelimit-limit": "60", "x-ratelimit-reset": f"{AT + 30}"},
+    "Anthropic": {
+        "anthropic-ratelimit-requests-remaining": "2",
+        "anthropic-ratelimit-requests-limit": "60",
+        "anthropic-ratelimit-requests-reset": "2026-12-01T12:00:30Z",
+    },
+}
+
+
+@pytest.mark.parametrize(("provider", "told"), SPELLINGS.items(), ids=SPELLINGS.keys())
+def test_a_limit_is_read_in_every_providers_spelling(provider: str, told: dict[str, str]) -> None:
+    [(dimension, quota)] = parse_rate_limit_headers({"date": DATE, **told}, 0.0)
+    assert (dimension, quota.limit, quota.remaining) == ("requests", 60, 2)
+    assert quota.reset == (MAX_RESET if provider == "Mistral" else 30.0)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"x-ratelimitbysize-remaining-minute": "500", "x-ratelimitbysize-limit-minute": "30000"},
+        {"x-tokenlimit-remaining": "500", "x-tokenlimit-limit": "30000"},
+        {"x-ratelimit-remaining-tokens-minute": "500", "x-ratelimit-limit-tokens-minute": "30000"},
+        {"anthropic-ratelimit-tokens-remaining": "500", "anthropic-ratelimit-tokens-limit": "30000"},
+    ],
+)
+def test_tokens_too(told: dict[str, str]) -> None:
+    [(dimension, quota)] = parse_rate_limit_headers(told, 0.0)
+    assert (dimension, quota.limit, quota.remaining) == ("tokens", 30_000, 500)
+
+
 def test_the_remaining_quota_is_used_and_then_requests_wait() -> None:
     room = learned(headers(60, 2, "58s"))
     for wait in (0.0, 0.0, 1.0):

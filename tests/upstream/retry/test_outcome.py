@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.upstream.retry.error_body import ErrorInfo, error_info, stream_error
+from proxy.upstream.retry.limit_headers import MAX_WAIT
 from proxy.upstream.retry.outcome import (
     KEY_TROUBLE,
-    MAX_WAIT,
     NO_ANSWER,
     OutcomeKind,
     TransportFailure,
