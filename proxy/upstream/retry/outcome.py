@@ -112,7 +112,7 @@ def _refusal(status: int, error: ErrorInfo, endpoint: bool) -> OutcomeKind | Non
     subject = error.subject
     if status in (402, 429) and error.too_large:
         return OutcomeKind.TOO_LARGE
-    if subject == "account" or status == 402:
+    if subject == "account":
         return OutcomeKind.QUOTA
     if status in (401, 403) and subject == "scope":
         return OutcomeKind.SCOPE

@@ -64,7 +64,7 @@ def test_every_error_status(status: int) -> None:
     """Retried: 408, 409, 429, 5xx. Once only: other 4xx, but for what is the key's fault. The hint is obeyed."""
     for error, hint in product([*OTHERS, *MISSING, QUOTA], HINTS):
         got = classify(status, error, hint)
-        if status < 500 and (error is QUOTA or status == 402):
+        if status < 500 and error is QUOTA:
             assert got is OutcomeKind.QUOTA
         elif status == 401:
             assert got is OutcomeKind.UNAUTHORIZED
