@@ -17,6 +17,7 @@ from typing import Final
 from .config.loader import LoadedSettings
 from .config.problems import SettingsError
 from .config.schema import with_fixed
+from .observability.event_counters import ACTIONS
 from .system.clock import Clock
 
 log = logging.getLogger("proxy.reload")
@@ -98,6 +99,7 @@ class Reloader:
             log.warning("reload (%s): %s takes effect at the next start", why, name)
         for warning in loaded.warnings:
             log.warning("%s", warning)
+        ACTIONS["reload"] += 1
         log.info("reload (%s): new settings in force", why)
         return True
 

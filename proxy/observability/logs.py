@@ -61,7 +61,7 @@ class _Formatter(logging.Formatter):
         return "".join("\n" + self.clean(line) for line in text.splitlines())
 
 
-_IN_MESSAGE: Final = frozenset({"endpoint", "model", "status", "kind", "name", "state", "about"})
+_IN_MESSAGE: Final = frozenset({"endpoint", "model", "status", "kind", "name", "state", "about", "action", "who"})
 """Fields that a text line leaves out if its message contains them."""
 
 

@@ -29,7 +29,7 @@ from ..upstream.limits.shared import SharedLimits
 from ..upstream.retry.circuit_breaker import STATES
 from ..upstream.target import Upstream
 from .budget_gauges import budget_gauges
-from .event_counters import counted_changes
+from .event_counters import counted_events
 
 MAX_MODELS: Final = 100
 LOOP_LAG_INTERVAL: Final = 0.5
@@ -278,7 +278,7 @@ class Metrics(Collector):
             self._lag,
         ):
             yield metric.family()
-        yield from counted_changes()
+        yield from counted_events()
         yield from _gauges(sources, in_flight)
         yield from budget_gauges(sources.budgets if sources is not None else None)
 

@@ -130,6 +130,12 @@ class AccessControl:
                 return True
         return False
 
+    def operator(self, request: BaseRequest) -> str:
+        """Return who asks, for the log: with the admin key or without one, and from which address."""
+        how = "the admin key" if self._admin_digest is not None else "no key"
+        peer = request.remote
+        return f"{peer or 'the Unix socket'} with {how}"
+
     def check_admin(self, request: BaseRequest) -> None:
         """Raise `invalid_client_key` unless `is_admin`."""
         if not self.is_admin(request):

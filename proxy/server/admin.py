@@ -16,6 +16,7 @@ from ..accounting.ledger.ledger import Ledger
 from ..accounting.receipt import Receipt
 from ..config.render import plain
 from ..observability.aggregate import Family, pools_joined, statuses_joined, usages_joined
+from ..observability.event_counters import operator_action
 from ..observability.metrics import Metrics
 from ..protocol.errors import ProxyError
 from ..protocol.routes import Route, printable, unknown_route
@@ -140,6 +141,7 @@ class AdminHandler:
             self._services.limiter.reset()
         await self._reset()
         await self.peers.ask("reset")
+        operator_action("limits reset", self._access.operator(context.request), "all windows of all limits")
         return self._json(context.request, {"reset": True})
 
     async def _reset(self, _: bytes = b"") -> None:
@@ -175,10 +177,15 @@ class AdminHandler:
         return self._json(context.request, shown)
 
     async def _purge(self, context: _Context) -> FullResponse:
-        return self._json(context.request, await self._cache.purge(await self._body(context)))
+        return self._json(
+            context.request, await self._cache.purge(await self._body(context), self._access.operator(context.request))
+        )
 
     async def _import(self, context: _Context) -> FullResponse:
-        return self._json(context.request, await self._cache.import_lines(await self._body(context)))
+        return self._json(
+            context.request,
+            await self._cache.import_lines(await self._body(context), self._access.operator(context.request)),
+        )
 
     async def _explain(self, context: _Context) -> FullResponse:
         body, raw = await self._body(context), context.request.raw_headers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -16,6 +17,7 @@ from ..cache.stores.intake import import_entries
 from ..cache.stores.interface import Filter, StoreError
 from ..cache.stores.tiered import TieredStore
 from ..observability.aggregate import pages_joined
+from ..observability.event_counters import operator_action
 from ..pipeline.explain import explain, request_of
 from ..protocol.durations import parse_duration
 from ..protocol.errors import ProxyError
@@ -99,15 +101,23 @@ class CacheAdmin:
         except StoreError as error:
             raise _store_failed(error) from None
 
-    async def purge(self, body: bytes) -> dict[str, Any]:
-        """Delete entries, in every worker's memory too. Without a common store, the workers' numbers are added."""
+    async def purge(self, body: bytes, who: str) -> dict[str, Any]:
+        """Delete entries, in every worker's memory too. Without a common store, the workers' numbers are added.
+
+        who: asks for it, for the log. What matches nothing says so in `message`.
+        """
         filters, dry_run = self._purge_request(body)
         try:
             count = await self._store().purge(filters, dry_run)
         except StoreError as error:
             raise _store_failed(error) from None
         peer_counts = await self._peers.ask("forget", body)
-        return {"purged": count + (sum(peer_counts) if self._memory_only else 0), "dry_run": dry_run}
+        count += sum(peer_counts) if self._memory_only else 0
+        which = _shown(filters)
+        if not dry_run:
+            operator_action("purge", who, f"{count} stored {'response' if count == 1 else 'responses'} ({which})")
+        message = {} if count else {"message": f"nothing matches: {which}"}
+        return {"purged": count, "dry_run": dry_run} | message
 
     async def _forget(self, body: bytes) -> int:
         return await self._store().forget(*self._purge_request(body))
@@ -128,9 +138,10 @@ class CacheAdmin:
             raise ProxyError("invalid_option", '"all" goes without filters', param="all")
         return filters, flags["dry_run"]
 
-    async def import_lines(self, body: bytes) -> dict[str, Any]:
+    async def import_lines(self, body: bytes, who: str) -> dict[str, Any]:
         """Store the entries of a cassette's lines; if one line is bad, none is stored."""
         result = await self._own_import(body)
+        operator_action("import", who, ", ".join(f"{count} {name}" for name, count in result.items()))
         if self._memory_only:
             await self._peers.ask("import", body)
         return result
@@ -187,6 +198,12 @@ class CacheAdmin:
             else:
                 filters[name] = value
         return Filter(**filters)
+
+
+def _shown(filters: Filter) -> str:
+    """Return the filters of a purge as an operator reads them."""
+    given = {name: value for name, value in asdict(filters).items() if value is not None}
+    return ", ".join(f"{name} {printable(str(value))}" for name, value in given.items()) or "all"
 
 
 def _seconds(name: str, value: object) -> float:

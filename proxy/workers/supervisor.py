@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from ..config.loader import LoadedSettings
 from ..observability.aggregate import Family, summed
-from ..observability.event_counters import own_changes
+from ..observability.event_counters import own_counters
 from ..reload import Read, Reloader
 from ..system.clock import Clock, spawn
 from ..system.state_changes import Change, log_change, state_changed
@@ -276,7 +276,7 @@ class Supervisor:
         self._record_metrics(worker, body)
         for peer, answer in await self._answers_of_peers(worker, "metrics", b""):
             self._record_metrics(peer, answer)
-        return pack(summed([*self._shared_state.metrics(), [own_changes()]]))
+        return pack(summed([*self._shared_state.metrics(), own_counters()]))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,10 @@ async def purge(server: RunningProxy, document: Any) -> Any:
         ({"all": True}, ["aa11json", "aa11sse", "aa22json", "bb33json"]),
         ({"key": "aa11"}, ["aa11json", "aa11sse"]),
         ({"key": "aa"}, []),
+        ({"model": "gpt-4o*"}, ["aa11json", "aa11sse", "aa22json", "bb33json"]),
+        ({"model": "*-mini", "endpoint": "comp*"}, ["aa22json"]),
+        ({"namespace": "?*"}, ["aa11json", "aa11sse", "bb33json"]),
+        ({"tag": "team:a*"}, ["aa11json", "aa11sse"]),
         ({"model": "gpt-4o-mini"}, ["aa22json"]),
         ({"endpoint": "chat"}, ["aa11json", "aa11sse", "bb33json"]),
         ({"namespace": ""}, ["aa22json"]),
@@ -83,9 +87,10 @@ async def purge(server: RunningProxy, document: Any) -> Any:
 )
 async def test_purge_by_each_filter(server: RunningProxy, which: dict[str, Any], wanted: list[str]) -> None:
     before = left(server)
-    assert await purge(server, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True}
+    message = {} if wanted else {"message": "nothing matches: key aa"}
+    assert await purge(server, which | {"dry_run": True}) == {"purged": len(wanted), "dry_run": True} | message
     assert left(server) == before
-    assert await purge(server, which) == {"purged": len(wanted), "dry_run": False}
+    assert await purge(server, which) == {"purged": len(wanted), "dry_run": False} | message
     assert left(server) == sorted(set(before) - set(wanted))
 
 
@@ -115,6 +120,26 @@ async def test_an_ambiguous_purge_is_refused(server: RunningProxy, body: Any, co
     answer = await server.ask("POST", "/_proxy/cache/purge", body)
     assert (answer.status, answer.error, answer.json()["error"]["param"]) == (400, code, param)
     assert left(server) == before
+
+
+async def test_what_an_operator_does_is_logged_with_who_and_how_much(
+    server: RunningProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "proxy.operator")
+    await purge(server, {"model": "*-mini", "dry_run": True})
+    await purge(server, {"model": "*-mini"})
+    await purge(server, {"tag": "nobody:*"})
+    assert (await server.ask("POST", "/_proxy/limits/reset")).status == 200
+    assert (await server.ask("POST", "/_proxy/cache/import", b"")).status == 200
+    said = [record.getMessage() for record in caplog.records if record.name == "proxy.operator"]
+    assert said[:3] == [
+        "purge by 127.0.0.1 with no key: 1 stored response (model *-mini)",
+        "purge by 127.0.0.1 with no key: 0 stored responses (tag nobody:*)",
+        "limits reset by 127.0.0.1 with no key: all windows of all limits",
+    ]
+    assert said[3].startswith("import by 127.0.0.1 with no key: 0 ")
+    metrics = (await server.ask("GET", "/metrics")).body.decode()
+    assert 'openai_proxy_operator_actions_total{action="limits reset"}' in metrics
 
 
 async def test_a_purged_entry_is_a_miss() -> None:

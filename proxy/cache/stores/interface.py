@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -19,14 +20,27 @@ EntryName = tuple[str, str]
 """Key and form, under which an entry is stored."""
 
 
+_WILD: Final = frozenset("*?[")
+
+
 class StoreError(Exception):
     """An operator's request failed: the store is broken, absent or too slow. The message says why, in one line."""
+
+
+def is_glob(name: str) -> bool:
+    return not _WILD.isdisjoint(name)
+
+
+def name_matches(name: str, wanted: str) -> bool:
+    """Return whether `name` is the one that is wanted, or matches it as a glob (`*`, `?`, `[…]`)."""
+    return name == wanted or (is_glob(wanted) and fnmatchcase(name, wanted))
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Selects the entries for which everything that is given holds; without anything, all.
 
+    endpoint, model, namespace, tag: a name, or a glob such as `gpt-4o*`.
     prefix: what the key begins with.
     model: the requested one.
     stored_before: Unix seconds.
@@ -44,10 +58,10 @@ class Filter:
         return (
             (self.key is None or entry.key == self.key)
             and (self.prefix is None or entry.key.startswith(self.prefix))
-            and (self.endpoint is None or entry.endpoint == self.endpoint)
-            and (self.model is None or entry.model == self.model)
-            and (self.namespace is None or entry.namespace == self.namespace)
-            and (self.tag is None or self.tag in entry.tags)
+            and (self.endpoint is None or name_matches(entry.endpoint, self.endpoint))
+            and (self.model is None or name_matches(entry.model, self.model))
+            and (self.namespace is None or name_matches(entry.namespace, self.namespace))
+            and (self.tag is None or any(name_matches(tag, self.tag) for tag in entry.tags))
             and (self.stored_before is None or entry.stored_at < self.stored_before)
         )
 

@@ -28,10 +28,12 @@ from .interface import (
     Filter,
     ListedEntry,
     StoreError,
+    is_glob,
+    name_matches,
     purge_of,
     purge_text,
 )
-from .sqlite_file import PURGES, TABLE, tag_text
+from .sqlite_file import PURGES, TABLE, tag_text, tags_of
 from .sqlite_writer import CacheWriter
 
 T = TypeVar("T")
@@ -263,11 +265,26 @@ def _answer(path: Path, question: Callable[[sqlite3.Connection], T]) -> T:
     try:
         connection = files.open_to_read(path, _ADMIN_BUSY)
         try:
+            _add_functions(connection)
             return question(connection)
         finally:
             connection.close()
     except sqlite3.Error as error:
         raise StoreError(f"cache file {path}: {error}") from None
+
+
+def _name_matches(name: object, wanted: str) -> bool:
+    return isinstance(name, str) and name_matches(name, wanted)
+
+
+def _tags_match(text: object, wanted: str) -> bool:
+    return isinstance(text, str) and any(name_matches(tag, wanted) for tag in tags_of(text))
+
+
+def _add_functions(connection: sqlite3.Connection) -> None:
+    """Let SQL match globs as `Filter` does. A column may hold a value of any type."""
+    connection.create_function("name_matches", 2, _name_matches, deterministic=True)
+    connection.create_function("tags_match", 2, _tags_match, deterministic=True)
 
 
 def _condition(which: Filter) -> tuple[str, list[Any]]:
@@ -276,12 +293,15 @@ def _condition(which: Filter) -> tuple[str, list[Any]]:
     for column in ("key", "endpoint", "model", "namespace"):
         value = getattr(which, column)
         if value is not None:
-            terms.append(f"{column} = ?")
+            terms.append(f"name_matches({column}, ?)" if column != "key" and is_glob(value) else f"{column} = ?")
             values.append(value)
     if which.prefix is not None:
         terms.append("substr(key, 1, ?) = ?")
         values += (len(which.prefix), which.prefix)
-    if which.tag is not None:
+    if which.tag is not None and is_glob(which.tag):
+        terms.append("tags_match(tags, ?)")
+        values.append(which.tag)
+    elif which.tag is not None:
         terms.append("instr(tags, ?)")
         values.append(tag_text(which.tag))
     if which.stored_before is not None:
@@ -292,6 +312,7 @@ def _condition(which: Filter) -> tuple[str, list[Any]]:
 
 def _purge(connection: sqlite3.Connection, which: Filter) -> int:
     """Delete in chunks, each its own transaction, so that other processes can write in between."""
+    _add_functions(connection)
     condition, values = _condition(which)
     dropped = last = 0
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from ...system.sqlite import Layout
@@ -36,6 +37,15 @@ CREATE TABLE IF NOT EXISTS {PURGES} (number INTEGER PRIMARY KEY AUTOINCREMENT, w
 )
 
 
+_ESCAPED: Final = re.compile(r"\\(n|\\)")
+
+
 def tag_text(tag: str) -> str:
     """Return a tag as it stands in the column `tags`: between line feeds, with none inside."""
     return "\n" + tag.replace("\\", "\\\\").replace("\n", "\\n") + "\n"
+
+
+def tags_of(text: str) -> list[str]:
+    """Return the tags of a column `tags`."""
+    escaped = text[1:-1].split("\n\n") if len(text) > 1 else []
+    return [_ESCAPED.sub(lambda found: "\n" if found[1] == "n" else "\\", tag) for tag in escaped]

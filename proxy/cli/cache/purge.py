@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ...protocol.routes import printable
 from .interface import UsageError, find_key
 from .local import CacheCommand
 from .text import add_filters, add_key, filters_from, print_result
@@ -28,5 +29,8 @@ async def run(args: argparse.Namespace, command: CacheCommand) -> int:
         count = await cache.purge(filters, args.dry_run)
     what = f"{count:,} {'entry' if count == 1 else 'entries'}"
     line = f"{what} would be purged (dry run)" if args.dry_run else f"{what} purged"
+    if not count:
+        shown = ", ".join(f"{name} {value}" for name, value in filters.items())
+        line = f"nothing matches: {printable(shown) or 'nothing is stored'}"
     print_result(args, {"purged": count, "dry_run": args.dry_run}, [line])
     return 0

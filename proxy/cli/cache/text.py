@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 import orjson
@@ -14,6 +15,7 @@ from ...protocol.routes import ENDPOINTS, printable
 from ...system.clock import SYSTEM_CLOCK
 from .interface import FilterArguments
 
+_ENDPOINTS: Final = tuple(ENDPOINTS.values())
 _BAR_WIDTH: Final = 24
 _REFRESH: Final = 0.1
 """Seconds between two updates of a progress line."""
@@ -104,11 +106,10 @@ class ProgressLine:
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
     """Add the filters of a purge (docs/caching.md). An entry must match all that are given."""
-    endpoints = tuple(ENDPOINTS.values())
-    parser.add_argument("--model", type=_text, metavar="NAME", help="model of the request")
-    parser.add_argument("--endpoint", choices=endpoints, metavar="NAME", help=", ".join(endpoints))
-    parser.add_argument("--namespace", type=_text, metavar="NAME", help="namespace of the request; '' for none")
-    parser.add_argument("--tag", type=_text, metavar="NAME:VALUE", help="one of the tags")
+    parser.add_argument("--model", type=_text, metavar="NAME", help="requested model, or a glob: gpt-4o*")
+    parser.add_argument("--endpoint", type=_endpoint, metavar="NAME", help=f"{', '.join(_ENDPOINTS)}, or a glob")
+    parser.add_argument("--namespace", type=_text, metavar="NAME", help="namespace, or a glob; '' for none")
+    parser.add_argument("--tag", type=_text, metavar="NAME:VALUE", help="one of the tags, or a glob: team:*")
     parser.add_argument("--older-than", type=_age, metavar="AGE", help="stored longer ago: 7d, 12h, 90 (seconds)")
 
 
@@ -128,6 +129,12 @@ def _text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("expected UTF-8") from None
+    return text
+
+
+def _endpoint(text: str) -> str:
+    if not any(fnmatchcase(name, text) for name in _ENDPOINTS):
+        raise argparse.ArgumentTypeError(f"invalid choice: choose from {', '.join(_ENDPOINTS)}, or a glob of them")
     return text
 
 
