@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from aiohttp.web import SockSite
 from aiohttp.web_runner import BaseRunner, BaseSite
 
 from ..config.settings import ServerSettings
@@ -26,6 +25,9 @@ BACKLOG: Final = 1024
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE: Final = 1.0
 """Seconds without new connections after the system refused one for lack of resources; asyncio's own value."""
+
+_AT_ONCE: Final = 64
+"""Connections that are accepted before anything else runs, if no other process accepts them."""
 
 _YIELD: Final = 0.0005
 """Seconds after a connection in which the other workers may take the next one, so that a burst is shared."""
@@ -136,22 +138,27 @@ def _url(host: str, listener: socket.socket) -> str:
 
 async def serve_on(runner: BaseRunner, listener: socket.socket, shared: bool) -> None:
     """Let `runner` accept connections on `listener`. shared: other processes accept on it too."""
-    site = SharedSite(runner, listener) if shared else SockSite(runner, listener, backlog=BACKLOG)
-    await site.start()
+    await ListenerSite(runner, listener, shared).start()
 
 
-class SharedSite(BaseSite):
-    """Accepts one connection at a time; asyncio would accept all that wait and leave the other workers idle."""
+class ListenerSite(BaseSite):
+    """Accepts connections, and pauses once if the system has no more file descriptors.
 
-    def __init__(self, runner: BaseRunner, listener: socket.socket) -> None:
+    asyncio would try again for each connection of the backlog, with a traceback each time, and start as many timers.
+    shared: other processes accept on the listener, too. Then one connection is accepted at a time: asyncio would accept
+    all that wait and leave the other workers idle.
+    """
+
+    def __init__(self, runner: BaseRunner, listener: socket.socket, shared: bool) -> None:
         super().__init__(runner)
         self._listener = listener
+        self._shared = shared
         self._loop = asyncio.get_running_loop()
         self._resume_timer: asyncio.TimerHandle | None = None
 
     @property
     def name(self) -> str:
-        return f"shared {self._listener.getsockname()}"
+        return f"listener {self._listener.getsockname()}"
 
     async def start(self) -> None:
         await super().start()
@@ -170,18 +177,26 @@ class SharedSite(BaseSite):
         self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
+        for _ in range(1 if self._shared else _AT_ONCE):
+            if not self._accept_one():
+                return
+        if self._shared:
+            self._pause(_YIELD)
+
+    def _accept_one(self) -> bool:
+        """Accept a connection. Return False if none waits, or none can be accepted now."""
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # another worker has accepted it
+            return False  # none waits any more; perhaps another worker has accepted it
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
             log.error("no new connections for %gs: %s", _PAUSE, error.strerror)
             self._pause(_PAUSE)
-            return
-        self._pause(_YIELD)
+            return False
         spawn(self._serve(connection), "connection")
+        return True
 
     def _pause(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)

@@ -80,7 +80,7 @@ async def test_listeners_accept_one_connection_at_a_time_and_pause_without_descr
     shares = taken()
     assert min(shares) >= 5
     site = next(iter(runners[1].sites))
-    assert isinstance(site, listening.SharedSite)
+    assert isinstance(site, listening.ListenerSite)
 
     class Full:
         def __init__(self, inner: socket.socket) -> None:
@@ -104,3 +104,38 @@ async def test_listeners_accept_one_connection_at_a_time_and_pause_without_descr
         writer.close()
     for runner in runners:
         await runner.cleanup()
+
+
+async def test_a_single_process_without_descriptors_tries_once_and_then_accepts_all_that_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(listening, "_PAUSE", 0.3)
+    listeners = listening.listen(ServerSettings(port=0))
+    runner = ServerRunner(ListeningServer(serve), handle_signals=False, shutdown_timeout=0.1)
+    await runner.setup()
+    await listening.serve_on(runner, listeners.sockets[0], shared=False)
+    site = next(iter(runner.sites))
+    assert isinstance(site, listening.ListenerSite)
+    tries = 0
+    real = site._listener
+
+    class Full:
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def accept(self) -> object:
+            nonlocal tries
+            tries += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    site._listener = Full()  # type: ignore[assignment]
+    port = real.getsockname()[1]
+    peers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+    await until(lambda: tries)
+    site._listener = real
+    await until(lambda: runner.server is not None and len(runner.server.connections) == 100)
+    assert tries == 1
+    assert [record.getMessage() for record in caplog.records] == ["no new connections for 0.3s: Too many open files"]
+    for _, writer in peers:
+        writer.close()
+    await runner.cleanup()
