@@ -101,7 +101,7 @@ async def test_a_wrong_method_on_the_proxys_own_routes(
 async def test_a_body_beyond_max_body(
     launch: Launch, upstream: ScriptedUpstream, client: Client, chunked: bool
 ) -> None:
-    proxy = launch(settings(upstream.port, server={"max_body": "100KiB"}))
+    proxy = launch(settings(upstream.port, server={"max_body": "100KiB", "max_upload": "100KiB"}))
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(20):
