@@ -122,8 +122,9 @@ async def test_two_processes_on_one_ledger(
     config = with_budget(upstream.port, 0.006, tmp_path / "usage.db")
     one, other = launch(config), launch(config)
     answers, _ = await until_refused(client, one, "one")
-    for _ in range(60):
-        if float((await status(client, other))["proxy"]["day"]["spent_usd"]) >= 0.004:
+    spent = float((await status(client, one))["proxy"]["day"]["spent_usd"])
+    for _ in range(120):
+        if float((await status(client, other))["proxy"]["day"]["spent_usd"]) >= spent:
             break
         await asyncio.sleep(0.25)
     assert (await client.send(other, ask("other", **SMALL))).error == "budget_exceeded"
