@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from aiohttp.web import BaseRequest
 
 from ..protocol.routes import Route
@@ -11,7 +13,6 @@ from ..upstream.keys.lease import KeyRequest, UpstreamKey, by_priority
 from ..upstream.request import UpstreamRequest
 from ..upstream.reservations import Reservations
 from ..upstream.response import ResponseInHand
-from ..upstream.retry.outcome import OutcomeKind
 from ..upstream.sender import RetryingSender
 from .passed import PassedRequest
 from .passed_objects import PassedObjects
@@ -44,26 +45,12 @@ class PassedSender:
 
     async def send(self, request: BaseRequest, passed: PassedRequest, upload: Upload) -> ResponseInHand:
         """Return the response to give, whose lease holds what was reserved if it is a good one. Raises ProxyError."""
-        reservations, log = self._reservations, passed.log
+        reservations = self._reservations
         size = reservations.estimates.size(passed.parsed) if passed.runs else None
         tokens = reservations.estimates.tokens(passed.model, size)
         budget = await reservations.budget(passed.parsed, size) if size is not None else None
-        log.budget_reservation = budget
-        client = None
-        used: int | None = None
-        try:
-            client = await reservations.client(passed.client, tokens)
-            response = await self._with_key(request, passed, upload, tokens)
-            if response.outcome is OutcomeKind.OK:
-                response.lease.client_reservation, response.lease.budget_reservation = client, budget
-                client = budget = None
-            used = 0
-            return response
-        finally:
-            if client is not None:
-                client.settle(used) if log.sent else client.cancel()
-            if budget is not None:
-                budget.cancel()
+        send = partial(self._with_key, request, passed, upload, tokens)
+        return await reservations.send(passed.client, tokens, budget, passed.log, send)
 
     async def _with_key(
         self, request: BaseRequest, passed: PassedRequest, upload: Upload, tokens: int

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 import orjson
 
-from ..accounting.budgets.account import BudgetReservation
 from ..protocol.errors import ProxyError
 from ..protocol.json_edit import set_field, want_usage
 from ..protocol.request import ProxyRequest
 from .keys.lease import KeyRequest
 from .keys.object_owners import ObjectOwners
 from .keys.prompt_affinity import PREFIX_BYTES, prefix_of
-from .limits.clients import ClientReservation
 from .progress import AttemptLog
 from .request import UpstreamRequest
 from .reservations import Reservations
@@ -60,23 +59,9 @@ class EndpointSender:
         """
         size = attempt_log.size = self.estimates.size(request)
         tokens = self.estimates.tokens(request.model, size)
-        budget: BudgetReservation | None = await self._reservations.budget(request, size)
-        attempt_log.budget_reservation = budget
-        client: ClientReservation | None = None
-        used: int | None = None
-        try:
-            client = await self._reservations.client(request.client, tokens)
-            response = await self._with_fallbacks(request, tokens, attempt_log, whole)
-            if response.outcome is OutcomeKind.OK:
-                response.lease.client_reservation, response.lease.budget_reservation = client, budget
-                client = budget = None
-            used = 0
-            return response
-        finally:
-            if client is not None:
-                client.settle(used) if attempt_log.sent else client.cancel()
-            if budget is not None:
-                budget.cancel()
+        budget = await self._reservations.budget(request, size)
+        send = partial(self._with_fallbacks, request, tokens, attempt_log, whole)
+        return await self._reservations.send(request.client, tokens, budget, attempt_log, send)
 
     async def _with_fallbacks(
         self, request: ProxyRequest, tokens: int, attempt_log: AttemptLog, whole: bool

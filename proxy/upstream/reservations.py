@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from ..accounting.budgets.account import BudgetReservation
 from ..accounting.budgets.budgets import Budgets
 from ..protocol.request import Client, ProxyRequest
@@ -10,6 +12,9 @@ from .estimates import Estimates
 from .limits.clients import ClientLimits, ClientReservation
 from .limits.estimate import RequestSize
 from .limits.shared import SharedLimits
+from .progress import AttemptLog
+from .response import ResponseInHand
+from .retry.outcome import OutcomeKind
 
 
 class Reservations:
@@ -23,6 +28,35 @@ class Reservations:
         self.estimates = estimates
         self._limiter = limiter
         self._clock = clock
+
+    async def send(
+        self,
+        client: Client,
+        tokens: int,
+        budget: BudgetReservation | None,
+        log: AttemptLog,
+        send: Callable[[], Awaitable[ResponseInHand]],
+    ) -> ResponseInHand:
+        """Reserve `tokens` of the client's limits, then call `send`. Raises ProxyError.
+
+        The lease of a good response takes over what is reserved, `budget` included; otherwise it is settled here.
+        """
+        log.budget_reservation = budget
+        reserved: ClientReservation | None = None
+        used: int | None = None
+        try:
+            reserved = await self.client(client, tokens)
+            response = await send()
+            if response.outcome is OutcomeKind.OK:
+                response.lease.client_reservation, response.lease.budget_reservation = reserved, budget
+                reserved = budget = None
+            used = 0
+            return response
+        finally:
+            if reserved is not None:
+                reserved.settle(used) if log.sent else reserved.cancel()
+            if budget is not None:
+                budget.cancel()
 
     async def budget(self, request: ProxyRequest, size: RequestSize | None) -> BudgetReservation | None:
         """Reserve the estimated cost in the budgets that count the request. Raises ProxyError(budget_exceeded)."""
